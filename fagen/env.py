@@ -1,0 +1,46 @@
+"""The only reader of FAGEN_* environment variables, and where files of a user live."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+VARIABLES = {
+    "FAGEN_CACHE_DIR": "folder of built kernels (default: the user cache directory)",
+    "FAGEN_DB_DIR": "folder of the user's own tuned winners (default: the user data directory)",
+    "FAGEN_NVCC": "the nvcc to build with (default: CUDA_HOME, then PATH)",
+    "FAGEN_CXX": "the host C++ compiler (default: CXX, then g++, then c++)",
+    "FAGEN_DISABLE_JIT": "1: never compile; a kernel that is not built is an error (default: 0)",
+    "FAGEN_QUIET": "1: no line on stderr when a first call compiles (default: 0)",
+}
+
+
+def get(name: str) -> str | None:
+    if name not in VARIABLES:
+        raise KeyError(name)
+    return os.environ.get(name) or None
+
+
+def flag(name: str) -> bool:
+    return (get(name) or "0").lower() not in ("0", "false", "no")
+
+
+def cache_dir() -> Path:
+    return Path(get("FAGEN_CACHE_DIR") or platformdirs.user_cache_dir("fagen"))
+
+
+def user_db_dir() -> Path:
+    return Path(get("FAGEN_DB_DIR") or Path(platformdirs.user_data_dir("fagen")) / "tuning_db")
+
+
+def runs_dir() -> Path:
+    return Path(platformdirs.user_state_dir("fagen")) / "runs"
+
+
+def data_dir(name: str) -> Path:
+    """`templates` or `tuning_db`: inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name

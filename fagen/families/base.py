@@ -1,0 +1,160 @@
+"""What a family of kernels is: one template, its knobs, its constraints, what follows from a config, a default.
+
+A knob is declared once, here in its family. The search space, the constexpr block of the rendered source, the
+database's config, the cache key, the command line's help and the docs all derive from that declaration.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fagen.errors import InvalidConfig
+from fagen.problem import Problem
+from fagen.target import Target
+
+Value = int | str | bool
+
+
+class Config(Mapping[str, Value]):
+    """A value for each knob of a family: immutable, hashable, printed in the order of the knobs."""
+
+    def __init__(self, values: Mapping[str, Value]) -> None:
+        self._values = dict(values)
+        self._hash = hash(self.to_json())
+
+    def __getitem__(self, name: str) -> Value:
+        return self._values[name]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["_values"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and self._values == dict(other)
+
+    def __reduce__(self) -> tuple:
+        return Config, (self._values,)
+
+    def __repr__(self) -> str:
+        return " ".join(f"{k}={v}" for k, v in self._values.items())
+
+    def to_json(self) -> str:
+        return json.dumps(self._values, sort_keys=True)
+
+    def replace(self, **changes: Value) -> Config:
+        return Config({**self._values, **changes})
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One way a kernel may vary. `cpp` is its constexpr in the rendered source.
+
+    A str choice c of a knob with cpp `kLoopOrder` is rendered as the enumerator `LoopOrder::c`.
+    """
+
+    name: str
+    cpp: str
+    choices: tuple[Value, ...]
+    doc: str
+
+    def literal(self, value: Value) -> tuple[str, str]:
+        """C++ type and value."""
+        if isinstance(value, bool):
+            return "bool", "true" if value else "false"
+        if isinstance(value, int):
+            return "int", str(value)
+        enum = self.cpp.removeprefix("k")
+        return enum, f"{enum}::{value}"
+
+
+Predicate = Callable[[Problem, Target, Config], "str | None"]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A named predicate: None if the config is legal, else the reason with its numbers."""
+
+    name: str
+    check: Predicate
+
+
+@dataclass(frozen=True)
+class Family:
+    """A template and everything Python knows about it."""
+
+    name: str  # also its template: templates/<folder>/<file>
+    template: str
+    op: str
+    dtypes: tuple[str, ...]
+    knobs: tuple[Knob, ...]
+    constraints: tuple[Constraint, ...]
+    supports: Callable[[Problem, Target], "str | None"]  # None, or why this family cannot serve the problem at all
+    derive: Callable[[Problem, Target, Config], dict[str, int]]  # cross-checked by static_assert in the source
+    default: Callable[[Problem, Target], Config]
+    # configs worth trying first, best guess first (the default is always tried and need not be repeated)
+    seeds: Callable[[Problem, Target], list[Config]] = field(default=lambda problem, target: [])
+    # knob values that cost resources, for the stable rule among ties: fewest first
+    resources: Callable[[Problem, Target, Config], tuple] = field(default=lambda problem, target, config: ())
+
+    def knob(self, name: str) -> Knob:
+        for knob in self.knobs:
+            if knob.name == name:
+                return knob
+        raise InvalidConfig(
+            f"{self.name} has no knob {name!r}", f"knobs: {', '.join(k.name for k in self.knobs)}"
+        )
+
+    def config(self, values: Mapping[str, Value]) -> Config:
+        """A config from outside: every knob there, no other, each value among its choices."""
+        for name in values:
+            self.knob(name)
+        ordered: dict[str, Value] = {}
+        for knob in self.knobs:
+            if knob.name not in values:
+                raise InvalidConfig(f"{self.name}: the config lacks knob {knob.name!r}", f"it has: {dict(values)}")
+            value = values[knob.name]
+            if not any(value == c and type(value) is type(c) for c in knob.choices):
+                raise InvalidConfig(f"{self.name}: {knob.name}={value!r} is no choice", f"choices: {knob.choices}")
+            ordered[knob.name] = value
+        return Config(ordered)
+
+    def rejects(self, problem: Problem, target: Target, config: Config) -> tuple[str, str] | None:
+        """The first constraint that the config breaks, with its reason; None if it is legal."""
+        for constraint in self.constraints:
+            reason = constraint.check(problem, target, config)
+            if reason:
+                return constraint.name, reason
+        return None
+
+    def require(self, problem: Problem, target: Target, config: Config) -> Config:
+        broken = self.rejects(problem, target, config)
+        if broken:
+            raise InvalidConfig(f"{self.name}: {broken[0]}: {broken[1]}", str(config), f"problem {problem.static_key}")
+        return config
+
+    def size(self) -> int:
+        count = 1
+        for knob in self.knobs:
+            count *= len(knob.choices)
+        return count
+
+    def every(self) -> Iterator[Config]:
+        """All configs, legal or not, in the order of the declaration."""
+        names = [k.name for k in self.knobs]
+        for values in itertools.product(*(k.choices for k in self.knobs)):
+            yield Config(dict(zip(names, values, strict=True)))

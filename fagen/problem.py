@@ -1,0 +1,168 @@
+"""What a caller asks for. The static key decides the source; the size point only decides what to tune for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from fagen.errors import InvalidArgument
+
+DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
+MASKS = ("none", "causal", "window", "intervals")
+# Which of FlashMask's row bounds a key column carries, in the order they are stored:
+#   LTS/LTE: the lower interval of masked rows [LTS, LTE); UTS/UTE: the upper one [UTS, UTE).
+INTERVAL_KINDS = {
+    "lower1": ("LTS",),
+    "lower2": ("LTS", "LTE"),
+    "both2": ("LTS", "UTE"),
+    "both4": ("LTS", "LTE", "UTS", "UTE"),
+}
+MAX_HEAD_DIM = 256
+
+
+def padded(head_dim: int) -> int:
+    """The size a kernel is specialised on: the next multiple of 16."""
+    return -(-head_dim // 16) * 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention problem: the fields above `batch` are static, the rest is the size point.
+
+    `window_left` and `window_right` are run-time bounds of the band around the bottom-right aligned diagonal,
+    -1 for unbounded. `mask="causal"` is the band (-1, 0) known at compile time; "intervals" obeys the band as well.
+    """
+
+    op: str = "forward"
+    dtype: str = "bf16"
+    head_dim: int = 128
+    head_dim_v: int = 0  # 0: the same as head_dim
+    mask: str = "none"
+    intervals: str = ""  # a key of INTERVAL_KINDS when mask == "intervals"
+    softcap: bool = False
+    alibi: bool = False
+    aligned: bool = True  # every row of q, k, v and o starts at a multiple of 16 bytes and is whole 16-byte pieces
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 0  # 0: the same as heads
+    seqlen_q: int = 1024
+    seqlen_k: int = 0  # 0: the same as seqlen_q
+    window_left: int = -1
+    window_right: int = -1
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        put("head_dim_v", self.head_dim_v or self.head_dim)
+        put("kv_heads", self.kv_heads or self.heads)
+        put("seqlen_k", self.seqlen_k or self.seqlen_q)
+        if self.mask == "causal":
+            put("window_left", -1)
+            put("window_right", 0)
+        self._check()
+
+    def _check(self) -> None:
+        if self.op != "forward":
+            raise InvalidArgument(f"op {self.op!r} is unknown", "known: forward")
+        if self.dtype not in DTYPES:
+            raise InvalidArgument(f"dtype {self.dtype!r} is not supported", f"supported: {', '.join(DTYPES)}")
+        if self.mask not in MASKS:
+            raise InvalidArgument(f"mask {self.mask!r} is unknown", f"known: {', '.join(MASKS)}")
+        if (self.intervals in INTERVAL_KINDS) != (self.mask == "intervals"):
+            raise InvalidArgument(
+                f"intervals={self.intervals!r} does not go with mask={self.mask!r}",
+                f"kinds: {', '.join(INTERVAL_KINDS)}",
+            )
+        for name in ("head_dim", "head_dim_v"):
+            value = getattr(self, name)
+            if not 1 <= value <= MAX_HEAD_DIM:
+                raise InvalidArgument(f"{name}={value} is out of range", f"1 <= {name} <= {MAX_HEAD_DIM}")
+        for name in ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k"):
+            if getattr(self, name) < 1:
+                raise InvalidArgument(f"{name}={getattr(self, name)} must be at least 1")
+        if self.heads % self.kv_heads:
+            raise InvalidArgument(
+                "Number of heads in key/value must divide number of heads in query",
+                f"heads={self.heads} kv_heads={self.kv_heads}",
+            )
+        if min(self.window_left, self.window_right) < -1:
+            raise InvalidArgument(
+                "window bounds are -1 (unbounded) or at least 0", f"({self.window_left}, {self.window_right})"
+            )
+
+    # ---- the two keys -------------------------------------------------------------------------------------------
+
+    @property
+    def static_key(self) -> str:
+        """All that changes the source, readable: forward/bf16/d192-128/causal."""
+        d, dv = padded(self.head_dim), padded(self.head_dim_v)
+        parts = [self.op, self.dtype, f"d{d}" if d == dv else f"d{d}-{dv}"]
+        parts.append(f"{self.mask}-{self.intervals}" if self.intervals else self.mask)
+        parts += [name for name in ("softcap", "alibi") if getattr(self, name)]
+        return "/".join(parts + ([] if self.aligned else ["unaligned"]))
+
+    @property
+    def size_key(self) -> str:
+        """What is tuned for and never compiled in: b4/h32-8/q4096-k4096 (and a window's width)."""
+        key = f"b{self.batch}/h{self.heads}-{self.kv_heads}/q{self.seqlen_q}-k{self.seqlen_k}"
+        if self.mask == "window":
+            key += f"/w{self.window_left},{self.window_right}"
+        return key
+
+    @property
+    def key(self) -> str:
+        return f"{self.static_key}/{self.size_key}"
+
+    # ---- derived facts -------------------------------------------------------------------------------------------
+
+    @property
+    def head_dim_padded(self) -> int:
+        return padded(self.head_dim)
+
+    @property
+    def head_dim_v_padded(self) -> int:
+        return padded(self.head_dim_v)
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype]
+
+    def visible(self) -> float:
+        """Cells (row, column) a head computes, the mask counted; intervals count as their band alone."""
+        rows, cols = self.seqlen_q, self.seqlen_k
+        left, right = self.window_left, self.window_right
+        if left < 0 and right < 0:
+            return float(rows * cols)
+        total, shift = 0, cols - rows
+        for row in range(rows):
+            first = max(0, row + shift - left) if left >= 0 else 0
+            last = min(cols, row + shift + right + 1) if right >= 0 else cols
+            total += max(0, last - first)
+        return float(total)
+
+    def flops(self) -> float:
+        """2 products of 2 FLOP a cell. Causal counts half of a square, as the field does."""
+        cells = self.visible()
+        if self.mask == "causal" and self.seqlen_q == self.seqlen_k:
+            cells = self.seqlen_q * self.seqlen_k / 2
+        return 2.0 * cells * (self.head_dim + self.head_dim_v) * self.batch * self.heads
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Problem:
+        unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise InvalidArgument(f"unknown problem field {sorted(unknown)[0]!r}")
+        return cls(**fields)
+
+    def replace(self, **changes: Any) -> Problem:
+        return dataclasses.replace(self, **changes)
+
+    def __str__(self) -> str:
+        return self.key
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
