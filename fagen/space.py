@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from dataclasses import dataclass
 
-from fagen.families import Config, Family
+from fagen.families import Config, Constraint, Family
+from fagen.families.base import Value
 from fagen.problem import Problem
 from fagen.target import Target
 
@@ -26,11 +27,30 @@ class Space:
 
 
 def enumerate_space(family: Family, problem: Problem, target: Target) -> Space:
-    legal, removed = [], Counter({c.name: 0 for c in family.constraints})
-    for config in family.every():
-        broken = family.rejects(problem, target, config)
-        if broken:
-            removed[broken[0]] += 1
-        else:
-            legal.append(config)
-    return Space(family, problem, target, tuple(legal), dict(removed))
+    """Vary the knobs one after the other; a constraint is asked as soon as every knob it reads has a value."""
+    names = [knob.name for knob in family.knobs]
+    due: dict[str, list[Constraint]] = {name: [] for name in names}
+    for constraint in family.constraints:
+        due[max(constraint.reads or names, key=names.index)].append(constraint)
+    legal: list[Config] = []
+    removed = {constraint.name: 0 for constraint in family.constraints}
+    values: dict[str, Value] = {}
+
+    def vary(depth: int) -> None:
+        if depth == len(names):
+            legal.append(Config(values))
+            return
+        knob = family.knobs[depth]
+        below = math.prod(len(k.choices) for k in family.knobs[depth + 1 :])
+        for choice in knob.choices:
+            values[knob.name] = choice
+            partial = Config(values) if due[knob.name] else None
+            broken = next((c for c in due[knob.name] if c.check(problem, target, partial)), None)
+            if broken:
+                removed[broken.name] += below
+            else:
+                vary(depth + 1)
+        del values[knob.name]
+
+    vary(0)
+    return Space(family, problem, target, tuple(legal), removed)

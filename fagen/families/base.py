@@ -6,7 +6,6 @@ database's config, the cache key, the command line's help and the docs all deriv
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ class Config(Mapping[str, Value]):
 
     def __init__(self, values: Mapping[str, Value]) -> None:
         self._values = dict(values)
-        self._hash = hash(self.to_json())
 
     def __getitem__(self, name: str) -> Value:
         return self._values[name]
@@ -42,7 +40,7 @@ class Config(Mapping[str, Value]):
         return len(self._values)
 
     def __hash__(self) -> int:
-        return self._hash
+        return hash(frozenset(self._values.items()))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mapping) and self._values == dict(other)
@@ -87,10 +85,15 @@ Predicate = Callable[[Problem, Target, Config], "str | None"]
 
 @dataclass(frozen=True)
 class Constraint:
-    """A named predicate: None if the config is legal, else the reason with its numbers."""
+    """A named predicate: None if the config is legal, else the reason with its numbers.
+
+    `reads` names the knobs it looks at, so that a broken combination is dropped before the other knobs are varied;
+    empty means all of them.
+    """
 
     name: str
     check: Predicate
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,3 @@ class Family:
         for knob in self.knobs:
             count *= len(knob.choices)
         return count
-
-    def every(self) -> Iterator[Config]:
-        """All configs, legal or not, in the order of the declaration."""
-        names = [k.name for k in self.knobs]
-        for values in itertools.product(*(k.choices for k in self.knobs)):
-            yield Config(dict(zip(names, values, strict=True)))

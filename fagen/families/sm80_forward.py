@@ -1,0 +1,212 @@
+"""Forward for every NVIDIA GPU from sm_80 up: ldmatrix, mma.sync, cp.async. Holds FlashAttention 1's scheme and 2's."""
+
+from __future__ import annotations
+
+from fagen.families.base import Config, Constraint, Family, Knob, Value
+from fagen.problem import Problem
+from fagen.target import Target
+
+FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
+
+# What shapes a block comes first, so that a share that does not divide is dropped before the rest is varied.
+KNOBS = (
+    Knob("tile_m", "kTileM", (16, 32, 64, 128, 192, 256), "rows of q a block works on"),
+    Knob("tile_n", "kTileN", (16, 32, 48, 64, 80, 96, 128), "keys a block loads at a time"),
+    Knob("warps", "kWarps", (1, 2, 4, 8), "warps of a block"),
+    Knob("partition", "kPartition", ("split_q", "split_k"), "what the warps of a block divide among them"),
+    Knob("loop_order", "kLoopOrder", ("q_outer", "kv_outer"), "what stays while the other passes by"),
+    Knob("stages", "kStages", (1, 2, 3), "tiles of keys in shared memory; 1: K and V take turns"),
+    Knob("overlap", "kOverlap", (False, True), "compute the next tile's scores under this one's softmax"),
+    Knob("q_source", "kQSource", ("shared", "registers"), "where q waits for its products"),
+    Knob("smem_layout", "kSmemLayout", ("swizzled", "padded"), "how shared memory avoids bank conflicts"),
+    Knob("blocks_per_sm", "kBlocksPerSm", (1, 2, 3, 4), "blocks the register budget is cut for"),
+    Knob("rescale", "kRescale", ("each", "deferred"), "when O follows a grown maximum"),
+    Knob(
+        "block_order",
+        "kBlockOrder",
+        ("ascending", "descending", "longest_first", "sectioned"),
+        "order of row tiles and heads",
+    ),
+)
+
+REGISTERS_PER_SM = 65536
+OTHER_REGISTERS = 32  # addresses, maxima and sums, loop state: what a thread needs beside its fragments
+
+
+def _shares(c: Config) -> tuple[int, int]:
+    """Rows of q and keys of a tile that one warp works on."""
+    return (c.tile_m, c.tile_n // c.warps) if c.partition == "split_k" else (c.tile_m // c.warps, c.tile_n)
+
+
+def _tile_bytes(rows: int, cols: int, c: Config) -> int:
+    return rows * (cols * 2 + (0 if c.smem_layout == "swizzled" else 16))
+
+
+def smem_bytes(p: Problem, c: Config) -> int:
+    d, dv = p.head_dim_padded, p.head_dim_v_padded
+    q, o = _tile_bytes(c.tile_m, d, c), _tile_bytes(c.tile_m, dv, c)
+    stage = _tile_bytes(c.tile_n, d, c) + _tile_bytes(c.tile_n, dv, c)
+    aliased = c.loop_order == "q_outer" and c.q_source == "registers"
+    merge = c.tile_m * dv * 4 + c.warps * c.tile_m * 8 if c.partition == "split_k" else 0
+    return max((0 if aliased else q) + c.stages * stage, q, o, merge)
+
+
+def fragment_registers(p: Problem, c: Config) -> int:
+    """Registers of a thread that hold pieces of S, O and perhaps Q."""
+    rows, keys = _shares(c)
+    slabs = rows // 16
+    held = slabs * p.head_dim_padded // 4 if c.q_source == "registers" else 0
+    scores = keys + keys // 2 + keys // 4 if c.overlap else keys
+    return slabs * (scores + p.head_dim_v_padded) // 2 + held
+
+
+def register_limit(c: Config) -> int:
+    return min(255, REGISTERS_PER_SM // (32 * int(c.warps) * int(c.blocks_per_sm)))
+
+
+def _even_share(p: Problem, t: Target, c: Config) -> str | None:
+    if c.partition == "split_q" and c.tile_m % (16 * c.warps):
+        return f"tile_m {c.tile_m} is no multiple of 16 rows x {c.warps} warps"
+    if c.partition == "split_k" and c.tile_n % (16 * c.warps):
+        return f"tile_n {c.tile_n} is no multiple of 16 keys x {c.warps} warps"
+    return None
+
+
+def _one_scheme(p: Problem, t: Target, c: Config) -> str | None:
+    if c.loop_order == "kv_outer" and c.stages > 1:
+        return f"kv_outer holds one tile of keys at a time, stages={c.stages}"
+    if c.overlap and (c.loop_order == "kv_outer" or c.stages == 1):
+        return f"overlap needs q_outer and a stage for the next keys, {c.loop_order} stages={c.stages}"
+    if c.partition == "split_k" and c.warps == 1:
+        return "one warp has nobody to split the keys with"
+    return None
+
+
+def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
+    if p.mask == "none" and c.block_order in ("descending", "longest_first"):
+        return f"without a mask all rows are equally long, block_order={c.block_order} only repeats another"
+    return None
+
+
+def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
+    need = smem_bytes(p, c)
+    if need > t.smem_per_block:
+        return f"{need} > {t.smem_per_block} bytes of shared memory on {t.arch}"
+    if c.blocks_per_sm * (need + 1024) > t.smem_per_unit:
+        return f"{c.blocks_per_sm} blocks x {need + 1024} > {t.smem_per_unit} bytes of shared memory an SM"
+    return None
+
+
+def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
+    need = fragment_registers(p, c) + OTHER_REGISTERS
+    limit = register_limit(c)
+    if need > limit:
+        return f"about {need} > {limit} registers a thread ({c.warps} warps x {c.blocks_per_sm} blocks)"
+    return None
+
+
+def _supports(p: Problem, t: Target) -> str | None:
+    if not t.is_gpu:
+        return "needs a GPU"
+    if t.capability < 80:
+        return f"needs sm_80 or newer, the target is {t.arch}"
+    if p.op != "forward":
+        return f"serves forward, not {p.op}"
+    if p.dtype not in ("fp16", "bf16"):
+        return f"serves fp16 and bf16, not {p.dtype}"
+    return None
+
+
+def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
+    return {"threads": 32 * int(c.warps), "smem_bytes": smem_bytes(p, c)}
+
+
+def _make(**values: Value) -> Config:
+    base: dict[str, Value] = {
+        "tile_m": 64, "tile_n": 64, "warps": 4, "partition": "split_q", "loop_order": "q_outer", "stages": 1,
+        "overlap": False, "q_source": "shared", "smem_layout": "swizzled", "blocks_per_sm": 1, "rescale": "deferred",
+        "block_order": "ascending",
+    }  # fmt: skip
+    return Config({**base, **values})
+
+
+# Good guesses by head dim, the best first; the first legal one is the default. The smallest fit everywhere.
+_GUESSES = (
+    (
+        64,
+        [
+            _make(tile_m=128, tile_n=64, q_source="registers", blocks_per_sm=2),
+            _make(tile_m=128, tile_n=96, stages=3, blocks_per_sm=2),
+            _make(tile_m=128, tile_n=48, stages=3, smem_layout="padded", blocks_per_sm=3),
+            _make(tile_m=128, tile_n=64, stages=2, blocks_per_sm=2),
+            _make(tile_m=128, tile_n=48, stages=3, overlap=True, smem_layout="padded", blocks_per_sm=2),
+        ],
+    ),
+    (
+        128,
+        [
+            _make(tile_m=128, tile_n=32, stages=2, blocks_per_sm=2),
+            _make(tile_m=128, tile_n=64, smem_layout="padded", blocks_per_sm=2),
+            _make(tile_m=128, tile_n=48, stages=2, smem_layout="padded", blocks_per_sm=2),
+            _make(tile_m=256, tile_n=64, warps=8, smem_layout="padded"),
+            _make(tile_m=64, tile_n=64, stages=2, q_source="registers", blocks_per_sm=2),
+        ],
+    ),
+    (
+        256,
+        [
+            _make(tile_m=128, tile_n=64, warps=8, stages=2),
+            _make(tile_m=128, tile_n=80, warps=8),
+            _make(tile_m=64, tile_n=32, stages=3, q_source="registers", blocks_per_sm=2),
+            _make(tile_m=128, tile_n=32, warps=8, stages=3, q_source="registers"),
+            _make(tile_m=64, tile_n=48, blocks_per_sm=2),
+        ],
+    ),
+)
+_SMALLEST = [_make(tile_m=64, tile_n=32), _make(tile_m=64, tile_n=16), _make(tile_m=16, tile_n=16, warps=1)]
+
+
+def _guesses(p: Problem, t: Target) -> list[Config]:
+    """The legal ones of the table."""
+    size = max(p.head_dim_padded, p.head_dim_v_padded)
+    order = "ascending" if p.mask == "none" else "longest_first"
+    table = next(guesses for limit, guesses in _GUESSES if size <= limit)
+    shaped = [c.replace(block_order=order) for c in [*table, *_SMALLEST]]
+    return [c for c in shaped if not any(k.check(p, t, c) for k in CONSTRAINTS)]
+
+
+def _default(p: Problem, t: Target) -> Config:
+    """The first guess with registers to spare: nobody has looked at its spills for this very problem and GPU."""
+    spare = 90 + (10 if t.capability >= 100 else 0) + (30 if p.mask == "intervals" or p.softcap or p.alibi else 0)
+    guesses = _guesses(p, t)
+    roomy = (c for c in guesses if fragment_registers(p, c) + spare <= register_limit(c))
+    return next(roomy, guesses[-1])
+
+
+def _resources(p: Problem, t: Target, c: Config) -> tuple:
+    return (smem_bytes(p, c), c.warps, fragment_registers(p, c))
+
+
+_SHAPE = ("tile_m", "tile_n", "warps", "partition")
+_MEMORY = (*_SHAPE, "loop_order", "stages", "q_source", "smem_layout", "blocks_per_sm")
+CONSTRAINTS = (
+    Constraint("even_share", _even_share, _SHAPE),
+    Constraint("one_scheme", _one_scheme, ("warps", "partition", "loop_order", "stages", "overlap")),
+    Constraint("order_matters", _order_matters, ("block_order",)),
+    Constraint("smem_fits", _smem_fits, _MEMORY),
+    Constraint("registers_fit", _registers_fit, (*_SHAPE, "overlap", "q_source", "blocks_per_sm")),
+)
+
+FAMILY = Family(
+    name="sm80_forward",
+    template="sm80/forward.cu.j2",
+    op="forward",
+    dtypes=("fp16", "bf16"),
+    knobs=KNOBS,
+    constraints=CONSTRAINTS,
+    supports=_supports,
+    derive=_derive,
+    default=_default,
+    seeds=lambda p, t: _guesses(p, t)[1:],
+    resources=_resources,
+)

@@ -1,0 +1,66 @@
+// Online softmax over the rows that one thread shares with the three other lanes of its quad.
+#pragma once
+#include <math.h>
+
+#include "fagen/ptx/math.cuh"
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Scores come in raw; `scale_log2` takes them to the base-2 logarithm inside the exponential's one FMA.
+// `reference` is what is subtracted before the exponential: the rows' maximum, or one that is near enough below it.
+// The sum stays per thread until the end. Any reference gives the same O / sum, so keeping an old one is exact.
+template <int kRows, bool kDeferred>
+struct OnlineSoftmax {
+  // a weight may grow to 2^8 before a deferred reference moves: exact in float32, safe in 16 bits
+  static constexpr float kSlack_log2 = 8.f;
+
+  float reference[kRows], sum[kRows], offset[kRows];
+  float scale_log2, slack;
+
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2)
+      : scale_log2(scale_log2), slack(kSlack_log2 / scale_log2) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
+  }
+
+  // Take in the thread's maxima of a new tile. Returns whether O must be multiplied by `factor` (warp-uniform).
+  __device__ __forceinline__ bool observe(const float (&tile_max)[kRows], float (&factor)[kRows]) {
+    if constexpr (kDeferred) {
+      bool grown = false;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > reference[r] + slack;
+      if (!__any_sync(~0u, grown)) return false;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float next = fmaxf(reference[r], quad_max(tile_max[r]));
+      // a row that has seen nothing yet has no weight to rescale: 2^-inf = 0 once it has, and 0 * 0 until then
+      factor[r] = next == -INFINITY ? 0.f : ptx::ex2((reference[r] - next) * scale_log2);
+      reference[r] = next;
+      sum[r] *= factor[r];
+    }
+    return true;
+  }
+
+  // What is added to the scaled scores: finite even where nothing has been seen yet.
+  __device__ __forceinline__ void settle() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) offset[r] = reference[r] == -INFINITY ? 0.f : -reference[r] * scale_log2;
+  }
+  __device__ __forceinline__ float weight(float score, int r) const {
+    return ptx::ex2(fmaf(score, scale_log2, offset[r]));
+  }
+
+  // log sum exp of row r in natural logarithm, given the whole row's sum
+  __device__ __forceinline__ float lse(int r, float row_sum) const {
+    return row_sum == 0.f ? -INFINITY : reference[r] * scale_log2 * 0.69314718056f + logf(row_sum);
+  }
+};

@@ -1,0 +1,150 @@
+// sm80_forward: attention forward for forward/bf16/d96/none/softcap/alibi on sm_90
+//
+// Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
+// Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
+//
+// Config: tile_m=128 tile_n=32 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=ascending
+
+enum class Mask { none, causal, window, intervals };
+enum class Partition { split_q, split_k };
+enum class LoopOrder { q_outer, kv_outer };
+enum class QSource { shared, registers };
+enum class SmemLayout { swizzled, padded };
+enum class Rescale { each, deferred };
+enum class BlockOrder { ascending, descending, longest_first, sectioned };
+
+struct Config {
+  static constexpr int kHeadDim = 96;  // of q and k, padded
+  static constexpr int kHeadDimV = 96;  // of v and o, padded
+  static constexpr Mask kMask = Mask::none;  // which cells are visible
+  static constexpr bool kSoftcap = true;  // s -> softcap * tanh(s / softcap)
+  static constexpr bool kAlibi = true;  // s -> s - slope * distance from the diagonal
+  static constexpr bool kAligned = true;  // rows are whole, aligned 16-byte pieces
+  static constexpr int kIntervalColumns = 0;  // bounds a key carries
+  static constexpr int kLTS = -1;  // column of LTS in intervals, -1: absent
+  static constexpr int kLTE = -1;  // column of LTE in intervals, -1: absent
+  static constexpr int kUTS = -1;  // column of UTS in intervals, -1: absent
+  static constexpr int kUTE = -1;  // column of UTE in intervals, -1: absent
+  static constexpr int kTileM = 128;  // rows of q a block works on
+  static constexpr int kTileN = 32;  // keys a block loads at a time
+  static constexpr int kWarps = 4;  // warps of a block
+  static constexpr Partition kPartition = Partition::split_q;  // what the warps of a block divide among them
+  static constexpr LoopOrder kLoopOrder = LoopOrder::q_outer;  // what stays while the other passes by
+  static constexpr int kStages = 2;  // tiles of keys in shared memory
+  static constexpr bool kOverlap = false;  // compute the next tile's scores under this one's softmax
+  static constexpr QSource kQSource = QSource::shared;  // where q waits for its products
+  static constexpr SmemLayout kSmemLayout = SmemLayout::swizzled;  // how shared memory avoids bank conflicts
+  static constexpr int kBlocksPerSm = 2;  // blocks the register budget is cut for
+  static constexpr Rescale kRescale = Rescale::deferred;  // when O follows a grown maximum
+  static constexpr BlockOrder kBlockOrder = BlockOrder::ascending;  // order of row tiles and heads
+};
+
+// What fagen derived from the config before compiling; the kernel asserts that it agrees.
+struct Derived {
+  static constexpr int threads = 128;
+  static constexpr int smem_bytes = 49152;
+};
+
+#include <cuda_runtime.h>
+
+#include "fagen/params.h"
+#include "fagen/element.cuh"
+#include "fagen/sm80/q_outer.cuh"
+#include "fagen/sm80/q_outer_overlapped.cuh"
+#include "fagen/sm80/kv_outer.cuh"
+
+using Element = bfloat_t;
+using Sizes = Shape<Config>;
+
+// One block takes one tile of rows of one head (q_outer), or a run of them (kv_outer).
+__global__ void __launch_bounds__(Sizes::kThreads, Config::kBlocksPerSm)
+forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const Block<Config, Element> block(p, launch, shared);
+  if constexpr (Config::kLoopOrder == LoopOrder::kv_outer)
+    attend_kv_outer(block);
+  else if constexpr (Config::kOverlap)
+    attend_q_outer_overlapped(block);
+  else
+    attend_q_outer(block);
+}
+
+__global__ void extents_kernel(const __grid_constant__ fagen_params p, Extent* extents, int tiles) {
+  find_extents<Config>(p, extents, tiles);
+}
+
+// ---- host ----------------------------------------------------------------------------------------------------------
+
+static uint64_t round_up(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+static uint64_t extents_bytes(const fagen_params* p) {
+  if (Config::kMask != Mask::intervals) return 0;
+  const uint64_t tiles = (p->seqlen_k + Config::kTileN - 1) / Config::kTileN;
+  return round_up(sizeof(Extent) * tiles * p->batch * p->mask_heads * Config::kIntervalColumns);
+}
+
+static uint64_t state_bytes(const fagen_params* p) {
+  if (Config::kLoopOrder != LoopOrder::kv_outer) return 0;
+  const uint64_t tiles = (p->seqlen_q + Config::kTileM - 1) / Config::kTileM;
+  return round_up(sizeof(float4) * StoredState<Config, Element>::kFloat4s * tiles * p->batch * p->heads);
+}
+
+extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
+
+extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) { return extents_bytes(p) + state_bytes(p); }
+
+extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+// What is asked of the device once: more shared memory than the default, and its numbers.
+struct Device {
+  int units, l2_bytes;
+};
+
+static cudaError_t prepare(Device* device) {
+  constexpr int kDevices = 64;
+  static Device known[kDevices];
+  static volatile bool ready[kDevices];
+  int index = 0;
+  if (const cudaError_t e = cudaGetDevice(&index)) return e;
+  if (index >= kDevices) return cudaErrorInvalidDevice;
+  if (!ready[index]) {  // two threads may both come here; both write the same
+    Device d;
+    if (const cudaError_t e = cudaDeviceGetAttribute(&d.units, cudaDevAttrMultiProcessorCount, index)) return e;
+    if (const cudaError_t e = cudaDeviceGetAttribute(&d.l2_bytes, cudaDevAttrL2CacheSize, index)) return e;
+    if (const cudaError_t e = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   Sizes::kSmemBytes))
+      return e;
+    known[index] = d;
+    ready[index] = true;
+  }
+  *device = known[index];
+  return cudaSuccess;
+}
+
+extern "C" int fagen_launch(const fagen_params* p, void* stream_pointer) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
+  Device device;
+  if (const cudaError_t e = prepare(&device)) return e;
+  const int heads = p->heads * p->batch;
+  Launch launch;
+  launch.row_tiles = (p->seqlen_q + Config::kTileM - 1) / Config::kTileM;
+  launch.key_tiles = (p->seqlen_k + Config::kTileN - 1) / Config::kTileN;
+  launch.blocks_of_rows = launch.row_tiles;
+  if (Config::kLoopOrder == LoopOrder::kv_outer) {  // as few blocks a head as still fill the machine
+    const int wanted = (device.units * Config::kBlocksPerSm + heads - 1) / heads;
+    launch.blocks_of_rows = wanted < launch.row_tiles ? wanted : launch.row_tiles;
+  }
+  // as many heads at once as fit half of L2 with their keys and values, whole groups of heads that share them
+  const int64_t head_bytes = int64_t(p->seqlen_k) * (p->head_dim + p->head_dim_v) * sizeof(Element);
+  const int64_t fit = device.l2_bytes / 2 / head_bytes;
+  const int64_t at_once = (fit < 1 ? 1 : fit) * (p->heads / p->kv_heads);
+  launch.heads_at_once = at_once < heads ? int(at_once) : heads;
+  launch.extents = static_cast<Extent*>(p->workspace);
+  launch.state = reinterpret_cast<float4*>(static_cast<char*>(p->workspace) + extents_bytes(p));
+  if constexpr (Config::kMask == Mask::intervals) {
+    const int64_t warps = int64_t(launch.key_tiles) * p->batch * p->mask_heads;
+    extents_kernel<<<unsigned((warps + 7) / 8), 256, 0, stream>>>(*p, launch.extents, launch.key_tiles);
+  }
+  forward_kernel<<<unsigned(launch.blocks_of_rows) * heads, Sizes::kThreads, Sizes::kSmemBytes, stream>>>(*p, launch);
+  return cudaGetLastError();
+}

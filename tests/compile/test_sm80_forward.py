@@ -1,0 +1,70 @@
+"""sm80_forward through nvcc, no GPU needed: five architectures, no spills in defaults, the rendered text itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from fagen import build, render, target
+from fagen.families import sm80_forward
+from fagen.problem import Problem
+
+FAMILY = sm80_forward.FAMILY
+GOLDENS = Path(__file__).parent / "goldens"
+
+# (arch, problem): each arch with each mask and head dim somewhere, each problem somewhere on each kind of arch
+PROBLEMS = {
+    "d128-causal": Problem(head_dim=128, mask="causal"),
+    "d64-none": Problem(head_dim=64),
+    "d256-causal-fp16": Problem(head_dim=256, mask="causal", dtype="fp16"),
+    "d192-128-window": Problem(head_dim=192, head_dim_v=128, mask="window", window_left=100, window_right=0),
+    "d64-lower1": Problem(head_dim=64, mask="intervals", intervals="lower1"),
+    "d128-both4": Problem(head_dim=128, mask="intervals", intervals="both4"),
+    "d96-softcap-alibi": Problem(head_dim=96, softcap=True, alibi=True),
+    "d80-unaligned": Problem(head_dim=80, aligned=False),
+}
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+SETS = [(arch, name) for i, arch in enumerate(ARCHS) for j, name in enumerate(PROBLEMS) if (i + j) % 3 == 0 or j < 1]
+
+
+@pytest.mark.parametrize(("arch", "name"), SETS)
+def test_defaults_compile_without_spills(arch: str, name: str) -> None:
+    problem, where = PROBLEMS[name], target.known(arch)
+    config = FAMILY.require(problem, where, FAMILY.default(problem, where))
+    facts = build.build(FAMILY, problem, where, config).facts
+    assert facts["spill_bytes"] == 0, (facts, config)
+    assert 0 < facts["registers"] <= 255
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_legal_problem_has_a_legal_default(arch: str) -> None:
+    where = target.known(arch)
+    for d in range(16, 257, 16):
+        for dv in (d, 16, 128, 256):
+            for mask in ("none", "causal"):
+                problem = Problem(head_dim=d, head_dim_v=dv, mask=mask)
+                FAMILY.require(problem, where, FAMILY.default(problem, where))
+
+
+@pytest.mark.parametrize("name", ["d128-causal", "d64-lower1", "d96-softcap-alibi"])
+def test_golden(name: str) -> None:
+    """What Jinja writes, byte for byte. After a wanted change: FAGEN_UPDATE_GOLDENS=1, and read the diff."""
+    problem, where = PROBLEMS[name], target.known("sm_90")
+    text = render.render(FAMILY, problem, where, FAMILY.default(problem, where))
+    path = GOLDENS / f"{name}.cu"
+    if os.environ.get("FAGEN_UPDATE_GOLDENS"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_disagreement_with_python_is_a_compile_error() -> None:
+    problem, where = Problem(head_dim=64), target.known("sm_80")
+    config = FAMILY.default(problem, where)
+    job = build.job(FAMILY, problem, where, config)
+    wrong = job.source.replace(f"smem_bytes = {sm80_forward.smem_bytes(problem, config)}", "smem_bytes = 1024")
+    assert wrong != job.source
+    with pytest.raises(build.BuildError, match="Python and CUDA disagree"):
+        build.make(dataclasses.replace(job, source=wrong))

@@ -1,0 +1,156 @@
+"""What the GPU tests run: problems with the configs that compute them, so that all kernels are built ahead in parallel."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fagen import kernel, target, verify
+from fagen.families import Config, sm80_forward
+from fagen.kernel import Kernel
+from fagen.problem import Problem
+
+FAMILY = sm80_forward.FAMILY
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BASE: dict[str, Any] = {
+    "tile_m": 64, "tile_n": 32, "warps": 4, "partition": "split_q", "loop_order": "q_outer", "stages": 2,
+    "overlap": False, "q_source": "shared", "smem_layout": "swizzled", "blocks_per_sm": 1, "rescale": "deferred",
+    "block_order": "ascending",
+}  # fmt: skip
+
+
+def config(**changes: Any) -> Config:
+    return FAMILY.config({**BASE, **changes})
+
+
+# One config a line differs from BASE in what its name says; together they hold every value of every knob.
+SCHEMES = {
+    "base": config(),
+    "one_stage": config(stages=1),
+    "three_stages": config(stages=3),
+    "q_in_registers": config(q_source="registers", stages=1, blocks_per_sm=2),
+    "rescale_each": config(rescale="each", blocks_per_sm=3),
+    "padded": config(smem_layout="padded", blocks_per_sm=4),
+    "overlap": config(overlap=True),
+    "overlap_deep": config(overlap=True, stages=3, q_source="registers", rescale="each"),
+    "descending": config(block_order="descending"),
+    "longest_first": config(block_order="longest_first"),
+    "sectioned": config(block_order="sectioned"),
+    "kv_outer": config(loop_order="kv_outer", stages=1),
+    "kv_outer_registers": config(loop_order="kv_outer", stages=1, q_source="registers", rescale="each"),
+    "split_k": config(partition="split_k", tile_m=16, tile_n=64),
+    "split_k_overlap": config(partition="split_k", tile_m=32, tile_n=128, overlap=True),
+    "split_k_kv_outer": config(partition="split_k", tile_m=16, tile_n=64, loop_order="kv_outer", stages=1),
+    "one_warp": config(tile_m=16, tile_n=16, warps=1),
+    "two_warps": config(tile_m=64, tile_n=48, warps=2),
+    "eight_warps": config(tile_m=256, tile_n=80, warps=8, q_source="registers"),
+    "wide": config(tile_m=192, tile_n=48, warps=4),
+    "tall": config(tile_m=128, tile_n=96, warps=8, stages=1),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: static problem, config, sizes and what else the call gives."""
+
+    scheme: str
+    mask: str = "causal"
+    intervals: str = ""
+    dtype: str = "bf16"
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    head_dim_v: int = 0
+    sizes: tuple[tuple[int, int], ...] = ((200, 200),)
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: bool = False
+    aligned: bool = True
+    magnitude: float = 1.0
+    changes: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(
+            dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v, mask=self.mask,
+            intervals=self.intervals, softcap=bool(self.softcap), alibi=self.alibi, aligned=self.aligned,
+        )  # fmt: skip
+
+    @property
+    def config(self) -> Config:
+        return SCHEMES[self.scheme].replace(**dict(self.changes))
+
+    @property
+    def band(self) -> tuple[int, int]:
+        return (-1, 0) if self.mask == "causal" else self.window
+
+    def __str__(self) -> str:
+        d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
+        extra = [self.intervals, self.dtype, d, f"h{self.heads}-{self.kv_heads}", *(f"{k}={v}" for k, v in self.changes)]
+        return "-".join(filter(None, [self.scheme, self.mask, *extra]))
+
+
+def present() -> target.Target:
+    found = target.gpu()
+    assert found is not None
+    return found
+
+
+def kernel_of(case: Case) -> Kernel:
+    FAMILY.require(case.problem, present(), case.config)
+    return kernel.get(FAMILY, case.problem, present(), case.config)
+
+
+def build_all(cases: list[Case]) -> None:
+    """Compile on all cores; a failure shows in the test that needs the kernel."""
+    distinct = {(case.problem.static_key, case.config): case for case in cases}
+
+    def one(case: Case) -> None:
+        try:
+            kernel_of(case)
+        except Exception:  # noqa: BLE001 - told again, in full, by the test itself
+            return
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, distinct.values()))
+
+
+def random_intervals(kind: str, batch: int, heads: int, rows: int, keys: int, generator: torch.Generator) -> torch.Tensor:
+    """Any vectors are legal; these are constant in runs of 90 keys, so that some tiles are empty and some are full."""
+    count = {"lower1": 1, "lower2": 2, "both2": 2, "both4": 4}[kind]
+    bounds = torch.randint(0, rows + 1, (batch, heads, keys, count), device="cuda", generator=generator)
+    bounds = bounds.sort(-1).values
+    if kind == "both2":
+        bounds = bounds.flip(-1)  # the lower interval begins where the upper one has ended
+    if kind == "both4":
+        bounds = bounds[..., [2, 3, 0, 1]]
+    return bounds[:, :, torch.arange(keys, device="cuda") // 90 * 90].to(torch.int32).contiguous()
+
+
+def run(case: Case, rows: int, keys: int, *, seed: int = 0, batch: int = 2, layout: str = "bshd") -> verify.Verdict:
+    """Launch on fresh random inputs and poisoned outputs, and ask the oracle."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    dtype, d, dv = DTYPES[case.dtype], case.head_dim, case.head_dim_v or case.head_dim
+    pad = 0 if case.aligned else 1
+
+    def tensor(length: int, heads: int, size: int) -> torch.Tensor:
+        shape = (batch, length, heads, size + pad) if layout == "bshd" else (batch, heads, length, size + pad)
+        values = torch.randn(shape, device="cuda", generator=g) * case.magnitude
+        return values.to(dtype)[..., :size]
+
+    q, k, v = tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv)
+    out = torch.full_like(tensor(rows, case.heads, dv), torch.nan)
+    lse = torch.full((batch, case.heads, rows), torch.nan, device="cuda")
+    intervals = None
+    if case.intervals:
+        intervals = random_intervals(case.intervals, batch, case.kv_heads, rows, keys, g)
+    alibi = torch.rand(case.heads, device="cuda", generator=g) if case.alibi else None
+    kernel_of(case).launch(
+        q, k, v, out, lse, intervals=intervals, alibi_slopes=alibi, window=case.band, softcap=case.softcap, layout=layout
+    )
+    semantics = verify.Semantics(window=case.band, kind=case.intervals, softcap=case.softcap)
+    return verify.check(out, lse, q, k, v, semantics, intervals=intervals, alibi=alibi, layout=layout)

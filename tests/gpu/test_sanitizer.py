@@ -1,0 +1,31 @@
+"""compute-sanitizer over a small set: no byte out of bounds, no shared-memory hazard."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+SET = """
+from tests.gpu.cases import Case, run
+for name in ("base", "one_stage", "q_in_registers", "overlap", "kv_outer", "split_k", "split_k_kv_outer"):
+    for mask in ("causal", "none"):
+        assert run(Case(name, mask=mask), 70, 99)
+assert run(Case("base", mask="window", window=(20, 10)), 99, 70)
+assert run(Case("base", mask="intervals", intervals="both4"), 70, 99)
+assert run(Case("base", mask="none", aligned=False, head_dim=50), 70, 99)
+assert run(Case("base", head_dim=80), 70, 99)
+print("all right")
+"""
+
+
+@pytest.mark.skipif(not Path(TOOL).exists(), reason="compute-sanitizer is not found")
+@pytest.mark.parametrize("check", ["memcheck", "racecheck"])
+def test_sanitizer(check: str) -> None:
+    command = [TOOL, "--tool", check, "--error-exitcode", "9", "--kernel-regex", "kns=forward_kernel", sys.executable, "-c", SET]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0 and "all right" in done.stdout, (done.stdout + done.stderr)[-3000:]
