@@ -44,3 +44,8 @@ def data_dir(name: str) -> Path:
     package = Path(__file__).parent
     inside = package / name
     return inside if inside.is_dir() else package.parent / name
+
+
+def settings() -> dict[str, str]:
+    """Every FAGEN_* variable that is set, unknown ones among them."""
+    return {name: value for name, value in os.environ.items() if name.startswith("FAGEN_")}

@@ -28,7 +28,7 @@ class UsageError(FagenError):
     exit_code = 2
 
 
-class UnsupportedProblem(FagenError):
+class UnsupportedProblem(FagenError, NotImplementedError):
     """No family can serve the problem; the message names the first reason of each."""
 
 

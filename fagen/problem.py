@@ -106,7 +106,7 @@ class Problem:
     def size_key(self) -> str:
         """What is tuned for and never compiled in: b4/h32-8/q4096-k4096 (and a window's width)."""
         key = f"b{self.batch}/h{self.heads}-{self.kv_heads}/q{self.seqlen_q}-k{self.seqlen_k}"
-        if self.mask == "window":
+        if self.mask in ("window", "intervals") and (self.window_left, self.window_right) != (-1, -1):
             key += f"/w{self.window_left},{self.window_right}"
         return key
 

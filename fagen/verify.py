@@ -115,14 +115,14 @@ def check(
     worst, largest, where = 0.0, 0.0, ""
     masked = semantics.window != (-1, -1) or intervals is not None
     with torch.no_grad():
-        exact_inputs = tuple(t.to(exact) for t in (q, k, v))
+        exact_q, exact_k, exact_v = (t.to(exact) for t in (q, k, v))
         for rows in _row_blocks(q, k):
             seen = None
             if masked:
                 seen = dense(
                     sq, sk, window=semantics.window, intervals=intervals, kind=semantics.kind, rows=rows, device=q.device
                 )
-            ref, ref_lse = attend(*exact_inputs, seen, semantics, alibi, rows)
+            ref, ref_lse = attend(exact_q, exact_k, exact_v, seen, semantics, alibi, rows)
             low, low_lse = attend(q, k, v, seen, semantics, alibi, rows)
             pairs = [("O", out[:, :, rows], ref, low, torch.finfo(out.dtype).eps / 2)]
             if lse is not None:

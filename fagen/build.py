@@ -1,0 +1,387 @@
+"""Source to shared library, through torch's cpp_extension, in a cache addressed by content.
+
+An entry is a folder named for the hash of all that can change the binary. It is built in a private folder and
+published by one rename, its manifest written last; an entry whose manifest does not match its files is a miss.
+Locks only avoid double work: nothing is wrong without them, and nobody waits for ever on one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+import warnings
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+
+from fagen import env, toolchain
+from fagen.compile import parse_ptxas, run_build
+from fagen.errors import BuildError, FagenError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fagen.families import Config, Family
+    from fagen.problem import Problem
+    from fagen.target import Target
+
+KEY_SCHEMA = 1
+MANIFEST = "manifest.json"
+LIBRARY = "kernel.so"
+LOG = "build.log"
+DEFAULT_TIMEOUT = 900.0
+_STALE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published library, and what its build told: compile_seconds, and of nvcc registers, spills, stack, smem."""
+
+    path: Path
+    key: str
+    source_hash: str
+    arch: str = "cpu"
+    facts: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that can change the binary, and nothing else, except `name` and `about` that only describe it."""
+
+    name: str
+    source: str
+    suffix: str  # .cpp or .cu
+    flags: tuple[str, ...]
+    link_flags: tuple[str, ...]
+    arch: str
+    links_torch: bool = False
+    about: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.suffix == ".cu"
+
+    def key(self) -> str:
+        from importlib.metadata import version
+
+        from fagen.target import host
+
+        cpu = host() if "-march=native" in self.flags else None
+        facts = {
+            "schema": KEY_SCHEMA,
+            "source": self.source,
+            "suffix": self.suffix,
+            "flags": self.flags,
+            "link_flags": self.link_flags,
+            "arch": self.arch,
+            "cpu": [cpu.device, cpu.simd] if cpu else None,
+            "cxx": toolchain.compiler_version(toolchain.require_cxx()),
+            "nvcc": toolchain.compiler_version(toolchain.require_nvcc()) if self.is_cuda else None,
+            "torch": version("torch"),
+            "python": sys.implementation.cache_tag if self.links_torch else None,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def folder(self, key: str) -> Path:
+        return env.cache_dir() / "kernels" / f"{self.name}-{key[:16]}"
+
+
+# ---- kernels ------------------------------------------------------------------------------------------------------
+
+
+def flags(target: Target) -> list[str]:
+    """The compiler's flags for kernels of this target, the architecture among them."""
+    from fagen.families import cpu_forward, sm80_forward
+
+    if not target.is_gpu:
+        return list(cpu_forward.FLAGS)
+    number = target.arch.removeprefix("sm_")
+    return [f"-gencode=arch=compute_{number},code=sm_{number}", *sm80_forward.FLAGS]
+
+
+def job(family: Family, problem: Problem, target: Target, config: Config) -> Job:
+    """What building a kernel means, nothing run yet."""
+    from fagen import render
+
+    text = render.source(family, problem, target, config)
+    link_flags = ["-Wl,--as-needed"]
+    if target.is_gpu:
+        home = toolchain.cuda_home(toolchain.require_nvcc())
+        link_flags += [f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    else:
+        link_flags += [flag for flag in flags(target) if flag.startswith("-fopenmp")]
+    about = {
+        "family": family.name,
+        "problem": problem.to_dict(),
+        "static_key": problem.static_key,
+        "config": dict(config),
+        "source_hash": render.source_hash(text),
+    }
+    return Job(
+        name=f"{family.name}-{target.arch}-{problem.static_key.replace('/', '-')}",
+        source=text,
+        suffix=".cu" if target.is_gpu else ".cpp",
+        flags=tuple(flags(target)),
+        link_flags=tuple(link_flags),
+        arch=target.arch,
+        about=about,
+    )
+
+
+def lookup(family: Family, problem: Problem, target: Target, config: Config) -> Artifact | None:
+    """The published kernel, if it is there and intact. Never compiles."""
+    return find(job(family, problem, target, config))
+
+
+def build(
+    family: Family, problem: Problem, target: Target, config: Config, *, timeout: float | None = None
+) -> Artifact:
+    """The published kernel, compiled now if need be."""
+    return make(job(family, problem, target, config), timeout=timeout)
+
+
+def expected_seconds(family: Family, target: Target) -> float:
+    """What a build will take, judged by the latest ones of this family on this machine."""
+    known = []
+    for folder in sorted((env.cache_dir() / "kernels").glob(f"{family.name}-{target.arch}-*"))[-8:]:
+        with suppress(OSError, ValueError, KeyError):
+            known.append(float(json.loads((folder / MANIFEST).read_text())["facts"]["compile_seconds"]))
+    return sorted(known)[len(known) // 2] if known else (15.0 if target.is_gpu else 6.0)
+
+
+# ---- the cache ----------------------------------------------------------------------------------------------------
+
+
+def find(job: Job) -> Artifact | None:
+    key = job.key()
+    return read_entry(job.folder(key), key)
+
+
+def read_entry(folder: Path, key: str | None = None) -> Artifact | None:
+    """The entry of a folder, or None if anything about it is missing, damaged or of another key."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if key is not None and manifest["key"] != key:
+            return None
+        for name, facts in manifest["files"].items():
+            data = (folder / name).read_bytes()
+            if len(data) != facts["bytes"] or hashlib.sha256(data).hexdigest() != facts["sha256"]:
+                return None
+        about = manifest["about"]
+        return Artifact(
+            folder / LIBRARY, manifest["key"], about.get("source_hash", ""), about["arch"], manifest["facts"]
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def make(job: Job, *, timeout: float | None = None) -> Artifact:
+    """Hit, or compile and publish."""
+    key = job.key()
+    folder = job.folder(key)
+    found = read_entry(folder, key)
+    if found:
+        return found
+    if env.flag("FAGEN_DISABLE_JIT"):
+        raise BuildError(
+            f"{job.name} is not built, and FAGEN_DISABLE_JIT forbids to compile",
+            f"looked in {folder}",
+            "build it ahead: FAGEN_DISABLE_JIT=0 fagen build ...",
+        )
+    timeout = DEFAULT_TIMEOUT if timeout is None else timeout
+    private = _private_folder()
+    if private is None:
+        return _make_uncached(job, key, timeout)
+    try:
+        with _locked(key, timeout):
+            found = read_entry(folder, key)  # another process may have built it while this one waited
+            return found or _publish(_compile(job, key, private, timeout), folder, key)
+    except OSError as error:
+        raise _storage_error(job, error) from error
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _private_folder() -> Path | None:
+    """A fresh folder on the cache's file system, or None if the cache cannot be written."""
+    root = env.cache_dir() / "tmp"
+    path = root / f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise BuildError(
+                "no space left for building kernels", str(root), "free some: fagen cache clear, or set FAGEN_CACHE_DIR"
+            ) from error
+        return None
+    _sweep(root)
+    return path
+
+
+def _sweep(root: Path) -> None:
+    """Remove what killed builds left behind."""
+    try:
+        for old in root.iterdir():
+            if time.time() - old.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+    except OSError:
+        pass  # another process sweeps too
+
+
+def _make_uncached(job: Job, key: str, timeout: float) -> Artifact:
+    """The cache is read-only: build for this process alone."""
+    import atexit
+
+    warnings.warn(
+        f"fagen: {env.cache_dir()} cannot be written; {job.name} is built for this process only "
+        "(set FAGEN_CACHE_DIR to a folder that can)",
+        stacklevel=2,
+    )
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="fagen-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        artifact = read_entry(_compile(job, key, folder, timeout), key)
+    except OSError as error:
+        raise _storage_error(job, error) from error
+    assert artifact is not None
+    return artifact
+
+
+@contextmanager
+def _locked(key: str, timeout: float) -> Iterator[None]:
+    """One builder a key, as far as that can be had; a lock that fails or times out means: compile anyway."""
+    lock = None
+    try:
+        folder = env.cache_dir() / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / f"{key[:16]}.lock")
+        lock.acquire(timeout=timeout)
+    except (OSError, NotImplementedError, filelock.Timeout):
+        lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _publish(private: Path, folder: Path, key: str) -> Artifact:
+    """One rename. If somebody else was first, theirs is used; if a damaged entry is in the way, it is replaced."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(3):
+        try:
+            os.rename(private, folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            theirs = read_entry(folder, key)
+            if theirs:
+                return theirs
+            _move_away(folder)
+            continue
+        _sync(folder.parent)
+        ours = read_entry(folder, key)
+        if ours:
+            return ours
+        break
+    raise BuildError(f"{folder.name} was built but cannot be kept", f"{folder}", "run: fagen cache verify")
+
+
+def _move_away(path: Path) -> None:
+    grave = env.cache_dir() / "tmp" / f"damaged-{uuid.uuid4().hex[:12]}"
+    try:
+        os.rename(path, grave)
+    except FileNotFoundError:
+        return  # another process moved it
+    if grave.is_dir():
+        shutil.rmtree(grave, ignore_errors=True)
+    else:
+        grave.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- one compilation ----------------------------------------------------------------------------------------------
+
+
+def _compile(job: Job, key: str, folder: Path, timeout: float) -> Path:
+    """Fill a private folder: source, build log, library, and the manifest last."""
+    source = folder / f"kernel{job.suffix}"
+    source.write_text(job.source)
+    (folder / LOG).touch()
+    start = time.perf_counter()
+    status = run_build(job, source, folder / LOG, timeout)
+    seconds = time.perf_counter() - start
+    log = (folder / LOG).read_text(errors="replace")
+    library = folder / LIBRARY
+    if status != 0 or not library.exists():
+        raise _failure(job, key, folder, log, status, timeout)
+    for extra in folder.iterdir():  # objects and ninja's own files say nothing to a reader
+        if extra.name not in (source.name, LOG, LIBRARY):
+            extra.unlink() if extra.is_file() else shutil.rmtree(extra, ignore_errors=True)
+    facts = {"compile_seconds": round(seconds, 3), **parse_ptxas(log)}
+    files = {}
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        files[path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        _sync(path)
+    about = job.about | {"arch": job.arch, "flags": job.flags, "link_flags": job.link_flags}
+    manifest = {"schema": KEY_SCHEMA, "key": key, "files": files, "facts": facts, "about": about}
+    with open(folder / MANIFEST, "w") as out:
+        json.dump(manifest, out, indent=1, sort_keys=True)
+        out.flush()
+        os.fsync(out.fileno())
+    _sync(folder)
+    return folder
+
+
+_KILLED = re.compile(r"[Kk]illed|died due to signal|signal terminated|code=137|Terminated")
+
+
+def _failure(job: Job, key: str, folder: Path, log: str, status: int | None, timeout: float) -> FagenError:
+    """The error of a failed build; its source and log are kept where the message says."""
+    kept = env.cache_dir() / "failed" / f"{job.name}-{key[:16]}"
+    try:
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+        for name in (f"kernel{job.suffix}", LOG):
+            shutil.copy2(folder / name, kept / name)
+        where = f"source and log: {kept}"
+    except OSError:
+        where = "source and log could not be kept"
+    tail = "\n".join(log.splitlines()[-40:])
+    what = f"cannot compile {job.name}"
+    if status is None:
+        return BuildError(f"{what}: it ran past its limit of {timeout:g} s", where, log=tail, killed=True)
+    if "No space left on device" in log:
+        return BuildError(f"{what}: no space left", where, "free some: fagen cache clear; FAGEN_CACHE_DIR", log=tail)
+    if status < 0 or _KILLED.search(log):
+        remedy = "was memory short? fewer compilers at a time may help"
+        return BuildError(f"{what}: the compiler was killed", where, remedy, log=tail, killed=True)
+    errors = [line.strip() for line in log.splitlines() if re.search(r"\berror\b", line)]
+    return BuildError(what, errors[0][:300] if errors else f"exit code {status}", where, log=tail)
+
+
+def _storage_error(job: Job, error: OSError) -> BuildError:
+    return BuildError(
+        f"cannot keep {job.name}: {error.strerror or error}",
+        f"cache: {env.cache_dir()}",
+        "free some space (fagen cache clear), or set FAGEN_CACHE_DIR to a folder that can be written",
+    )

@@ -1,0 +1,402 @@
+"""The build cache: what is a hit, and that nothing that goes wrong ends in a hang or a wrong library."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fagen import build, compile, toolchain
+from fagen.errors import BuildError, MissingTool
+
+# a source whose compilation outlasts every limit of these tests
+ENDLESS = "#define A(x) x x x x x x x x x x\nint f() { int a = 0; A(A(A(A(A(A(A(++a;))))))) return a; }\n"
+
+
+def job(number: int = 1, **changes: object) -> build.Job:
+    fields: dict = {
+        "name": "probe",
+        "source": f'extern "C" int number() {{ return {number}; }}\n',
+        "suffix": ".cpp",
+        "flags": ("-O1",),
+        "link_flags": (),
+        "arch": "cpu",
+    }
+    return build.Job(**fields | changes)
+
+
+def number_of(artifact: build.Artifact) -> int:
+    return ctypes.CDLL(str(artifact.path)).number()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FAGEN_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler of ours in front of the real one; `rewrite` says what it does before it compiles."""
+    path = tmp_path / "g++"
+    path.write_text(f'#!/bin/sh\n\n\nexec {toolchain.require_cxx()} "$@"\n')
+    path.chmod(0o755)
+    rewrite(path, ":")
+    monkeypatch.setenv("FAGEN_CXX", str(path))
+    return path
+
+
+def rewrite(path: Path, first: str, version: str = "probe 1.0") -> None:
+    lines = path.read_text().splitlines()
+    lines[1] = f'[ "$1" = --version ] && echo "{version}" && exit 0'
+    lines[2] = f'case "$*" in *kernel.cpp*) {first} ;; esac'
+    path.write_text("\n".join(lines) + "\n")
+    os.utime(path, ns=(time.time_ns(), time.time_ns()))
+
+
+def no_leftovers(cache: Path) -> bool:
+    return not any((cache / "tmp").iterdir())
+
+
+# ---- hits and misses ----------------------------------------------------------------------------------------------
+
+
+def test_builds_once(cache: Path) -> None:
+    first = build.make(job(7))
+    assert number_of(first) == 7 and first.facts["compile_seconds"] > 0
+    before = first.path.stat().st_mtime_ns
+    again = build.make(job(7))
+    assert again == first and again.path.stat().st_mtime_ns == before
+    assert {p.name for p in first.path.parent.iterdir()} == {"kernel.cpp", "kernel.so", "build.log", "manifest.json"}
+    assert no_leftovers(cache)
+
+
+def test_find_never_compiles() -> None:
+    assert build.find(job(8)) is None
+    build.make(job(8))
+    assert build.find(job(8)) is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"source": "int x;"}, {"flags": ("-O2",)}, {"link_flags": ("-lm",)}, {"arch": "sm_80"}, {"links_torch": True}],
+)
+def test_all_that_changes_the_binary_changes_the_key(changes: dict) -> None:
+    assert job(**changes).key() != job().key()
+
+
+def test_a_name_does_not_change_the_key() -> None:
+    assert job(name="other", about={"a": 1}).key() == job().key()
+
+
+def test_native_code_is_keyed_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fagen import target
+
+    native = job(flags=("-march=native",))
+    here = native.key()
+    monkeypatch.setattr(target, "host", lambda: target.Target("cpu", "another processor", 4, simd="neon"))
+    assert native.key() != here
+
+
+def test_a_changed_compiler_is_a_miss(compiler: Path) -> None:
+    first = build.make(job())
+    rewrite(compiler, ":", version="probe 2.0")
+    assert build.find(job()) is None
+    assert build.make(job()).key != first.key
+
+
+def test_a_wrapped_compiler_counts_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FAGEN_CXX", raising=False)
+    monkeypatch.setenv("CXX", "ccache g++ -m64")
+    assert toolchain.cxx() is not None and toolchain.cxx().name == "g++"  # type: ignore[union-attr]
+
+
+# ---- damage -------------------------------------------------------------------------------------------------------
+
+
+def _truncate(folder: Path) -> None:
+    data = (folder / "kernel.so").read_bytes()
+    (folder / "kernel.so").write_bytes(data[: len(data) // 2])
+
+
+def _flip(folder: Path) -> None:
+    data = bytearray((folder / "kernel.so").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "kernel.so").write_bytes(bytes(data))
+
+
+def _torn_manifest(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text[: len(text) // 2])
+
+
+def _other_key(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"key": "0" * 64}))
+
+
+def _odd_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('["not", "an", "object"]')
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncate,
+        _flip,
+        _torn_manifest,
+        _other_key,
+        _odd_manifest,
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "kernel.so").unlink(),
+    ],
+)
+def test_a_damaged_entry_is_a_miss_and_is_replaced(damage, cache: Path) -> None:  # noqa: ANN001
+    first = build.make(job(3))
+    damage(first.path.parent)
+    assert build.find(job(3)) is None
+    again = build.make(job(3))
+    assert number_of(again) == 3 and build.find(job(3)) == again
+    assert no_leftovers(cache)
+
+
+def test_a_file_where_the_entry_should_be_is_replaced() -> None:
+    folder = job(4).folder(job(4).key())
+    folder.parent.mkdir(parents=True)
+    folder.write_text("in the way")
+    assert number_of(build.make(job(4))) == 4
+
+
+def test_what_killed_builds_left_is_swept(cache: Path) -> None:
+    old, young = cache / "tmp" / "1-old", cache / "tmp" / "2-young"
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+        (folder / "kernel.cpp").touch()
+    os.utime(old, (1, 1))
+    build.make(job(5))
+    assert not old.exists() and young.exists()
+
+
+# ---- failures -----------------------------------------------------------------------------------------------------
+
+
+def test_a_compile_error_says_where(cache: Path) -> None:
+    with pytest.raises(BuildError) as caught:
+        build.make(job(source="int f( {\n"))
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 3 and "error:" in message and not caught.value.killed
+    kept = Path(message.rpartition(": ")[2])
+    assert (kept / "kernel.cpp").read_text() == "int f( {\n" and "error:" in (kept / "build.log").read_text()
+    assert "error:" in caught.value.log and no_leftovers(cache)
+
+
+def test_a_build_past_its_time_is_killed_with_all_its_processes(cache: Path) -> None:
+    build.make(job())  # the child has imported torch, so that the time measured is the compiler's
+    start = time.monotonic()
+    with pytest.raises(BuildError, match="ran past its limit of 1 s") as caught:
+        build.make(job(source=ENDLESS), timeout=1)
+    assert caught.value.killed and time.monotonic() - start < 10
+    assert not _compilers_of(cache) and no_leftovers(cache)
+    assert number_of(build.make(job(6))) == 6  # and the next one builds
+
+
+def _compilers_of(cache: Path) -> list[str]:
+    """Command lines of running processes that name the cache, patient with those that are just ending."""
+    for _ in range(50):
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+            except OSError:
+                continue
+            if str(cache).encode() in command:
+                found.append(command.decode(errors="replace"))
+        if not found:
+            return []
+        time.sleep(0.1)
+    return found
+
+
+def test_a_killed_compiler_is_told_from_an_error(compiler: Path) -> None:
+    rewrite(compiler, "kill -9 $$")
+    with pytest.raises(BuildError, match="the compiler was killed") as caught:
+        build.make(job())
+    assert caught.value.killed
+    rewrite(compiler, ":")
+    assert number_of(build.make(job())) == 1
+
+
+def test_a_killed_build_process_is_an_error_and_then_replaced(compiler: Path) -> None:
+    build.make(job())
+    builder = compile._idle[-1]._process
+    rewrite(compiler, f"kill -9 {builder.pid}; sleep 1")
+    with pytest.raises(BuildError, match="the build process died"):
+        build.make(job(2))
+    rewrite(compiler, ":")
+    assert number_of(build.make(job(2))) == 2
+
+
+def test_a_full_disk_at_the_compiler(compiler: Path) -> None:
+    rewrite(compiler, 'echo "error writing to kernel.o: No space left on device" >&2; exit 1')
+    with pytest.raises(BuildError, match="no space left") as caught:
+        build.make(job())
+    assert "fagen cache clear" in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("where", ["mkdir", "write_text", "rename"])
+def test_a_full_disk_on_our_side(where: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    def full(*args: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    build.make(job())
+    with monkeypatch.context() as patch:
+        patch.setattr(os if where == "rename" else Path, where, full)
+        with pytest.raises(BuildError, match="(?i)no space left") as caught:
+            build.make(job(9))
+    assert "FAGEN_CACHE_DIR" in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+    assert number_of(build.make(job(9))) == 9
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_read_only_cache_serves_hits_and_builds_for_this_process(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hit = build.make(job(1))
+    real = Path.mkdir
+
+    def refuse(path: Path, *args: object, **named: object) -> None:
+        if str(path).startswith(os.environ["FAGEN_CACHE_DIR"]):
+            raise OSError(code, os.strerror(code))
+        real(path, *args, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert build.make(job(1)) == hit
+    with pytest.warns(UserWarning, match="cannot be written"):
+        made = build.make(job(2))
+    assert number_of(made) == 2 and build.find(job(2)) is None
+
+
+def test_a_cache_that_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FAGEN_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert number_of(build.make(job(11))) == 11
+
+
+def test_a_lock_held_by_somebody_else_delays_but_never_stops(cache: Path) -> None:
+    import filelock
+
+    (cache / "locks").mkdir(parents=True)
+    with filelock.FileLock(cache / "locks" / f"{job(12).key()[:16]}.lock"):
+        start = time.monotonic()
+        # the lock's timeout is the build's own
+        assert number_of(build.make(job(12), timeout=2)) == 12
+        assert time.monotonic() - start >= 2
+
+
+def test_compiling_may_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    build.make(job(1))
+    monkeypatch.setenv("FAGEN_DISABLE_JIT", "1")
+    build.make(job(1))
+    with pytest.raises(BuildError, match="fagen build"):
+        build.make(job(2))
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FAGEN_CXX", str(tmp_path / "none"))
+    with pytest.raises(MissingTool, match="no C\\+\\+ compiler") as caught:
+        build.make(job())
+    assert caught.value.exit_code == 4
+    broken = tmp_path / "broken"
+    broken.write_text("#!/nowhere\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("FAGEN_CXX", str(broken))
+    with pytest.raises(MissingTool, match="cannot be run"):
+        build.make(job())
+
+
+# ---- processes side by side ---------------------------------------------------------------------------------------
+
+_BUILD = """
+import sys
+sys.path.insert(0, {root!r})
+sys.path.insert(0, {here!r})
+from test_build import build, job, number_of, ENDLESS
+artifact = build.make(job({number}{more}))
+print(artifact.path, number_of(artifact))
+"""
+
+
+def _start(number: int, more: str = "") -> subprocess.Popen:
+    here = Path(__file__).parent
+    code = _BUILD.format(root=str(here.parents[1]), here=str(here), number=number, more=more)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_build_the_same_kernel_once(compiler: Path, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    rewrite(compiler, f"echo x >> {count}; sleep 1")
+    racing = [_start(13) for _ in range(2)]
+    results = [process.communicate(timeout=120) for process in racing]
+    assert all(process.returncode == 0 for process in racing), results
+    assert len({out for out, _ in results}) == 1 and results[0][0].split()[-1] == "13"
+    assert count.read_text().count("x") == 1
+
+
+def test_two_processes_without_locks_both_end_well(cache: Path, compiler: Path, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    rewrite(compiler, f"echo x >> {count}; sleep 2")
+    cache.mkdir()
+    (cache / "locks").write_text("no folder, hence no locks")
+    racing = [_start(14) for _ in range(2)]
+    results = [process.communicate(timeout=120) for process in racing]
+    assert all(process.returncode == 0 for process in racing), results
+    assert len({out for out, _ in results}) == 1
+    assert count.read_text().count("x") == 2 and no_leftovers(cache)
+
+
+def test_a_killed_process_leaves_no_compiler_and_no_lock(cache: Path) -> None:
+    process = _start(1, ", source=ENDLESS")
+    for _ in range(600):
+        if list(cache.glob("tmp/*/build.ninja")):
+            break
+        time.sleep(0.1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.communicate()
+    assert not _compilers_of(cache)
+    assert not list(cache.glob("kernels/*"))
+    assert number_of(build.make(job(15))) == 15
+
+
+# ---- what ptxas says ----------------------------------------------------------------------------------------------
+
+
+CUDA = """
+#include <cuda_fp16.h>
+__global__ void twice(half* x) { __shared__ half s[64]; s[threadIdx.x] = x[threadIdx.x]; __syncthreads();
+  x[threadIdx.x] = s[63 - threadIdx.x] * half(2); }
+extern "C" int number() { return 21; }
+extern "C" int run(half* x) { twice<<<1, 64>>>(x); return cudaGetLastError(); }
+"""
+
+
+@pytest.mark.skipif(toolchain.nvcc() is None, reason="needs nvcc")
+def test_a_kernel_for_a_gpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")  # the flags decide, whatever torch is told
+    home = toolchain.cuda_home(toolchain.require_nvcc())
+    flags = ("-gencode=arch=compute_80,code=sm_80", "-Xptxas", "-v")
+    link = (f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread")
+    made = build.make(job(source=CUDA, suffix=".cu", flags=flags, link_flags=link, arch="sm_80"))
+    assert number_of(made) == 21
+    assert made.facts["registers"] > 0 and made.facts["spill_bytes"] == 0 and made.facts["smem_bytes"] == 128
+    assert "torch" not in subprocess.run(["ldd", made.path], capture_output=True, text=True).stdout
+    log = (made.path.parent / "build.log").read_text()
+    assert "sm_80" in log and "sm_90" not in log
