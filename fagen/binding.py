@@ -1,0 +1,162 @@
+"""Builds and loads the C++ ops once, and answers what they ask of Python: resolve, fallback, fail."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fagen import build, env
+from fagen.errors import BuildError, FagenError, LaunchError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fagen.build import Artifact
+
+_FLAGS = ("-O2", "-std=c++20", "-fvisibility=hidden")
+
+_FUNCTIONS = ("fagen_launch", "fagen_error", "fagen_workspace_bytes")  # in the order in which the C++ reads them
+
+_lock = threading.RLock()
+_module: Any = None
+_failure: FagenError | None = None
+_libraries: list[Any] = []  # torch unregisters what is collected
+
+
+def job() -> build.Job:
+    from fagen import render
+
+    folder = Path(__file__).parent / "csrc"
+    table = (folder / "table.h").read_text().replace("#pragma once\n", "")
+    source = re.sub(r'#include "table.h"[^\n]*\n', lambda _: table, (folder / "binding.cpp").read_text())
+    return build.Job("torch-binding", render.fold(source), ".cpp", _FLAGS, (), "cpu", links_torch=True)
+
+
+def make() -> Artifact:
+    """The built binding; `fagen build` calls this too, so that a first call need not compile."""
+    return build.make(job())
+
+
+def load() -> Any:
+    """The extension module with its ops registered, or None (warned once) where it cannot be built."""
+    global _module, _failure
+    with _lock:
+        if _module is None and _failure is None:
+            try:
+                _module = _import(_build())
+            except FagenError as error:
+                _failure = error
+                reason = " ".join(str(error).splitlines())
+                warnings.warn(f"fagen: calls take a slow road, the C++ binding cannot be built: {reason}", stacklevel=3)
+        return _module
+
+
+def _build() -> Artifact:
+    this = job()
+    found = build.find(this)
+    if found:
+        return found
+    say("compiling the PyTorch binding (about 20 s, once)")
+    return build.make(this)
+
+
+def say(text: str) -> None:
+    """One line to stderr when a call is about to take long."""
+    if not env.flag("FAGEN_QUIET"):
+        print(f"fagen: {text}", file=sys.stderr, flush=True)
+
+
+def _import(artifact: Artifact) -> Any:
+    from importlib.machinery import ExtensionFileLoader
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    import torch  # noqa: F401  (the library binds to torch's)
+
+    loader = ExtensionFileLoader("kernel", str(artifact.path))
+    spec = spec_from_file_location("kernel", artifact.path, loader=loader)
+    assert spec is not None
+    try:
+        module = module_from_spec(spec)
+        loader.exec_module(module)
+    except ImportError as error:
+        raise BuildError("the C++ binding cannot be loaded", str(error), "run: fagen cache clear") from error
+    _register()
+    return module
+
+
+def _register() -> None:
+    import torch
+
+    library = torch.library.Library("fagen", "IMPL")
+    library.impl("resolve", _resolve, "CompositeExplicitAutograd")
+    library.impl("fallback", _fallback, "CompositeImplicitAutograd")
+    library.impl("fail", _fail, "CompositeExplicitAutograd")
+    _libraries.append(library)
+    for name, fake in (("forward", _fake), ("forward_lse", _fake_lse), ("forward_out", _fake_out)):
+        torch.library.register_fake(f"fagen::{name}", fake)
+
+
+def _fail(what: str, numbers: str) -> None:
+    raise LaunchError(what, numbers)
+
+
+_Args = tuple[Any, ...]
+
+
+def _named(args: _Args) -> dict[str, Any]:
+    """The arguments that all ops begin with, after q, k and v, as `api.describe` and `fallback.attend` want them."""
+    intervals, alibi_slopes, bhsd, causal, left, right, softcap, scale = args
+    return {
+        "layout": "bhsd" if bhsd else "bshd",
+        "causal": causal,
+        "window": (left, right),
+        "intervals": intervals,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "scale": scale,
+    }
+
+
+def _resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> list[int]:
+    """The functions of the kernel for a call that the table does not know; none where PyTorch computes."""
+    from fagen import api
+
+    kernel = api.resolve(q, k, v, out=args[-1], **_named(args[:-1]))
+    if kernel is None:
+        return []
+    return [kernel.library.address(name) for name in _FUNCTIONS]
+
+
+def _fallback(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from fagen import fallback
+
+    return fallback.attend(q, k, v, **_named(args))
+
+
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def _fake_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    head, row = (1, 2) if args[2] else (2, 1)
+    lse = q.new_empty((q.shape[0], q.shape[head], q.shape[row]), dtype=torch.float32)
+    return _fake(q, k, v), lse
+
+
+def _fake_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:
+    import torch
+
+    want_lse = args[-2]
+    return _fake_lse(q, k, v, *args)[1] if want_lse else q.new_empty((0,), dtype=torch.float32)
+
+
+def forget() -> None:
+    """Let every following call choose its kernel anew (after tuning in the same process, say)."""
+    if _module is not None:
+        _module.forget()

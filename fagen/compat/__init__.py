@@ -1,0 +1,1 @@
+"""The signatures that people already use, on top of `fagen.attention`."""

@@ -1,0 +1,274 @@
+// The PyTorch ops of fagen, and the short way from Python to a kernel.
+//
+// forward, forward_lse and forward_out find their kernel in the table of table.h, fill its params and launch, or let
+// PyTorch compute (op `fallback`). No CUDA header: streams and devices go through c10.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "table.h"  // pasted in by binding.py
+
+namespace fagen {
+
+// ---- launching ------------------------------------------------------------------------------------------------------
+
+void put_strides(int64_t (&stride)[3], const Tensor& t, const Call& c) {
+  stride[0] = t.stride(0);
+  stride[1] = t.stride(c.row());
+  stride[2] = t.stride(c.head());
+}
+
+fagen_params params_of(const Call& c, const Tensor& out, const Tensor* lse) {
+  fagen_params p{};
+  p.q = c.q.const_data_ptr();
+  p.k = c.k.const_data_ptr();
+  p.v = c.v.const_data_ptr();
+  p.o = out.data_ptr();
+  put_strides(p.q_stride, c.q, c);
+  put_strides(p.k_stride, c.k, c);
+  put_strides(p.v_stride, c.v, c);
+  put_strides(p.o_stride, out, c);
+  if (lse) p.lse = lse->data_ptr<float>();
+  if (c.intervals) {
+    const Tensor& t = *c.intervals;
+    p.intervals = t.const_data_ptr<int32_t>();
+    p.mask_heads = static_cast<int32_t>(t.size(1));
+    p.intervals_stride[0] = t.size(0) > 1 ? t.stride(0) : 0;
+    p.intervals_stride[1] = t.stride(1);
+    p.intervals_stride[2] = t.stride(2);
+  }
+  if (c.alibi_slopes) {
+    p.alibi_slopes = c.alibi_slopes->const_data_ptr<float>();
+    p.alibi_stride = c.alibi_slopes->dim() == 2 && c.alibi_slopes->size(0) > 1 ? c.alibi_slopes->stride(0) : 0;
+  }
+  p.batch = static_cast<int32_t>(c.q.size(0));
+  p.seqlen_q = static_cast<int32_t>(c.q.size(c.row()));
+  p.heads = static_cast<int32_t>(c.q.size(c.head()));
+  p.seqlen_k = static_cast<int32_t>(c.k.size(c.row()));
+  p.kv_heads = static_cast<int32_t>(c.k.size(c.head()));
+  p.head_dim = static_cast<int32_t>(c.q.size(3));
+  p.head_dim_v = static_cast<int32_t>(c.v.size(3));
+  p.window_left = static_cast<int32_t>(c.window_left);
+  p.window_right = static_cast<int32_t>(c.right());
+  p.scale = static_cast<float>(c.scale ? *c.scale : 1.0 / std::sqrt(static_cast<double>(c.q.size(3))));
+  p.softcap = static_cast<float>(c.softcap);
+  return p;
+}
+
+void* current_stream(const at::Device& device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+void launch(const Entry& entry, const Call& c, const Tensor& out, const Tensor* lse) {
+  fagen_params p = params_of(c, out, lse);
+  const bool gpu = c.q.is_cuda();
+  const c10::OptionalDeviceGuard guard(gpu ? std::optional<at::Device>(c.q.device()) : std::nullopt);
+  Tensor workspace;
+  if (const uint64_t need = entry.workspace_bytes(&p)) {
+    workspace = at::empty({static_cast<int64_t>(need) + kWorkspaceAlignment}, c.q.options().dtype(at::kByte));
+    const auto start = reinterpret_cast<uintptr_t>(workspace.data_ptr());
+    p.workspace =
+        reinterpret_cast<void*>((start + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment);
+  }
+  const int status = entry.launch(&p, gpu ? current_stream(c.q.device()) : nullptr);
+  if (status != 0) {
+    static const auto fail = handle<void(c10::string_view, c10::string_view)>("fagen::fail");
+    fail.call("a kernel could not run", entry.error(status));
+  }
+}
+
+Tensor new_out(const Call& c) {
+  std::array<int64_t, 4> sizes = {c.q.size(0), c.q.size(1), c.q.size(2), c.v.size(3)};
+  return at::empty(sizes, c.q.options());
+}
+
+Tensor new_lse(const Call& c) {
+  return at::empty({c.q.size(0), c.q.size(c.head()), c.q.size(c.row())}, c.q.options().dtype(at::kFloat));
+}
+
+std::tuple<Tensor, Tensor> by_torch(const Call& c) {
+  static const auto op = handle<ForwardLse>("fagen::fallback");
+  return op.call(FAGEN_FIELDS(c));
+}
+
+Tensor forward(FAGEN_PARAMS) {
+  const Call c{FAGEN_ARGS};
+  const Entry entry = find(c, nullptr);
+  if (!entry.launch) return std::get<0>(by_torch(c));
+  Tensor out = new_out(c);
+  launch(entry, c, out, nullptr);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> forward_lse(FAGEN_PARAMS) {
+  const Call c{FAGEN_ARGS};
+  const Entry entry = find(c, nullptr);
+  if (!entry.launch) return by_torch(c);
+  Tensor out = new_out(c), lse = new_lse(c);
+  launch(entry, c, out, &lse);
+  return {out, lse};
+}
+
+// Fills `out`; returns the LSE, or an empty tensor if it is not wanted.
+Tensor forward_out(FAGEN_PARAMS, bool want_lse, Tensor& out) {
+  const Call c{FAGEN_ARGS};
+  const Entry entry = find(c, &out);
+  if (!entry.launch) {
+    auto [result, lse] = by_torch(c);
+    out.copy_(result);
+    return want_lse ? lse : at::empty({0}, lse.options());
+  }
+  Tensor lse = want_lse ? new_lse(c) : at::empty({0}, c.q.options().dtype(at::kFloat));
+  launch(entry, c, out, want_lse ? &lse : nullptr);
+  return lse;
+}
+
+// ---- gradients ------------------------------------------------------------------------------------------------------
+
+bool needs_grad(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& alibi_slopes) {
+  return at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad() ||
+                                        (alibi_slopes && alibi_slopes->requires_grad()));
+}
+
+Tensor forward_autograd(FAGEN_PARAMS) {
+  static const auto op = handle<Forward>("fagen::forward");
+  if (needs_grad(q, k, v, alibi_slopes)) return std::get<0>(by_torch(Call{FAGEN_ARGS}));
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(FAGEN_ARGS);
+}
+
+std::tuple<Tensor, Tensor> forward_lse_autograd(FAGEN_PARAMS) {
+  static const auto op = handle<ForwardLse>("fagen::forward_lse");
+  if (needs_grad(q, k, v, alibi_slopes)) return by_torch(Call{FAGEN_ARGS});
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(FAGEN_ARGS);
+}
+
+// ---- from Python ----------------------------------------------------------------------------------------------------
+
+// A plain tensor: no subclass whose __torch_function__ would want to see the call.
+bool plain(PyObject* object) { return THPVariable_CheckExact(object); }
+
+// One that has kernels; the dispatcher would send a mixture to whichever device it ranks highest.
+bool one_device(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& a, const MaybeTensor& b) {
+  const at::Device device = q.device();
+  return (device.is_cpu() || device.is_cuda()) && k.device() == device && v.device() == device &&
+         (!a || a->device() == device) && (!b || b->device() == device);
+}
+
+bool window_bound(PyObject* object, int64_t& bound) {
+  if (object == Py_None) return bound = -1, true;
+  if (!PyLong_CheckExact(object)) return false;
+  int overflow = 0;
+  bound = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return !overflow && bound >= -1 && bound <= INT32_MAX;
+}
+
+bool number(PyObject* object, double& value) {
+  if (PyFloat_CheckExact(object)) return value = PyFloat_AS_DOUBLE(object), true;
+  if (PyLong_CheckExact(object)) return value = PyLong_AsDouble(object), !PyErr_Occurred();
+  return false;
+}
+
+// attention(q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse) of the usual kind;
+// None for everything else, which the caller then handles at leisure.
+PyObject* fast_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 11 || !plain(args[0]) || !plain(args[1]) || !plain(args[2])) Py_RETURN_NONE;
+  const bool bhsd = PyUnicode_Check(args[3]) && PyUnicode_CompareWithASCIIString(args[3], "bhsd") == 0;
+  if (!bhsd && !(PyUnicode_Check(args[3]) && PyUnicode_CompareWithASCIIString(args[3], "bshd") == 0)) Py_RETURN_NONE;
+  if (!PyBool_Check(args[4]) || !PyTuple_CheckExact(args[5]) || PyTuple_GET_SIZE(args[5]) != 2) Py_RETURN_NONE;
+  int64_t left = -1, right = -1;
+  if (!window_bound(PyTuple_GET_ITEM(args[5], 0), left) || !window_bound(PyTuple_GET_ITEM(args[5], 1), right))
+    Py_RETURN_NONE;
+  double softcap = 0, scale = 0;
+  if (!number(args[7], softcap) || (args[9] != Py_None && !number(args[9], scale))) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  MaybeTensor intervals, alibi_slopes;
+  if (args[6] != Py_None) {
+    if (!plain(args[6])) Py_RETURN_NONE;
+    intervals = THPVariable_Unpack(args[6]);
+  }
+  if (args[8] != Py_None) {
+    if (!plain(args[8])) Py_RETURN_NONE;
+    alibi_slopes = THPVariable_Unpack(args[8]);
+  }
+  if (!PyBool_Check(args[10])) Py_RETURN_NONE;
+  const Tensor &q = THPVariable_Unpack(args[0]), &k = THPVariable_Unpack(args[1]), &v = THPVariable_Unpack(args[2]);
+  if (!one_device(q, k, v, intervals, alibi_slopes) || needs_grad(q, k, v, alibi_slopes)) Py_RETURN_NONE;
+  if (at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
+  const auto maybe_scale = args[9] == Py_None ? std::nullopt : std::optional<double>(scale);
+  const bool causal = args[4] == Py_True;
+  if (args[10] == Py_True) {
+    static const auto op = handle<ForwardLse>("fagen::forward_lse");
+    std::tuple<Tensor, Tensor> both;
+    {
+      const pybind11::gil_scoped_release release;
+      both = op.call(q, k, v, intervals, alibi_slopes, bhsd, causal, left, right, softcap, maybe_scale);
+    }
+    THPObjectPtr out(THPVariable_Wrap(std::move(std::get<0>(both)))),
+        lse(THPVariable_Wrap(std::move(std::get<1>(both))));
+    return PyTuple_Pack(2, out.get(), lse.get());
+  }
+  static const auto op = handle<Forward>("fagen::forward");
+  Tensor out;
+  {
+    const pybind11::gil_scoped_release release;
+    out = op.call(q, k, v, intervals, alibi_slopes, bhsd, causal, left, right, softcap, maybe_scale);
+  }
+  return THPVariable_Wrap(std::move(out));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* forget_all(PyObject*, PyObject*) {
+  forget();
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast_attention)), METH_FASTCALL, nullptr},
+    {"forget", forget_all, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "kernel", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace fagen
+
+TORCH_LIBRARY(fagen, m) {
+  m.def("forward(" FAGEN_SCHEMA ") -> Tensor");
+  m.def("forward_lse(" FAGEN_SCHEMA ") -> (Tensor, Tensor)");
+  m.def("forward_out(" FAGEN_SCHEMA ", bool want_lse, Tensor(a!) out) -> Tensor");
+  // implemented in Python
+  m.def("resolve(" FAGEN_SCHEMA ", Tensor? out) -> int[]");
+  m.def("fallback(" FAGEN_SCHEMA ") -> (Tensor, Tensor)");
+  m.def("fail(str what, str numbers) -> ()");
+}
+
+#define FAGEN_REGISTER(m)                     \
+  m.impl("forward", &fagen::forward);         \
+  m.impl("forward_lse", &fagen::forward_lse); \
+  m.impl("forward_out", &fagen::forward_out)
+
+TORCH_LIBRARY_IMPL(fagen, CPU, m) { FAGEN_REGISTER(m); }
+TORCH_LIBRARY_IMPL(fagen, CUDA, m) { FAGEN_REGISTER(m); }
+TORCH_LIBRARY_IMPL(fagen, Autograd, m) {
+  m.impl("forward", &fagen::forward_autograd);
+  m.impl("forward_lse", &fagen::forward_lse_autograd);
+  m.impl("forward_out", torch::CppFunction::makeFallthrough());
+}
+
+PyMODINIT_FUNC PyInit_kernel() { return PyModule_Create(&fagen::module); }

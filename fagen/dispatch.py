@@ -1,0 +1,187 @@
+"""Which kernel serves a problem: a recorded winner, else a family's default, else PyTorch. Never tunes, never lies."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fagen import families
+from fagen.errors import FagenError
+from fagen.problem import Problem
+from fagen.target import Target, gpu, host
+
+if TYPE_CHECKING:
+    import torch
+
+    from fagen.db import Record
+    from fagen.families import Config, Family
+
+PROVENANCES = {
+    "exact": "tuned on this device for exactly this size",
+    "nearest": "tuned on this device for the nearest size",
+    "arch": "tuned on another device of this architecture",
+    "default": "never tuned: the family's default",
+    "none": "no kernel of ours",
+}
+_MAX_REASONS = 4  # of records that were passed over; a database has thousands
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What serves a problem, and why each other choice does not."""
+
+    kind: str  # "family" or "torch"
+    provenance: str  # a key of PROVENANCES
+    family: Family | None = None
+    config: Config | None = None
+    record: Record | None = None
+    reasons: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "family": self.family.name if self.family else None,
+            "config": dict(self.config) if self.config else None,
+            "provenance": self.provenance,
+            "record": self.record.key if self.record else None,
+            "reasons": self.reasons,
+        }
+
+
+def choose(problem: Problem, target: Target) -> Choice:
+    """An exact record, the nearest, one of the same arch, the first able family's default, the next one's, PyTorch."""
+    from fagen.db import Database
+
+    able, refusals = families.candidates(problem, target)
+    reasons = [f"{name}: {reason}" for name, reason in refusals.items()]
+    if not able:
+        return Choice("torch", "none", reasons=reasons)
+    skipped = 0
+    for record, provenance in Database.load().candidates(problem, target):
+        family = next((f for f in able if f.name == record.family), None)
+        config = None
+        if family is None:
+            reason = refusals.get(record.family, "no such family")
+        else:
+            try:
+                config = family.config(record.config)
+                reason = ": ".join(family.rejects(problem, target, config) or ())
+            except FagenError as error:
+                reason = error.what
+        if not reason:
+            _say_runners_up(reasons, problem, provenance, skipped)
+            return Choice("family", provenance, family, config, record, reasons)
+        skipped += 1
+        if skipped <= _MAX_REASONS:
+            reasons.append(f"{provenance} record {record.key} ({record.family}): {reason}")
+    _say_runners_up(reasons, problem, "default", skipped)
+    for family in able:
+        try:
+            config = family.require(problem, target, family.default(problem, target))
+        except FagenError as error:
+            reasons.append(f"{family.name}: its default does not fit: {error.what}")
+            continue
+        return Choice("family", "default", family, config, reasons=reasons)
+    return Choice("torch", "none", reasons=reasons)
+
+
+def _say_runners_up(reasons: list[str], problem: Problem, provenance: str, skipped: int) -> None:
+    """Why the better provenances were not to be had."""
+    if skipped > _MAX_REASONS:
+        reasons.append(f"{skipped - _MAX_REASONS} more records do not fit")
+    missing = {
+        "exact": f"exact: no usable record of {problem.key} on this device",
+        "nearest": f"nearest: no usable record of {problem.static_key} on this device",
+        "arch": f"arch: no usable record of {problem.static_key} on this architecture",
+    }
+    for name, text in missing.items():
+        if name == provenance:
+            break
+        reasons.append(text)
+
+
+@functools.cache
+def _gpu(index: int) -> Target | None:
+    return gpu(index)
+
+
+def target_of(device: torch.device) -> Target | None:
+    """Where a tensor lives; None for devices that no family knows."""
+    if device.type == "cpu":
+        return host()
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return _gpu(device.index if device.index is not None else torch.cuda.current_device())
+
+
+# ---- explain ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call of `fagen.attention` would do. `str()` is for people."""
+
+    problem: Problem | None
+    target: Target | None
+    choice: Choice
+    built: bool | None  # None: not known, or nothing to build
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "problem": self.problem.to_dict() if self.problem else None,
+            "key": self.problem.key if self.problem else None,
+            "target": {"arch": self.target.arch, "device": self.target.device} if self.target else None,
+            **self.choice.to_dict(),
+            "built": self.built,
+            "facts": self.facts,
+        }
+
+    def __str__(self) -> str:
+        choice = self.choice
+        lines = [f"problem  {self.problem.key}"] if self.problem else []
+        lines += [f"target   {self.target}"] if self.target else []
+        if choice.kind == "torch":
+            lines.append("picked   PyTorch (fallback)")
+        else:
+            assert choice.family is not None
+            lines.append(f"picked   {choice.family.name} ({choice.provenance}: {PROVENANCES[choice.provenance]})")
+            lines.append(f"config   {choice.config}")
+        if choice.record:
+            r = choice.record
+            lines.append(f"record   {r.key}: {r.seconds * 1e3:.4g} ms ±{r.spread * 1e3:.2g}, {r.device}, {r.date}")
+        if self.built is not None:
+            lines.append(f"built    {'yes' if self.built else 'not yet: the first call compiles it'}")
+        lines += [f"not      {reason}" for reason in choice.reasons]
+        return "\n".join(lines)
+
+
+def explain_problem(problem: Problem, target: Target) -> Report:
+    """What serves the problem; nothing is compiled."""
+    from fagen import build
+
+    choice = choose(problem, target)
+    if choice.kind == "torch":
+        return Report(problem, target, choice, None)
+    assert choice.family is not None and choice.config is not None
+    try:
+        artifact = build.lookup(choice.family, problem, target, choice.config)
+    except FagenError as error:  # no compiler: then nothing is built either
+        choice.reasons.append(f"{choice.family.name}: cannot be built here: {error.what}")
+        return Report(problem, target, choice, False)
+    return Report(problem, target, choice, artifact is not None, artifact.facts if artifact else {})
+
+
+def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Report:
+    """What `fagen.attention` would do with the same arguments, and why each other choice was not taken."""
+    from fagen import api
+
+    call = api.describe(q, k, v, **options)
+    if call.refusal:
+        target = target_of(q.device)
+        return Report(call.problem, target, Choice("torch", "none", reasons=[call.refusal]), None)
+    assert call.problem is not None and call.target is not None
+    return explain_problem(call.problem, call.target)

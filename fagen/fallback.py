@@ -1,0 +1,106 @@
+"""Attention by PyTorch itself, for what no kernel of ours serves: slower, and right, masks and gradients included."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from fagen.masks import dense, interval_kind
+from fagen.verify import Semantics
+from fagen.verify import attend as plain_attend
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EMPTY = "there is nothing to compute"
+_BYTES_A_BLOCK = 256 << 20  # of scores at a time
+
+_warned: set[str] = set()
+
+
+class FallbackWarning(UserWarning):
+    """A call is served by PyTorch; the message says why."""
+
+
+def warn(reason: str) -> None:
+    """Once a reason and process, and never while torch.compile traces."""
+    if torch.compiler.is_compiling() or reason in _warned or reason == EMPTY:
+        return
+    _warned.add(reason)
+    warnings.warn(f"fagen: PyTorch computes instead: {reason}", FallbackWarning, stacklevel=4)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    layout: str,
+    causal: bool,
+    window: tuple[int, int],
+    intervals: torch.Tensor | None,
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    scale: float | None,
+    want_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) in the caller's layout. Without `want_lse` the lse may be empty."""
+    if layout == "bshd":
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if 0 in q.shape or 0 in k.shape:
+        out, lse = q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+    elif not want_lse and intervals is None and not softcap and alibi_slopes is None and _sdpa_serves(q, k, window):
+        out, lse = _by_sdpa(q, k, v, window, scale), q.new_empty(0, dtype=torch.float32)
+    else:
+        kind = interval_kind(intervals.shape[3], causal) if intervals is not None else ""
+        semantics = Semantics(window if not causal else (window[0], 0), kind, softcap, scale)
+        out, lse = _by_blocks(q, k, v, semantics, intervals, alibi_slopes)
+    out = out.transpose(1, 2) if layout == "bshd" else out
+    return out.contiguous(), lse
+
+
+def _sdpa_serves(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> bool:
+    return window == (-1, -1) or (window == (-1, 0) and q.shape[2] == k.shape[2])
+
+
+def _by_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: tuple[int, int], scale: float | None
+) -> torch.Tensor:
+    shared = q.shape[1] != k.shape[1]
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=window == (-1, 0), scale=scale, enable_gqa=shared
+    )
+
+
+def _by_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    semantics: Semantics,
+    intervals: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of rows, so that the scores of long sequences fit; halves are computed in float32."""
+    wide = torch.float32 if q.dtype.itemsize < 4 else q.dtype
+    dtype, (q, k, v) = q.dtype, (t.to(wide) for t in (q, k, v))
+    outs, lses = [], []
+    for rows in _blocks(q, k):
+        seen = None
+        if semantics.window != (-1, -1) or intervals is not None:
+            seen = dense(
+                q.shape[2], k.shape[2], window=semantics.window, intervals=intervals, kind=semantics.kind, rows=rows,
+                device=q.device,
+            )  # fmt: skip
+        out, lse = plain_attend(q, k, v, seen, semantics, alibi_slopes, rows)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, dim=2).to(dtype), torch.cat(lses, dim=2).float()
+
+
+def _blocks(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
+    step = max(64, _BYTES_A_BLOCK // max(1, q.shape[0] * q.shape[1] * k.shape[2] * 4))
+    for start in range(0, q.shape[2], step):
+        yield slice(start, min(start + step, q.shape[2]))

@@ -1,0 +1,177 @@
+"""Which kernel a problem gets, in which order, and that the answer says why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fagen
+from fagen import binding, db, dispatch, fallback, families, target, verify
+from fagen.families import Config
+from fagen.problem import Problem
+
+FAMILY = families.get("cpu_forward")
+HERE = target.host()
+PROBLEM = Problem(dtype="fp32", head_dim=16, mask="causal", heads=2, seqlen_q=64)
+
+
+@pytest.fixture(autouse=True)
+def overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path))
+    monkeypatch.setattr(db, "default_paths", lambda: (tmp_path / "shipped", tmp_path))
+    monkeypatch.setattr(fallback, "_warned", set())
+    yield tmp_path
+    if binding._module is not None:
+        binding.forget()
+
+
+def other_config(different_from: Config | None = None) -> Config:
+    """Some legal config that is not the default."""
+    default = FAMILY.default(PROBLEM, HERE)
+    for knob in FAMILY.knobs:
+        for choice in knob.choices:
+            config = default.replace(**{knob.name: choice})
+            if config not in (default, different_from) and not FAMILY.rejects(PROBLEM, HERE, config):
+                return config
+    raise AssertionError("the family has a single legal config")
+
+
+def record(problem: Problem = PROBLEM, config: dict | None = None, **changes: object) -> db.Record:
+    fields: dict = {
+        "problem": problem, "arch": "cpu", "device": HERE.device, "family": FAMILY.name,
+        "config": dict(other_config()) if config is None else config, "seconds": 1e-3, "spread": 1e-5,
+        "default_seconds": 2e-3, "error": 1e-6, "source_hash": "0" * 16, "date": "2026-01-01",
+    }  # fmt: skip
+    return db.Record(**fields | changes)
+
+
+def choose(*records: db.Record, problem: Problem = PROBLEM) -> dispatch.Choice:
+    db.put(records)
+    return dispatch.choose(problem, HERE)
+
+
+def test_never_tuned() -> None:
+    choice = choose()
+    assert (choice.kind, choice.provenance) == ("family", "default") and choice.family is FAMILY
+    assert choice.config == FAMILY.default(PROBLEM, HERE) and choice.record is None
+    assert [r.partition(":")[0] for r in choice.reasons] == ["sm80_forward", "exact", "nearest", "arch"]
+
+
+def test_an_exact_record_wins() -> None:
+    near = record(PROBLEM.replace(seqlen_q=65, seqlen_k=65), dict(other_config(other_config())))
+    choice = choose(near, record())
+    assert (choice.provenance, choice.config, choice.record.problem) == ("exact", other_config(), PROBLEM)
+    assert [r.partition(":")[0] for r in choice.reasons] == ["sm80_forward"]
+
+
+def test_then_the_nearest_size() -> None:
+    far = record(PROBLEM.replace(seqlen_q=4096, seqlen_k=4096), dict(FAMILY.default(PROBLEM, HERE)))
+    near = record(PROBLEM.replace(seqlen_q=128, seqlen_k=128))
+    choice = choose(far, near)
+    assert (choice.provenance, choice.config) == ("nearest", other_config())
+    assert any(r.startswith("exact: no usable record") for r in choice.reasons)
+
+
+def test_then_another_device_of_the_architecture() -> None:
+    choice = choose(record(device="Another CPU"))
+    assert (choice.provenance, choice.config) == ("arch", other_config())
+
+
+def test_other_static_keys_do_not_count() -> None:
+    assert choose(record(PROBLEM.replace(mask="none", window_right=-1))).provenance == "default"
+    assert choose(record(arch="sm_80", device="NVIDIA A100")).provenance == "default"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"config": {"colour": 1}}, "no knob 'colour'"),
+        ({"config": {}}, "lacks knob"),
+        ({"family": "sm80_forward", "config": {}}, "needs a GPU"),
+        ({"family": "sm42_forward"}, "no such family"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_skipped_with_a_reason(changes: dict, words: str) -> None:
+    near = record(PROBLEM.replace(seqlen_q=128, seqlen_k=128))
+    choice = choose(record(**changes), near)
+    assert choice.provenance == "nearest" and choice.record == near
+    assert any(words in reason and PROBLEM.key in reason for reason in choice.reasons), choice.reasons
+
+
+def test_a_record_that_breaks_a_constraint_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = families.Constraint("no_luck", lambda p, t, c: "7 > 6" if c == other_config() else None)
+    strict = dataclasses.replace(FAMILY, constraints=(*FAMILY.constraints, broken))
+    exact = record()
+    monkeypatch.setattr(families, "all_families", lambda: (strict,))
+    choice = choose(exact)
+    assert choice.provenance == "default"
+    assert any("no_luck: 7 > 6" in reason for reason in choice.reasons)
+
+
+def test_the_next_family_when_the_first_has_no_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = families.Constraint("never", lambda p, t, c: "no config of this one fits")
+    first = dataclasses.replace(FAMILY, name="first", constraints=(never,))
+    monkeypatch.setattr(families, "all_families", lambda: (first, FAMILY))
+    choice = choose()
+    assert choice.family is FAMILY and any(r.startswith("first: its default does not fit") for r in choice.reasons)
+
+
+def test_pytorch_when_no_family_serves() -> None:
+    choice = dispatch.choose(Problem(dtype="fp32"), target.known("sm_90"))
+    assert (choice.kind, choice.provenance, choice.family) == ("torch", "none", None)
+    assert {r.partition(":")[0] for r in choice.reasons} == {f.name for f in families.all_families()}
+
+
+# ---- explain ------------------------------------------------------------------------------------------------------
+
+
+def test_explain_reads_well_and_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAGEN_CACHE_DIR", str(tmp_path / "cache"))
+    q = torch.randn(1, 64, 2, 16)
+    db.put([record()])
+    report = fagen.explain(q, q, q, causal=True)
+    text = str(report)
+    assert "picked   cpu_forward (exact: tuned on this device" in text and "built    not yet" in text
+    assert PROBLEM.key in text and "not      sm80_forward: needs a GPU" in text
+    assert not list((tmp_path / "cache").glob("kernels/*"))
+    fields = report.to_dict()
+    assert fields["kind"] == "family" and fields["built"] is False and fields["record"] == PROBLEM.key
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": torch.float64}, "no kernels for torch.float64"),
+        ({"requires_grad": True}, "no backward kernel"),
+        ({"device": "meta"}, "no kernels for device meta"),
+    ],
+)
+def test_explain_says_why_pytorch(change: dict, words: str) -> None:
+    q = torch.zeros(1, 8, 2, 16, **change)
+    report = fagen.explain(q, q, q)
+    assert "picked   PyTorch" in str(report) and words in str(report)
+    assert report.to_dict()["kind"] == "torch"
+
+
+# ---- and the op obeys ---------------------------------------------------------------------------------------------
+
+
+def test_attention_runs_the_recorded_winner(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fagen import api
+
+    used = []
+    resolve = api.resolve
+    monkeypatch.setattr(api, "resolve", lambda *args, **named: used.append(resolve(*args, **named)) or used[-1])
+    q, k, v = (torch.randn(1, 64, 2, 16) for _ in range(3))
+    before = fagen.attention(q, k, v, causal=True)
+    db.put([record()])
+    binding.forget()
+    after = fagen.attention(q, k, v, causal=True)
+    assert used[-1].config == other_config()
+    for out in (before, after):
+        assert verify.check(out, None, q, k, v, verify.Semantics((-1, 0)), layout="bshd")
+    assert fagen.explain(q, k, v, causal=True).built is True
