@@ -1,0 +1,127 @@
+"""fagen tune: find the fastest kernel for these problems on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from fagen import cliutil
+from fagen.errors import MissingTool, UsageError
+from fagen.problem import Problem
+from fagen.target import Target
+
+_EXAMPLES = """examples:
+  fagen tune                                       a small suite for this machine's GPU, else its CPU, in 5 minutes
+  fagen tune --target cpu --dtype fp32 --head-dim 64 --mask causal --seqlen 1k --heads 8 --trials 30
+  fagen tune --dtype bf16 --head-dim 64,128 --mask causal --seqlen 1k,4k --batch 4 --heads 32 --kv-heads 8 --budget 10m
+  fagen tune --problems suite.toml --budget 1h --out tuning_db
+  fagen tune --problems suite.toml --resume        go on with the latest run of these problems
+  fagen tune --head-dim 128 --mask none --dry-run  how large the space is, and what each constraint removes
+"""
+
+
+def add(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "tune",
+        help="find the fastest kernel for these problems on this machine",
+        description="Build, verify and time kernels for each problem, and remember the fastest.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cliutil.add_problem_flags(parser)
+    cliutil.add_target_flag(parser)
+    search = parser.add_argument_group("search")
+    search.add_argument("--budget", metavar="TIME", help="wall time of the whole run: 90s, 10m, 1h (default: 5m)")
+    search.add_argument("--trials", type=_count, metavar="N", help="candidates for each problem, at most")
+    search.add_argument("--seed", type=int, default=0, metavar="N", help="of the search and of the inputs (default: 0)")
+    search.add_argument("--workers", type=_count, metavar="N", help="compilers at a time (default: cores and memory)")
+    search.add_argument("--compile-timeout", metavar="TIME", default="120s", help="for a candidate (default: 120s)")
+    search.add_argument("--run-timeout", metavar="TIME", default="10s", help="beside its estimate (default: 10s)")
+    search.add_argument(
+        "--resume", nargs="?", const="latest", metavar="RUN", help="go on with a run (default: the latest)"
+    )
+    search.add_argument(
+        "--out", type=Path, metavar="DIR", help="database folder for the winners (default: the user's own)"
+    )
+    search.add_argument("--dry-run", action="store_true", help="show the search spaces and run nothing")
+    cliutil.add_json_flag(parser)
+
+
+def _count(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no positive number")
+    return int(word)
+
+
+def duration(word: str) -> float:
+    """Seconds of 90, 90s, 10m or 1h."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", word.strip())
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"{word!r} is no time", "times are like 90s, 10m or 1h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def run(args: argparse.Namespace) -> int:
+    from fagen.tuner import suite
+
+    target = cliutil.target_from(args.target)
+    problems = cliutil.problems_from(args, target) or suite.default(target)
+    if args.dry_run:
+        return _dry_run(problems, target, args.json)
+    return _tune(problems, _present(target), args)
+
+
+def _tune(problems: list[Problem], target: Target, args: argparse.Namespace) -> int:
+    from fagen.tuner import progress, study, suite
+    from fagen.tuner.result import Options
+
+    budget = duration(args.budget) if args.budget else None
+    if budget is None and args.trials is None:
+        budget = suite.BUDGET_SECONDS
+    device = (args.target or "").partition(":")[2]
+    options = Options(
+        budget=budget, trials=args.trials, seed=args.seed, workers=args.workers, device=int(device or 0),
+        compile_timeout=duration(args.compile_timeout), run_timeout=duration(args.run_timeout),
+        resume=args.resume, out=args.out,
+    )  # fmt: skip
+    report = study.tune(problems, target, options, progress.make())
+    cliutil.say()
+    cliutil.say(progress.table(report))
+    cliutil.say(progress.closing(report))
+    if args.json:
+        cliutil.emit_json(report.to_dict())
+    return report.exit_code
+
+
+def _dry_run(problems: list[Problem], target: Target, as_json: bool) -> int:
+    from fagen.tuner import progress, study
+
+    spaces = [space for problem in problems for space in study.spaces(problem, target)]
+    if as_json:
+        rows = [
+            {"key": s.problem.key, "problem": s.problem.to_dict(), "family": s.family.name, "total": s.total,
+             "legal": len(s.legal), "removed": s.removed}
+            for s in spaces
+        ]  # fmt: skip
+        cliutil.emit_json({"target": str(target), "spaces": rows})
+    else:
+        cliutil.say(f"target {target}; nothing is run")
+        cliutil.say(progress.space_table(spaces))
+    return 0
+
+
+def _present(target: Target) -> Target:
+    """The device itself, which times are taken on, and its compiler there as well."""
+    from fagen import toolchain
+    from fagen.target import gpu
+
+    if not target.is_gpu:
+        toolchain.require_cxx()
+        return target
+    toolchain.require_nvcc()
+    found = gpu()
+    if found is None or found.arch != target.arch:
+        here = f"here is {found}" if found else "torch sees no GPU here"
+        raise MissingTool(f"tuning for {target.arch} needs such a GPU", here, "use --dry-run, or --target cpu")
+    return target if target.device == found.device else found

@@ -1,0 +1,345 @@
+"""The database of winners: one JSON file per arch and device, the shipped ones under the user's own overlay.
+
+A key (`Problem.key`) has one winner a device; the overlay's wins over the shipped one. Reading for dispatch never
+raises: what cannot be read is skipped and named in `Database.warnings`. Writers lock, re-read, merge and replace, so
+that any number of them lose nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fagen import env
+from fagen.errors import DatabaseError, FagenError, InvalidArgument, UsageError
+from fagen.problem import Problem
+from fagen.target import Target
+
+SCHEMA = 1
+POLICIES = {
+    "newer": "the record with the later date",
+    "faster": "the record with the smaller time",
+    "keep": "the record that is already there",
+}
+_LOCK_SECONDS = 60
+
+
+def slug(device: str) -> str:
+    """A device's name as a file name: 'NVIDIA H200' -> nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "unknown"
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A winner: which config, how fast, how exact, and where that was measured. Times in seconds."""
+
+    problem: Problem
+    arch: str
+    device: str
+    family: str
+    config: dict[str, Any]
+    seconds: float
+    spread: float  # half the interquartile range: the noise band of `seconds`
+    default_seconds: float  # of the family's default config in the same round; 0: the default did not run
+    error: float  # largest absolute error of the output when it was verified
+    source_hash: str
+    environment: dict[str, str] = field(default_factory=dict)
+    date: str = ""
+    trials: int = 0
+
+    @property
+    def key(self) -> str:
+        return self.problem.key
+
+    @property
+    def speedup(self) -> float:
+        return self.default_seconds / self.seconds if self.default_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the file, whose head carries arch and device."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del fields["arch"], fields["device"]
+        return {**fields, "problem": self.problem.to_dict()}
+
+    @classmethod
+    def from_dict(cls, arch: str, device: str, fields: Any) -> Record:
+        """Raises DatabaseError with what is wrong."""
+        if not isinstance(fields, dict):
+            raise DatabaseError("a record is no JSON object")
+        known = {f.name for f in dataclasses.fields(cls)} - {"arch", "device"}
+        required = known - {"environment", "date", "trials"}
+        if not required <= set(fields) <= known:
+            odd = sorted((required - set(fields)) | (set(fields) - known))
+            raise DatabaseError("a record lacks a field or has one too many", ", ".join(odd))
+        try:
+            problem = Problem.from_dict(fields["problem"])
+            record = cls(**{**fields, "arch": arch, "device": device, "problem": problem})
+        except (InvalidArgument, TypeError) as error:
+            raise DatabaseError("a record's problem cannot be read", str(error).splitlines()[0]) from error
+        record._check()
+        return record
+
+    def _check(self) -> None:
+        if not isinstance(self.config, dict) or not isinstance(self.family, str):
+            raise DatabaseError(f"record {self.key}: family or config has the wrong type")
+        for name in ("seconds", "spread", "default_seconds", "error"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise DatabaseError(f"record {self.key}: {name}={value!r} is no time or error")
+        if self.seconds == 0:
+            raise DatabaseError(f"record {self.key}: seconds is 0")
+
+
+def environment(target: Target) -> dict[str, str]:
+    """What a time depends on besides the kernel, kept in each record. Missing facts are left out."""
+    import platform
+
+    import torch
+
+    import fagen
+
+    facts = {"fagen": getattr(fagen, "__version__", ""), "torch": torch.__version__, "device": target.device}
+    facts |= {"python": platform.python_version(), "units": str(target.units)}
+    with contextlib.suppress(ImportError, OSError, FagenError):
+        from fagen import toolchain
+
+        compiler = toolchain.nvcc() if target.is_gpu else toolchain.cxx()
+        if compiler:
+            facts["nvcc" if target.is_gpu else "cxx"] = str(toolchain.compiler_version(compiler)).splitlines()[0]
+    if target.is_gpu:
+        with contextlib.suppress(OSError):
+            line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+            facts["driver"] = next(iter(re.findall(r"\b\d+\.\d+(?:\.\d+)?\b", line)), "")
+    return {name: value for name, value in facts.items() if value}
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def path_of(directory: Path, arch: str, device: str) -> Path:
+    return directory / arch / f"{slug(device)}.json"
+
+
+def default_paths() -> tuple[Path, Path]:
+    """Where records are read from, the shipped ones first."""
+    return env.data_dir("tuning_db"), env.user_db_dir()
+
+
+def files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*/*.json")) if directory.is_dir() else []
+
+
+def read_file(path: Path) -> tuple[list[Record], list[str]]:
+    """The records of a file and what is wrong with others in it. Raises DatabaseError when nothing can be used."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DatabaseError(f"database file {path} cannot be read", str(error)) from error
+    except ValueError as error:
+        raise DatabaseError(
+            f"database file {path} is damaged", f"not JSON: {error}", "Restore it, or delete it and tune again."
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
+        raise DatabaseError(f"{path} is no fagen database", "it has no schema number", "Move it out of the folder.")
+    if content["schema"] > SCHEMA:
+        raise DatabaseError(
+            f"database file {path} comes from a newer fagen",
+            f"its schema is {content['schema']}, this fagen knows {SCHEMA}",
+            "Upgrade fagen, or set FAGEN_DB_DIR to another folder.",
+        )
+    arch, device, rows = content.get("arch"), content.get("device"), content.get("records")
+    if not (isinstance(arch, str) and isinstance(device, str) and isinstance(rows, list)):
+        raise DatabaseError(f"database file {path} is damaged", "it lacks arch, device or records")
+    records, wrong = [], []
+    for index, row in enumerate(rows):
+        try:
+            records.append(Record.from_dict(arch, device, row))
+        except DatabaseError as error:
+            wrong.append(f"{path}: record {index} is skipped: {' '.join(str(error).splitlines())}")
+    return records, wrong
+
+
+def _write_file(path: Path, arch: str, device: str, records: Iterable[Record]) -> None:
+    """All or nothing: a reader sees the old file or the new one."""
+    rows = [r.to_dict() for r in sorted(records, key=lambda r: r.key)]
+    text = json.dumps({"schema": SCHEMA, "arch": arch, "device": device, "records": rows}, indent=1, allow_nan=False)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def choose(old: Record, new: Record, policy: str) -> Record:
+    """Which of two records of a key stays."""
+    if policy == "keep":
+        return old
+    if policy == "faster":
+        return new if new.seconds < old.seconds else old
+    return new if new.date >= old.date else old
+
+
+def put(records: Iterable[Record], directory: Path | None = None, policy: str = "newer") -> list[Path]:
+    """Merge records into the user's overlay (or another folder); the files written."""
+    if policy not in POLICIES:
+        raise UsageError(f"unknown merge policy {policy!r}", f"known: {', '.join(POLICIES)}")
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        record._check()
+        groups.setdefault((record.arch, record.device), []).append(record)
+    directory = directory or env.user_db_dir()
+    return [_merge_into(path_of(directory, *group), *group, rows, policy) for group, rows in groups.items()]
+
+
+def _merge_into(path: Path, arch: str, device: str, records: list[Record], policy: str) -> Path:
+    import filelock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.with_suffix(".lock"), timeout=_LOCK_SECONDS):
+            merged = {record.key: record for record in _read_to_rewrite(path)}
+            for record in records:
+                old = merged.get(record.key)
+                merged[record.key] = choose(old, record, policy) if old else record
+            _write_file(path, arch, device, merged.values())
+    except filelock.Timeout as error:
+        raise DatabaseError(
+            f"database file {path} is locked by another process", f"waited {_LOCK_SECONDS} s", "Try again."
+        ) from error
+    except OSError as error:
+        raise DatabaseError(
+            f"database file {path} cannot be written", str(error), "Set FAGEN_DB_DIR to a folder you can write to."
+        ) from error
+    return path
+
+
+def _read_to_rewrite(path: Path) -> list[Record]:
+    """A file that is about to be replaced. One that is damaged is kept beside it; one from the future is refused."""
+    if not path.exists():
+        return []
+    try:
+        records, wrong = read_file(path)
+    except DatabaseError as error:
+        if "newer fagen" in error.what:
+            raise
+        records, wrong = [], [str(error)]
+    if wrong:
+        import shutil
+
+        shutil.copy2(path, path.with_suffix(f".damaged-{datetime.datetime.now():%Y%m%d-%H%M%S}"))
+    return records
+
+
+# ---- lookup ---------------------------------------------------------------------------------------------------------
+
+
+def distance(a: Problem, b: Problem) -> float:
+    """How far two size points are apart: doublings of rows, keys, heads, sharing and window, summed."""
+
+    def width(problem: Problem, bound: int) -> int:
+        return problem.seqlen_k if bound < 0 else min(bound, problem.seqlen_k)
+
+    pairs = [
+        (a.batch * a.heads, b.batch * b.heads),
+        (a.seqlen_q, b.seqlen_q),
+        (a.seqlen_k, b.seqlen_k),
+        (a.heads / a.kv_heads, b.heads / b.kv_heads),
+    ]
+    if a.mask in ("window", "intervals"):
+        pairs += [
+            (1 + width(a, x), 1 + width(b, y))
+            for x, y in ((a.window_left, b.window_left), (a.window_right, b.window_right))
+        ]
+    return sum(abs(math.log2(x / y)) for x, y in pairs)
+
+
+_Signature = tuple[tuple[str, int, int, int], ...]
+_cache: dict[tuple[Path, ...], tuple[_Signature, Database]] = {}
+
+
+class Database:
+    """The records of some folders, later folders winning. Immutable."""
+
+    def __init__(self) -> None:
+        self._winners: dict[tuple[str, str, str], tuple[Record, Path]] = {}
+        self._by_static: dict[tuple[str, str], list[Record]] = {}
+        self.warnings: list[str] = []
+
+    @classmethod
+    def load(cls, paths: Sequence[Path] | None = None) -> Database:
+        """Read once a process; read again when a file was added, removed or replaced."""
+        folders = tuple(default_paths() if paths is None else paths)
+        signature = _signature(folders)
+        held = _cache.get(folders)
+        if held and held[0] == signature:
+            return held[1]
+        database = cls()
+        for folder in folders:
+            for path in files(folder):
+                database._add_file(path)
+        for (arch, _, _), (record, _) in sorted(database._winners.items()):
+            database._by_static.setdefault((arch, record.problem.static_key), []).append(record)
+        _cache[folders] = signature, database
+        return database
+
+    def _add_file(self, path: Path) -> None:
+        try:
+            records, wrong = read_file(path)
+        except DatabaseError as error:
+            self.warnings.append(" ".join(str(error).splitlines()))
+            return
+        self.warnings += wrong
+        for record in records:
+            self._winners[record.arch, slug(record.device), record.key] = record, path
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for record, _ in self._winners.values()]
+
+    def origin(self, record: Record) -> Path | None:
+        """The file that a record was read from."""
+        held = self._winners.get((record.arch, slug(record.device), record.key))
+        return held[1] if held else None
+
+    def candidates(self, problem: Problem, target: Target) -> Iterator[tuple[Record, str]]:
+        """Records that may serve, best first: "exact", then "nearest" on this device, then "arch" on others."""
+        device = slug(target.device)
+        exact = self._winners.get((target.arch, device, problem.key))
+        if exact:
+            yield exact[0], "exact"
+        rows = self._by_static.get((target.arch, problem.static_key), ())
+        ordered = sorted(rows, key=lambda r: (slug(r.device) != device, distance(problem, r.problem), r.key))
+        for record in ordered:
+            if not (exact and record is exact[0]):
+                yield record, "nearest" if slug(record.device) == device else "arch"
+
+    def find(self, problem: Problem, target: Target) -> tuple[Record, str] | None:
+        return next(self.candidates(problem, target), None)
+
+
+def _signature(folders: tuple[Path, ...]) -> _Signature:
+    rows = []
+    for folder in folders:
+        for path in files(folder):
+            with contextlib.suppress(OSError):
+                stat = path.stat()
+                rows.append((str(path), stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    return tuple(rows)

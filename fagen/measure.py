@@ -1,0 +1,242 @@
+"""The clock, and the inputs that are timed and verified.
+
+Times are medians over interleaved rounds: every candidate once a round, the order turned by one each round, so that a
+drift of clocks or temperature falls on all alike. GPU samples are CUDA graph replays where a call can be captured,
+else CUDA events around eager calls; the CPU has perf_counter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fagen import masks
+from fagen.problem import INTERVAL_KINDS, Problem
+from fagen.target import Target
+from fagen.verify import Semantics
+
+if TYPE_CHECKING:
+    import torch
+
+Call = Callable[[], object]
+
+SOFTCAP = 30.0
+DOCUMENTS = 4  # a sequence, in the inputs of the intervals mask
+LEAST_GAIN = 0.005  # below this no difference counts, however quiet the machine was
+_SAMPLE_SECONDS = {"cpu": 2e-4, "cuda": 1e-3}  # calls are repeated in a sample until it lasts this long
+_MOST_CALLS = 256  # in a sample
+_MOST_SETS = 32  # of inputs
+_MOST_BYTES = 2 << 30  # of all input sets together
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a call: median, half the interquartile range, how many samples."""
+
+    median: float
+    spread: float
+    samples: int
+
+    @property
+    def uncertainty(self) -> float:
+        """Standard error of the median, were the samples normal."""
+        return 1.86 * self.spread / math.sqrt(self.samples)
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        if len(samples) < 2:
+            return cls(samples[0], 0.0, 1)
+        low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(middle, (high - low) / 2, len(samples))
+
+
+def beats(a: Timing, b: Timing) -> bool:
+    """Whether a is faster than b by more than the noise of both."""
+    noise = 2 * math.hypot(a.uncertainty, b.uncertainty)
+    return b.median - a.median > max(noise, LEAST_GAIN * b.median)
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def make_inputs(
+    problem: Problem, where: Target | torch.device | str, seed: int = 0, *, varied: bool = False
+) -> dict[str, Any]:
+    """Random normal q, k, v in bshd, `out` and `lse` full of NaN, and what the mask and features need.
+
+    `varied` gives each kv head its own intervals, with holes where the kind can have them; for verification.
+    """
+    import torch
+
+    device = torch.device(("cuda" if where.is_gpu else "cpu") if isinstance(where, Target) else where)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[problem.dtype]
+    random = torch.Generator(device).manual_seed(seed)
+    p = problem
+
+    def tensor(length: int, heads: int, dim: int, *, poisoned: bool = False) -> torch.Tensor:
+        # a row of one element more than it shows starts anywhere
+        room = dim if p.aligned else dim + 1
+        shape = (p.batch, length, heads, room)
+        if poisoned:
+            return torch.full(shape, math.nan, dtype=dtype, device=device)[..., :dim]
+        return torch.randn(shape, generator=random, dtype=dtype, device=device)[..., :dim]
+
+    inputs: dict[str, Any] = {
+        "q": tensor(p.seqlen_q, p.heads, p.head_dim),
+        "k": tensor(p.seqlen_k, p.kv_heads, p.head_dim),
+        "v": tensor(p.seqlen_k, p.kv_heads, p.head_dim_v),
+        "out": tensor(p.seqlen_q, p.heads, p.head_dim_v, poisoned=True),
+        "lse": torch.full((p.batch, p.heads, p.seqlen_q), math.nan, dtype=torch.float32, device=device),
+        "intervals": None,
+        "alibi_slopes": None,
+        "layout": "bshd",
+        "semantics": Semantics((p.window_left, p.window_right), p.intervals, SOFTCAP if p.softcap else 0.0, None),
+    }
+    if p.intervals:
+        inputs["intervals"] = documents(p, seed, varied=varied).to(device)
+    if p.alibi:
+        slopes = [2.0 ** (-8.0 * (head + 1) / p.heads) for head in range(p.heads)]
+        inputs["alibi_slopes"] = torch.tensor(slopes, device=device).expand(p.batch, -1).contiguous()
+    return inputs
+
+
+def documents(problem: Problem, seed: int, *, varied: bool) -> torch.Tensor:
+    """Intervals of packed documents of random lengths, in the problem's kind: int32 (batch, 1 or kv_heads, Sk, n)."""
+    import torch
+
+    p, random = problem, torch.Generator().manual_seed(seed)
+    planes = p.batch * (p.kv_heads if varied else 1)
+    cuts = torch.randint(1, max(2, p.seqlen_k), (planes, min(DOCUMENTS, p.seqlen_k) - 1), generator=random)
+    ids = (torch.arange(p.seqlen_k)[None, :, None] >= cuts[:, None, :]).sum(-1)
+    bounds = masks.from_documents(ids, causal=False)[:, 0] - (p.seqlen_k - p.seqlen_q)
+    end, start = bounds.clamp(0, p.seqlen_q).unbind(-1)
+    bottom = torch.full_like(end, p.seqlen_q)
+    columns = {"LTS": end, "LTE": (end + bottom + 1) // 2 if varied else bottom}
+    columns |= {"UTS": start // 2 if varied else torch.zeros_like(start), "UTE": start}
+    chosen = torch.stack([columns[name] for name in INTERVAL_KINDS[p.intervals]], dim=-1).to(torch.int32)
+    return chosen.reshape(p.batch, -1, *chosen.shape[1:]).contiguous()
+
+
+def input_bytes(problem: Problem) -> int:
+    p = problem
+    of_q = p.batch * p.heads * p.seqlen_q * (p.head_dim + p.head_dim_v)
+    return p.itemsize * (of_q + p.batch * p.kv_heads * p.seqlen_k * (p.head_dim + p.head_dim_v))
+
+
+def input_sets(problem: Problem, target: Target) -> int:
+    """How many sets of inputs to take in turn, so that a GPU's L2 does not hold what the next call reads."""
+    size = input_bytes(problem)
+    if not target.is_gpu or size >= 3 * target.l2:
+        return 1
+    return max(1, min(-(-3 * target.l2 // size), _MOST_SETS, _MOST_BYTES // size))
+
+
+class InTurn:
+    """One call that goes through several, one at a time: the same kernel on each set of inputs."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.count, self._turn = len(calls), itertools.cycle(calls)
+
+    def __call__(self) -> object:
+        return next(self._turn)()
+
+
+# ---- the clock ------------------------------------------------------------------------------------------------------
+
+
+class _CpuSampler:
+    def __init__(self, call: Call) -> None:
+        self.call, self.calls = call, 1
+
+    def sample(self) -> float:
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            self.call()
+        return (time.perf_counter() - start) / self.calls
+
+
+class _GpuSampler:
+    """`calls` calls in one graph replay where the call can be captured, else eagerly, between two events."""
+
+    def __init__(self, call: Call) -> None:
+        import torch
+
+        self.call, self.calls = call, 1
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def capture(self) -> None:
+        """A graph of `calls` calls. Whatever cannot be captured is timed eagerly."""
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with warnings.catch_warnings(), torch.cuda.graph(graph):
+                warnings.simplefilter("error")  # torch only warns of a graph that captured nothing
+                for _ in range(self.calls):
+                    self.call()
+        except (RuntimeError, UserWarning):
+            torch.cuda.synchronize()
+            return
+        self.graph = graph
+
+    def sample(self) -> float:
+        import torch
+
+        torch.cuda.synchronize()
+        self.start.record()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            for _ in range(self.calls):
+                self.call()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) * 1e-3 / self.calls
+
+
+def time_once(call: Call, *, device: torch.device | str) -> float:
+    """Seconds of one call."""
+    return _sampler(call, device).sample()
+
+
+def _sampler(call: Call, device: torch.device | str) -> _CpuSampler | _GpuSampler:
+    return _GpuSampler(call) if str(device).startswith("cuda") else _CpuSampler(call)
+
+
+def time_calls(
+    calls: Mapping[str, Call],
+    *,
+    device: torch.device | str,
+    rounds: int = 7,
+    min_seconds: float = 0.0,
+    max_seconds: float = math.inf,
+) -> dict[str, Timing]:
+    """Time calls against each other: at least `rounds` rounds, more until `min_seconds` are spent in all.
+
+    `max_seconds` ends it earlier, but not before three rounds.
+    """
+    least = _SAMPLE_SECONDS["cuda" if str(device).startswith("cuda") else "cpu"]
+    samplers = {name: _sampler(call, device) for name, call in calls.items()}
+    for sampler in samplers.values():
+        sampler.sample()  # warm
+        wanted = math.ceil(least / max(sampler.sample(), 1e-9))
+        sampler.calls = max(getattr(sampler.call, "count", 1), min(_MOST_CALLS, wanted))
+        if isinstance(sampler, _GpuSampler):
+            sampler.capture()
+            sampler.sample()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names, start = list(calls), time.perf_counter()
+    for turn in itertools.count():
+        spent = time.perf_counter() - start
+        if (turn >= rounds and spent >= min_seconds) or (turn >= 3 and spent >= max_seconds):
+            break
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            samples[name].append(samplers[name].sample())
+    return {name: Timing.of(values) for name, values in samples.items()}

@@ -1,0 +1,212 @@
+"""What a person sees of a run: a live panel on a terminal, a line per event elsewhere, a table at the end.
+
+All of it goes to stderr. `Progress` itself is silent, for callers that want none.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fagen import cliutil
+from fagen.problem import Problem
+from fagen.target import Target
+
+if TYPE_CHECKING:
+    from fagen.tuner.candidate import Candidate, Result
+    from fagen.tuner.pool import Pool
+    from fagen.tuner.result import Report, Tuned
+    from fagen.tuner.search import Search
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Three digits, in the unit that suits them; a dash when there is none."""
+    if not seconds:
+        return "-"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size or unit == "us":
+            value = seconds / size
+            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
+    return "-"
+
+
+def clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "-"
+    return f"{int(max(0, seconds)) // 60}:{int(max(0, seconds)) % 60:02d}"
+
+
+class Progress:
+    """Hears what happens. Says nothing."""
+
+    def start(self, target: Target, workers: int, run: Path) -> None: ...
+    def note(self, text: str) -> None: ...
+    def problem(
+        self, problem: Problem, place: tuple[int, int], search: Search, pool: Pool, deadline: float
+    ) -> None: ...
+    def candidate(self, item: Candidate, result: Result, search: Search) -> None: ...
+    def refresh(self) -> None: ...
+    def done(self, tuned: Tuned) -> None: ...
+    def close(self) -> None: ...
+
+
+class Lines(Progress):
+    """A line per event."""
+
+    def say(self, text: str) -> None:
+        cliutil.say(text)
+
+    def start(self, target: Target, workers: int, run: Path) -> None:
+        self.say(f"target   {target}")
+        self.say(f"run      {run}  ({workers} compilers at a time)")
+
+    def note(self, text: str) -> None:
+        self.say(f"note     {text}")
+
+    def problem(self, problem: Problem, place: tuple[int, int], search: Search, pool: Pool, deadline: float) -> None:
+        known = f", {search.issued} known from before" if search.issued else ""
+        self.say(f"problem  {place[0] + 1}/{place[1]} {problem}")
+        self.say(f"space    {search.space.family.name}: {len(search.space.legal)} of {search.space.total} legal{known}")
+
+    def candidate(self, item: Candidate, result: Result, search: Search) -> None:
+        said = f"{result.outcome}: {_first_line(result.reason)}"
+        if result.timing:
+            said = f"{milliseconds(result.timing.median):>8}  best {milliseconds(search.best)}"
+        self.say(f"trial    {len(search.seen)}/{search.goal}  {said}  [{item.config}]")
+
+    def done(self, tuned: Tuned) -> None:
+        if tuned.config is None:
+            self.say(f"nothing  {tuned.why}")
+            return
+        gain = f", {tuned.speedup:.2f}x the default" if tuned.speedup else ""
+        self.say(f"winner   {milliseconds(tuned.seconds)}{gain} ({tuned.why})")
+
+
+class Live(Lines):
+    """A panel that is redrawn; what stays is printed above it."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live as Panel
+
+        self.console = Console(stderr=True)
+        self.panel = Panel(console=self.console, refresh_per_second=4, transient=True)
+        self.panel.start()
+        self.now: tuple[Problem, tuple[int, int], Search, Pool, float] | None = None
+        self.failed: dict[str, int] = {}
+        self.default: float | None = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def problem(self, problem: Problem, place: tuple[int, int], search: Search, pool: Pool, deadline: float) -> None:
+        super().problem(problem, place, search, pool, deadline)
+        self.now, self.failed, self.default = (problem, place, search, pool, deadline), {}, None
+        self.refresh()
+
+    def candidate(self, item: Candidate, result: Result, search: Search) -> None:
+        if result.timing and item.config == search.space.family.default(item.problem, item.target):
+            self.default = result.timing.median
+        if not result.timing:
+            self.failed[result.outcome] = self.failed.get(result.outcome, 0) + 1
+        self.refresh()
+
+    def refresh(self) -> None:
+        if self.now is None:
+            return
+        from rich.table import Table
+
+        problem, place, search, pool, deadline = self.now
+        table = Table.grid(padding=(0, 2))
+        table.add_row("problem", f"{place[0] + 1}/{place[1]}  {problem}")
+        tried = f"{len(search.seen)} of at most {search.goal}"
+        failures = ", ".join(f"{count} {name}" for name, count in self.failed.items())
+        table.add_row("tried", tried + (f"  ({failures})" if failures else ""))
+        table.add_row("compiling", f"{pool.compiling}, {len(pool.ready)} built and waiting")
+        table.add_row("measuring", str(pool.measuring.config) if pool.measuring else "-")
+        table.add_row("best so far", self._best(search))
+        table.add_row("time left", clock(deadline - time.monotonic()))
+        self.panel.update(table)
+
+    def _best(self, search: Search) -> str:
+        if not search.seen or search.best == float("inf"):
+            return "-"
+        gain = f"  {self.default / search.best:.2f}x the default" if self.default else ""
+        return f"{milliseconds(search.best)}{gain}"
+
+    def done(self, tuned: Tuned) -> None:
+        self.now = None
+        super().done(tuned)
+
+    def close(self) -> None:
+        self.panel.stop()
+
+
+def make() -> Progress:
+    """Live on a terminal that rich can draw on."""
+    if sys.stderr.isatty():
+        try:
+            return Live()
+        except ImportError:
+            pass
+    return Lines()
+
+
+# ---- the table at the end -------------------------------------------------------------------------------------------
+
+_HEAD = ("problem", "default", "winner", "speed-up", "error", "PyTorch", "vs PyTorch")
+
+
+def _row(tuned: Tuned) -> tuple[str, ...]:
+    gain = f"{tuned.speedup:.2f}x" if tuned.speedup else "-"
+    error = f"{tuned.error:.1e}" if tuned.error is not None else "-"
+    peer = f"{tuned.torch_seconds / tuned.seconds:.2f}x" if tuned.torch_seconds and tuned.seconds else "-"
+    times = (milliseconds(tuned.default_seconds), milliseconds(tuned.seconds))
+    return (tuned.key, *times, gain, error, milliseconds(tuned.torch_seconds), peer)
+
+
+def table(report: Report) -> str:
+    """Problems, times and winners as plain text."""
+    rows = [_HEAD, *(_row(tuned) for tuned in report.results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    lines = []
+    for index, row in enumerate(rows):
+        lines.append(
+            "  ".join(
+                text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
+        if index == 0:
+            lines.append("  ".join("-" * width for width in widths))
+            continue
+        tuned = report.results[index - 1]
+        config = " ".join(f"{name}={value}" for name, value in (tuned.config or {}).items())
+        lines.append(f"    {config or tuned.why}")
+    return "\n".join(lines)
+
+
+def closing(report: Report) -> str:
+    """Where the winners are, and what to do with them."""
+    lines = []
+    if report.written:
+        lines.append(f"winners written to {', '.join(str(path) for path in report.written)}")
+        lines.append("use them:  from fagen import attention   (it finds them by itself; fagen explain says which)")
+    if report.interrupted:
+        lines.append(f"interrupted; go on with the same flags and --resume {report.run}")
+    return "\n".join(lines)
+
+
+def space_table(spaces: list[Any]) -> str:
+    """What --dry-run shows: sizes of the spaces and what each constraint removed."""
+    lines = []
+    for space in spaces:
+        lines.append(f"{space.problem}")
+        lines.append(f"  {space.family.name}: {len(space.legal)} of {space.total} configs are legal")
+        lines += [f"    {name:<20}removed {count}" for name, count in space.removed.items()]
+    return "\n".join(lines)
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else ""

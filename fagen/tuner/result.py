@@ -1,0 +1,103 @@
+"""What a run is asked for, what comes of it, and the rule that decides a winner."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fagen import families, measure
+from fagen.errors import NoCandidate
+from fagen.measure import Timing
+from fagen.problem import Problem
+from fagen.target import Target
+from fagen.tuner.candidate import Candidate
+
+DEFAULT, INCUMBENT = "default", "incumbent"
+
+
+@dataclass(frozen=True)
+class Options:
+    budget: float | None = None  # seconds of the whole run
+    trials: int | None = None  # candidates for each problem
+    seed: int = 0
+    workers: int | None = None  # compilers at a time; None: as many as cores and memory bear
+    device: int = 0
+    compile_timeout: float = 120.0
+    run_timeout: float = 10.0
+    resume: Path | str | None = None  # a run's folder, or "latest"
+    out: Path | None = None  # where the winners go; None: the user's overlay
+    runs: Path | None = None  # where runs are kept; None: the user's state folder
+
+
+@dataclass
+class Tuned:
+    """What came of one problem: plain data, as in winners.jsonl and --json. Times in seconds, None if not measured."""
+
+    problem: dict[str, Any]
+    complete: bool  # False: the search was interrupted
+    outcomes: dict[str, int]
+    family: str = ""
+    config: dict[str, Any] | None = None
+    seconds: float | None = None
+    spread: float | None = None
+    error: float | None = None
+    default_config: dict[str, Any] | None = None
+    default_seconds: float | None = None
+    incumbent_seconds: float | None = None
+    torch_seconds: float | None = None
+    torch_mode: str = ""
+    why: str = ""  # why this config won, or why none did
+
+    @property
+    def key(self) -> str:
+        return Problem.from_dict(self.problem).key
+
+    @property
+    def speedup(self) -> float | None:
+        return self.default_seconds / self.seconds if self.seconds and self.default_seconds else None
+
+
+@dataclass
+class Report:
+    run: Path
+    target: Target
+    results: list[Tuned] = field(default_factory=list)
+    written: list[Path] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        if self.interrupted:
+            return 130
+        return 0 if all(tuned.config for tuned in self.results) else NoCandidate.exit_code
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "run": str(self.run),
+            "target": dataclasses.asdict(self.target),
+            "interrupted": self.interrupted,
+            "written": [str(path) for path in self.written],
+            "results": [{"key": t.key, "speedup": t.speedup, **dataclasses.asdict(t)} for t in self.results],
+        }
+
+
+def choose(timings: dict[str, Timing], labels: dict[str, Candidate]) -> tuple[str, str]:
+    """The winner's label and why: it beats default and incumbent by more than the noise, ties go by a stable rule."""
+    held = [label for label in (INCUMBENT, DEFAULT) if label in labels]
+    able = [label for label in labels if all(measure.beats(timings[label], timings[h]) for h in held if h != label)]
+    challengers = [label for label in able if label not in held]
+    if not challengers and held:
+        if len(held) == 2 and measure.beats(timings[DEFAULT], timings[INCUMBENT]):
+            return DEFAULT, "the default beats the incumbent, and nothing beats the default by more than the noise"
+        return held[0], f"nothing beats the {held[0]} by more than the noise"
+    best = min(challengers, key=lambda label: timings[label].median)
+    ties = [label for label in challengers if not measure.beats(timings[best], timings[label])]
+
+    def rank(label: str) -> tuple[Any, str]:
+        item = labels[label]
+        return families.get(item.family).resources(item.problem, item.target, item.config), item.config.to_json()
+
+    winner = min(ties, key=rank) if len({labels[label].family for label in ties}) == 1 else best
+    return winner, f"the fewest resources of {len(ties)} within the noise" if len(ties) > 1 else "the fastest"

@@ -1,0 +1,169 @@
+"""One family's search for one problem: Optuna by ask and tell over the family's knobs.
+
+Every knob is a parameter of its own, so that the sampler learns which values are illegal, do not build or are slow. A
+point it asks for that is illegal or known already is answered at once; after a few of those in a row, the nearest
+legal configuration not yet seen is tried in its place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from fagen.families import Config
+from fagen.space import Space
+
+if TYPE_CHECKING:
+    import optuna
+
+STARTUP = 8  # candidates before the sampler is asked
+MISSES = 3  # answers without a new candidate, then one is picked
+_LOOK_AT = 4096  # unseen configs compared to find the nearest
+
+
+def open_storage(path: str) -> optuna.storages.BaseStorage:
+    """Optuna's journal, begun anew: the trials of a run that is resumed are told to it again.
+
+    It is written without locks or syncs: no other process writes it, and what happened is kept in trials.jsonl.
+    """
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    class Journal(JournalFileBackend):
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            with open(path, "ab") as file:
+                file.write(b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs))
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with open(path, "wb"):
+        pass
+    return optuna.storages.JournalStorage(Journal(path))
+
+
+class Search:
+    """Hands out candidates (`next`) and hears what became of them (`tell`). `limit`: how many it may hand out."""
+
+    def __init__(
+        self, space: Space, storage: Any, *, seed: int, first: Iterable[Config], limit: int | None, exhaustive: bool
+    ) -> None:
+        import optuna
+
+        self.space, self.limit, self.exhaustive = space, limit, exhaustive
+        self.seen: dict[
+            Config, float | None
+        ] = {}  # every candidate handed out and told: its seconds, None if it failed
+        self.best = math.inf
+        self.rejected: dict[Config, tuple[str, str]] = {}  # illegal ones asked for: constraint and reason
+        self._legal = frozenset(space.legal)
+        self._flight: dict[Config, list[optuna.Trial]] = {}
+        self._random = random.Random(f"{seed}/{space.family.name}/{space.problem.key}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which of these are explicit defaults differs between versions
+            sampler = optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, constant_liar=True, n_startup_trials=STARTUP
+            )
+        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
+            k.name: optuna.distributions.CategoricalDistribution(k.choices) for k in space.family.knobs
+        }
+        self._study = optuna.create_study(
+            storage=storage,
+            sampler=sampler,
+            study_name=f"{space.family.name}:{space.problem.key}",
+            direction="minimize",
+        )
+        self._order = self._random.sample(space.legal, len(space.legal))
+        self._queue = iter([*dict.fromkeys(first), *(self._order if exhaustive else self._order[:STARTUP])])
+
+    @property
+    def issued(self) -> int:
+        return len(self.seen) + len(self._flight)
+
+    @property
+    def goal(self) -> int:
+        """How many candidates there will be, at most."""
+        return min(len(self._legal), self.limit) if self.limit is not None else len(self._legal)
+
+    def known(self, config: Config, seconds: float | None) -> None:
+        """A candidate of an earlier run."""
+        import optuna
+
+        if config in self.seen or config not in self._legal:
+            return
+        trial = optuna.trial.create_trial(
+            params=dict(config),
+            distributions=self._distributions,
+            value=seconds,
+            state=optuna.trial.TrialState.COMPLETE if seconds is not None else optuna.trial.TrialState.PRUNED,
+        )
+        self._study.add_trial(trial)
+        self._note(config, seconds)
+
+    def next(self) -> Config | None:
+        """A new legal candidate, now in flight; None when there is none left to hand out."""
+        if self.issued >= self.goal:
+            return None
+        misses, asked = 0, None
+        while True:
+            chosen = self._from_queue()
+            if chosen is None and (self.exhaustive or misses >= MISSES):
+                chosen = self._nearest(asked)
+            if chosen is not None:
+                self._study.enqueue_trial(dict(chosen))
+            trial = self._study.ask(self._distributions)
+            asked = self.space.family.config({name: trial.params[name] for name in self._distributions})
+            if asked not in self._legal:
+                broken = self.space.family.rejects(self.space.problem, self.space.target, asked)
+                self.rejected[asked] = broken or ("unknown", "not among the legal ones")
+                self._prune(trial, f"constraint: {self.rejected[asked][0]}")
+            elif asked in self.seen:
+                self._answer(trial, self.seen[asked])
+            elif asked in self._flight:
+                self._flight[asked].append(trial)
+            else:
+                self._flight[asked] = [trial]
+                return asked
+            misses += 1
+
+    def tell(self, config: Config, seconds: float | None, reason: str = "") -> None:
+        """What became of a candidate: its time, or why it has none."""
+        for trial in self._flight.pop(config):
+            if seconds is None:
+                self._prune(trial, reason)
+            else:
+                self._study.tell(trial, seconds)
+        self._note(config, seconds)
+
+    def _note(self, config: Config, seconds: float | None) -> None:
+        self.seen[config] = seconds
+        if seconds is not None:
+            self.best = min(self.best, seconds)
+
+    def _answer(self, trial: optuna.Trial, seconds: float | None) -> None:
+        if seconds is None:
+            self._prune(trial, "known to fail")
+        else:
+            self._study.tell(trial, seconds)
+
+    def _prune(self, trial: optuna.Trial, reason: str) -> None:
+        import optuna
+
+        trial.set_user_attr("reason", reason)
+        self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+
+    def _unseen(self, config: Config) -> bool:
+        return config not in self.seen and config not in self._flight
+
+    def _from_queue(self) -> Config | None:
+        return next((config for config in self._queue if config in self._legal and self._unseen(config)), None)
+
+    def _nearest(self, asked: Config | None) -> Config:
+        """The unseen legal config that differs in the fewest knobs, ties by chance."""
+        unseen = itertools.islice((config for config in self._order if self._unseen(config)), _LOOK_AT)
+        if asked is None:
+            return next(unseen)
+        return min(unseen, key=lambda config: sum(config[name] != value for name, value in asked.items()))

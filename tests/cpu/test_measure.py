@@ -1,0 +1,118 @@
+"""The clock's arithmetic, and inputs for every mask and feature."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from fagen import masks, measure
+from fagen.measure import Timing, beats, make_inputs, time_calls
+from fagen.problem import INTERVAL_KINDS, Problem
+from fagen.target import Target
+
+SMALL = {"dtype": "fp32", "head_dim": 16, "batch": 2, "heads": 4, "kv_heads": 2, "seqlen_q": 70, "seqlen_k": 100}
+
+
+def test_median_and_half_the_interquartile_range():
+    timing = Timing.of([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (timing.median, timing.spread, timing.samples) == (3.0, 1.0, 5)
+    assert Timing.of([2.0]) == Timing(2.0, 0.0, 1)
+
+
+def test_faster_means_by_more_than_the_noise():
+    quiet, loud = 1e-3, 0.3
+    assert beats(Timing(1.0, quiet, 30), Timing(1.1, quiet, 30))
+    assert not beats(Timing(1.0, loud, 30), Timing(1.1, loud, 30))
+    assert not beats(Timing(1.0, 0.0, 30), Timing(1.004, 0.0, 30))  # below what counts, however quiet
+    assert not beats(Timing(1.1, quiet, 30), Timing(1.0, quiet, 30))
+    assert not beats(Timing(1.0, 0.0, 30), Timing(1.0, 0.0, 30))
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "window"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_inputs_have_the_problems_shapes(mask, dtype):
+    problem = Problem(**{**SMALL, "dtype": dtype}, mask=mask, window_left=7 if mask == "window" else -1, head_dim_v=24)
+    inputs = make_inputs(problem, "cpu")
+    assert inputs["q"].shape == (2, 70, 4, 16)
+    assert inputs["k"].shape == (2, 100, 2, 16)
+    assert inputs["v"].shape == (2, 100, 2, 24)
+    assert inputs["out"].shape == (2, 70, 4, 24)
+    assert inputs["out"].isnan().all()
+    assert inputs["lse"].isnan().all()
+    assert inputs["semantics"].window == (problem.window_left, problem.window_right)
+    assert torch.equal(inputs["q"], make_inputs(problem, "cpu")["q"])
+    assert not torch.equal(inputs["q"], make_inputs(problem, "cpu", seed=1)["q"])
+
+
+@pytest.mark.parametrize("varied", [False, True])
+@pytest.mark.parametrize("kind", INTERVAL_KINDS)
+def test_intervals_are_documents(kind, varied):
+    causal = kind.startswith("lower")
+    problem = Problem(**SMALL, mask="intervals", intervals=kind, window_right=0 if causal else -1)
+    inputs = make_inputs(problem, "cpu", varied=varied)
+    vectors = inputs["intervals"]
+    assert vectors.dtype == torch.int32
+    assert vectors.shape == (2, 2 if varied else 1, 100, len(INTERVAL_KINDS[kind]))
+    assert vectors.min() >= 0
+    assert vectors.max() <= 70
+    seen = masks.dense(70, 100, window=inputs["semantics"].window, intervals=vectors, kind=kind)
+    assert 0.05 < seen.float().mean() < 0.95
+    if not varied:  # a block diagonal: each row sees its own key's document
+        rows = torch.arange(70)
+        assert seen[:, :, rows, rows + 30].all()
+
+
+def test_documents_of_a_causal_and_a_full_kind_agree_below_the_diagonal():
+    full = Problem(**SMALL, mask="intervals", intervals="both2")
+    lower = full.replace(intervals="lower1", window_right=0)
+    a, b = (
+        masks.dense(70, 100, window=(-1, 0), intervals=make_inputs(p, "cpu")["intervals"], kind=p.intervals)
+        for p in (full, lower)
+    )
+    assert torch.equal(a, b)
+
+
+def test_features_and_alignment():
+    problem = Problem(**SMALL, softcap=True, alibi=True, aligned=False)
+    inputs = make_inputs(problem, "cpu")
+    assert inputs["semantics"].softcap > 0
+    assert inputs["alibi_slopes"].shape == (2, 4)
+    assert inputs["q"].stride(2) % 4 != 0
+    assert inputs["q"].stride(3) == 1
+
+
+def test_small_inputs_are_taken_in_turn_on_a_gpu():
+    gpu = Target("sm_90", "NVIDIA H200", 132, l2=60 << 20)
+    small, large = Problem(seqlen_q=256), Problem(batch=4, heads=32, seqlen_q=16384)
+    assert measure.input_sets(small, gpu) > 1
+    assert measure.input_sets(large, gpu) == 1
+    assert measure.input_sets(small, Target("cpu", "x", 2)) == 1
+    calls = []
+    turn = measure.InTurn([lambda: calls.append("a"), lambda: calls.append("b")])
+    for _ in range(3):
+        turn()
+    assert calls == ["a", "b", "a"]
+
+
+def test_rounds_are_interleaved_and_turned():
+    calls: list[str] = []
+
+    def call(name):
+        def it():
+            calls.append(name)
+            time.sleep(1e-3)  # long enough to be one call a sample
+
+        return it
+
+    timings = time_calls({name: call(name) for name in "abc"}, device="cpu", rounds=3)
+    rounds = "".join(calls[6:])  # after two calls each to warm up and calibrate
+    assert rounds == "abc" + "bca" + "cab"
+    assert all(t.samples == 3 and t.median >= 1e-3 for t in timings.values())
+
+
+def test_time_limits():
+    slow = {"it": lambda: time.sleep(5e-3)}
+    assert time_calls(slow, device="cpu", rounds=100, max_seconds=0.05)["it"].samples < 30
+    assert time_calls(slow, device="cpu", rounds=1, min_seconds=0.05)["it"].samples > 5

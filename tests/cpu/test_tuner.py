@@ -1,0 +1,506 @@
+"""The tuner on real processes: candidates that crash, hang and lie, runs that are killed, winners that are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fagen import db, families, measure
+from fagen.cli import main
+from fagen.errors import FagenError, UsageError
+from fagen.families import Config, Family, Knob
+from fagen.measure import Timing
+from fagen.problem import Problem
+from fagen.space import enumerate_space
+from fagen.target import host, known
+from fagen.tuner import journal, progress, result, study, suite, workers
+from fagen.tuner.candidate import Candidate, check_problems
+from fagen.tuner.result import Options, Tuned
+from fagen.tuner.search import Search, open_storage
+
+HERE = str(Path(__file__).parent)
+if HERE not in sys.path:  # workers import the fake family from here, too
+    sys.path.insert(0, HERE)
+
+import fake_family  # noqa: E402
+from fake_family import FAMILY, PROBLEM, misbehave  # noqa: E402
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path
+
+
+@pytest.fixture
+def fake(folders, monkeypatch):
+    fake_family.install(monkeypatch.setattr)
+    return folders
+
+
+def options(folder: Path, **changes) -> Options:
+    return Options(**{"trials": 50, "runs": folder / "runs", "run_timeout": 2.0, "workers": 2, **changes})
+
+
+def rows(run: Path) -> list[dict]:
+    return list(journal.read_lines(run / journal.TRIALS))
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake, capsys):
+    report = study.tune([PROBLEM], host(), options(fake), progress.Lines())
+    ended = {(r["config"]["style"], r["config"]["variant"]): r["outcome"] for r in rows(report.run)}
+    assert len(ended) == len(rows(report.run)) == 6 + 5  # 3 variants of the 2 right styles, one of each other
+    expected = {"segfault": "crash", "hang": "timeout", "wrong": "wrong", "holes": "wrong", "broken": "compile"}
+    assert {style: ended[style, 1] for style in expected} == expected
+    assert {outcome for (style, _), outcome in ended.items() if style in ("plain", "slow")} == {"ok"}
+    assert all(r["reason"] for r in rows(report.run) if r["outcome"] != "ok")
+    assert all(r["source_hash"] and r["seconds"] > 0 for r in rows(report.run) if r["outcome"] == "ok")
+
+    (tuned,) = report.results
+    assert tuned.config["style"] == "plain"
+    assert tuned.default_config == {"style": "slow", "variant": 1}
+    assert tuned.speedup > 1.5
+    assert tuned.torch_seconds > 0
+    assert tuned.torch_mode == "is_causal"
+    assert 0 < tuned.error < 1e-4
+    assert report.exit_code == 0
+
+    (record,) = db.Database.load().records
+    assert record.problem == PROBLEM
+    assert record.config == tuned.config
+    assert record.environment["torch"]
+    assert report.written == [db.path_of(fake / "db", "cpu", host().device)]
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "SIGSEGV" in said.err
+    table = progress.table(report)
+    assert PROBLEM.key in table
+    assert "style=plain" in table
+    assert "from fagen import attention" in progress.closing(report)
+
+
+def test_the_incumbent_is_tried_and_kept_when_nothing_beats_it(fake):
+    first = study.tune([PROBLEM], host(), options(fake, trials=9))
+    second = study.tune([PROBLEM], host(), options(fake, trials=3, seed=1))
+    tried = [r["config"] for r in rows(second.run)]
+    assert first.results[0].config in tried[:3]
+    assert second.results[0].config["style"] == "plain"
+
+
+def test_a_killed_worker_costs_one_candidate(fake):
+    class Killer(progress.Progress):
+        def __init__(self):
+            self.pool, self.killed = None, 0
+
+        def problem(self, problem, place, search, pool, deadline):
+            self.pool = pool
+
+        def candidate(self, item, result, search):
+            if len(search.seen) == 1:  # at rest: nobody's fault
+                os.kill(self.pool.measurer.pid, signal.SIGKILL)
+
+        def refresh(self):
+            job = self.pool.measuring
+            if not self.killed and job and job.config.style == "plain":
+                os.kill(self.pool.measurer.pid, signal.SIGKILL)
+                self.killed += 1
+
+    report = study.tune([PROBLEM], host(), options(fake), killer := Killer())
+    ended = [(r["config"]["style"], r["outcome"], r["reason"]) for r in rows(report.run)]
+    assert killer.killed == 1
+    assert [o for s, o, _ in ended if s == "plain"].count("crash") == 1
+    assert [o for s, o, _ in ended if s == "plain"].count("ok") == 2
+    assert any("SIGKILL" in reason for _, _, reason in ended)
+    assert report.results[0].config["style"] == "plain"
+
+
+def start_run(folder: Path, trials: int) -> tuple[subprocess.Popen, Path]:
+    """A run in its own process, with some candidates done."""
+    command = [sys.executable, "-m", "fake_family", str(folder / "runs"), str(folder / "db"), str(trials)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([HERE, str(Path(HERE).parent.parent)])}
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and child.poll() is None:
+        for path in (folder / "runs").glob(f"*/{journal.TRIALS}"):
+            if sum(r["outcome"] == "ok" for r in journal.read_lines(path)) >= 2:
+                return child, path.parent
+        time.sleep(0.02)
+    child.kill()
+    raise AssertionError(child.communicate()[1].decode())
+
+
+def test_a_run_that_is_killed_goes_on_and_repeats_nothing(fake):
+    child, run = start_run(fake, 50)
+    below = workers._descendants(child.pid)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    before = rows(run)
+    assert 2 <= len(before) < 11
+    with open(run / journal.TRIALS, "ab") as file:
+        file.write(b'{"problem": "torn')  # as if it had died writing
+    report = study.tune([PROBLEM], host(), options(fake, resume="latest"))
+    assert report.run == run
+    after = rows(run)
+    assert after[: len(before)] == before
+    configs = [Config(r["config"]) for r in after]
+    assert len(configs) == len(set(configs)) == 11
+    assert report.results[0].config["style"] == "plain"
+    assert below
+    until = time.monotonic() + 20
+    while time.monotonic() < until and any(running(pid) for pid in below):
+        time.sleep(0.1)
+    assert not any(running(pid) for pid in below), "workers outlived the run"
+
+    again = study.tune([PROBLEM], host(), options(fake, resume="latest"))  # a finished run has nothing left to do
+    assert rows(run) == after
+    assert again.results == report.results
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_what_was_found(fake, number):
+    child, run = start_run(fake, 50)
+    os.kill(child.pid, number)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130, said.decode()
+    (winner,) = journal.read_lines(run / journal.WINNERS)
+    assert winner["config"] in [r["config"] for r in rows(run) if r["outcome"] == "ok"]
+    assert not winner["complete"]
+    assert len(db.Database.load([fake / "db"]).records) == 1
+    assert number.name in said.decode()
+
+
+def test_only_failures_is_no_valid_candidate(fake, monkeypatch):
+    styles = Knob("style", "kStyle", ("broken", "hang", "wrong"), "none is of use")
+    default = Config({"style": "wrong", "variant": 1})
+    bad = dataclasses.replace(FAMILY, knobs=(styles, FAMILY.knobs[1]), default=lambda p, t: default)
+    monkeypatch.setattr(families, "all_families", lambda: (bad,))
+    report = study.tune([PROBLEM], host(), options(fake))
+    assert report.exit_code == 3
+    why = report.results[0].why
+    assert "no valid candidate: 1 compile, 1 wrong, 1 timeout; wrong: " in why
+    assert "error" in why
+    assert report.written == []
+    assert db.Database.load().records == []
+
+
+def test_a_budget_ends_the_search(fake):
+    begin = time.monotonic()
+    report = study.tune([PROBLEM], host(), options(fake, trials=None, budget=0.01))
+    assert time.monotonic() - begin < 60
+    assert 1 <= len(rows(report.run)) <= 2
+
+
+def test_tune_record_dispatch_on_the_real_cpu_family(folders, capsys):
+    import torch
+
+    from fagen import dispatch, kernel, verify
+
+    flags = [
+        "--target",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--head-dim",
+        "32",
+        "--mask",
+        "causal",
+        "--seqlen",
+        "96",
+        "--heads",
+        "2",
+    ]
+    assert main(["tune", *flags, "--trials", "3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (tuned,) = told["results"]
+    assert sum(tuned["outcomes"].values()) >= 3
+    problem = Problem.from_dict(tuned["problem"])
+    choice = dispatch.choose(problem, host())
+    assert (choice.kind, choice.provenance) == ("family", "exact")
+    assert dict(choice.config) == tuned["config"]
+    assert dispatch.choose(problem.replace(seqlen_q=50, seqlen_k=50), host()).provenance == "nearest"
+    built = kernel.get(choice.family, problem, host(), choice.config)
+    inputs = measure.make_inputs(problem, host())
+    q, k, v, out = (inputs[name] for name in ("q", "k", "v", "out"))
+    built.launch(q, k, v, out, window=(-1, 0), layout="bshd")
+    assert torch.isfinite(out).all()
+    assert verify.check(out, None, q, k, v, inputs["semantics"], layout="bshd")
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_runs_nothing(fake, capsys):
+    flags = ["--target", "cpu", "--dtype", "fp32", "--head-dim", "16", "--mask", "causal"]
+    assert main(["tune", *flags, "--dry-run", "--json"]) == 0
+    (space,) = json.loads(capsys.readouterr().out)["spaces"]
+    assert (space["total"], space["legal"], space["removed"]) == (21, 11, {"alone": 10})
+    assert main(["tune", *flags, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "11 of 21" in said.err
+    assert not (fake / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--budget", "soon"], 2, "no time"),
+        (["--trials", "0"], 2, "no positive number"),
+        (["--dtype", "fp64"], 2, "fp64"),
+        (["--target", "sm_90"], 4, "sm_90"),
+        (["--resume", "/nowhere"], 2, "no run of fagen tune"),
+    ],
+)
+def test_what_cannot_be_done_is_said(folders, capsys, flags, code, said, monkeypatch):
+    import fagen.target
+
+    monkeypatch.setattr(fagen.target, "gpu", lambda index=0: None)
+    words = flags if "--target" in flags else ["--target", "cpu", *flags]
+    try:
+        got = main(["tune", *words])
+    except SystemExit as stop:
+        got = stop.code
+    assert got == code
+    assert said in capsys.readouterr().err
+
+
+def test_suites_are_served():
+    for target in (host(), known("sm_90")):
+        problems = suite.default(target)
+        assert len(problems) == len(set(problems)) >= 5
+        for problem in problems:
+            assert families.candidates(problem, target)[0]
+
+
+# ---- the search -----------------------------------------------------------------------------------------------------
+
+
+def make_search(folder: Path, **changes) -> Search:
+    space = enumerate_space(FAMILY, PROBLEM, host())
+    first = [FAMILY.default(PROBLEM, host())]
+    wanted = {"seed": 0, "first": first, "limit": None, "exhaustive": False, **changes}
+    return Search(space, open_storage(str(folder / "study")), **wanted)
+
+
+@pytest.mark.parametrize("exhaustive", [True, False])
+def test_a_search_hands_out_each_legal_config_once(tmp_path, exhaustive):
+    search = make_search(tmp_path, exhaustive=exhaustive)
+    found = []
+    while (config := search.next()) is not None:
+        found.append(config)
+        search.tell(config, 1.0 if config.style == "plain" else None, "failed")
+    assert found[0] == FAMILY.default(PROBLEM, host())
+    assert len(found) == len(set(found)) == 11
+    assert set(found) == set(search.space.legal)
+    assert all(name == "alone" for name, _ in search.rejected.values())
+    values = [t.value for t in search._study.trials if t.params["style"] == "plain" and t.value is not None]
+    assert values
+    states = {t.state.name for t in search._study.trials}
+    assert states == {"COMPLETE", "PRUNED"}
+
+
+def test_optuna_itself_can_open_the_study(tmp_path):
+    import optuna
+
+    search = make_search(tmp_path, limit=4)
+    while (config := search.next()) is not None:
+        search.tell(config, 1.0)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "study")))
+    (loaded,) = optuna.get_all_study_summaries(storage)
+    assert loaded.study_name == f"fake_forward:{PROBLEM.key}"
+    assert optuna.load_study(study_name=loaded.study_name, storage=storage).best_value == 1.0
+
+
+def test_many_in_flight_at_once(tmp_path):
+    search = make_search(tmp_path)
+    flying = [search.next() for _ in range(11)]
+    assert len(set(flying)) == 11
+    assert search.next() is None
+    for config in flying:
+        search.tell(config, 1.0)
+    assert all(t.state.is_finished() for t in search._study.trials)
+
+
+def test_known_candidates_count_and_are_not_repeated(tmp_path):
+    search = make_search(tmp_path, limit=5)
+    for config in search.space.legal[:3]:
+        search.known(config, 2.0)
+    assert search.best == 2.0
+    found = [search.next(), search.next()]
+    assert search.next() is None
+    assert not set(found) & set(search.space.legal[:3])
+
+
+def test_the_sampler_beats_chance(tmp_path):
+    """On a smooth space of 3456 configs, 60 candidates: the median of some seeds is better than random's."""
+    knobs = tuple(Knob(f"k{i}", f"kK{i}", (0, 1, 2, 3, 4, 5) if i < 3 else (0, 1), "x") for i in range(7))
+    easy = Family(
+        "easy", "", "forward", ("fp32",), knobs, (), lambda p, t: None, lambda p, t, c: {}, lambda p, t: Config({})
+    )
+    space = enumerate_space(easy, PROBLEM, host())
+
+    def cost(config: Config) -> float:
+        return 1.0 + sum(abs(value - (2 if index < 3 else 1)) for index, value in enumerate(config.values()))
+
+    ours, chance = [], []
+    for seed in range(5):
+        storage = open_storage(str(tmp_path / f"study{seed}"))
+        search = Search(space, storage, seed=seed, first=[], limit=60, exhaustive=False)
+        while (config := search.next()) is not None:
+            search.tell(config, cost(config))
+        ours.append(search.best)
+        chance.append(min(cost(c) for c in random.Random(seed).sample(space.legal, 60)))
+    assert sorted(ours)[2] < sorted(chance)[2]
+    assert sorted(ours)[2] <= 2.0
+
+
+# ---- winners --------------------------------------------------------------------------------------------------------
+
+
+def finalists(*names: str) -> dict[str, Candidate]:
+    found = {}
+    for index, name in enumerate(names):
+        config = Config({"style": "plain", "variant": 3 - index % 3})
+        found[name] = Candidate("fake_forward", PROBLEM, host(), config)
+    return found
+
+
+def quiet(seconds: float) -> Timing:
+    return Timing(seconds, seconds / 1000, 30)
+
+
+@pytest.mark.parametrize(
+    ("times", "winner"),
+    [
+        ({"default": 1.0, "#1": 0.8}, "#1"),
+        ({"default": 1.0, "#1": 0.998}, "default"),
+        ({"default": 1.0, "incumbent": 0.8, "#1": 0.799}, "incumbent"),
+        ({"default": 0.8, "incumbent": 1.0, "#1": 0.799}, "default"),
+        ({"default": 1.0, "incumbent": 0.8, "#1": 0.6}, "#1"),
+        ({"#1": 1.0}, "#1"),
+        ({"default": 1.0, "#1": 0.5, "#2": 0.501}, "#2"),  # a tie: fewer resources
+        ({"default": 1.0, "#1": 0.5, "#2": 0.6}, "#1"),
+    ],
+)
+def test_who_wins(monkeypatch, times, winner):
+    monkeypatch.setattr(families, "all_families", lambda: (FAMILY,))
+    timings = {name: quiet(seconds) for name, seconds in times.items()}
+    timings["torch"] = quiet(0.1)
+    assert result.choose(timings, finalists(*times))[0] == winner
+
+
+def test_noise_wins_nothing(monkeypatch):
+    monkeypatch.setattr(families, "all_families", lambda: (FAMILY,))
+    timings = {"default": Timing(1.0, 0.3, 30), "#1": Timing(0.9, 0.3, 30)}
+    assert result.choose(timings, finalists(*timings))[0] == "default"
+
+
+def test_check_sizes_keep_the_static_key():
+    for mask in ("none", "causal", "window"):
+        problem = Problem(
+            dtype="bf16", mask=mask, heads=32, kv_heads=4, seqlen_q=9000, window_left=5 if mask == "window" else -1
+        )
+        found = check_problems(problem, host())
+        assert {p.static_key for p in found} == {problem.static_key}
+        assert any(p.seqlen_q > p.seqlen_k for p in found)
+        assert max(p.seqlen_q for p in found) <= 512
+        assert found[-1].heads // found[-1].kv_heads == 4
+
+
+# ---- the run's folder -----------------------------------------------------------------------------------------------
+
+
+def test_a_torn_line_is_cut_before_the_next_is_written(tmp_path):
+    run = journal.Run.create(tmp_path, "cpu", {"fingerprint": "f"})
+    run.append(journal.TRIALS, {"a": 1})
+    run.close()
+    with open(run.path / journal.TRIALS, "ab") as file:
+        file.write(b'{"a": 2')
+    assert [r["a"] for r in journal.read_lines(run.path / journal.TRIALS)] == [1]
+    again = journal.Run.open(run.path, "f")
+    again.append(journal.TRIALS, {"a": 3})
+    assert [r["a"] for r in again.rows(journal.TRIALS)] == [1, 3]
+    with pytest.raises(FagenError, match="belongs to another process"):
+        journal.Run.open(run.path, "f")
+    again.close()
+
+
+def test_a_run_of_other_sources_is_not_resumed(tmp_path):
+    run = journal.Run.create(tmp_path, "cpu", {"fingerprint": "old"})
+    run.close()
+    assert journal.latest(tmp_path, "old") == run.path
+    assert journal.latest(tmp_path, "new") is None
+    with pytest.raises(UsageError, match="other kernel sources"):
+        journal.Run.open(run.path, "new")
+
+
+def test_tuned_survives_the_journal():
+    tuned = Tuned(PROBLEM.to_dict(), True, {"ok": 1}, seconds=1.0, default_seconds=2.0)
+    assert tuned.key == PROBLEM.key
+    assert tuned.speedup == 2.0
+
+
+# ---- workers --------------------------------------------------------------------------------------------------------
+
+
+def ask(worker: workers.Worker, request, seconds: float):
+    worker.send(request, seconds)
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        reply = worker.poll()
+        if reply is not None:
+            return reply
+        time.sleep(0.01)
+    raise AssertionError("no reply")
+
+
+def test_workers_may_die(tmp_path):
+    worker = workers.Worker(misbehave, tmp_path / "log")
+    try:
+        assert ask(worker, "echo", 20) == "echo"
+        assert isinstance(ask(worker, "raise", 20), ValueError)
+        died = ask(worker, "segv", 20)
+        assert (died.timed_out, "SIGSEGV" in died.reason) == (False, True)
+        assert "exit code 7" in ask(worker, "exit", 20).reason
+        begin = time.monotonic()
+        assert ask(worker, "sleep", 0.5).timed_out
+        assert time.monotonic() - begin < 20
+        assert ask(worker, "echo", 20) == "echo"
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(0.2)
+        assert ask(worker, "echo", 20) == "echo"  # it died at rest, so the next request is not blamed
+        assert "said on stdout" in (tmp_path / "log").read_text()
+    finally:
+        worker.kill()
+    assert worker.pid is None
+
+
+def test_number_of_compilers_is_bounded(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(workers, "free_memory", lambda: 1 << 40)
+    assert workers.compile_workers(is_gpu=True) == 14
+    assert workers.compile_workers(is_gpu=False) == 16
+    monkeypatch.setattr(workers, "free_memory", lambda: 5 << 30)
+    assert workers.compile_workers(is_gpu=True) == 2
+    monkeypatch.setattr(workers, "free_memory", lambda: 1)
+    assert workers.compile_workers(is_gpu=True) == 1
