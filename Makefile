@@ -1,0 +1,70 @@
+# make tune   find the fastest kernels for this machine        make check      format, lint, types, docs
+# make test   all tests that this machine can run              make generated  render generated/ anew
+# make docs   the tables in docs/ from the code                make format     let the formatters rewrite
+#
+# Both make their own environment in .venv. On a machine whose Python has torch and the rest already, name it
+# instead and nothing is installed:   make test PYTHON=python3
+
+SHELL := /bin/sh
+VENV ?= .venv
+TORCH ?= torch==2.13.0  # what is installed where the environment has no torch and the machine has no NVIDIA driver
+PYTEST_FLAGS ?=
+TUNE_FLAGS ?=
+
+ifdef PYTHON
+  PY := $(PYTHON)
+  READY :=
+else
+  PY := $(VENV)/bin/python
+  READY := $(VENV)/.ready
+endif
+HEADERS = $(shell find templates -name '*.h' -o -name '*.cuh') $(wildcard fagen/csrc/*.cpp)
+CLANG_FORMAT = $(shell command -v $(dir $(PY))clang-format || command -v clang-format)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: tune test check format generated docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+tune: $(READY)
+	$(PY) -m fagen tune $(TUNE_FLAGS)
+
+test: $(READY)
+	$(PY) -m pytest $(PYTEST_FLAGS)
+
+check: $(READY)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	@if [ -z "$(CLANG_FORMAT)" ]; then echo 'no clang-format: the C++ headers are not checked'; \
+	else $(CLANG_FORMAT) --dry-run --Werror $(HEADERS); fi
+	$(PY) -m pytest -q tests/cpu/test_docs.py tests/cpu/test_hygiene.py
+
+format: $(READY)
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+	@if [ -n "$(CLANG_FORMAT)" ]; then $(CLANG_FORMAT) -i $(HEADERS); fi
+
+generated: $(READY)
+	$(PY) -m fagen.generated
+
+docs: $(READY)
+	$(PY) docs/tables.py
+
+$(VENV)/.ready: pyproject.toml
+	@python=; for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$p; break; fi; done; \
+	if [ -z "$$python" ]; then echo 'fagen needs Python 3.11 or newer, and found none on PATH' >&2; exit 4; fi; \
+	if ! [ -x $(VENV)/bin/pip ] && ! $$python -m venv $(VENV); then \
+	  echo "$$python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; \
+	  echo 'or use a Python that has torch already: make test PYTHON=python3' >&2; rm -rf $(VENV); exit 4; fi
+	@if $(PY) -c 'import torch' 2>/dev/null; then :; \
+	elif command -v nvidia-smi >/dev/null 2>&1; then $(PY) -m pip install torch; \
+	else $(PY) -m pip install '$(strip $(TORCH))' || $(PY) -m pip install torch; fi
+	$(PY) -m pip install -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

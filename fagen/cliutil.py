@@ -1,0 +1,260 @@
+"""What the commands share: problems from flags and TOML files, the target, and the two output streams.
+
+People read stderr, programs read stdout: `say` writes to the first, `emit_json` to the second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fagen.errors import InvalidArgument, MissingTool, UsageError
+from fagen.problem import DTYPES, INTERVAL_KINDS, MASKS, Problem
+from fagen.target import ARCHS, Target
+
+# A problem as flags and TOML files spell it: names of settings, most of which take several values.
+SETTINGS = {
+    "dtype": "fp16, bf16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)",
+    "head_dim": "64,128, or 192-128 when q/k and v differ (default: 128)",
+    "mask": f"{', '.join(MASKS)} (default: none)",
+    "window": "L,R: keys visible left and right of the diagonal, 'none' for unbounded: 1024,0 or none,0",
+    "interval_kind": f"bounds a key column carries: {', '.join(INTERVAL_KINDS)} (default: lower1)",
+    "softcap": "with a cap on the scores",
+    "alibi": "with ALiBi slopes",
+    "seqlen": "length of queries and keys: 1k,4k (default: 1k)",
+    "seqlen_q": "length of the queries alone",
+    "seqlen_k": "length of the keys alone",
+    "batch": "batch size (default: 1)",
+    "heads": "heads of q (default: 16)",
+    "kv_heads": "heads of k and v (default: as many as of q)",
+}
+_SWITCHES = ("softcap", "alibi")
+
+
+# ---- output ------------------------------------------------------------------------------------------------------
+
+
+def say(text: str = "") -> None:
+    """A line for the person in front of the terminal."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit_json(value: Any) -> None:
+    """Data for the next program; the only writer to stdout."""
+    print(json.dumps(value, indent=2, default=str), flush=True)
+
+
+# ---- words ---------------------------------------------------------------------------------------------------------
+
+
+def _words(value: Any) -> list[str]:
+    """'1k,4k', 4096 or ["1k", 4096] as words."""
+    if isinstance(value, str):
+        return [word.strip() for word in value.split(",")]
+    if isinstance(value, Iterable):
+        return [word for item in value for word in _words(item)]
+    return [str(value)]
+
+
+def size(word: str) -> int:
+    """4096, 4k or 1m; k is 1024."""
+    factor = {"k": 1 << 10, "m": 1 << 20}.get(word[-1:].lower(), 1)
+    digits = word[:-1] if factor > 1 else word
+    if not digits.isdigit() or int(digits) < 1:
+        raise UsageError(f"{word!r} is no size", "sizes are like 4096, 4k or 1k,4k,16k")
+    return int(digits) * factor
+
+
+def sizes(value: Any) -> list[int]:
+    return [size(word) for word in _words(value)]
+
+
+def head_dims(value: Any) -> list[tuple[int, int]]:
+    """(of q and k, of v) for each of '64,192-128'."""
+    pairs = []
+    for word in _words(value):
+        qk, dash, v = word.partition("-")
+        if not qk.isdigit() or (dash and not v.isdigit()):
+            raise UsageError(f"{word!r} is no head dim", "head dims are like 128, 64,128 or 192-128")
+        pairs.append((int(qk), int(v or qk)))
+    return pairs
+
+
+def _choices(name: str, value: Any, known: Iterable[str]) -> list[str]:
+    words = _words(value)
+    for word in words:
+        if word not in known:
+            raise UsageError(f"{name} {word!r} is unknown", f"known: {', '.join(known)}")
+    return words
+
+
+def window(value: Any) -> tuple[int, int]:
+    """The bounds of '1024,0' or 'none,0'; -1 is unbounded."""
+    words = _words(value)
+    bounds = [-1 if word in ("none", "-1", "") else int(word) if word.isdigit() else None for word in words]
+    if len(bounds) != 2 or None in bounds:
+        raise UsageError(f"window {value!r} cannot be read", "it is LEFT,RIGHT, like 1024,0 or none,0")
+    return bounds[0], bounds[1]  # type: ignore[return-value]
+
+
+# ---- problems ------------------------------------------------------------------------------------------------------
+
+
+def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Problem]:
+    """Every problem that the settings describe: lists multiply."""
+    for name in settings:
+        if name not in SETTINGS:
+            raise UsageError(f"unknown problem setting {name!r}", f"known: {', '.join(SETTINGS)}")
+    masks = settings.get("mask")
+    if masks is None:
+        masks = "window" if "window" in settings else "intervals" if "interval_kind" in settings else "none"
+    masks = _choices("mask", masks, MASKS)
+    for name, mask in (("window", "window"), ("interval_kind", "intervals")):
+        if name in settings and mask not in masks:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} needs mask {mask!r}", f"the masks are {', '.join(masks)}")
+    if "window" in masks and "window" not in settings:
+        raise UsageError("mask 'window' needs its width", remedy="add --window LEFT,RIGHT, like --window 1024,0")
+    default_dtype = "fp32" if target is not None and not target.is_gpu else "bf16"
+    axes: dict[str, list[Any]] = {
+        "dtype": _choices("dtype", settings.get("dtype", default_dtype), DTYPES),
+        "head_dim": head_dims(settings.get("head_dim", 128)),
+        "mask": masks,
+        "interval_kind": _choices("interval kind", settings.get("interval_kind", "lower1"), INTERVAL_KINDS),
+        "seqlen": _lengths(settings),
+        "batch": sizes(settings.get("batch", 1)),
+        "heads": sizes(settings.get("heads", 16)),
+        "kv_heads": sizes(settings["kv_heads"]) if "kv_heads" in settings else [0],
+    }
+    bounds = window(settings["window"]) if "window" in settings else (-1, -1)
+    switches: dict[str, Any] = {name: bool(settings.get(name, False)) for name in _SWITCHES}
+    problems = [
+        _problem(dict(zip(axes, point, strict=True)), bounds, switches) for point in itertools.product(*axes.values())
+    ]
+    return list(dict.fromkeys(problems))
+
+
+def _lengths(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
+    if "seqlen" in settings and ("seqlen_q" in settings or "seqlen_k" in settings):
+        raise UsageError("--seqlen excludes --seqlen-q and --seqlen-k", remedy="give one or the other")
+    if "seqlen_q" not in settings and "seqlen_k" not in settings:
+        return [(n, n) for n in sizes(settings.get("seqlen", 1024))]
+    of_q = settings.get("seqlen_q", settings.get("seqlen_k"))
+    of_k = settings.get("seqlen_k", settings.get("seqlen_q"))
+    return list(itertools.product(sizes(of_q), sizes(of_k)))
+
+
+def _problem(point: dict[str, Any], bounds: tuple[int, int], switches: dict[str, Any]) -> Problem:
+    (qk, v), (seqlen_q, seqlen_k), mask = point["head_dim"], point["seqlen"], point["mask"]
+    left, right = bounds if mask == "window" else (-1, -1)
+    itemsize = DTYPES[point["dtype"]]
+    return Problem(
+        dtype=point["dtype"],
+        head_dim=qk,
+        head_dim_v=v,
+        mask=mask,
+        intervals=point["interval_kind"] if mask == "intervals" else "",
+        # contiguous tensors, whose rows are whole 16-byte pieces when their sizes are
+        aligned=qk * itemsize % 16 == 0 and v * itemsize % 16 == 0,
+        batch=point["batch"],
+        heads=point["heads"],
+        kv_heads=point["kv_heads"],
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        window_left=left,
+        window_right=right,
+        **switches,
+    )
+
+
+def problems_in(path: Path | str, target: Target | None = None) -> list[Problem]:
+    """The problems of a TOML file: `[[problem]]` tables whose keys are the flags' names, with _ for -."""
+    try:
+        document = tomllib.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"problem file {path} cannot be read", str(error)) from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"problem file {path} is not TOML", str(error)) from error
+    tables = document.get("problem")
+    if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables) or len(document) > 1:
+        raise UsageError(
+            f"problem file {path} has no [[problem]] tables alone", f"it has: {', '.join(document) or 'nothing'}"
+        )
+    problems: list[Problem] = []
+    for number, table in enumerate(tables, 1):
+        try:
+            problems += expand(table, target)
+        except (UsageError, InvalidArgument) as error:
+            raise UsageError(f"{path}, problem {number}: {error.what}", error.numbers, error.remedy) from error
+    return list(dict.fromkeys(problems))
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------------
+
+
+def add_problem_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("problem", "lists (a,b,c) multiply; sizes may end in k")
+    for name, text in SETTINGS.items():
+        flag = "--" + name.replace("_", "-")
+        if name in _SWITCHES:
+            group.add_argument(flag, action="store_true", default=None, help=text)
+        else:
+            group.add_argument(flag, metavar="L,R" if name == "window" else "LIST", help=text)
+    group.add_argument("--problems", metavar="FILE.toml", help="[[problem]] tables with these names as keys")
+
+
+def problems_from(args: argparse.Namespace, target: Target | None = None) -> list[Problem]:
+    """The problems of the flags and of --problems; empty when none of them was given."""
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    problems = problems_in(args.problems, target) if args.problems else []
+    if settings:
+        problems += expand(settings, target)
+    return list(dict.fromkeys(problems))
+
+
+def one_problem(args: argparse.Namespace, target: Target | None = None) -> Problem:
+    """Exactly one problem; the defaults when no flag was given."""
+    problems = problems_from(args, target) or expand({}, target)
+    if len(problems) != 1:
+        raise UsageError(
+            f"the flags describe {len(problems)} problems", f"{problems[0]}, {problems[1]}, ...", "give one"
+        )
+    return problems[0]
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="data on stdout as JSON")
+
+
+def add_target_flag(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(ARCHS)
+    parser.add_argument(
+        "--target", metavar="T", help=f"cpu, gpu, gpu:1 or one of {names} (default: the GPU, else the CPU)"
+    )
+
+
+def target_from(name: str | None) -> Target:
+    """The target of a --target flag. Only `gpu` and the default look for a device."""
+    from fagen import target
+
+    if name is None:
+        return target.detect()
+    if name == "cpu":
+        return target.host()
+    word, _, index = name.partition(":")
+    if word != "gpu":
+        return target.known(name)
+    if index and not index.isdigit():
+        raise UsageError(f"unknown target {name!r}", "a GPU is named gpu, gpu:0, gpu:1, ...")
+    found = target.gpu(int(index or 0))
+    if found is None:
+        raise MissingTool(
+            f"no GPU answers to {name!r}", remedy="fagen doctor says what is missing; --target cpu needs none"
+        )
+    return found

@@ -1,0 +1,96 @@
+"""`fagen build`: compile kernels ahead of their first use."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from fagen.cliutil import add_json_flag, add_problem_flags, add_target_flag, emit_json, problems_from, say, target_from
+from fagen.errors import FagenError, UsageError
+
+if TYPE_CHECKING:
+    from fagen.dispatch import Choice
+    from fagen.problem import Problem
+    from fagen.target import Target
+
+_EXAMPLES = """examples:
+  fagen build --dtype bf16 --head-dim 128 --mask causal --seqlen 1k,4k,16k --heads 32 --kv-heads 8
+  fagen build --problems serving.toml --jobs 8
+  fagen build --all-records
+
+Sizes matter where they were tuned: another size may have another winner, which is another kernel."""
+
+
+def add(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "build",
+        help="compile ahead of first use",
+        description="Compile the kernels that these problems get on this machine, and the binding to torch.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--all-records", action="store_true", help="every winner of the database for this target")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        default=min(4, os.cpu_count() or 1),
+        help="compilers at a time (default: %(default)s)",
+    )
+    add_problem_flags(parser)
+    add_target_flag(parser)
+    add_json_flag(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from fagen import binding, dispatch
+
+    if args.jobs < 1:
+        raise UsageError(f"--jobs {args.jobs} is no number of compilers", "it is at least 1")
+    target = target_from(args.target)
+    problems = problems_from(args, target)
+    if args.all_records:
+        problems += _recorded(target)
+    elif not problems:
+        raise UsageError("nothing to build", remedy="give problem flags, --problems FILE.toml or --all-records")
+    work: dict[Any, tuple[Problem, Choice]] = {}  # many size points share a kernel
+    rows: list[dict[str, Any]] = []
+    for problem in problems:
+        choice = dispatch.choose(problem, target)
+        if choice.family is None:
+            say(f"{problem}: PyTorch serves it, nothing to build: {'; '.join(choice.reasons)}")
+            rows.append({"problem": problem.key, "outcome": "torch", "reasons": choice.reasons})
+        else:
+            work.setdefault((choice.family.name, problem.static_key, choice.config), (problem, choice))
+    binding.make()  # the op needs it besides the kernels
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows += pool.map(lambda item: _build(item[0], item[1], target), work.values())
+    failed = sum(row["outcome"] == "failed" for row in rows)
+    say(f"{len(work) - failed} kernels ready, {failed} failed")
+    if args.json:
+        emit_json(rows)
+    return 1 if failed else 0
+
+
+def _recorded(target: Target) -> list[Problem]:
+    from fagen.db import Database
+
+    return [record.problem for record in Database.load().records if record.arch == target.arch]
+
+
+def _build(problem: Problem, choice: Choice, target: Target) -> dict[str, Any]:
+    from fagen import build
+
+    assert choice.family is not None and choice.config is not None
+    row = {"problem": problem.key, "family": choice.family.name, "config": dict(choice.config)}
+    start = time.perf_counter()
+    try:
+        artifact = build.build(choice.family, problem, target, choice.config)
+    except FagenError as error:
+        say(f"{problem.static_key}: {error}")
+        return {**row, "outcome": "failed", "error": str(error)}
+    say(f"{problem.static_key}: {choice.config} ({time.perf_counter() - start:.1f} s)")
+    return {**row, "outcome": "ok", "library": str(artifact.path), "facts": artifact.facts}

@@ -1,0 +1,50 @@
+"""`fagen explain`: which kernel a problem gets, and why no other."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fagen.cliutil import (
+    add_json_flag,
+    add_problem_flags,
+    add_target_flag,
+    emit_json,
+    expand,
+    problems_from,
+    say,
+    target_from,
+)
+
+_EXAMPLES = """examples:
+  fagen explain --head-dim 128 --mask causal --seqlen 4k --heads 32 --kv-heads 8
+  fagen explain --target sm_90 --head-dim 192-128 --dtype bf16
+  fagen explain --problems serving.toml --json"""
+
+
+def add(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "explain",
+        help="say which kernel a problem gets",
+        description="Say which kernel a problem gets, where its config comes from, and why no other. Compiles nothing.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_problem_flags(parser)
+    add_target_flag(parser)
+    add_json_flag(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from fagen import dispatch
+
+    target = target_from(args.target)
+    problems = problems_from(args, target) or expand({}, target)
+    reports = [dispatch.explain_problem(problem, target) for problem in problems]
+    for number, report in enumerate(reports):
+        if number:
+            say()
+        say(str(report))
+    if args.json:
+        emit_json([report.to_dict() for report in reports])
+    return 0

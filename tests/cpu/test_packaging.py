@@ -1,0 +1,124 @@
+"""The wheel holds all it needs, and works outside the checkout in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hatchling", reason="no hatchling to build the wheel with (pip install hatchling)")
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The bin folder of a fresh environment with the wheel, and this environment's other packages behind it."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = folder / "lib" / version / "site-packages"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages)
+    (packages / "behind.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    script = folder / "bin" / "fagen"
+    script.write_text(f"#!{folder}/bin/python\nimport sys\nfrom fagen.cli import main\nsys.exit(main())\n")
+    script.chmod(0o755)
+    return folder / "bin"
+
+
+@pytest.fixture
+def run(installed, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    environment |= {"FAGEN_CACHE_DIR": str(tmp_path / "cache"), "FAGEN_DB_DIR": str(tmp_path / "db")}
+
+    def go(*words: str):
+        return subprocess.run(
+            [installed / words[0], *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    return go
+
+
+def test_the_wheel_is_pure_python_with_data_inside(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for source, inside in (("fagen", "fagen"), ("templates", "fagen/templates"), ("tuning_db", "fagen/tuning_db")):
+        files = [p.relative_to(ROOT / source) for p in (ROOT / source).rglob("*") if p.is_file()]
+        wanted = {f"{inside}/{path}" for path in files if "__pycache__" not in path.parts}
+        assert wanted <= names, sorted(wanted - names)[:5]
+    assert not any(name.startswith(("tests", "generated", "docs")) for name in names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_metadata(wheel):
+    import fagen
+
+    archive = zipfile.ZipFile(wheel)
+    text = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
+    assert f"Version: {fagen.__version__}" in text["METADATA"]
+    assert "fagen = fagen.cli:main" in text["entry_points.txt"]
+    for package in ("torch", "jinja2", "ninja", "optuna", "filelock", "platformdirs", "rich"):
+        assert f"Requires-Dist: {package}" in text["METADATA"]
+
+
+def test_it_is_the_installed_one_and_it_finds_its_data(run, installed):
+    done = run(
+        "python", "-c", "import fagen.env as e; print(e.__file__, e.data_dir('templates'), e.data_dir('tuning_db'))"
+    )
+    paths = done.stdout.split()
+    assert len(paths) == 3, done.stderr
+    assert all(path.startswith(str(installed.parent)) for path in paths)
+
+
+def test_help(run):
+    done = run("fagen", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "emit" in done.stdout
+
+
+def test_emit_from_another_folder(run, tmp_path):
+    words = "--arch sm_80 --head-dim 64 --dtype bf16 --mask causal --out out --example --json"
+    done = run("fagen", "emit", *words.split())
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["family"] == "sm80_forward"
+    assert (tmp_path / "out" / "kernel.cu").is_file()
+
+
+def test_explain_and_build(run):
+    words = "--target cpu --dtype fp32 --head-dim 32 --mask causal --seqlen 64 --json".split()
+    done = run("fagen", "explain", *words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["family"] == "cpu_forward"
+
+
+def test_the_op_works_installed(run):
+    program = (
+        "import torch, fagen\n"
+        "q = torch.randn(1, 40, 2, 32)\n"
+        "out = fagen.attention(q, q, q, causal=True)\n"
+        "t = q.transpose(1, 2)\n"
+        "want = torch.nn.functional.scaled_dot_product_attention(t, t, t, is_causal=True).transpose(1, 2)\n"
+        "print(float((out - want).abs().max()))"
+    )
+    done = run("python", "-c", program)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-5
