@@ -82,7 +82,7 @@ def _attention(
         "layout": layout, "causal": causal, "window": (left, right), "intervals": intervals, "softcap": softcap,
         "alibi_slopes": alibi_slopes, "scale": scale,
     }  # fmt: skip
-    reason = _refusal(q, k, v, alibi_slopes)
+    reason = _refusal(q, k, v, alibi_slopes, scale)
     if reason:
         fallback.warn(reason)
         return _finish(fallback.attend(q, k, v, want_lse=return_lse, **options), return_lse, out)
@@ -116,10 +116,14 @@ def _finish(result: tuple[torch.Tensor, torch.Tensor], return_lse: bool, out: to
     return (value, lse) if return_lse else value
 
 
-def _refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, alibi_slopes: torch.Tensor | None) -> str:
+def _refusal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, alibi_slopes: torch.Tensor | None, scale: float | None
+) -> str:
     """Why the ops cannot be asked at all; "" if they can."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, alibi_slopes)):
         return _NO_BACKWARD
+    if scale is not None and not scale > 0:
+        return f"scale={scale} is not positive"  # the kernels take the maximum before they scale
     if q.device.type not in ("cpu", "cuda"):
         return f"no kernels for device {q.device.type}"
     return ""
@@ -255,7 +259,7 @@ def describe(
     kind = interval_kind(intervals.shape[3], causal) if intervals is not None else ""
     semantics = Semantics((left, right), kind, float(softcap), scale)
     target = dispatch.target_of(q.device)
-    refusal = _refusal(q, k, v, alibi_slopes) or _unservable(q, k, v, intervals, alibi_slopes, out)
+    refusal = _refusal(q, k, v, alibi_slopes, scale) or _unservable(q, k, v, intervals, alibi_slopes, out)
     if target is None and not refusal:
         refusal = f"no kernels for device {q.device}"
     if refusal:

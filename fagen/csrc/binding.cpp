@@ -193,11 +193,12 @@ PyObject* fast_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
   int64_t left = -1, right = -1;
   if (!window_bound(PyTuple_GET_ITEM(args[5], 0), left) || !window_bound(PyTuple_GET_ITEM(args[5], 1), right))
     Py_RETURN_NONE;
-  double softcap = 0, scale = 0;
+  double softcap = 0, scale = 1;
   if (!number(args[7], softcap) || (args[9] != Py_None && !number(args[9], scale))) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
+  if (!(scale > 0)) Py_RETURN_NONE;
   MaybeTensor intervals, alibi_slopes;
   if (args[6] != Py_None) {
     if (!plain(args[6])) Py_RETURN_NONE;

@@ -13,7 +13,7 @@ KNOBS = (
     Knob("tile_m", "kTileM", (16, 32, 64, 128, 192, 256), "rows of q a block works on"),
     Knob("tile_n", "kTileN", (16, 32, 48, 64, 80, 96, 128), "keys a block loads at a time"),
     Knob("warps", "kWarps", (1, 2, 4, 8), "warps of a block"),
-    Knob("partition", "kPartition", ("split_q", "split_k"), "what the warps of a block divide among them"),
+    Knob("partition", "kPartition", ("split_q", "split_k", "pairs"), "what the warps of a block divide"),
     Knob("loop_order", "kLoopOrder", ("q_outer", "kv_outer"), "what stays while the other passes by"),
     Knob("stages", "kStages", (1, 2, 3), "tiles of keys in shared memory; 1: K and V take turns"),
     Knob("overlap", "kOverlap", (False, True), "compute the next tile's scores under this one's softmax"),
@@ -33,9 +33,13 @@ REGISTERS_PER_SM = 65536
 OTHER_REGISTERS = 32  # addresses, maxima and sums, loop state: what a thread needs beside its fragments
 
 
-def _shares(c: Config) -> tuple[int, int]:
-    """Rows of q and keys of a tile that one warp works on."""
-    return (c.tile_m, c.tile_n // c.warps) if c.partition == "split_k" else (c.tile_m // c.warps, c.tile_n)
+def _shares(c: Config) -> tuple[int, int, int]:
+    """What one warp works on: rows of q, keys of a tile, and the parts that the columns of O are cut into."""
+    if c.partition == "split_k":
+        return c.tile_m, c.tile_n // c.warps, 1
+    if c.partition == "pairs":
+        return c.tile_m // c.warps * 2, c.tile_n // 2, 2
+    return c.tile_m // c.warps, c.tile_n, 1
 
 
 def _tile_bytes(rows: int, cols: int, c: Config) -> int:
@@ -48,16 +52,17 @@ def smem_bytes(p: Problem, c: Config) -> int:
     stage = _tile_bytes(c.tile_n, d, c) + _tile_bytes(c.tile_n, dv, c)
     aliased = c.loop_order == "q_outer" and c.q_source == "registers"
     merge = c.tile_m * dv * 4 + c.warps * c.tile_m * 8 if c.partition == "split_k" else 0
-    return max((0 if aliased else q) + c.stages * stage, q, o, merge)
+    paired = _tile_bytes(c.tile_m, c.tile_n, c) + 8 * c.tile_m if c.partition == "pairs" else 0
+    return max((0 if aliased else q) + c.stages * stage + paired, q, o, merge)
 
 
 def fragment_registers(p: Problem, c: Config) -> int:
     """Registers of a thread that hold pieces of S, O and perhaps Q."""
-    rows, keys = _shares(c)
+    rows, keys, parts = _shares(c)
     slabs = rows // 16
     held = slabs * p.head_dim_padded // 4 if c.q_source == "registers" else 0
     scores = keys + keys // 2 + keys // 4 if c.overlap else keys
-    return slabs * (scores + p.head_dim_v_padded) // 2 + held
+    return slabs * (scores + p.head_dim_v_padded // parts) // 2 + held
 
 
 def register_limit(c: Config) -> int:
@@ -69,6 +74,13 @@ def _even_share(p: Problem, t: Target, c: Config) -> str | None:
         return f"tile_m {c.tile_m} is no multiple of 16 rows x {c.warps} warps"
     if c.partition == "split_k" and c.tile_n % (16 * c.warps):
         return f"tile_n {c.tile_n} is no multiple of 16 keys x {c.warps} warps"
+    if c.partition == "pairs":
+        if c.warps % 2 or c.tile_m % (8 * c.warps) or c.tile_n % 32:
+            return f"{c.warps} warps are not pairs that share tile_m {c.tile_m} by 16 rows and tile_n {c.tile_n} by 32 keys"
+        # swizzled, a half must begin where the exchange of pieces starts anew
+        unit = 128 if c.smem_layout == "swizzled" else 32
+        if p.head_dim_v_padded % unit:
+            return f"half of head_dim_v {p.head_dim_v_padded} is no multiple of {unit // 2} ({c.smem_layout})"
     return None
 
 
@@ -77,6 +89,8 @@ def _one_scheme(p: Problem, t: Target, c: Config) -> str | None:
         return f"kv_outer holds one tile of keys at a time, stages={c.stages}"
     if c.overlap and (c.loop_order == "kv_outer" or c.stages == 1):
         return f"overlap needs q_outer and a stage for the next keys, {c.loop_order} stages={c.stages}"
+    if c.partition == "pairs" and (c.loop_order == "kv_outer" or c.overlap):
+        return f"pairs work in q_outer without overlap, {c.loop_order} overlap={c.overlap}"
     if c.partition == "split_k" and c.warps == 1:
         return "one warp has nobody to split the keys with"
     return None
@@ -153,8 +167,21 @@ _GUESSES = (
         ],
     ),
     (
+        192,
+        [
+            _make(tile_m=128, tile_n=128, warps=8, partition="pairs", smem_layout="padded"),
+            _make(tile_m=128, tile_n=96, warps=8, partition="pairs", smem_layout="padded"),
+            _make(tile_m=128, tile_n=64, warps=8, stages=2),
+            _make(tile_m=64, tile_n=64, partition="pairs", smem_layout="padded", blocks_per_sm=2),
+            _make(tile_m=64, tile_n=48, blocks_per_sm=2),
+        ],
+    ),
+    (
         256,
         [
+            _make(tile_m=128, tile_n=64, warps=8, stages=2, partition="pairs"),
+            _make(tile_m=128, tile_n=64, warps=8, partition="pairs"),
+            _make(tile_m=64, tile_n=64, partition="pairs", smem_layout="padded", blocks_per_sm=2),
             _make(tile_m=128, tile_n=64, warps=8, stages=2),
             _make(tile_m=128, tile_n=80, warps=8),
             _make(tile_m=64, tile_n=32, stages=3, q_source="registers", blocks_per_sm=2),
@@ -190,7 +217,7 @@ def _resources(p: Problem, t: Target, c: Config) -> tuple:
 _SHAPE = ("tile_m", "tile_n", "warps", "partition")
 _MEMORY = (*_SHAPE, "loop_order", "stages", "q_source", "smem_layout", "blocks_per_sm")
 CONSTRAINTS = (
-    Constraint("even_share", _even_share, _SHAPE),
+    Constraint("even_share", _even_share, (*_SHAPE, "smem_layout")),
     Constraint("one_scheme", _one_scheme, ("warps", "partition", "loop_order", "stages", "overlap")),
     Constraint("order_matters", _order_matters, ("block_order",)),
     Constraint("smem_fits", _smem_fits, _MEMORY),

@@ -45,6 +45,8 @@ SCHEMES = {
     "split_k": config(partition="split_k", tile_m=16, tile_n=64),
     "split_k_overlap": config(partition="split_k", tile_m=32, tile_n=128, overlap=True),
     "split_k_kv_outer": config(partition="split_k", tile_m=16, tile_n=64, loop_order="kv_outer", stages=1),
+    "pairs": config(partition="pairs", tile_n=64, smem_layout="padded"),
+    "pairs_one_stage": config(partition="pairs", tile_m=128, warps=8, stages=1, smem_layout="padded", rescale="each"),
     "one_warp": config(tile_m=16, tile_n=16, warps=1),
     "two_warps": config(tile_m=64, tile_n=48, warps=2),
     "eight_warps": config(tile_m=256, tile_n=80, warps=8, q_source="registers"),

@@ -12,7 +12,7 @@ import pytest
 TOOL = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 SET = """
 from tests.gpu.cases import Case, run
-for name in ("base", "one_stage", "q_in_registers", "overlap", "kv_outer", "split_k", "split_k_kv_outer"):
+for name in ("base", "one_stage", "q_in_registers", "overlap", "kv_outer", "split_k", "split_k_kv_outer", "pairs", "pairs_one_stage"):
     for mask in ("causal", "none"):
         assert run(Case(name, mask=mask), 70, 99)
 assert run(Case("base", mask="window", window=(20, 10)), 99, 70)

@@ -14,7 +14,7 @@ EDGES = ((1, 1), (1, 77), (15, 17), (64, 64), (63, 65), (129, 127), (200, 200), 
 SCHEME_CASES = [Case(name, mask=mask, sizes=EDGES) for name in SCHEMES for mask in ("causal", "none")
                 if mask == "causal" or SCHEMES[name].block_order in ("ascending", "sectioned")]  # fmt: skip
 
-_WALKS = ("base", "one_stage", "overlap", "overlap_deep", "kv_outer", "split_k", "two_warps")
+_WALKS = ("base", "one_stage", "overlap", "overlap_deep", "kv_outer", "split_k", "pairs", "two_warps")
 WINDOW_CASES = [Case(name, mask="window", window=window, sizes=((300, 300), (300, 200), (100, 400)))
                 for name in _WALKS for window in ((50, 20), (10, 0), (70, -1), (-1, 5), (0, 0))]  # fmt: skip
 INTERVAL_CASES = [Case(name, mask="intervals", intervals=kind, window=window, sizes=((300, 300), (300, 1500), (77, 40)))
@@ -30,8 +30,13 @@ DIM_CASES = [
         _DIMS * 4, ("bf16", "fp16") * 30, ("causal", "none", "window") * 20, ("swizzled", "swizzled", "padded", "padded") * 15,
         ((4, 1), (6, 2), (3, 3)) * 20)
 ]  # fmt: skip
+PAIR_CASES = [Case("pairs", mask=mask, head_dim=d, head_dim_v=dv, dtype=dtype, changes=(("smem_layout", layout), ("tile_n", n)),
+                   sizes=((150, 170), (64, 64)))
+              for d, dv, layout, n in ((128, 0, "swizzled", 64), (256, 0, "swizzled", 32), (256, 0, "swizzled", 64),
+                                       (256, 128, "swizzled", 96), (192, 0, "padded", 32), (64, 32, "padded", 96))
+              for mask, dtype in (("causal", "bf16"), ("none", "fp16"))]  # fmt: skip
 GQA_CASES = [Case(name, heads=h, kv_heads=hk, mask=mask, sizes=((130, 190),))
-             for name in ("base", "kv_outer", "split_k") for h, hk in ((8, 8), (8, 4), (8, 1), (6, 3))
+             for name in ("base", "kv_outer", "split_k", "pairs") for h, hk in ((8, 8), (8, 4), (8, 1), (6, 3))
              for mask in ("causal", "none")]  # fmt: skip
 SCORE_CASES = [
     Case("base", softcap=20.0, mask="none"), Case("base", softcap=5.0, alibi=True), Case("base", alibi=True, mask="none"),
@@ -41,10 +46,10 @@ SCORE_CASES = [
 ]  # fmt: skip
 UNALIGNED_CASES = [Case("base", aligned=False, head_dim=d, mask=mask, dtype=dtype, sizes=((150, 90), (33, 65)))
                    for d, mask, dtype in ((50, "causal", "bf16"), (64, "none", "fp16"), (33, "none", "bf16"), (1, "causal", "bf16"))]  # fmt: skip
-LARGE_CASES = [Case(name, magnitude=m) for name in ("base", "rescale_each", "overlap", "kv_outer", "split_k")
+LARGE_CASES = [Case(name, magnitude=m) for name in ("base", "rescale_each", "overlap", "kv_outer", "split_k", "pairs")
                for m in (8.0, 30.0)]  # fmt: skip
 
-ALL = [*SCHEME_CASES, *WINDOW_CASES, *INTERVAL_CASES, *DIM_CASES, *GQA_CASES, *SCORE_CASES, *UNALIGNED_CASES, *LARGE_CASES]
+ALL = [*SCHEME_CASES, *WINDOW_CASES, *INTERVAL_CASES, *DIM_CASES, *PAIR_CASES, *GQA_CASES, *SCORE_CASES, *UNALIGNED_CASES, *LARGE_CASES]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,7 +108,7 @@ def test_twenty_runs_are_bitwise_equal(name: str) -> None:
         assert torch.equal(out, first[0]) and torch.equal(lse, first[1])
 
 
-@pytest.mark.parametrize("name", ["base", "kv_outer", "split_k", "overlap"])
+@pytest.mark.parametrize("name", ["base", "kv_outer", "split_k", "overlap", "pairs"])
 def test_rows_that_see_nothing(name: str) -> None:
     """More rows than keys: under the bottom-right causal mask the first ones see no key."""
     q = torch.randn(1, 300, 2, 64, device="cuda").bfloat16()

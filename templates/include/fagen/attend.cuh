@@ -2,6 +2,7 @@
 #pragma once
 #include "fagen/element.cuh"
 #include "fagen/mask.cuh"
+#include "fagen/ptx/barrier.cuh"
 #include "fagen/ptx/mma_sync.cuh"
 #include "fagen/smem.cuh"
 #include "fagen/softmax.cuh"
@@ -46,8 +47,8 @@ struct Lane {
   }
 };
 
-// State of kSlabs slabs of 16 rows: O unnormalised in accumulators, and the softmax.
-template <class Config, int kSlabs, int kKeys, class Element, class TileQ, class TileK, class TileV>
+// State of kSlabs slabs of 16 rows: kColumns columns of O unnormalised in accumulators, and the softmax.
+template <class Config, int kSlabs, int kKeys, int kColumns, class Element, class TileQ, class TileK, class TileV>
 struct Attend {
   static constexpr int kDepth = Config::kHeadDim / 16;
   static constexpr int kRows = kSlabs * 2;  // rows a thread shares
@@ -57,7 +58,7 @@ struct Attend {
   using Softmax = OnlineSoftmax<kRows, Config::kRescale == Rescale::deferred>;
 
   Lane lane;
-  float o[kSlabs][Config::kHeadDimV / 8][4];
+  float o[kSlabs][kColumns / 8][4];
   Softmax softmax;
   uint32_t q_registers[kSlabs][kQInRegisters ? kDepth : 1][4];
 
@@ -165,9 +166,7 @@ struct Attend {
       }
   }
 
-  // Take a new tile's maxima into the reference; O follows.
-  __device__ __forceinline__ void observe(const Scores& s_acc) {
-    float tile_max[kRows], factor[kRows];
+  __device__ __forceinline__ void tile_maxima(const Scores& s_acc, float (&tile_max)[kRows]) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       tile_max[r] = -INFINITY;
@@ -175,7 +174,18 @@ struct Attend {
       for (int n = 0; n < kKeys / 8; ++n)
         tile_max[r] = fmaxf(tile_max[r], fmaxf(s_acc[r / 2][n][r % 2 * 2], s_acc[r / 2][n][r % 2 * 2 + 1]));
     }
-    if (softmax.observe(tile_max, factor)) rescale(factor);
+  }
+
+  // Take a new tile's maxima into the reference; O follows.
+  __device__ __forceinline__ void observe(const Scores& s_acc) {
+    float tile_max[kRows], factor[kRows];
+    tile_maxima(s_acc, tile_max);
+    if (__any_sync(~0u, softmax.outgrown(tile_max))) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) tile_max[r] = quad_max(tile_max[r]);
+      softmax.move(tile_max, factor);
+      rescale(factor);
+    }
   }
 
   // One register of P = exp(S - reference): two columns of row i % 2 of piece 2 n + i / 2. The accumulator of S is
@@ -188,16 +198,16 @@ struct Attend {
     p_frag[n][s][i] = pack<Element>(first, second);
   }
 
-  // O += P V for the 16 keys that start at row `first_key` + 16 n of the tile.
-  __device__ __forceinline__ void value_step(const Weights& p_frag, uint32_t v_lane, int n) {
+  // O += P V for 16 keys: `p_frag` their weights, `v_lane` this lane's address of their first 16 columns of v.
+  __device__ __forceinline__ void value_step(const uint32_t (&p_frag)[kSlabs][4], uint32_t v_lane) {
 #pragma unroll
-    for (int d = 0; d < Config::kHeadDimV / 16; ++d) {
+    for (int d = 0; d < kColumns / 16; ++d) {
       uint32_t v_frag[4];
-      ptx::ldmatrix_x4_trans(v_frag, TileV::step(v_lane, n * 16, d));
+      ptx::ldmatrix_x4_trans(v_frag, TileV::step(v_lane, 0, d));
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s) {
-        ptx::mma_m16n8k16<Element>(o[s][2 * d], p_frag[n][s], v_frag[0], v_frag[1]);
-        ptx::mma_m16n8k16<Element>(o[s][2 * d + 1], p_frag[n][s], v_frag[2], v_frag[3]);
+        ptx::mma_m16n8k16<Element>(o[s][2 * d], p_frag[s], v_frag[0], v_frag[1]);
+        ptx::mma_m16n8k16<Element>(o[s][2 * d + 1], p_frag[s], v_frag[2], v_frag[3]);
       }
     }
   }
@@ -214,7 +224,7 @@ struct Attend {
       for (int s = 0; s < kSlabs; ++s)
 #pragma unroll
         for (int i = 0; i < 4; ++i) weigh(s_acc, p_frag, s, n, i);
-      value_step(p_frag, v_lane, n);
+      value_step(p_frag[n], v_lane + n * 16 * TileV::kPitch);
     }
   }
 
@@ -231,7 +241,7 @@ struct Attend {
     });
     const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
 #pragma unroll
-    for (int n = 0; n < kKeys / 16; ++n) value_step(p_frag, v_lane, n);
+    for (int n = 0; n < kKeys / 16; ++n) value_step(p_frag[n], v_lane + n * 16 * TileV::kPitch);
   }
 
   __device__ __forceinline__ void rescale(const float (&factor)[kRows]) {

@@ -31,23 +31,24 @@ struct OnlineSoftmax {
     for (int r = 0; r < kRows; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
   }
 
-  // Take in the thread's maxima of a new tile. Returns whether O must be multiplied by `factor` (warp-uniform).
-  __device__ __forceinline__ bool observe(const float (&tile_max)[kRows], float (&factor)[kRows]) {
-    if constexpr (kDeferred) {
-      bool grown = false;
+  // Whether a row of this thread has outgrown its reference by more than the slack.
+  __device__ __forceinline__ bool outgrown(const float (&tile_max)[kRows]) const {
+    bool grown = !kDeferred;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > reference[r] + slack;
-      if (!__any_sync(~0u, grown)) return false;
-    }
+    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > reference[r] + slack;
+    return grown;
+  }
+
+  // Move the references to the rows' maxima; O is to be multiplied by `factor`, as the sums are here.
+  __device__ __forceinline__ void move(const float (&row_max)[kRows], float (&factor)[kRows]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float next = fmaxf(reference[r], quad_max(tile_max[r]));
+      const float next = fmaxf(reference[r], row_max[r]);
       // a row that has seen nothing yet has no weight to rescale: 2^-inf = 0 once it has, and 0 * 0 until then
       factor[r] = next == -INFINITY ? 0.f : ptx::ex2((reference[r] - next) * scale_log2);
       reference[r] = next;
       sum[r] *= factor[r];
     }
-    return true;
   }
 
   // What is added to the scaled scores: finite even where nothing has been seen yet.

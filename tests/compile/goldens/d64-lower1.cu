@@ -6,7 +6,7 @@
 // Config: tile_m=128 tile_n=64 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=longest_first
 
 enum class Mask { none, causal, window, intervals };
-enum class Partition { split_q, split_k };
+enum class Partition { split_q, split_k, pairs };
 enum class LoopOrder { q_outer, kv_outer };
 enum class QSource { shared, registers };
 enum class SmemLayout { swizzled, padded };
@@ -28,7 +28,7 @@ struct Config {
   static constexpr int kTileM = 128;  // rows of q a block works on
   static constexpr int kTileN = 64;  // keys a block loads at a time
   static constexpr int kWarps = 4;  // warps of a block
-  static constexpr Partition kPartition = Partition::split_q;  // what the warps of a block divide among them
+  static constexpr Partition kPartition = Partition::split_q;  // what the warps of a block divide
   static constexpr LoopOrder kLoopOrder = LoopOrder::q_outer;  // what stays while the other passes by
   static constexpr int kStages = 2;  // tiles of keys in shared memory
   static constexpr bool kOverlap = false;  // compute the next tile's scores under this one's softmax

@@ -19,10 +19,14 @@ template <class C>
 struct Shape {
   static constexpr int kThreads = C::kWarps * 32;
   static constexpr bool kSplitKeys = C::kPartition == Partition::split_k;
-  static constexpr int kWarpRows = kSplitKeys ? C::kTileM : C::kTileM / C::kWarps;  // rows of q a warp works on
-  static constexpr int kWarpKeys = kSplitKeys ? C::kTileN / C::kWarps : C::kTileN;  // keys of a tile it works on
+  static constexpr bool kPairs = C::kPartition == Partition::pairs;
+  // a warp's share: rows of q, keys of a tile (for S), columns of v (for O)
+  static constexpr int kWarpRows = kSplitKeys ? C::kTileM : C::kTileM / C::kWarps * (kPairs ? 2 : 1);
+  static constexpr int kWarpKeys = kSplitKeys ? C::kTileN / C::kWarps : C::kTileN / (kPairs ? 2 : 1);
+  static constexpr int kWarpColumns = C::kHeadDimV / (kPairs ? 2 : 1);
   static constexpr int kSlabs = kWarpRows / 16;
-  static_assert(kWarpRows % 16 == 0 && kWarpKeys % 16 == 0, "a warp's share is made of 16 x 16 pieces");
+  static_assert(kWarpRows % 16 == 0 && kWarpKeys % 16 == 0 && kWarpColumns % 16 == 0,
+                "a warp's share is made of 16 x 16 pieces");
 
   static constexpr bool kSwizzled = C::kSmemLayout == SmemLayout::swizzled;
   using TileQ = SharedTile<C::kTileM, C::kHeadDim, kSwizzled>;
@@ -36,10 +40,14 @@ struct Shape {
   static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
   static constexpr int kRing = kQAliasesRing ? 0 : TileQ::kBytes;  // where the ring of K and V stages begins
   static constexpr int kRingEnd = kRing + C::kStages * kStageBytes;
+  // pairs: the weights that two warps show each other, and their rows' maxima and sums
+  using TileP = SharedTile<C::kTileM, C::kTileN, kSwizzled>;
+  static constexpr int kPairStats = kRingEnd + (kPairs ? TileP::kBytes : 0);
+  static constexpr int kPairEnd = kPairStats + (kPairs ? 2 * C::kTileM * 4 : 0);
   static constexpr int kMergeStats = C::kTileM * C::kHeadDimV * 4;  // split_k: sums of O, then maxima and sums
   static constexpr int kMergeBytes = kSplitKeys ? kMergeStats + C::kWarps * C::kTileM * 8 : 0;
   static constexpr int kSmemBytes =
-      larger(larger(kRingEnd, TileQ::kBytes), larger(TileO::kBytes, kMergeBytes));
+      larger(larger(kPairEnd, TileQ::kBytes), larger(TileO::kBytes, kMergeBytes));
 
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
@@ -58,12 +66,13 @@ struct Launch {
 template <class C, class Element>
 struct Block {
   using S = Shape<C>;
-  using State = Attend<C, S::kSlabs, S::kWarpKeys, Element, typename S::TileQ, typename S::TileK, typename S::TileV>;
+  using State = Attend<C, S::kSlabs, S::kWarpKeys, S::kWarpColumns, Element, typename S::TileQ, typename S::TileK,
+                       typename S::TileV>;
 
   const fagen_params& p;
   const Launch& launch;
   Work work;
-  int warp, first_row, first_key;  // of the warp within the tiles of q and of keys
+  int warp, first_row, first_key, first_column;  // of the warp's share in the tiles
   uint32_t smem;
   unsigned char* smem_bytes;
   Rows<Element> q, k, v;
@@ -80,8 +89,9 @@ struct Block {
         smem_bytes(shared),
         band(p),
         mod(p, work.batch, work.head) {
-    first_row = S::kSplitKeys ? 0 : warp * S::kWarpRows;
-    first_key = S::kSplitKeys ? warp * S::kWarpKeys : 0;
+    first_row = S::kSplitKeys ? 0 : (S::kPairs ? warp / 2 : warp) * S::kWarpRows;
+    first_key = S::kSplitKeys ? warp * S::kWarpKeys : S::kPairs ? warp % 2 * S::kWarpKeys : 0;
+    first_column = S::kPairs ? warp % 2 * S::kWarpColumns : 0;
     const int kv_head = work.head / (p.heads / p.kv_heads);
     q = rows(p.q, p.q_stride, work.head, p.seqlen_q, p.head_dim);
     k = rows(p.k, p.k_stride, kv_head, p.seqlen_k, p.head_dim);

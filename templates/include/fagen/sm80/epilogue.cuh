@@ -1,6 +1,6 @@
 // From the warps' unnormalised sums to O and LSE in device memory.
 #pragma once
-#include "fagen/sm80/block.cuh"
+#include "fagen/sm80/pairs.cuh"
 
 // split_k: every warp has seen its own share of the keys for the same rows. Bring the sums to one reference and add
 // them up in warp 0, one warp after the other, so that the result never depends on timing.
@@ -56,7 +56,7 @@ __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typen
                                            int row_tile) {
   using S = Shape<C>;
   using TileO = typename S::TileO;
-  constexpr int kRows = S::kSlabs * 2;
+  constexpr int kRows = S::kSlabs * 2, kChunks = S::kWarpColumns / 8;
   const fagen_params& p = block.p;
   const Lane lane = state.lane;
   float row_sum[kRows];
@@ -67,27 +67,33 @@ __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typen
   if constexpr (S::kSplitKeys) {
     merge_warps(block, state, row_sum);
     if (block.warp != 0) return;
+  } else if constexpr (S::kPairs) {
+    float other[kRows];
+    Pair<C, Element>{block, lane}.exchange(row_sum, other);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) row_sum[r] += other[r];
+    __syncthreads();
   }
   const int m0 = row_tile * C::kTileM;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = block.first_row + r / 2 * 16 + r % 2 * 8 + lane.row;
     const float inverse = row_sum[r] == 0.f ? 0.f : 1.f / row_sum[r];
-    if (p.lse && lane.id % 4 == 0 && m0 + row < p.seqlen_q)
+    if (p.lse && block.first_column == 0 && lane.id % 4 == 0 && m0 + row < p.seqlen_q)
       p.lse[(int64_t(block.work.batch) * p.heads + block.work.head) * p.seqlen_q + m0 + row] =
           state.softmax.lse(r, row_sum[r]);
 #pragma unroll
-    for (int n = 0; n < C::kHeadDimV / 8; ++n) {
+    for (int n = 0; n < S::kWarpColumns / 8; ++n) {
       const float* pair = &state.o[r / 2][n][r % 2 * 2];
-      ptx::st_shared_4(block.smem + TileO::offset(row, n) + lane.column * 2,
+      ptx::st_shared_4(block.smem + TileO::offset(row, block.first_column / 8 + n) + lane.column * 2,
                        pack<Element>(pair[0] * inverse, pair[1] * inverse));
     }
   }
-  __syncwarp();  // a warp reads back only the rows it wrote
+  __syncwarp();  // a warp reads back only what it wrote
   Element* out = static_cast<Element*>(p.o) + block.work.batch * p.o_stride[0] + block.work.head * p.o_stride[2];
 #pragma unroll 4
-  for (int i = lane.id; i < S::kWarpRows * TileO::kChunks; i += 32) {
-    const int row = block.first_row + i / TileO::kChunks, chunk = i % TileO::kChunks;
+  for (int i = lane.id; i < S::kWarpRows * kChunks; i += 32) {
+    const int row = block.first_row + i / kChunks, chunk = block.first_column / 8 + i % kChunks;
     const int cols = p.head_dim_v - chunk * 8;
     if (m0 + row >= p.seqlen_q || cols <= 0) continue;
     uint4 value = ptx::ld_shared_16(block.smem + TileO::offset(row, chunk));

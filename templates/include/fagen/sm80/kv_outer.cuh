@@ -7,14 +7,15 @@
 template <class C, class Element>
 struct StoredState {
   using State = typename Block<C, Element>::State;
-  static constexpr int kPieces = Shape<C>::kSlabs * (C::kHeadDimV / 8), kStats = Shape<C>::kSlabs;
+  static constexpr int kColumnPieces = Shape<C>::kWarpColumns / 8;
+  static constexpr int kPieces = Shape<C>::kSlabs * kColumnPieces, kStats = Shape<C>::kSlabs;
   static constexpr int kFloat4s = (kPieces + kStats) * Shape<C>::kThreads;  // of one row tile
 
   static __device__ __forceinline__ void save(float4* to, const State& state) {
     to += threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const float(&x)[4] = state.o[i / (C::kHeadDimV / 8)][i % (C::kHeadDimV / 8)];
+      const float(&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
       to[i * Shape<C>::kThreads] = make_float4(x[0], x[1], x[2], x[3]);
     }
 #pragma unroll
@@ -27,7 +28,7 @@ struct StoredState {
     from += threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      float(&x)[4] = state.o[i / (C::kHeadDimV / 8)][i % (C::kHeadDimV / 8)];
+      float(&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
       const float4 value = from[i * Shape<C>::kThreads];
       x[0] = value.x, x[1] = value.y, x[2] = value.z, x[3] = value.w;
     }

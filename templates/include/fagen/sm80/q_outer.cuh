@@ -61,7 +61,10 @@ __device__ __forceinline__ void attend_q_outer(const Block<C, Element>& block) {
       if (ahead.valid()) block.load_k(0, ahead.tile);
       ptx::cp_async_commit();
     }
-    state.values(s_acc, block.v_tile(stage), block.first_key);
+    if constexpr (S::kPairs)
+      Pair<C, Element>{block, state.lane}.values(state, s_acc, block.v_tile(stage));
+    else
+      state.values(s_acc, block.v_tile(stage), block.first_key);
     if constexpr (C::kStages > 1) {
       free_stage = stage;
       stage = next_stage<C>(stage);
