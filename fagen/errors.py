@@ -53,9 +53,7 @@ class MissingTool(FagenError):
 class BuildError(FagenError):
     """The compiler refused a kernel, or was killed. Keeps the command, the source path and the end of the log."""
 
-    def __init__(
-        self, what: str, numbers: str = "", remedy: str = "", *, log: str = "", killed: bool = False
-    ) -> None:
+    def __init__(self, what: str, numbers: str = "", remedy: str = "", *, log: str = "", killed: bool = False) -> None:
         super().__init__(what, numbers, remedy)
         self.log, self.killed = log, killed
 

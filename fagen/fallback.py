@@ -52,7 +52,13 @@ def attend(
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if 0 in q.shape or 0 in k.shape:
         out, lse = q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
-    elif not want_lse and intervals is None and not softcap and alibi_slopes is None and _sdpa_serves(q, k, window):
+    elif (
+        not want_lse
+        and intervals is None
+        and not softcap
+        and alibi_slopes is None
+        and _sdpa_serves(q, k, window, scale)
+    ):
         out, lse = _by_sdpa(q, k, v, window, scale), q.new_empty(0, dtype=torch.float32)
     else:
         kind = interval_kind(intervals.shape[3], causal) if intervals is not None else ""
@@ -62,7 +68,9 @@ def attend(
     return out.contiguous(), lse
 
 
-def _sdpa_serves(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int]) -> bool:
+def _sdpa_serves(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int], scale: float | None) -> bool:
+    if scale is not None and not scale > 0:  # SDPA's own GPU kernels give NaN there
+        return False
     return window == (-1, -1) or (window == (-1, 0) and q.shape[2] == k.shape[2])
 
 

@@ -1,8 +1,8 @@
 """The one oracle, for the tuner and the tests alike.
 
 An output is right when its pattern of non-finite values is the reference's, and when, in every block of rows of
-every head, its largest error is at most twice that of PyTorch computing in the same dtype, plus one rounding of the
-output's dtype at the block's largest magnitude. The reference runs in float32 (float64 for float32 inputs).
+every head, its largest error is at most twice that of PyTorch computing in the same dtype (or once PyTorch's largest in
+that head), plus one rounding of the output's dtype at the block's largest magnitude. The reference runs in float32 (float64 for float32 inputs).
 """
 
 from __future__ import annotations
@@ -120,7 +120,13 @@ def check(
             seen = None
             if masked:
                 seen = dense(
-                    sq, sk, window=semantics.window, intervals=intervals, kind=semantics.kind, rows=rows, device=q.device
+                    sq,
+                    sk,
+                    window=semantics.window,
+                    intervals=intervals,
+                    kind=semantics.kind,
+                    rows=rows,
+                    device=q.device,
                 )
             ref, ref_lse = attend(exact_q, exact_k, exact_v, seen, semantics, alibi, rows)
             low, low_lse = attend(q, k, v, seen, semantics, alibi, rows)
@@ -160,13 +166,17 @@ def _compare(
     for t in (error, allowed, size):
         t = torch.nn.functional.pad(t.amax(-1), (0, pad))
         blocks.append(t.reshape(*t.shape[:2], -1, ROW_BLOCK).amax(-1))
-    bound = 2 * blocks[1] + rounding * blocks[2] + 1e-6
+    # a block of few rows may be lucky: an error that PyTorch makes elsewhere in the same head is no fault here
+    peer_bound = torch.maximum(2 * blocks[1], blocks[1].amax(-1, keepdim=True))
+    bound = peer_bound + rounding * blocks[2] + 1e-6
     ratio = blocks[0] / bound
     flat = int(ratio.argmax())
     at = [int(i) for i in torch.unravel_index(torch.tensor(flat), ratio.shape)]
     worst, limit = float(ratio.flatten()[flat]), float(bound.flatten()[flat])
     at_rows = f"rows {start + at[2] * ROW_BLOCK}-{start + min(rows, (at[2] + 1) * ROW_BLOCK) - 1}"
-    message = f"{name}: error {float(blocks[0].flatten()[flat]):.3g}, bound {limit:.3g}, batch {at[0]} head {at[1]} {at_rows}"
+    message = (
+        f"{name}: error {float(blocks[0].flatten()[flat]):.3g}, bound {limit:.3g}, batch {at[0]} head {at[1]} {at_rows}"
+    )
     return Verdict(worst <= 1.0, float(error.max()), worst, message)
 
 

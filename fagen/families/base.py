@@ -106,7 +106,7 @@ class Family:
     dtypes: tuple[str, ...]
     knobs: tuple[Knob, ...]
     constraints: tuple[Constraint, ...]
-    supports: Callable[[Problem, Target], "str | None"]  # None, or why this family cannot serve the problem at all
+    supports: Callable[[Problem, Target], str | None]  # None, or why this family cannot serve the problem at all
     derive: Callable[[Problem, Target, Config], dict[str, int]]  # cross-checked by static_assert in the source
     default: Callable[[Problem, Target], Config]
     # configs worth trying first, best guess first (the default is always tried and need not be repeated)
@@ -118,9 +118,7 @@ class Family:
         for knob in self.knobs:
             if knob.name == name:
                 return knob
-        raise InvalidConfig(
-            f"{self.name} has no knob {name!r}", f"knobs: {', '.join(k.name for k in self.knobs)}"
-        )
+        raise InvalidConfig(f"{self.name} has no knob {name!r}", f"knobs: {', '.join(k.name for k in self.knobs)}")
 
     def config(self, values: Mapping[str, Value]) -> Config:
         """A config from outside: every knob there, no other, each value among its choices."""

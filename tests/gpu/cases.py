@@ -92,7 +92,13 @@ class Case:
 
     def __str__(self) -> str:
         d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
-        extra = [self.intervals, self.dtype, d, f"h{self.heads}-{self.kv_heads}", *(f"{k}={v}" for k, v in self.changes)]
+        extra = [
+            self.intervals,
+            self.dtype,
+            d,
+            f"h{self.heads}-{self.kv_heads}",
+            *(f"{k}={v}" for k, v in self.changes),
+        ]
         return "-".join(filter(None, [self.scheme, self.mask, *extra]))
 
 
@@ -121,7 +127,9 @@ def build_all(cases: list[Case]) -> None:
         list(pool.map(one, distinct.values()))
 
 
-def random_intervals(kind: str, batch: int, heads: int, rows: int, keys: int, generator: torch.Generator) -> torch.Tensor:
+def random_intervals(
+    kind: str, batch: int, heads: int, rows: int, keys: int, generator: torch.Generator
+) -> torch.Tensor:
     """Any vectors are legal; these are constant in runs of 90 keys, so that some tiles are empty and some are full."""
     count = {"lower1": 1, "lower2": 2, "both2": 2, "both4": 4}[kind]
     bounds = torch.randint(0, rows + 1, (batch, heads, keys, count), device="cuda", generator=generator)
@@ -152,7 +160,16 @@ def run(case: Case, rows: int, keys: int, *, seed: int = 0, batch: int = 2, layo
         intervals = random_intervals(case.intervals, batch, case.kv_heads, rows, keys, g)
     alibi = torch.rand(case.heads, device="cuda", generator=g) if case.alibi else None
     kernel_of(case).launch(
-        q, k, v, out, lse, intervals=intervals, alibi_slopes=alibi, window=case.band, softcap=case.softcap, layout=layout
+        q,
+        k,
+        v,
+        out,
+        lse,
+        intervals=intervals,
+        alibi_slopes=alibi,
+        window=case.band,
+        softcap=case.softcap,
+        layout=layout,
     )
     semantics = verify.Semantics(window=case.band, kind=case.intervals, softcap=case.softcap)
     return verify.check(out, lse, q, k, v, semantics, intervals=intervals, alibi=alibi, layout=layout)

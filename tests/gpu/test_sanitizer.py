@@ -26,6 +26,17 @@ print("all right")
 @pytest.mark.skipif(not Path(TOOL).exists(), reason="compute-sanitizer is not found")
 @pytest.mark.parametrize("check", ["memcheck", "racecheck"])
 def test_sanitizer(check: str) -> None:
-    command = [TOOL, "--tool", check, "--error-exitcode", "9", "--kernel-regex", "kns=forward_kernel", sys.executable, "-c", SET]
+    command = [
+        TOOL,
+        "--tool",
+        check,
+        "--error-exitcode",
+        "9",
+        "--kernel-regex",
+        "kns=forward_kernel",
+        sys.executable,
+        "-c",
+        SET,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=Path(__file__).parents[2])
     assert done.returncode == 0 and "all right" in done.stdout, (done.stdout + done.stderr)[-3000:]

@@ -49,7 +49,17 @@ UNALIGNED_CASES = [Case("base", aligned=False, head_dim=d, mask=mask, dtype=dtyp
 LARGE_CASES = [Case(name, magnitude=m) for name in ("base", "rescale_each", "overlap", "kv_outer", "split_k", "pairs")
                for m in (8.0, 30.0)]  # fmt: skip
 
-ALL = [*SCHEME_CASES, *WINDOW_CASES, *INTERVAL_CASES, *DIM_CASES, *PAIR_CASES, *GQA_CASES, *SCORE_CASES, *UNALIGNED_CASES, *LARGE_CASES]
+ALL = [
+    *SCHEME_CASES,
+    *WINDOW_CASES,
+    *INTERVAL_CASES,
+    *DIM_CASES,
+    *PAIR_CASES,
+    *GQA_CASES,
+    *SCORE_CASES,
+    *UNALIGNED_CASES,
+    *LARGE_CASES,
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

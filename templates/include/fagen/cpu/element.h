@@ -17,9 +17,7 @@ typedef uint16_t hvec __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 typedef hvec any_hvec __attribute__((aligned(2), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
-FAGEN_INLINE uvec load_bits(const void* p) {
-  return __builtin_convertvector(*static_cast<const any_hvec*>(p), uvec);
-}
+FAGEN_INLINE uvec load_bits(const void* p) { return __builtin_convertvector(*static_cast<const any_hvec*>(p), uvec); }
 
 FAGEN_INLINE vec load(const bfloat_t* p) { return (vec)(load_bits(p) << 16); }
 

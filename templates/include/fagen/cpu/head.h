@@ -21,11 +21,17 @@ struct Head {
   Intervals<Config> intervals{};
 
   Head(const fagen_params& p, int64_t batch, int64_t head)
-      : p(p), workspace(p), batch(batch), head(head), kv_head(head / (p.heads / p.kv_heads)),
-        mask_head(At::kIntervals ? head / (p.heads / p.mask_heads) : 0), scale(p),
+      : p(p),
+        workspace(p),
+        batch(batch),
+        head(head),
+        kv_head(head / (p.heads / p.kv_heads)),
+        mask_head(At::kIntervals ? head / (p.heads / p.mask_heads) : 0),
+        scale(p),
         band(p, kFixedBand ? -1 : p.window_left, kFixedBand ? kFixedRight : p.window_right) {
     if (At::kIntervals)
-      intervals = {p.intervals + batch * p.intervals_stride[0] + mask_head * p.intervals_stride[1], p.intervals_stride[2]};
+      intervals = {p.intervals + batch * p.intervals_stride[0] + mask_head * p.intervals_stride[1],
+                   p.intervals_stride[2]};
   }
 
   const Element* q(int row) const { return at(static_cast<const Element*>(p.q), p.q_stride, row, head); }

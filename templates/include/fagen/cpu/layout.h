@@ -9,7 +9,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Config>
 struct Layout {
-  static constexpr int kGroup = Config::kBlockVectors * kLanes;  // queries that advance together, one register block wide
+  static constexpr int kGroup = Config::kBlockVectors * kLanes;  // queries that advance together
   static constexpr int kGroups = Config::kTileM / kGroup;
   static constexpr bool kQOuter = Config::kLoopOrder == decltype(Config::kLoopOrder)::q_outer;
   static constexpr bool kPackTile = Config::kPacking == decltype(Config::kPacking)::tile;

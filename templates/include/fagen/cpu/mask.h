@@ -53,7 +53,8 @@ struct HiddenBounds {
   Hidden least, greatest;
 
   bool hides_all(Range rows) const {
-    return (rows.begin >= greatest.lts && rows.end <= least.lte) || (rows.begin >= greatest.uts && rows.end <= least.ute);
+    return (rows.begin >= greatest.lts && rows.end <= least.lte) ||
+           (rows.begin >= greatest.uts && rows.end <= least.ute);
   }
   bool hides_any(Range rows) const {
     return (rows.begin < greatest.lte && rows.end > least.lts) || (rows.begin < greatest.ute && rows.end > least.uts);

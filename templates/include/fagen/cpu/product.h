@@ -14,7 +14,7 @@ enum class Product {
   output,  // rows are columns of V, steps are keys: O^T += V^T P
 };
 
-// `stride` is that of K's or V's rows in memory; the other way they are contiguous. kWidth: floats between rows of b and c.
+// `stride` is that of K's or V's rows in memory; the other way they are contiguous. Rows of b and c are kWidth apart.
 template <Product kProduct, int kRows, int kVectors, int kWidth>
 FAGEN_INLINE void product_block(const float* a, int64_t stride, const float* b, int steps, float* c) {
   constexpr bool kScores = kProduct == Product::scores;
@@ -40,8 +40,8 @@ FAGEN_INLINE void product_block(const float* a, int64_t stride, const float* b, 
     for (int v = 0; v < kVectors; ++v) store(c + r * kWidth + v * kLanes, sum[r][v]);
 }
 
-// As many blocks of kRows as fit, then smaller ones for what is left. Not inlined: registers are dealt out per function,
-// and a block needs them all.
+// As many blocks of kRows as fit, then smaller ones for what is left. Not inlined: registers are dealt out per
+// function, and a block needs them all.
 template <Product kProduct, int kRows, int kVectors, int kWidth>
 __attribute__((noinline)) void product(const float* a, int64_t stride, int rows, const float* b, int steps, float* c) {
   const int64_t row_stride = kProduct == Product::scores ? stride : 1;

@@ -15,7 +15,7 @@ struct Scale {
   float factor;  // score to the base-2 logarithm of its weight
 
   explicit Scale(const fagen_params& p)
-      : sign(kTrueScore || p.scale > 0 ? 1 : p.scale < 0 ? -1 : 0),
+      : sign(kTrueScore ? 1 : int(p.scale > 0) - int(p.scale < 0)),
         inner(Config::kSoftcap ? p.scale / p.softcap : p.scale),
         factor(kTrueScore || p.scale == 0 ? kLog2E : fabsf(p.scale) * kLog2E) {}
 };

@@ -51,7 +51,8 @@ FAGEN_INLINE void rescale(Columns<kWidth> rows, const vec (&top)[kVectors], Scal
 
 // Scores become weights, in place. `finish(x, v, key)` makes a score of a raw product: softcap, bias, mask.
 template <int kVectors, bool kFinish, int kWidth, class Finish>
-FAGEN_INLINE void softmax(Columns<kWidth> rows, float* scores, int keys, ScaledExp2 exp2, int head_dim_v, Finish finish) {
+FAGEN_INLINE void softmax(Columns<kWidth> rows, float* scores, int keys, ScaledExp2 exp2, int head_dim_v,
+                          Finish finish) {
   vec top[kVectors];
   ivec grown{};
 #pragma GCC unroll 16
