@@ -272,12 +272,10 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const
 }
 
 template <>
-__device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                     uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Four 8x8 matrices; lanes 8i..8i+7 give the row addresses of matrix i.
@@ -465,8 +463,7 @@ struct Attend {
   Softmax softmax;
   uint32_t q_registers[kSlabs][kQInRegisters ? kDepth : 1][4];
 
-  __device__ __forceinline__ explicit Attend(const fagen_params& p)
-      : softmax(ScoreMod<Config>::softmax_scale_log2(p)) {
+  __device__ __forceinline__ explicit Attend(const fagen_params& p) : softmax(ScoreMod<Config>::softmax_scale_log2(p)) {
 #pragma unroll
     for (auto& slab : o)
 #pragma unroll
@@ -479,8 +476,7 @@ struct Attend {
       for (int s = 0; s < kSlabs; ++s)
 #pragma unroll
         for (int d = 0; d < kDepth; ++d)
-          ptx::ldmatrix_x4(q_registers[s][d],
-                           TileQ::step(lane.row_major<TileQ>(q_tile, first_row), s * 16, d));
+          ptx::ldmatrix_x4(q_registers[s][d], TileQ::step(lane.row_major<TileQ>(q_tile, first_row), s * 16, d));
     }
   }
 
@@ -511,8 +507,8 @@ struct Attend {
   // S = Q K^T for the warp's rows and the kKeys keys that start at row `first_key` of the tile. `between` is called
   // kDepth * kKeys / 16 times with its number, to fill the gaps between products.
   template <class Between>
-  __device__ __forceinline__ void scores(Scores& s_acc, uint32_t q_tile, int first_row, uint32_t k_tile,
-                                         int first_key, Between between) {
+  __device__ __forceinline__ void scores(Scores& s_acc, uint32_t q_tile, int first_row, uint32_t k_tile, int first_key,
+                                         Between between) {
     const uint32_t q_lane = lane.row_major<TileQ>(q_tile, first_row);
     const uint32_t k_lane = lane.column_major<TileK>(k_tile, first_key);
 #pragma unroll
@@ -525,8 +521,8 @@ struct Attend {
 
   // Score mods and, on partial tiles, the mask. `m` is the warp's first row of q, `key` its first key.
   template <bool kMasked>
-  __device__ __forceinline__ void modify(Scores& s_acc, const ScoreMod<Config>& mod,
-                                         const Band& band, const Intervals<Config>& intervals, int m, int key) {
+  __device__ __forceinline__ void modify(Scores& s_acc, const ScoreMod<Config>& mod, const Band& band,
+                                         const Intervals<Config>& intervals, int m, int key) {
     if constexpr (kMasked || ScoreMod<Config>::kActive) {
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s)
@@ -553,8 +549,7 @@ struct Attend {
     }
   }
 
-  __device__ __forceinline__ void hide_intervals(Scores& s_acc,
-                                                 const Intervals<Config>& intervals, int m, int key) {
+  __device__ __forceinline__ void hide_intervals(Scores& s_acc, const Intervals<Config>& intervals, int m, int key) {
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
@@ -633,8 +628,7 @@ struct Attend {
 
   // O += P V of one tile while S of the next is computed: the exponentials fill the gaps between its products.
   __device__ __forceinline__ void values_under_scores(const Scores& s_acc, uint32_t v_tile, Scores& s_next,
-                                                      uint32_t q_tile, int first_row, uint32_t k_next,
-                                                      int first_key) {
+                                                      uint32_t q_tile, int first_row, uint32_t k_next, int first_key) {
     constexpr int kWeights = kKeys / 16 * kSlabs * 4, kGaps = kDepth * (kKeys / 16);
     Weights p_frag;
     scores(s_next, q_tile, first_row, k_next, first_key, [&](int gap) {
@@ -684,8 +678,7 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 __device__ __forceinline__ void st_shared_16(uint32_t to, uint4 value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
 }
 
@@ -887,8 +880,7 @@ struct Shape {
   using TileO = SharedTile<C::kTileM, C::kHeadDimV, kSwizzled>;
 
   // q held in registers passes through the ring before the first keys arrive, so it needs no room of its own
-  static constexpr bool kQAliasesRing =
-      C::kLoopOrder == LoopOrder::q_outer && C::kQSource == QSource::registers;
+  static constexpr bool kQAliasesRing = C::kLoopOrder == LoopOrder::q_outer && C::kQSource == QSource::registers;
   static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
   static constexpr int kRing = kQAliasesRing ? 0 : TileQ::kBytes;  // where the ring of K and V stages begins
   static constexpr int kRingEnd = kRing + C::kStages * kStageBytes;
@@ -898,8 +890,7 @@ struct Shape {
   static constexpr int kPairEnd = kPairStats + (kPairs ? 2 * C::kTileM * 4 : 0);
   static constexpr int kMergeStats = C::kTileM * C::kHeadDimV * 4;  // split_k: sums of O, then maxima and sums
   static constexpr int kMergeBytes = kSplitKeys ? kMergeStats + C::kWarps * C::kTileM * 8 : 0;
-  static constexpr int kSmemBytes =
-      larger(larger(kPairEnd, TileQ::kBytes), larger(TileO::kBytes, kMergeBytes));
+  static constexpr int kSmemBytes = larger(larger(kPairEnd, TileQ::kBytes), larger(TileO::kBytes, kMergeBytes));
 
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
@@ -907,12 +898,12 @@ struct Shape {
 
 // Computed once on the host for a launch.
 struct Launch {
-  int row_tiles;        // tiles of rows of a head
-  int blocks_of_rows;   // blocks a head gets: row_tiles, or fewer when a block loops over rows
+  int row_tiles;  // tiles of rows of a head
+  int blocks_of_rows;  // blocks a head gets: row_tiles, or fewer when a block loops over rows
   int key_tiles;
-  int heads_at_once;    // sectioned order
-  Extent* extents;      // of the intervals, tile by tile
-  float4* state;        // kv_outer: O, maxima and sums between the passes
+  int heads_at_once;  // sectioned order
+  Extent* extents;  // of the intervals, tile by tile
+  float4* state;  // kv_outer: O, maxima and sums between the passes
 };
 
 template <class C, class Element>
@@ -971,12 +962,10 @@ struct Block {
   __device__ __forceinline__ uint32_t k_tile(int stage) const { return smem + S::kRing + stage * S::kStageBytes; }
   __device__ __forceinline__ uint32_t v_tile(int stage) const { return k_tile(stage) + S::TileK::kBytes; }
   __device__ __forceinline__ void load_k(int stage, int tile) const {
-    load_tile<typename S::TileK, C::kTileN, S::kThreads, C::kAligned>(k_tile(stage), k, tile * C::kTileN,
-                                                                       threadIdx.x);
+    load_tile<typename S::TileK, C::kTileN, S::kThreads, C::kAligned>(k_tile(stage), k, tile * C::kTileN, threadIdx.x);
   }
   __device__ __forceinline__ void load_v(int stage, int tile) const {
-    load_tile<typename S::TileV, C::kTileN, S::kThreads, C::kAligned>(v_tile(stage), v, tile * C::kTileN,
-                                                                       threadIdx.x);
+    load_tile<typename S::TileV, C::kTileN, S::kThreads, C::kAligned>(v_tile(stage), v, tile * C::kTileN, threadIdx.x);
   }
   // All copies of this thread but the newest kPending groups have landed, and so have those of the others.
   template <int kPending>
@@ -1083,8 +1072,7 @@ struct Pair {
     for (int n = 0; n < kPieces; ++n) {
       uint32_t p_other[S::kSlabs][4];
 #pragma unroll
-      for (int s = 0; s < S::kSlabs; ++s)
-        ptx::ldmatrix_x4(p_other[s], TileP::step(p_lane, s * 16, other_key / 16 + n));
+      for (int s = 0; s < S::kSlabs; ++s) ptx::ldmatrix_x4(p_other[s], TileP::step(p_lane, s * 16, other_key / 16 + n));
       state.value_step(p_other, v_lane + (other_key + n * 16) * S::TileV::kPitch);
     }
   }
@@ -1093,7 +1081,8 @@ struct Pair {
 // split_k: every warp has seen its own share of the keys for the same rows. Bring the sums to one reference and add
 // them up in warp 0, one warp after the other, so that the result never depends on timing.
 template <class B>
-__device__ __forceinline__ void merge_warps(const B& block, typename B::State& state, float (&row_sum)[B::State::kRows]) {
+__device__ __forceinline__ void merge_warps(const B& block, typename B::State& state,
+                                            float (&row_sum)[B::State::kRows]) {
   using S = typename B::S;
   constexpr int kWarps = S::kThreads / 32, kTileRows = S::kWarpRows;
   float4* pieces = reinterpret_cast<float4*>(block.smem_bytes);
@@ -1315,8 +1304,8 @@ __device__ __forceinline__ void attend_q_outer_overlapped(const Block<C, Element
 
   int stage = 0;
   const auto modify = [&](Scores& s_acc, int tile, auto masked) {
-    state.template modify<decltype(masked)::value>(s_acc, block.mod, block.band, block.intervals,
-                                                   m0 + block.first_row, tile * C::kTileN + block.first_key);
+    state.template modify<decltype(masked)::value>(s_acc, block.mod, block.band, block.intervals, m0 + block.first_row,
+                                                   tile * C::kTileN + block.first_key);
   };
   Scores s_acc;
   if (walk.valid()) {
@@ -1369,7 +1358,7 @@ struct StoredState {
     to += threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const float(&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
+      const float (&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
       to[i * Shape<C>::kThreads] = make_float4(x[0], x[1], x[2], x[3]);
     }
 #pragma unroll
@@ -1382,7 +1371,7 @@ struct StoredState {
     from += threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      float(&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
+      float (&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
       const float4 value = from[i * Shape<C>::kThreads];
       x[0] = value.x, x[1] = value.y, x[2] = value.z, x[3] = value.w;
     }

@@ -62,8 +62,7 @@ struct Attend {
   Softmax softmax;
   uint32_t q_registers[kSlabs][kQInRegisters ? kDepth : 1][4];
 
-  __device__ __forceinline__ explicit Attend(const fagen_params& p)
-      : softmax(ScoreMod<Config>::softmax_scale_log2(p)) {
+  __device__ __forceinline__ explicit Attend(const fagen_params& p) : softmax(ScoreMod<Config>::softmax_scale_log2(p)) {
 #pragma unroll
     for (auto& slab : o)
 #pragma unroll
@@ -76,8 +75,7 @@ struct Attend {
       for (int s = 0; s < kSlabs; ++s)
 #pragma unroll
         for (int d = 0; d < kDepth; ++d)
-          ptx::ldmatrix_x4(q_registers[s][d],
-                           TileQ::step(lane.row_major<TileQ>(q_tile, first_row), s * 16, d));
+          ptx::ldmatrix_x4(q_registers[s][d], TileQ::step(lane.row_major<TileQ>(q_tile, first_row), s * 16, d));
     }
   }
 
@@ -108,8 +106,8 @@ struct Attend {
   // S = Q K^T for the warp's rows and the kKeys keys that start at row `first_key` of the tile. `between` is called
   // kDepth * kKeys / 16 times with its number, to fill the gaps between products.
   template <class Between>
-  __device__ __forceinline__ void scores(Scores& s_acc, uint32_t q_tile, int first_row, uint32_t k_tile,
-                                         int first_key, Between between) {
+  __device__ __forceinline__ void scores(Scores& s_acc, uint32_t q_tile, int first_row, uint32_t k_tile, int first_key,
+                                         Between between) {
     const uint32_t q_lane = lane.row_major<TileQ>(q_tile, first_row);
     const uint32_t k_lane = lane.column_major<TileK>(k_tile, first_key);
 #pragma unroll
@@ -122,8 +120,8 @@ struct Attend {
 
   // Score mods and, on partial tiles, the mask. `m` is the warp's first row of q, `key` its first key.
   template <bool kMasked>
-  __device__ __forceinline__ void modify(Scores& s_acc, const ScoreMod<Config>& mod,
-                                         const Band& band, const Intervals<Config>& intervals, int m, int key) {
+  __device__ __forceinline__ void modify(Scores& s_acc, const ScoreMod<Config>& mod, const Band& band,
+                                         const Intervals<Config>& intervals, int m, int key) {
     if constexpr (kMasked || ScoreMod<Config>::kActive) {
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s)
@@ -150,8 +148,7 @@ struct Attend {
     }
   }
 
-  __device__ __forceinline__ void hide_intervals(Scores& s_acc,
-                                                 const Intervals<Config>& intervals, int m, int key) {
+  __device__ __forceinline__ void hide_intervals(Scores& s_acc, const Intervals<Config>& intervals, int m, int key) {
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
@@ -230,8 +227,7 @@ struct Attend {
 
   // O += P V of one tile while S of the next is computed: the exponentials fill the gaps between its products.
   __device__ __forceinline__ void values_under_scores(const Scores& s_acc, uint32_t v_tile, Scores& s_next,
-                                                      uint32_t q_tile, int first_row, uint32_t k_next,
-                                                      int first_key) {
+                                                      uint32_t q_tile, int first_row, uint32_t k_next, int first_key) {
     constexpr int kWeights = kKeys / 16 * kSlabs * 4, kGaps = kDepth * (kKeys / 16);
     Weights p_frag;
     scores(s_next, q_tile, first_row, k_next, first_key, [&](int gap) {

@@ -35,8 +35,7 @@ struct Shape {
   using TileO = SharedTile<C::kTileM, C::kHeadDimV, kSwizzled>;
 
   // q held in registers passes through the ring before the first keys arrive, so it needs no room of its own
-  static constexpr bool kQAliasesRing =
-      C::kLoopOrder == LoopOrder::q_outer && C::kQSource == QSource::registers;
+  static constexpr bool kQAliasesRing = C::kLoopOrder == LoopOrder::q_outer && C::kQSource == QSource::registers;
   static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
   static constexpr int kRing = kQAliasesRing ? 0 : TileQ::kBytes;  // where the ring of K and V stages begins
   static constexpr int kRingEnd = kRing + C::kStages * kStageBytes;
@@ -46,8 +45,7 @@ struct Shape {
   static constexpr int kPairEnd = kPairStats + (kPairs ? 2 * C::kTileM * 4 : 0);
   static constexpr int kMergeStats = C::kTileM * C::kHeadDimV * 4;  // split_k: sums of O, then maxima and sums
   static constexpr int kMergeBytes = kSplitKeys ? kMergeStats + C::kWarps * C::kTileM * 8 : 0;
-  static constexpr int kSmemBytes =
-      larger(larger(kPairEnd, TileQ::kBytes), larger(TileO::kBytes, kMergeBytes));
+  static constexpr int kSmemBytes = larger(larger(kPairEnd, TileQ::kBytes), larger(TileO::kBytes, kMergeBytes));
 
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
@@ -55,12 +53,12 @@ struct Shape {
 
 // Computed once on the host for a launch.
 struct Launch {
-  int row_tiles;        // tiles of rows of a head
-  int blocks_of_rows;   // blocks a head gets: row_tiles, or fewer when a block loops over rows
+  int row_tiles;  // tiles of rows of a head
+  int blocks_of_rows;  // blocks a head gets: row_tiles, or fewer when a block loops over rows
   int key_tiles;
-  int heads_at_once;    // sectioned order
-  Extent* extents;      // of the intervals, tile by tile
-  float4* state;        // kv_outer: O, maxima and sums between the passes
+  int heads_at_once;  // sectioned order
+  Extent* extents;  // of the intervals, tile by tile
+  float4* state;  // kv_outer: O, maxima and sums between the passes
 };
 
 template <class C, class Element>
@@ -119,12 +117,10 @@ struct Block {
   __device__ __forceinline__ uint32_t k_tile(int stage) const { return smem + S::kRing + stage * S::kStageBytes; }
   __device__ __forceinline__ uint32_t v_tile(int stage) const { return k_tile(stage) + S::TileK::kBytes; }
   __device__ __forceinline__ void load_k(int stage, int tile) const {
-    load_tile<typename S::TileK, C::kTileN, S::kThreads, C::kAligned>(k_tile(stage), k, tile * C::kTileN,
-                                                                       threadIdx.x);
+    load_tile<typename S::TileK, C::kTileN, S::kThreads, C::kAligned>(k_tile(stage), k, tile * C::kTileN, threadIdx.x);
   }
   __device__ __forceinline__ void load_v(int stage, int tile) const {
-    load_tile<typename S::TileV, C::kTileN, S::kThreads, C::kAligned>(v_tile(stage), v, tile * C::kTileN,
-                                                                       threadIdx.x);
+    load_tile<typename S::TileV, C::kTileN, S::kThreads, C::kAligned>(v_tile(stage), v, tile * C::kTileN, threadIdx.x);
   }
   // All copies of this thread but the newest kPending groups have landed, and so have those of the others.
   template <int kPending>

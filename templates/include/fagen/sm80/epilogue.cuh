@@ -5,7 +5,8 @@
 // split_k: every warp has seen its own share of the keys for the same rows. Bring the sums to one reference and add
 // them up in warp 0, one warp after the other, so that the result never depends on timing.
 template <class B>
-__device__ __forceinline__ void merge_warps(const B& block, typename B::State& state, float (&row_sum)[B::State::kRows]) {
+__device__ __forceinline__ void merge_warps(const B& block, typename B::State& state,
+                                            float (&row_sum)[B::State::kRows]) {
   using S = typename B::S;
   constexpr int kWarps = S::kThreads / 32, kTileRows = S::kWarpRows;
   float4* pieces = reinterpret_cast<float4*>(block.smem_bytes);

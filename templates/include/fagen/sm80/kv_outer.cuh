@@ -15,7 +15,7 @@ struct StoredState {
     to += threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const float(&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
+      const float (&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
       to[i * Shape<C>::kThreads] = make_float4(x[0], x[1], x[2], x[3]);
     }
 #pragma unroll
@@ -28,7 +28,7 @@ struct StoredState {
     from += threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      float(&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
+      float (&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
       const float4 value = from[i * Shape<C>::kThreads];
       x[0] = value.x, x[1] = value.y, x[2] = value.z, x[3] = value.w;
     }

@@ -74,8 +74,7 @@ struct Pair {
     for (int n = 0; n < kPieces; ++n) {
       uint32_t p_other[S::kSlabs][4];
 #pragma unroll
-      for (int s = 0; s < S::kSlabs; ++s)
-        ptx::ldmatrix_x4(p_other[s], TileP::step(p_lane, s * 16, other_key / 16 + n));
+      for (int s = 0; s < S::kSlabs; ++s) ptx::ldmatrix_x4(p_other[s], TileP::step(p_lane, s * 16, other_key / 16 + n));
       state.value_step(p_other, v_lane + (other_key + n * 16) * S::TileV::kPitch);
     }
   }

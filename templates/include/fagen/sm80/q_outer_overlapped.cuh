@@ -43,8 +43,8 @@ __device__ __forceinline__ void attend_q_outer_overlapped(const Block<C, Element
 
   int stage = 0;
   const auto modify = [&](Scores& s_acc, int tile, auto masked) {
-    state.template modify<decltype(masked)::value>(s_acc, block.mod, block.band, block.intervals,
-                                                   m0 + block.first_row, tile * C::kTileN + block.first_key);
+    state.template modify<decltype(masked)::value>(s_acc, block.mod, block.band, block.intervals, m0 + block.first_row,
+                                                   tile * C::kTileN + block.first_key);
   };
   Scores s_acc;
   if (walk.valid()) {
