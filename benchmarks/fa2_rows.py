@@ -63,7 +63,7 @@ def row(problem: Problem, where: target.Target, name: str, rounds: int) -> dict[
     flops = problem.flops()
     return {
         "problem": problem.key, "config": dict(config), "provenance": provenance, "max_error": verdict.error,
-        **{name: {"seconds": t.median, "spread": t.spread, "tflops": flops / t.median / 1e12} for name, t in times.items()},
+        **{n: {"seconds": t.median, "spread": t.spread, "tflops": flops / t.median / 1e12} for n, t in times.items()},
         "ratio": times["fa2"].median / times["fagen"].median,
     }  # fmt: skip
 
@@ -81,9 +81,8 @@ def main() -> None:
     for problem in problems_in(HERE / "problems" / "fa2_rows.toml"):
         rows.append(row(problem, where, options.family, options.rounds))
         r = rows[-1]
-        print(
-            f"{r['problem']:55} fa2 {r['fa2']['tflops']:4.0f}  fagen {r['fagen']['tflops']:4.0f}  {r['ratio']:.3f}x  {r['provenance']}"
-        )
+        tflops = "  ".join(f"{name} {r[name]['tflops']:4.0f}" for name in ("fa2", "fagen"))
+        print(f"{r['problem']:55} {tflops}  {r['ratio']:.3f}x  {r['provenance']}")
     mean = math.exp(sum(math.log(r["ratio"]) for r in rows) / len(rows))
     print(f"geometric mean {mean:.3f}x, worst {min(r['ratio'] for r in rows):.3f}x")
     if options.out:

@@ -100,16 +100,6 @@ class Job:
 # ---- kernels ------------------------------------------------------------------------------------------------------
 
 
-def flags(target: Target) -> list[str]:
-    """The compiler's flags for kernels of this target, the architecture among them."""
-    from fagen.families import cpu_forward, sm80_forward
-
-    if not target.is_gpu:
-        return list(cpu_forward.FLAGS)
-    number = target.arch.removeprefix("sm_")
-    return [f"-gencode=arch=compute_{number},code=sm_{number}", *sm80_forward.FLAGS]
-
-
 def job(family: Family, problem: Problem, target: Target, config: Config) -> Job:
     """What building a kernel means, nothing run yet."""
     from fagen import render
@@ -120,7 +110,7 @@ def job(family: Family, problem: Problem, target: Target, config: Config) -> Job
         home = toolchain.cuda_home(toolchain.require_nvcc())
         link_flags += [f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     else:
-        link_flags += [flag for flag in flags(target) if flag.startswith("-fopenmp")]
+        link_flags += [flag for flag in family.flags(target) if flag.startswith("-fopenmp")]
     about = {
         "family": family.name,
         "problem": problem.to_dict(),
@@ -132,7 +122,7 @@ def job(family: Family, problem: Problem, target: Target, config: Config) -> Job
         name=f"{family.name}-{target.arch}-{problem.static_key.replace('/', '-')}",
         source=text,
         suffix=".cu" if target.is_gpu else ".cpp",
-        flags=tuple(flags(target)),
+        flags=family.flags(target),
         link_flags=tuple(link_flags),
         arch=target.arch,
         about=about,
@@ -157,7 +147,7 @@ def expected_seconds(family: Family, target: Target) -> float:
     for folder in sorted((env.cache_dir() / "kernels").glob(f"{family.name}-{target.arch}-*"))[-8:]:
         with suppress(OSError, ValueError, KeyError):
             known.append(float(json.loads((folder / MANIFEST).read_text())["facts"]["compile_seconds"]))
-    return sorted(known)[len(known) // 2] if known else (15.0 if target.is_gpu else 6.0)
+    return sorted(known)[len(known) // 2] if known else (4.0 if target.is_gpu else 2.0)
 
 
 # ---- the cache ----------------------------------------------------------------------------------------------------

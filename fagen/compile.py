@@ -161,7 +161,10 @@ _PTXAS = re.compile(
 
 
 def parse_ptxas(log: str) -> dict[str, int]:
-    """The worst of all entry functions: registers, spill_bytes (stored and loaded), stack, static smem_bytes."""
+    """The worst of all entry functions: registers, spill_bytes (stored and loaded), stack, static smem_bytes.
+
+    `serialized` is there where ptxas had to make products of a warpgroup wait for each other.
+    """
     facts: dict[str, int] = {}
 
     def at_least(name: str, value: int) -> None:
@@ -175,4 +178,6 @@ def parse_ptxas(log: str) -> dict[str, int]:
             at_least("registers", int(match["registers"]))
             smem = re.search(r"(\d+) bytes smem", match["rest"])
             at_least("smem_bytes", int(smem[1]) if smem else 0)
+    if "instructions are serialized" in log:
+        facts["serialized"] = 1
     return facts

@@ -1,6 +1,6 @@
 """The database of winners: one JSON file per arch and device, the shipped ones under the user's own overlay.
 
-A key (`Problem.key`) has one winner a device; the overlay's wins over the shipped one. Reading for dispatch never
+A key (`Problem.key`) has one winner a device and family; the overlay's wins over the shipped one. Reading for dispatch never
 raises: what cannot be read is skipped and named in `Database.warnings`. Writers lock, re-read, merge and replace, so
 that any number of them lose nothing.
 """
@@ -174,7 +174,7 @@ def read_file(path: Path) -> tuple[list[Record], list[str]]:
 
 def _write_file(path: Path, arch: str, device: str, records: Iterable[Record]) -> None:
     """All or nothing: a reader sees the old file or the new one."""
-    rows = [r.to_dict() for r in sorted(records, key=lambda r: r.key)]
+    rows = [r.to_dict() for r in sorted(records, key=lambda r: (r.key, r.family))]
     text = json.dumps({"schema": SCHEMA, "arch": arch, "device": device, "records": rows}, indent=1, allow_nan=False)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -215,10 +215,10 @@ def _merge_into(path: Path, arch: str, device: str, records: list[Record], polic
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".lock"), timeout=_LOCK_SECONDS):
-            merged = {record.key: record for record in _read_to_rewrite(path)}
+            merged = {(record.key, record.family): record for record in _read_to_rewrite(path)}
             for record in records:
-                old = merged.get(record.key)
-                merged[record.key] = choose(old, record, policy) if old else record
+                old = merged.get((record.key, record.family))
+                merged[record.key, record.family] = choose(old, record, policy) if old else record
             _write_file(path, arch, device, merged.values())
     except filelock.Timeout as error:
         raise DatabaseError(
@@ -279,7 +279,7 @@ class Database:
     """The records of some folders, later folders winning. Immutable."""
 
     def __init__(self) -> None:
-        self._winners: dict[tuple[str, str, str], tuple[Record, Path]] = {}
+        self._winners: dict[tuple[str, str, str, str], tuple[Record, Path]] = {}
         self._by_static: dict[tuple[str, str], list[Record]] = {}
         self.warnings: list[str] = []
 
@@ -295,7 +295,7 @@ class Database:
         for folder in folders:
             for path in files(folder):
                 database._add_file(path)
-        for (arch, _, _), (record, _) in sorted(database._winners.items()):
+        for (arch, *_), (record, _) in sorted(database._winners.items()):
             database._by_static.setdefault((arch, record.problem.static_key), []).append(record)
         _cache[folders] = signature, database
         return database
@@ -308,7 +308,7 @@ class Database:
             return
         self.warnings += wrong
         for record in records:
-            self._winners[record.arch, slug(record.device), record.key] = record, path
+            self._winners[record.arch, slug(record.device), record.key, record.family] = record, path
 
     @property
     def records(self) -> list[Record]:
@@ -316,20 +316,26 @@ class Database:
 
     def origin(self, record: Record) -> Path | None:
         """The file that a record was read from."""
-        held = self._winners.get((record.arch, slug(record.device), record.key))
+        held = self._winners.get((record.arch, slug(record.device), record.key, record.family))
         return held[1] if held else None
 
     def candidates(self, problem: Problem, target: Target) -> Iterator[tuple[Record, str]]:
-        """Records that may serve, best first: "exact", then "nearest" on this device, then "arch" on others."""
+        """Records that may serve, best first: "exact", then "nearest" on this device, then "arch" on others.
+
+        Where several families have a record of the same size, the fastest comes first.
+        """
         device = slug(target.device)
-        exact = self._winners.get((target.arch, device, problem.key))
-        if exact:
-            yield exact[0], "exact"
         rows = self._by_static.get((target.arch, problem.static_key), ())
-        ordered = sorted(rows, key=lambda r: (slug(r.device) != device, distance(problem, r.problem), r.key))
-        for record in ordered:
-            if not (exact and record is exact[0]):
-                yield record, "nearest" if slug(record.device) == device else "arch"
+
+        def order(record: Record) -> tuple[bool, bool, float, str, float]:
+            elsewhere, other = slug(record.device) != device, record.key != problem.key
+            return elsewhere, other, distance(problem, record.problem), record.key, record.seconds
+
+        for record in sorted(rows, key=order):
+            if slug(record.device) != device:
+                yield record, "arch"
+            else:
+                yield record, "exact" if record.key == problem.key else "nearest"
 
     def find(self, problem: Problem, target: Target) -> tuple[Record, str] | None:
         return next(self.candidates(problem, target), None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fagen import __version__, build, env, render, toolchain
 from fagen.errors import BuildError, FagenError
-from fagen.families import Config, Family
+from fagen.families import Config, Family, candidates
 from fagen.problem import INTERVAL_KINDS, Problem
 from fagen.target import Target
 
@@ -86,6 +86,8 @@ def command(kernel: Kernel) -> str:
         else [f"--seqlen-q={lengths[0]}", f"--seqlen-k={lengths[1]}"]
     )
     words += ["--batch", str(p.batch), "--heads", str(p.heads), "--kv-heads", str(p.kv_heads)]
+    if kernel.family.name != candidates(p, kernel.target)[0][0].name:
+        words += ["--family", kernel.family.name]
     words += ["--config", "default" if kernel.is_default else kernel.config.to_json(), "--out", "DIR"]
     return shlex.join(words)
 
@@ -93,7 +95,7 @@ def command(kernel: Kernel) -> str:
 def build_command(kernel: Kernel, sources: Iterable[str], output: str, extra: Iterable[str] = ()) -> list[str]:
     """One compiler call with the flags that fagen itself builds with."""
     compiler = "nvcc" if kernel.target.is_gpu else "g++"
-    flags = [flag for flag in build.flags(kernel.target) if flag != _VERBOSE]
+    flags = [flag for flag in kernel.family.flags(kernel.target) if flag != _VERBOSE]
     return [compiler, *flags, *extra, "-o", output, *sources]
 
 

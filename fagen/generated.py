@@ -17,9 +17,9 @@ from typing import Any
 
 from fagen import emit, render
 from fagen.cliutil import expand, say
-from fagen.db import Database, now
+from fagen.db import now
 from fagen.errors import FagenError, MissingTool, UsageError, WrongResult
-from fagen.families import candidates
+from fagen.commands.emit import choose
 from fagen.target import Target, detect, host, known
 
 ROOT = Path(__file__).parent.parent / "generated"
@@ -31,27 +31,14 @@ def listed(root: Path = ROOT) -> dict[str, emit.Kernel]:
     """The kernels that kernels.toml asks for, by name."""
     kernels = {}
     for table in tomllib.loads((root / LIST).read_text())["kernel"]:
-        name, arch, config = table.pop("name"), table.pop("arch"), table.pop("config", "default")
-        kernels[name] = _kernel(table, _CPU if arch == "cpu" else known(arch), config)
+        name, arch = table.pop("name"), table.pop("arch")
+        config, family = table.pop("config", "default"), table.pop("family", None)
+        target = _CPU if arch == "cpu" else known(arch)
+        problems = expand(table, target)
+        if len(problems) != 1 or config == "best":
+            raise UsageError(f"{LIST}: {name} is not one problem with a config of its own", str(table))
+        kernels[name] = choose(problems[0], target, config, family)
     return kernels
-
-
-def _kernel(settings: dict[str, Any], target: Target, config: str) -> emit.Kernel:
-    problems = expand(settings, target)
-    able, reasons = candidates(problems[0], target)
-    if len(problems) != 1 or not able:
-        raise UsageError(f"{settings} is not one problem of a family", str(reasons))
-    problem, family = problems[0], able[0]
-    if config == "default":
-        return emit.Kernel(family, problem, target, family.default(problem, target), "the family's default")
-    from fagen import env
-
-    shipped = Database.load([env.data_dir("tuning_db")])  # never what this user tuned
-    found = shipped.find(problem, target)
-    if config != "best" or found is None or found[0].family != family.name:
-        raise UsageError(f"no shipped winner for {problem} on {target.arch}", f"config = {config!r}", "use default")
-    record, provenance = found
-    return emit.Kernel(family, problem, target, family.config(record.config), f"tuned on {record.device}, {provenance}")
 
 
 def status(entry: dict[str, Any]) -> str:
@@ -117,24 +104,16 @@ def _left_out(kernel: emit.Kernel, target: Target) -> str:
 def measure(kernel: emit.Kernel, target: Target) -> dict[str, Any]:
     """Build, verify and time one kernel on the device that is here."""
     from fagen import kernel as loader
-    from fagen import measure, verify
+    from fagen import measure
 
     hash_ = render.source_hash(kernel.source)
     ready = loader.get(kernel.family, kernel.problem, target, kernel.config)
     if ready.artifact.source_hash != hash_:
         raise WrongResult("the kernel is another one on this device", f"{ready.artifact.source_hash}, not {hash_}")
     inputs = measure.make_inputs(kernel.problem, target)
-    semantics = inputs.pop("semantics")
-    options = {"window": semantics.window, "scale": semantics.scale, "softcap": semantics.softcap}
-
-    def call() -> None:
-        ready.launch(**inputs, **options)
-
+    call = measure.launcher(ready, inputs, lse=True)
     call()
-    verdict = verify.check(
-        inputs["out"], inputs["lse"], inputs["q"], inputs["k"], inputs["v"], semantics,
-        intervals=inputs["intervals"], alibi=inputs["alibi_slopes"], layout=inputs["layout"],
-    )  # fmt: skip
+    verdict = measure.check(inputs)
     if not verdict.ok:
         raise WrongResult(f"{kernel.problem} is wrong on {target.device}", verdict.message)
     seconds = measure.time_calls({"it": call}, device=inputs["q"].device)["it"].median

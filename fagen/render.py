@@ -79,6 +79,7 @@ def render(family: Family, problem: Problem, target: Target, config: Config) -> 
         enums=enums,
         constants=constants(family, problem, target, config),
         derived=family.derive(problem, target, config),
+        **family.context(problem, config),
     )
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.cliutil import add_json_flag, add_problem_flags, emit_json, one_problem, say
+from fagen.cliutil import add_problem_flags, add_verb, emit_json, one_problem, say
 from fagen.errors import InvalidConfig, UnsupportedProblem, UsageError
 from fagen.target import ARCHS, known
 
@@ -23,13 +23,8 @@ _EXAMPLES = """examples:
 
 
 def add(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "emit",
-        help="write a kernel as files",
-        description="Write one kernel as files: the source in one piece, a C header, a manifest. Needs no GPU.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Write one kernel as files: the source in one piece, a C header, a manifest. Needs no GPU."
+    parser = add_verb(subparsers, "emit", about, _EXAMPLES)
     parser.add_argument(
         "--arch", required=True, choices=ARCHS, help="what the kernel runs on: %(choices)s", metavar="A"
     )
@@ -40,17 +35,17 @@ def add(subparsers: Any) -> None:
         metavar="C",
         help="'best' (this is the default): what was tuned, else the family's default; 'default'; or knobs as JSON",
     )
+    parser.add_argument("--family", metavar="NAME", help="of this family alone (default: the first that can serve)")
     parser.add_argument("--build", action="store_true", help="compile kernel.so, and kernel.cubin for a GPU")
     parser.add_argument("--example", action="store_true", help="add a C++ main that checks and times the kernel")
     add_problem_flags(parser)
-    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from fagen import emit
 
     target = known(args.arch)
-    kernel = choose(one_problem(args, target), target, args.config)
+    kernel = choose(one_problem(args, target), target, args.config, args.family)
     manifest = emit.write(kernel, args.out, example=args.example)
     if args.build:
         manifest = emit.compile_all(kernel, args.out, manifest, example=args.example)
@@ -66,12 +61,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def choose(problem: Problem, target: Target, config: str) -> Kernel:
-    """The kernel of a --config."""
+def choose(problem: Problem, target: Target, config: str, only: str | None = None) -> Kernel:
+    """The kernel of a --config, of one family alone if that is asked for."""
     from fagen.emit import Kernel
-    from fagen.families import candidates
+    from fagen.families import candidates, get
 
     able, reasons = candidates(problem, target)
+    if only is not None:
+        able = [family for family in able if family.name == get(only).name]
     if not able:
         text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UnsupportedProblem(f"no family can make {problem.static_key} for {target.arch}", text)
@@ -79,6 +76,8 @@ def choose(problem: Problem, target: Target, config: str) -> Kernel:
         return Kernel(able[0], problem, target, able[0].default(problem, target), "the family's default")
     if config != "best":
         return _given(able, problem, target, config)
+    if only is not None:
+        raise UsageError("--family goes with --config default or with knobs as JSON")
     from fagen import dispatch
 
     choice = dispatch.choose(problem, target)

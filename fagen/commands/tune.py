@@ -22,13 +22,8 @@ _EXAMPLES = """examples:
 
 
 def add(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "tune",
-        help="find the fastest kernel for these problems on this machine",
-        description="Build, verify and time kernels for each problem, and remember the fastest.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Build, verify and time kernels for each problem, and remember the fastest."
+    parser = cliutil.add_verb(subparsers, "tune", about, _EXAMPLES)
     cliutil.add_problem_flags(parser)
     cliutil.add_target_flag(parser)
     search = parser.add_argument_group("search")
@@ -36,6 +31,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     search.add_argument("--trials", type=_count, metavar="N", help="candidates for each problem, at most")
     search.add_argument("--seed", type=int, default=0, metavar="N", help="of the search and of the inputs (default: 0)")
     search.add_argument("--workers", type=_count, metavar="N", help="compilers at a time (default: cores and memory)")
+    search.add_argument("--family", metavar="NAME", help="search this family alone (default: all that can serve)")
     search.add_argument("--compile-timeout", metavar="TIME", default="120s", help="for a candidate (default: 120s)")
     search.add_argument("--run-timeout", metavar="TIME", default="10s", help="beside its estimate (default: 10s)")
     search.add_argument(
@@ -45,7 +41,6 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         "--out", type=Path, metavar="DIR", help="database folder for the winners (default: the user's own)"
     )
     search.add_argument("--dry-run", action="store_true", help="show the search spaces and run nothing")
-    cliutil.add_json_flag(parser)
 
 
 def _count(word: str) -> int:
@@ -68,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     target = cliutil.target_from(args.target)
     problems = cliutil.problems_from(args, target) or suite.default(target)
     if args.dry_run:
-        return _dry_run(problems, target, args.json)
+        return _dry_run(problems, target, args.family, args.json)
     return _tune(problems, _present(target), args)
 
 
@@ -83,7 +78,7 @@ def _tune(problems: list[Problem], target: Target, args: argparse.Namespace) -> 
     options = Options(
         budget=budget, trials=args.trials, seed=args.seed, workers=args.workers, device=int(device or 0),
         compile_timeout=duration(args.compile_timeout), run_timeout=duration(args.run_timeout),
-        resume=args.resume, out=args.out,
+        resume=args.resume, out=args.out, family=args.family,
     )  # fmt: skip
     report = study.tune(problems, target, options, progress.make())
     cliutil.say()
@@ -94,10 +89,10 @@ def _tune(problems: list[Problem], target: Target, args: argparse.Namespace) -> 
     return report.exit_code
 
 
-def _dry_run(problems: list[Problem], target: Target, as_json: bool) -> int:
+def _dry_run(problems: list[Problem], target: Target, family: str | None, as_json: bool) -> int:
     from fagen.tuner import progress, study
 
-    spaces = [space for problem in problems for space in study.spaces(problem, target)]
+    spaces = [space for problem in problems for space in study.spaces(problem, target, family)]
     if as_json:
         rows = [
             {"key": s.problem.key, "problem": s.problem.to_dict(), "family": s.family.name, "total": s.total,

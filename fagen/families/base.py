@@ -109,6 +109,9 @@ class Family:
     supports: Callable[[Problem, Target], str | None]  # None, or why this family cannot serve the problem at all
     derive: Callable[[Problem, Target, Config], dict[str, int]]  # cross-checked by static_assert in the source
     default: Callable[[Problem, Target], Config]
+    flags: Callable[[Target], tuple[str, ...]] = field(default=lambda target: ())  # of the compiler
+    # what the template is given beside problem, config and constants
+    context: Callable[[Problem, Config], dict[str, Any]] = field(default=lambda problem, config: {})
     # configs worth trying first, best guess first (the default is always tried and need not be repeated)
     seeds: Callable[[Problem, Target], list[Config]] = field(default=lambda problem, target: [])
     # knob values that cost resources, for the stable rule among ties: fewest first

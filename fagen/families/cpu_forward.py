@@ -142,6 +142,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_make,
+    flags=lambda t: FLAGS,
     seeds=_seeds,
     resources=lambda p, t, c: (_scratch_bytes(p, c),),
 )

@@ -76,7 +76,8 @@ def _even_share(p: Problem, t: Target, c: Config) -> str | None:
         return f"tile_n {c.tile_n} is no multiple of 16 keys x {c.warps} warps"
     if c.partition == "pairs":
         if c.warps % 2 or c.tile_m % (8 * c.warps) or c.tile_n % 32:
-            return f"{c.warps} warps are not pairs that share tile_m {c.tile_m} by 16 rows and tile_n {c.tile_n} by 32 keys"
+            shares = f"tile_m {c.tile_m} by 16 rows and tile_n {c.tile_n} by 32 keys"
+            return f"{c.warps} warps are not pairs that share {shares}"
         # swizzled, a half must begin where the exchange of pieces starts anew
         unit = 128 if c.smem_layout == "swizzled" else 32
         if p.head_dim_v_padded % unit:
@@ -234,6 +235,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_default,
+    flags=lambda t: (f"-gencode=arch=compute_{t.capability},code=sm_{t.capability}", *FLAGS),
     seeds=lambda p, t: _guesses(p, t)[1:],
     resources=_resources,
 )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen import families, measure, verify
+from fagen import families, measure
 from fagen.errors import BuildError, LaunchError
 from fagen.families import Config
 from fagen.measure import Timing
@@ -109,6 +109,8 @@ def compile_one(request: CompileRequest) -> Result:
     if spilled:
         registers = artifact.facts.get("registers", "?")
         return Result("spill", f"{spilled} bytes spilled at {registers} registers", artifact=artifact)
+    if artifact.facts.get("serialized"):
+        return Result("spill", "ptxas serialized the warpgroup's products", artifact=artifact)
     return Result("ok", artifact=artifact)
 
 
@@ -191,28 +193,15 @@ def _verify(kernel: Kernel, candidate: Candidate) -> tuple[float, str]:
     problems = check_problems(candidate.problem, candidate.target)
     for problem in problems:
         inputs = _check_inputs(problem, where, problem is not problems[-1])
-        out, lse, q, k, v = (inputs[name] for name in ("out", "lse", "q", "k", "v"))
-        out.fill_(math.nan)
-        lse.fill_(math.nan)
-        launcher(kernel, inputs, lse=True)()
+        inputs["out"].fill_(math.nan)
+        inputs["lse"].fill_(math.nan)
+        measure.launcher(kernel, inputs, lse=True)()
         _synchronize(where)
-        verdict = verify.check(
-            out, lse, q, k, v, inputs["semantics"],
-            intervals=inputs["intervals"], alibi=inputs["alibi_slopes"], layout=inputs["layout"],
-        )  # fmt: skip
+        verdict = measure.check(inputs)
         worst = max(worst, verdict.error)
         if not verdict:
             return worst, f"{problem.size_key}: {verdict.message}"
     return worst, ""
-
-
-def launcher(kernel: Kernel, inputs: dict[str, Any], *, lse: bool = False) -> Callable[[], object]:
-    s = inputs["semantics"]
-    return functools.partial(
-        kernel.launch, inputs["q"], inputs["k"], inputs["v"], inputs["out"], inputs["lse"] if lse else None,
-        intervals=inputs["intervals"], alibi_slopes=inputs["alibi_slopes"], window=s.window, scale=s.scale,
-        softcap=s.softcap, layout=inputs["layout"],
-    )  # fmt: skip
 
 
 def _synchronize(where: str) -> None:
@@ -234,7 +223,7 @@ def _time(kernel: Kernel, request: MeasureRequest) -> Timing | None:
     candidate = request.candidate
     sets = _timing_inputs(candidate.problem, candidate.target, request.seed)
     device = "cuda" if candidate.target.is_gpu else "cpu"
-    call = measure.InTurn([launcher(kernel, inputs) for inputs in sets])
+    call = measure.InTurn([measure.launcher(kernel, inputs) for inputs in sets])
     sets[0]["out"].fill_(math.nan)
     call()
     _synchronize(device)
@@ -261,7 +250,7 @@ def final_round(request: FinalRequest) -> Final:
     calls: dict[str, measure.Call] = {}
     for label, (candidate, artifact) in request.entries.items():
         kernel = _load(candidate, artifact)
-        calls[label] = measure.InTurn([launcher(kernel, inputs) for inputs in sets])
+        calls[label] = measure.InTurn([measure.launcher(kernel, inputs) for inputs in sets])
     peers, how = [sdpa_call(first.problem, inputs) for inputs in sets], "not possible with this mask"
     if peers[0] is not None:
         try:

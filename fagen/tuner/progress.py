@@ -168,7 +168,7 @@ def _row(tuned: Tuned) -> tuple[str, ...]:
 
 
 def table(report: Report) -> str:
-    """Problems, times and winners as plain text."""
+    """Problems, times, winners and defaults as plain text."""
     rows = [_HEAD, *(_row(tuned) for tuned in report.results)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     lines = []
@@ -182,9 +182,14 @@ def table(report: Report) -> str:
             lines.append("  ".join("-" * width for width in widths))
             continue
         tuned = report.results[index - 1]
-        config = " ".join(f"{name}={value}" for name, value in (tuned.config or {}).items())
-        lines.append(f"    {config or tuned.why}")
+        lines.append(f"    winner   {_words(tuned.config) or tuned.why}")
+        if tuned.config != tuned.default_config:
+            lines.append(f"    default  {_words(tuned.default_config)}")
     return "\n".join(lines)
+
+
+def _words(config: dict[str, Any] | None) -> str:
+    return " ".join(f"{name}={value}" for name, value in (config or {}).items())
 
 
 def closing(report: Report) -> str:

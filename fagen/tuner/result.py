@@ -27,6 +27,7 @@ class Options:
     compile_timeout: float = 120.0
     run_timeout: float = 10.0
     resume: Path | str | None = None  # a run's folder, or "latest"
+    family: str | None = None  # search this one alone
     out: Path | None = None  # where the winners go; None: the user's overlay
     runs: Path | None = None  # where runs are kept; None: the user's state folder
 

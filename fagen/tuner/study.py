@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fagen import db, env, families
+from fagen import binding, db, env, families
 from fagen.errors import FagenError, UnsupportedProblem
 from fagen.families import Config, Family
 from fagen.measure import Timing
@@ -38,20 +38,24 @@ FINAL_SECONDS = 3.0
 NEIGHBOURS = 3
 
 
-def spaces(problem: Problem, target: Target) -> list[Space]:
-    """The search spaces of all families that can serve the problem."""
+def spaces(problem: Problem, target: Target, only: str | None = None) -> list[Space]:
+    """The search spaces of all families that can serve the problem, or of one by name."""
     able, reasons = families.candidates(problem, target)
+    if only is not None:
+        able = [family for family in able if family.name == families.get(only).name]
     if not able:
         first = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UnsupportedProblem(f"no family can serve {problem.static_key} on {target.arch}", first)
     return [enumerate_space(family, problem, target) for family in able]
 
 
-def fingerprint(problems: Sequence[Problem], target: Target) -> str:
+def fingerprint(problems: Sequence[Problem], target: Target, only: str | None = None) -> str:
     """What a run must share with this one to be resumed: problems, device, knobs and kernel sources."""
     digest = hashlib.sha256()
     for problem in problems:
         for family in families.candidates(problem, target)[0]:
+            if only not in (None, family.name):
+                continue
             knobs = [(knob.name, knob.choices) for knob in family.knobs]
             digest.update(repr((problem.key, target.arch, target.device, family.name, knobs)).encode())
     folder = env.data_dir("templates")
@@ -64,8 +68,9 @@ def tune(problems: Sequence[Problem], target: Target, options: Options, progress
     """Tune each problem and keep the winners. What a signal interrupts is kept, and can be resumed."""
     with contextlib.closing(progress or Progress()) as progress:
         for problem in problems:
-            if not families.candidates(problem, target)[0]:
-                spaces(problem, target)  # raises with the reasons, before anything runs
+            able = families.candidates(problem, target)[0]
+            if not any(options.family in (None, family.name) for family in able):
+                spaces(problem, target, options.family)  # raises with the reasons, before anything runs
         with contextlib.closing(_open_run(problems, target, options, progress)) as run:
             return _tune(run, problems, target, options, progress)
 
@@ -82,7 +87,7 @@ def _tune(run: Run, problems: Sequence[Problem], target: Target, options: Option
 
 
 def _open_run(problems: Sequence[Problem], target: Target, options: Options, progress: Progress) -> Run:
-    runs, mark = options.runs or env.runs_dir(), fingerprint(problems, target)
+    runs, mark = options.runs or env.runs_dir(), fingerprint(problems, target, options.family)
     if options.resume is not None:
         path = journal.latest(runs, mark) if options.resume == "latest" else Path(options.resume)
         if path is not None:
@@ -160,6 +165,7 @@ class _Tuner:
             self.run.append(journal.WINNERS, dataclasses.asdict(tuned))
             if record:
                 written = db.put([record], self.options.out)
+                binding.forget()  # live calls of this process find the new winner
                 report.written = sorted({*report.written, *written})
             self.progress.done(tuned)
         report.interrupted = self.interrupted.is_set()
@@ -188,7 +194,7 @@ class _Tuner:
     def _spaces(self, problem: Problem) -> list[Space]:
         """Counted in full once for each static key: constraints look at nothing else."""
         if problem.static_key not in self.spaces:
-            self.spaces[problem.static_key] = spaces(problem, self.target)
+            self.spaces[problem.static_key] = spaces(problem, self.target, self.options.family)
         return [dataclasses.replace(space, problem=problem) for space in self.spaces[problem.static_key]]
 
     def _over(self) -> bool:
@@ -197,11 +203,13 @@ class _Tuner:
 
     def _incumbent(self, problem: Problem) -> Candidate | None:
         """What the database has for exactly this problem, if it is still legal."""
-        found = self._database().find(problem, self.target)
-        if found is None or found[1] != "exact":
-            return None
-        config = _legal(found[0], problem, self.target)
-        return Candidate(found[0].family, problem, self.target, config) if config else None
+        for record, provenance in self._database().candidates(problem, self.target):
+            if provenance != "exact":
+                return None
+            config = _legal(record, problem, self.target)
+            if config and self.options.family in (None, record.family):
+                return Candidate(record.family, problem, self.target, config)
+        return None
 
     def _database(self) -> db.Database:
         return db.Database.load((*db.default_paths(), *([self.options.out] if self.options.out else [])))

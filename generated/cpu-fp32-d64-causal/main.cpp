@@ -166,7 +166,7 @@ static void check_row(const Inputs& in, const Element* o, const float* lse, int 
     double s = 0;
     for (int i = 0; i < kDim; ++i) s += widen(q[i]) * widen(k[i]);
     s *= scale;
-    if (kSoftcap > 0) s = kSoftcap * std::tanh(s / kSoftcap);
+    if (kSoftcap > 0) s = kSoftcap * std::tanh(s * (1 / (kSoftcap > 0 ? kSoftcap : 1)));
     if (kAlibi) s -= double(in.slopes[h]) * std::abs(row + kKeys - kRows - key);
     score[key] = s, top = std::max(top, s);
   }

@@ -1,12 +1,12 @@
 // An attention kernel made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
-// problem:  forward/bf16/d128/causal, its config chosen for b1/h16-16/q1024-k1024
+// problem:  forward/bf16/d128/causal, its config chosen for b4/h16-16/q4096-k4096
 // config:   tile_m=128 tile_n=32 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=longest_first (the family's default)
-// made by:  fagen emit --arch sm_80 --dtype bf16 --head-dim 128 --mask causal --seqlen 1024 --batch 1 --heads 16 --kv-heads 16 --config default --out DIR
-// build:    nvcc -gencode=arch=compute_80,code=sm_80 -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
+// made by:  fagen emit --arch sm_90 --dtype bf16 --head-dim 128 --mask causal --seqlen 4096 --batch 4 --heads 16 --kv-heads 16 --family sm80_forward --config default --out DIR
+// build:    nvcc -gencode=arch=compute_90,code=sm_90 -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
 
-// sm80_forward: attention forward for forward/bf16/d128/causal on sm_80
+// sm80_forward: attention forward for forward/bf16/d128/causal on sm_90
 //
 // Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
 // Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.

@@ -1,23 +1,19 @@
 // An attention kernel made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  forward/bf16/d128/causal, its config chosen for b4/h16-16/q4096-k4096
-// config:   tile_m=128 tile_n=32 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=longest_first (the family's default)
+// config:   tile_m=128 tile_n=128 stages=2 overlap=True rescale=deferred block_order=longest_first (the family's default)
 // made by:  fagen emit --arch sm_90 --dtype bf16 --head-dim 128 --mask causal --seqlen 4096 --batch 4 --heads 16 --kv-heads 16 --config default --out DIR
-// build:    nvcc -gencode=arch=compute_90,code=sm_90 -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
+// build:    nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
 
-// sm80_forward: attention forward for forward/bf16/d128/causal on sm_90
+// sm90_forward: attention forward for forward/bf16/d128/causal on sm_90
 //
 // Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
 // Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
 //
-// Config: tile_m=128 tile_n=32 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=longest_first
+// Config: tile_m=128 tile_n=128 stages=2 overlap=True rescale=deferred block_order=longest_first
 
 enum class Mask { none, causal, window, intervals };
-enum class Partition { split_q, split_k, pairs };
-enum class LoopOrder { q_outer, kv_outer };
-enum class QSource { shared, registers };
-enum class SmemLayout { swizzled, padded };
 enum class Rescale { each, deferred };
 enum class BlockOrder { ascending, descending, longest_first, sectioned };
 
@@ -33,26 +29,22 @@ struct Config {
   static constexpr int kLTE = -1;  // column of LTE in intervals, -1: absent
   static constexpr int kUTS = -1;  // column of UTS in intervals, -1: absent
   static constexpr int kUTE = -1;  // column of UTE in intervals, -1: absent
-  static constexpr int kTileM = 128;  // rows of q a block works on
-  static constexpr int kTileN = 32;  // keys a block loads at a time
-  static constexpr int kWarps = 4;  // warps of a block
-  static constexpr Partition kPartition = Partition::split_q;  // what the warps of a block divide
-  static constexpr LoopOrder kLoopOrder = LoopOrder::q_outer;  // what stays while the other passes by
-  static constexpr int kStages = 2;  // tiles of keys in shared memory
-  static constexpr bool kOverlap = false;  // compute the next tile's scores under this one's softmax
-  static constexpr QSource kQSource = QSource::shared;  // where q waits for its products
-  static constexpr SmemLayout kSmemLayout = SmemLayout::swizzled;  // how shared memory avoids bank conflicts
-  static constexpr int kBlocksPerSm = 2;  // blocks the register budget is cut for
+  static constexpr int kTileM = 128;  // rows of q a block works on, 64 a warpgroup
+  static constexpr int kTileN = 128;  // keys of a tile
+  static constexpr int kStages = 2;  // tiles of keys, and of values, in shared memory
+  static constexpr bool kOverlap = true;  // add up O under the softmax of the next tile
   static constexpr Rescale kRescale = Rescale::deferred;  // when O follows a grown maximum
   static constexpr BlockOrder kBlockOrder = BlockOrder::longest_first;  // order of row tiles and heads
 };
 
 // What fagen derived from the config before compiling; the kernel asserts that it agrees.
 struct Derived {
-  static constexpr int threads = 128;
-  static constexpr int smem_bytes = 65536;
+  static constexpr int threads = 384;
+  static constexpr int smem_bytes = 164936;
 };
+enum class QSource { shared, registers };  // q is never held in registers here; the shared headers ask
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 // ---- fagen/params.h --------------------------------------------------------------------------------------
@@ -113,16 +105,176 @@ __device__ __forceinline__ uint32_t pack<half_t>(float low, float high) {
   return bits;
 }
 
-// ---- fagen/sm80/q_outer.cuh ------------------------------------------------------------------------------
-// FlashAttention 2's order: a block keeps one tile of rows, and the keys pass by.
-// ---- fagen/sm80/epilogue.cuh -----------------------------------------------------------------------------
-// From the warps' unnormalised sums to O and LSE in device memory.
-// ---- fagen/sm80/pairs.cuh --------------------------------------------------------------------------------
-// Two warps share rows: each computes the scores of half of the keys and half of the columns of O. A warp then holds
-// twice the rows for the same registers, so that every operand it reads from shared memory feeds twice the products.
-// The price is that the weights, and now and then the maxima, pass through shared memory.
-// ---- fagen/sm80/block.cuh --------------------------------------------------------------------------------
-// What one block works on and where its tiles lie: shapes, shared memory, the warp's share. Shared by both loop orders.
+// ---- fagen/ptx/cp_async.cuh ------------------------------------------------------------------------------
+// Asynchronous copies from global to shared memory (sm_80 and up).
+#include <stdint.h>
+
+namespace ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes past L1; where `valid` is false nothing is read and zeros are written.
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most kPending of this thread's newest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void st_shared_16(uint32_t to, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 ld_shared_16(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void st_shared_4(uint32_t to, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+}  // namespace ptx
+
+// ---- fagen/ptx/mbarrier.cuh ------------------------------------------------------------------------------
+// Barriers in shared memory that count arrivals and bytes (sm_90). Addresses are shared-memory ones.
+#include <stdint.h>
+
+namespace ptx {
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrive, and let the phase wait for so many bytes of copies as well.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Until the phase of this parity is over. A fresh barrier counts as past its phase of parity 1.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again_%=:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again_%=;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+}  // namespace ptx
+
+// ---- fagen/ptx/tma.cuh -----------------------------------------------------------------------------------
+// The copy engine of sm_90: boxes of a tensor that a map describes.
+#include <cuda.h>
+#include <stdint.h>
+
+namespace ptx {
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// One box of a 4-dimensional tensor to shared memory; `barrier` learns of its bytes. Outside the tensor reads zero.
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row,
+                                         int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+}  // namespace ptx
+
+// ---- fagen/ptx/warpgroup.cuh -----------------------------------------------------------------------------
+// What a warpgroup (four warps) does as one, beside its products (sm_90a).
+
+namespace ptx {
+
+// Registers of the warpgroup's threads, taken from or given back to the block's pool.
+template <int kRegisters>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Before the first product of a group, and after ordinary code has touched its registers.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until at most kPending of the newest groups are under way.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of a register across a wait or a fence.
+__device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+__device__ __forceinline__ void pin(unsigned& x) { asm volatile("" : "+r"(x)::"memory"); }
+
+}  // namespace ptx
+
+namespace ptx {
+
+// c (64 x columns, float32, pieces of 8 columns as in mma_m16n8k16) = [c +] a b; `more` false starts from zero.
+// Both operands in shared memory, each row 16 elements long in k.
+template <int kColumns>
+__device__ __forceinline__ void wgmma_shared(float (&c)[kColumns / 8][4], uint64_t a, uint64_t b, bool more);
+// a in registers (the accumulator's order), b in shared memory with its columns side by side.
+template <int kColumns>
+__device__ __forceinline__ void wgmma_registers(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b);
+
+template <>
+__device__ __forceinline__ void wgmma_shared<128>(float (&c)[16][4], uint64_t a, uint64_t b, bool more) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n}"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
+      : "l"(a), "l"(b), "r"(int(more)));
+}
+
+template <>
+__device__ __forceinline__ void wgmma_registers<128>(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+}  // namespace ptx
+// ---- fagen/sm90/layout.cuh -------------------------------------------------------------------------------
+// How the tiles of a block lie in shared memory: columns in slabs of 64, rows of 128 bytes, exchanged as the copy
+// engine and the tensor cores both expect (128-byte swizzle).
 // ---- fagen/attend.cuh ------------------------------------------------------------------------------------
 // One warp's part of attention: its rows of q against a tile of keys, and the sums that it carries along.
 
@@ -649,110 +801,6 @@ struct Attend {
   }
 };
 
-// ---- fagen/copy.cuh --------------------------------------------------------------------------------------
-// Tiles between global and shared memory, moved by all threads of a block together.
-#include <stdint.h>
-
-// ---- fagen/ptx/cp_async.cuh ------------------------------------------------------------------------------
-// Asynchronous copies from global to shared memory (sm_80 and up).
-#include <stdint.h>
-
-namespace ptx {
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// 16 bytes past L1; where `valid` is false nothing is read and zeros are written.
-__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until at most kPending of this thread's newest groups are still under way.
-template <int kPending>
-__device__ __forceinline__ void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ __forceinline__ void st_shared_16(uint32_t to, uint4 value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
-               : "memory");
-}
-
-__device__ __forceinline__ uint4 ld_shared_16(uint32_t from) {
-  uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(from)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void st_shared_4(uint32_t to, uint32_t value) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
-}
-
-}  // namespace ptx
-
-// Rows [first, last) of a matrix whose rows are `stride` elements apart; rows and columns outside read as zero.
-template <class Element>
-struct Rows {
-  const Element* base;
-  int64_t stride;
-  int last;  // rows there are
-  int cols;  // columns there are; the tile may be wider
-};
-
-template <class Element>
-__device__ __forceinline__ uint4 gather_chunk(const Element* from, int count) {
-  union {
-    Element e[8];
-    uint4 all;
-  } chunk;
-  chunk.all = make_uint4(0, 0, 0, 0);
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (i < count) chunk.e[i] = from[i];
-  return chunk.all;
-}
-
-// Start copying tile rows [first, first + kRows) to shared memory; complete after cp_async_wait and a barrier.
-template <class Tile, int kRows, int kThreads, bool kAligned, class Element>
-__device__ __forceinline__ void load_tile(uint32_t to, const Rows<Element>& rows, int first, int thread) {
-  constexpr int kChunks = Tile::kChunks;
-  constexpr int kCount = kRows * kChunks;
-  constexpr bool kSameColumn = kThreads % kChunks == 0;  // each thread stays in one column of chunks
-  constexpr int kRowStep = kSameColumn ? kThreads / kChunks : 0;
-  if constexpr (kSameColumn && kAligned) {
-    const int chunk = thread % kChunks;
-    const bool in_columns = chunk * 8 < rows.cols;
-    int row = thread / kChunks;
-    const Element* from = rows.base + (first + row) * rows.stride + chunk * 8;
-#pragma unroll
-    for (int i = 0; i < (kRows + kRowStep - 1) / kRowStep; ++i) {
-      if (kRows % kRowStep == 0 || row < kRows)
-        ptx::cp_async_16(to + Tile::offset(row, chunk), from, in_columns && first + row < rows.last);
-      row += kRowStep;
-      from += kRowStep * rows.stride;
-    }
-  } else {
-#pragma unroll 4
-    for (int i = thread; i < kCount; i += kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const bool there = first + row < rows.last && chunk * 8 < rows.cols;
-      const Element* from = rows.base + (there ? (first + row) * rows.stride + chunk * 8 : 0);
-      const uint32_t at = to + Tile::offset(row, chunk);
-      if constexpr (kAligned)
-        ptx::cp_async_16(at, from, there);
-      else
-        ptx::st_shared_16(at, gather_chunk(from, there ? rows.cols - chunk * 8 : 0));
-    }
-  }
-}
-
 // ---- fagen/schedule.cuh ----------------------------------------------------------------------------------
 // Which tile of rows, head and batch a block takes.
 #include <stdint.h>
@@ -859,135 +907,59 @@ struct False {
   static constexpr bool value = false;
 };
 
-// Sizes that follow from the config; Python derives the same ones, and the asserts below hold the two together.
 template <class C>
 struct Shape {
-  static constexpr int kThreads = C::kWarps * 32;
-  static constexpr bool kSplitKeys = C::kPartition == Partition::split_k;
-  static constexpr bool kPairs = C::kPartition == Partition::pairs;
-  // a warp's share: rows of q, keys of a tile (for S), columns of v (for O)
-  static constexpr int kWarpRows = kSplitKeys ? C::kTileM : C::kTileM / C::kWarps * (kPairs ? 2 : 1);
-  static constexpr int kWarpKeys = kSplitKeys ? C::kTileN / C::kWarps : C::kTileN / (kPairs ? 2 : 1);
-  static constexpr int kWarpColumns = C::kHeadDimV / (kPairs ? 2 : 1);
-  static constexpr int kSlabs = kWarpRows / 16;
-  static_assert(kWarpRows % 16 == 0 && kWarpKeys % 16 == 0 && kWarpColumns % 16 == 0,
-                "a warp's share is made of 16 x 16 pieces");
+  static constexpr int kGroups = C::kTileM / 64;  // warpgroups that compute, each 64 rows of q
+  static constexpr int kThreads = (kGroups + 1) * 128;
+  static constexpr int kSlabs = (C::kHeadDim + 63) / 64, kSlabsV = (C::kHeadDimV + 63) / 64;
+  static constexpr int kQBytes = C::kTileM * 128 * larger(kSlabs, kSlabsV);  // O leaves through the same place
+  static constexpr int kKBytes = C::kTileN * 128 * kSlabs, kVBytes = C::kTileN * 128 * kSlabsV;
+  static constexpr int kK = kQBytes, kV = kK + C::kStages * kKBytes, kBarriers = kV + C::kStages * kVBytes;
+  static constexpr int kSmemBytes = kBarriers + 8 * (1 + 4 * C::kStages) + 1024;  // and room to align the start
 
-  static constexpr bool kSwizzled = C::kSmemLayout == SmemLayout::swizzled;
-  using TileQ = SharedTile<C::kTileM, C::kHeadDim, kSwizzled>;
-  using TileK = SharedTile<C::kTileN, C::kHeadDim, kSwizzled>;
-  using TileV = SharedTile<C::kTileN, C::kHeadDimV, kSwizzled>;
-  using TileO = SharedTile<C::kTileM, C::kHeadDimV, kSwizzled>;
+  // Registers of a thread: what the block is compiled for, and how the roles divide them.
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kGroups == 1 ? 232 : kGroups == 2 ? 240 : 160;
+  static constexpr int kBlocksPerSm = kGroups == 1 ? 2 : 1;
 
-  // q held in registers passes through the ring before the first keys arrive, so it needs no room of its own
-  static constexpr bool kQAliasesRing = C::kLoopOrder == LoopOrder::q_outer && C::kQSource == QSource::registers;
-  static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
-  static constexpr int kRing = kQAliasesRing ? 0 : TileQ::kBytes;  // where the ring of K and V stages begins
-  static constexpr int kRingEnd = kRing + C::kStages * kStageBytes;
-  // pairs: the weights that two warps show each other, and their rows' maxima and sums
-  using TileP = SharedTile<C::kTileM, C::kTileN, kSwizzled>;
-  static constexpr int kPairStats = kRingEnd + (kPairs ? TileP::kBytes : 0);
-  static constexpr int kPairEnd = kPairStats + (kPairs ? 2 * C::kTileM * 4 : 0);
-  static constexpr int kMergeStats = C::kTileM * C::kHeadDimV * 4;  // split_k: sums of O, then maxima and sums
-  static constexpr int kMergeBytes = kSplitKeys ? kMergeStats + C::kWarps * C::kTileM * 8 : 0;
-  static constexpr int kSmemBytes = larger(larger(kPairEnd, TileQ::kBytes), larger(TileO::kBytes, kMergeBytes));
-
+  static_assert(C::kTileM % 64 == 0 && C::kTileN % 16 == 0, "a warpgroup's product is 64 rows, 16 keys deep");
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
 };
 
-// Computed once on the host for a launch.
+// Descriptor of a wgmma operand whose 16 elements of k lie in a row (q, k); slabs are separate operands.
+__device__ __forceinline__ uint64_t rows_operand(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = 1ull << 62, kGroupOf8Rows = uint64_t(1024 >> 4) << 32, kUnused = 1ull << 16;
+  return kSwizzle128 | kGroupOf8Rows | kUnused | ((address & 0x3ffff) >> 4);
+}
+// And of one whose columns lie in a row, 16 rows deep in k (v): slabs `slab_bytes` apart.
+__device__ __forceinline__ uint64_t columns_operand(uint32_t address, int slab_bytes) {
+  constexpr uint64_t kSwizzle128 = 1ull << 62, kGroupOf8Rows = uint64_t(1024 >> 4) << 32;
+  return kSwizzle128 | kGroupOf8Rows | uint64_t(slab_bytes >> 4) << 16 | ((address & 0x3ffff) >> 4);
+}
+
+// A ring of stages with a full and an empty barrier each; producer and consumers each step through it on their own.
+struct Ring {
+  uint32_t full, empty;  // of stage 0
+  int stage = 0, phase = 0;
+
+  template <int kStages>
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ uint32_t full_barrier() const { return full + stage * 8; }
+  __device__ __forceinline__ uint32_t empty_barrier() const { return empty + stage * 8; }
+};
+
+// ---- fagen/sm90/forward.cuh ------------------------------------------------------------------------------
+// The forward kernel for Hopper: one warp feeds the copy engine, one to three warpgroups compute 64 rows of q each.
+
 struct Launch {
-  int row_tiles;  // tiles of rows of a head
-  int blocks_of_rows;  // blocks a head gets: row_tiles, or fewer when a block loops over rows
-  int key_tiles;
-  int heads_at_once;  // sectioned order
-  Extent* extents;  // of the intervals, tile by tile
-  float4* state;  // kv_outer: O, maxima and sums between the passes
+  CUtensorMap q, k, v;
+  int row_tiles, key_tiles;  // tiles of a head
+  int heads_at_once;         // sectioned order
+  Extent* extents;           // of the intervals, tile by tile
 };
-
-template <class C, class Element>
-struct Block {
-  using S = Shape<C>;
-  using State = Attend<C, S::kSlabs, S::kWarpKeys, S::kWarpColumns, Element, typename S::TileQ, typename S::TileK,
-                       typename S::TileV>;
-
-  const fagen_params& p;
-  const Launch& launch;
-  Work work;
-  int warp, first_row, first_key, first_column;  // of the warp's share in the tiles
-  uint32_t smem;
-  unsigned char* smem_bytes;
-  Rows<Element> q, k, v;
-  Band band;
-  ScoreMod<C> mod;
-  Intervals<C> intervals;
-
-  __device__ __forceinline__ Block(const fagen_params& p, const Launch& launch, unsigned char* shared)
-      : p(p),
-        launch(launch),
-        work(take_work<C::kBlockOrder>(p, blockIdx.x, launch.blocks_of_rows, launch.heads_at_once)),
-        warp(__shfl_sync(~0u, threadIdx.x / 32, 0)),  // warp-uniform for the compiler as well
-        smem(ptx::shared_address(shared)),
-        smem_bytes(shared),
-        band(p),
-        mod(p, work.batch, work.head) {
-    first_row = S::kSplitKeys ? 0 : (S::kPairs ? warp / 2 : warp) * S::kWarpRows;
-    first_key = S::kSplitKeys ? warp * S::kWarpKeys : S::kPairs ? warp % 2 * S::kWarpKeys : 0;
-    first_column = S::kPairs ? warp % 2 * S::kWarpColumns : 0;
-    const int kv_head = work.head / (p.heads / p.kv_heads);
-    q = rows(p.q, p.q_stride, work.head, p.seqlen_q, p.head_dim);
-    k = rows(p.k, p.k_stride, kv_head, p.seqlen_k, p.head_dim);
-    v = rows(p.v, p.v_stride, kv_head, p.seqlen_k, p.head_dim_v);
-    if constexpr (C::kMask == Mask::intervals) {
-      const int head = p.mask_heads == 1 ? 0 : kv_head;
-      intervals.bounds = p.intervals + work.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
-      intervals.stride = p.intervals_stride[2];
-      intervals.extents =
-          launch.extents + int64_t(work.batch * p.mask_heads + head) * launch.key_tiles * C::kIntervalColumns;
-      intervals.last_key = p.seqlen_k - 1;
-    }
-  }
-
-  __device__ __forceinline__ Rows<Element> rows(const void* base, const int64_t (&stride)[3], int head, int count,
-                                                int cols) const {
-    const Element* first = static_cast<const Element*>(base) + work.batch * stride[0] + head * stride[2];
-    return {first, stride[1], count, cols};
-  }
-
-  // ---- copies: each is one part of a group that the caller commits
-  __device__ __forceinline__ void load_q(uint32_t to, int row_tile) const {
-    load_tile<typename S::TileQ, C::kTileM, S::kThreads, C::kAligned>(to, q, row_tile * C::kTileM, threadIdx.x);
-  }
-  __device__ __forceinline__ uint32_t k_tile(int stage) const { return smem + S::kRing + stage * S::kStageBytes; }
-  __device__ __forceinline__ uint32_t v_tile(int stage) const { return k_tile(stage) + S::TileK::kBytes; }
-  __device__ __forceinline__ void load_k(int stage, int tile) const {
-    load_tile<typename S::TileK, C::kTileN, S::kThreads, C::kAligned>(k_tile(stage), k, tile * C::kTileN, threadIdx.x);
-  }
-  __device__ __forceinline__ void load_v(int stage, int tile) const {
-    load_tile<typename S::TileV, C::kTileN, S::kThreads, C::kAligned>(v_tile(stage), v, tile * C::kTileN, threadIdx.x);
-  }
-  // All copies of this thread but the newest kPending groups have landed, and so have those of the others.
-  template <int kPending>
-  __device__ __forceinline__ void arrive() const {
-    ptx::cp_async_wait<kPending>();
-    __syncthreads();
-  }
-};
-
-template <class C>
-__device__ __forceinline__ int next_stage(int stage) {
-  return stage == C::kStages - 1 ? 0 : stage + 1;
-}
-
-// The walk over the tiles that rows [m0, m1) see, at its first tile.
-template <class C, class Element>
-__device__ __forceinline__ auto first_tile(const Block<C, Element>& block, const TileRange& range, int m0, int m1) {
-  if constexpr (C::kMask == Mask::intervals)
-    return IntervalWalk<C>(block.intervals, range, m0, m1);
-  else
-    return RangeWalk{range.end - 1, range.begin};
-}
 
 // Call visit(tile, masked) for the rest of the walk, with a loop of its own for tiles that need no mask.
 template <class C, class Walk, class Visit>
@@ -1002,541 +974,397 @@ __device__ __forceinline__ void visit_tiles(Walk& walk, const TileRange& range, 
   }
 }
 
-template <class C, class Element>
-struct Pair {
-  using B = Block<C, Element>;
-  using S = Shape<C>;
-  using State = typename B::State;
-  using TileP = typename S::TileP;
-  static constexpr int kRows = State::kRows, kPieces = S::kWarpKeys / 16;
-
-  const B& block;
-  const Lane lane;
-  int barrier = 1 + block.warp / 2;
-  uint32_t p_tile = block.smem + S::kRingEnd;
-  float* mine = reinterpret_cast<float*>(block.smem_bytes + S::kPairStats) + block.warp * S::kWarpRows;
-  const float* partner = reinterpret_cast<float*>(block.smem_bytes + S::kPairStats) + (block.warp ^ 1) * S::kWarpRows;
-
-  __device__ __forceinline__ static int row(const Lane& lane, int r) { return r / 2 * 16 + r % 2 * 8 + lane.row; }
-
-  // Show the partner one number a row, and take its own.
-  __device__ __forceinline__ void exchange(const float (&shown)[kRows], float (&taken)[kRows]) const {
+// Every register of a fragment stays where it is, and is written, before what follows.
+template <class X, int kPieces>
+__device__ __forceinline__ void pin(X (&fragment)[kPieces][4]) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (lane.id % 4 == 0) mine[row(lane, r)] = shown[r];
-    ptx::barrier_sync(barrier, 64);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) taken[r] = partner[row(lane, r)];
-  }
-
-  // Both warps keep the same references: they move together or not at all.
-  __device__ __forceinline__ void observe(State& state, const typename State::Scores& s_acc) const {
-    float row_max[kRows], other[kRows], factor[kRows];
-    state.tile_maxima(s_acc, row_max);
-    if (ptx::barrier_any(barrier, 64, state.softmax.outgrown(row_max))) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) row_max[r] = quad_max(row_max[r]);
-      exchange(row_max, other);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) row_max[r] = fmaxf(row_max[r], other[r]);
-      state.softmax.move(row_max, factor);
-      state.rescale(factor);
-    }
-  }
-
-  // Softmax of this warp's half of the keys, O += P V of all of them for its half of the columns.
-  __device__ __forceinline__ void values(State& state, const typename State::Scores& s_acc, uint32_t v_tile) const {
-    observe(state, s_acc);  // its barrier also tells that the partner has read the weights of the tile before
-    state.softmax.settle();
-    typename State::Weights p_mine;
-#pragma unroll
-    for (int n = 0; n < kPieces; ++n)
-#pragma unroll
-      for (int s = 0; s < S::kSlabs; ++s)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          state.weigh(s_acc, p_mine, s, n, i);
-          const int chunk = (block.first_key + n * 16) / 8 + i / 2;
-          ptx::st_shared_4(p_tile + TileP::offset(block.first_row + row(lane, s * 2 + i % 2), chunk) + lane.column * 2,
-                           p_mine[n][s][i]);
-        }
-    const uint32_t v_lane =
-        S::TileV::step(lane.template row_major<typename S::TileV>(v_tile, 0), 0, block.first_column / 16);
-#pragma unroll
-    for (int n = 0; n < kPieces; ++n)
-      state.value_step(p_mine[n], v_lane + (block.first_key + n * 16) * S::TileV::kPitch);
-    ptx::barrier_sync(barrier, 64);  // the partner's weights are there
-    const int other_key = block.first_key ^ S::kWarpKeys;
-    const uint32_t p_lane = lane.template row_major<TileP>(p_tile, block.first_row);
-#pragma unroll
-    for (int n = 0; n < kPieces; ++n) {
-      uint32_t p_other[S::kSlabs][4];
-#pragma unroll
-      for (int s = 0; s < S::kSlabs; ++s) ptx::ldmatrix_x4(p_other[s], TileP::step(p_lane, s * 16, other_key / 16 + n));
-      state.value_step(p_other, v_lane + (other_key + n * 16) * S::TileV::kPitch);
-    }
-  }
-};
-
-// split_k: every warp has seen its own share of the keys for the same rows. Bring the sums to one reference and add
-// them up in warp 0, one warp after the other, so that the result never depends on timing.
-template <class B>
-__device__ __forceinline__ void merge_warps(const B& block, typename B::State& state,
-                                            float (&row_sum)[B::State::kRows]) {
-  using S = typename B::S;
-  constexpr int kWarps = S::kThreads / 32, kTileRows = S::kWarpRows;
-  float4* pieces = reinterpret_cast<float4*>(block.smem_bytes);
-  float2* stats = reinterpret_cast<float2*>(block.smem_bytes + S::kMergeStats);  // (warp, row): reference, sum
-  const Lane lane = state.lane;
-  const float scale_log2 = state.softmax.scale_log2;
-#pragma unroll
-  for (int r = 0; r < B::State::kRows; ++r)
-    if (lane.id % 4 == 0)
-      stats[block.warp * kTileRows + r / 2 * 16 + r % 2 * 8 + lane.row] =
-          make_float2(state.softmax.reference[r], row_sum[r]);
-  __syncthreads();
-  float factor[B::State::kRows];
-#pragma unroll
-  for (int r = 0; r < B::State::kRows; ++r) {
-    const float2* row = stats + r / 2 * 16 + r % 2 * 8 + lane.row;
-    float top = -INFINITY, sum = 0.f;
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, row[w * kTileRows].x);
-    const float base = top == -INFINITY ? 0.f : top;
-    for (int w = 0; w < kWarps; ++w) sum += row[w * kTileRows].y * ptx::ex2((row[w * kTileRows].x - base) * scale_log2);
-    factor[r] = ptx::ex2((state.softmax.reference[r] - base) * scale_log2);
-    state.softmax.reference[r] = top;
-    row_sum[r] = sum;
-  }
-  state.rescale(factor);
-  for (int turn = kWarps - 1; turn >= 0; --turn) {
-    if (block.warp == turn) {
-      int i = lane.id;
-#pragma unroll
-      for (auto& slab : state.o)
-#pragma unroll
-        for (auto& piece : slab) {
-          if (turn < kWarps - 1) {
-            const float4 so_far = pieces[i];
-            piece[0] += so_far.x, piece[1] += so_far.y, piece[2] += so_far.z, piece[3] += so_far.w;
-          }
-          if (turn > 0) pieces[i] = make_float4(piece[0], piece[1], piece[2], piece[3]);
-          i += 32;
-        }
-    }
-    __syncthreads();
-  }
-}
-
-// Normalise, and store through shared memory so that every store is a whole 16-byte piece of a row.
-template <class C, class Element>
-__device__ __forceinline__ void store_rows(const Block<C, Element>& block, typename Block<C, Element>::State& state,
-                                           int row_tile) {
-  using S = Shape<C>;
-  using TileO = typename S::TileO;
-  constexpr int kRows = S::kSlabs * 2, kChunks = S::kWarpColumns / 8;
-  const fagen_params& p = block.p;
-  const Lane lane = state.lane;
-  float row_sum[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) row_sum[r] = quad_sum(state.softmax.sum[r]);
-  ptx::cp_async_wait<0>();
-  __syncthreads();  // the ring is free: what follows lies over it
-  if constexpr (S::kSplitKeys) {
-    merge_warps(block, state, row_sum);
-    if (block.warp != 0) return;
-  } else if constexpr (S::kPairs) {
-    float other[kRows];
-    Pair<C, Element>{block, lane}.exchange(row_sum, other);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) row_sum[r] += other[r];
-    __syncthreads();
-  }
-  const int m0 = row_tile * C::kTileM;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const int row = block.first_row + r / 2 * 16 + r % 2 * 8 + lane.row;
-    const float inverse = row_sum[r] == 0.f ? 0.f : 1.f / row_sum[r];
-    if (p.lse && block.first_column == 0 && lane.id % 4 == 0 && m0 + row < p.seqlen_q)
-      p.lse[(int64_t(block.work.batch) * p.heads + block.work.head) * p.seqlen_q + m0 + row] =
-          state.softmax.lse(r, row_sum[r]);
-#pragma unroll
-    for (int n = 0; n < S::kWarpColumns / 8; ++n) {
-      const float* pair = &state.o[r / 2][n][r % 2 * 2];
-      ptx::st_shared_4(block.smem + TileO::offset(row, block.first_column / 8 + n) + lane.column * 2,
-                       pack<Element>(pair[0] * inverse, pair[1] * inverse));
-    }
-  }
-  __syncwarp();  // a warp reads back only what it wrote
-  Element* out = static_cast<Element*>(p.o) + block.work.batch * p.o_stride[0] + block.work.head * p.o_stride[2];
-#pragma unroll 4
-  for (int i = lane.id; i < S::kWarpRows * kChunks; i += 32) {
-    const int row = block.first_row + i / kChunks, chunk = block.first_column / 8 + i % kChunks;
-    const int cols = p.head_dim_v - chunk * 8;
-    if (m0 + row >= p.seqlen_q || cols <= 0) continue;
-    uint4 value = ptx::ld_shared_16(block.smem + TileO::offset(row, chunk));
-    Element* to = out + (m0 + row) * p.o_stride[1] + chunk * 8;
-    if constexpr (C::kAligned) {
-      *reinterpret_cast<uint4*>(to) = value;
-    } else {
-      Element e[8];
-      memcpy(e, &value, 16);
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        if (j < cols) to[j] = e[j];
-    }
-  }
+  for (int i = 0; i < kPieces * 4; ++i) ptx::pin(fragment[i / 4][i % 4]);
 }
 
 template <class C, class Element>
-__device__ __forceinline__ void attend_q_outer(const Block<C, Element>& block) {
+struct Block {
   using S = Shape<C>;
-  typename Block<C, Element>::State state(block.p);
-  const int row_tile = block.work.row_tile;
-  const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, block.p.seqlen_q);
-  const TileRange range = TileRange::of<C::kTileN>(block.band, m0, m1);
+  using State = Attend<C, 1, C::kTileN, C::kHeadDimV, Element, void, void, void>;
+  using Scores = typename State::Scores;    // [1][keys / 8][4]
+  using Weights = typename State::Weights;  // [keys / 16][1][4]
 
-  auto walk = first_tile(block, range, m0, m1);   // the tile that is computed
-  auto ahead = first_tile(block, range, m0, m1);  // the next tile to be loaded
+  const fagen_params& p;
+  const Launch& launch;
+  uint32_t smem;
+  Work work;
+  int m0, m1, kv_head;
+  Band band;
+  TileRange range;
+  Intervals<C> intervals;
 
-  block.load_q(block.smem, row_tile);
-  if constexpr (C::kQSource == QSource::registers) {
-    ptx::cp_async_commit();
-    block.template arrive<0>();
-    state.hold_q(block.smem, block.first_row);
-    __syncthreads();
-  }
-  if constexpr (C::kStages == 1) {
-    if (ahead.valid()) block.load_k(0, ahead.tile);
-    ptx::cp_async_commit();
-  } else {
-#pragma unroll
-    for (int stage = 0; stage < C::kStages - 1; ++stage) {
-      if (ahead.valid()) {
-        block.load_k(stage, ahead.tile);
-        block.load_v(stage, ahead.tile);
-        ahead.advance();
-      }
-      ptx::cp_async_commit();
+  __device__ __forceinline__ Block(const fagen_params& p, const Launch& launch, uint32_t smem)
+      : p(p),
+        launch(launch),
+        smem(smem),
+        work(take_work<C::kBlockOrder>(p, blockIdx.x, launch.row_tiles, launch.heads_at_once)),
+        band(p) {
+    m0 = work.row_tile * C::kTileM;
+    m1 = min(m0 + C::kTileM, p.seqlen_q);
+    kv_head = work.head / (p.heads / p.kv_heads);
+    range = TileRange::of<C::kTileN>(band, m0, m1);
+    if constexpr (C::kMask == Mask::intervals) {
+      const int head = p.mask_heads == 1 ? 0 : kv_head;
+      intervals.bounds = p.intervals + work.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
+      intervals.stride = p.intervals_stride[2];
+      intervals.extents =
+          launch.extents + int64_t(work.batch * p.mask_heads + head) * launch.key_tiles * C::kIntervalColumns;
+      intervals.last_key = p.seqlen_k - 1;
     }
   }
 
-  int stage = 0, free_stage = C::kStages - 1;
-  const auto visit = [&](int tile, auto masked) {
-    constexpr bool kMasked = decltype(masked)::value;
-    const int key = tile * C::kTileN + block.first_key;
-    typename Block<C, Element>::State::Scores s_acc;
-    if constexpr (C::kStages == 1) {  // V lands while S is computed, the next K while O is
-      block.template arrive<0>();
-      block.load_v(0, tile);
-      ptx::cp_async_commit();
-    } else {  // the stage that everyone left a tile ago takes the newest tile
-      block.template arrive<C::kStages - 2>();
-      if (ahead.valid()) {
-        block.load_k(free_stage, ahead.tile);
-        block.load_v(free_stage, ahead.tile);
-        ahead.advance();
-      }
-      ptx::cp_async_commit();
-    }
-    state.scores(s_acc, block.smem, block.first_row, block.k_tile(stage), block.first_key, [](int) {});
-    state.template modify<kMasked>(s_acc, block.mod, block.band, block.intervals, m0 + block.first_row, key);
-    if constexpr (C::kStages == 1) {
-      block.template arrive<0>();
-      ahead.advance();
-      if (ahead.valid()) block.load_k(0, ahead.tile);
-      ptx::cp_async_commit();
-    }
-    if constexpr (S::kPairs)
-      Pair<C, Element>{block, state.lane}.values(state, s_acc, block.v_tile(stage));
+  __device__ __forceinline__ auto first_tile() const {
+    if constexpr (C::kMask == Mask::intervals)
+      return IntervalWalk<C>(intervals, range, m0, m1);
     else
-      state.values(s_acc, block.v_tile(stage), block.first_key);
-    if constexpr (C::kStages > 1) {
-      free_stage = stage;
-      stage = next_stage<C>(stage);
-    }
-  };
-
-  visit_tiles<C>(walk, range, visit);
-  store_rows(block, state, row_tile);
-}
-
-// ---- fagen/sm80/q_outer_overlapped.cuh -------------------------------------------------------------------
-// FlashAttention 2's order with FlashAttention 3's overlap inside a warp: the scores of the next tile are computed
-// under the softmax of this one, so keys are needed one tile earlier than values.
-
-template <class C, class Element>
-__device__ __forceinline__ void attend_q_outer_overlapped(const Block<C, Element>& block) {
-  using Scores = typename Block<C, Element>::State::Scores;
-  static_assert(!C::kOverlap || C::kStages > 1, "the next keys need a stage of their own");
-  typename Block<C, Element>::State state(block.p);
-  const int row_tile = block.work.row_tile;
-  const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, block.p.seqlen_q);
-  const TileRange range = TileRange::of<C::kTileN>(block.band, m0, m1);
-  auto walk = first_tile(block, range, m0, m1);   // the tile whose scores are next
-  auto ahead = first_tile(block, range, m0, m1);  // the next tile of keys to be loaded
-
-  // A group of copies: the keys of one tile, and the values of the tile before it.
-  int k_slot = 0, v_slot = 0, v_ahead = -1;
-  const auto load_next = [&] {
-    if (v_ahead >= 0) {
-      block.load_v(v_slot, v_ahead);
-      v_slot = next_stage<C>(v_slot);
-    }
-    v_ahead = -1;
-    if (ahead.valid()) {
-      block.load_k(k_slot, ahead.tile);
-      k_slot = next_stage<C>(k_slot);
-      v_ahead = ahead.tile;
-      ahead.advance();
-    }
-    ptx::cp_async_commit();
-  };
-
-  block.load_q(block.smem, row_tile);
-  if constexpr (C::kQSource == QSource::registers) {
-    ptx::cp_async_commit();
-    block.template arrive<0>();
-    state.hold_q(block.smem, block.first_row);
-    __syncthreads();
+      return RangeWalk{range.end - 1, range.begin};
   }
+  __device__ __forceinline__ uint32_t q_barrier() const { return smem + S::kBarriers; }
+  __device__ __forceinline__ Ring k_ring() const {
+    const uint32_t first = q_barrier() + 8;
+    return {first, first + C::kStages * 8};
+  }
+  __device__ __forceinline__ Ring v_ring() const {
+    const uint32_t first = q_barrier() + 8 + 2 * C::kStages * 8;
+    return {first, first + C::kStages * 8};
+  }
+
+  // Consumers give a stage back with one arrival a warp.
+  __device__ __forceinline__ void init_barriers() const {
+    ptx::mbarrier_init(q_barrier(), 1);
+    for (int stage = 0; stage < C::kStages; ++stage) {
+      ptx::mbarrier_init(k_ring().full + stage * 8, 1);
+      ptx::mbarrier_init(v_ring().full + stage * 8, 1);
+      ptx::mbarrier_init(k_ring().empty + stage * 8, S::kGroups * 4);
+      ptx::mbarrier_init(v_ring().empty + stage * 8, S::kGroups * 4);
+    }
+    ptx::fence_mbarrier_init();
+  }
+
+  // ---- producer: one warp walks the tiles, one lane of it talks to the copy engine
+
+  __device__ __forceinline__ void load(const CUtensorMap& map, Ring& ring, uint32_t first, int bytes, int slabs,
+                                       int tile, bool elected) const {
+    if (elected) {
+      ptx::mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
+      ptx::mbarrier_arrive_expect(ring.full_barrier(), bytes);
+      for (int slab = 0; slab < slabs; ++slab)
+        ptx::tma_load(first + ring.stage * bytes + slab * C::kTileN * 128, &map, ring.full_barrier(), slab * 64,
+                      tile * C::kTileN, kv_head, work.batch);
+    }
+    ring.advance<C::kStages>();
+  }
+
+  __device__ __forceinline__ void produce() const {
+    const bool elected = threadIdx.x % 32 == 0;
+    Ring k = k_ring(), v = v_ring();
+    if (elected) {
+      ptx::mbarrier_arrive_expect(q_barrier(), C::kTileM * 128 * S::kSlabs);
+      for (int slab = 0; slab < S::kSlabs; ++slab)
+        for (int group = 0; group < S::kGroups; ++group)
+          ptx::tma_load(smem + (slab * C::kTileM + group * 64) * 128, &launch.q, q_barrier(), slab * 64,
+                        m0 + group * 64, work.head, work.batch);
+    }
+    // keys run one tile ahead of values, as they are needed
+    int v_tile = -1;
+    for (auto walk = first_tile(); walk.valid(); walk.advance()) {
+      load(launch.k, k, smem + S::kK, S::kKBytes, S::kSlabs, walk.tile, elected);
+      if (v_tile >= 0) load(launch.v, v, smem + S::kV, S::kVBytes, S::kSlabsV, v_tile, elected);
+      v_tile = walk.tile;
+    }
+    if (v_tile >= 0) load(launch.v, v, smem + S::kV, S::kVBytes, S::kSlabsV, v_tile, elected);
+  }
+
+  // ---- consumers: what a warpgroup does
+
+  __device__ __forceinline__ void release(const Ring& ring) const {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty_barrier());
+  }
+  // S = Q K^T, started
+  __device__ __forceinline__ void start_scores(Scores& s_acc, int group, const Ring& ring) const {
+    pin(s_acc[0]);
+    ptx::wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < C::kStages; ++i) load_next();
-
-  int stage = 0;
-  const auto modify = [&](Scores& s_acc, int tile, auto masked) {
-    state.template modify<decltype(masked)::value>(s_acc, block.mod, block.band, block.intervals, m0 + block.first_row,
-                                                   tile * C::kTileN + block.first_key);
-  };
-  Scores s_acc;
-  if (walk.valid()) {
-    block.template arrive<C::kStages - 1>();
-    state.scores(s_acc, block.smem, block.first_row, block.k_tile(0), block.first_key, [](int) {});
-    needs_mask(walk, range) ? modify(s_acc, walk.tile, True{}) : modify(s_acc, walk.tile, False{});
-    walk.advance();
-  } else {
-    store_rows(block, state, row_tile);
-    return;
+    for (int d = 0; d < C::kHeadDim / 16; ++d) {
+      const uint32_t within = d % 4 * 32;  // of a slab's 128-byte rows
+      const uint32_t q = smem + (d / 4 * C::kTileM + group * 64) * 128 + within;
+      const uint32_t k = smem + S::kK + ring.stage * S::kKBytes + d / 4 * C::kTileN * 128 + within;
+      ptx::wgmma_shared<C::kTileN>(s_acc[0], rows_operand(q), rows_operand(k), d > 0);
+    }
+    ptx::wgmma_commit();
   }
-  // S of `tile` is computed while the tile before it goes through softmax and second product.
-  const auto visit = [&](int tile, auto masked) {
-    const int next = next_stage<C>(stage);
-    state.observe(s_acc);
+  // O += P V, started
+  __device__ __forceinline__ void start_values(State& state, Weights& p_frag, const Ring& ring) const {
+    pin(state.o[0]);
+#pragma unroll
+    for (auto& piece : p_frag) pin(piece);
+    ptx::wgmma_fence();
+    const uint32_t v = smem + S::kV + ring.stage * S::kVBytes;
+#pragma unroll
+    for (int n = 0; n < C::kTileN / 16; ++n)
+      ptx::wgmma_registers<C::kHeadDimV>(state.o[0], p_frag[n][0], columns_operand(v + n * 2048, C::kTileN * 128));
+    ptx::wgmma_commit();
+  }
+  template <int kPending>
+  __device__ __forceinline__ void wait_scores(Scores& s_acc) const {
+    ptx::wgmma_wait<kPending>();
+    pin(s_acc[0]);
+  }
+  __device__ __forceinline__ void wait_values(State& state) const {
+    ptx::wgmma_wait<0>();
+    pin(state.o[0]);
+  }
+
+  // Softmax of a tile: S becomes the weights, and O must follow by `factor`, once it is at rest, if this returns true.
+  __device__ __forceinline__ bool weigh(State& state, Scores& s_acc, float (&factor)[2]) const {
+    float row_max[2];
+    state.tile_maxima(s_acc, row_max);
+    const bool moved = __any_sync(~0u, state.softmax.outgrown(row_max));
+    if (moved) {
+      for (float& x : row_max) x = quad_max(x);
+      state.softmax.move(row_max, factor);
+    }
     state.softmax.settle();
-    block.template arrive<C::kStages - 2>();
-    load_next();
-    Scores s_next;
-    state.values_under_scores(s_acc, block.v_tile(stage), s_next, block.smem, block.first_row, block.k_tile(next),
-                              block.first_key);
-    modify(s_next, tile, masked);
 #pragma unroll
-    for (int s = 0; s < Shape<C>::kSlabs; ++s)
+    for (int n = 0; n < C::kTileN / 8; ++n)
 #pragma unroll
-      for (int n = 0; n < Shape<C>::kWarpKeys / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s_acc[s][n][i] = s_next[s][n][i];
-    stage = next;
-  };
-  visit_tiles<C>(walk, range, visit);
-  block.template arrive<0>();
-  state.values(s_acc, block.v_tile(stage), block.first_key);
-  store_rows(block, state, row_tile);
-}
-
-// ---- fagen/sm80/kv_outer.cuh -----------------------------------------------------------------------------
-// FlashAttention 1's order: a block keeps one tile of keys and the rows pass by; O, maxima and sums wait in device
-// memory between two visits. A block owns a run of row tiles, so nothing is shared between blocks.
-
-// A row tile's state as its threads hold it: 16 bytes a thread at a time, neighbours side by side.
-template <class C, class Element>
-struct StoredState {
-  using State = typename Block<C, Element>::State;
-  static constexpr int kColumnPieces = Shape<C>::kWarpColumns / 8;
-  static constexpr int kPieces = Shape<C>::kSlabs * kColumnPieces, kStats = Shape<C>::kSlabs;
-  static constexpr int kFloat4s = (kPieces + kStats) * Shape<C>::kThreads;  // of one row tile
-
-  static __device__ __forceinline__ void save(float4* to, const State& state) {
-    to += threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const float (&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
-      to[i * Shape<C>::kThreads] = make_float4(x[0], x[1], x[2], x[3]);
-    }
-#pragma unroll
-    for (int i = 0; i < kStats; ++i)
-      to[(kPieces + i) * Shape<C>::kThreads] =
-          make_float4(state.softmax.reference[2 * i], state.softmax.reference[2 * i + 1], state.softmax.sum[2 * i],
-                      state.softmax.sum[2 * i + 1]);
-  }
-  static __device__ __forceinline__ void restore(const float4* from, State& state) {
-    from += threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      float (&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
-      const float4 value = from[i * Shape<C>::kThreads];
-      x[0] = value.x, x[1] = value.y, x[2] = value.z, x[3] = value.w;
-    }
-#pragma unroll
-    for (int i = 0; i < kStats; ++i) {
-      const float4 value = from[(kPieces + i) * Shape<C>::kThreads];
-      state.softmax.reference[2 * i] = value.x, state.softmax.reference[2 * i + 1] = value.y;
-      state.softmax.sum[2 * i] = value.z, state.softmax.sum[2 * i + 1] = value.w;
-    }
-  }
-};
-
-template <class C, class Element>
-__device__ __forceinline__ void attend_kv_outer(const Block<C, Element>& block) {
-  using S = Shape<C>;
-  using Stored = StoredState<C, Element>;
-  const Launch& launch = block.launch;
-  const int per_block = (launch.row_tiles + launch.blocks_of_rows - 1) / launch.blocks_of_rows;
-  const int first_tile = block.work.row_tile * per_block, end_tile = min(first_tile + per_block, launch.row_tiles);
-  if (first_tile >= end_tile) return;
-  const int64_t head = int64_t(block.work.batch) * block.p.heads + block.work.head;
-  const auto stored = [&](int row_tile) {
-    return launch.state + (head * launch.row_tiles + row_tile) * Stored::kFloat4s;
-  };
-  const auto range_of = [&](int first, int end) {
-    return TileRange::of<C::kTileN>(block.band, first * C::kTileM, min(end * C::kTileM, block.p.seqlen_q));
-  };
-  typename Block<C, Element>::State state(block.p);
-  for (int row_tile = first_tile; row_tile < end_tile; ++row_tile) Stored::save(stored(row_tile), state);
-
-  const TileRange keys = range_of(first_tile, end_tile);
-  for (int tile = keys.begin; tile < keys.end; ++tile) {
-    block.template arrive<0>();  // everyone is done with the previous keys, and no copy of theirs is under way
-    block.load_k(0, tile);
-    block.load_v(0, tile);
-    ptx::cp_async_commit();
-    for (int row_tile = first_tile; row_tile < end_tile; ++row_tile) {
-      const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, block.p.seqlen_q);
-      const TileRange range = range_of(row_tile, row_tile + 1);
-      bool skip = tile < range.begin || tile >= range.end;
-      bool partial = tile < range.full_begin || tile >= range.full_end;
-      if constexpr (C::kMask == Mask::intervals) {
-        bool empty, hidden;
-        block.intervals.classify(tile, m0, m1, empty, hidden);
-        skip |= empty;
-        partial |= hidden;
+      for (int i = 0; i < 4; ++i) {
+        float& x = s_acc[0][n][i];
+        x = state.softmax.weight(x, i / 2);
+        state.softmax.sum[i / 2] += x;
       }
-      if (skip) continue;
-      __syncthreads();  // and with the previous rows
-      block.load_q(block.smem, row_tile);
-      ptx::cp_async_commit();
-      Stored::restore(stored(row_tile), state);
-      block.template arrive<0>();
-      state.hold_q(block.smem, block.first_row);
-      const auto visit = [&](auto masked) {
-        constexpr bool kMasked = decltype(masked)::value;
-        typename Block<C, Element>::State::Scores s_acc;
-        state.scores(s_acc, block.smem, block.first_row, block.k_tile(0), block.first_key, [](int) {});
-        state.template modify<kMasked>(s_acc, block.mod, block.band, block.intervals, m0 + block.first_row,
-                                       tile * C::kTileN + block.first_key);
-        state.values(s_acc, block.v_tile(0), block.first_key);
+    return moved;
+  }
+  // The weights as an operand. Registers of an operand may not change while any product is under way.
+  __device__ __forceinline__ void pack_weights(const Scores& s_acc, Weights& p_frag) const {
+#pragma unroll
+    for (int n = 0; n < C::kTileN / 16; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = &s_acc[0][2 * n + i / 2][i % 2 * 2];
+        p_frag[n][0][i] = pack<Element>(pair[0], pair[1]);
+      }
+  }
+
+  __device__ __forceinline__ void consume(int group) const {
+    const int warp = threadIdx.x / 32 % 4, row0 = m0 + group * 64 + warp * 16;
+    State state(p);
+    const ScoreMod<C> mod(p, work.batch, work.head);
+    Ring k = k_ring(), v = v_ring();
+    auto walk = first_tile();
+    Scores s_acc;
+    Weights p_frag;
+    float factor[2];
+    const auto modify = [&](int tile, auto masked) {
+      state.template modify<decltype(masked)::value>(s_acc, mod, band, intervals, row0, tile * C::kTileN);
+    };
+    ptx::mbarrier_wait(q_barrier(), 0);
+    if (walk.valid()) {
+      ptx::mbarrier_wait(k.full_barrier(), k.phase);
+      start_scores(s_acc, group, k);
+      wait_scores<0>(s_acc);
+      release(k);
+      k.template advance<C::kStages>();
+      needs_mask(walk, range) ? modify(walk.tile, True{}) : modify(walk.tile, False{});
+      weigh(state, s_acc, factor);  // O is still zero: nothing to rescale
+      pack_weights(s_acc, p_frag);
+      walk.advance();
+      const auto visit = [&](int tile, auto masked) {
+        ptx::mbarrier_wait(k.full_barrier(), k.phase);
+        start_scores(s_acc, group, k);
+        ptx::mbarrier_wait(v.full_barrier(), v.phase);
+        start_values(state, p_frag, v);
+        wait_scores<C::kOverlap ? 1 : 0>(s_acc);  // with overlap, O += P V goes on under the softmax of the next tile
+        release(k);
+        k.template advance<C::kStages>();
+        modify(tile, masked);
+        const bool moved = weigh(state, s_acc, factor);
+        wait_values(state);
+        release(v);
+        v.template advance<C::kStages>();
+        if (moved) state.rescale(factor);
+        pack_weights(s_acc, p_frag);
       };
-      partial ? visit(True{}) : visit(False{});
-      Stored::save(stored(row_tile), state);
+      visit_tiles<C>(walk, range, visit);
+      ptx::mbarrier_wait(v.full_barrier(), v.phase);
+      start_values(state, p_frag, v);
+      wait_values(state);
+    }
+    store(state, group, warp);
+  }
+
+  // Normalise, and store through the warpgroup's own rows of q's place: whole 16-byte pieces of rows.
+  __device__ __forceinline__ void store(State& state, int group, int warp) const {
+    const Lane lane;
+    const int first = group * 64 + warp * 16;
+    const auto at = [&](int row, int chunk) {
+      return smem + (chunk / 8 * C::kTileM + row) * 128 + ((chunk % 8) ^ (row % 8)) * 16;
+    };
+    ptx::barrier_sync(1 + group, 128);  // the warpgroup has read its rows of q for the last time
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first + r * 8 + lane.row;
+      const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
+      if (p.lse && lane.id % 4 == 0 && m0 + row < p.seqlen_q)
+        p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m0 + row] = state.softmax.lse(r, row_sum);
+#pragma unroll
+      for (int n = 0; n < C::kHeadDimV / 8; ++n)
+        ptx::st_shared_4(at(row, n) + lane.column * 2,
+                         pack<Element>(state.o[0][n][r * 2] * inverse, state.o[0][n][r * 2 + 1] * inverse));
+    }
+    __syncwarp();  // a warp reads back only the rows it wrote
+    Element* out = static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + work.head * p.o_stride[2];
+    constexpr int kChunks = C::kHeadDimV / 8;
+#pragma unroll 4
+    for (int i = lane.id; i < 16 * kChunks; i += 32) {
+      const int row = first + i / kChunks, chunk = i % kChunks;
+      if (m0 + row < p.seqlen_q && chunk * 8 < p.head_dim_v)
+        *reinterpret_cast<uint4*>(out + (m0 + row) * p.o_stride[1] + chunk * 8) = ptx::ld_shared_16(at(row, chunk));
     }
   }
-  for (int row_tile = first_tile; row_tile < end_tile; ++row_tile) {
-    Stored::restore(stored(row_tile), state);
-    store_rows(block, state, row_tile);
-    __syncthreads();  // the next tile's O goes through the same shared memory
+};
+
+template <class C, class Element>
+__device__ __forceinline__ void attend(const fagen_params& p, const Launch& launch, unsigned char* shared) {
+  using S = Shape<C>;
+  const uint32_t smem = (ptx::shared_address(shared) + 1023) & ~1023u;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well; 0 produces
+  const Block<C, Element> block(p, launch, smem);
+  if (threadIdx.x == 0) {
+    ptx::prefetch_map(&launch.q);
+    ptx::prefetch_map(&launch.k);
+    ptx::prefetch_map(&launch.v);
+    block.init_barriers();
+  }
+  __syncthreads();
+  if (group == 0) {
+    ptx::fewer_registers<S::kProducerRegisters>();
+    if (threadIdx.x < 32) block.produce();
+  } else {
+    ptx::more_registers<S::kConsumerRegisters>();
+    block.consume(group - 1);
   }
 }
 
-using Element = bfloat_t;
-using Sizes = Shape<Config>;
+// ---- fagen/sm90/host.cuh ---------------------------------------------------------------------------------
+// From a call to a launch: tensor maps, grid, workspace.
+#include <cuda.h>
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
 
-// One block takes one tile of rows of one head (q_outer), or a run of them (kv_outer).
-__global__ void __launch_bounds__(Sizes::kThreads, Config::kBlocksPerSm)
-forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  const Block<Config, Element> block(p, launch, shared);
-  if constexpr (Config::kLoopOrder == LoopOrder::kv_outer)
-    attend_kv_outer(block);
-  else if constexpr (Config::kOverlap)
-    attend_q_outer_overlapped(block);
-  else
-    attend_q_outer(block);
-}
 
-__global__ void extents_kernel(const __grid_constant__ fagen_params p, Extent* extents, int tiles) {
-  find_extents<Config>(p, extents, tiles);
-}
-
-// ---- host ----------------------------------------------------------------------------------------------------------
-
-static uint64_t round_up(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
-
+template <class C>
 static uint64_t extents_bytes(const fagen_params* p) {
-  if (Config::kMask != Mask::intervals) return 0;
-  const uint64_t tiles = (p->seqlen_k + Config::kTileN - 1) / Config::kTileN;
-  return round_up(sizeof(Extent) * tiles * p->batch * p->mask_heads * Config::kIntervalColumns);
+  if (C::kMask != Mask::intervals) return 0;
+  const uint64_t tiles = (p->seqlen_k + C::kTileN - 1) / C::kTileN;
+  return (sizeof(Extent) * tiles * p->batch * p->mask_heads * C::kIntervalColumns + 255) / 256 * 256;
 }
 
-static uint64_t state_bytes(const fagen_params* p) {
-  if (Config::kLoopOrder != LoopOrder::kv_outer) return 0;
-  const uint64_t tiles = (p->seqlen_q + Config::kTileM - 1) / Config::kTileM;
-  return round_up(sizeof(float4) * StoredState<Config, Element>::kFloat4s * tiles * p->batch * p->heads);
+// The driver's encoder, found at run time so that nothing links against the driver.
+static PFN_cuTensorMapEncodeTiled_v12000 map_encoder() {
+  static PFN_cuTensorMapEncodeTiled_v12000 found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  return found;
 }
 
-extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
+// (column, row, head, batch) of q, k or v, in boxes of 64 columns and `rows` rows.
+static cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const void* base, const int64_t (&stride)[3],
+                            int cols, int rows, int heads, int batch, int box_rows) {
+  const auto encode = map_encoder();
+  if (!encode) return cudaErrorNotSupported;
+  const cuuint64_t size[4] = {cuuint64_t(cols), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)};
+  // a dimension of one never steps, and its stride may be anything; the map wants one that is legal
+  const auto bytes = [](int64_t elements, int count) { return cuuint64_t(count > 1 ? elements * 2 : 16); };
+  const cuuint64_t strides[3] = {bytes(stride[1], rows), bytes(stride[2], heads), bytes(stride[0], batch)};
+  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+  const CUresult result =
+      encode(map, type, 4, const_cast<void*>(base), size, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
 
-extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) { return extents_bytes(p) + state_bytes(p); }
-
-extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
-
-// What is asked of the device once: more shared memory than the default, and its numbers.
-struct Device {
-  int units, l2_bytes;
-};
-
-static cudaError_t prepare(Device* device) {
+// The L2 size, and, once a device, more shared memory than the default.
+template <class C, class Forward>
+static cudaError_t prepare(Forward forward, int* l2_bytes) {
   constexpr int kDevices = 64;
-  static Device known[kDevices];
+  static int known[kDevices];
   static volatile bool ready[kDevices];
   int index = 0;
   if (const cudaError_t e = cudaGetDevice(&index)) return e;
   if (index >= kDevices) return cudaErrorInvalidDevice;
   if (!ready[index]) {  // two threads may both come here; both write the same
-    Device d;
-    if (const cudaError_t e = cudaDeviceGetAttribute(&d.units, cudaDevAttrMultiProcessorCount, index)) return e;
-    if (const cudaError_t e = cudaDeviceGetAttribute(&d.l2_bytes, cudaDevAttrL2CacheSize, index)) return e;
-    if (const cudaError_t e = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   Sizes::kSmemBytes))
+    if (const cudaError_t e = cudaDeviceGetAttribute(&known[index], cudaDevAttrL2CacheSize, index)) return e;
+    if (const cudaError_t e =
+            cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<C>::kSmemBytes))
       return e;
-    known[index] = d;
     ready[index] = true;
   }
-  *device = known[index];
+  *l2_bytes = known[index];
   return cudaSuccess;
 }
 
-extern "C" int fagen_launch(const fagen_params* p, void* stream_pointer) {
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
-  Device device;
-  if (const cudaError_t e = prepare(&device)) return e;
-  const int heads = p->heads * p->batch;
+template <class C, class Element, class Forward, class Extents>
+static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMapDataType type, Forward forward,
+                          Extents find) {
+  int l2_bytes;
+  if (const cudaError_t e = prepare<C>(forward, &l2_bytes)) return e;
   Launch launch;
-  launch.row_tiles = (p->seqlen_q + Config::kTileM - 1) / Config::kTileM;
-  launch.key_tiles = (p->seqlen_k + Config::kTileN - 1) / Config::kTileN;
-  launch.blocks_of_rows = launch.row_tiles;
-  if (Config::kLoopOrder == LoopOrder::kv_outer) {  // as few blocks a head as still fill the machine
-    const int wanted = (device.units * Config::kBlocksPerSm + heads - 1) / heads;
-    launch.blocks_of_rows = wanted < launch.row_tiles ? wanted : launch.row_tiles;
-  }
+  if (const cudaError_t e = make_map(&launch.q, type, p.q, p.q_stride, p.head_dim, p.seqlen_q, p.heads, p.batch, 64))
+    return e;
+  if (const cudaError_t e =
+          make_map(&launch.k, type, p.k, p.k_stride, p.head_dim, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
+    return e;
+  if (const cudaError_t e =
+          make_map(&launch.v, type, p.v, p.v_stride, p.head_dim_v, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
+    return e;
+  const int heads = p.heads * p.batch;
+  launch.row_tiles = (p.seqlen_q + C::kTileM - 1) / C::kTileM;
+  launch.key_tiles = (p.seqlen_k + C::kTileN - 1) / C::kTileN;
   // as many heads at once as fit half of L2 with their keys and values, whole groups of heads that share them
-  const int64_t head_bytes = int64_t(p->seqlen_k) * (p->head_dim + p->head_dim_v) * sizeof(Element);
-  const int64_t fit = device.l2_bytes / 2 / head_bytes;
-  const int64_t at_once = (fit < 1 ? 1 : fit) * (p->heads / p->kv_heads);
+  const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
+  const int64_t fit = l2_bytes / 2 / head_bytes;
+  const int64_t at_once = (fit < 1 ? 1 : fit) * (p.heads / p.kv_heads);
   launch.heads_at_once = at_once < heads ? int(at_once) : heads;
-  launch.extents = static_cast<Extent*>(p->workspace);
-  launch.state = reinterpret_cast<float4*>(static_cast<char*>(p->workspace) + extents_bytes(p));
-  if constexpr (Config::kMask == Mask::intervals) {
-    const int64_t warps = int64_t(launch.key_tiles) * p->batch * p->mask_heads;
-    extents_kernel<<<unsigned((warps + 7) / 8), 256, 0, stream>>>(*p, launch.extents, launch.key_tiles);
+  launch.extents = static_cast<Extent*>(p.workspace);
+  if constexpr (C::kMask == Mask::intervals) {
+    const int64_t warps = int64_t(launch.key_tiles) * p.batch * p.mask_heads;
+    find<<<unsigned((warps + 7) / 8), 256, 0, stream>>>(p, launch.extents, launch.key_tiles);
   }
-  forward_kernel<<<unsigned(launch.blocks_of_rows) * heads, Sizes::kThreads, Sizes::kSmemBytes, stream>>>(*p, launch);
+  forward<<<unsigned(launch.row_tiles) * heads, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream>>>(p, launch);
   return cudaGetLastError();
+}
+
+using Element = bfloat_t;
+constexpr CUtensorMapDataType kMapType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+struct Kernel : Config {
+  static constexpr QSource kQSource = QSource::shared;
+};
+
+__global__ void __launch_bounds__(Shape<Kernel>::kThreads, Shape<Kernel>::kBlocksPerSm)
+forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
+  extern __shared__ unsigned char shared[];
+  attend<Kernel, Element>(p, launch, shared);
+}
+
+__global__ void extents_kernel(const __grid_constant__ fagen_params p, Extent* extents, int tiles) {
+  find_extents<Kernel>(p, extents, tiles);
+}
+
+extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
+
+extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) { return extents_bytes<Kernel>(p); }
+
+extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+extern "C" int fagen_launch(const fagen_params* p, void* stream) {
+  return launch_forward<Kernel, Element>(*p, static_cast<cudaStream_t>(stream), kMapType, forward_kernel,
+                                         extents_kernel);
 }

@@ -2,7 +2,7 @@
 // with a plain computation in double precision, and times it. Returns 0 when the kernel is right.
 //
 //   problem: forward/bf16/d64/intervals-lower1/b4/h32-32/q4096-k4096
-//   build:   nvcc -gencode=arch=compute_90,code=sm_90 -O3 -std=c++17 --use_fast_math -lineinfo -o example kernel.cu main.cu
+//   build:   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 --use_fast_math -lineinfo -o example kernel.cu main.cu
 //   run:     ./example
 #include <algorithm>
 #include <chrono>
@@ -186,7 +186,7 @@ static void check_row(const Inputs& in, const Element* o, const float* lse, int 
     double s = 0;
     for (int i = 0; i < kDim; ++i) s += widen(q[i]) * widen(k[i]);
     s *= scale;
-    if (kSoftcap > 0) s = kSoftcap * std::tanh(s / kSoftcap);
+    if (kSoftcap > 0) s = kSoftcap * std::tanh(s * (1 / (kSoftcap > 0 ? kSoftcap : 1)));
     if (kAlibi) s -= double(in.slopes[h]) * std::abs(row + kKeys - kRows - key);
     score[key] = s, top = std::max(top, s);
   }

@@ -15,7 +15,8 @@ from fagen import families
 ROOT = Path(__file__).parents[2]
 PYTHON = sorted(p for p in (ROOT / "fagen").rglob("*.py"))
 TEMPLATES = sorted(p for p in (ROOT / "templates").rglob("*") if p.is_file())
-KERNELS = [p for p in TEMPLATES if p.suffix == ".j2" and p.parent.name != "example"]
+# wgmma.j2 writes an instruction's forms, of which C++ has no loop over registers
+KERNELS = [p for p in TEMPLATES if p.suffix == ".j2" and p.parent.name not in ("example", "ptx")]
 CPP = [p for p in TEMPLATES if p.suffix in (".h", ".cuh")] + sorted((ROOT / "fagen" / "csrc").glob("*"))
 
 

@@ -1,4 +1,4 @@
-"""What the GPU tests run: problems with the configs that compute them, so that all kernels are built ahead in parallel."""
+"""What the GPU tests run: problems and the configs that compute them, known ahead so that all are built in parallel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fagen import kernel, target, verify
-from fagen.families import Config, sm80_forward
+from fagen.families import Config, Family, sm80_forward, sm90_forward
 from fagen.kernel import Kernel
 from fagen.problem import Problem
 
@@ -55,6 +55,32 @@ SCHEMES = {
 }
 
 
+HOPPER = sm90_forward.FAMILY
+BASE_90: dict[str, Any] = {
+    "tile_m": 128, "tile_n": 64, "stages": 2, "overlap": True, "rescale": "deferred", "block_order": "ascending",
+}  # fmt: skip
+
+
+def config_90(**changes: Any) -> Config:
+    return HOPPER.config({**BASE_90, **changes})
+
+
+SCHEMES_90 = {
+    "tma": config_90(),
+    "tma_one_group": config_90(tile_m=64, tile_n=80),
+    "tma_three_groups": config_90(tile_m=192),
+    "tma_one_stage": config_90(stages=1, tile_m=192, tile_n=32),
+    "tma_three_stages": config_90(stages=3, tile_n=48),
+    "tma_four_stages": config_90(stages=4, tile_n=32),
+    "tma_serial": config_90(overlap=False, tile_n=128),
+    "tma_rescale_each": config_90(rescale="each", tile_n=96),
+    "tma_descending": config_90(block_order="descending"),
+    "tma_longest_first": config_90(block_order="longest_first"),
+    "tma_sectioned": config_90(block_order="sectioned"),
+    **{f"tma_n{n}": config_90(tile_n=n) for n in (112, 144, 160, 176, 192, 208)},
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One call: static problem, config, sizes and what else the call gives."""
@@ -84,7 +110,11 @@ class Case:
 
     @property
     def config(self) -> Config:
-        return SCHEMES[self.scheme].replace(**dict(self.changes))
+        return (SCHEMES | SCHEMES_90)[self.scheme].replace(**dict(self.changes))
+
+    @property
+    def family(self) -> Family:
+        return HOPPER if self.scheme in SCHEMES_90 else FAMILY
 
     @property
     def band(self) -> tuple[int, int]:
@@ -92,13 +122,8 @@ class Case:
 
     def __str__(self) -> str:
         d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
-        extra = [
-            self.intervals,
-            self.dtype,
-            d,
-            f"h{self.heads}-{self.kv_heads}",
-            *(f"{k}={v}" for k, v in self.changes),
-        ]
+        changes = (f"{k}={v}" for k, v in self.changes)
+        extra = [self.intervals, self.dtype, d, f"h{self.heads}-{self.kv_heads}", *changes]
         return "-".join(filter(None, [self.scheme, self.mask, *extra]))
 
 
@@ -109,8 +134,8 @@ def present() -> target.Target:
 
 
 def kernel_of(case: Case) -> Kernel:
-    FAMILY.require(case.problem, present(), case.config)
-    return kernel.get(FAMILY, case.problem, present(), case.config)
+    case.family.require(case.problem, present(), case.config)
+    return kernel.get(case.family, case.problem, present(), case.config)
 
 
 def build_all(cases: list[Case]) -> None:
@@ -159,17 +184,7 @@ def run(case: Case, rows: int, keys: int, *, seed: int = 0, batch: int = 2, layo
     if case.intervals:
         intervals = random_intervals(case.intervals, batch, case.kv_heads, rows, keys, g)
     alibi = torch.rand(case.heads, device="cuda", generator=g) if case.alibi else None
-    kernel_of(case).launch(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        intervals=intervals,
-        alibi_slopes=alibi,
-        window=case.band,
-        softcap=case.softcap,
-        layout=layout,
-    )
+    options = {"intervals": intervals, "alibi_slopes": alibi, "window": case.band, "softcap": case.softcap}
+    kernel_of(case).launch(q, k, v, out, lse, layout=layout, **options)
     semantics = verify.Semantics(window=case.band, kind=case.intervals, softcap=case.softcap)
     return verify.check(out, lse, q, k, v, semantics, intervals=intervals, alibi=alibi, layout=layout)

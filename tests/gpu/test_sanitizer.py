@@ -11,14 +11,20 @@ import pytest
 
 TOOL = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 SET = """
+import torch
 from tests.gpu.cases import Case, run
-for name in ("base", "one_stage", "q_in_registers", "overlap", "kv_outer", "split_k", "split_k_kv_outer", "pairs", "pairs_one_stage"):
+for name in "base one_stage q_in_registers overlap kv_outer split_k split_k_kv_outer pairs pairs_one_stage".split():
     for mask in ("causal", "none"):
         assert run(Case(name, mask=mask), 70, 99)
 assert run(Case("base", mask="window", window=(20, 10)), 99, 70)
 assert run(Case("base", mask="intervals", intervals="both4"), 70, 99)
 assert run(Case("base", mask="none", aligned=False, head_dim=50), 70, 99)
 assert run(Case("base", head_dim=80), 70, 99)
+if torch.cuda.get_device_capability() == (9, 0):
+    for name in ("tma", "tma_one_group", "tma_three_groups", "tma_serial", "tma_three_stages"):
+        assert run(Case(name), 270, 299)
+    assert run(Case("tma", mask="intervals", intervals="both4"), 70, 299)
+    assert run(Case("tma", head_dim=80, mask="none"), 70, 99)
 print("all right")
 """
 
@@ -26,17 +32,7 @@ print("all right")
 @pytest.mark.skipif(not Path(TOOL).exists(), reason="compute-sanitizer is not found")
 @pytest.mark.parametrize("check", ["memcheck", "racecheck"])
 def test_sanitizer(check: str) -> None:
-    command = [
-        TOOL,
-        "--tool",
-        check,
-        "--error-exitcode",
-        "9",
-        "--kernel-regex",
-        "kns=forward_kernel",
-        sys.executable,
-        "-c",
-        SET,
-    ]
+    options = f"--tool {check} --error-exitcode 9 --kernel-regex kns=forward_kernel"
+    command = [TOOL, *options.split(), sys.executable, "-c", SET]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=Path(__file__).parents[2])
     assert done.returncode == 0 and "all right" in done.stdout, (done.stdout + done.stderr)[-3000:]

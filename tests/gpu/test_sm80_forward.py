@@ -11,43 +11,85 @@ from tests.gpu.cases import FAMILY, SCHEMES, Case, run
 # below, at and above the edges of 16, 32, 64, 128 and 256; q longer than k, k longer than q, one row, one key
 EDGES = ((1, 1), (1, 77), (15, 17), (64, 64), (63, 65), (129, 127), (200, 200), (257, 255), (129, 333), (333, 129))
 
-SCHEME_CASES = [Case(name, mask=mask, sizes=EDGES) for name in SCHEMES for mask in ("causal", "none")
-                if mask == "causal" or SCHEMES[name].block_order in ("ascending", "sectioned")]  # fmt: skip
+SCHEME_CASES = [
+    Case(name, mask=mask, sizes=EDGES)
+    for name in SCHEMES
+    for mask in ("causal", "none")
+    if mask == "causal" or SCHEMES[name].block_order in ("ascending", "sectioned")
+]
 
 _WALKS = ("base", "one_stage", "overlap", "overlap_deep", "kv_outer", "split_k", "pairs", "two_warps")
-WINDOW_CASES = [Case(name, mask="window", window=window, sizes=((300, 300), (300, 200), (100, 400)))
-                for name in _WALKS for window in ((50, 20), (10, 0), (70, -1), (-1, 5), (0, 0))]  # fmt: skip
-INTERVAL_CASES = [Case(name, mask="intervals", intervals=kind, window=window, sizes=((300, 300), (300, 1500), (77, 40)))
-                  for name in _WALKS for kind, window in (("lower1", (-1, 0)), ("lower1", (-1, -1)), ("lower2", (-1, 0)),
-                                                          ("both2", (-1, -1)), ("both4", (-1, -1)), ("both4", (100, 30)))]  # fmt: skip
+WINDOW_CASES = [
+    Case(name, mask="window", window=window, sizes=((300, 300), (300, 200), (100, 400)))
+    for name in _WALKS
+    for window in ((50, 20), (10, 0), (70, -1), (-1, 5), (0, 0))
+]
+_INTERVALS = (
+    ("lower1", (-1, 0)), ("lower1", (-1, -1)), ("lower2", (-1, 0)), ("both2", (-1, -1)), ("both4", (-1, -1)),
+    ("both4", (100, 30)),
+)  # fmt: skip
+INTERVAL_CASES = [
+    Case(name, mask="intervals", intervals=kind, window=window, sizes=((300, 300), (300, 1500), (77, 40)))
+    for name in _WALKS
+    for kind, window in _INTERVALS
+]
 
-_DIMS = ((8, 0), (16, 0), (32, 0), (40, 0), (64, 128), (72, 0), (80, 0), (96, 0), (112, 0), (128, 0), (192, 128), (192, 0),
-         (224, 0), (256, 0), (256, 64))  # fmt: skip
+_DIMS = (
+    (8, 0), (16, 0), (32, 0), (40, 0), (64, 128), (72, 0), (80, 0), (96, 0), (112, 0), (128, 0), (192, 128), (192, 0),
+    (224, 0), (256, 0), (256, 64),
+)  # fmt: skip
+# the other settings turn at other rates, so that sixty cases see most pairs of them
 DIM_CASES = [
-    Case("base", mask=mask, dtype=dtype, head_dim=d, head_dim_v=dv, changes=(("smem_layout", layout),), heads=h, kv_heads=hk,
-         window=(40, 10) if mask == "window" else (-1, -1), sizes=((150, 170),))
+    Case(
+        "base", mask=mask, dtype=dtype, head_dim=d, head_dim_v=dv, changes=(("smem_layout", layout),), heads=h,
+        kv_heads=hk, window=(40, 10) if mask == "window" else (-1, -1), sizes=((150, 170),),
+    )
     for (d, dv), dtype, mask, layout, (h, hk) in zip(
-        _DIMS * 4, ("bf16", "fp16") * 30, ("causal", "none", "window") * 20, ("swizzled", "swizzled", "padded", "padded") * 15,
-        ((4, 1), (6, 2), (3, 3)) * 20)
+        _DIMS * 4,
+        ("bf16", "fp16") * 30,
+        ("causal", "none", "window") * 20,
+        ("swizzled", "swizzled", "padded", "padded") * 15,
+        ((4, 1), (6, 2), (3, 3)) * 20,
+        strict=True,
+    )
 ]  # fmt: skip
-PAIR_CASES = [Case("pairs", mask=mask, head_dim=d, head_dim_v=dv, dtype=dtype, changes=(("smem_layout", layout), ("tile_n", n)),
-                   sizes=((150, 170), (64, 64)))
-              for d, dv, layout, n in ((128, 0, "swizzled", 64), (256, 0, "swizzled", 32), (256, 0, "swizzled", 64),
-                                       (256, 128, "swizzled", 96), (192, 0, "padded", 32), (64, 32, "padded", 96))
-              for mask, dtype in (("causal", "bf16"), ("none", "fp16"))]  # fmt: skip
-GQA_CASES = [Case(name, heads=h, kv_heads=hk, mask=mask, sizes=((130, 190),))
-             for name in ("base", "kv_outer", "split_k", "pairs") for h, hk in ((8, 8), (8, 4), (8, 1), (6, 3))
-             for mask in ("causal", "none")]  # fmt: skip
+_PAIRS = (
+    (128, 0, "swizzled", 64), (256, 0, "swizzled", 32), (256, 0, "swizzled", 64), (256, 128, "swizzled", 96),
+    (192, 0, "padded", 32), (64, 32, "padded", 96),
+)  # fmt: skip
+PAIR_CASES = [
+    Case(
+        "pairs", mask=mask, head_dim=d, head_dim_v=dv, dtype=dtype, sizes=((150, 170), (64, 64)),
+        changes=(("smem_layout", layout), ("tile_n", n)),
+    )
+    for d, dv, layout, n in _PAIRS
+    for mask, dtype in (("causal", "bf16"), ("none", "fp16"))
+]  # fmt: skip
+GQA_CASES = [
+    Case(name, heads=h, kv_heads=hk, mask=mask, sizes=((130, 190),))
+    for name in ("base", "kv_outer", "split_k", "pairs")
+    for h, hk in ((8, 8), (8, 4), (8, 1), (6, 3))
+    for mask in ("causal", "none")
+]
 SCORE_CASES = [
-    Case("base", softcap=20.0, mask="none"), Case("base", softcap=5.0, alibi=True), Case("base", alibi=True, mask="none"),
-    Case("overlap", softcap=20.0, alibi=True), Case("kv_outer", alibi=True), Case("split_k", softcap=20.0),
+    Case("base", softcap=20.0, mask="none"),
+    Case("base", softcap=5.0, alibi=True),
+    Case("base", alibi=True, mask="none"),
+    Case("overlap", softcap=20.0, alibi=True),
+    Case("kv_outer", alibi=True),
+    Case("split_k", softcap=20.0),
     Case("base", mask="window", window=(30, 30), alibi=True),
     Case("base", mask="intervals", intervals="both4", softcap=10.0),
-]  # fmt: skip
-UNALIGNED_CASES = [Case("base", aligned=False, head_dim=d, mask=mask, dtype=dtype, sizes=((150, 90), (33, 65)))
-                   for d, mask, dtype in ((50, "causal", "bf16"), (64, "none", "fp16"), (33, "none", "bf16"), (1, "causal", "bf16"))]  # fmt: skip
-LARGE_CASES = [Case(name, magnitude=m) for name in ("base", "rescale_each", "overlap", "kv_outer", "split_k", "pairs")
-               for m in (8.0, 30.0)]  # fmt: skip
+]
+UNALIGNED_CASES = [
+    Case("base", aligned=False, head_dim=d, mask=mask, dtype=dtype, sizes=((150, 90), (33, 65)))
+    for d, mask, dtype in ((50, "causal", "bf16"), (64, "none", "fp16"), (33, "none", "bf16"), (1, "causal", "bf16"))
+]
+LARGE_CASES = [
+    Case(name, magnitude=m)
+    for name in ("base", "rescale_each", "overlap", "kv_outer", "split_k", "pairs")
+    for m in (8.0, 30.0)
+]
 
 ALL = [
     *SCHEME_CASES,

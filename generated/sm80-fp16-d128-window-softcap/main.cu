@@ -1,8 +1,8 @@
 // An example and a check of the kernel beside it: makes random inputs, runs the kernel, compares rows of the result
 // with a plain computation in double precision, and times it. Returns 0 when the kernel is right.
 //
-//   problem: forward/bf16/d64/none/b1/h16-16/q1024-k1024
-//   build:   nvcc -gencode=arch=compute_80,code=sm_80 -O3 -std=c++17 --use_fast_math -lineinfo -o example kernel.cu main.cu
+//   problem: forward/fp16/d128/window/softcap/b4/h32-8/q4096-k4096/w1024,0
+//   build:   nvcc -gencode=arch=compute_90,code=sm_90 -O3 -std=c++17 --use_fast_math -lineinfo -o example kernel.cu main.cu
 //   run:     ./example
 #include <algorithm>
 #include <chrono>
@@ -21,31 +21,22 @@
 
 // ---- the problem ----------------------------------------------------------------------------------------------------
 
-constexpr int kBatch = 1, kHeads = 16, kKvHeads = 16;
-constexpr int kRows = 1024, kKeys = 1024;
-constexpr int kDim = 64, kDimV = 64;
-constexpr int kLeft = -1, kRight = -1;  // the band; -1: unbounded
+constexpr int kBatch = 4, kHeads = 32, kKvHeads = 8;
+constexpr int kRows = 4096, kKeys = 4096;
+constexpr int kDim = 128, kDimV = 128;
+constexpr int kLeft = 1024, kRight = 0;  // the band; -1: unbounded
 constexpr int kColumns = 0;  // row bounds a key carries
 constexpr int kLTS = -1, kLTE = -1, kUTS = -1, kUTE = -1;  // columns of theirs; -1: absent
-constexpr float kSoftcap = 0.f;
+constexpr float kSoftcap = 30.f;
 constexpr bool kAlibi = false;
-constexpr double kFlops = 4294967296.0;  // of the visible cells
-constexpr double kUnit = 0.001953125;    // relative rounding error of bf16 (of the computation for fp32)
+constexpr double kFlops = 240753049600.0;  // of the visible cells
+constexpr double kUnit = 0.00048828125;    // relative rounding error of fp16 (of the computation for fp32)
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
-using Element = uint16_t;  // the upper half of a float
-static Element narrow(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-static double widen(Element x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
+using Element = __half;
+static Element narrow(float x) { return __float2half(x); }
+static double widen(Element x) { return __half2float(x); }
 
 static uint64_t random_state = 1;
 static uint32_t random_bits() {
@@ -186,7 +177,7 @@ static void check_row(const Inputs& in, const Element* o, const float* lse, int 
     double s = 0;
     for (int i = 0; i < kDim; ++i) s += widen(q[i]) * widen(k[i]);
     s *= scale;
-    if (kSoftcap > 0) s = kSoftcap * std::tanh(s / kSoftcap);
+    if (kSoftcap > 0) s = kSoftcap * std::tanh(s * (1 / (kSoftcap > 0 ? kSoftcap : 1)));
     if (kAlibi) s -= double(in.slopes[h]) * std::abs(row + kKeys - kRows - key);
     score[key] = s, top = std::max(top, s);
   }
@@ -250,7 +241,7 @@ int main() {
   }
   const bool right = errors.worst <= 1;
   const double seconds = seconds_of_one(p);
-  printf("forward/bf16/d64/none/b1/h16-16/q1024-k1024\n%s: largest error %.3g, of lse %.3g, %.2f of the bound; %lld of %lld rows checked\n",
+  printf("forward/fp16/d128/window/softcap/b4/h32-8/q4096-k4096/w1024,0\n%s: largest error %.3g, of lse %.3g, %.2f of the bound; %lld of %lld rows checked\n",
          right ? "right" : "WRONG", errors.o, errors.lse, errors.worst, (long long)checked, (long long)all);
   printf("%.3f ms", seconds * 1e3);
   if (kColumns == 0) printf(", %.1f GFLOP/s", kFlops / seconds / 1e9);  // intervals hide cells that kFlops counts

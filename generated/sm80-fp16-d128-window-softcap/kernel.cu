@@ -1,0 +1,1542 @@
+// An attention kernel made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
+//
+// problem:  forward/fp16/d128/window/softcap, its config chosen for b4/h32-8/q4096-k4096/w1024,0
+// config:   tile_m=64 tile_n=64 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=registers smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=longest_first (the family's default)
+// made by:  fagen emit --arch sm_90 --dtype fp16 --head-dim 128 --mask window --window 1024,0 --softcap --seqlen 4096 --batch 4 --heads 32 --kv-heads 8 --family sm80_forward --config default --out DIR
+// build:    nvcc -gencode=arch=compute_90,code=sm_90 -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
+// call:     fagen_launch(), declared in kernel.h beside this file
+
+// sm80_forward: attention forward for forward/fp16/d128/window/softcap on sm_90
+//
+// Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
+// Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
+//
+// Config: tile_m=64 tile_n=64 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=registers smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=longest_first
+
+enum class Mask { none, causal, window, intervals };
+enum class Partition { split_q, split_k, pairs };
+enum class LoopOrder { q_outer, kv_outer };
+enum class QSource { shared, registers };
+enum class SmemLayout { swizzled, padded };
+enum class Rescale { each, deferred };
+enum class BlockOrder { ascending, descending, longest_first, sectioned };
+
+struct Config {
+  static constexpr int kHeadDim = 128;  // of q and k, padded
+  static constexpr int kHeadDimV = 128;  // of v and o, padded
+  static constexpr Mask kMask = Mask::window;  // which cells are visible
+  static constexpr bool kSoftcap = true;  // s -> softcap * tanh(s / softcap)
+  static constexpr bool kAlibi = false;  // s -> s - slope * distance from the diagonal
+  static constexpr bool kAligned = true;  // rows are whole, aligned 16-byte pieces
+  static constexpr int kIntervalColumns = 0;  // bounds a key carries
+  static constexpr int kLTS = -1;  // column of LTS in intervals, -1: absent
+  static constexpr int kLTE = -1;  // column of LTE in intervals, -1: absent
+  static constexpr int kUTS = -1;  // column of UTS in intervals, -1: absent
+  static constexpr int kUTE = -1;  // column of UTE in intervals, -1: absent
+  static constexpr int kTileM = 64;  // rows of q a block works on
+  static constexpr int kTileN = 64;  // keys a block loads at a time
+  static constexpr int kWarps = 4;  // warps of a block
+  static constexpr Partition kPartition = Partition::split_q;  // what the warps of a block divide
+  static constexpr LoopOrder kLoopOrder = LoopOrder::q_outer;  // what stays while the other passes by
+  static constexpr int kStages = 2;  // tiles of keys in shared memory
+  static constexpr bool kOverlap = false;  // compute the next tile's scores under this one's softmax
+  static constexpr QSource kQSource = QSource::registers;  // where q waits for its products
+  static constexpr SmemLayout kSmemLayout = SmemLayout::swizzled;  // how shared memory avoids bank conflicts
+  static constexpr int kBlocksPerSm = 2;  // blocks the register budget is cut for
+  static constexpr Rescale kRescale = Rescale::deferred;  // when O follows a grown maximum
+  static constexpr BlockOrder kBlockOrder = BlockOrder::longest_first;  // order of row tiles and heads
+};
+
+// What fagen derived from the config before compiling; the kernel asserts that it agrees.
+struct Derived {
+  static constexpr int threads = 128;
+  static constexpr int smem_bytes = 65536;
+};
+
+#include <cuda_runtime.h>
+
+// ---- fagen/params.h --------------------------------------------------------------------------------------
+// The one struct that crosses from a caller into a kernel. Plain C; no torch, no CUDA header.
+// Strides count elements, and the last dimension of q, k, v and o is contiguous.
+#include <stdint.h>
+
+typedef struct fagen_params {
+  const void* q;               // (batch, seqlen_q, heads, head_dim) by strides
+  const void* k;               // (batch, seqlen_k, kv_heads, head_dim)
+  const void* v;               // (batch, seqlen_k, kv_heads, head_dim_v)
+  void* o;                     // (batch, seqlen_q, heads, head_dim_v)
+  float* lse;                  // (batch, heads, seqlen_q) contiguous, natural log; null if not wanted
+  const int32_t* intervals;    // (batch, mask_heads, seqlen_k, columns), last dimension contiguous; or null
+  const float* alibi_slopes;   // (batch, heads), last dimension contiguous; or null
+  void* workspace;             // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
+  int64_t q_stride[3];         // batch, row, head
+  int64_t k_stride[3];
+  int64_t v_stride[3];
+  int64_t o_stride[3];
+  int64_t intervals_stride[3]; // batch (0 to broadcast), mask head, key
+  int64_t alibi_stride;        // batch (0 to broadcast)
+  int32_t batch, heads, kv_heads, mask_heads;
+  int32_t seqlen_q, seqlen_k;
+  int32_t head_dim, head_dim_v;       // as the caller has them; the kernel works on padded sizes
+  int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
+  float scale;                        // multiplies q.k before the softmax
+  float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
+} fagen_params;
+
+// ---- fagen/element.cuh -----------------------------------------------------------------------------------
+// The 16-bit element types and their packing into the 32-bit registers of the tensor cores.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+#include <string.h>
+
+using half_t = __half;
+using bfloat_t = __nv_bfloat16;
+
+// Two neighbouring columns; the first one in the low half.
+template <class Element>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<bfloat_t>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<half_t>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
+// ---- fagen/sm80/q_outer.cuh ------------------------------------------------------------------------------
+// FlashAttention 2's order: a block keeps one tile of rows, and the keys pass by.
+// ---- fagen/sm80/epilogue.cuh -----------------------------------------------------------------------------
+// From the warps' unnormalised sums to O and LSE in device memory.
+// ---- fagen/sm80/pairs.cuh --------------------------------------------------------------------------------
+// Two warps share rows: each computes the scores of half of the keys and half of the columns of O. A warp then holds
+// twice the rows for the same registers, so that every operand it reads from shared memory feeds twice the products.
+// The price is that the weights, and now and then the maxima, pass through shared memory.
+// ---- fagen/sm80/block.cuh --------------------------------------------------------------------------------
+// What one block works on and where its tiles lie: shapes, shared memory, the warp's share. Shared by both loop orders.
+// ---- fagen/attend.cuh ------------------------------------------------------------------------------------
+// One warp's part of attention: its rows of q against a tile of keys, and the sums that it carries along.
+
+// ---- fagen/mask.cuh --------------------------------------------------------------------------------------
+// Which cells of the score matrix are visible: the band around the diagonal, and FlashMask's column intervals.
+#include <limits.h>
+#include <math.h>
+#include <stdint.h>
+
+
+constexpr int kFar = 1 << 29;  // beyond every index, and safe to add to one
+
+// Row m sees keys [m + first, m + last] of the band, and no key at or past seqlen_k.
+struct Band {
+  int first, last, seqlen_k;
+
+  __device__ __forceinline__ explicit Band(const fagen_params& p) : seqlen_k(p.seqlen_k) {
+    const int shift = p.seqlen_k - p.seqlen_q;
+    first = p.window_left < 0 ? -kFar : shift - p.window_left;
+    last = p.window_right < 0 ? kFar : shift + p.window_right;
+  }
+  // the first key of row m, and one past its last
+  __device__ __forceinline__ int begin(int m) const { return max(0, m + first); }
+  __device__ __forceinline__ int end(int m) const { return max(0, min(seqlen_k, m + last + 1)); }
+};
+
+// The minima and maxima of the interval bounds over one tile of keys.
+struct Extent {
+  int low, high;
+};
+
+// Rows [ls, le) and [us, ue) do not see a key.
+struct Hidden {
+  int ls, le, us, ue;
+  __device__ __forceinline__ bool hides(int m) const { return (m >= ls && m < le) || (m >= us && m < ue); }
+};
+
+// A head's interval vectors, and their extents tile by tile.
+template <class Config>
+struct Intervals {
+  static constexpr int kColumns = Config::kIntervalColumns;
+  const int32_t* bounds;   // (seqlen_k, kColumns), keys `stride` apart
+  int64_t stride;
+  const Extent* extents;   // (tiles, kColumns)
+  int last_key;
+
+  // A bound that the vectors do not carry is a constant, and its comparisons fold away.
+  template <int kColumn>
+  __device__ __forceinline__ Extent extent(int tile, int absent) const {
+    if constexpr (kColumn < 0)
+      return {absent, absent};
+    else
+      return extents[tile * kColumns + kColumn];
+  }
+  template <int kColumn>
+  __device__ __forceinline__ int bound(int key, int absent) const {
+    if constexpr (kColumn < 0)
+      return absent;
+    else
+      return bounds[key * stride + kColumn];
+  }
+  __device__ __forceinline__ Hidden at(int key) const {
+    return {bound<Config::kLTS>(key, kFar), bound<Config::kLTE>(key, kFar), bound<Config::kUTS>(key, -kFar),
+            bound<Config::kUTE>(key, -kFar)};
+  }
+
+  // Rows [m0, m1) against a tile of keys: is no cell visible, and is any cell hidden?
+  __device__ __forceinline__ void classify(int tile, int m0, int m1, bool& empty, bool& partial) const {
+    const Extent ls = extent<Config::kLTS>(tile, kFar), le = extent<Config::kLTE>(tile, kFar);
+    const Extent us = extent<Config::kUTS>(tile, -kFar), ue = extent<Config::kUTE>(tile, -kFar);
+    empty = (m0 >= ls.high && m1 <= le.low) || (m0 >= us.high && m1 <= ue.low);
+    partial = (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
+  }
+};
+
+// Minima and maxima per tile of keys: one warp a tile, one pass over the vectors. Body of a kernel of its own.
+template <class Config>
+__device__ __forceinline__ void find_extents(const fagen_params& p, Extent* extents, int tiles) {
+  constexpr int kColumns = Config::kIntervalColumns;
+  const int64_t index = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32;
+  if (index >= int64_t(p.batch) * p.mask_heads * tiles) return;
+  const int tile = index % tiles, head = index / tiles % p.mask_heads, batch = index / tiles / p.mask_heads;
+  const int32_t* bounds = p.intervals + batch * p.intervals_stride[0] + head * p.intervals_stride[1];
+  const int end = min(p.seqlen_k, (tile + 1) * Config::kTileN);
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    int low = INT_MAX, high = INT_MIN;
+    for (int key = tile * Config::kTileN + lane; key < end; key += 32) {
+      const int value = bounds[key * p.intervals_stride[2] + c];
+      low = min(low, value);
+      high = max(high, value);
+    }
+    low = __reduce_min_sync(~0u, low);
+    high = __reduce_max_sync(~0u, high);
+    if (lane == 0) extents[index * kColumns + c] = {low, high};
+  }
+}
+
+// ---- fagen/ptx/barrier.cuh -------------------------------------------------------------------------------
+// Barriers among some of a block's warps (named barriers 1-15; 0 is __syncthreads).
+
+namespace ptx {
+
+// Waits for `threads` threads on barrier `id`, and orders their shared-memory accesses.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same, and whether `vote` is true in any of them.
+__device__ __forceinline__ bool barrier_any(int id, int threads, bool vote) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, all;\n"
+      "setp.ne.s32 mine, %3, 0;\n"
+      "barrier.red.or.pred all, %1, %2, mine;\n"
+      "selp.s32 %0, 1, 0, all;\n"
+      "}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(int(vote))
+      : "memory");
+  return any != 0;
+}
+
+}  // namespace ptx
+
+// ---- fagen/ptx/mma_sync.cuh ------------------------------------------------------------------------------
+// Tensor-core products of one warp (sm_80 and up): m16n8k16, 16-bit operands, float32 sums, and their operand loads.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+namespace ptx {
+
+// c += a b. Lane l holds of c: rows l/4 and l/4+8, columns 2(l%4) and +1, as (r,c) (r,c+1) (r+8,c) (r+8,c+1).
+template <class Element>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                            uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8x8 matrices; lanes 8i..8i+7 give the row addresses of matrix i.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+}  // namespace ptx
+
+// ---- fagen/smem.cuh --------------------------------------------------------------------------------------
+// How a tile of rows lies in shared memory so that eight rows of one 16-byte column fall into different banks.
+#include <stdint.h>
+
+// kSwizzled: the 16-byte pieces of a row are exchanged by bits of the row number; else each row is 16 bytes longer.
+template <int kRows, int kCols, bool kSwizzled>
+struct SharedTile {
+  static constexpr int kChunks = kCols / 8;  // 16-byte pieces of a row
+  static constexpr int kPitch = kCols * 2 + (kSwizzled ? 0 : 16);
+  static constexpr int kBytes = kRows * kPitch;
+
+  // as many exchanged bits as the row's length leaves free: 3 for multiples of 64 columns, 2 for 32, 1 for 16
+  static constexpr int kBits = !kSwizzled ? 0 : kChunks % 8 == 0 ? 3 : kChunks % 4 == 0 ? 2 : 1;
+  static constexpr uint32_t kExchanged = ((1u << kBits) - 1u) << 4;
+  static_assert(kCols % 16 == 0, "rows are whole 32-byte pieces");
+
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    const int exchange = kSwizzled ? (row >> (3 - kBits)) & ((1 << kBits) - 1) : 0;
+    return row * kPitch + ((chunk ^ exchange) << 4);
+  }
+
+  // From the address of (row, chunk 0 or 1) to (row + down, chunk + 2 * right); `down` is a multiple of 8.
+  static __device__ __forceinline__ uint32_t step(uint32_t address, int down, int right) {
+    const uint32_t across = right * 32;
+    return (address ^ (across & kExchanged)) + (across & ~kExchanged) + down * kPitch;
+  }
+};
+
+// ---- fagen/softmax.cuh -----------------------------------------------------------------------------------
+// Online softmax over the rows that one thread shares with the three other lanes of its quad.
+#include <math.h>
+
+// ---- fagen/ptx/math.cuh ----------------------------------------------------------------------------------
+// Single-instruction functions of the special-function unit.
+
+namespace ptx {
+
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace ptx
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Scores come in raw; `scale_log2` takes them to the base-2 logarithm inside the exponential's one FMA.
+// `reference` is what is subtracted before the exponential: the rows' maximum, or one that is near enough below it.
+// The sum stays per thread until the end. Any reference gives the same O / sum, so keeping an old one is exact.
+template <int kRows, bool kDeferred>
+struct OnlineSoftmax {
+  // a weight may grow to 2^8 before a deferred reference moves: exact in float32, safe in 16 bits
+  static constexpr float kSlack_log2 = 8.f;
+
+  float reference[kRows], sum[kRows], offset[kRows];
+  float scale_log2, slack;
+
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2)
+      : scale_log2(scale_log2), slack(kSlack_log2 / scale_log2) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
+  }
+
+  // Whether a row of this thread has outgrown its reference by more than the slack.
+  __device__ __forceinline__ bool outgrown(const float (&tile_max)[kRows]) const {
+    bool grown = !kDeferred;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > reference[r] + slack;
+    return grown;
+  }
+
+  // Move the references to the rows' maxima; O is to be multiplied by `factor`, as the sums are here.
+  __device__ __forceinline__ void move(const float (&row_max)[kRows], float (&factor)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float next = fmaxf(reference[r], row_max[r]);
+      // a row that has seen nothing yet has no weight to rescale: 2^-inf = 0 once it has, and 0 * 0 until then
+      factor[r] = next == -INFINITY ? 0.f : ptx::ex2((reference[r] - next) * scale_log2);
+      reference[r] = next;
+      sum[r] *= factor[r];
+    }
+  }
+
+  // What is added to the scaled scores: finite even where nothing has been seen yet.
+  __device__ __forceinline__ void settle() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) offset[r] = reference[r] == -INFINITY ? 0.f : -reference[r] * scale_log2;
+  }
+  __device__ __forceinline__ float weight(float score, int r) const {
+    return ptx::ex2(fmaf(score, scale_log2, offset[r]));
+  }
+
+  // log sum exp of row r in natural logarithm, given the whole row's sum
+  __device__ __forceinline__ float lse(int r, float row_sum) const {
+    return row_sum == 0.f ? -INFINITY : reference[r] * scale_log2 * 0.69314718056f + logf(row_sum);
+  }
+};
+
+// What is done to a score beyond the product: softcap, ALiBi. With either, scores are turned to base-2 logarithms
+// here, and the softmax's own scale is 1.
+template <class Config>
+struct ScoreMod {
+  static constexpr bool kActive = Config::kSoftcap || Config::kAlibi;
+  static constexpr float kLog2e = 1.4426950408889634f;
+  float scale, cap_log2, slope_log2;
+  int shift;
+
+  __device__ __forceinline__ ScoreMod(const fagen_params& p, int batch, int head) : shift(p.seqlen_k - p.seqlen_q) {
+    scale = Config::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e;
+    cap_log2 = p.softcap * kLog2e;
+    slope_log2 = Config::kAlibi ? p.alibi_slopes[batch * p.alibi_stride + head] * kLog2e : 0.f;
+  }
+  static __device__ __forceinline__ float softmax_scale_log2(const fagen_params& p) {
+    return kActive ? 1.f : p.scale * kLog2e;
+  }
+  __device__ __forceinline__ float operator()(float score, int m, int key) const {
+    score *= scale;
+    if constexpr (Config::kSoftcap) score = cap_log2 * ptx::tanh_approx(score);
+    if constexpr (Config::kAlibi) score -= slope_log2 * fabsf(float(m + shift - key));
+    return score;
+  }
+};
+
+// Lane addresses: the operand tiles of `ldmatrix` seen from this lane.
+struct Lane {
+  int id = threadIdx.x % 32;
+  int row = id / 4, column = id % 4 * 2;  // of an accumulator: rows row and row + 8, columns column and column + 1
+
+  template <class Tile>  // a 16 x 16 piece, rows down, pieces across: q, and v transposed on the way
+  __device__ __forceinline__ uint32_t row_major(uint32_t tile, int row) const {
+    return tile + Tile::offset(row + id % 16, id / 16);
+  }
+  template <class Tile>  // a 16 x 16 piece whose rows are the product's columns: k
+  __device__ __forceinline__ uint32_t column_major(uint32_t tile, int row) const {
+    return tile + Tile::offset(row + id / 16 * 8 + id % 8, id / 8 % 2);
+  }
+};
+
+// State of kSlabs slabs of 16 rows: kColumns columns of O unnormalised in accumulators, and the softmax.
+template <class Config, int kSlabs, int kKeys, int kColumns, class Element, class TileQ, class TileK, class TileV>
+struct Attend {
+  static constexpr int kDepth = Config::kHeadDim / 16;
+  static constexpr int kRows = kSlabs * 2;  // rows a thread shares
+  static constexpr bool kQInRegisters = Config::kQSource == QSource::registers;
+  using Scores = float[kSlabs][kKeys / 8][4];
+  using Weights = uint32_t[kKeys / 16][kSlabs][4];
+  using Softmax = OnlineSoftmax<kRows, Config::kRescale == Rescale::deferred>;
+
+  Lane lane;
+  float o[kSlabs][kColumns / 8][4];
+  Softmax softmax;
+  uint32_t q_registers[kSlabs][kQInRegisters ? kDepth : 1][4];
+
+  __device__ __forceinline__ explicit Attend(const fagen_params& p) : softmax(ScoreMod<Config>::softmax_scale_log2(p)) {
+#pragma unroll
+    for (auto& slab : o)
+#pragma unroll
+      for (auto& piece : slab) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
+  }
+
+  __device__ __forceinline__ void hold_q(uint32_t q_tile, int first_row) {
+    if constexpr (kQInRegisters) {
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d)
+          ptx::ldmatrix_x4(q_registers[s][d], TileQ::step(lane.row_major<TileQ>(q_tile, first_row), s * 16, d));
+    }
+  }
+
+  // One step of S = Q K^T: the 16 columns of q and k that start at 16 d.
+  template <class Between>
+  __device__ __forceinline__ void score_step(Scores& s_acc, uint32_t q_lane, uint32_t k_lane, int d, Between between) {
+    uint32_t q_frag[kSlabs][4];
+#pragma unroll
+    for (int s = 0; s < kSlabs; ++s) {
+      if constexpr (kQInRegisters)
+        for (int i = 0; i < 4; ++i) q_frag[s][i] = q_registers[s][d][i];
+      else
+        ptx::ldmatrix_x4(q_frag[s], TileQ::step(q_lane, s * 16, d));
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+      uint32_t k_frag[4];
+      ptx::ldmatrix_x4(k_frag, TileK::step(k_lane, n * 16, d));
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s) {
+        ptx::mma_m16n8k16<Element>(s_acc[s][2 * n], q_frag[s], k_frag[0], k_frag[1]);
+        ptx::mma_m16n8k16<Element>(s_acc[s][2 * n + 1], q_frag[s], k_frag[2], k_frag[3]);
+      }
+      between(d * (kKeys / 16) + n);
+    }
+  }
+
+  // S = Q K^T for the warp's rows and the kKeys keys that start at row `first_key` of the tile. `between` is called
+  // kDepth * kKeys / 16 times with its number, to fill the gaps between products.
+  template <class Between>
+  __device__ __forceinline__ void scores(Scores& s_acc, uint32_t q_tile, int first_row, uint32_t k_tile, int first_key,
+                                         Between between) {
+    const uint32_t q_lane = lane.row_major<TileQ>(q_tile, first_row);
+    const uint32_t k_lane = lane.column_major<TileK>(k_tile, first_key);
+#pragma unroll
+    for (auto& slab : s_acc)
+#pragma unroll
+      for (auto& piece : slab) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) score_step(s_acc, q_lane, k_lane, d, between);
+  }
+
+  // Score mods and, on partial tiles, the mask. `m` is the warp's first row of q, `key` its first key.
+  template <bool kMasked>
+  __device__ __forceinline__ void modify(Scores& s_acc, const ScoreMod<Config>& mod, const Band& band,
+                                         const Intervals<Config>& intervals, int m, int key) {
+    if constexpr (kMasked || ScoreMod<Config>::kActive) {
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = m + s * 16 + half * 8 + lane.row;
+          // thresholds relative to the thread's first column: one comparison with a constant a side
+          const int begin = band.begin(row) - key - lane.column, end = band.end(row) - key - lane.column;
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& score = s_acc[s][n][half * 2 + e];
+              if constexpr (ScoreMod<Config>::kActive) score = mod(score, row, key + lane.column + n * 8 + e);
+              if constexpr (kMasked) {
+                bool hidden = n * 8 + e >= end;
+                if constexpr (Config::kMask == Mask::window || Config::kMask == Mask::intervals)
+                  hidden |= n * 8 + e < begin;
+                if (hidden) score = -INFINITY;
+              }
+            }
+        }
+      if constexpr (kMasked && Config::kMask == Mask::intervals) hide_intervals(s_acc, intervals, m, key);
+    }
+  }
+
+  __device__ __forceinline__ void hide_intervals(Scores& s_acc, const Intervals<Config>& intervals, int m, int key) {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = min(key + lane.column + n * 8 + e, intervals.last_key);
+        const auto bounds = intervals.at(column);
+#pragma unroll
+        for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            if (bounds.hides(m + s * 16 + half * 8 + lane.row)) s_acc[s][n][half * 2 + e] = -INFINITY;
+      }
+  }
+
+  __device__ __forceinline__ void tile_maxima(const Scores& s_acc, float (&tile_max)[kRows]) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      tile_max[r] = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+        tile_max[r] = fmaxf(tile_max[r], fmaxf(s_acc[r / 2][n][r % 2 * 2], s_acc[r / 2][n][r % 2 * 2 + 1]));
+    }
+  }
+
+  // Take a new tile's maxima into the reference; O follows.
+  __device__ __forceinline__ void observe(const Scores& s_acc) {
+    float tile_max[kRows], factor[kRows];
+    tile_maxima(s_acc, tile_max);
+    if (__any_sync(~0u, softmax.outgrown(tile_max))) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) tile_max[r] = quad_max(tile_max[r]);
+      softmax.move(tile_max, factor);
+      rescale(factor);
+    }
+  }
+
+  // One register of P = exp(S - reference): two columns of row i % 2 of piece 2 n + i / 2. The accumulator of S is
+  // already in the order of P's operand.
+  __device__ __forceinline__ void weigh(const Scores& s_acc, Weights& p_frag, int s, int n, int i) {
+    const float* pair = &s_acc[s][2 * n + i / 2][i % 2 * 2];
+    const int r = s * 2 + i % 2;
+    const float first = softmax.weight(pair[0], r), second = softmax.weight(pair[1], r);
+    softmax.sum[r] += first + second;
+    p_frag[n][s][i] = pack<Element>(first, second);
+  }
+
+  // O += P V for 16 keys: `p_frag` their weights, `v_lane` this lane's address of their first 16 columns of v.
+  __device__ __forceinline__ void value_step(const uint32_t (&p_frag)[kSlabs][4], uint32_t v_lane) {
+#pragma unroll
+    for (int d = 0; d < kColumns / 16; ++d) {
+      uint32_t v_frag[4];
+      ptx::ldmatrix_x4_trans(v_frag, TileV::step(v_lane, 0, d));
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s) {
+        ptx::mma_m16n8k16<Element>(o[s][2 * d], p_frag[s], v_frag[0], v_frag[1]);
+        ptx::mma_m16n8k16<Element>(o[s][2 * d + 1], p_frag[s], v_frag[2], v_frag[3]);
+      }
+    }
+  }
+
+  // The whole softmax and second product of a tile.
+  __device__ __forceinline__ void values(const Scores& s_acc, uint32_t v_tile, int first_key) {
+    observe(s_acc);
+    softmax.settle();
+    const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
+    Weights p_frag;
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weigh(s_acc, p_frag, s, n, i);
+      value_step(p_frag[n], v_lane + n * 16 * TileV::kPitch);
+    }
+  }
+
+  // O += P V of one tile while S of the next is computed: the exponentials fill the gaps between its products.
+  __device__ __forceinline__ void values_under_scores(const Scores& s_acc, uint32_t v_tile, Scores& s_next,
+                                                      uint32_t q_tile, int first_row, uint32_t k_next, int first_key) {
+    constexpr int kWeights = kKeys / 16 * kSlabs * 4, kGaps = kDepth * (kKeys / 16);
+    Weights p_frag;
+    scores(s_next, q_tile, first_row, k_next, first_key, [&](int gap) {
+#pragma unroll
+      for (int w = gap * kWeights / kGaps; w < (gap + 1) * kWeights / kGaps; ++w)
+        weigh(s_acc, p_frag, w / 4 % kSlabs, w / 4 / kSlabs, w % 4);
+    });
+    const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) value_step(p_frag[n], v_lane + n * 16 * TileV::kPitch);
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (auto& piece : o[r / 2]) piece[r % 2 * 2] *= factor[r], piece[r % 2 * 2 + 1] *= factor[r];
+  }
+};
+
+// ---- fagen/copy.cuh --------------------------------------------------------------------------------------
+// Tiles between global and shared memory, moved by all threads of a block together.
+#include <stdint.h>
+
+// ---- fagen/ptx/cp_async.cuh ------------------------------------------------------------------------------
+// Asynchronous copies from global to shared memory (sm_80 and up).
+#include <stdint.h>
+
+namespace ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes past L1; where `valid` is false nothing is read and zeros are written.
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most kPending of this thread's newest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void st_shared_16(uint32_t to, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 ld_shared_16(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void st_shared_4(uint32_t to, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+}  // namespace ptx
+
+// Rows [first, last) of a matrix whose rows are `stride` elements apart; rows and columns outside read as zero.
+template <class Element>
+struct Rows {
+  const Element* base;
+  int64_t stride;
+  int last;  // rows there are
+  int cols;  // columns there are; the tile may be wider
+};
+
+template <class Element>
+__device__ __forceinline__ uint4 gather_chunk(const Element* from, int count) {
+  union {
+    Element e[8];
+    uint4 all;
+  } chunk;
+  chunk.all = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < count) chunk.e[i] = from[i];
+  return chunk.all;
+}
+
+// Start copying tile rows [first, first + kRows) to shared memory; complete after cp_async_wait and a barrier.
+template <class Tile, int kRows, int kThreads, bool kAligned, class Element>
+__device__ __forceinline__ void load_tile(uint32_t to, const Rows<Element>& rows, int first, int thread) {
+  constexpr int kChunks = Tile::kChunks;
+  constexpr int kCount = kRows * kChunks;
+  constexpr bool kSameColumn = kThreads % kChunks == 0;  // each thread stays in one column of chunks
+  constexpr int kRowStep = kSameColumn ? kThreads / kChunks : 0;
+  if constexpr (kSameColumn && kAligned) {
+    const int chunk = thread % kChunks;
+    const bool in_columns = chunk * 8 < rows.cols;
+    int row = thread / kChunks;
+    const Element* from = rows.base + (first + row) * rows.stride + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < (kRows + kRowStep - 1) / kRowStep; ++i) {
+      if (kRows % kRowStep == 0 || row < kRows)
+        ptx::cp_async_16(to + Tile::offset(row, chunk), from, in_columns && first + row < rows.last);
+      row += kRowStep;
+      from += kRowStep * rows.stride;
+    }
+  } else {
+#pragma unroll 4
+    for (int i = thread; i < kCount; i += kThreads) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      const bool there = first + row < rows.last && chunk * 8 < rows.cols;
+      const Element* from = rows.base + (there ? (first + row) * rows.stride + chunk * 8 : 0);
+      const uint32_t at = to + Tile::offset(row, chunk);
+      if constexpr (kAligned)
+        ptx::cp_async_16(at, from, there);
+      else
+        ptx::st_shared_16(at, gather_chunk(from, there ? rows.cols - chunk * 8 : 0));
+    }
+  }
+}
+
+// ---- fagen/schedule.cuh ----------------------------------------------------------------------------------
+// Which tile of rows, head and batch a block takes.
+#include <stdint.h>
+
+
+struct Work {
+  int row_tile, head, batch;
+};
+
+// `heads_at_once` (sectioned order): as many heads as have their keys and values in L2 together.
+template <BlockOrder kOrder>
+__device__ __forceinline__ Work take_work(const fagen_params& p, uint32_t index, int row_tiles, int heads_at_once) {
+  const uint32_t heads = p.heads * p.batch;
+  uint32_t row, head;
+  if constexpr (kOrder == BlockOrder::ascending || kOrder == BlockOrder::descending) {
+    row = index % row_tiles;
+    head = index / row_tiles;
+    if (kOrder == BlockOrder::descending) row = row_tiles - 1 - row;
+  } else {  // longest rows of all heads first, section of heads by section
+    const uint32_t section = kOrder == BlockOrder::sectioned ? heads_at_once : heads;
+    const uint32_t whole = index / (section * row_tiles);
+    const uint32_t here = min(section, heads - whole * section), rest = index - whole * section * row_tiles;
+    head = whole * section + rest % here;
+    row = row_tiles - 1 - rest / here;
+  }
+  return {int(row), int(head % p.heads), int(head / p.heads)};
+}
+
+// ---- fagen/walk.cuh --------------------------------------------------------------------------------------
+// The tiles of keys that a tile of rows visits, from the last to the first, and which of them need mask arithmetic.
+
+// Tiles [begin, end) hold every visible cell of rows [m0, m1); those of [full_begin, full_end) hold no hidden one.
+struct TileRange {
+  int begin, end, full_begin, full_end;
+
+  template <int kTileN>
+  static __device__ __forceinline__ TileRange of(const Band& band, int m0, int m1) {
+    TileRange r;
+    const int keys_end = band.end(m1 - 1);
+    r.end = (keys_end + kTileN - 1) / kTileN;
+    r.begin = min(band.begin(m0) / kTileN, r.end);
+    r.full_end = max(r.begin, min(band.end(m0), band.seqlen_k) / kTileN);
+    r.full_begin = min(r.full_end, max(r.begin, (band.begin(m1 - 1) + kTileN - 1) / kTileN));
+    return r;
+  }
+};
+
+// Band masks: every tile of the range is visited.
+struct RangeWalk {
+  int tile, begin;
+  __device__ __forceinline__ bool valid() const { return tile >= begin; }
+  __device__ __forceinline__ void advance() { --tile; }
+};
+__device__ __forceinline__ bool needs_mask(const RangeWalk& walk, const TileRange& range) {
+  return walk.tile < range.full_begin || walk.tile >= range.full_end;
+}
+
+// Intervals: the lanes of a warp classify 32 tiles at once; the visible ones are then taken from the top.
+template <class Config>
+struct IntervalWalk {
+  const Intervals<Config>& intervals;
+  TileRange range;
+  int m0, m1, group;        // tiles [group, group + 32) are classified
+  uint32_t seen, hidden;    // bits of tiles still to visit, and of those that need the mask
+  int tile;                 // present tile, or -1
+
+  __device__ __forceinline__ IntervalWalk(const Intervals<Config>& intervals, TileRange range, int m0, int m1)
+      : intervals(intervals), range(range), m0(m0), m1(m1), group(range.end), seen(0), hidden(0) {
+    advance();
+  }
+  __device__ __forceinline__ bool valid() const { return tile >= 0; }
+  __device__ __forceinline__ bool partial() const {
+    return tile < range.full_begin || tile >= range.full_end || (hidden >> (tile - group) & 1);
+  }
+  __device__ __forceinline__ void advance() {
+    while (seen == 0) {
+      if (group <= range.begin) {
+        tile = -1;
+        return;
+      }
+      group -= 32;
+      const int mine = group + int(threadIdx.x % 32);
+      bool empty = true, partly = false;
+      if (mine >= range.begin && mine < range.end) intervals.classify(mine, m0, m1, empty, partly);
+      seen = __ballot_sync(~0u, !empty);
+      hidden = __ballot_sync(~0u, partly);
+    }
+    const int bit = 31 - __clz(seen);
+    seen ^= 1u << bit;
+    tile = group + bit;
+  }
+};
+template <class Config>
+__device__ __forceinline__ bool needs_mask(const IntervalWalk<Config>& walk, const TileRange&) {
+  return walk.partial();
+}
+
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+struct True {
+  static constexpr bool value = true;
+};
+struct False {
+  static constexpr bool value = false;
+};
+
+// Sizes that follow from the config; Python derives the same ones, and the asserts below hold the two together.
+template <class C>
+struct Shape {
+  static constexpr int kThreads = C::kWarps * 32;
+  static constexpr bool kSplitKeys = C::kPartition == Partition::split_k;
+  static constexpr bool kPairs = C::kPartition == Partition::pairs;
+  // a warp's share: rows of q, keys of a tile (for S), columns of v (for O)
+  static constexpr int kWarpRows = kSplitKeys ? C::kTileM : C::kTileM / C::kWarps * (kPairs ? 2 : 1);
+  static constexpr int kWarpKeys = kSplitKeys ? C::kTileN / C::kWarps : C::kTileN / (kPairs ? 2 : 1);
+  static constexpr int kWarpColumns = C::kHeadDimV / (kPairs ? 2 : 1);
+  static constexpr int kSlabs = kWarpRows / 16;
+  static_assert(kWarpRows % 16 == 0 && kWarpKeys % 16 == 0 && kWarpColumns % 16 == 0,
+                "a warp's share is made of 16 x 16 pieces");
+
+  static constexpr bool kSwizzled = C::kSmemLayout == SmemLayout::swizzled;
+  using TileQ = SharedTile<C::kTileM, C::kHeadDim, kSwizzled>;
+  using TileK = SharedTile<C::kTileN, C::kHeadDim, kSwizzled>;
+  using TileV = SharedTile<C::kTileN, C::kHeadDimV, kSwizzled>;
+  using TileO = SharedTile<C::kTileM, C::kHeadDimV, kSwizzled>;
+
+  // q held in registers passes through the ring before the first keys arrive, so it needs no room of its own
+  static constexpr bool kQAliasesRing = C::kLoopOrder == LoopOrder::q_outer && C::kQSource == QSource::registers;
+  static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
+  static constexpr int kRing = kQAliasesRing ? 0 : TileQ::kBytes;  // where the ring of K and V stages begins
+  static constexpr int kRingEnd = kRing + C::kStages * kStageBytes;
+  // pairs: the weights that two warps show each other, and their rows' maxima and sums
+  using TileP = SharedTile<C::kTileM, C::kTileN, kSwizzled>;
+  static constexpr int kPairStats = kRingEnd + (kPairs ? TileP::kBytes : 0);
+  static constexpr int kPairEnd = kPairStats + (kPairs ? 2 * C::kTileM * 4 : 0);
+  static constexpr int kMergeStats = C::kTileM * C::kHeadDimV * 4;  // split_k: sums of O, then maxima and sums
+  static constexpr int kMergeBytes = kSplitKeys ? kMergeStats + C::kWarps * C::kTileM * 8 : 0;
+  static constexpr int kSmemBytes = larger(larger(kPairEnd, TileQ::kBytes), larger(TileO::kBytes, kMergeBytes));
+
+  static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
+  static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
+};
+
+// Computed once on the host for a launch.
+struct Launch {
+  int row_tiles;  // tiles of rows of a head
+  int blocks_of_rows;  // blocks a head gets: row_tiles, or fewer when a block loops over rows
+  int key_tiles;
+  int heads_at_once;  // sectioned order
+  Extent* extents;  // of the intervals, tile by tile
+  float4* state;  // kv_outer: O, maxima and sums between the passes
+};
+
+template <class C, class Element>
+struct Block {
+  using S = Shape<C>;
+  using State = Attend<C, S::kSlabs, S::kWarpKeys, S::kWarpColumns, Element, typename S::TileQ, typename S::TileK,
+                       typename S::TileV>;
+
+  const fagen_params& p;
+  const Launch& launch;
+  Work work;
+  int warp, first_row, first_key, first_column;  // of the warp's share in the tiles
+  uint32_t smem;
+  unsigned char* smem_bytes;
+  Rows<Element> q, k, v;
+  Band band;
+  ScoreMod<C> mod;
+  Intervals<C> intervals;
+
+  __device__ __forceinline__ Block(const fagen_params& p, const Launch& launch, unsigned char* shared)
+      : p(p),
+        launch(launch),
+        work(take_work<C::kBlockOrder>(p, blockIdx.x, launch.blocks_of_rows, launch.heads_at_once)),
+        warp(__shfl_sync(~0u, threadIdx.x / 32, 0)),  // warp-uniform for the compiler as well
+        smem(ptx::shared_address(shared)),
+        smem_bytes(shared),
+        band(p),
+        mod(p, work.batch, work.head) {
+    first_row = S::kSplitKeys ? 0 : (S::kPairs ? warp / 2 : warp) * S::kWarpRows;
+    first_key = S::kSplitKeys ? warp * S::kWarpKeys : S::kPairs ? warp % 2 * S::kWarpKeys : 0;
+    first_column = S::kPairs ? warp % 2 * S::kWarpColumns : 0;
+    const int kv_head = work.head / (p.heads / p.kv_heads);
+    q = rows(p.q, p.q_stride, work.head, p.seqlen_q, p.head_dim);
+    k = rows(p.k, p.k_stride, kv_head, p.seqlen_k, p.head_dim);
+    v = rows(p.v, p.v_stride, kv_head, p.seqlen_k, p.head_dim_v);
+    if constexpr (C::kMask == Mask::intervals) {
+      const int head = p.mask_heads == 1 ? 0 : kv_head;
+      intervals.bounds = p.intervals + work.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
+      intervals.stride = p.intervals_stride[2];
+      intervals.extents =
+          launch.extents + int64_t(work.batch * p.mask_heads + head) * launch.key_tiles * C::kIntervalColumns;
+      intervals.last_key = p.seqlen_k - 1;
+    }
+  }
+
+  __device__ __forceinline__ Rows<Element> rows(const void* base, const int64_t (&stride)[3], int head, int count,
+                                                int cols) const {
+    const Element* first = static_cast<const Element*>(base) + work.batch * stride[0] + head * stride[2];
+    return {first, stride[1], count, cols};
+  }
+
+  // ---- copies: each is one part of a group that the caller commits
+  __device__ __forceinline__ void load_q(uint32_t to, int row_tile) const {
+    load_tile<typename S::TileQ, C::kTileM, S::kThreads, C::kAligned>(to, q, row_tile * C::kTileM, threadIdx.x);
+  }
+  __device__ __forceinline__ uint32_t k_tile(int stage) const { return smem + S::kRing + stage * S::kStageBytes; }
+  __device__ __forceinline__ uint32_t v_tile(int stage) const { return k_tile(stage) + S::TileK::kBytes; }
+  __device__ __forceinline__ void load_k(int stage, int tile) const {
+    load_tile<typename S::TileK, C::kTileN, S::kThreads, C::kAligned>(k_tile(stage), k, tile * C::kTileN, threadIdx.x);
+  }
+  __device__ __forceinline__ void load_v(int stage, int tile) const {
+    load_tile<typename S::TileV, C::kTileN, S::kThreads, C::kAligned>(v_tile(stage), v, tile * C::kTileN, threadIdx.x);
+  }
+  // All copies of this thread but the newest kPending groups have landed, and so have those of the others.
+  template <int kPending>
+  __device__ __forceinline__ void arrive() const {
+    ptx::cp_async_wait<kPending>();
+    __syncthreads();
+  }
+};
+
+template <class C>
+__device__ __forceinline__ int next_stage(int stage) {
+  return stage == C::kStages - 1 ? 0 : stage + 1;
+}
+
+// The walk over the tiles that rows [m0, m1) see, at its first tile.
+template <class C, class Element>
+__device__ __forceinline__ auto first_tile(const Block<C, Element>& block, const TileRange& range, int m0, int m1) {
+  if constexpr (C::kMask == Mask::intervals)
+    return IntervalWalk<C>(block.intervals, range, m0, m1);
+  else
+    return RangeWalk{range.end - 1, range.begin};
+}
+
+// Call visit(tile, masked) for the rest of the walk, with a loop of its own for tiles that need no mask.
+template <class C, class Walk, class Visit>
+__device__ __forceinline__ void visit_tiles(Walk& walk, const TileRange& range, Visit visit) {
+  if constexpr (C::kMask == Mask::intervals) {
+    for (; walk.valid(); walk.advance()) walk.partial() ? visit(walk.tile, True{}) : visit(walk.tile, False{});
+  } else {
+    for (; walk.valid() && walk.tile >= range.full_end; walk.advance()) visit(walk.tile, True{});
+    for (; walk.tile >= range.full_begin; walk.advance()) visit(walk.tile, False{});
+    if constexpr (C::kMask == Mask::window)
+      for (; walk.valid(); walk.advance()) visit(walk.tile, True{});
+  }
+}
+
+template <class C, class Element>
+struct Pair {
+  using B = Block<C, Element>;
+  using S = Shape<C>;
+  using State = typename B::State;
+  using TileP = typename S::TileP;
+  static constexpr int kRows = State::kRows, kPieces = S::kWarpKeys / 16;
+
+  const B& block;
+  const Lane lane;
+  int barrier = 1 + block.warp / 2;
+  uint32_t p_tile = block.smem + S::kRingEnd;
+  float* mine = reinterpret_cast<float*>(block.smem_bytes + S::kPairStats) + block.warp * S::kWarpRows;
+  const float* partner = reinterpret_cast<float*>(block.smem_bytes + S::kPairStats) + (block.warp ^ 1) * S::kWarpRows;
+
+  __device__ __forceinline__ static int row(const Lane& lane, int r) { return r / 2 * 16 + r % 2 * 8 + lane.row; }
+
+  // Show the partner one number a row, and take its own.
+  __device__ __forceinline__ void exchange(const float (&shown)[kRows], float (&taken)[kRows]) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (lane.id % 4 == 0) mine[row(lane, r)] = shown[r];
+    ptx::barrier_sync(barrier, 64);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) taken[r] = partner[row(lane, r)];
+  }
+
+  // Both warps keep the same references: they move together or not at all.
+  __device__ __forceinline__ void observe(State& state, const typename State::Scores& s_acc) const {
+    float row_max[kRows], other[kRows], factor[kRows];
+    state.tile_maxima(s_acc, row_max);
+    if (ptx::barrier_any(barrier, 64, state.softmax.outgrown(row_max))) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) row_max[r] = quad_max(row_max[r]);
+      exchange(row_max, other);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) row_max[r] = fmaxf(row_max[r], other[r]);
+      state.softmax.move(row_max, factor);
+      state.rescale(factor);
+    }
+  }
+
+  // Softmax of this warp's half of the keys, O += P V of all of them for its half of the columns.
+  __device__ __forceinline__ void values(State& state, const typename State::Scores& s_acc, uint32_t v_tile) const {
+    observe(state, s_acc);  // its barrier also tells that the partner has read the weights of the tile before
+    state.softmax.settle();
+    typename State::Weights p_mine;
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n)
+#pragma unroll
+      for (int s = 0; s < S::kSlabs; ++s)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          state.weigh(s_acc, p_mine, s, n, i);
+          const int chunk = (block.first_key + n * 16) / 8 + i / 2;
+          ptx::st_shared_4(p_tile + TileP::offset(block.first_row + row(lane, s * 2 + i % 2), chunk) + lane.column * 2,
+                           p_mine[n][s][i]);
+        }
+    const uint32_t v_lane =
+        S::TileV::step(lane.template row_major<typename S::TileV>(v_tile, 0), 0, block.first_column / 16);
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n)
+      state.value_step(p_mine[n], v_lane + (block.first_key + n * 16) * S::TileV::kPitch);
+    ptx::barrier_sync(barrier, 64);  // the partner's weights are there
+    const int other_key = block.first_key ^ S::kWarpKeys;
+    const uint32_t p_lane = lane.template row_major<TileP>(p_tile, block.first_row);
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n) {
+      uint32_t p_other[S::kSlabs][4];
+#pragma unroll
+      for (int s = 0; s < S::kSlabs; ++s) ptx::ldmatrix_x4(p_other[s], TileP::step(p_lane, s * 16, other_key / 16 + n));
+      state.value_step(p_other, v_lane + (other_key + n * 16) * S::TileV::kPitch);
+    }
+  }
+};
+
+// split_k: every warp has seen its own share of the keys for the same rows. Bring the sums to one reference and add
+// them up in warp 0, one warp after the other, so that the result never depends on timing.
+template <class B>
+__device__ __forceinline__ void merge_warps(const B& block, typename B::State& state,
+                                            float (&row_sum)[B::State::kRows]) {
+  using S = typename B::S;
+  constexpr int kWarps = S::kThreads / 32, kTileRows = S::kWarpRows;
+  float4* pieces = reinterpret_cast<float4*>(block.smem_bytes);
+  float2* stats = reinterpret_cast<float2*>(block.smem_bytes + S::kMergeStats);  // (warp, row): reference, sum
+  const Lane lane = state.lane;
+  const float scale_log2 = state.softmax.scale_log2;
+#pragma unroll
+  for (int r = 0; r < B::State::kRows; ++r)
+    if (lane.id % 4 == 0)
+      stats[block.warp * kTileRows + r / 2 * 16 + r % 2 * 8 + lane.row] =
+          make_float2(state.softmax.reference[r], row_sum[r]);
+  __syncthreads();
+  float factor[B::State::kRows];
+#pragma unroll
+  for (int r = 0; r < B::State::kRows; ++r) {
+    const float2* row = stats + r / 2 * 16 + r % 2 * 8 + lane.row;
+    float top = -INFINITY, sum = 0.f;
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, row[w * kTileRows].x);
+    const float base = top == -INFINITY ? 0.f : top;
+    for (int w = 0; w < kWarps; ++w) sum += row[w * kTileRows].y * ptx::ex2((row[w * kTileRows].x - base) * scale_log2);
+    factor[r] = ptx::ex2((state.softmax.reference[r] - base) * scale_log2);
+    state.softmax.reference[r] = top;
+    row_sum[r] = sum;
+  }
+  state.rescale(factor);
+  for (int turn = kWarps - 1; turn >= 0; --turn) {
+    if (block.warp == turn) {
+      int i = lane.id;
+#pragma unroll
+      for (auto& slab : state.o)
+#pragma unroll
+        for (auto& piece : slab) {
+          if (turn < kWarps - 1) {
+            const float4 so_far = pieces[i];
+            piece[0] += so_far.x, piece[1] += so_far.y, piece[2] += so_far.z, piece[3] += so_far.w;
+          }
+          if (turn > 0) pieces[i] = make_float4(piece[0], piece[1], piece[2], piece[3]);
+          i += 32;
+        }
+    }
+    __syncthreads();
+  }
+}
+
+// Normalise, and store through shared memory so that every store is a whole 16-byte piece of a row.
+template <class C, class Element>
+__device__ __forceinline__ void store_rows(const Block<C, Element>& block, typename Block<C, Element>::State& state,
+                                           int row_tile) {
+  using S = Shape<C>;
+  using TileO = typename S::TileO;
+  constexpr int kRows = S::kSlabs * 2, kChunks = S::kWarpColumns / 8;
+  const fagen_params& p = block.p;
+  const Lane lane = state.lane;
+  float row_sum[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) row_sum[r] = quad_sum(state.softmax.sum[r]);
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // the ring is free: what follows lies over it
+  if constexpr (S::kSplitKeys) {
+    merge_warps(block, state, row_sum);
+    if (block.warp != 0) return;
+  } else if constexpr (S::kPairs) {
+    float other[kRows];
+    Pair<C, Element>{block, lane}.exchange(row_sum, other);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) row_sum[r] += other[r];
+    __syncthreads();
+  }
+  const int m0 = row_tile * C::kTileM;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int row = block.first_row + r / 2 * 16 + r % 2 * 8 + lane.row;
+    const float inverse = row_sum[r] == 0.f ? 0.f : 1.f / row_sum[r];
+    if (p.lse && block.first_column == 0 && lane.id % 4 == 0 && m0 + row < p.seqlen_q)
+      p.lse[(int64_t(block.work.batch) * p.heads + block.work.head) * p.seqlen_q + m0 + row] =
+          state.softmax.lse(r, row_sum[r]);
+#pragma unroll
+    for (int n = 0; n < S::kWarpColumns / 8; ++n) {
+      const float* pair = &state.o[r / 2][n][r % 2 * 2];
+      ptx::st_shared_4(block.smem + TileO::offset(row, block.first_column / 8 + n) + lane.column * 2,
+                       pack<Element>(pair[0] * inverse, pair[1] * inverse));
+    }
+  }
+  __syncwarp();  // a warp reads back only what it wrote
+  Element* out = static_cast<Element*>(p.o) + block.work.batch * p.o_stride[0] + block.work.head * p.o_stride[2];
+#pragma unroll 4
+  for (int i = lane.id; i < S::kWarpRows * kChunks; i += 32) {
+    const int row = block.first_row + i / kChunks, chunk = block.first_column / 8 + i % kChunks;
+    const int cols = p.head_dim_v - chunk * 8;
+    if (m0 + row >= p.seqlen_q || cols <= 0) continue;
+    uint4 value = ptx::ld_shared_16(block.smem + TileO::offset(row, chunk));
+    Element* to = out + (m0 + row) * p.o_stride[1] + chunk * 8;
+    if constexpr (C::kAligned) {
+      *reinterpret_cast<uint4*>(to) = value;
+    } else {
+      Element e[8];
+      memcpy(e, &value, 16);
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (j < cols) to[j] = e[j];
+    }
+  }
+}
+
+template <class C, class Element>
+__device__ __forceinline__ void attend_q_outer(const Block<C, Element>& block) {
+  using S = Shape<C>;
+  typename Block<C, Element>::State state(block.p);
+  const int row_tile = block.work.row_tile;
+  const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, block.p.seqlen_q);
+  const TileRange range = TileRange::of<C::kTileN>(block.band, m0, m1);
+
+  auto walk = first_tile(block, range, m0, m1);   // the tile that is computed
+  auto ahead = first_tile(block, range, m0, m1);  // the next tile to be loaded
+
+  block.load_q(block.smem, row_tile);
+  if constexpr (C::kQSource == QSource::registers) {
+    ptx::cp_async_commit();
+    block.template arrive<0>();
+    state.hold_q(block.smem, block.first_row);
+    __syncthreads();
+  }
+  if constexpr (C::kStages == 1) {
+    if (ahead.valid()) block.load_k(0, ahead.tile);
+    ptx::cp_async_commit();
+  } else {
+#pragma unroll
+    for (int stage = 0; stage < C::kStages - 1; ++stage) {
+      if (ahead.valid()) {
+        block.load_k(stage, ahead.tile);
+        block.load_v(stage, ahead.tile);
+        ahead.advance();
+      }
+      ptx::cp_async_commit();
+    }
+  }
+
+  int stage = 0, free_stage = C::kStages - 1;
+  const auto visit = [&](int tile, auto masked) {
+    constexpr bool kMasked = decltype(masked)::value;
+    const int key = tile * C::kTileN + block.first_key;
+    typename Block<C, Element>::State::Scores s_acc;
+    if constexpr (C::kStages == 1) {  // V lands while S is computed, the next K while O is
+      block.template arrive<0>();
+      block.load_v(0, tile);
+      ptx::cp_async_commit();
+    } else {  // the stage that everyone left a tile ago takes the newest tile
+      block.template arrive<C::kStages - 2>();
+      if (ahead.valid()) {
+        block.load_k(free_stage, ahead.tile);
+        block.load_v(free_stage, ahead.tile);
+        ahead.advance();
+      }
+      ptx::cp_async_commit();
+    }
+    state.scores(s_acc, block.smem, block.first_row, block.k_tile(stage), block.first_key, [](int) {});
+    state.template modify<kMasked>(s_acc, block.mod, block.band, block.intervals, m0 + block.first_row, key);
+    if constexpr (C::kStages == 1) {
+      block.template arrive<0>();
+      ahead.advance();
+      if (ahead.valid()) block.load_k(0, ahead.tile);
+      ptx::cp_async_commit();
+    }
+    if constexpr (S::kPairs)
+      Pair<C, Element>{block, state.lane}.values(state, s_acc, block.v_tile(stage));
+    else
+      state.values(s_acc, block.v_tile(stage), block.first_key);
+    if constexpr (C::kStages > 1) {
+      free_stage = stage;
+      stage = next_stage<C>(stage);
+    }
+  };
+
+  visit_tiles<C>(walk, range, visit);
+  store_rows(block, state, row_tile);
+}
+
+// ---- fagen/sm80/q_outer_overlapped.cuh -------------------------------------------------------------------
+// FlashAttention 2's order with FlashAttention 3's overlap inside a warp: the scores of the next tile are computed
+// under the softmax of this one, so keys are needed one tile earlier than values.
+
+template <class C, class Element>
+__device__ __forceinline__ void attend_q_outer_overlapped(const Block<C, Element>& block) {
+  using Scores = typename Block<C, Element>::State::Scores;
+  static_assert(!C::kOverlap || C::kStages > 1, "the next keys need a stage of their own");
+  typename Block<C, Element>::State state(block.p);
+  const int row_tile = block.work.row_tile;
+  const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, block.p.seqlen_q);
+  const TileRange range = TileRange::of<C::kTileN>(block.band, m0, m1);
+  auto walk = first_tile(block, range, m0, m1);   // the tile whose scores are next
+  auto ahead = first_tile(block, range, m0, m1);  // the next tile of keys to be loaded
+
+  // A group of copies: the keys of one tile, and the values of the tile before it.
+  int k_slot = 0, v_slot = 0, v_ahead = -1;
+  const auto load_next = [&] {
+    if (v_ahead >= 0) {
+      block.load_v(v_slot, v_ahead);
+      v_slot = next_stage<C>(v_slot);
+    }
+    v_ahead = -1;
+    if (ahead.valid()) {
+      block.load_k(k_slot, ahead.tile);
+      k_slot = next_stage<C>(k_slot);
+      v_ahead = ahead.tile;
+      ahead.advance();
+    }
+    ptx::cp_async_commit();
+  };
+
+  block.load_q(block.smem, row_tile);
+  if constexpr (C::kQSource == QSource::registers) {
+    ptx::cp_async_commit();
+    block.template arrive<0>();
+    state.hold_q(block.smem, block.first_row);
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < C::kStages; ++i) load_next();
+
+  int stage = 0;
+  const auto modify = [&](Scores& s_acc, int tile, auto masked) {
+    state.template modify<decltype(masked)::value>(s_acc, block.mod, block.band, block.intervals, m0 + block.first_row,
+                                                   tile * C::kTileN + block.first_key);
+  };
+  Scores s_acc;
+  if (walk.valid()) {
+    block.template arrive<C::kStages - 1>();
+    state.scores(s_acc, block.smem, block.first_row, block.k_tile(0), block.first_key, [](int) {});
+    needs_mask(walk, range) ? modify(s_acc, walk.tile, True{}) : modify(s_acc, walk.tile, False{});
+    walk.advance();
+  } else {
+    store_rows(block, state, row_tile);
+    return;
+  }
+  // S of `tile` is computed while the tile before it goes through softmax and second product.
+  const auto visit = [&](int tile, auto masked) {
+    const int next = next_stage<C>(stage);
+    state.observe(s_acc);
+    state.softmax.settle();
+    block.template arrive<C::kStages - 2>();
+    load_next();
+    Scores s_next;
+    state.values_under_scores(s_acc, block.v_tile(stage), s_next, block.smem, block.first_row, block.k_tile(next),
+                              block.first_key);
+    modify(s_next, tile, masked);
+#pragma unroll
+    for (int s = 0; s < Shape<C>::kSlabs; ++s)
+#pragma unroll
+      for (int n = 0; n < Shape<C>::kWarpKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s_acc[s][n][i] = s_next[s][n][i];
+    stage = next;
+  };
+  visit_tiles<C>(walk, range, visit);
+  block.template arrive<0>();
+  state.values(s_acc, block.v_tile(stage), block.first_key);
+  store_rows(block, state, row_tile);
+}
+
+// ---- fagen/sm80/kv_outer.cuh -----------------------------------------------------------------------------
+// FlashAttention 1's order: a block keeps one tile of keys and the rows pass by; O, maxima and sums wait in device
+// memory between two visits. A block owns a run of row tiles, so nothing is shared between blocks.
+
+// A row tile's state as its threads hold it: 16 bytes a thread at a time, neighbours side by side.
+template <class C, class Element>
+struct StoredState {
+  using State = typename Block<C, Element>::State;
+  static constexpr int kColumnPieces = Shape<C>::kWarpColumns / 8;
+  static constexpr int kPieces = Shape<C>::kSlabs * kColumnPieces, kStats = Shape<C>::kSlabs;
+  static constexpr int kFloat4s = (kPieces + kStats) * Shape<C>::kThreads;  // of one row tile
+
+  static __device__ __forceinline__ void save(float4* to, const State& state) {
+    to += threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const float (&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
+      to[i * Shape<C>::kThreads] = make_float4(x[0], x[1], x[2], x[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < kStats; ++i)
+      to[(kPieces + i) * Shape<C>::kThreads] =
+          make_float4(state.softmax.reference[2 * i], state.softmax.reference[2 * i + 1], state.softmax.sum[2 * i],
+                      state.softmax.sum[2 * i + 1]);
+  }
+  static __device__ __forceinline__ void restore(const float4* from, State& state) {
+    from += threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      float (&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
+      const float4 value = from[i * Shape<C>::kThreads];
+      x[0] = value.x, x[1] = value.y, x[2] = value.z, x[3] = value.w;
+    }
+#pragma unroll
+    for (int i = 0; i < kStats; ++i) {
+      const float4 value = from[(kPieces + i) * Shape<C>::kThreads];
+      state.softmax.reference[2 * i] = value.x, state.softmax.reference[2 * i + 1] = value.y;
+      state.softmax.sum[2 * i] = value.z, state.softmax.sum[2 * i + 1] = value.w;
+    }
+  }
+};
+
+template <class C, class Element>
+__device__ __forceinline__ void attend_kv_outer(const Block<C, Element>& block) {
+  using S = Shape<C>;
+  using Stored = StoredState<C, Element>;
+  const Launch& launch = block.launch;
+  const int per_block = (launch.row_tiles + launch.blocks_of_rows - 1) / launch.blocks_of_rows;
+  const int first_tile = block.work.row_tile * per_block, end_tile = min(first_tile + per_block, launch.row_tiles);
+  if (first_tile >= end_tile) return;
+  const int64_t head = int64_t(block.work.batch) * block.p.heads + block.work.head;
+  const auto stored = [&](int row_tile) {
+    return launch.state + (head * launch.row_tiles + row_tile) * Stored::kFloat4s;
+  };
+  const auto range_of = [&](int first, int end) {
+    return TileRange::of<C::kTileN>(block.band, first * C::kTileM, min(end * C::kTileM, block.p.seqlen_q));
+  };
+  typename Block<C, Element>::State state(block.p);
+  for (int row_tile = first_tile; row_tile < end_tile; ++row_tile) Stored::save(stored(row_tile), state);
+
+  const TileRange keys = range_of(first_tile, end_tile);
+  for (int tile = keys.begin; tile < keys.end; ++tile) {
+    block.template arrive<0>();  // everyone is done with the previous keys, and no copy of theirs is under way
+    block.load_k(0, tile);
+    block.load_v(0, tile);
+    ptx::cp_async_commit();
+    for (int row_tile = first_tile; row_tile < end_tile; ++row_tile) {
+      const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, block.p.seqlen_q);
+      const TileRange range = range_of(row_tile, row_tile + 1);
+      bool skip = tile < range.begin || tile >= range.end;
+      bool partial = tile < range.full_begin || tile >= range.full_end;
+      if constexpr (C::kMask == Mask::intervals) {
+        bool empty, hidden;
+        block.intervals.classify(tile, m0, m1, empty, hidden);
+        skip |= empty;
+        partial |= hidden;
+      }
+      if (skip) continue;
+      __syncthreads();  // and with the previous rows
+      block.load_q(block.smem, row_tile);
+      ptx::cp_async_commit();
+      Stored::restore(stored(row_tile), state);
+      block.template arrive<0>();
+      state.hold_q(block.smem, block.first_row);
+      const auto visit = [&](auto masked) {
+        constexpr bool kMasked = decltype(masked)::value;
+        typename Block<C, Element>::State::Scores s_acc;
+        state.scores(s_acc, block.smem, block.first_row, block.k_tile(0), block.first_key, [](int) {});
+        state.template modify<kMasked>(s_acc, block.mod, block.band, block.intervals, m0 + block.first_row,
+                                       tile * C::kTileN + block.first_key);
+        state.values(s_acc, block.v_tile(0), block.first_key);
+      };
+      partial ? visit(True{}) : visit(False{});
+      Stored::save(stored(row_tile), state);
+    }
+  }
+  for (int row_tile = first_tile; row_tile < end_tile; ++row_tile) {
+    Stored::restore(stored(row_tile), state);
+    store_rows(block, state, row_tile);
+    __syncthreads();  // the next tile's O goes through the same shared memory
+  }
+}
+
+using Element = half_t;
+using Sizes = Shape<Config>;
+
+// One block takes one tile of rows of one head (q_outer), or a run of them (kv_outer).
+__global__ void __launch_bounds__(Sizes::kThreads, Config::kBlocksPerSm)
+forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const Block<Config, Element> block(p, launch, shared);
+  if constexpr (Config::kLoopOrder == LoopOrder::kv_outer)
+    attend_kv_outer(block);
+  else if constexpr (Config::kOverlap)
+    attend_q_outer_overlapped(block);
+  else
+    attend_q_outer(block);
+}
+
+__global__ void extents_kernel(const __grid_constant__ fagen_params p, Extent* extents, int tiles) {
+  find_extents<Config>(p, extents, tiles);
+}
+
+// ---- host ----------------------------------------------------------------------------------------------------------
+
+static uint64_t round_up(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+static uint64_t extents_bytes(const fagen_params* p) {
+  if (Config::kMask != Mask::intervals) return 0;
+  const uint64_t tiles = (p->seqlen_k + Config::kTileN - 1) / Config::kTileN;
+  return round_up(sizeof(Extent) * tiles * p->batch * p->mask_heads * Config::kIntervalColumns);
+}
+
+static uint64_t state_bytes(const fagen_params* p) {
+  if (Config::kLoopOrder != LoopOrder::kv_outer) return 0;
+  const uint64_t tiles = (p->seqlen_q + Config::kTileM - 1) / Config::kTileM;
+  return round_up(sizeof(float4) * StoredState<Config, Element>::kFloat4s * tiles * p->batch * p->heads);
+}
+
+extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
+
+extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) { return extents_bytes(p) + state_bytes(p); }
+
+extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+// What is asked of the device once: more shared memory than the default, and its numbers.
+struct Device {
+  int units, l2_bytes;
+};
+
+static cudaError_t prepare(Device* device) {
+  constexpr int kDevices = 64;
+  static Device known[kDevices];
+  static volatile bool ready[kDevices];
+  int index = 0;
+  if (const cudaError_t e = cudaGetDevice(&index)) return e;
+  if (index >= kDevices) return cudaErrorInvalidDevice;
+  if (!ready[index]) {  // two threads may both come here; both write the same
+    Device d;
+    if (const cudaError_t e = cudaDeviceGetAttribute(&d.units, cudaDevAttrMultiProcessorCount, index)) return e;
+    if (const cudaError_t e = cudaDeviceGetAttribute(&d.l2_bytes, cudaDevAttrL2CacheSize, index)) return e;
+    if (const cudaError_t e = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   Sizes::kSmemBytes))
+      return e;
+    known[index] = d;
+    ready[index] = true;
+  }
+  *device = known[index];
+  return cudaSuccess;
+}
+
+extern "C" int fagen_launch(const fagen_params* p, void* stream_pointer) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
+  Device device;
+  if (const cudaError_t e = prepare(&device)) return e;
+  const int heads = p->heads * p->batch;
+  Launch launch;
+  launch.row_tiles = (p->seqlen_q + Config::kTileM - 1) / Config::kTileM;
+  launch.key_tiles = (p->seqlen_k + Config::kTileN - 1) / Config::kTileN;
+  launch.blocks_of_rows = launch.row_tiles;
+  if (Config::kLoopOrder == LoopOrder::kv_outer) {  // as few blocks a head as still fill the machine
+    const int wanted = (device.units * Config::kBlocksPerSm + heads - 1) / heads;
+    launch.blocks_of_rows = wanted < launch.row_tiles ? wanted : launch.row_tiles;
+  }
+  // as many heads at once as fit half of L2 with their keys and values, whole groups of heads that share them
+  const int64_t head_bytes = int64_t(p->seqlen_k) * (p->head_dim + p->head_dim_v) * sizeof(Element);
+  const int64_t fit = device.l2_bytes / 2 / head_bytes;
+  const int64_t at_once = (fit < 1 ? 1 : fit) * (p->heads / p->kv_heads);
+  launch.heads_at_once = at_once < heads ? int(at_once) : heads;
+  launch.extents = static_cast<Extent*>(p->workspace);
+  launch.state = reinterpret_cast<float4*>(static_cast<char*>(p->workspace) + extents_bytes(p));
+  if constexpr (Config::kMask == Mask::intervals) {
+    const int64_t warps = int64_t(launch.key_tiles) * p->batch * p->mask_heads;
+    extents_kernel<<<unsigned((warps + 7) / 8), 256, 0, stream>>>(*p, launch.extents, launch.key_tiles);
+  }
+  forward_kernel<<<unsigned(launch.blocks_of_rows) * heads, Sizes::kThreads, Sizes::kSmemBytes, stream>>>(*p, launch);
+  return cudaGetLastError();
+}

@@ -1,0 +1,1370 @@
+// An attention kernel made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
+//
+// problem:  forward/bf16/d64/none, its config chosen for b4/h32-32/q4096-k4096
+// config:   tile_m=192 tile_n=128 stages=2 overlap=True rescale=deferred block_order=ascending (the family's default)
+// made by:  fagen emit --arch sm_90 --dtype bf16 --head-dim 64 --mask none --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --config default --out DIR
+// build:    nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
+// call:     fagen_launch(), declared in kernel.h beside this file
+
+// sm90_forward: attention forward for forward/bf16/d64/none on sm_90
+//
+// Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
+// Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
+//
+// Config: tile_m=192 tile_n=128 stages=2 overlap=True rescale=deferred block_order=ascending
+
+enum class Mask { none, causal, window, intervals };
+enum class Rescale { each, deferred };
+enum class BlockOrder { ascending, descending, longest_first, sectioned };
+
+struct Config {
+  static constexpr int kHeadDim = 64;  // of q and k, padded
+  static constexpr int kHeadDimV = 64;  // of v and o, padded
+  static constexpr Mask kMask = Mask::none;  // which cells are visible
+  static constexpr bool kSoftcap = false;  // s -> softcap * tanh(s / softcap)
+  static constexpr bool kAlibi = false;  // s -> s - slope * distance from the diagonal
+  static constexpr bool kAligned = true;  // rows are whole, aligned 16-byte pieces
+  static constexpr int kIntervalColumns = 0;  // bounds a key carries
+  static constexpr int kLTS = -1;  // column of LTS in intervals, -1: absent
+  static constexpr int kLTE = -1;  // column of LTE in intervals, -1: absent
+  static constexpr int kUTS = -1;  // column of UTS in intervals, -1: absent
+  static constexpr int kUTE = -1;  // column of UTE in intervals, -1: absent
+  static constexpr int kTileM = 192;  // rows of q a block works on, 64 a warpgroup
+  static constexpr int kTileN = 128;  // keys of a tile
+  static constexpr int kStages = 2;  // tiles of keys, and of values, in shared memory
+  static constexpr bool kOverlap = true;  // add up O under the softmax of the next tile
+  static constexpr Rescale kRescale = Rescale::deferred;  // when O follows a grown maximum
+  static constexpr BlockOrder kBlockOrder = BlockOrder::ascending;  // order of row tiles and heads
+};
+
+// What fagen derived from the config before compiling; the kernel asserts that it agrees.
+struct Derived {
+  static constexpr int threads = 512;
+  static constexpr int smem_bytes = 91208;
+};
+enum class QSource { shared, registers };  // q is never held in registers here; the shared headers ask
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+// ---- fagen/params.h --------------------------------------------------------------------------------------
+// The one struct that crosses from a caller into a kernel. Plain C; no torch, no CUDA header.
+// Strides count elements, and the last dimension of q, k, v and o is contiguous.
+#include <stdint.h>
+
+typedef struct fagen_params {
+  const void* q;               // (batch, seqlen_q, heads, head_dim) by strides
+  const void* k;               // (batch, seqlen_k, kv_heads, head_dim)
+  const void* v;               // (batch, seqlen_k, kv_heads, head_dim_v)
+  void* o;                     // (batch, seqlen_q, heads, head_dim_v)
+  float* lse;                  // (batch, heads, seqlen_q) contiguous, natural log; null if not wanted
+  const int32_t* intervals;    // (batch, mask_heads, seqlen_k, columns), last dimension contiguous; or null
+  const float* alibi_slopes;   // (batch, heads), last dimension contiguous; or null
+  void* workspace;             // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
+  int64_t q_stride[3];         // batch, row, head
+  int64_t k_stride[3];
+  int64_t v_stride[3];
+  int64_t o_stride[3];
+  int64_t intervals_stride[3]; // batch (0 to broadcast), mask head, key
+  int64_t alibi_stride;        // batch (0 to broadcast)
+  int32_t batch, heads, kv_heads, mask_heads;
+  int32_t seqlen_q, seqlen_k;
+  int32_t head_dim, head_dim_v;       // as the caller has them; the kernel works on padded sizes
+  int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
+  float scale;                        // multiplies q.k before the softmax
+  float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
+} fagen_params;
+
+// ---- fagen/element.cuh -----------------------------------------------------------------------------------
+// The 16-bit element types and their packing into the 32-bit registers of the tensor cores.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+#include <string.h>
+
+using half_t = __half;
+using bfloat_t = __nv_bfloat16;
+
+// Two neighbouring columns; the first one in the low half.
+template <class Element>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<bfloat_t>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<half_t>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
+// ---- fagen/ptx/cp_async.cuh ------------------------------------------------------------------------------
+// Asynchronous copies from global to shared memory (sm_80 and up).
+#include <stdint.h>
+
+namespace ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes past L1; where `valid` is false nothing is read and zeros are written.
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most kPending of this thread's newest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void st_shared_16(uint32_t to, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 ld_shared_16(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void st_shared_4(uint32_t to, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+}  // namespace ptx
+
+// ---- fagen/ptx/mbarrier.cuh ------------------------------------------------------------------------------
+// Barriers in shared memory that count arrivals and bytes (sm_90). Addresses are shared-memory ones.
+#include <stdint.h>
+
+namespace ptx {
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrive, and let the phase wait for so many bytes of copies as well.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Until the phase of this parity is over. A fresh barrier counts as past its phase of parity 1.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again_%=:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again_%=;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+}  // namespace ptx
+
+// ---- fagen/ptx/tma.cuh -----------------------------------------------------------------------------------
+// The copy engine of sm_90: boxes of a tensor that a map describes.
+#include <cuda.h>
+#include <stdint.h>
+
+namespace ptx {
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// One box of a 4-dimensional tensor to shared memory; `barrier` learns of its bytes. Outside the tensor reads zero.
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row,
+                                         int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+}  // namespace ptx
+
+// ---- fagen/ptx/warpgroup.cuh -----------------------------------------------------------------------------
+// What a warpgroup (four warps) does as one, beside its products (sm_90a).
+
+namespace ptx {
+
+// Registers of the warpgroup's threads, taken from or given back to the block's pool.
+template <int kRegisters>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Before the first product of a group, and after ordinary code has touched its registers.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until at most kPending of the newest groups are under way.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of a register across a wait or a fence.
+__device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+__device__ __forceinline__ void pin(unsigned& x) { asm volatile("" : "+r"(x)::"memory"); }
+
+}  // namespace ptx
+
+namespace ptx {
+
+// c (64 x columns, float32, pieces of 8 columns as in mma_m16n8k16) = [c +] a b; `more` false starts from zero.
+// Both operands in shared memory, each row 16 elements long in k.
+template <int kColumns>
+__device__ __forceinline__ void wgmma_shared(float (&c)[kColumns / 8][4], uint64_t a, uint64_t b, bool more);
+// a in registers (the accumulator's order), b in shared memory with its columns side by side.
+template <int kColumns>
+__device__ __forceinline__ void wgmma_registers(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b);
+
+template <>
+__device__ __forceinline__ void wgmma_shared<128>(float (&c)[16][4], uint64_t a, uint64_t b, bool more) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n}"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
+      : "l"(a), "l"(b), "r"(int(more)));
+}
+
+template <>
+__device__ __forceinline__ void wgmma_registers<64>(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+}  // namespace ptx
+// ---- fagen/sm90/layout.cuh -------------------------------------------------------------------------------
+// How the tiles of a block lie in shared memory: columns in slabs of 64, rows of 128 bytes, exchanged as the copy
+// engine and the tensor cores both expect (128-byte swizzle).
+// ---- fagen/attend.cuh ------------------------------------------------------------------------------------
+// One warp's part of attention: its rows of q against a tile of keys, and the sums that it carries along.
+
+// ---- fagen/mask.cuh --------------------------------------------------------------------------------------
+// Which cells of the score matrix are visible: the band around the diagonal, and FlashMask's column intervals.
+#include <limits.h>
+#include <math.h>
+#include <stdint.h>
+
+
+constexpr int kFar = 1 << 29;  // beyond every index, and safe to add to one
+
+// Row m sees keys [m + first, m + last] of the band, and no key at or past seqlen_k.
+struct Band {
+  int first, last, seqlen_k;
+
+  __device__ __forceinline__ explicit Band(const fagen_params& p) : seqlen_k(p.seqlen_k) {
+    const int shift = p.seqlen_k - p.seqlen_q;
+    first = p.window_left < 0 ? -kFar : shift - p.window_left;
+    last = p.window_right < 0 ? kFar : shift + p.window_right;
+  }
+  // the first key of row m, and one past its last
+  __device__ __forceinline__ int begin(int m) const { return max(0, m + first); }
+  __device__ __forceinline__ int end(int m) const { return max(0, min(seqlen_k, m + last + 1)); }
+};
+
+// The minima and maxima of the interval bounds over one tile of keys.
+struct Extent {
+  int low, high;
+};
+
+// Rows [ls, le) and [us, ue) do not see a key.
+struct Hidden {
+  int ls, le, us, ue;
+  __device__ __forceinline__ bool hides(int m) const { return (m >= ls && m < le) || (m >= us && m < ue); }
+};
+
+// A head's interval vectors, and their extents tile by tile.
+template <class Config>
+struct Intervals {
+  static constexpr int kColumns = Config::kIntervalColumns;
+  const int32_t* bounds;   // (seqlen_k, kColumns), keys `stride` apart
+  int64_t stride;
+  const Extent* extents;   // (tiles, kColumns)
+  int last_key;
+
+  // A bound that the vectors do not carry is a constant, and its comparisons fold away.
+  template <int kColumn>
+  __device__ __forceinline__ Extent extent(int tile, int absent) const {
+    if constexpr (kColumn < 0)
+      return {absent, absent};
+    else
+      return extents[tile * kColumns + kColumn];
+  }
+  template <int kColumn>
+  __device__ __forceinline__ int bound(int key, int absent) const {
+    if constexpr (kColumn < 0)
+      return absent;
+    else
+      return bounds[key * stride + kColumn];
+  }
+  __device__ __forceinline__ Hidden at(int key) const {
+    return {bound<Config::kLTS>(key, kFar), bound<Config::kLTE>(key, kFar), bound<Config::kUTS>(key, -kFar),
+            bound<Config::kUTE>(key, -kFar)};
+  }
+
+  // Rows [m0, m1) against a tile of keys: is no cell visible, and is any cell hidden?
+  __device__ __forceinline__ void classify(int tile, int m0, int m1, bool& empty, bool& partial) const {
+    const Extent ls = extent<Config::kLTS>(tile, kFar), le = extent<Config::kLTE>(tile, kFar);
+    const Extent us = extent<Config::kUTS>(tile, -kFar), ue = extent<Config::kUTE>(tile, -kFar);
+    empty = (m0 >= ls.high && m1 <= le.low) || (m0 >= us.high && m1 <= ue.low);
+    partial = (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
+  }
+};
+
+// Minima and maxima per tile of keys: one warp a tile, one pass over the vectors. Body of a kernel of its own.
+template <class Config>
+__device__ __forceinline__ void find_extents(const fagen_params& p, Extent* extents, int tiles) {
+  constexpr int kColumns = Config::kIntervalColumns;
+  const int64_t index = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32;
+  if (index >= int64_t(p.batch) * p.mask_heads * tiles) return;
+  const int tile = index % tiles, head = index / tiles % p.mask_heads, batch = index / tiles / p.mask_heads;
+  const int32_t* bounds = p.intervals + batch * p.intervals_stride[0] + head * p.intervals_stride[1];
+  const int end = min(p.seqlen_k, (tile + 1) * Config::kTileN);
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    int low = INT_MAX, high = INT_MIN;
+    for (int key = tile * Config::kTileN + lane; key < end; key += 32) {
+      const int value = bounds[key * p.intervals_stride[2] + c];
+      low = min(low, value);
+      high = max(high, value);
+    }
+    low = __reduce_min_sync(~0u, low);
+    high = __reduce_max_sync(~0u, high);
+    if (lane == 0) extents[index * kColumns + c] = {low, high};
+  }
+}
+
+// ---- fagen/ptx/barrier.cuh -------------------------------------------------------------------------------
+// Barriers among some of a block's warps (named barriers 1-15; 0 is __syncthreads).
+
+namespace ptx {
+
+// Waits for `threads` threads on barrier `id`, and orders their shared-memory accesses.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same, and whether `vote` is true in any of them.
+__device__ __forceinline__ bool barrier_any(int id, int threads, bool vote) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, all;\n"
+      "setp.ne.s32 mine, %3, 0;\n"
+      "barrier.red.or.pred all, %1, %2, mine;\n"
+      "selp.s32 %0, 1, 0, all;\n"
+      "}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(int(vote))
+      : "memory");
+  return any != 0;
+}
+
+}  // namespace ptx
+
+// ---- fagen/ptx/mma_sync.cuh ------------------------------------------------------------------------------
+// Tensor-core products of one warp (sm_80 and up): m16n8k16, 16-bit operands, float32 sums, and their operand loads.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+namespace ptx {
+
+// c += a b. Lane l holds of c: rows l/4 and l/4+8, columns 2(l%4) and +1, as (r,c) (r,c+1) (r+8,c) (r+8,c+1).
+template <class Element>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                            uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8x8 matrices; lanes 8i..8i+7 give the row addresses of matrix i.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+}  // namespace ptx
+
+// ---- fagen/smem.cuh --------------------------------------------------------------------------------------
+// How a tile of rows lies in shared memory so that eight rows of one 16-byte column fall into different banks.
+#include <stdint.h>
+
+// kSwizzled: the 16-byte pieces of a row are exchanged by bits of the row number; else each row is 16 bytes longer.
+template <int kRows, int kCols, bool kSwizzled>
+struct SharedTile {
+  static constexpr int kChunks = kCols / 8;  // 16-byte pieces of a row
+  static constexpr int kPitch = kCols * 2 + (kSwizzled ? 0 : 16);
+  static constexpr int kBytes = kRows * kPitch;
+
+  // as many exchanged bits as the row's length leaves free: 3 for multiples of 64 columns, 2 for 32, 1 for 16
+  static constexpr int kBits = !kSwizzled ? 0 : kChunks % 8 == 0 ? 3 : kChunks % 4 == 0 ? 2 : 1;
+  static constexpr uint32_t kExchanged = ((1u << kBits) - 1u) << 4;
+  static_assert(kCols % 16 == 0, "rows are whole 32-byte pieces");
+
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    const int exchange = kSwizzled ? (row >> (3 - kBits)) & ((1 << kBits) - 1) : 0;
+    return row * kPitch + ((chunk ^ exchange) << 4);
+  }
+
+  // From the address of (row, chunk 0 or 1) to (row + down, chunk + 2 * right); `down` is a multiple of 8.
+  static __device__ __forceinline__ uint32_t step(uint32_t address, int down, int right) {
+    const uint32_t across = right * 32;
+    return (address ^ (across & kExchanged)) + (across & ~kExchanged) + down * kPitch;
+  }
+};
+
+// ---- fagen/softmax.cuh -----------------------------------------------------------------------------------
+// Online softmax over the rows that one thread shares with the three other lanes of its quad.
+#include <math.h>
+
+// ---- fagen/ptx/math.cuh ----------------------------------------------------------------------------------
+// Single-instruction functions of the special-function unit.
+
+namespace ptx {
+
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace ptx
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Scores come in raw; `scale_log2` takes them to the base-2 logarithm inside the exponential's one FMA.
+// `reference` is what is subtracted before the exponential: the rows' maximum, or one that is near enough below it.
+// The sum stays per thread until the end. Any reference gives the same O / sum, so keeping an old one is exact.
+template <int kRows, bool kDeferred>
+struct OnlineSoftmax {
+  // a weight may grow to 2^8 before a deferred reference moves: exact in float32, safe in 16 bits
+  static constexpr float kSlack_log2 = 8.f;
+
+  float reference[kRows], sum[kRows], offset[kRows];
+  float scale_log2, slack;
+
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2)
+      : scale_log2(scale_log2), slack(kSlack_log2 / scale_log2) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
+  }
+
+  // Whether a row of this thread has outgrown its reference by more than the slack.
+  __device__ __forceinline__ bool outgrown(const float (&tile_max)[kRows]) const {
+    bool grown = !kDeferred;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > reference[r] + slack;
+    return grown;
+  }
+
+  // Move the references to the rows' maxima; O is to be multiplied by `factor`, as the sums are here.
+  __device__ __forceinline__ void move(const float (&row_max)[kRows], float (&factor)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float next = fmaxf(reference[r], row_max[r]);
+      // a row that has seen nothing yet has no weight to rescale: 2^-inf = 0 once it has, and 0 * 0 until then
+      factor[r] = next == -INFINITY ? 0.f : ptx::ex2((reference[r] - next) * scale_log2);
+      reference[r] = next;
+      sum[r] *= factor[r];
+    }
+  }
+
+  // What is added to the scaled scores: finite even where nothing has been seen yet.
+  __device__ __forceinline__ void settle() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) offset[r] = reference[r] == -INFINITY ? 0.f : -reference[r] * scale_log2;
+  }
+  __device__ __forceinline__ float weight(float score, int r) const {
+    return ptx::ex2(fmaf(score, scale_log2, offset[r]));
+  }
+
+  // log sum exp of row r in natural logarithm, given the whole row's sum
+  __device__ __forceinline__ float lse(int r, float row_sum) const {
+    return row_sum == 0.f ? -INFINITY : reference[r] * scale_log2 * 0.69314718056f + logf(row_sum);
+  }
+};
+
+// What is done to a score beyond the product: softcap, ALiBi. With either, scores are turned to base-2 logarithms
+// here, and the softmax's own scale is 1.
+template <class Config>
+struct ScoreMod {
+  static constexpr bool kActive = Config::kSoftcap || Config::kAlibi;
+  static constexpr float kLog2e = 1.4426950408889634f;
+  float scale, cap_log2, slope_log2;
+  int shift;
+
+  __device__ __forceinline__ ScoreMod(const fagen_params& p, int batch, int head) : shift(p.seqlen_k - p.seqlen_q) {
+    scale = Config::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e;
+    cap_log2 = p.softcap * kLog2e;
+    slope_log2 = Config::kAlibi ? p.alibi_slopes[batch * p.alibi_stride + head] * kLog2e : 0.f;
+  }
+  static __device__ __forceinline__ float softmax_scale_log2(const fagen_params& p) {
+    return kActive ? 1.f : p.scale * kLog2e;
+  }
+  __device__ __forceinline__ float operator()(float score, int m, int key) const {
+    score *= scale;
+    if constexpr (Config::kSoftcap) score = cap_log2 * ptx::tanh_approx(score);
+    if constexpr (Config::kAlibi) score -= slope_log2 * fabsf(float(m + shift - key));
+    return score;
+  }
+};
+
+// Lane addresses: the operand tiles of `ldmatrix` seen from this lane.
+struct Lane {
+  int id = threadIdx.x % 32;
+  int row = id / 4, column = id % 4 * 2;  // of an accumulator: rows row and row + 8, columns column and column + 1
+
+  template <class Tile>  // a 16 x 16 piece, rows down, pieces across: q, and v transposed on the way
+  __device__ __forceinline__ uint32_t row_major(uint32_t tile, int row) const {
+    return tile + Tile::offset(row + id % 16, id / 16);
+  }
+  template <class Tile>  // a 16 x 16 piece whose rows are the product's columns: k
+  __device__ __forceinline__ uint32_t column_major(uint32_t tile, int row) const {
+    return tile + Tile::offset(row + id / 16 * 8 + id % 8, id / 8 % 2);
+  }
+};
+
+// State of kSlabs slabs of 16 rows: kColumns columns of O unnormalised in accumulators, and the softmax.
+template <class Config, int kSlabs, int kKeys, int kColumns, class Element, class TileQ, class TileK, class TileV>
+struct Attend {
+  static constexpr int kDepth = Config::kHeadDim / 16;
+  static constexpr int kRows = kSlabs * 2;  // rows a thread shares
+  static constexpr bool kQInRegisters = Config::kQSource == QSource::registers;
+  using Scores = float[kSlabs][kKeys / 8][4];
+  using Weights = uint32_t[kKeys / 16][kSlabs][4];
+  using Softmax = OnlineSoftmax<kRows, Config::kRescale == Rescale::deferred>;
+
+  Lane lane;
+  float o[kSlabs][kColumns / 8][4];
+  Softmax softmax;
+  uint32_t q_registers[kSlabs][kQInRegisters ? kDepth : 1][4];
+
+  __device__ __forceinline__ explicit Attend(const fagen_params& p) : softmax(ScoreMod<Config>::softmax_scale_log2(p)) {
+#pragma unroll
+    for (auto& slab : o)
+#pragma unroll
+      for (auto& piece : slab) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
+  }
+
+  __device__ __forceinline__ void hold_q(uint32_t q_tile, int first_row) {
+    if constexpr (kQInRegisters) {
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d)
+          ptx::ldmatrix_x4(q_registers[s][d], TileQ::step(lane.row_major<TileQ>(q_tile, first_row), s * 16, d));
+    }
+  }
+
+  // One step of S = Q K^T: the 16 columns of q and k that start at 16 d.
+  template <class Between>
+  __device__ __forceinline__ void score_step(Scores& s_acc, uint32_t q_lane, uint32_t k_lane, int d, Between between) {
+    uint32_t q_frag[kSlabs][4];
+#pragma unroll
+    for (int s = 0; s < kSlabs; ++s) {
+      if constexpr (kQInRegisters)
+        for (int i = 0; i < 4; ++i) q_frag[s][i] = q_registers[s][d][i];
+      else
+        ptx::ldmatrix_x4(q_frag[s], TileQ::step(q_lane, s * 16, d));
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+      uint32_t k_frag[4];
+      ptx::ldmatrix_x4(k_frag, TileK::step(k_lane, n * 16, d));
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s) {
+        ptx::mma_m16n8k16<Element>(s_acc[s][2 * n], q_frag[s], k_frag[0], k_frag[1]);
+        ptx::mma_m16n8k16<Element>(s_acc[s][2 * n + 1], q_frag[s], k_frag[2], k_frag[3]);
+      }
+      between(d * (kKeys / 16) + n);
+    }
+  }
+
+  // S = Q K^T for the warp's rows and the kKeys keys that start at row `first_key` of the tile. `between` is called
+  // kDepth * kKeys / 16 times with its number, to fill the gaps between products.
+  template <class Between>
+  __device__ __forceinline__ void scores(Scores& s_acc, uint32_t q_tile, int first_row, uint32_t k_tile, int first_key,
+                                         Between between) {
+    const uint32_t q_lane = lane.row_major<TileQ>(q_tile, first_row);
+    const uint32_t k_lane = lane.column_major<TileK>(k_tile, first_key);
+#pragma unroll
+    for (auto& slab : s_acc)
+#pragma unroll
+      for (auto& piece : slab) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) score_step(s_acc, q_lane, k_lane, d, between);
+  }
+
+  // Score mods and, on partial tiles, the mask. `m` is the warp's first row of q, `key` its first key.
+  template <bool kMasked>
+  __device__ __forceinline__ void modify(Scores& s_acc, const ScoreMod<Config>& mod, const Band& band,
+                                         const Intervals<Config>& intervals, int m, int key) {
+    if constexpr (kMasked || ScoreMod<Config>::kActive) {
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = m + s * 16 + half * 8 + lane.row;
+          // thresholds relative to the thread's first column: one comparison with a constant a side
+          const int begin = band.begin(row) - key - lane.column, end = band.end(row) - key - lane.column;
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& score = s_acc[s][n][half * 2 + e];
+              if constexpr (ScoreMod<Config>::kActive) score = mod(score, row, key + lane.column + n * 8 + e);
+              if constexpr (kMasked) {
+                bool hidden = n * 8 + e >= end;
+                if constexpr (Config::kMask == Mask::window || Config::kMask == Mask::intervals)
+                  hidden |= n * 8 + e < begin;
+                if (hidden) score = -INFINITY;
+              }
+            }
+        }
+      if constexpr (kMasked && Config::kMask == Mask::intervals) hide_intervals(s_acc, intervals, m, key);
+    }
+  }
+
+  __device__ __forceinline__ void hide_intervals(Scores& s_acc, const Intervals<Config>& intervals, int m, int key) {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = min(key + lane.column + n * 8 + e, intervals.last_key);
+        const auto bounds = intervals.at(column);
+#pragma unroll
+        for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            if (bounds.hides(m + s * 16 + half * 8 + lane.row)) s_acc[s][n][half * 2 + e] = -INFINITY;
+      }
+  }
+
+  __device__ __forceinline__ void tile_maxima(const Scores& s_acc, float (&tile_max)[kRows]) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      tile_max[r] = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+        tile_max[r] = fmaxf(tile_max[r], fmaxf(s_acc[r / 2][n][r % 2 * 2], s_acc[r / 2][n][r % 2 * 2 + 1]));
+    }
+  }
+
+  // Take a new tile's maxima into the reference; O follows.
+  __device__ __forceinline__ void observe(const Scores& s_acc) {
+    float tile_max[kRows], factor[kRows];
+    tile_maxima(s_acc, tile_max);
+    if (__any_sync(~0u, softmax.outgrown(tile_max))) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) tile_max[r] = quad_max(tile_max[r]);
+      softmax.move(tile_max, factor);
+      rescale(factor);
+    }
+  }
+
+  // One register of P = exp(S - reference): two columns of row i % 2 of piece 2 n + i / 2. The accumulator of S is
+  // already in the order of P's operand.
+  __device__ __forceinline__ void weigh(const Scores& s_acc, Weights& p_frag, int s, int n, int i) {
+    const float* pair = &s_acc[s][2 * n + i / 2][i % 2 * 2];
+    const int r = s * 2 + i % 2;
+    const float first = softmax.weight(pair[0], r), second = softmax.weight(pair[1], r);
+    softmax.sum[r] += first + second;
+    p_frag[n][s][i] = pack<Element>(first, second);
+  }
+
+  // O += P V for 16 keys: `p_frag` their weights, `v_lane` this lane's address of their first 16 columns of v.
+  __device__ __forceinline__ void value_step(const uint32_t (&p_frag)[kSlabs][4], uint32_t v_lane) {
+#pragma unroll
+    for (int d = 0; d < kColumns / 16; ++d) {
+      uint32_t v_frag[4];
+      ptx::ldmatrix_x4_trans(v_frag, TileV::step(v_lane, 0, d));
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s) {
+        ptx::mma_m16n8k16<Element>(o[s][2 * d], p_frag[s], v_frag[0], v_frag[1]);
+        ptx::mma_m16n8k16<Element>(o[s][2 * d + 1], p_frag[s], v_frag[2], v_frag[3]);
+      }
+    }
+  }
+
+  // The whole softmax and second product of a tile.
+  __device__ __forceinline__ void values(const Scores& s_acc, uint32_t v_tile, int first_key) {
+    observe(s_acc);
+    softmax.settle();
+    const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
+    Weights p_frag;
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weigh(s_acc, p_frag, s, n, i);
+      value_step(p_frag[n], v_lane + n * 16 * TileV::kPitch);
+    }
+  }
+
+  // O += P V of one tile while S of the next is computed: the exponentials fill the gaps between its products.
+  __device__ __forceinline__ void values_under_scores(const Scores& s_acc, uint32_t v_tile, Scores& s_next,
+                                                      uint32_t q_tile, int first_row, uint32_t k_next, int first_key) {
+    constexpr int kWeights = kKeys / 16 * kSlabs * 4, kGaps = kDepth * (kKeys / 16);
+    Weights p_frag;
+    scores(s_next, q_tile, first_row, k_next, first_key, [&](int gap) {
+#pragma unroll
+      for (int w = gap * kWeights / kGaps; w < (gap + 1) * kWeights / kGaps; ++w)
+        weigh(s_acc, p_frag, w / 4 % kSlabs, w / 4 / kSlabs, w % 4);
+    });
+    const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) value_step(p_frag[n], v_lane + n * 16 * TileV::kPitch);
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (auto& piece : o[r / 2]) piece[r % 2 * 2] *= factor[r], piece[r % 2 * 2 + 1] *= factor[r];
+  }
+};
+
+// ---- fagen/schedule.cuh ----------------------------------------------------------------------------------
+// Which tile of rows, head and batch a block takes.
+#include <stdint.h>
+
+
+struct Work {
+  int row_tile, head, batch;
+};
+
+// `heads_at_once` (sectioned order): as many heads as have their keys and values in L2 together.
+template <BlockOrder kOrder>
+__device__ __forceinline__ Work take_work(const fagen_params& p, uint32_t index, int row_tiles, int heads_at_once) {
+  const uint32_t heads = p.heads * p.batch;
+  uint32_t row, head;
+  if constexpr (kOrder == BlockOrder::ascending || kOrder == BlockOrder::descending) {
+    row = index % row_tiles;
+    head = index / row_tiles;
+    if (kOrder == BlockOrder::descending) row = row_tiles - 1 - row;
+  } else {  // longest rows of all heads first, section of heads by section
+    const uint32_t section = kOrder == BlockOrder::sectioned ? heads_at_once : heads;
+    const uint32_t whole = index / (section * row_tiles);
+    const uint32_t here = min(section, heads - whole * section), rest = index - whole * section * row_tiles;
+    head = whole * section + rest % here;
+    row = row_tiles - 1 - rest / here;
+  }
+  return {int(row), int(head % p.heads), int(head / p.heads)};
+}
+
+// ---- fagen/walk.cuh --------------------------------------------------------------------------------------
+// The tiles of keys that a tile of rows visits, from the last to the first, and which of them need mask arithmetic.
+
+// Tiles [begin, end) hold every visible cell of rows [m0, m1); those of [full_begin, full_end) hold no hidden one.
+struct TileRange {
+  int begin, end, full_begin, full_end;
+
+  template <int kTileN>
+  static __device__ __forceinline__ TileRange of(const Band& band, int m0, int m1) {
+    TileRange r;
+    const int keys_end = band.end(m1 - 1);
+    r.end = (keys_end + kTileN - 1) / kTileN;
+    r.begin = min(band.begin(m0) / kTileN, r.end);
+    r.full_end = max(r.begin, min(band.end(m0), band.seqlen_k) / kTileN);
+    r.full_begin = min(r.full_end, max(r.begin, (band.begin(m1 - 1) + kTileN - 1) / kTileN));
+    return r;
+  }
+};
+
+// Band masks: every tile of the range is visited.
+struct RangeWalk {
+  int tile, begin;
+  __device__ __forceinline__ bool valid() const { return tile >= begin; }
+  __device__ __forceinline__ void advance() { --tile; }
+};
+__device__ __forceinline__ bool needs_mask(const RangeWalk& walk, const TileRange& range) {
+  return walk.tile < range.full_begin || walk.tile >= range.full_end;
+}
+
+// Intervals: the lanes of a warp classify 32 tiles at once; the visible ones are then taken from the top.
+template <class Config>
+struct IntervalWalk {
+  const Intervals<Config>& intervals;
+  TileRange range;
+  int m0, m1, group;        // tiles [group, group + 32) are classified
+  uint32_t seen, hidden;    // bits of tiles still to visit, and of those that need the mask
+  int tile;                 // present tile, or -1
+
+  __device__ __forceinline__ IntervalWalk(const Intervals<Config>& intervals, TileRange range, int m0, int m1)
+      : intervals(intervals), range(range), m0(m0), m1(m1), group(range.end), seen(0), hidden(0) {
+    advance();
+  }
+  __device__ __forceinline__ bool valid() const { return tile >= 0; }
+  __device__ __forceinline__ bool partial() const {
+    return tile < range.full_begin || tile >= range.full_end || (hidden >> (tile - group) & 1);
+  }
+  __device__ __forceinline__ void advance() {
+    while (seen == 0) {
+      if (group <= range.begin) {
+        tile = -1;
+        return;
+      }
+      group -= 32;
+      const int mine = group + int(threadIdx.x % 32);
+      bool empty = true, partly = false;
+      if (mine >= range.begin && mine < range.end) intervals.classify(mine, m0, m1, empty, partly);
+      seen = __ballot_sync(~0u, !empty);
+      hidden = __ballot_sync(~0u, partly);
+    }
+    const int bit = 31 - __clz(seen);
+    seen ^= 1u << bit;
+    tile = group + bit;
+  }
+};
+template <class Config>
+__device__ __forceinline__ bool needs_mask(const IntervalWalk<Config>& walk, const TileRange&) {
+  return walk.partial();
+}
+
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+struct True {
+  static constexpr bool value = true;
+};
+struct False {
+  static constexpr bool value = false;
+};
+
+template <class C>
+struct Shape {
+  static constexpr int kGroups = C::kTileM / 64;  // warpgroups that compute, each 64 rows of q
+  static constexpr int kThreads = (kGroups + 1) * 128;
+  static constexpr int kSlabs = (C::kHeadDim + 63) / 64, kSlabsV = (C::kHeadDimV + 63) / 64;
+  static constexpr int kQBytes = C::kTileM * 128 * larger(kSlabs, kSlabsV);  // O leaves through the same place
+  static constexpr int kKBytes = C::kTileN * 128 * kSlabs, kVBytes = C::kTileN * 128 * kSlabsV;
+  static constexpr int kK = kQBytes, kV = kK + C::kStages * kKBytes, kBarriers = kV + C::kStages * kVBytes;
+  static constexpr int kSmemBytes = kBarriers + 8 * (1 + 4 * C::kStages) + 1024;  // and room to align the start
+
+  // Registers of a thread: what the block is compiled for, and how the roles divide them.
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kGroups == 1 ? 232 : kGroups == 2 ? 240 : 160;
+  static constexpr int kBlocksPerSm = kGroups == 1 ? 2 : 1;
+
+  static_assert(C::kTileM % 64 == 0 && C::kTileN % 16 == 0, "a warpgroup's product is 64 rows, 16 keys deep");
+  static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
+  static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
+};
+
+// Descriptor of a wgmma operand whose 16 elements of k lie in a row (q, k); slabs are separate operands.
+__device__ __forceinline__ uint64_t rows_operand(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = 1ull << 62, kGroupOf8Rows = uint64_t(1024 >> 4) << 32, kUnused = 1ull << 16;
+  return kSwizzle128 | kGroupOf8Rows | kUnused | ((address & 0x3ffff) >> 4);
+}
+// And of one whose columns lie in a row, 16 rows deep in k (v): slabs `slab_bytes` apart.
+__device__ __forceinline__ uint64_t columns_operand(uint32_t address, int slab_bytes) {
+  constexpr uint64_t kSwizzle128 = 1ull << 62, kGroupOf8Rows = uint64_t(1024 >> 4) << 32;
+  return kSwizzle128 | kGroupOf8Rows | uint64_t(slab_bytes >> 4) << 16 | ((address & 0x3ffff) >> 4);
+}
+
+// A ring of stages with a full and an empty barrier each; producer and consumers each step through it on their own.
+struct Ring {
+  uint32_t full, empty;  // of stage 0
+  int stage = 0, phase = 0;
+
+  template <int kStages>
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ uint32_t full_barrier() const { return full + stage * 8; }
+  __device__ __forceinline__ uint32_t empty_barrier() const { return empty + stage * 8; }
+};
+
+// ---- fagen/sm90/forward.cuh ------------------------------------------------------------------------------
+// The forward kernel for Hopper: one warp feeds the copy engine, one to three warpgroups compute 64 rows of q each.
+
+struct Launch {
+  CUtensorMap q, k, v;
+  int row_tiles, key_tiles;  // tiles of a head
+  int heads_at_once;         // sectioned order
+  Extent* extents;           // of the intervals, tile by tile
+};
+
+// Call visit(tile, masked) for the rest of the walk, with a loop of its own for tiles that need no mask.
+template <class C, class Walk, class Visit>
+__device__ __forceinline__ void visit_tiles(Walk& walk, const TileRange& range, Visit visit) {
+  if constexpr (C::kMask == Mask::intervals) {
+    for (; walk.valid(); walk.advance()) walk.partial() ? visit(walk.tile, True{}) : visit(walk.tile, False{});
+  } else {
+    for (; walk.valid() && walk.tile >= range.full_end; walk.advance()) visit(walk.tile, True{});
+    for (; walk.tile >= range.full_begin; walk.advance()) visit(walk.tile, False{});
+    if constexpr (C::kMask == Mask::window)
+      for (; walk.valid(); walk.advance()) visit(walk.tile, True{});
+  }
+}
+
+// Every register of a fragment stays where it is, and is written, before what follows.
+template <class X, int kPieces>
+__device__ __forceinline__ void pin(X (&fragment)[kPieces][4]) {
+#pragma unroll
+  for (int i = 0; i < kPieces * 4; ++i) ptx::pin(fragment[i / 4][i % 4]);
+}
+
+template <class C, class Element>
+struct Block {
+  using S = Shape<C>;
+  using State = Attend<C, 1, C::kTileN, C::kHeadDimV, Element, void, void, void>;
+  using Scores = typename State::Scores;    // [1][keys / 8][4]
+  using Weights = typename State::Weights;  // [keys / 16][1][4]
+
+  const fagen_params& p;
+  const Launch& launch;
+  uint32_t smem;
+  Work work;
+  int m0, m1, kv_head;
+  Band band;
+  TileRange range;
+  Intervals<C> intervals;
+
+  __device__ __forceinline__ Block(const fagen_params& p, const Launch& launch, uint32_t smem)
+      : p(p),
+        launch(launch),
+        smem(smem),
+        work(take_work<C::kBlockOrder>(p, blockIdx.x, launch.row_tiles, launch.heads_at_once)),
+        band(p) {
+    m0 = work.row_tile * C::kTileM;
+    m1 = min(m0 + C::kTileM, p.seqlen_q);
+    kv_head = work.head / (p.heads / p.kv_heads);
+    range = TileRange::of<C::kTileN>(band, m0, m1);
+    if constexpr (C::kMask == Mask::intervals) {
+      const int head = p.mask_heads == 1 ? 0 : kv_head;
+      intervals.bounds = p.intervals + work.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
+      intervals.stride = p.intervals_stride[2];
+      intervals.extents =
+          launch.extents + int64_t(work.batch * p.mask_heads + head) * launch.key_tiles * C::kIntervalColumns;
+      intervals.last_key = p.seqlen_k - 1;
+    }
+  }
+
+  __device__ __forceinline__ auto first_tile() const {
+    if constexpr (C::kMask == Mask::intervals)
+      return IntervalWalk<C>(intervals, range, m0, m1);
+    else
+      return RangeWalk{range.end - 1, range.begin};
+  }
+  __device__ __forceinline__ uint32_t q_barrier() const { return smem + S::kBarriers; }
+  __device__ __forceinline__ Ring k_ring() const {
+    const uint32_t first = q_barrier() + 8;
+    return {first, first + C::kStages * 8};
+  }
+  __device__ __forceinline__ Ring v_ring() const {
+    const uint32_t first = q_barrier() + 8 + 2 * C::kStages * 8;
+    return {first, first + C::kStages * 8};
+  }
+
+  // Consumers give a stage back with one arrival a warp.
+  __device__ __forceinline__ void init_barriers() const {
+    ptx::mbarrier_init(q_barrier(), 1);
+    for (int stage = 0; stage < C::kStages; ++stage) {
+      ptx::mbarrier_init(k_ring().full + stage * 8, 1);
+      ptx::mbarrier_init(v_ring().full + stage * 8, 1);
+      ptx::mbarrier_init(k_ring().empty + stage * 8, S::kGroups * 4);
+      ptx::mbarrier_init(v_ring().empty + stage * 8, S::kGroups * 4);
+    }
+    ptx::fence_mbarrier_init();
+  }
+
+  // ---- producer: one warp walks the tiles, one lane of it talks to the copy engine
+
+  __device__ __forceinline__ void load(const CUtensorMap& map, Ring& ring, uint32_t first, int bytes, int slabs,
+                                       int tile, bool elected) const {
+    if (elected) {
+      ptx::mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
+      ptx::mbarrier_arrive_expect(ring.full_barrier(), bytes);
+      for (int slab = 0; slab < slabs; ++slab)
+        ptx::tma_load(first + ring.stage * bytes + slab * C::kTileN * 128, &map, ring.full_barrier(), slab * 64,
+                      tile * C::kTileN, kv_head, work.batch);
+    }
+    ring.advance<C::kStages>();
+  }
+
+  __device__ __forceinline__ void produce() const {
+    const bool elected = threadIdx.x % 32 == 0;
+    Ring k = k_ring(), v = v_ring();
+    if (elected) {
+      ptx::mbarrier_arrive_expect(q_barrier(), C::kTileM * 128 * S::kSlabs);
+      for (int slab = 0; slab < S::kSlabs; ++slab)
+        for (int group = 0; group < S::kGroups; ++group)
+          ptx::tma_load(smem + (slab * C::kTileM + group * 64) * 128, &launch.q, q_barrier(), slab * 64,
+                        m0 + group * 64, work.head, work.batch);
+    }
+    // keys run one tile ahead of values, as they are needed
+    int v_tile = -1;
+    for (auto walk = first_tile(); walk.valid(); walk.advance()) {
+      load(launch.k, k, smem + S::kK, S::kKBytes, S::kSlabs, walk.tile, elected);
+      if (v_tile >= 0) load(launch.v, v, smem + S::kV, S::kVBytes, S::kSlabsV, v_tile, elected);
+      v_tile = walk.tile;
+    }
+    if (v_tile >= 0) load(launch.v, v, smem + S::kV, S::kVBytes, S::kSlabsV, v_tile, elected);
+  }
+
+  // ---- consumers: what a warpgroup does
+
+  __device__ __forceinline__ void release(const Ring& ring) const {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty_barrier());
+  }
+  // S = Q K^T, started
+  __device__ __forceinline__ void start_scores(Scores& s_acc, int group, const Ring& ring) const {
+    pin(s_acc[0]);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < C::kHeadDim / 16; ++d) {
+      const uint32_t within = d % 4 * 32;  // of a slab's 128-byte rows
+      const uint32_t q = smem + (d / 4 * C::kTileM + group * 64) * 128 + within;
+      const uint32_t k = smem + S::kK + ring.stage * S::kKBytes + d / 4 * C::kTileN * 128 + within;
+      ptx::wgmma_shared<C::kTileN>(s_acc[0], rows_operand(q), rows_operand(k), d > 0);
+    }
+    ptx::wgmma_commit();
+  }
+  // O += P V, started
+  __device__ __forceinline__ void start_values(State& state, Weights& p_frag, const Ring& ring) const {
+    pin(state.o[0]);
+#pragma unroll
+    for (auto& piece : p_frag) pin(piece);
+    ptx::wgmma_fence();
+    const uint32_t v = smem + S::kV + ring.stage * S::kVBytes;
+#pragma unroll
+    for (int n = 0; n < C::kTileN / 16; ++n)
+      ptx::wgmma_registers<C::kHeadDimV>(state.o[0], p_frag[n][0], columns_operand(v + n * 2048, C::kTileN * 128));
+    ptx::wgmma_commit();
+  }
+  template <int kPending>
+  __device__ __forceinline__ void wait_scores(Scores& s_acc) const {
+    ptx::wgmma_wait<kPending>();
+    pin(s_acc[0]);
+  }
+  __device__ __forceinline__ void wait_values(State& state) const {
+    ptx::wgmma_wait<0>();
+    pin(state.o[0]);
+  }
+
+  // Softmax of a tile: S becomes the weights, and O must follow by `factor`, once it is at rest, if this returns true.
+  __device__ __forceinline__ bool weigh(State& state, Scores& s_acc, float (&factor)[2]) const {
+    float row_max[2];
+    state.tile_maxima(s_acc, row_max);
+    const bool moved = __any_sync(~0u, state.softmax.outgrown(row_max));
+    if (moved) {
+      for (float& x : row_max) x = quad_max(x);
+      state.softmax.move(row_max, factor);
+    }
+    state.softmax.settle();
+#pragma unroll
+    for (int n = 0; n < C::kTileN / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& x = s_acc[0][n][i];
+        x = state.softmax.weight(x, i / 2);
+        state.softmax.sum[i / 2] += x;
+      }
+    return moved;
+  }
+  // The weights as an operand. Registers of an operand may not change while any product is under way.
+  __device__ __forceinline__ void pack_weights(const Scores& s_acc, Weights& p_frag) const {
+#pragma unroll
+    for (int n = 0; n < C::kTileN / 16; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = &s_acc[0][2 * n + i / 2][i % 2 * 2];
+        p_frag[n][0][i] = pack<Element>(pair[0], pair[1]);
+      }
+  }
+
+  __device__ __forceinline__ void consume(int group) const {
+    const int warp = threadIdx.x / 32 % 4, row0 = m0 + group * 64 + warp * 16;
+    State state(p);
+    const ScoreMod<C> mod(p, work.batch, work.head);
+    Ring k = k_ring(), v = v_ring();
+    auto walk = first_tile();
+    Scores s_acc;
+    Weights p_frag;
+    float factor[2];
+    const auto modify = [&](int tile, auto masked) {
+      state.template modify<decltype(masked)::value>(s_acc, mod, band, intervals, row0, tile * C::kTileN);
+    };
+    ptx::mbarrier_wait(q_barrier(), 0);
+    if (walk.valid()) {
+      ptx::mbarrier_wait(k.full_barrier(), k.phase);
+      start_scores(s_acc, group, k);
+      wait_scores<0>(s_acc);
+      release(k);
+      k.template advance<C::kStages>();
+      needs_mask(walk, range) ? modify(walk.tile, True{}) : modify(walk.tile, False{});
+      weigh(state, s_acc, factor);  // O is still zero: nothing to rescale
+      pack_weights(s_acc, p_frag);
+      walk.advance();
+      const auto visit = [&](int tile, auto masked) {
+        ptx::mbarrier_wait(k.full_barrier(), k.phase);
+        start_scores(s_acc, group, k);
+        ptx::mbarrier_wait(v.full_barrier(), v.phase);
+        start_values(state, p_frag, v);
+        wait_scores<C::kOverlap ? 1 : 0>(s_acc);  // with overlap, O += P V goes on under the softmax of the next tile
+        release(k);
+        k.template advance<C::kStages>();
+        modify(tile, masked);
+        const bool moved = weigh(state, s_acc, factor);
+        wait_values(state);
+        release(v);
+        v.template advance<C::kStages>();
+        if (moved) state.rescale(factor);
+        pack_weights(s_acc, p_frag);
+      };
+      visit_tiles<C>(walk, range, visit);
+      ptx::mbarrier_wait(v.full_barrier(), v.phase);
+      start_values(state, p_frag, v);
+      wait_values(state);
+    }
+    store(state, group, warp);
+  }
+
+  // Normalise, and store through the warpgroup's own rows of q's place: whole 16-byte pieces of rows.
+  __device__ __forceinline__ void store(State& state, int group, int warp) const {
+    const Lane lane;
+    const int first = group * 64 + warp * 16;
+    const auto at = [&](int row, int chunk) {
+      return smem + (chunk / 8 * C::kTileM + row) * 128 + ((chunk % 8) ^ (row % 8)) * 16;
+    };
+    ptx::barrier_sync(1 + group, 128);  // the warpgroup has read its rows of q for the last time
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first + r * 8 + lane.row;
+      const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
+      if (p.lse && lane.id % 4 == 0 && m0 + row < p.seqlen_q)
+        p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m0 + row] = state.softmax.lse(r, row_sum);
+#pragma unroll
+      for (int n = 0; n < C::kHeadDimV / 8; ++n)
+        ptx::st_shared_4(at(row, n) + lane.column * 2,
+                         pack<Element>(state.o[0][n][r * 2] * inverse, state.o[0][n][r * 2 + 1] * inverse));
+    }
+    __syncwarp();  // a warp reads back only the rows it wrote
+    Element* out = static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + work.head * p.o_stride[2];
+    constexpr int kChunks = C::kHeadDimV / 8;
+#pragma unroll 4
+    for (int i = lane.id; i < 16 * kChunks; i += 32) {
+      const int row = first + i / kChunks, chunk = i % kChunks;
+      if (m0 + row < p.seqlen_q && chunk * 8 < p.head_dim_v)
+        *reinterpret_cast<uint4*>(out + (m0 + row) * p.o_stride[1] + chunk * 8) = ptx::ld_shared_16(at(row, chunk));
+    }
+  }
+};
+
+template <class C, class Element>
+__device__ __forceinline__ void attend(const fagen_params& p, const Launch& launch, unsigned char* shared) {
+  using S = Shape<C>;
+  const uint32_t smem = (ptx::shared_address(shared) + 1023) & ~1023u;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well; 0 produces
+  const Block<C, Element> block(p, launch, smem);
+  if (threadIdx.x == 0) {
+    ptx::prefetch_map(&launch.q);
+    ptx::prefetch_map(&launch.k);
+    ptx::prefetch_map(&launch.v);
+    block.init_barriers();
+  }
+  __syncthreads();
+  if (group == 0) {
+    ptx::fewer_registers<S::kProducerRegisters>();
+    if (threadIdx.x < 32) block.produce();
+  } else {
+    ptx::more_registers<S::kConsumerRegisters>();
+    block.consume(group - 1);
+  }
+}
+
+// ---- fagen/sm90/host.cuh ---------------------------------------------------------------------------------
+// From a call to a launch: tensor maps, grid, workspace.
+#include <cuda.h>
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+
+template <class C>
+static uint64_t extents_bytes(const fagen_params* p) {
+  if (C::kMask != Mask::intervals) return 0;
+  const uint64_t tiles = (p->seqlen_k + C::kTileN - 1) / C::kTileN;
+  return (sizeof(Extent) * tiles * p->batch * p->mask_heads * C::kIntervalColumns + 255) / 256 * 256;
+}
+
+// The driver's encoder, found at run time so that nothing links against the driver.
+static PFN_cuTensorMapEncodeTiled_v12000 map_encoder() {
+  static PFN_cuTensorMapEncodeTiled_v12000 found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  return found;
+}
+
+// (column, row, head, batch) of q, k or v, in boxes of 64 columns and `rows` rows.
+static cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const void* base, const int64_t (&stride)[3],
+                            int cols, int rows, int heads, int batch, int box_rows) {
+  const auto encode = map_encoder();
+  if (!encode) return cudaErrorNotSupported;
+  const cuuint64_t size[4] = {cuuint64_t(cols), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)};
+  // a dimension of one never steps, and its stride may be anything; the map wants one that is legal
+  const auto bytes = [](int64_t elements, int count) { return cuuint64_t(count > 1 ? elements * 2 : 16); };
+  const cuuint64_t strides[3] = {bytes(stride[1], rows), bytes(stride[2], heads), bytes(stride[0], batch)};
+  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+  const CUresult result =
+      encode(map, type, 4, const_cast<void*>(base), size, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// The L2 size, and, once a device, more shared memory than the default.
+template <class C, class Forward>
+static cudaError_t prepare(Forward forward, int* l2_bytes) {
+  constexpr int kDevices = 64;
+  static int known[kDevices];
+  static volatile bool ready[kDevices];
+  int index = 0;
+  if (const cudaError_t e = cudaGetDevice(&index)) return e;
+  if (index >= kDevices) return cudaErrorInvalidDevice;
+  if (!ready[index]) {  // two threads may both come here; both write the same
+    if (const cudaError_t e = cudaDeviceGetAttribute(&known[index], cudaDevAttrL2CacheSize, index)) return e;
+    if (const cudaError_t e =
+            cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<C>::kSmemBytes))
+      return e;
+    ready[index] = true;
+  }
+  *l2_bytes = known[index];
+  return cudaSuccess;
+}
+
+template <class C, class Element, class Forward, class Extents>
+static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMapDataType type, Forward forward,
+                          Extents find) {
+  int l2_bytes;
+  if (const cudaError_t e = prepare<C>(forward, &l2_bytes)) return e;
+  Launch launch;
+  if (const cudaError_t e = make_map(&launch.q, type, p.q, p.q_stride, p.head_dim, p.seqlen_q, p.heads, p.batch, 64))
+    return e;
+  if (const cudaError_t e =
+          make_map(&launch.k, type, p.k, p.k_stride, p.head_dim, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
+    return e;
+  if (const cudaError_t e =
+          make_map(&launch.v, type, p.v, p.v_stride, p.head_dim_v, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
+    return e;
+  const int heads = p.heads * p.batch;
+  launch.row_tiles = (p.seqlen_q + C::kTileM - 1) / C::kTileM;
+  launch.key_tiles = (p.seqlen_k + C::kTileN - 1) / C::kTileN;
+  // as many heads at once as fit half of L2 with their keys and values, whole groups of heads that share them
+  const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
+  const int64_t fit = l2_bytes / 2 / head_bytes;
+  const int64_t at_once = (fit < 1 ? 1 : fit) * (p.heads / p.kv_heads);
+  launch.heads_at_once = at_once < heads ? int(at_once) : heads;
+  launch.extents = static_cast<Extent*>(p.workspace);
+  if constexpr (C::kMask == Mask::intervals) {
+    const int64_t warps = int64_t(launch.key_tiles) * p.batch * p.mask_heads;
+    find<<<unsigned((warps + 7) / 8), 256, 0, stream>>>(p, launch.extents, launch.key_tiles);
+  }
+  forward<<<unsigned(launch.row_tiles) * heads, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream>>>(p, launch);
+  return cudaGetLastError();
+}
+
+using Element = bfloat_t;
+constexpr CUtensorMapDataType kMapType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+struct Kernel : Config {
+  static constexpr QSource kQSource = QSource::shared;
+};
+
+__global__ void __launch_bounds__(Shape<Kernel>::kThreads, Shape<Kernel>::kBlocksPerSm)
+forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
+  extern __shared__ unsigned char shared[];
+  attend<Kernel, Element>(p, launch, shared);
+}
+
+__global__ void extents_kernel(const __grid_constant__ fagen_params p, Extent* extents, int tiles) {
+  find_extents<Kernel>(p, extents, tiles);
+}
+
+extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
+
+extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) { return extents_bytes<Kernel>(p); }
+
+extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+extern "C" int fagen_launch(const fagen_params* p, void* stream) {
+  return launch_forward<Kernel, Element>(*p, static_cast<cudaStream_t>(stream), kMapType, forward_kernel,
+                                         extents_kernel);
+}
