@@ -1,9 +1,16 @@
-"""Writes docs/knobs.md from the families, docs/reference.md from errors and variables. `make docs` runs it."""
+"""Writes what the documents take from code and data: knobs, errors, variables, the README's measured figures.
+
+`make docs` runs it; a test fails when a page is not what this makes of it.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -45,7 +52,74 @@ def reference() -> str:
     return text + _table(("variable", "meaning"), [(f"`{name}`", meaning) for name, meaning in env.VARIABLES.items()])
 
 
-PAGES = {"knobs.md": knobs, "reference.md": reference}
+# ---- measured -------------------------------------------------------------------------------------------------------
+
+
+def _results(name: str) -> tuple[dict[str, Any], dict[tuple[int, int, str], dict[str, Any]]]:
+    """A file of benchmarks/, and its rows by head dim, length and mask."""
+    data = json.loads((FOLDER.parent / "benchmarks" / name).read_text())
+    rows = {}
+    for row in data["rows"]:
+        found = re.search(r"/d(\d+)/(\w+)/.*/q(\d+)-", row["problem"])
+        assert found, row["problem"]
+        rows[int(found[1]), int(found[3]), found[2]] = row
+    return data, rows
+
+
+def _side_by_side(rows: dict[tuple[int, int, str], dict[str, Any]], cells: Any, peer: str) -> str:
+    """A line a head dim and length; `cells` gives ours, the peer's and the ratio of a row."""
+    lines = []
+    for dim, length in dict.fromkeys((dim, length) for dim, length, _ in rows):
+        name = f"{length // 1024}k" if length % 1024 == 0 else str(length)
+        lines.append((str(dim), name, *cells(rows[dim, length, "none"]), *cells(rows[dim, length, "causal"])))
+    head = ("head dim", "length", "full: fagen", peer, "ratio", "causal: fagen", peer, "ratio")
+    return _table(head, lines)
+
+
+def _where(data: dict[str, Any], *tools: str) -> str:
+    versions = (f"{tool} {data['environment'][tool]}" for tool in tools)
+    return f"{', '.join(versions)};\n`{data['command']}`"
+
+
+def measured_gpu() -> str:
+    data, rows = _results("h200_fa2_rows.json")
+
+    def cells(row: dict[str, Any]) -> tuple[str, ...]:
+        return f"{row['fagen']['tflops']:.0f}", f"{row['fa2']['tflops']:.0f}", f"{row['ratio']:.2f}x"
+
+    ratios = [row["ratio"] for row in rows.values()]
+    mean = f"{statistics.geometric_mean(ratios):.2f}x, from {min(ratios):.2f}x to {max(ratios):.2f}x"
+    return (
+        f"**`sm80_forward`, tuned, against PyTorch's FlashAttention 2 backend** on an {data['device']}, in TFLOP/s.\n"
+        f"bf16, batch x length = 16384, heads x head dim = 2048. Geometric mean of the ratios {mean}\n"
+        f"({_where(data, 'torch', 'driver')}).\n\n{_side_by_side(rows, cells, 'FA2')}"
+    )
+
+
+def measured_cpu() -> str:
+    data, rows = _results("cpu_vs_sdpa.json")
+
+    def cells(row: dict[str, Any]) -> tuple[str, ...]:
+        return f"{row['gflops_best']:.0f}", f"{row['gflops_sdpa']:.0f}", f"{row['best_over_sdpa']:.2f}x"
+
+    device, best, default = data["environment"]["device"], "best_over_sdpa", "default_over_sdpa"
+    means = {name: f"{mean:.2f}x" for name, mean in data["geometric_mean"].items()}
+    return (
+        f"**`cpu_forward` against PyTorch's SDPA** on {data['threads']} cores of an {device}, in GFLOP/s.\n"
+        "float32, batch 1, 8 heads. The fastest of five first guesses is shown: geometric mean of the ratios\n"
+        f"{means[best]}; of the default alone {means[default]} ({_where(data, 'torch')}).\n\n"
+        f"{_side_by_side(rows, cells, 'SDPA')}"
+    )
+
+
+def readme() -> str:
+    """The README with its measured figures filled in."""
+    begin, end = "<!-- measured: begin -->\n", "<!-- measured: end -->"
+    before, _, rest = (FOLDER.parent / "README.md").read_text().partition(begin)
+    return f"{before}{begin}\n{measured_gpu()}\n{measured_cpu()}\n{end}{rest.partition(end)[2]}"
+
+
+PAGES = {"knobs.md": knobs, "reference.md": reference, "../README.md": readme}
 
 if __name__ == "__main__":
     for file, make in PAGES.items():

@@ -11,11 +11,11 @@ import torch
 from fagen import binding, build, dispatch, env, fallback, kernel
 from fagen.errors import FagenError, InvalidArgument, LaunchError
 from fagen.masks import interval_kind
-from fagen.problem import MAX_HEAD_DIM, Problem
+from fagen.problem import MAX_HEAD_DIM, TORCH_DTYPES, Problem
 from fagen.target import Target
 from fagen.verify import Semantics
 
-_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_DTYPES = {getattr(torch, theirs): ours for ours, theirs in TORCH_DTYPES.items()}
 _NO_BACKWARD = "the inputs need gradients, and fagen has no backward kernel yet"
 
 Window = tuple[int | None, int | None]
@@ -99,7 +99,6 @@ def _attention(
     return torch.ops.fagen.forward(*args)
 
 
-@torch.compiler.assume_constant_result
 def _ops_ready() -> bool:
     """Whether the ops are registered; makes them so if that can be. torch.compile runs this while it traces."""
     global _fast
@@ -107,6 +106,10 @@ def _ops_ready() -> bool:
         module = binding.load()
         _fast = module.attention if module is not None else None
     return _fast is not None
+
+
+# what torch.compiler.assume_constant_result sets, without the second that importing torch._dynamo for it takes
+vars(_ops_ready)["_dynamo_marked_constant"] = True
 
 
 def _finish(result: tuple[torch.Tensor, torch.Tensor], return_lse: bool, out: torch.Tensor | None) -> Any:
@@ -197,11 +200,9 @@ def _check_intervals(intervals: torch.Tensor, q: torch.Tensor, keys: tuple[int, 
     if intervals.device != q.device:
         raise InvalidArgument(f"intervals are on {intervals.device}", f"q is on {q.device}")
     shape = tuple(intervals.shape)
-    good = len(shape) == 4 and (
-        shape[0] == 1 or shape[0] == batch
-    )  # `in` would not do: torch.compile's sizes are symbols
-    good = good and (shape[1] == 1 or shape[1] == kv_heads) and shape[2] == seqlen_k
-    if not good:
+    # `in` would not do: torch.compile's sizes are symbols
+    good = len(shape) == 4 and (shape[0] == 1 or shape[0] == batch) and (shape[1] == 1 or shape[1] == kv_heads)
+    if not good or shape[2] != seqlen_k:
         raise InvalidArgument(f"intervals must have shape {wants}", f"they have {shape}")
     interval_kind(shape[3], causal)
 

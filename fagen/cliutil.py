@@ -195,7 +195,17 @@ def problems_in(path: Path | str, target: Target | None = None) -> list[Problem]
     return list(dict.fromkeys(problems))
 
 
-# ---- flags ---------------------------------------------------------------------------------------------------------
+# ---- verbs and flags -------------------------------------------------------------------------------------------------
+
+
+def add_verb(subparsers: Any, name: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of a verb, its --json flag in it; `examples` stand below the flags."""
+    parser = subparsers.add_parser(
+        name, help=description, description=description, epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="data on stdout as JSON")
+    return parser
 
 
 def add_problem_flags(parser: argparse.ArgumentParser) -> None:
@@ -226,10 +236,6 @@ def one_problem(args: argparse.Namespace, target: Target | None = None) -> Probl
             f"the flags describe {len(problems)} problems", f"{problems[0]}, {problems[1]}, ...", "give one"
         )
     return problems[0]
-
-
-def add_json_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="data on stdout as JSON")
 
 
 def add_target_flag(parser: argparse.ArgumentParser) -> None:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 
-from fagen.masks import dense, interval_kind
-from fagen.verify import Semantics
+from fagen.masks import interval_kind
+from fagen.verify import Semantics, row_blocks
 from fagen.verify import attend as plain_attend
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 EMPTY = "there is nothing to compute"
-_BYTES_A_BLOCK = 256 << 20  # of scores at a time
 
 _warned: set[str] = set()
 
@@ -95,20 +90,8 @@ def _by_blocks(
     wide = torch.float32 if q.dtype.itemsize < 4 else q.dtype
     dtype, (q, k, v) = q.dtype, (t.to(wide) for t in (q, k, v))
     outs, lses = [], []
-    for rows in _blocks(q, k):
-        seen = None
-        if semantics.window != (-1, -1) or intervals is not None:
-            seen = dense(
-                q.shape[2], k.shape[2], window=semantics.window, intervals=intervals, kind=semantics.kind, rows=rows,
-                device=q.device,
-            )  # fmt: skip
+    for rows, seen in row_blocks(q, k, semantics, intervals):
         out, lse = plain_attend(q, k, v, seen, semantics, alibi_slopes, rows)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, dim=2).to(dtype), torch.cat(lses, dim=2).float()
-
-
-def _blocks(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
-    step = max(64, _BYTES_A_BLOCK // max(1, q.shape[0] * q.shape[1] * k.shape[2] * 4))
-    for start in range(0, q.shape[2], step):
-        yield slice(start, min(start + step, q.shape[2]))

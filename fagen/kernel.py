@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fagen import build
 from fagen.errors import InvalidArgument, LaunchError
-from fagen.problem import INTERVAL_KINDS
+from fagen.problem import INTERVAL_KINDS, TORCH_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -221,9 +221,9 @@ class Kernel:
         """What would make the kernel read or write where it must not, or compute something else than it is asked."""
         mine = self.problem
         _, row, head = _order(layout)
-        dtypes = {"fp16": "torch.float16", "bf16": "torch.bfloat16", "fp32": "torch.float32"}
         for name, t in (("q", q), ("k", k), ("v", v), ("out", out)):
-            _want(str(t.dtype) == dtypes[mine.dtype], f"{name} is {t.dtype}", f"the kernel is for {mine.dtype}")
+            good = str(t.dtype) == f"torch.{TORCH_DTYPES[mine.dtype]}"
+            _want(good, f"{name} is {t.dtype}", f"the kernel is for {mine.dtype}")
             _want(t.device == q.device, f"{name} is on {t.device}", f"q is on {q.device}")
             _want(t.dim() == 4 and t.stride(3) == 1, f"{name} must have 4 dimensions, the last one contiguous")
             if mine.aligned:

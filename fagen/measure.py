@@ -7,6 +7,7 @@ else CUDA events around eager calls; the CPU has perf_counter.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -16,13 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fagen import masks
-from fagen.problem import INTERVAL_KINDS, Problem
+from fagen import masks, verify
+from fagen.problem import INTERVAL_KINDS, TORCH_DTYPES, Problem
 from fagen.target import Target
 from fagen.verify import Semantics
 
 if TYPE_CHECKING:
     import torch
+
+    from fagen.kernel import Kernel
 
 Call = Callable[[], object]
 
@@ -31,6 +34,7 @@ DOCUMENTS = 4  # a sequence, in the inputs of the intervals mask
 LEAST_GAIN = 0.005  # below this no difference counts, however quiet the machine was
 _SAMPLE_SECONDS = {"cpu": 2e-4, "cuda": 1e-3}  # calls are repeated in a sample until it lasts this long
 _MOST_CALLS = 256  # in a sample
+_FEW_CALLS = 8  # that hide the start of a graph
 _MOST_SETS = 32  # of inputs
 _MOST_BYTES = 2 << 30  # of all input sets together
 
@@ -75,7 +79,7 @@ def make_inputs(
     import torch
 
     device = torch.device(("cuda" if where.is_gpu else "cpu") if isinstance(where, Target) else where)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[problem.dtype]
+    dtype = getattr(torch, TORCH_DTYPES[problem.dtype])
     random = torch.Generator(device).manual_seed(seed)
     p = problem
 
@@ -104,6 +108,28 @@ def make_inputs(
         slopes = [2.0 ** (-8.0 * (head + 1) / p.heads) for head in range(p.heads)]
         inputs["alibi_slopes"] = torch.tensor(slopes, device=device).expand(p.batch, -1).contiguous()
     return inputs
+
+
+def launcher(kernel: Kernel, inputs: dict[str, Any], *, lse: bool = False) -> Call:
+    """The kernel on these inputs, to be called again and again.
+
+    A GPU launch is prepared anew each time, since a graph captures it on a stream of its own.
+    """
+    s = inputs["semantics"]
+    tensors = [inputs[name] for name in ("q", "k", "v", "out")] + ([inputs["lse"]] if lse else [])
+    options = {name: inputs[name] for name in ("intervals", "alibi_slopes", "layout")}
+    options |= {"window": s.window, "scale": s.scale, "softcap": s.softcap}
+    if inputs["q"].is_cuda:
+        return functools.partial(kernel.launch, *tensors, **options)
+    return kernel.bind(*tensors, **options)
+
+
+def check(inputs: dict[str, Any], *, lse: bool = True) -> verify.Verdict:
+    """Whether what a kernel left in `out` and `lse` is right."""
+    return verify.check(
+        inputs["out"], inputs["lse"] if lse else None, inputs["q"], inputs["k"], inputs["v"], inputs["semantics"],
+        intervals=inputs["intervals"], alibi=inputs["alibi_slopes"], layout=inputs["layout"],
+    )  # fmt: skip
 
 
 def documents(problem: Problem, seed: int, *, varied: bool) -> torch.Tensor:
@@ -202,8 +228,14 @@ class _GpuSampler:
 
 
 def time_once(call: Call, *, device: torch.device | str) -> float:
-    """Seconds of one call."""
-    return _sampler(call, device).sample()
+    """Seconds of one call, roughly. Short calls of a GPU are captured, so that the host's time does not count."""
+    sampler = _sampler(call, device)
+    seconds = sampler.sample()
+    if isinstance(sampler, _GpuSampler) and seconds < _SAMPLE_SECONDS["cuda"]:
+        sampler.calls = max(getattr(call, "count", 1), _FEW_CALLS)
+        sampler.capture()
+        seconds = sampler.sample()
+    return seconds
 
 
 def _sampler(call: Call, device: torch.device | str) -> _CpuSampler | _GpuSampler:

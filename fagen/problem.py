@@ -10,6 +10,7 @@ from typing import Any
 from fagen.errors import InvalidArgument
 
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
+TORCH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # what torch calls them
 MASKS = ("none", "causal", "window", "intervals")
 # Which of FlashMask's row bounds a key column carries, in the order they are stored:
 #   LTS/LTE: the lower interval of masked rows [LTS, LTE); UTS/UTE: the upper one [UTS, UTE).

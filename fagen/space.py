@@ -36,6 +36,12 @@ def enumerate_space(family: Family, problem: Problem, target: Target) -> Space:
     removed = {constraint.name: 0 for constraint in family.constraints}
     values: dict[str, Value] = {}
 
+    def first_broken(checks: list[Constraint]) -> Constraint | None:
+        if not checks:
+            return None
+        partial = Config(values)
+        return next((c for c in checks if c.check(problem, target, partial)), None)
+
     def vary(depth: int) -> None:
         if depth == len(names):
             legal.append(Config(values))
@@ -44,8 +50,7 @@ def enumerate_space(family: Family, problem: Problem, target: Target) -> Space:
         below = math.prod(len(k.choices) for k in family.knobs[depth + 1 :])
         for choice in knob.choices:
             values[knob.name] = choice
-            partial = Config(values) if due[knob.name] else None
-            broken = next((c for c in due[knob.name] if c.check(problem, target, partial)), None)
+            broken = first_broken(due[knob.name])
             if broken:
                 removed[broken.name] += below
             else:

@@ -1,8 +1,9 @@
 """The one oracle, for the tuner and the tests alike.
 
 An output is right when its pattern of non-finite values is the reference's, and when, in every block of rows of
-every head, its largest error is at most twice that of PyTorch computing in the same dtype (or once PyTorch's largest in
-that head), plus one rounding of the output's dtype at the block's largest magnitude. The reference runs in float32 (float64 for float32 inputs).
+every head, its largest error is at most twice that of PyTorch computing in the same dtype (or once PyTorch's largest
+in that head), plus one rounding of the output's dtype at the block's largest magnitude. The reference runs in float32
+(float64 for float32 inputs).
 """
 
 from __future__ import annotations
@@ -84,11 +85,19 @@ def attend(
     return torch.matmul(grouped, v[:, :, None]).flatten(1, 2), lse
 
 
-def _row_blocks(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
-    a_row = q.shape[0] * q.shape[1] * k.shape[2] * 8
+def row_blocks(
+    q: torch.Tensor, k: torch.Tensor, semantics: Semantics, intervals: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor | None]]:
+    """Blocks of rows whose scores fit in memory, and what they see (None: everything); bhsd tensors."""
+    sq, sk = q.shape[2], k.shape[2]
+    a_row = q.shape[0] * q.shape[1] * sk * 8
     step = max(ROW_BLOCK, _BYTES_A_STEP // max(1, a_row) // ROW_BLOCK * ROW_BLOCK)
-    for start in range(0, q.shape[2], step):
-        yield slice(start, min(start + step, q.shape[2]))
+    window, kind, device = semantics.window, semantics.kind, q.device
+    for start in range(0, sq, step):
+        rows, seen = slice(start, min(start + step, sq)), None
+        if window != (-1, -1) or intervals is not None:
+            seen = dense(sq, sk, window=window, intervals=intervals, kind=kind, rows=rows, device=device)
+        yield rows, seen
 
 
 def check(
@@ -111,23 +120,10 @@ def check(
     exact = torch.float64 if q.dtype == torch.float32 else torch.float32
     if tuple(out.shape) != (*q.shape[:3], v.shape[3]):
         return Verdict(False, math.inf, math.inf, f"shape {tuple(out.shape)}, not {(*q.shape[:3], v.shape[3])}")
-    sq, sk = q.shape[2], k.shape[2]
     worst, largest, where = 0.0, 0.0, ""
-    masked = semantics.window != (-1, -1) or intervals is not None
     with torch.no_grad():
         exact_q, exact_k, exact_v = (t.to(exact) for t in (q, k, v))
-        for rows in _row_blocks(q, k):
-            seen = None
-            if masked:
-                seen = dense(
-                    sq,
-                    sk,
-                    window=semantics.window,
-                    intervals=intervals,
-                    kind=semantics.kind,
-                    rows=rows,
-                    device=q.device,
-                )
+        for rows, seen in row_blocks(q, k, semantics, intervals):
             ref, ref_lse = attend(exact_q, exact_k, exact_v, seen, semantics, alibi, rows)
             low, low_lse = attend(q, k, v, seen, semantics, alibi, rows)
             pairs = [("O", out[:, :, rows], ref, low, torch.finfo(out.dtype).eps / 2)]

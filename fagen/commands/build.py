@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from fagen.cliutil import add_json_flag, add_problem_flags, add_target_flag, emit_json, problems_from, say, target_from
+from fagen.cliutil import add_problem_flags, add_target_flag, add_verb, emit_json, problems_from, say, target_from
 from fagen.errors import FagenError, UsageError
 
 if TYPE_CHECKING:
@@ -25,13 +25,8 @@ Sizes matter where they were tuned: another size may have another winner, which 
 
 
 def add(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "build",
-        help="compile ahead of first use",
-        description="Compile the kernels that these problems get on this machine, and the binding to torch.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Compile the kernels that these problems get on this machine, and the binding to torch."
+    parser = add_verb(subparsers, "build", about, _EXAMPLES)
     parser.add_argument("--all-records", action="store_true", help="every winner of the database for this target")
     parser.add_argument(
         "--jobs",
@@ -42,7 +37,6 @@ def add(subparsers: Any) -> None:
     )
     add_problem_flags(parser)
     add_target_flag(parser)
-    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:

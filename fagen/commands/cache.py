@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fagen.cliutil import add_json_flag, emit_json, say
+from fagen.cliutil import add_verb, emit_json, say
 
 _ACTIONS = {
     "info": "where the cache is, how many kernels it holds, how large it is",
@@ -20,16 +20,9 @@ _EXAMPLES = """examples:
 
 def add(subparsers: Any) -> None:
     listing = "\n".join(f"  {name:<8}{text}" for name, text in _ACTIONS.items())
-    parser = subparsers.add_parser(
-        "cache",
-        help="the folder of built kernels",
-        description=f"Look after the folder of built kernels.\n\n{listing}",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_verb(subparsers, "cache", f"Look after the folder of built kernels.\n\n{listing}", _EXAMPLES)
     parser.add_argument("action", choices=list(_ACTIONS), metavar="info|clear|verify")
     parser.add_argument("--remove", action="store_true", help="with verify: remove what is damaged")
-    add_json_flag(parser)
 
 
 def megabytes(size: int) -> str:

@@ -36,18 +36,13 @@ _EXAMPLES = """examples:
 
 
 def add(subparsers: argparse._SubParsersAction) -> None:
-    described = argparse.RawDescriptionHelpFormatter
-    parser = subparsers.add_parser(
-        "db", help="the tuned winners", description="The tuned winners: those that ship, and your own above them.",
-        epilog=_EXAMPLES, formatter_class=described,
-    )  # fmt: skip
+    about = "The tuned winners: those that ship, and your own above them."
+    style = argparse.RawDescriptionHelpFormatter
+    parser = subparsers.add_parser("db", description=about, epilog=_EXAMPLES, formatter_class=style)
     verbs = parser.add_subparsers(dest="db_verb", metavar="VERB", required=True)
 
     def verb(name: str, text: str, example: str) -> argparse.ArgumentParser:
-        epilog = f"example:\n  fagen db {example}"
-        made = verbs.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=described)
-        cliutil.add_json_flag(made)
-        return made
+        return cliutil.add_verb(verbs, name, text, f"example:\n  fagen db {example}")
 
     verb("list", "one line a winner", "list")
     show = verb("show", "everything about winners whose key contains KEY", "show d128/causal")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fagen.cliutil import add_json_flag, emit_json, say
+from fagen.cliutil import add_verb, emit_json, say
 
 _EXAMPLES = """examples:
   fagen doctor
@@ -15,14 +15,8 @@ exit codes: 0 all is well, 1 something needs repair, 4 a tool is missing"""
 
 
 def add(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "doctor",
-        help="find what is missing",
-        description="Look for compilers, torch, the GPU, its driver, and folders that can be written.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_json_flag(parser)
+    about = "Look for compilers, torch, the GPU, its driver, and folders that can be written."
+    add_verb(subparsers, "doctor", about, _EXAMPLES)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,9 +6,9 @@ import argparse
 from typing import Any
 
 from fagen.cliutil import (
-    add_json_flag,
     add_problem_flags,
     add_target_flag,
+    add_verb,
     emit_json,
     expand,
     problems_from,
@@ -23,16 +23,10 @@ _EXAMPLES = """examples:
 
 
 def add(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "explain",
-        help="say which kernel a problem gets",
-        description="Say which kernel a problem gets, where its config comes from, and why no other. Compiles nothing.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Say which kernel a problem gets, where its config comes from, and why no other. Compiles nothing."
+    parser = add_verb(subparsers, "explain", about, _EXAMPLES)
     add_problem_flags(parser)
     add_target_flag(parser)
-    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:

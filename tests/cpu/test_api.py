@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -262,6 +263,18 @@ def test_refusals(words: str, spoil: Callable, warm: bool) -> None:
 def test_a_mistake_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="layout"):
         fagen.attention(*[torch.zeros(1, 1, 1, 16)] * 3, layout="x")
+
+
+def test_importing_costs_little_beside_torch() -> None:
+    code = (
+        "import time, torch\nstart = time.perf_counter()\nimport fagen\nfrom fagen import attention\n"
+        "print(time.perf_counter() - start)"
+    )
+    command = [sys.executable, "-c", code]
+    # as where it is installed: bytecode is kept
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
+    runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(done.stdout) for done in runs) < 0.05
 
 
 def test_importing_does_nothing(tmp_path: Path) -> None:

@@ -32,16 +32,16 @@ def blocks(path: Path) -> dict[str, str]:
     return {title: re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, title, text in found}
 
 
-@pytest.fixture(scope="module")
-def tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def module(title: str) -> types.ModuleType:
+    """A script of docs/."""
+    spec = importlib.util.spec_from_file_location(title, ROOT / "docs" / f"{title}.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
 
-def test_the_tables_are_current(tables):
-    for file, make in tables.PAGES.items():
+def test_the_tables_are_current():
+    for file, make in module("tables").PAGES.items():
         assert (ROOT / "docs" / file).read_text() == make(), f"docs/{file} is old; run: make docs"
 
 
@@ -77,6 +77,18 @@ def test_every_page_is_linked_from_the_readme():
     text = (ROOT / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f"docs/{page.name}" in text
+
+
+def test_the_picture_can_be_drawn_again(tmp_path):
+    pytest.importorskip("matplotlib", reason="no matplotlib to draw the tuning run with (pip install matplotlib)")
+    picture = module("tune_picture")
+    runs = picture.tried(ROOT / "benchmarks" / "h200_tune_trials.jsonl")
+    chosen = {problem: rows for problem, rows in runs.items() if "q1024" in problem}
+    picture.draw(chosen, tmp_path / "run.svg", "a run")
+    drawn, shipped = (path.read_text() for path in (tmp_path / "run.svg", ROOT / "docs" / "img" / "tuning.svg"))
+    for problem in chosen:
+        assert problem.removeprefix("forward/") in drawn
+        assert problem.removeprefix("forward/") in shipped
 
 
 # ---- CONTRIBUTING: each recipe, followed --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fagen import db, families, measure
+from fagen import binding, db, families, measure
 from fagen.cli import main
 from fagen.errors import FagenError, UsageError
 from fagen.families import Config, Family, Knob
@@ -39,6 +39,7 @@ from fake_family import FAMILY, PROBLEM, misbehave  # noqa: E402
 def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(db, "default_paths", lambda: (tmp_path / "db",))  # nothing ships
     return tmp_path
 
 
@@ -88,7 +89,8 @@ def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake
     assert "SIGSEGV" in said.err
     table = progress.table(report)
     assert PROBLEM.key in table
-    assert "style=plain" in table
+    assert "winner   style=plain" in table
+    assert "default  style=slow variant=1" in table
     assert "from fagen import attention" in progress.closing(report)
 
 
@@ -215,21 +217,8 @@ def test_tune_record_dispatch_on_the_real_cpu_family(folders, capsys):
 
     from fagen import dispatch, kernel, verify
 
-    flags = [
-        "--target",
-        "cpu",
-        "--dtype",
-        "fp32",
-        "--head-dim",
-        "32",
-        "--mask",
-        "causal",
-        "--seqlen",
-        "96",
-        "--heads",
-        "2",
-    ]
-    assert main(["tune", *flags, "--trials", "3", "--json"]) == 0
+    flags = "--target cpu --dtype fp32 --head-dim 32 --mask causal --seqlen 96 --heads 2 --trials 3 --json"
+    assert main(["tune", *flags.split()]) == 0
     told = json.loads(capsys.readouterr().out)
     (tuned,) = told["results"]
     assert sum(tuned["outcomes"].values()) >= 3
@@ -244,6 +233,27 @@ def test_tune_record_dispatch_on_the_real_cpu_family(folders, capsys):
     built.launch(q, k, v, out, window=(-1, 0), layout="bshd")
     assert torch.isfinite(out).all()
     assert verify.check(out, None, q, k, v, inputs["semantics"], layout="bshd")
+
+
+def test_live_calls_pick_up_a_new_winner(fake, monkeypatch):
+    """The op remembers its kernels; what is tuned in the same process makes it look again."""
+    import torch
+
+    import fagen
+    from fagen import api
+
+    q = torch.randn(1, 192, 2, 16)
+    k = torch.randn(1, 192, 1, 16)
+    asked = []
+    kernel_for = api.kernel_for
+    monkeypatch.setattr(api, "kernel_for", lambda p, t: asked.append(k := kernel_for(p, t)) or k)
+    for _ in range(2):
+        fagen.attention(q, k, k, causal=True)
+    assert [kernel.config.style for kernel in asked] == ["slow"]
+    study.tune([PROBLEM], host(), options(fake, trials=9))
+    fagen.attention(q, k, k, causal=True)
+    assert [kernel.config.style for kernel in asked] == ["slow", "plain"]
+    binding.forget()
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
