@@ -96,6 +96,22 @@ def measured_gpu() -> str:
     )
 
 
+def measured_hopper() -> str:
+    data, rows = _results("h200_sm90_rows.json")
+
+    def cells(row: dict[str, Any]) -> tuple[str, ...]:
+        theirs = row["tflops"] * row["seconds"] / row["torch_seconds"]
+        return f"{row['tflops']:.0f}", f"{theirs:.0f}", f"{row['ratio']:.2f}x"
+
+    ratios = [row["ratio"] for row in rows.values()]
+    mean = f"{statistics.geometric_mean(ratios):.2f}x, from {min(ratios):.2f}x to {max(ratios):.2f}x"
+    return (
+        f"**`sm90_forward`, tuned, against PyTorch's SDPA** (its own choice of backend: cuDNN) on an {data['device']},\n"
+        f"in TFLOP/s, the same rows. Geometric mean of the ratios {mean}\n"
+        f"({_where(data, 'torch', 'driver')}).\n\n{_side_by_side(rows, cells, 'SDPA')}"
+    )
+
+
 def measured_cpu() -> str:
     data, rows = _results("cpu_vs_sdpa.json")
 
@@ -116,7 +132,7 @@ def readme() -> str:
     """The README with its measured figures filled in."""
     begin, end = "<!-- measured: begin -->\n", "<!-- measured: end -->"
     before, _, rest = (FOLDER.parent / "README.md").read_text().partition(begin)
-    return f"{before}{begin}\n{measured_gpu()}\n{measured_cpu()}\n{end}{rest.partition(end)[2]}"
+    return f"{before}{begin}\n{measured_gpu()}\n{measured_hopper()}\n{measured_cpu()}\n{end}{rest.partition(end)[2]}"
 
 
 PAGES = {"knobs.md": knobs, "reference.md": reference, "../README.md": readme}

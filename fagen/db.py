@@ -1,8 +1,8 @@
 """The database of winners: one JSON file per arch and device, the shipped ones under the user's own overlay.
 
-A key (`Problem.key`) has one winner a device and family; the overlay's wins over the shipped one. Reading for dispatch never
-raises: what cannot be read is skipped and named in `Database.warnings`. Writers lock, re-read, merge and replace, so
-that any number of them lose nothing.
+A key (`Problem.key`) has one winner a device and family; the overlay's wins over the shipped one. Reading for dispatch
+never raises: what cannot be read is skipped and named in `Database.warnings`. Writers lock, re-read, merge and replace,
+so that any number of them lose nothing.
 """
 
 from __future__ import annotations

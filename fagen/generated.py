@@ -17,9 +17,9 @@ from typing import Any
 
 from fagen import emit, render
 from fagen.cliutil import expand, say
+from fagen.commands.emit import choose
 from fagen.db import now
 from fagen.errors import FagenError, MissingTool, UsageError, WrongResult
-from fagen.commands.emit import choose
 from fagen.target import Target, detect, host, known
 
 ROOT = Path(__file__).parent.parent / "generated"
