@@ -76,6 +76,12 @@ def _side_by_side(rows: dict[tuple[int, int, str], dict[str, Any]], cells: Any, 
     return _table(head, lines)
 
 
+def _mean(rows: dict[tuple[int, int, str], dict[str, Any]]) -> str:
+    ratios = [row["ratio"] for row in rows.values()]
+    mean = statistics.geometric_mean(ratios)
+    return f"Geometric mean of the ratios {mean:.2f}x, from {min(ratios):.2f}x to {max(ratios):.2f}x"
+
+
 def _where(data: dict[str, Any], *tools: str) -> str:
     versions = (f"{tool} {data['environment'][tool]}" for tool in tools)
     return f"{', '.join(versions)};\n`{data['command']}`"
@@ -87,11 +93,9 @@ def measured_gpu() -> str:
     def cells(row: dict[str, Any]) -> tuple[str, ...]:
         return f"{row['fagen']['tflops']:.0f}", f"{row['fa2']['tflops']:.0f}", f"{row['ratio']:.2f}x"
 
-    ratios = [row["ratio"] for row in rows.values()]
-    mean = f"{statistics.geometric_mean(ratios):.2f}x, from {min(ratios):.2f}x to {max(ratios):.2f}x"
     return (
         f"**`sm80_forward`, tuned, against PyTorch's FlashAttention 2 backend** on an {data['device']}, in TFLOP/s.\n"
-        f"bf16, batch x length = 16384, heads x head dim = 2048. Geometric mean of the ratios {mean}\n"
+        f"bf16, batch x length = 16384, heads x head dim = 2048. {_mean(rows)}\n"
         f"({_where(data, 'torch', 'driver')}).\n\n{_side_by_side(rows, cells, 'FA2')}"
     )
 
@@ -103,11 +107,9 @@ def measured_hopper() -> str:
         theirs = row["tflops"] * row["seconds"] / row["torch_seconds"]
         return f"{row['tflops']:.0f}", f"{theirs:.0f}", f"{row['ratio']:.2f}x"
 
-    ratios = [row["ratio"] for row in rows.values()]
-    mean = f"{statistics.geometric_mean(ratios):.2f}x, from {min(ratios):.2f}x to {max(ratios):.2f}x"
     return (
-        f"**`sm90_forward`, tuned, against PyTorch's SDPA** (its own choice of backend: cuDNN) on an {data['device']},\n"
-        f"in TFLOP/s, the same rows. Geometric mean of the ratios {mean}\n"
+        f"**`sm90_forward`, tuned, against PyTorch's SDPA** (its own choice of backend: cuDNN) on an\n"
+        f"{data['device']}, in TFLOP/s, the same rows. {_mean(rows)}\n"
         f"({_where(data, 'torch', 'driver')}).\n\n{_side_by_side(rows, cells, 'SDPA')}"
     )
 

@@ -287,12 +287,15 @@ def _current_stream(q: torch.Tensor) -> int:
 
 
 def is_aligned(t: torch.Tensor) -> bool:
-    """Every row starts at a multiple of 16 bytes and is whole 16-byte pieces."""
+    """Every row starts at a multiple of 16 bytes, is whole 16-byte pieces, and lies apart from the others.
+
+    An expanded dimension (stride 0) counts as not aligned: a tensor map is not known to take it.
+    """
     item = t.element_size()
     if t.data_ptr() % ALIGNMENT or t.shape[-1] * item % ALIGNMENT:
         return False
     strides = (t.stride(i) for i in range(t.dim() - 1) if t.shape[i] > 1)  # others are never used
-    return all(stride * item % ALIGNMENT == 0 for stride in strides)
+    return all(stride != 0 and stride * item % ALIGNMENT == 0 for stride in strides)
 
 
 @functools.lru_cache(maxsize=1024)

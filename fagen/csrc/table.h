@@ -92,11 +92,12 @@ struct HashFacts {
   }
 };
 
+// As fagen.kernel.is_aligned: a stride of zero counts as not aligned.
 bool rows_aligned(const Tensor& t) {
   const int64_t item = t.element_size();
   if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment || t.size(3) * item % kAlignment) return false;
   for (int i = 0; i < 3; ++i) {
-    if (t.size(i) > 1 && t.stride(i) * item % kAlignment) return false;
+    if (t.size(i) > 1 && (t.stride(i) == 0 || t.stride(i) * item % kAlignment)) return false;
   }
   return true;
 }

@@ -79,6 +79,17 @@ def test_every_page_is_linked_from_the_readme():
         assert f"docs/{page.name}" in text
 
 
+@pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
+def test_the_readme_shows_what_explain_says():
+    from fagen import dispatch
+
+    problem = Problem(dtype="fp32", head_dim=64, mask="causal", heads=8, kv_heads=2, seqlen_q=4096)
+    report = dispatch.explain_problem(problem, target.Target("cpu", "AMD EPYC", 2, simd="avx512"))
+    text = (ROOT / "README.md").read_text()
+    for line in str(report).splitlines():
+        assert line.startswith("built") or line in text, line
+
+
 def test_the_picture_can_be_drawn_again(tmp_path):
     pytest.importorskip("matplotlib", reason="no matplotlib to draw the tuning run with (pip install matplotlib)")
     picture = module("tune_picture")

@@ -188,3 +188,11 @@ ptxas info    : Used 168 registers, used 0 barriers
 """
     assert build.parse_ptxas(log) == {"stack": 16, "spill_bytes": 20, "registers": 168, "smem_bytes": 1024}
     assert build.parse_ptxas("nothing of the kind") == {}
+
+
+def test_what_counts_as_aligned() -> None:
+    t = torch.zeros(2, 8, 4, 16, dtype=torch.bfloat16)
+    assert kernel.is_aligned(t) and kernel.is_aligned(t.transpose(1, 2)) and kernel.is_aligned(t[:, ::2])
+    assert not kernel.is_aligned(t[..., :12]) and not kernel.is_aligned(t[..., 1:9])
+    assert not kernel.is_aligned(t[:, :, :1].expand(2, 8, 4, 16))
+    assert kernel.is_aligned(t[:1, :, :1].as_strided((1, 8, 1, 16), (0, 64, 3, 1)))  # dimensions of one never step

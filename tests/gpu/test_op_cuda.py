@@ -147,3 +147,10 @@ def test_host_time_is_at_most_half_of_sdpa() -> None:
             ratios.append(ours / theirs)
     print(f"host time of a call: {ours * 1e6:.1f} us, SDPA {theirs * 1e6:.1f} us")
     assert sorted(ratios)[3] <= 0.5, ratios
+
+
+def test_expanded_keys() -> None:
+    q, k, v = _inputs(2, 200, 4, 64)
+    k, v = (t[:, :, :1].expand(2, 200, 4, 64) for t in (k, v))
+    out = fagen.attention(q, k, v, causal=True)
+    assert verify.check(out, None, q, k, v, verify.Semantics(window=(-1, 0)), layout="bshd")
