@@ -9,6 +9,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,29 +56,34 @@ def reference() -> str:
 # ---- measured -------------------------------------------------------------------------------------------------------
 
 
-def _results(name: str) -> tuple[dict[str, Any], dict[tuple[int, int, str], dict[str, Any]]]:
-    """A file of benchmarks/, and its rows by head dim, length and mask."""
+Figures = dict[tuple[int, int, str], tuple[float, float]]  # by head dim, length and mask: ours and the peer's
+
+
+def _results(name: str, pick: Callable[[dict[str, Any]], tuple[float, float]]) -> tuple[dict[str, Any], Figures]:
+    """A file of benchmarks/, and what `pick` finds in its rows."""
     data = json.loads((FOLDER.parent / "benchmarks" / name).read_text())
-    rows = {}
+    figures = {}
     for row in data["rows"]:
         found = re.search(r"/d(\d+)/(\w+)/.*/q(\d+)-", row["problem"])
         assert found, row["problem"]
-        rows[int(found[1]), int(found[3]), found[2]] = row
-    return data, rows
+        figures[int(found[1]), int(found[3]), found[2]] = pick(row)
+    return data, figures
 
 
-def _side_by_side(rows: dict[tuple[int, int, str], dict[str, Any]], cells: Any, peer: str) -> str:
-    """A line a head dim and length; `cells` gives ours, the peer's and the ratio of a row."""
+def _side_by_side(figures: Figures, peer: str) -> str:
+    """A line a head dim and length."""
     lines = []
-    for dim, length in dict.fromkeys((dim, length) for dim, length, _ in rows):
-        name = f"{length // 1024}k" if length % 1024 == 0 else str(length)
-        lines.append((str(dim), name, *cells(rows[dim, length, "none"]), *cells(rows[dim, length, "causal"])))
-    head = ("head dim", "length", "full: fagen", peer, "ratio", "causal: fagen", peer, "ratio")
-    return _table(head, lines)
+    for dim, length in dict.fromkeys((dim, length) for dim, length, _ in figures):
+        line = [str(dim), f"{length // 1024}k" if length % 1024 == 0 else str(length)]
+        for mask in ("none", "causal"):
+            ours, theirs = figures[dim, length, mask]
+            line += [f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}x"]
+        lines.append(tuple(line))
+    return _table(("head dim", "length", "full: fagen", peer, "ratio", "causal: fagen", peer, "ratio"), lines)
 
 
-def _mean(rows: dict[tuple[int, int, str], dict[str, Any]]) -> str:
-    ratios = [row["ratio"] for row in rows.values()]
+def _mean(figures: Figures) -> str:
+    ratios = [ours / theirs for ours, theirs in figures.values()]
     mean = statistics.geometric_mean(ratios)
     return f"Geometric mean of the ratios {mean:.2f}x, from {min(ratios):.2f}x to {max(ratios):.2f}x"
 
@@ -88,45 +94,34 @@ def _where(data: dict[str, Any], *tools: str) -> str:
 
 
 def measured_gpu() -> str:
-    data, rows = _results("h200_fa2_rows.json")
-
-    def cells(row: dict[str, Any]) -> tuple[str, ...]:
-        return f"{row['fagen']['tflops']:.0f}", f"{row['fa2']['tflops']:.0f}", f"{row['ratio']:.2f}x"
-
+    data, figures = _results("h200_fa2_rows.json", lambda row: (row["fagen"]["tflops"], row["fa2"]["tflops"]))
     return (
         f"**`sm80_forward`, tuned, against PyTorch's FlashAttention 2 backend** on an {data['device']}, in TFLOP/s.\n"
-        f"bf16, batch x length = 16384, heads x head dim = 2048. {_mean(rows)}\n"
-        f"({_where(data, 'torch', 'driver')}).\n\n{_side_by_side(rows, cells, 'FA2')}"
+        f"bf16, batch x length = 16384, heads x head dim = 2048. {_mean(figures)}\n"
+        f"({_where(data, 'torch', 'driver')}).\n\n{_side_by_side(figures, 'FA2')}"
     )
 
 
 def measured_hopper() -> str:
-    data, rows = _results("h200_sm90_rows.json")
+    def pick(row: dict[str, Any]) -> tuple[float, float]:
+        return row["tflops"], row["tflops"] * row["seconds"] / row["torch_seconds"]
 
-    def cells(row: dict[str, Any]) -> tuple[str, ...]:
-        theirs = row["tflops"] * row["seconds"] / row["torch_seconds"]
-        return f"{row['tflops']:.0f}", f"{theirs:.0f}", f"{row['ratio']:.2f}x"
-
+    data, figures = _results("h200_sm90_rows.json", pick)
     return (
         f"**`sm90_forward`, tuned, against PyTorch's SDPA** (its own choice of backend: cuDNN) on an\n"
-        f"{data['device']}, in TFLOP/s, the same rows. {_mean(rows)}\n"
-        f"({_where(data, 'torch', 'driver')}).\n\n{_side_by_side(rows, cells, 'SDPA')}"
+        f"{data['device']}, in TFLOP/s, the same rows. {_mean(figures)}\n"
+        f"({_where(data, 'torch', 'driver')}).\n\n{_side_by_side(figures, 'SDPA')}"
     )
 
 
 def measured_cpu() -> str:
-    data, rows = _results("cpu_vs_sdpa.json")
-
-    def cells(row: dict[str, Any]) -> tuple[str, ...]:
-        return f"{row['gflops_best']:.0f}", f"{row['gflops_sdpa']:.0f}", f"{row['best_over_sdpa']:.2f}x"
-
-    device, best, default = data["environment"]["device"], "best_over_sdpa", "default_over_sdpa"
-    means = {name: f"{mean:.2f}x" for name, mean in data["geometric_mean"].items()}
+    data, figures = _results("cpu_vs_sdpa.json", lambda row: (row["gflops_best"], row["gflops_sdpa"]))
+    device, default = data["environment"]["device"], data["geometric_mean"]["default_over_sdpa"]
     return (
         f"**`cpu_forward` against PyTorch's SDPA** on {data['threads']} cores of an {device}, in GFLOP/s.\n"
-        "float32, batch 1, 8 heads. The fastest of five first guesses is shown: geometric mean of the ratios\n"
-        f"{means[best]}; of the default alone {means[default]} ({_where(data, 'torch')}).\n\n"
-        f"{_side_by_side(rows, cells, 'SDPA')}"
+        "float32, batch 1, 8 heads; the fastest of the family's default and its few first guesses.\n"
+        f"{_mean(figures)}; {default:.2f}x for the default\nalone ({_where(data, 'torch')}).\n\n"
+        f"{_side_by_side(figures, 'SDPA')}"
     )
 
 

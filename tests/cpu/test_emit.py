@@ -123,6 +123,16 @@ def test_the_command_in_the_file_makes_the_same_file(tmp_path):
     assert first["command"] in (tmp_path / "a/kernel.cpp").read_text()
 
 
+def test_a_family_can_be_asked_for(tmp_path):
+    words = "--arch sm_90 --dtype bf16 --head-dim 128 --mask causal --family sm80_forward"
+    first = run_emit(tmp_path / "a", f"{words} --config default")
+    assert first["family"] == "sm80_forward"
+    again = run_emit(tmp_path / "b", first["command"].replace("fagen emit", "").replace("--out DIR", ""))
+    assert again["source_hash"] == first["source_hash"]
+    for wrong in (f"{words} --config best", words.replace("sm80_forward", "sm8_forward --config default")):
+        assert cli.main(["emit", "--out", str(tmp_path), *shlex.split(wrong)]) == 2
+
+
 def _family():
     from fagen import families
 
