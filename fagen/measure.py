@@ -207,7 +207,7 @@ class _GpuSampler:
                 warnings.simplefilter("error")  # torch only warns of a graph that captured nothing
                 for _ in range(self.calls):
                     self.call()
-        except (RuntimeError, UserWarning):
+        except (RuntimeError, Warning):
             torch.cuda.synchronize()
             return
         self.graph = graph
