@@ -24,6 +24,7 @@ from fagen.tuner.workers import Death, Worker
 
 if TYPE_CHECKING:
     from fagen.build import Artifact
+    from fagen.families import Config
 
 TICK = 0.2  # seconds between looks at the clock
 SETTLE_SECONDS = 10.0  # that compilers get to finish before a round that must be quiet
@@ -53,6 +54,7 @@ class Pool:
         self.compilers = [Worker(steps.compile_one, log) for _ in range(workers)]
         self.measurer = Worker(steps.measure_any, log, steps.import_torch)
         self.ready: deque[tuple[Candidate, Artifact]] = deque()
+        self._default: Config | None = None  # of the search that is under way
         self._artifacts: dict[Candidate, Artifact] = {}
         self._turn = 0  # candidates handed to compilers since the last measurement, on the CPU
 
@@ -77,13 +79,14 @@ class Pool:
     def explore(self, search: Search, deadline: float, done: Done, over: Callable[[], bool]) -> None:
         """Evaluate what the search hands out until it has no more, the deadline passes or `over()`.
 
-        A measurement that runs at the deadline is awaited; what is being compiled then is forgotten. One candidate is
-        evaluated however short the time is.
+        A measurement that runs at the deadline is awaited; what is being compiled then is forgotten. The default is
+        measured before any other that is ready, and however short the time is: the winner must beat it.
         """
         self.ready.clear()
-        exhausted = False
+        space, exhausted = search.space, False
+        self._default = space.family.default(space.problem, space.target)
         while not over():
-            late = time.monotonic() > deadline and bool(search.seen)
+            late = time.monotonic() > deadline and self._default in search.seen
             if not late:
                 exhausted = self._feed_compilers(search)
                 self._feed_measurer(search)
@@ -137,7 +140,8 @@ class Pool:
             if item is None:  # of a search that is over
                 continue
             if worker is not self.measurer and result.outcome == "ok" and result.artifact:
-                self.ready.append((item, result.artifact))
+                put = self.ready.appendleft if item.config == self._default else self.ready.append
+                put((item, result.artifact))
                 self._artifacts[item] = result.artifact
             else:
                 done(item, replace(result, artifact=result.artifact or self._artifacts.get(item)))

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fagen import binding, db, families, measure
+from fagen.build import Artifact
 from fagen.cli import main
 from fagen.errors import FagenError, UsageError
 from fagen.families import Config, Family, Knob
@@ -23,7 +24,8 @@ from fagen.problem import Problem
 from fagen.space import enumerate_space
 from fagen.target import host, known
 from fagen.tuner import journal, progress, result, study, suite, workers
-from fagen.tuner.candidate import Candidate, check_problems
+from fagen.tuner.candidate import Candidate, Result, check_problems
+from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options, Tuned
 from fagen.tuner.search import Search, open_storage
 
@@ -210,6 +212,22 @@ def test_a_budget_ends_the_search(fake):
     report = study.tune([PROBLEM], host(), options(fake, trials=None, budget=0.01))
     assert time.monotonic() - begin < 60
     assert 1 <= len(rows(report.run)) <= 2
+    assert rows(report.run)[0]["config"] == dict(FAMILY.default(PROBLEM, host()))
+    assert report.results[0].default_seconds is not None
+
+
+def test_the_default_is_measured_first_whichever_is_built_first(fake):
+    default = FAMILY.default(PROBLEM, host())
+    built = Result("ok", artifact=Artifact(fake / "kernel.so", "key", "hash"))
+    with Pool(
+        host(), fake / "log", workers=1, seed=0, device=0, compile_timeout=60, run_timeout=2
+    ) as pool:  # fmt: skip
+        pool._default = default
+        pool._replies = lambda workers: [(pool.compilers[0], built)]
+        for config in (default.replace(variant=2), default, default.replace(variant=3)):
+            pool.compilers[0].job = Candidate(FAMILY.name, PROBLEM, host(), config)
+            pool._collect(lambda *told: None)
+        assert [item.config.variant for item, _ in pool.ready] == [1, 2, 3]
 
 
 def test_tune_record_dispatch_on_the_real_cpu_family(folders, capsys):
