@@ -12,19 +12,39 @@ KNOBS = (
     Knob("tile_m", "kTileM", (64, 128, 192), "rows of q a block works on, 64 a warpgroup"),
     Knob("tile_n", "kTileN", tuple(range(32, 209, 16)), "keys of a tile"),
     Knob("stages", "kStages", (1, 2, 3, 4), "tiles of keys, and of values, in shared memory"),
+    Knob("q_stages", "kQStages", (1, 2), "tiles of q in shared memory"),
     Knob("overlap", "kOverlap", (False, True), "add up O under the softmax of the next tile"),
     Knob("rescale", "kRescale", ("each", "deferred"), "when O follows a grown maximum"),
+    Knob("ping_pong", "kPingPong", (False, True), "warpgroups take turns at starting products"),
+    Knob("blocks_per_sm", "kBlocksPerSm", (1, 2, 3), "blocks that share an SM"),
+    Knob(
+        "schedule",
+        "kSchedule",
+        ("single", "balanced", "dynamic"),
+        "a block takes a tile of rows, a share, or what is next",
+    ),
     Knob(
         "block_order",
         "kBlockOrder",
         ("ascending", "descending", "longest_first", "sectioned"),
         "order of row tiles and heads",
     ),
+    Knob("section_mb", "kSectionMb", (16, 32, 64), "megabytes of keys and values that a section of heads may have"),
 )
 
-# Of a consumer's thread, by warpgroups that compute; the kernel sets them at run time from the block's pool.
-CONSUMER_REGISTERS = {1: 232, 2: 240, 3: 160}
-OTHER_REGISTERS = 28  # addresses, maxima and sums, loop state
+OTHER_REGISTERS = 24  # addresses, maxima and sums, loop state
+
+
+def registers_each(c: Config) -> int:
+    """What the block is compiled for, before roles divide it."""
+    return 65536 // (int(c.blocks_per_sm) * (2 * int(c.tile_m) + 128)) // 8 * 8
+
+
+def consumer_registers(p: Problem, c: Config) -> int:
+    """Of a thread that computes: what the producing warpgroup leaves of the block's part of the SM."""
+    groups, each = int(c.tile_m) // 64, registers_each(c)
+    producer = 56 if p.mask == "intervals" else 32 if groups == 3 else 40
+    return min(240, ((groups + 1) * each - producer) // groups // 8 * 8)
 
 
 def _slabs(head_dim: int) -> int:
@@ -33,8 +53,8 @@ def _slabs(head_dim: int) -> int:
 
 def smem_bytes(p: Problem, c: Config) -> int:
     slabs, slabs_v = _slabs(p.head_dim_padded), _slabs(p.head_dim_v_padded)
-    tiles = c.tile_m * max(slabs, slabs_v) + c.stages * c.tile_n * (slabs + slabs_v)
-    return tiles * 128 + 8 * (1 + 4 * c.stages) + 1024
+    tiles = c.q_stages * c.tile_m * slabs + c.stages * c.tile_n * (slabs + slabs_v)
+    return tiles * 128 + 16 * (c.q_stages + 2 * c.stages) + 64 + 64 * c.stages + 1024
 
 
 def fragment_registers(p: Problem, c: Config) -> int:
@@ -48,8 +68,14 @@ def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
     return None
 
 
+def _section_matters(p: Problem, t: Target, c: Config) -> str | None:
+    if c.block_order != "sectioned" and c.section_mb != 32:
+        return f"block_order={c.block_order} has no sections, section_mb={c.section_mb} only repeats another"
+    return None
+
+
 def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
-    need, blocks = smem_bytes(p, c), 2 if c.tile_m == 64 else 1
+    need, blocks = smem_bytes(p, c), c.blocks_per_sm
     if need > t.smem_per_block:
         return f"{need} > {t.smem_per_block} bytes of shared memory on {t.arch}"
     if blocks * (need + 1024) > t.smem_per_unit:
@@ -58,8 +84,25 @@ def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
 
 
 def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
-    need, limit = fragment_registers(p, c) + OTHER_REGISTERS, CONSUMER_REGISTERS[int(c.tile_m) // 64]
+    need, limit = fragment_registers(p, c) + OTHER_REGISTERS, consumer_registers(p, c)
     return f"about {need} > {limit} registers a thread" if need > limit else None
+
+
+def _product_fits(p: Problem, t: Target, c: Config) -> str | None:
+    need, each = max(int(c.tile_n), p.head_dim_v_padded) // 2 + 30, registers_each(c)
+    return f"a product takes {need} > {each} registers that the block is compiled for" if need > each else None
+
+
+def _single_has_one(p: Problem, t: Target, c: Config) -> str | None:
+    if c.schedule == "single" and c.q_stages > 1:
+        return "a block that takes a single tile of rows has no second one to load"
+    return None
+
+
+def _turns_need_others(p: Problem, t: Target, c: Config) -> str | None:
+    if c.ping_pong and c.tile_m == 64:
+        return "a lone warpgroup (tile_m=64) has nobody to take turns with"
+    return None
 
 
 def _supports(p: Problem, t: Target) -> str | None:
@@ -75,41 +118,60 @@ def _supports(p: Problem, t: Target) -> str | None:
 
 
 def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
-    return {"threads": 2 * int(c.tile_m) + 128, "smem_bytes": smem_bytes(p, c)}
+    return {"threads": 2 * int(c.tile_m) + 128, "smem_bytes": smem_bytes(p, c), "registers": consumer_registers(p, c)}
 
 
 CONSTRAINTS = (
-    Constraint("smem_fits", _smem_fits, ("tile_m", "tile_n", "stages")),
-    Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n")),
+    Constraint("smem_fits", _smem_fits, ("tile_m", "tile_n", "stages", "q_stages", "blocks_per_sm")),
+    Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n", "blocks_per_sm")),
+    Constraint("product_fits", _product_fits, ("tile_m", "tile_n", "blocks_per_sm")),
+    Constraint("single_has_one", _single_has_one, ("q_stages", "schedule")),
+    Constraint("turns_need_others", _turns_need_others, ("tile_m", "ping_pong")),
     Constraint("order_matters", _order_matters, ("block_order",)),
+    Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
 )
 
-# (tile_m, tile_n, stages) by the larger head dim, the best first; the last ones fit every problem.
-_GUESSES = (
-    (64, ((192, 128, 2), (128, 128, 2), (64, 128, 2), (64, 64, 3))),
-    (128, ((128, 128, 2), (128, 176, 2), (128, 112, 2), (64, 80, 2), (64, 64, 2))),
-    (192, ((128, 128, 2), (128, 112, 2), (128, 96, 2), (128, 48, 2))),
-    (256, ((128, 80, 2), (128, 64, 2), (128, 32, 2))),
+# (tile_m, tile_n, q_stages, blocks_per_sm) by the larger head dim, the best first.
+_TILES = (
+    (64, ((192, 128, 2, 1), (64, 64, 1, 3), (128, 128, 2, 1), (192, 96, 2, 1), (192, 112, 1, 1))),
+    (96, ((128, 128, 2, 1), (192, 80, 1, 1), (192, 80, 2, 1), (128, 112, 2, 1))),
+    (128, ((128, 128, 2, 1), (128, 160, 2, 1), (128, 176, 1, 1), (128, 112, 2, 1))),
+    (192, ((128, 128, 1, 1), (128, 112, 1, 1), (128, 96, 2, 1), (128, 80, 1, 1))),
+    (256, ((128, 64, 1, 1), (128, 80, 1, 1), (128, 48, 1, 1), (128, 32, 1, 1))),
 )
-_SMALLEST = ((128, 64, 1), (64, 32, 1))
+# (schedule, block_order, section_mb), the best first: where all rows are equally long, and where they are not.
+_EQUAL = (("balanced", "ascending", 32), ("dynamic", "ascending", 32))
+_UNEQUAL = (("dynamic", "sectioned", 32), ("dynamic", "sectioned", 16), ("dynamic", "sectioned", 64))
+_FEW_ROWS = ((64, 64, 1, 3), (64, 128, 1, 2), (128, 128, 1, 1))  # not enough to go round: a tile a block
+_SMALLEST = ((128, 64, 1, 1), (64, 32, 1, 1))  # with a single stage of k and v they fit every problem
 
 
 def _guesses(p: Problem, t: Target) -> list[Config]:
+    def config(tile: tuple[int, int, int, int], stages: int, schedule: str, order: str, section: int) -> Config:
+        m, n, q_stages, blocks = tile
+        return Config(
+            {
+                "tile_m": m, "tile_n": n, "stages": stages, "q_stages": q_stages, "overlap": True,
+                "rescale": "deferred", "ping_pong": m > 64, "blocks_per_sm": blocks, "schedule": schedule,
+                "block_order": order, "section_mb": section,
+            }
+        )  # fmt: skip
+
     size = max(p.head_dim_padded, p.head_dim_v_padded)
-    order = "ascending" if p.mask == "none" else "longest_first"
-    table = next(guesses for limit, guesses in _GUESSES if size <= limit)
-    shaped = [
-        Config({"tile_m": m, "tile_n": n, "stages": s, "overlap": True, "rescale": "deferred", "block_order": order})
-        for m, n, s in (*table, *_SMALLEST)
-    ]
+    tiles = next(tiles for limit, tiles in _TILES if size <= limit)
+    plans = _EQUAL if p.mask == "none" else _UNEQUAL
+    alone = ("single", "ascending" if p.mask == "none" else "longest_first", 32)
+    shaped = [config(tile, 2, *plan) for plan in plans for tile in tiles]
+    shaped += [config(tile, 2, *alone) for tile in _FEW_ROWS]
+    shaped += [config(tile, 1, *plans[0]) for tile in _SMALLEST]
     return [c for c in shaped if not any(k.check(p, t, c) for k in CONSTRAINTS)]
 
 
 def _default(p: Problem, t: Target) -> Config:
     """The first guess with registers to spare where masks or score changes take more than usual."""
-    spare = OTHER_REGISTERS + (60 if p.mask == "intervals" or p.softcap or p.alibi else 0)
+    spare = OTHER_REGISTERS + (42 if p.mask == "intervals" or p.softcap or p.alibi else 0)
     guesses = _guesses(p, t)
-    roomy = (c for c in guesses if fragment_registers(p, c) + spare <= CONSUMER_REGISTERS[int(c.tile_m) // 64])
+    roomy = (c for c in guesses if fragment_registers(p, c) + spare <= consumer_registers(p, c))
     return next(roomy, guesses[-1])
 
 

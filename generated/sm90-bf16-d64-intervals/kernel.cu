@@ -1,7 +1,7 @@
 // An attention kernel made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  forward/bf16/d64/intervals-lower1, its config chosen for b4/h32-32/q4096-k4096
-// config:   tile_m=128 tile_n=128 stages=2 overlap=True rescale=deferred block_order=longest_first (the family's default)
+// config:   tile_m=128 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=sectioned section_mb=32 (the family's default)
 // made by:  fagen emit --arch sm_90 --dtype bf16 --head-dim 64 --mask intervals --interval-kind lower1 --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --config default --out DIR
 // build:    nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
@@ -11,10 +11,11 @@
 // Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
 // Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
 //
-// Config: tile_m=128 tile_n=128 stages=2 overlap=True rescale=deferred block_order=longest_first
+// Config: tile_m=128 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=sectioned section_mb=32
 
 enum class Mask { none, causal, window, intervals };
 enum class Rescale { each, deferred };
+enum class Schedule { single, balanced, dynamic };
 enum class BlockOrder { ascending, descending, longest_first, sectioned };
 
 struct Config {
@@ -32,15 +33,21 @@ struct Config {
   static constexpr int kTileM = 128;  // rows of q a block works on, 64 a warpgroup
   static constexpr int kTileN = 128;  // keys of a tile
   static constexpr int kStages = 2;  // tiles of keys, and of values, in shared memory
+  static constexpr int kQStages = 2;  // tiles of q in shared memory
   static constexpr bool kOverlap = true;  // add up O under the softmax of the next tile
   static constexpr Rescale kRescale = Rescale::deferred;  // when O follows a grown maximum
-  static constexpr BlockOrder kBlockOrder = BlockOrder::longest_first;  // order of row tiles and heads
+  static constexpr bool kPingPong = true;  // warpgroups take turns at starting products
+  static constexpr int kBlocksPerSm = 1;  // blocks that share an SM
+  static constexpr Schedule kSchedule = Schedule::dynamic;  // a block takes a tile of rows, a share, or what is next
+  static constexpr BlockOrder kBlockOrder = BlockOrder::sectioned;  // order of row tiles and heads
+  static constexpr int kSectionMb = 32;  // megabytes of keys and values that a section of heads may have
 };
 
 // What fagen derived from the config before compiling; the kernel asserts that it agrees.
 struct Derived {
   static constexpr int threads = 384;
-  static constexpr int smem_bytes = 83016;
+  static constexpr int smem_bytes = 99616;
+  static constexpr int registers = 224;
 };
 enum class QSource { shared, registers };  // q is never held in registers here; the shared headers ask
 
@@ -186,6 +193,13 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
+// A word that a barrier speaks for.
+__device__ __forceinline__ uint32_t ld_shared_4(uint32_t from) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+  return value;
+}
+
 }  // namespace ptx
 
 // ---- fagen/ptx/tma.cuh -----------------------------------------------------------------------------------
@@ -212,7 +226,7 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, ui
 }  // namespace ptx
 
 // ---- fagen/ptx/warpgroup.cuh -----------------------------------------------------------------------------
-// What a warpgroup (four warps) does as one, beside its products (sm_90a).
+// What Hopper adds beside copies and products: registers by role, turns, kernels that overlap (sm_90a).
 
 namespace ptx {
 
@@ -224,6 +238,11 @@ __device__ __forceinline__ void more_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Counts this warp's threads as there on barrier `id`, and goes on; others wait with barrier_sync.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Before the first product of a group, and after ordinary code has touched its registers.
@@ -239,6 +258,10 @@ __device__ __forceinline__ void wgmma_wait() {
 // Keeps the compiler from moving uses of a register across a wait or a fence.
 __device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 __device__ __forceinline__ void pin(unsigned& x) { asm volatile("" : "+r"(x)::"memory"); }
+
+// Two kernels in a stream, the second launched to start early: the first lets it, the second waits for the first's end.
+__device__ __forceinline__ void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace ptx
 
@@ -274,7 +297,7 @@ __device__ __forceinline__ void wgmma_registers<64>(float (&c)[8][4], const uint
 }  // namespace ptx
 // ---- fagen/sm90/layout.cuh -------------------------------------------------------------------------------
 // How the tiles of a block lie in shared memory: columns in slabs of 64, rows of 128 bytes, exchanged as the copy
-// engine and the tensor cores both expect (128-byte swizzle).
+// engine and the tensor cores both expect (128-byte swizzle). And the rings that the tiles go round in.
 // ---- fagen/attend.cuh ------------------------------------------------------------------------------------
 // One warp's part of attention: its rows of q against a tile of keys, and the sums that it carries along.
 
@@ -898,81 +921,363 @@ __device__ __forceinline__ bool needs_mask(const IntervalWalk<Config>& walk, con
   return walk.partial();
 }
 
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-
-struct True {
-  static constexpr bool value = true;
-};
-struct False {
-  static constexpr bool value = false;
-};
-
 template <class C>
 struct Shape {
   static constexpr int kGroups = C::kTileM / 64;  // warpgroups that compute, each 64 rows of q
   static constexpr int kThreads = (kGroups + 1) * 128;
   static constexpr int kSlabs = (C::kHeadDim + 63) / 64, kSlabsV = (C::kHeadDimV + 63) / 64;
-  static constexpr int kQBytes = C::kTileM * 128 * larger(kSlabs, kSlabsV);  // O leaves through the same place
+  static constexpr int kQBytes = C::kTileM * 128 * kSlabs;
   static constexpr int kKBytes = C::kTileN * 128 * kSlabs, kVBytes = C::kTileN * 128 * kSlabsV;
-  static constexpr int kK = kQBytes, kV = kK + C::kStages * kKBytes, kBarriers = kV + C::kStages * kVBytes;
-  static constexpr int kSmemBytes = kBarriers + 8 * (1 + 4 * C::kStages) + 1024;  // and room to align the start
+
+  // in this order: tiles of q, of k, of v, a full and an empty barrier for each, the mail with its own,
+  // and what is told of each tile of k
+  static constexpr int kQ = 0, kK = kQ + C::kQStages * kQBytes, kV = kK + C::kStages * kKBytes;
+  static constexpr int kBarriers = kV + C::kStages * kVBytes;
+  static constexpr int kMail = kBarriers + 16 * (C::kQStages + 2 * C::kStages);
+  static constexpr int kTold = kMail + 64;
+  static constexpr int kSmemBytes = kTold + 64 * C::kStages + 1024;  // and room to align
 
   // Registers of a thread: what the block is compiled for, and how the roles divide them.
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kGroups == 1 ? 232 : kGroups == 2 ? 240 : 160;
-  static constexpr int kBlocksPerSm = kGroups == 1 ? 2 : 1;
+  static constexpr int kEach = 65536 / (C::kBlocksPerSm * kThreads) / 8 * 8;
+  static constexpr int kProducerRegisters = C::kMask == Mask::intervals ? 56 : kGroups == 3 ? 32 : 40;
+  static constexpr int kShare = ((kGroups + 1) * kEach - kProducerRegisters) / kGroups / 8 * 8;
+  static constexpr int kConsumerRegisters = kShare > 240 ? 240 : kShare;
 
   static_assert(C::kTileM % 64 == 0 && C::kTileN % 16 == 0, "a warpgroup's product is 64 rows, 16 keys deep");
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
+  static_assert(kConsumerRegisters == Derived::registers, "Python and CUDA disagree about the registers of a thread");
 };
 
-// Descriptor of a wgmma operand whose 16 elements of k lie in a row (q, k); slabs are separate operands.
-__device__ __forceinline__ uint64_t rows_operand(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62, kGroupOf8Rows = uint64_t(1024 >> 4) << 32, kUnused = 1ull << 16;
-  return kSwizzle128 | kGroupOf8Rows | kUnused | ((address & 0x3ffff) >> 4);
-}
-// And of one whose columns lie in a row, 16 rows deep in k (v): slabs `slab_bytes` apart.
-__device__ __forceinline__ uint64_t columns_operand(uint32_t address, int slab_bytes) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62, kGroupOf8Rows = uint64_t(1024 >> 4) << 32;
-  return kSwizzle128 | kGroupOf8Rows | uint64_t(slab_bytes >> 4) << 16 | ((address & 0x3ffff) >> 4);
-}
+// A wgmma operand in shared memory: where it begins, and how it goes on from there.
+struct Operand {
+  uint32_t low, high;
 
-// A ring of stages with a full and an empty barrier each; producer and consumers each step through it on their own.
+  static constexpr uint32_t kSwizzle128 = 1u << 30, kGroupOf8Rows = 1024 >> 4;
+
+  // 16 elements of k lie in a row (q, k); slabs are separate operands
+  static __device__ __forceinline__ Operand of_rows(uint32_t address) {
+    return {address >> 4 | 1u << 16, kSwizzle128 | kGroupOf8Rows};
+  }
+  // columns lie in a row, 16 rows deep in k (v); slabs `slab_bytes` apart
+  static __device__ __forceinline__ Operand of_columns(uint32_t address, int slab_bytes) {
+    return {address >> 4 | uint32_t(slab_bytes >> 4) << 16, kSwizzle128 | kGroupOf8Rows};
+  }
+  // the one that begins so many bytes later
+  __device__ __forceinline__ uint64_t at(int bytes) const { return uint64_t(high) << 32 | (low + (bytes >> 4)); }
+};
+
+// A ring of tiles, each with a barrier that says it is full and one that says it is empty. The producer and the
+// consumers each step through it on their own.
+template <int kStages, int kBytes>
 struct Ring {
-  uint32_t full, empty;  // of stage 0
+  uint32_t tiles, barriers;  // of stage 0; the empty barrier lies behind the full one
   int stage = 0, phase = 0;
 
-  template <int kStages>
+  static constexpr int kTileBytes = kBytes;
+
+  __device__ __forceinline__ void init(int consumers) const {
+    for (int s = 0; s < kStages; ++s) {
+      ptx::mbarrier_init(barriers + s * 16, 1);
+      ptx::mbarrier_init(barriers + s * 16 + 8, consumers);
+    }
+  }
+  __device__ __forceinline__ uint32_t tile() const { return tiles + stage * kBytes; }
+  __device__ __forceinline__ uint32_t full() const { return barriers + stage * 16; }
+  __device__ __forceinline__ uint32_t empty() const { return barriers + stage * 16 + 8; }
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) stage = 0, phase ^= 1;
   }
-  __device__ __forceinline__ uint32_t full_barrier() const { return full + stage * 8; }
-  __device__ __forceinline__ uint32_t empty_barrier() const { return empty + stage * 8; }
+
+  // for the producer: the next tile's place is free; and its bytes are announced
+  __device__ __forceinline__ void acquire() const { ptx::mbarrier_wait(empty(), phase ^ 1); }
+  __device__ __forceinline__ void announce() const { ptx::mbarrier_arrive_expect(full(), kBytes); }
+  // for consumers: the tile is there; and has been read by this warp
+  __device__ __forceinline__ void wait() const { ptx::mbarrier_wait(full(), phase); }
+  __device__ __forceinline__ void release() {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty());
+    advance();
+  }
+};
+
+// Which tile of rows comes next: the producer tells the consumers. A row_tile of -1 is the end.
+
+struct Mail {
+  Ring<2, 16> ring;
+
+  __device__ __forceinline__ void send(const Work& work) {
+    if (threadIdx.x % 32 == 0) {
+      ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
+      ptx::st_shared_16(ring.tile(), make_uint4(work.row_tile, work.head, work.batch, 0));
+      ptx::mbarrier_arrive(ring.full());
+    }
+    ring.advance();
+  }
+  __device__ __forceinline__ Work receive() {
+    ring.wait();
+    const uint4 word = ptx::ld_shared_16(ring.tile());
+    ring.release();
+    // broadcast, so that the compiler as well knows it to be the same in all lanes
+    const auto uniform = [](uint32_t x) { return int(__shfl_sync(~0u, x, 0)); };
+    return {uniform(word.x), uniform(word.y), uniform(word.z)};
+  }
+};
+
+// Intervals: what a tile of k is to a tile of rows. The producer finds out and tells the consumers.
+struct Told {
+  enum Cut { none, rows, cells };  // what the intervals hide of it: nothing, whole rows, this and that
+  uint32_t place;                  // in shared memory: a word, and the bounds of the rows
+  int word;
+
+  static __device__ __forceinline__ void tell(uint32_t place, int tile, bool partial, bool last, Cut cut,
+                                              const Hidden& hidden) {
+    ptx::st_shared_4(place, tile << 4 | int(cut) << 2 | int(last) << 1 | int(partial));
+    ptx::st_shared_16(place + 16, make_uint4(hidden.ls, hidden.le, hidden.us, hidden.ue));
+  }
+  static __device__ __forceinline__ Told hear(uint32_t place) { return {place, int(ptx::ld_shared_4(place))}; }
+
+  __device__ __forceinline__ int tile() const { return word >> 4; }
+  __device__ __forceinline__ bool partial() const { return word & 1; }  // has hidden cells
+  __device__ __forceinline__ bool last() const { return word & 2; }     // of its tile of rows
+  __device__ __forceinline__ Cut cut() const { return Cut(word >> 2 & 3); }
+  __device__ __forceinline__ Hidden hidden() const {
+    const uint4 x = ptx::ld_shared_16(place + 16);
+    return {int(x.x), int(x.y), int(x.z), int(x.w)};
+  }
+};
+
+template <class C>
+struct Rings {
+  using S = Shape<C>;
+  Ring<C::kQStages, S::kQBytes> q;
+  Ring<C::kStages, S::kKBytes> k;
+  Ring<C::kStages, S::kVBytes> v;
+  Mail mail;
+  uint32_t told;  // places of Told: two a stage of k, so that one outlives its tile until the softmax is done
+
+  __device__ __forceinline__ explicit Rings(uint32_t smem)
+      : q{smem + S::kQ, smem + S::kBarriers},
+        k{smem + S::kK, smem + S::kBarriers + 16 * C::kQStages},
+        v{smem + S::kV, smem + S::kBarriers + 16 * (C::kQStages + C::kStages)},
+        mail{{smem + S::kMail, smem + S::kMail + 32}},
+        told(smem + S::kTold) {}
+
+  __device__ __forceinline__ uint32_t told_place() const { return told + (k.stage + k.phase * C::kStages) * 32; }
+
+  // Consumers give a tile back with one arrival a warp.
+  __device__ __forceinline__ void init() const {
+    q.init(S::kGroups * 4);
+    k.init(S::kGroups * 4);
+    v.init(S::kGroups * 4);
+    mail.ring.init(S::kGroups * 4);
+    ptx::fence_mbarrier_init();
+  }
+};
+
+// The walk over tiles of k as the producer tells it. The present tile is there; to advance is to wait for the next.
+template <class Rings>
+struct ToldWalk {
+  Rings& rings;
+  Told told;
+
+  __device__ __forceinline__ bool valid() const { return told.place != 0; }
+  __device__ __forceinline__ void advance() {
+    if (told.last()) {
+      told.place = 0;
+    } else {
+      rings.k.wait();
+      told = Told::hear(rings.told_place());
+    }
+  }
 };
 
 // ---- fagen/sm90/forward.cuh ------------------------------------------------------------------------------
 // The forward kernel for Hopper: one warp feeds the copy engine, one to three warpgroups compute 64 rows of q each.
+//
+// A block works through tiles of rows without a pause: the product that ends one tile, its O on the way to memory, and
+// the first scores of the next are under way together.
+// ---- fagen/sm90/epilogue.cuh -----------------------------------------------------------------------------
+// O and LSE of a tile of rows on their way from registers to memory.
+// ---- fagen/sm90/rows.cuh ---------------------------------------------------------------------------------
+// The tiles of rows that a block works through, and the keys that each of them sees.
+
+
+
 
 struct Launch {
   CUtensorMap q, k, v;
   int row_tiles, key_tiles;  // tiles of a head
+  int tiles;                 // tiles of rows in all
   int heads_at_once;         // sectioned order
   Extent* extents;           // of the intervals, tile by tile
+  int* counts;               // and of each mask head, by tile of rows: how many tiles of keys it sees,
+  int2* spans;               // between which of them they lie,
+  int* order;                // and which tile of rows sees the most, the next most, ...
+  unsigned* taken;           // dynamic schedule: tiles of rows that blocks have come for, beside each one's first
 };
 
-// Call visit(tile, masked) for the rest of the walk, with a loop of its own for tiles that need no mask.
-template <class C, class Walk, class Visit>
-__device__ __forceinline__ void visit_tiles(Walk& walk, const TileRange& range, Visit visit) {
-  if constexpr (C::kMask == Mask::intervals) {
-    for (; walk.valid(); walk.advance()) walk.partial() ? visit(walk.tile, True{}) : visit(walk.tile, False{});
-  } else {
-    for (; walk.valid() && walk.tile >= range.full_end; walk.advance()) visit(walk.tile, True{});
-    for (; walk.tile >= range.full_begin; walk.advance()) visit(walk.tile, False{});
-    if constexpr (C::kMask == Mask::window)
-      for (; walk.valid(); walk.advance()) visit(walk.tile, True{});
+// Which tile of rows a block takes after its first: none, every so many-th of the order, turning at its ends so that
+// all blocks get as much of what is long as of what is short; or the next that nobody has taken.
+template <class C>
+struct Share {
+  int round = 0;
+
+  __device__ __forceinline__ int next(const Launch& launch) {
+    if constexpr (C::kSchedule == Schedule::single) {
+      return launch.tiles;
+    } else if constexpr (C::kSchedule == Schedule::balanced) {
+      ++round;
+      return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    } else {
+      if (round++ == 0) ptx::wait_for_previous_kernel();  // which sets the counter to zero
+      return gridDim.x + (threadIdx.x % 32 == 0 ? atomicAdd(launch.taken, 1) : 0);
+    }
+  }
+};
+
+// With intervals, the longest tile of rows is not simply the last: they are counted and ranked.
+template <class C>
+constexpr bool kRanked = C::kMask == Mask::intervals &&
+                         (C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned);
+
+struct True {
+  static __device__ __forceinline__ constexpr bool partial() { return true; }
+};
+struct False {
+  static __device__ __forceinline__ constexpr bool partial() { return false; }
+};
+
+// Intervals may differ by batch and by kv head.
+__device__ __forceinline__ int64_t mask_plane(const fagen_params& p, const Work& work) {
+  const int head = p.mask_heads == 1 ? 0 : work.head / (p.heads / p.kv_heads);
+  return int64_t(work.batch) * p.mask_heads + head;
+}
+
+// The `index`-th tile of rows in the order of work.
+template <class C>
+__device__ __forceinline__ Work take(const fagen_params& p, const Launch& launch, int index) {
+  Work work = take_work<C::kBlockOrder>(p, index, launch.row_tiles, launch.heads_at_once);
+  if constexpr (kRanked<C>) {
+    const int* order = launch.order + mask_plane(p, work) * launch.row_tiles;
+    work.row_tile = order[launch.row_tiles - 1 - work.row_tile];
+  }
+  return work;
+}
+
+// One tile of rows: [m0, m1) of a head, and its walk over tiles of keys.
+template <class C>
+struct Rows {
+  Work work;
+  int m0, m1, kv_head;
+  TileRange range;
+  Intervals<C> intervals;
+
+  Rows() = default;
+  __device__ __forceinline__ Rows(const fagen_params& p, const Launch& launch, const Band& band, const Work& work)
+      : work(work) {
+    m0 = work.row_tile * C::kTileM;
+    m1 = min(m0 + C::kTileM, p.seqlen_q);
+    kv_head = work.head / (p.heads / p.kv_heads);
+    range = TileRange::of<C::kTileN>(band, m0, m1);
+    if constexpr (C::kMask == Mask::intervals) {
+      const int64_t plane = mask_plane(p, work);
+      const int head = plane % p.mask_heads;
+      intervals.bounds = p.intervals + work.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
+      intervals.stride = p.intervals_stride[2];
+      intervals.extents = launch.extents + plane * launch.key_tiles * C::kIntervalColumns;
+      const int2 span = launch.spans[plane * launch.row_tiles + work.row_tile];
+      range.begin = span.x, range.end = span.y;
+      intervals.last_key = p.seqlen_k - 1;
+    }
+  }
+
+  __device__ __forceinline__ bool see_any() const { return range.begin < range.end; }
+  __device__ __forceinline__ auto first_tile() const {
+    if constexpr (C::kMask == Mask::intervals)
+      return IntervalWalk<C>(intervals, range, m0, m1);
+    else
+      return RangeWalk{range.end - 1, range.begin};
+  }
+
+  // What the producer tells the consumers of a tile.
+  __device__ __forceinline__ void tell(uint32_t place, int tile, bool partial, bool last) const {
+    const Extent ls = intervals.template extent<C::kLTS>(tile, kFar),
+                 le = intervals.template extent<C::kLTE>(tile, kFar);
+    const Extent us = intervals.template extent<C::kUTS>(tile, -kFar),
+                 ue = intervals.template extent<C::kUTE>(tile, -kFar);
+    const bool same = ls.low == ls.high && le.low == le.high && us.low == us.high && ue.low == ue.high;
+    const bool any = (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
+    Told::tell(place, tile, partial, last,
+               !any   ? Told::none
+               : same ? Told::rows
+                      : Told::cells,
+               {ls.low, le.low, us.low, ue.low});
+  }
+
+  // Call visit(tile, about) for the rest of the walk, with a loop of its own for tiles that need no mask.
+  template <class Walk, class Visit>
+  __device__ __forceinline__ void visit_tiles(Walk& walk, Visit visit) const {
+    if constexpr (C::kMask == Mask::intervals) {
+      for (; walk.valid(); walk.advance()) visit(walk.told.tile(), walk.told);
+    } else {
+      for (; walk.valid() && walk.tile >= range.full_end; walk.advance()) visit(walk.tile, True{});
+      for (; walk.tile >= range.full_begin; walk.advance()) visit(walk.tile, False{});
+      if constexpr (C::kMask == Mask::window)
+        for (; walk.valid(); walk.advance()) visit(walk.tile, True{});
+    }
+  }
+};
+
+// The 64 rows of a warpgroup: two of a thread's. Lanes of a quad hold two columns each of pieces of 8; neighbours trade
+// until each has four of one piece, so that a quad writes 32 whole bytes at once.
+template <class C, class Element, class State>
+__device__ __forceinline__ void store_rows(const fagen_params& p, State& state, const Work& work, int group) {
+  const Lane lane;
+  const bool odd = lane.id % 2;
+  const int first = work.row_tile * C::kTileM + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
+  const int column = odd * 8 + lane.id % 4 / 2 * 4;  // of two pieces
+  Element* out = static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + work.head * p.o_stride[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int m = first + r * 8;
+    const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
+    if (p.lse && lane.id % 4 == 0 && m < p.seqlen_q)
+      p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m] = state.softmax.lse(r, row_sum);
+    Element* row = out + m * p.o_stride[1] + column;
+    const int columns = m < p.seqlen_q ? p.head_dim_v - column : 0;
+    const auto word = [&](int n) {
+      return pack<Element>(state.o[0][n][r * 2] * inverse, state.o[0][n][r * 2 + 1] * inverse);
+    };
+#pragma unroll
+    for (int n = 0; n < C::kHeadDimV / 8; n += 2) {
+      const uint32_t mine[2] = {word(n), word(n + 1)};
+      const uint32_t got = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
+      if (n * 8 < columns)
+        *reinterpret_cast<uint2*>(row + n * 8) = odd ? make_uint2(got, mine[1]) : make_uint2(mine[0], got);
+    }
   }
 }
+
+// Rows that see no key at all, which neither producer nor consumers come by: O = 0, LSE = -inf. One warp's work.
+template <class C, class Element>
+__device__ __forceinline__ void store_nothing(const fagen_params& p, const Launch& launch) {
+  const Band band(p);
+  if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
+  for (int index = blockIdx.x; index < launch.tiles; index += gridDim.x) {
+    const Work work = take<C>(p, launch, index);
+    const Rows<C> rows(p, launch, band, work);
+    if (rows.see_any()) continue;
+    Element* out = static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + work.head * p.o_stride[2];
+    const int pieces = p.head_dim_v / 8;
+    for (int i = threadIdx.x % 32; i < (rows.m1 - rows.m0) * pieces; i += 32)
+      *reinterpret_cast<uint4*>(out + (rows.m0 + i / pieces) * p.o_stride[1] + i % pieces * 8) = make_uint4(0, 0, 0, 0);
+    if (p.lse)
+      for (int m = rows.m0 + threadIdx.x % 32; m < rows.m1; m += 32)
+        p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m] = -INFINITY;
+  }
+}
+
+
 
 // Every register of a fragment stays where it is, and is written, before what follows.
 template <class X, int kPieces>
@@ -981,166 +1286,235 @@ __device__ __forceinline__ void pin(X (&fragment)[kPieces][4]) {
   for (int i = 0; i < kPieces * 4; ++i) ptx::pin(fragment[i / 4][i % 4]);
 }
 
+// ---- the producer: one warp walks the tiles, one lane of it talks to the copy engine
+
+template <class C>
+struct Producer {
+  const fagen_params& p;
+  const Launch& launch;
+  Rings<C> rings;
+  const Band band;
+  Share<C> share;
+
+  // One tile of `kSlabs` slabs, `kRows` rows each; note() is called when its place is free.
+  template <int kSlabs, int kRows, class Ring, class Note>
+  __device__ __forceinline__ void load(const CUtensorMap& map, Ring& ring, int row, int head, int batch,
+                                       Note note) const {
+    if (threadIdx.x % 32 == 0) {
+      ring.acquire();
+      note();
+      ring.announce();
+      for (int slab = 0; slab < kSlabs; ++slab)
+        ptx::tma_load(ring.tile() + slab * kRows * 128, &map, ring.full(), slab * 64, row, head, batch);
+    }
+    ring.advance();
+  }
+  __device__ __forceinline__ void load_q(const Rows<C>& rows) {
+    load<Shape<C>::kSlabs, C::kTileM>(launch.q, rings.q, rows.m0, rows.work.head, rows.work.batch, [] {});
+  }
+  __device__ __forceinline__ void load_v(const Rows<C>& rows, int tile) {
+    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, tile * C::kTileN, rows.kv_head, rows.work.batch, [] {});
+  }
+  // The walk's present tile, which is returned; the walk goes on.
+  template <class Walk>
+  __device__ __forceinline__ int load_k(const Rows<C>& rows, Walk& walk) {
+    const int tile = walk.tile;
+    const bool partial = needs_mask(walk, rows.range);
+    walk.advance();
+    load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, tile * C::kTileN, rows.kv_head, rows.work.batch, [&] {
+      if constexpr (C::kMask == Mask::intervals) rows.tell(rings.told_place(), tile, partial, !walk.valid());
+    });
+    return tile;
+  }
+
+  // The next tile of rows that sees any key; row_tile is -1 if there is none.
+  __device__ __forceinline__ Work find(int next) {
+    for (;;) {
+      const int index = __shfl_sync(~0u, next, 0);
+      if (index >= launch.tiles) return {-1, 0, 0};
+      const Work work = take<C>(p, launch, index);
+      if (Rows<C>(p, launch, band, work).see_any()) return work;
+      next = share.next(launch);
+    }
+  }
+
+  // Keys run one tile ahead of values, as they are needed; the next tile of rows is looked for while the rings are
+  // full.
+  __device__ __forceinline__ void run() {
+    if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
+    Work work = find(blockIdx.x);
+    rings.mail.send(work);
+    while (work.row_tile >= 0) {
+      const int next = share.next(launch);
+      const Rows<C> rows(p, launch, band, work);
+      auto walk = rows.first_tile();
+      int tile = load_k(rows, walk);
+      load_q(rows);
+      work = find(next);
+      rings.mail.send(work);
+      while (walk.valid()) {
+        const int v_tile = tile;
+        tile = load_k(rows, walk);
+        load_v(rows, v_tile);
+      }
+      load_v(rows, tile);
+    }
+  }
+};
+
+// ---- the consumers: what a warpgroup does
+
 template <class C, class Element>
-struct Block {
+struct Consumer {
   using S = Shape<C>;
   using State = Attend<C, 1, C::kTileN, C::kHeadDimV, Element, void, void, void>;
   using Scores = typename State::Scores;    // [1][keys / 8][4]
   using Weights = typename State::Weights;  // [keys / 16][1][4]
 
+  static constexpr int kPieces = C::kTileN / 8;  // of 8 keys
+
   const fagen_params& p;
   const Launch& launch;
-  uint32_t smem;
-  Work work;
-  int m0, m1, kv_head;
-  Band band;
-  TileRange range;
-  Intervals<C> intervals;
+  Rings<C> rings;
+  const Band band;
+  const int group;  // of warps, from 0
+  Rows<C> rows;
+  Told first;  // intervals: about the first tile of keys
+  State state;
+  Scores s_acc;
+  Weights p_frag;
 
-  __device__ __forceinline__ Block(const fagen_params& p, const Launch& launch, uint32_t smem)
-      : p(p),
-        launch(launch),
-        smem(smem),
-        work(take_work<C::kBlockOrder>(p, blockIdx.x, launch.row_tiles, launch.heads_at_once)),
-        band(p) {
-    m0 = work.row_tile * C::kTileM;
-    m1 = min(m0 + C::kTileM, p.seqlen_q);
-    kv_head = work.head / (p.heads / p.kv_heads);
-    range = TileRange::of<C::kTileN>(band, m0, m1);
-    if constexpr (C::kMask == Mask::intervals) {
-      const int head = p.mask_heads == 1 ? 0 : kv_head;
-      intervals.bounds = p.intervals + work.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
-      intervals.stride = p.intervals_stride[2];
-      intervals.extents =
-          launch.extents + int64_t(work.batch * p.mask_heads + head) * launch.key_tiles * C::kIntervalColumns;
-      intervals.last_key = p.seqlen_k - 1;
-    }
+  __device__ __forceinline__ Consumer(const fagen_params& p, const Launch& launch, uint32_t smem, int group)
+      : p(p), launch(launch), rings(smem), band(p), group(group), state(p) {}
+
+  // Before the first keys of a tile of rows.
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (auto& piece : state.o[0]) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) state.softmax.reference[r] = -INFINITY, state.softmax.sum[r] = 0.f;
   }
 
-  __device__ __forceinline__ auto first_tile() const {
-    if constexpr (C::kMask == Mask::intervals)
-      return IntervalWalk<C>(intervals, range, m0, m1);
-    else
-      return RangeWalk{range.end - 1, range.begin};
+  // Warpgroups take turns at starting products, so that the softmax of one runs under the products of the others.
+  __device__ __forceinline__ void await_turn() const {
+    if constexpr (C::kPingPong) ptx::barrier_sync(1 + group, 256);
   }
-  __device__ __forceinline__ uint32_t q_barrier() const { return smem + S::kBarriers; }
-  __device__ __forceinline__ Ring k_ring() const {
-    const uint32_t first = q_barrier() + 8;
-    return {first, first + C::kStages * 8};
-  }
-  __device__ __forceinline__ Ring v_ring() const {
-    const uint32_t first = q_barrier() + 8 + 2 * C::kStages * 8;
-    return {first, first + C::kStages * 8};
+  __device__ __forceinline__ void pass_turn() const {
+    if constexpr (C::kPingPong) ptx::barrier_arrive(1 + (group + 1 == S::kGroups ? 0 : group + 1), 256);
   }
 
-  // Consumers give a stage back with one arrival a warp.
-  __device__ __forceinline__ void init_barriers() const {
-    ptx::mbarrier_init(q_barrier(), 1);
-    for (int stage = 0; stage < C::kStages; ++stage) {
-      ptx::mbarrier_init(k_ring().full + stage * 8, 1);
-      ptx::mbarrier_init(v_ring().full + stage * 8, 1);
-      ptx::mbarrier_init(k_ring().empty + stage * 8, S::kGroups * 4);
-      ptx::mbarrier_init(v_ring().empty + stage * 8, S::kGroups * 4);
-    }
-    ptx::fence_mbarrier_init();
-  }
-
-  // ---- producer: one warp walks the tiles, one lane of it talks to the copy engine
-
-  __device__ __forceinline__ void load(const CUtensorMap& map, Ring& ring, uint32_t first, int bytes, int slabs,
-                                       int tile, bool elected) const {
-    if (elected) {
-      ptx::mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
-      ptx::mbarrier_arrive_expect(ring.full_barrier(), bytes);
-      for (int slab = 0; slab < slabs; ++slab)
-        ptx::tma_load(first + ring.stage * bytes + slab * C::kTileN * 128, &map, ring.full_barrier(), slab * 64,
-                      tile * C::kTileN, kv_head, work.batch);
-    }
-    ring.advance<C::kStages>();
-  }
-
-  __device__ __forceinline__ void produce() const {
-    const bool elected = threadIdx.x % 32 == 0;
-    Ring k = k_ring(), v = v_ring();
-    if (elected) {
-      ptx::mbarrier_arrive_expect(q_barrier(), C::kTileM * 128 * S::kSlabs);
-      for (int slab = 0; slab < S::kSlabs; ++slab)
-        for (int group = 0; group < S::kGroups; ++group)
-          ptx::tma_load(smem + (slab * C::kTileM + group * 64) * 128, &launch.q, q_barrier(), slab * 64,
-                        m0 + group * 64, work.head, work.batch);
-    }
-    // keys run one tile ahead of values, as they are needed
-    int v_tile = -1;
-    for (auto walk = first_tile(); walk.valid(); walk.advance()) {
-      load(launch.k, k, smem + S::kK, S::kKBytes, S::kSlabs, walk.tile, elected);
-      if (v_tile >= 0) load(launch.v, v, smem + S::kV, S::kVBytes, S::kSlabsV, v_tile, elected);
-      v_tile = walk.tile;
-    }
-    if (v_tile >= 0) load(launch.v, v, smem + S::kV, S::kVBytes, S::kSlabsV, v_tile, elected);
-  }
-
-  // ---- consumers: what a warpgroup does
-
-  __device__ __forceinline__ void release(const Ring& ring) const {
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty_barrier());
-  }
   // S = Q K^T, started
-  __device__ __forceinline__ void start_scores(Scores& s_acc, int group, const Ring& ring) const {
+  __device__ __forceinline__ void start_scores() {
+    const Operand q = Operand::of_rows(rings.q.tile() + group * 64 * 128), k = Operand::of_rows(rings.k.tile());
     pin(s_acc[0]);
     ptx::wgmma_fence();
 #pragma unroll
     for (int d = 0; d < C::kHeadDim / 16; ++d) {
       const uint32_t within = d % 4 * 32;  // of a slab's 128-byte rows
-      const uint32_t q = smem + (d / 4 * C::kTileM + group * 64) * 128 + within;
-      const uint32_t k = smem + S::kK + ring.stage * S::kKBytes + d / 4 * C::kTileN * 128 + within;
-      ptx::wgmma_shared<C::kTileN>(s_acc[0], rows_operand(q), rows_operand(k), d > 0);
+      ptx::wgmma_shared<C::kTileN>(s_acc[0], q.at(d / 4 * C::kTileM * 128 + within),
+                                   k.at(d / 4 * C::kTileN * 128 + within), d > 0);
     }
-    ptx::wgmma_commit();
   }
   // O += P V, started
-  __device__ __forceinline__ void start_values(State& state, Weights& p_frag, const Ring& ring) const {
+  __device__ __forceinline__ void start_values() {
+    const Operand v = Operand::of_columns(rings.v.tile(), C::kTileN * 128);
     pin(state.o[0]);
 #pragma unroll
     for (auto& piece : p_frag) pin(piece);
     ptx::wgmma_fence();
-    const uint32_t v = smem + S::kV + ring.stage * S::kVBytes;
 #pragma unroll
     for (int n = 0; n < C::kTileN / 16; ++n)
-      ptx::wgmma_registers<C::kHeadDimV>(state.o[0], p_frag[n][0], columns_operand(v + n * 2048, C::kTileN * 128));
-    ptx::wgmma_commit();
+      ptx::wgmma_registers<C::kHeadDimV>(state.o[0], p_frag[n][0], v.at(n * 2048));
   }
+  // Either is there, while up to kPending younger products go on; its tile may be overwritten.
   template <int kPending>
-  __device__ __forceinline__ void wait_scores(Scores& s_acc) const {
+  __device__ __forceinline__ void wait_scores() {
     ptx::wgmma_wait<kPending>();
     pin(s_acc[0]);
+    rings.k.release();
   }
-  __device__ __forceinline__ void wait_values(State& state) const {
-    ptx::wgmma_wait<0>();
+  template <int kPending>
+  __device__ __forceinline__ void wait_values() {
+    ptx::wgmma_wait<kPending>();
     pin(state.o[0]);
+    rings.v.release();
   }
 
-  // Softmax of a tile: S becomes the weights, and O must follow by `factor`, once it is at rest, if this returns true.
-  __device__ __forceinline__ bool weigh(State& state, Scores& s_acc, float (&factor)[2]) const {
+  // Hide what the band hides of a tile: the columns from `key` on, of which each row sees [begin, end).
+  __device__ __forceinline__ void hide(int row0, int key) {
+    const Lane lane;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = row0 + r * 8 + lane.row, first = key + lane.column;
+      // of the thread's columns, two a piece of 8, how many lie before x
+      const auto before = [&](int x) { return x <= 0 ? 0 : x / 8 * 2 + min(x % 8, 2); };
+      const int begin = before(band.begin(row) - first), end = before(band.end(row) - first);
+#pragma unroll
+      for (int word = 0; word < kPieces * 2; word += 32) {
+        const auto bits = [&](int n) { return n <= word ? 0u : n >= word + 32 ? ~0u : (1u << (n - word)) - 1u; };
+        uint32_t seen = bits(end);
+        if (C::kMask == Mask::window || C::kMask == Mask::intervals) seen &= ~bits(begin);
+#pragma unroll
+        for (int j = 0; j < 32 && word + j < kPieces * 2; ++j) {
+          float& x = s_acc[0][(word + j) / 2][r * 2 + j % 2];
+          x = seen & 1u << j ? x : -INFINITY;
+        }
+      }
+    }
+  }
+  // And what intervals hide of it.
+  __device__ __forceinline__ void hide(int row0, const Told& told) {
+    if (told.cut() == Told::rows) {
+      const Hidden bounds = told.hidden();
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const bool hidden = bounds.hides(row0 + r * 8 + Lane().row);
+#pragma unroll
+        for (int n = 0; n < kPieces * 2; ++n) {
+          float& x = s_acc[0][n / 2][r * 2 + n % 2];
+          x = hidden ? -INFINITY : x;
+        }
+      }
+    } else if (told.cut() == Told::cells) {
+      state.hide_intervals(s_acc, rows.intervals, row0, told.tile() * C::kTileN);
+    }
+  }
+
+  // Take the maxima of a tile into the softmax: true if O must follow by `factor`, once it is at rest.
+  __device__ __forceinline__ bool observe(float (&factor)[2]) {
+    constexpr int kChains = 4;  // of comparisons side by side, since each waits for the one before
     float row_max[2];
-    state.tile_maxima(s_acc, row_max);
-    const bool moved = __any_sync(~0u, state.softmax.outgrown(row_max));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float chain[kChains];
+#pragma unroll
+      for (int n = 0; n < kPieces; ++n) {
+        const float pair = fmaxf(s_acc[0][n][r * 2], s_acc[0][n][r * 2 + 1]);
+        chain[n % kChains] = n < kChains ? pair : fmaxf(chain[n % kChains], pair);
+      }
+      row_max[r] = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3]));
+    }
+    const bool moved = C::kRescale == Rescale::each || __any_sync(~0u, state.softmax.outgrown(row_max));
     if (moved) {
       for (float& x : row_max) x = quad_max(x);
       state.softmax.move(row_max, factor);
     }
     state.softmax.settle();
+    return moved;
+  }
+  // S becomes the weights.
+  __device__ __forceinline__ void weigh() {
 #pragma unroll
-    for (int n = 0; n < C::kTileN / 8; ++n)
+    for (int n = 0; n < kPieces; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = s_acc[0][n][i];
         x = state.softmax.weight(x, i / 2);
         state.softmax.sum[i / 2] += x;
       }
-    return moved;
   }
   // The weights as an operand. Registers of an operand may not change while any product is under way.
-  __device__ __forceinline__ void pack_weights(const Scores& s_acc, Weights& p_frag) const {
+  __device__ __forceinline__ void pack_weights() {
 #pragma unroll
     for (int n = 0; n < C::kTileN / 16; ++n)
 #pragma unroll
@@ -1150,81 +1524,118 @@ struct Block {
       }
   }
 
-  __device__ __forceinline__ void consume(int group) const {
-    const int warp = threadIdx.x / 32 % 4, row0 = m0 + group * 64 + warp * 16;
-    State state(p);
-    const ScoreMod<C> mod(p, work.batch, work.head);
-    Ring k = k_ring(), v = v_ring();
-    auto walk = first_tile();
-    Scores s_acc;
-    Weights p_frag;
-    float factor[2];
-    const auto modify = [&](int tile, auto masked) {
-      state.template modify<decltype(masked)::value>(s_acc, mod, band, intervals, row0, tile * C::kTileN);
-    };
-    ptx::mbarrier_wait(q_barrier(), 0);
-    if (walk.valid()) {
-      ptx::mbarrier_wait(k.full_barrier(), k.phase);
-      start_scores(s_acc, group, k);
-      wait_scores<0>(s_acc);
-      release(k);
-      k.template advance<C::kStages>();
-      needs_mask(walk, range) ? modify(walk.tile, True{}) : modify(walk.tile, False{});
-      weigh(state, s_acc, factor);  // O is still zero: nothing to rescale
-      pack_weights(s_acc, p_frag);
-      walk.advance();
-      const auto visit = [&](int tile, auto masked) {
-        ptx::mbarrier_wait(k.full_barrier(), k.phase);
-        start_scores(s_acc, group, k);
-        ptx::mbarrier_wait(v.full_barrier(), v.phase);
-        start_values(state, p_frag, v);
-        wait_scores<C::kOverlap ? 1 : 0>(s_acc);  // with overlap, O += P V goes on under the softmax of the next tile
-        release(k);
-        k.template advance<C::kStages>();
-        modify(tile, masked);
-        const bool moved = weigh(state, s_acc, factor);
-        wait_values(state);
-        release(v);
-        v.template advance<C::kStages>();
-        if (moved) state.rescale(factor);
-        pack_weights(s_acc, p_frag);
-      };
-      visit_tiles<C>(walk, range, visit);
-      ptx::mbarrier_wait(v.full_barrier(), v.phase);
-      start_values(state, p_frag, v);
-      wait_values(state);
-    }
-    store(state, group, warp);
+  // S of a tile of rows' first keys, started
+  __device__ __forceinline__ void start_first_scores() {
+    rings.q.wait();
+    rings.k.wait();
+    if constexpr (C::kMask == Mask::intervals) first = Told::hear(rings.told_place());
+    start_scores();
+    ptx::wgmma_commit();
   }
 
-  // Normalise, and store through the warpgroup's own rows of q's place: whole 16-byte pieces of rows.
-  __device__ __forceinline__ void store(State& state, int group, int warp) const {
-    const Lane lane;
-    const int first = group * 64 + warp * 16;
-    const auto at = [&](int row, int chunk) {
-      return smem + (chunk / 8 * C::kTileM + row) * 128 + ((chunk % 8) ^ (row % 8)) * 16;
+  // The next tile of rows, if there is one.
+  __device__ __forceinline__ bool next() {
+    const Work work = rings.mail.receive();
+    if (work.row_tile < 0) return false;
+    rows = Rows<C>(p, launch, band, work);
+    return true;
+  }
+
+  // The walk over the keys, beginning with the tile whose scores are under way.
+  __device__ __forceinline__ auto keys() {
+    if constexpr (C::kMask == Mask::intervals)
+      return ToldWalk<Rings<C>>{rings, first};
+    else
+      return rows.first_tile();
+  }
+
+  // All keys of a tile of rows. Its first scores are under way already, its last product still is at the end.
+  __device__ __forceinline__ void attend() {
+    const int row0 = rows.m0 + group * 64 + threadIdx.x / 32 % 4 * 16;
+    const ScoreMod<C> mod(p, rows.work.batch, rows.work.head);
+    const auto modify = [&](int tile, const auto& about) {
+      if constexpr (ScoreMod<C>::kActive)
+        state.template modify<false>(s_acc, mod, band, rows.intervals, row0, tile * C::kTileN);
+      if (about.partial()) {
+        hide(row0, tile * C::kTileN);
+        if constexpr (C::kMask == Mask::intervals) hide(row0, about);
+      }
     };
-    ptx::barrier_sync(1 + group, 128);  // the warpgroup has read its rows of q for the last time
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = first + r * 8 + lane.row;
-      const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
-      if (p.lse && lane.id % 4 == 0 && m0 + row < p.seqlen_q)
-        p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m0 + row] = state.softmax.lse(r, row_sum);
-#pragma unroll
-      for (int n = 0; n < C::kHeadDimV / 8; ++n)
-        ptx::st_shared_4(at(row, n) + lane.column * 2,
-                         pack<Element>(state.o[0][n][r * 2] * inverse, state.o[0][n][r * 2 + 1] * inverse));
+    // q has been read for the last time once the scores of the last tile are there
+    const auto release_q = [&](int tile, const auto& about) {
+      bool last = tile == rows.range.begin;
+      if constexpr (C::kMask == Mask::intervals) last = about.last();
+      if (last) rings.q.release();
+    };
+    auto walk = keys();
+    float factor[2];
+    clear();
+    if constexpr (C::kMask == Mask::intervals) {
+      release_q(walk.told.tile(), walk.told);
+      modify(walk.told.tile(), walk.told);
+    } else {
+      release_q(walk.tile, True{});
+      needs_mask(walk, rows.range) ? modify(walk.tile, True{}) : modify(walk.tile, False{});
     }
-    __syncwarp();  // a warp reads back only the rows it wrote
-    Element* out = static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + work.head * p.o_stride[2];
-    constexpr int kChunks = C::kHeadDimV / 8;
-#pragma unroll 4
-    for (int i = lane.id; i < 16 * kChunks; i += 32) {
-      const int row = first + i / kChunks, chunk = i % kChunks;
-      if (m0 + row < p.seqlen_q && chunk * 8 < p.head_dim_v)
-        *reinterpret_cast<uint4*>(out + (m0 + row) * p.o_stride[1] + chunk * 8) = ptx::ld_shared_16(at(row, chunk));
+    observe(factor);  // O is still zero: nothing to rescale
+    weigh();
+    pack_weights();
+    walk.advance();
+    rows.visit_tiles(walk, [&](int tile, const auto& about) {
+      await_turn();
+      rings.k.wait();
+      start_scores();
+      ptx::wgmma_commit();
+      rings.v.wait();
+      start_values();
+      ptx::wgmma_commit();
+      pass_turn();
+      wait_scores<C::kOverlap ? 1 : 0>();  // with overlap, O += P V goes on under the maxima of this tile
+      release_q(tile, about);
+      modify(tile, about);
+      const bool moved = observe(factor);
+      rings.v.wait();  // it has long been there; without this branch ptxas keeps the rings' state lane by lane
+      wait_values<0>();
+      if (moved) state.rescale(factor);
+      weigh();
+      pack_weights();
+    });
+  }
+
+  // Tile of rows by tile of rows: the last product of one, its way out, and the first scores of the next go together.
+  __device__ __forceinline__ void run() {
+    if (C::kPingPong && group == S::kGroups - 1) pass_turn();  // the first warpgroup begins
+    bool begun = false;
+    Work done;
+    while (next()) {
+      await_turn();
+      if (begun) {
+        rings.v.wait();
+        start_values();
+        ptx::wgmma_commit();
+        start_first_scores();
+        pass_turn();
+        wait_values<1>();
+        store_rows<C, Element>(p, state, done, group);
+        wait_scores<0>();
+      } else {
+        start_first_scores();
+        pass_turn();
+        wait_scores<0>();
+      }
+      attend();
+      done = rows.work;
+      begun = true;
+      if (C::kSchedule == Schedule::single) break;
     }
+    if (!begun) return;
+    await_turn();
+    rings.v.wait();
+    start_values();
+    ptx::wgmma_commit();
+    pass_turn();
+    wait_values<0>();
+    store_rows<C, Element>(p, state, done, group);
   }
 };
 
@@ -1232,21 +1643,22 @@ template <class C, class Element>
 __device__ __forceinline__ void attend(const fagen_params& p, const Launch& launch, unsigned char* shared) {
   using S = Shape<C>;
   const uint32_t smem = (ptx::shared_address(shared) + 1023) & ~1023u;
-  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well; 0 produces
-  const Block<C, Element> block(p, launch, smem);
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well; the last produces
   if (threadIdx.x == 0) {
     ptx::prefetch_map(&launch.q);
     ptx::prefetch_map(&launch.k);
     ptx::prefetch_map(&launch.v);
-    block.init_barriers();
+    Rings<C>(smem).init();
   }
   __syncthreads();
-  if (group == 0) {
+  if (group == S::kGroups) {
     ptx::fewer_registers<S::kProducerRegisters>();
-    if (threadIdx.x < 32) block.produce();
+    const int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
+    if (warp == 0) Producer<C>{p, launch, Rings<C>(smem), Band(p)}.run();
+    if (warp == 1 && C::kMask != Mask::none) store_nothing<C, Element>(p, launch);
   } else {
     ptx::more_registers<S::kConsumerRegisters>();
-    block.consume(group - 1);
+    Consumer<C, Element>(p, launch, smem, group).run();
   }
 }
 
@@ -1257,12 +1669,72 @@ __device__ __forceinline__ void attend(const fagen_params& p, const Launch& laun
 #include <cuda_runtime.h>
 
 
+// ---- fagen/sm90/plan.cuh ---------------------------------------------------------------------------------
+// What small kernels find out before the forward one, where it needs anything: extents of the intervals, the order of
+// the tiles of rows, a counter at zero. Each starts beside the one before and waits for its end.
+
 template <class C>
-static uint64_t extents_bytes(const fagen_params* p) {
-  if (C::kMask != Mask::intervals) return 0;
-  const uint64_t tiles = (p->seqlen_k + C::kTileN - 1) / C::kTileN;
-  return (sizeof(Extent) * tiles * p->batch * p->mask_heads * C::kIntervalColumns + 255) / 256 * 256;
+__device__ __forceinline__ void begin(const fagen_params& p, const Launch& launch) {
+  ptx::start_next_kernel();
+  if (C::kSchedule == Schedule::dynamic && blockIdx.x == 0 && threadIdx.x == 0) *launch.taken = 0;
+  if constexpr (C::kMask == Mask::intervals) find_extents<C>(p, launch.extents, launch.key_tiles);
 }
+
+// A block for each mask head: which tiles of keys each tile of rows sees, and the order by how many they are.
+template <class C>
+__device__ __forceinline__ void rank(const fagen_params& p, const Launch& launch) {
+  ptx::start_next_kernel();
+  ptx::wait_for_previous_kernel();
+  const Band band(p);
+  const int64_t plane = blockIdx.x;
+  Intervals<C> intervals;
+  intervals.extents = launch.extents + plane * launch.key_tiles * C::kIntervalColumns;
+  int* counts = launch.counts + plane * launch.row_tiles;
+  int* order = launch.order + plane * launch.row_tiles;
+  for (int row_tile = threadIdx.x; row_tile < launch.row_tiles; row_tile += blockDim.x) {
+    const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
+    const TileRange range = TileRange::of<C::kTileN>(band, m0, m1);
+    int count = 0, first = 0, end = 0;
+#pragma unroll 8
+    for (int tile = 0; tile < launch.key_tiles; ++tile) {
+      bool empty, partial;
+      intervals.classify(tile, m0, m1, empty, partial);
+      if (tile < range.begin || tile >= range.end || empty) continue;
+      if (count++ == 0) first = tile;
+      end = tile + 1;
+    }
+    counts[row_tile] = count;
+    launch.spans[plane * launch.row_tiles + row_tile] = make_int2(first, end);
+  }
+  __syncthreads();
+  for (int row_tile = threadIdx.x; row_tile < launch.row_tiles; row_tile += blockDim.x) {
+    const int count = counts[row_tile];
+    int before = 0;
+#pragma unroll 8
+    for (int other = 0; other < launch.row_tiles; ++other)
+      before += counts[other] > count || (counts[other] == count && other > row_tile);
+    order[before] = row_tile;
+  }
+}
+
+// The workspace: a counter; and for intervals their extents, and counts, spans and order of the tiles of rows.
+template <class C>
+struct Workspace {
+  static constexpr bool kCounter = C::kSchedule == Schedule::dynamic, kExtents = C::kMask == Mask::intervals;
+  uint64_t extents, counts, spans, order, end;  // where each begins
+
+  explicit Workspace(const fagen_params& p) {
+    const auto tiles = [](int length, int tile) { return uint64_t(length + tile - 1) / tile; };
+    const auto next = [](uint64_t begin, uint64_t bytes) { return (begin + bytes + 255) / 256 * 256; };
+    const uint64_t planes = kExtents ? uint64_t(p.batch) * p.mask_heads : 0;
+    const uint64_t rows = planes * tiles(p.seqlen_q, C::kTileM);
+    extents = kCounter ? 256 : 0;
+    counts = next(extents, planes * tiles(p.seqlen_k, C::kTileN) * C::kIntervalColumns * sizeof(Extent));
+    spans = next(counts, rows * sizeof(int));
+    order = next(spans, rows * sizeof(int2));
+    end = next(order, rows * sizeof(int));
+  }
+};
 
 // The driver's encoder, found at run time so that nothing links against the driver.
 static PFN_cuTensorMapEncodeTiled_v12000 map_encoder() {
@@ -1291,9 +1763,9 @@ static cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const vo
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// The L2 size, and, once a device, more shared memory than the default.
+// The number of SMs; and, once a device, more shared memory than the default.
 template <class C, class Forward>
-static cudaError_t prepare(Forward forward, int* l2_bytes) {
+static cudaError_t prepare(Forward forward, int* sms) {
   constexpr int kDevices = 64;
   static int known[kDevices];
   static volatile bool ready[kDevices];
@@ -1301,23 +1773,51 @@ static cudaError_t prepare(Forward forward, int* l2_bytes) {
   if (const cudaError_t e = cudaGetDevice(&index)) return e;
   if (index >= kDevices) return cudaErrorInvalidDevice;
   if (!ready[index]) {  // two threads may both come here; both write the same
-    if (const cudaError_t e = cudaDeviceGetAttribute(&known[index], cudaDevAttrL2CacheSize, index)) return e;
+    if (const cudaError_t e = cudaDeviceGetAttribute(&known[index], cudaDevAttrMultiProcessorCount, index)) return e;
     if (const cudaError_t e =
             cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<C>::kSmemBytes))
       return e;
     ready[index] = true;
   }
-  *l2_bytes = known[index];
+  *sms = known[index];
   return cudaSuccess;
 }
 
-template <class C, class Element, class Forward, class Extents>
-static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMapDataType type, Forward forward,
-                          Extents find) {
-  int l2_bytes;
-  if (const cudaError_t e = prepare<C>(forward, &l2_bytes)) return e;
+// Of the sectioned order: as many heads at once as their keys and values leave room for, whole groups of heads that
+// share them, and such that the last section is not much smaller than the others, since it ends the kernel.
+static int section(int heads, int group, int64_t fit) {
+  const int groups = heads / group;
+  const int most = fit < 1 ? 1 : fit < groups ? int(fit) : groups;
+  int best = most;
+  for (int n = most; 2 * n >= most && n > 0; --n) {
+    const auto left = [&](int at_once) { return (at_once - groups % at_once) % at_once * best; };  // short of whole
+    if (left(n) < left(best)) best = n;
+  }
+  return best * group;
+}
+
+// Start a kernel; it may begin before the last one of this launch has ended, and waits for that itself.
+template <class... Parameters, class... Arguments>
+static cudaError_t start(void (*kernel)(Parameters...), int blocks, int threads, int smem, cudaStream_t stream,
+                         bool early, const Arguments&... arguments) {
+  cudaLaunchAttribute overlap = {cudaLaunchAttributeProgrammaticStreamSerialization};
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem), stream};
+  config.attrs = &overlap;
+  config.numAttrs = early;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+using Body = void (*)(fagen_params, Launch);  // of a kernel
+
+template <class C, class Element>
+static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMapDataType type, Body begin, Body rank,
+                          Body forward) {
+  int sms;
+  if (const cudaError_t e = prepare<C>(forward, &sms)) return e;
   Launch launch;
-  if (const cudaError_t e = make_map(&launch.q, type, p.q, p.q_stride, p.head_dim, p.seqlen_q, p.heads, p.batch, 64))
+  if (const cudaError_t e =
+          make_map(&launch.q, type, p.q, p.q_stride, p.head_dim, p.seqlen_q, p.heads, p.batch, C::kTileM))
     return e;
   if (const cudaError_t e =
           make_map(&launch.k, type, p.k, p.k_stride, p.head_dim, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
@@ -1325,21 +1825,32 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   if (const cudaError_t e =
           make_map(&launch.v, type, p.v, p.v_stride, p.head_dim_v, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
     return e;
-  const int heads = p.heads * p.batch;
+  const int heads = p.heads * p.batch, planes = p.batch * p.mask_heads;
   launch.row_tiles = (p.seqlen_q + C::kTileM - 1) / C::kTileM;
+  launch.tiles = launch.row_tiles * heads;
   launch.key_tiles = (p.seqlen_k + C::kTileN - 1) / C::kTileN;
-  // as many heads at once as fit half of L2 with their keys and values, whole groups of heads that share them
   const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
-  const int64_t fit = l2_bytes / 2 / head_bytes;
-  const int64_t at_once = (fit < 1 ? 1 : fit) * (p.heads / p.kv_heads);
-  launch.heads_at_once = at_once < heads ? int(at_once) : heads;
-  launch.extents = static_cast<Extent*>(p.workspace);
-  if constexpr (C::kMask == Mask::intervals) {
-    const int64_t warps = int64_t(launch.key_tiles) * p.batch * p.mask_heads;
-    find<<<unsigned((warps + 7) / 8), 256, 0, stream>>>(p, launch.extents, launch.key_tiles);
+  launch.heads_at_once = section(heads, p.heads / p.kv_heads, (int64_t(C::kSectionMb) << 20) / head_bytes);
+
+  using W = Workspace<C>;
+  const W places(p);
+  char* workspace = static_cast<char*>(p.workspace);
+  launch.taken = reinterpret_cast<unsigned*>(workspace);
+  launch.extents = reinterpret_cast<Extent*>(workspace + places.extents);
+  launch.counts = reinterpret_cast<int*>(workspace + places.counts);
+  launch.spans = reinterpret_cast<int2*>(workspace + places.spans);
+  launch.order = reinterpret_cast<int*>(workspace + places.order);
+  if (W::kCounter || W::kExtents) {
+    const int64_t warps = W::kExtents ? int64_t(launch.key_tiles) * planes : 1;
+    if (const cudaError_t e = start(begin, int((warps + 7) / 8), 256, 0, stream, false, p, launch)) return e;
   }
-  forward<<<unsigned(launch.row_tiles) * heads, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream>>>(p, launch);
-  return cudaGetLastError();
+  if (W::kExtents)
+    if (const cudaError_t e = start(rank, planes, 256, 0, stream, true, p, launch)) return e;
+
+  const int resident = sms * C::kBlocksPerSm;
+  const int blocks = C::kSchedule == Schedule::single || launch.tiles < resident ? launch.tiles : resident;
+  return start(forward, blocks, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream, W::kCounter || W::kExtents, p,
+               launch);
 }
 
 using Element = bfloat_t;
@@ -1348,23 +1859,27 @@ struct Kernel : Config {
   static constexpr QSource kQSource = QSource::shared;
 };
 
-__global__ void __launch_bounds__(Shape<Kernel>::kThreads, Shape<Kernel>::kBlocksPerSm)
+__global__ void __launch_bounds__(Shape<Kernel>::kThreads, Kernel::kBlocksPerSm)
 forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
   extern __shared__ unsigned char shared[];
   attend<Kernel, Element>(p, launch, shared);
 }
 
-__global__ void extents_kernel(const __grid_constant__ fagen_params p, Extent* extents, int tiles) {
-  find_extents<Kernel>(p, extents, tiles);
+__global__ void begin_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
+  begin<Kernel>(p, launch);
+}
+
+__global__ void rank_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
+  rank<Kernel>(p, launch);
 }
 
 extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
 
-extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) { return extents_bytes<Kernel>(p); }
+extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) { return Workspace<Kernel>(*p).end; }
 
 extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
 extern "C" int fagen_launch(const fagen_params* p, void* stream) {
-  return launch_forward<Kernel, Element>(*p, static_cast<cudaStream_t>(stream), kMapType, forward_kernel,
-                                         extents_kernel);
+  return launch_forward<Kernel, Element>(*p, static_cast<cudaStream_t>(stream), kMapType, begin_kernel,
+                                         rank_kernel, forward_kernel);
 }

@@ -1,15 +1,24 @@
-"""sm90_forward through nvcc, no GPU needed: defaults neither spill nor have their products serialized."""
+"""sm90_forward through nvcc, no GPU needed: few spills, no products in a row, registers as Python counts them."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 
 from fagen import build, target
-from fagen.errors import InvalidConfig
+from fagen.errors import BuildError, InvalidConfig
 from fagen.families import sm90_forward
 from fagen.problem import Problem
+from fagen.tuner.candidate import SPILL_TOLERANCE
 
 FAMILY, HOPPER = sm90_forward.FAMILY, target.known("sm_90")
+BASE = FAMILY.config(
+    {
+        "tile_m": 128, "tile_n": 64, "stages": 2, "q_stages": 1, "overlap": True, "rescale": "deferred",
+        "ping_pong": False, "blocks_per_sm": 1, "schedule": "balanced", "block_order": "ascending", "section_mb": 32,
+    }
+)  # fmt: skip
 PROBLEMS = [
     *(Problem(head_dim=d, mask=mask) for d in (64, 96, 128, 192, 256) for mask in ("none", "causal")),
     Problem(head_dim=192, head_dim_v=128, mask="causal", dtype="fp16"),
@@ -22,7 +31,7 @@ PROBLEMS = [
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.static_key.replace("/", "-"))
 def test_defaults_compile_cleanly(problem: Problem) -> None:
     facts = build.build(FAMILY, problem, HOPPER, FAMILY.default(problem, HOPPER)).facts
-    assert facts["spill_bytes"] == 0 and facts["stack"] == 0 and "serialized" not in facts, facts
+    assert facts["spill_bytes"] <= SPILL_TOLERANCE and "serialized" not in facts, facts
 
 
 def test_every_legal_problem_has_a_legal_default() -> None:
@@ -34,17 +43,98 @@ def test_every_legal_problem_has_a_legal_default() -> None:
 
 
 @pytest.mark.parametrize(
+    ("problem", "changes"),
+    [
+        (
+            Problem(head_dim=128, mask="causal"),
+            {"tile_n": 128, "schedule": "dynamic", "block_order": "sectioned", "ping_pong": True},
+        ),
+        (Problem(head_dim=128), {"tile_n": 176, "schedule": "single", "ping_pong": True}),
+        (
+            Problem(head_dim=64, mask="causal"),
+            {"tile_n": 128, "q_stages": 2, "schedule": "dynamic", "block_order": "longest_first"},
+        ),
+        (Problem(head_dim=64, mask="causal"), {"tile_m": 64, "blocks_per_sm": 3, "block_order": "longest_first"}),
+        (Problem(head_dim=64, mask="causal"), {"tile_m": 192, "tile_n": 96, "block_order": "sectioned"}),
+        (Problem(head_dim=256), {"overlap": False, "schedule": "dynamic", "block_order": "sectioned"}),
+    ],
+)
+def test_other_knobs_compile_cleanly(problem: Problem, changes: dict[str, object]) -> None:
+    config = FAMILY.require(problem, HOPPER, BASE.replace(**changes))  # type: ignore[arg-type]
+    facts = build.build(FAMILY, problem, HOPPER, config).facts
+    assert facts["spill_bytes"] <= SPILL_TOLERANCE and "serialized" not in facts, facts
+
+
+# ---- registers ---------------------------------------------------------------------------------------------------
+
+_CAUSAL, _INTERVALS = Problem(head_dim=16, mask="causal"), Problem(head_dim=16, mask="intervals", intervals="lower1")
+SHARES = [(_CAUSAL, m, blocks) for m in (64, 128, 192) for blocks in (1, 2, 3) if m * blocks < 576]
+SHARES += [(_INTERVALS, 128, 1), (_INTERVALS, 192, 1)]
+
+
+@pytest.mark.parametrize(("problem", "tile_m", "blocks"), SHARES)
+def test_python_and_cuda_agree_about_registers(problem: Problem, tile_m: int, blocks: int) -> None:
+    """That it compiles says so. And what ptxas gives the block is enough for all roles, or they would wait for ever."""
+    config = FAMILY.require(problem, HOPPER, BASE.replace(tile_m=tile_m, blocks_per_sm=blocks, tile_n=32))
+    given = build.build(FAMILY, problem, HOPPER, config).facts["registers"]
+    groups, consumer = tile_m // 64, FAMILY.derive(problem, HOPPER, config)["registers"]
+    assert consumer % 8 == 0 and given <= consumer <= 240
+    assert given * (groups + 1) - consumer * groups >= 32, "nothing is left for the producer's warpgroup"
+    assert given * (groups + 1) * 128 * blocks <= 65536
+
+
+@pytest.mark.parametrize("what", ["registers", "smem_bytes", "threads"])
+def test_disagreement_is_a_compile_error(what: str) -> None:
+    job = build.job(FAMILY, _CAUSAL, HOPPER, BASE)
+    right = FAMILY.derive(_CAUSAL, HOPPER, BASE)[what]
+    wrong = job.source.replace(f"{what} = {right}", f"{what} = {right + 8}")
+    assert wrong != job.source
+    with pytest.raises(BuildError, match="Python and CUDA disagree"):
+        build.make(dataclasses.replace(job, source=wrong))
+
+
+# ---- constraints -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
     ("problem", "changes", "reason"),
     [
-        (Problem(head_dim=256), {"tile_m": 192, "tile_n": 128}, "bytes of shared memory"),
+        (Problem(head_dim=256), {"tile_m": 192, "tile_n": 128}, "bytes of shared memory on sm_90"),
+        (Problem(head_dim=128), {"tile_n": 96, "stages": 4, "q_stages": 2}, "bytes of shared memory on sm_90"),
+        (Problem(head_dim=128), {"tile_m": 64, "tile_n": 96, "blocks_per_sm": 2}, "2 blocks x .* memory an SM"),
         (Problem(head_dim=128), {"tile_m": 192, "tile_n": 128, "stages": 1}, "registers a thread"),
+        (Problem(head_dim=64), {"blocks_per_sm": 2}, "registers a thread"),
+        (Problem(head_dim=64), {"tile_m": 192, "tile_n": 32, "stages": 1, "blocks_per_sm": 3}, "registers a thread"),
+        (
+            Problem(head_dim=128),
+            {"tile_m": 64, "tile_n": 32, "stages": 1, "blocks_per_sm": 3},
+            "a product takes 94 > 80",
+        ),
+        (Problem(head_dim=64), {"schedule": "single", "q_stages": 2}, "no second one to load"),
+        (Problem(head_dim=64), {"tile_m": 64, "ping_pong": True}, "nobody to take turns with"),
         (Problem(head_dim=64), {"block_order": "descending"}, "only repeats another"),
+        (Problem(head_dim=64), {"section_mb": 16}, "block_order=ascending has no sections"),
+        (Problem(mask="causal"), {"block_order": "longest_first", "section_mb": 64}, "longest_first has no sections"),
     ],
 )
 def test_constraints_give_their_reason(problem: Problem, changes: dict[str, object], reason: str) -> None:
-    config = FAMILY.default(problem, HOPPER).replace(**changes)  # type: ignore[arg-type]
     with pytest.raises(InvalidConfig, match=reason):
-        FAMILY.require(problem, HOPPER, config)
+        FAMILY.require(problem, HOPPER, BASE.replace(**changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"schedule": schedule} for schedule in ("single", "balanced", "dynamic")),
+        {"schedule": "dynamic", "q_stages": 2},
+        *({"tile_m": m, "ping_pong": True} for m in (128, 192)),
+        *({"block_order": "sectioned", "section_mb": size} for size in (16, 32, 64)),
+        {"tile_m": 64, "blocks_per_sm": 3},
+        {"tile_n": 32, "blocks_per_sm": 2},
+    ],
+)
+def test_what_constraints_leave(changes: dict[str, object]) -> None:
+    FAMILY.require(Problem(head_dim=64, mask="causal"), HOPPER, BASE.replace(**changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

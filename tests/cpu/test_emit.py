@@ -16,6 +16,7 @@ from fagen.cliutil import expand
 from fagen.commands.emit import choose
 from fagen.errors import FagenError, InvalidConfig, UnsupportedProblem, UsageError
 from fagen.target import known
+from fagen.tuner.candidate import SPILL_TOLERANCE
 
 SMALL = "--seqlen 96 --batch 2 --heads 4 --kv-heads 2"
 needs_cxx = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
@@ -85,7 +86,7 @@ def test_the_example_fails_a_kernel_that_computes_something_else(tmp_path, there
 def test_a_gpu_kernel_and_its_example_compile(tmp_path, words):
     manifest = run_emit(tmp_path, f"--config default --example --build {words}")
     assert manifest["facts"]["registers"] > 0
-    assert manifest["facts"]["spill_bytes"] == 0
+    assert manifest["facts"]["spill_bytes"] <= SPILL_TOLERANCE
     for name in ("kernel.so", "kernel.cubin", "example"):
         assert manifest["files"][name] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
 

@@ -57,27 +57,56 @@ SCHEMES = {
 
 HOPPER = sm90_forward.FAMILY
 BASE_90: dict[str, Any] = {
-    "tile_m": 128, "tile_n": 64, "stages": 2, "overlap": True, "rescale": "deferred", "block_order": "ascending",
+    "tile_m": 128, "tile_n": 64, "stages": 2, "q_stages": 1, "overlap": True, "rescale": "deferred", "ping_pong": False,
+    "blocks_per_sm": 1, "schedule": "balanced", "block_order": "ascending", "section_mb": 32,
 }  # fmt: skip
+
+# Values in the order of BASE_90: whatever two of them can go together do so in some line.
+_MIXED = (
+    (64, 32, 3, 1, True, "each", False, 3, "balanced", "descending", 32),
+    (64, 80, 1, 1, True, "each", False, 3, "single", "sectioned", 32),
+    (64, 48, 2, 1, False, "deferred", False, 3, "dynamic", "longest_first", 32),
+    (64, 64, 1, 2, False, "deferred", False, 3, "dynamic", "ascending", 32),
+    (64, 96, 2, 1, False, "deferred", False, 2, "balanced", "descending", 32),
+    (64, 128, 4, 1, False, "each", False, 1, "single", "longest_first", 32),
+    (128, 48, 2, 2, True, "each", False, 2, "balanced", "longest_first", 32),
+    (128, 32, 3, 1, False, "each", True, 2, "dynamic", "sectioned", 16),
+    (128, 32, 2, 1, True, "deferred", True, 2, "single", "ascending", 32),
+    (128, 112, 2, 2, True, "deferred", True, 1, "dynamic", "descending", 32),
+    (192, 96, 2, 1, True, "deferred", True, 1, "single", "descending", 32),
+    (192, 64, 3, 2, False, "deferred", False, 1, "balanced", "sectioned", 64),
+    (192, 80, 2, 2, False, "each", True, 1, "balanced", "ascending", 32),
+    (192, 128, 1, 1, False, "deferred", True, 1, "dynamic", "longest_first", 32),
+)
 
 
 def config_90(**changes: Any) -> Config:
     return HOPPER.config({**BASE_90, **changes})
 
 
+def _mixed_90() -> dict[str, Config]:
+    configs = (config_90(**dict(zip(BASE_90, values, strict=True))) for values in _MIXED)
+    return {f"tma_{c.schedule}_{c.block_order}_{c.tile_m}x{c.blocks_per_sm}": c for c in configs}
+
+
 SCHEMES_90 = {
     "tma": config_90(),
-    "tma_one_group": config_90(tile_m=64, tile_n=80),
+    "tma_one_group": config_90(tile_m=64, tile_n=80, blocks_per_sm=2),
     "tma_three_groups": config_90(tile_m=192),
     "tma_one_stage": config_90(stages=1, tile_m=192, tile_n=32),
     "tma_three_stages": config_90(stages=3, tile_n=48),
     "tma_four_stages": config_90(stages=4, tile_n=32),
     "tma_serial": config_90(overlap=False, tile_n=128),
     "tma_rescale_each": config_90(rescale="each", tile_n=96),
+    "tma_single": config_90(schedule="single"),
+    "tma_dynamic": config_90(schedule="dynamic"),
+    "tma_two_q": config_90(q_stages=2),
+    "tma_turns": config_90(ping_pong=True),
     "tma_descending": config_90(block_order="descending"),
     "tma_longest_first": config_90(block_order="longest_first"),
     "tma_sectioned": config_90(block_order="sectioned"),
     **{f"tma_n{n}": config_90(tile_n=n) for n in (112, 144, 160, 176, 192, 208)},
+    **_mixed_90(),
 }
 
 
@@ -166,8 +195,17 @@ def random_intervals(
     return bounds[:, :, torch.arange(keys, device="cuda") // 90 * 90].to(torch.int32).contiguous()
 
 
-def run(case: Case, rows: int, keys: int, *, seed: int = 0, batch: int = 2, layout: str = "bshd") -> verify.Verdict:
-    """Launch on fresh random inputs and poisoned outputs, and ask the oracle."""
+def run(
+    case: Case,
+    rows: int,
+    keys: int,
+    *,
+    seed: int = 0,
+    batch: int = 2,
+    layout: str = "bshd",
+    intervals: torch.Tensor | None = None,
+) -> verify.Verdict:
+    """Launch on fresh random inputs (and intervals, if none are given) and poisoned outputs, and ask the oracle."""
     g = torch.Generator("cuda").manual_seed(seed)
     dtype, d, dv = DTYPES[case.dtype], case.head_dim, case.head_dim_v or case.head_dim
     pad = 0 if case.aligned else 1
@@ -180,8 +218,7 @@ def run(case: Case, rows: int, keys: int, *, seed: int = 0, batch: int = 2, layo
     q, k, v = tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv)
     out = torch.full_like(tensor(rows, case.heads, dv), torch.nan)
     lse = torch.full((batch, case.heads, rows), torch.nan, device="cuda")
-    intervals = None
-    if case.intervals:
+    if case.intervals and intervals is None:
         intervals = random_intervals(case.intervals, batch, case.kv_heads, rows, keys, g)
     alibi = torch.rand(case.heads, device="cuda", generator=g) if case.alibi else None
     options = {"intervals": intervals, "alibi_slopes": alibi, "window": case.band, "softcap": case.softcap}

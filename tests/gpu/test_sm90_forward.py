@@ -1,10 +1,17 @@
-"""sm90_forward on a Hopper GPU against the oracle: every knob value, ragged sizes, all masks, GQA, head dims."""
+"""sm90_forward on a Hopper GPU against the oracle: knobs alone and in pairs, ragged sizes, all masks, GQA, head dims,
+blocks that take many tiles of rows, launches at once, graphs."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from fagen import target, verify
+from fagen.families import Config
+from fagen.problem import Problem
 from tests.gpu import cases
 from tests.gpu.cases import HOPPER, SCHEMES_90, Case, run
 from tests.gpu.test_sm80_forward import EDGES
@@ -13,43 +20,91 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU (sm_90)"
 )
 
+
+def _tile_edges(config: Config) -> tuple[tuple[int, int], ...]:
+    """Rows and keys below, at and above the edges of the config's own tiles, and of the rings that they go round in."""
+    m, n, ring = int(config.tile_m), int(config.tile_n), int(config.tile_n * config.stages)
+    return (
+        (1, n + 1), (m - 1, n - 1), (m, n), (m + 1, n + 1), (2 * m - 1, 2 * n + 1), (2 * m + 1, 2 * n - 1), (m, ring),
+        (m + 1, ring + n + 1), (3 * m, ring + 1), (3 * m + 5, 1),
+    )  # fmt: skip
+
+
 _TRIMMED = ("descending", "longest_first")  # orders that repeat another without a mask
 SCHEME_CASES = [
-    Case(name, mask=mask, sizes=EDGES)
+    Case(name, mask=mask, sizes=(*EDGES, *_tile_edges(scheme)))
     for name, scheme in SCHEMES_90.items()
     for mask in ("causal", "none")
     if mask == "causal" or scheme.block_order not in _TRIMMED
 ]
-_WALKS = ("tma", "tma_one_group", "tma_three_groups", "tma_one_stage", "tma_serial")
+_MANY = {"causal": ((1300, 1300), (1300, 500), (700, 900)), "none": ((1300, 200),)}
+MANY_CASES = [
+    Case(name, mask=mask, heads=16, kv_heads=4, sizes=_MANY[mask])
+    for name, scheme in SCHEMES_90.items()
+    for mask in ("causal", "none")
+    if mask == "causal" or scheme.block_order not in _TRIMMED
+]
+DYNAMIC = [name for name, scheme in SCHEMES_90.items() if scheme.schedule == "dynamic"]
+_TAKES_TURNS = "tma_dynamic_descending_128x1"  # with two tiles of q
+WALKS = (
+    "tma", "tma_one_group", "tma_three_groups", "tma_one_stage", "tma_serial", _TAKES_TURNS,
+    "tma_dynamic_longest_first_64x3",
+)  # fmt: skip
 WINDOW_CASES = [
-    Case(name, mask="window", window=window, sizes=((300, 300), (300, 200), (100, 400)))
-    for name in _WALKS
+    Case(name, mask="window", window=window, sizes=((300, 300), (300, 200), (100, 400), (700, 120)))
+    for name in WALKS
     for window in ((50, 20), (10, 0), (70, -1), (-1, 5), (0, 0))
 ]
 INTERVAL_CASES = [
-    Case(name, mask="intervals", intervals=kind, window=window, sizes=((300, 300), (300, 1500), (77, 40)))
-    for name in _WALKS
+    Case(name, mask="intervals", intervals=kind, window=window, sizes=((300, 300), (300, 1500), (77, 40), (900, 400)))
+    for name in WALKS
     for kind, window in (("lower1", (-1, 0)), ("lower2", (-1, 0)), ("both2", (-1, -1)), ("both4", (100, 30)))
 ]
-_DIMS = ((8, 0), (16, 0), (40, 0), (64, 128), (80, 0), (96, 0), (128, 0), (128, 64), (192, 128), (192, 0), (256, 0))
+_DIMS = (
+    (8, 0), (16, 0), (32, 0), (40, 0), (64, 128), (80, 0), (96, 0), (112, 0), (128, 0), (128, 64), (160, 0), (192, 128),
+    (192, 0), (224, 0), (256, 0), (256, 64),
+)  # fmt: skip
 DIM_CASES = [
-    Case("tma", mask=mask, dtype=dtype, head_dim=d, head_dim_v=dv, heads=4, kv_heads=hk, sizes=((150, 170), (64, 64)))
-    for (d, dv), hk in zip(_DIMS, (1, 2, 4) * 4, strict=False)
-    for mask, dtype in (("causal", "bf16"), ("none", "fp16"))
+    Case(name, mask=mask, dtype=dtype, head_dim=d, head_dim_v=dv, heads=4, kv_heads=hk, sizes=((150, 170), (64, 64)))
+    for (d, dv), hk in zip(_DIMS, (1, 2, 4) * 6, strict=False)
+    for name, mask, dtype in (("tma", "causal", "bf16"), ("tma_turns", "none", "fp16"))
+]
+DIM_CASES += [
+    Case("tma_dynamic", mask="causal", dtype="fp16", head_dim=d, head_dim_v=dv, heads=32, sizes=((700, 700),))
+    for d, dv in ((64, 0), (128, 0), (192, 128), (256, 0))
+]
+GQA_CASES = [
+    Case(name, mask="causal", heads=h, kv_heads=hk, sizes=((130, 190), (300, 100)))
+    for name in ("tma", "tma_sectioned", "tma_dynamic_sectioned_128x2", "tma_balanced_sectioned_192x1")
+    for h, hk in ((8, 8), (8, 1), (6, 3), (12, 4))
 ]
 SCORE_CASES = [
     Case("tma", softcap=20.0, mask="none"),
     Case("tma", softcap=5.0, alibi=True),
     Case("tma_three_groups", alibi=True, mask="none"),
+    Case("tma", mask="window", window=(60, 10), softcap=10.0),
     Case("tma", mask="intervals", intervals="both4", softcap=10.0),
+    Case(_TAKES_TURNS, softcap=10.0, alibi=True, heads=16, kv_heads=16, sizes=((1300, 1300),)),
 ]
-LARGE_CASES = [Case(name, magnitude=m) for name in ("tma", "tma_rescale_each", "tma_serial") for m in (8.0, 30.0)]
-ALL = [*SCHEME_CASES, *WINDOW_CASES, *INTERVAL_CASES, *DIM_CASES, *SCORE_CASES, *LARGE_CASES]
+LARGE_CASES = [
+    Case(name, magnitude=m, sizes=((200, 200), (400, 700)))
+    for name in ("tma", "tma_rescale_each", "tma_serial", _TAKES_TURNS, "tma_dynamic_sectioned_128x2")
+    for m in (8.0, 30.0)
+]
+ALL = [
+    *SCHEME_CASES,
+    *WINDOW_CASES,
+    *INTERVAL_CASES,
+    *DIM_CASES,
+    *GQA_CASES,
+    *SCORE_CASES,
+    *LARGE_CASES,
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    cases.build_all(ALL)
+    cases.build_all([*ALL, Case("base")])
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
@@ -61,31 +116,152 @@ def test_against_the_oracle(case: Case) -> None:
     assert not facts.get("serialized"), "ptxas made the products wait for each other"
 
 
+@pytest.mark.parametrize("case", MANY_CASES, ids=str)
+def test_more_tiles_of_rows_than_blocks(case: Case) -> None:
+    """64 heads: a block that stays takes several tiles of rows, of which some see no key where q is longer than k."""
+    for seed, (rows, keys) in enumerate(case.sizes):
+        verdict = run(case, rows, keys, seed=seed, batch=4)
+        assert verdict, f"{rows}x{keys}: {verdict.message}"
+
+
+@pytest.mark.parametrize("name", [name for name, scheme in SCHEMES_90.items() if scheme.block_order == "sectioned"])
+@pytest.mark.parametrize("mask", ["causal", "none"])
+def test_sections_of_uneven_sizes(name: str, mask: str) -> None:
+    """5 MB of keys and values a head, 7 heads of them: sections of 2, 2, 2, 1, or of 4 and 3, or one of all."""
+    verdict = run(Case(name, mask=mask, heads=14, kv_heads=7), 2600, 20000, batch=1)
+    assert verdict, verdict.message
+
+
+# ---- what is run covers the knobs --------------------------------------------------------------------------------
+
+
 def test_every_value_of_every_knob_is_run() -> None:
     for knob in HOPPER.knobs:
         assert {scheme[knob.name] for scheme in SCHEMES_90.values()} == set(knob.choices), knob.name
 
 
+_PAIRED = ("tile_m", "q_stages", "overlap", "rescale", "ping_pong", "blocks_per_sm", "schedule", "block_order")
+
+
+def _pairs(config: Config) -> Iterator[tuple[tuple[str, object], ...]]:
+    return itertools.combinations([(name, config[name]) for name in _PAIRED], 2)
+
+
+def test_every_legal_pair_of_values_is_run() -> None:
+    """Of all knobs but those of sizes."""
+    problem, where = Problem(head_dim=64, mask="causal"), target.known("sm_90")
+    choices = (knob.choices for knob in HOPPER.knobs if knob.name in _PAIRED)
+    names = [knob.name for knob in HOPPER.knobs if knob.name in _PAIRED]
+    small = cases.config_90(tile_n=32, stages=1)
+    wanted: set[tuple[tuple[str, object], ...]] = set()
+    for values in itertools.product(*choices):
+        config = small.replace(**dict(zip(names, values, strict=True)))
+        if not HOPPER.rejects(problem, where, config):
+            wanted.update(_pairs(config))
+    ran = {pair for scheme in SCHEMES_90.values() for pair in _pairs(scheme)}
+    assert not wanted - ran, sorted(map(str, wanted - ran))
+
+
+# ---- rows that see nothing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tma", "tma_one_group", "tma_serial", "tma_single", _TAKES_TURNS, *DYNAMIC])
+def test_rows_that_see_nothing(name: str) -> None:
+    q = torch.randn(1, 300, 2, 64, device="cuda").bfloat16()
+    k, v = (torch.randn(1, 100, 2, 64, device="cuda").bfloat16() for _ in range(2))
+    out, lse = _poisoned(q)
+    cases.kernel_of(Case(name)).launch(q, k, v, out, lse, layout="bshd")
+    assert (out[:, :200] == 0).all() and (lse[:, :, :200] == -torch.inf).all()
+    assert torch.isfinite(out).all() and torch.isfinite(lse[:, :, 200:]).all()
+
+
+@pytest.mark.parametrize(("begin", "end"), [(130, 660), (0, 500), (700, 900), (0, 900)])
+@pytest.mark.parametrize("kind", ["lower2", "both4"])
+@pytest.mark.parametrize("name", WALKS)
+def test_intervals_that_hide_whole_rows(name: str, kind: str, begin: int, end: int) -> None:
+    """Rows [begin, end) see nothing, so that tiles of rows without a key lie between others, or all are without one."""
+    middle = (begin + end) // 2
+    bounds = [begin, end] if kind == "lower2" else [begin, middle, middle, end]
+    intervals = torch.tensor(bounds, device="cuda", dtype=torch.int32).expand(4, 4, 900, len(bounds)).contiguous()
+    window = (-1, 0) if kind == "lower2" else (100, 30)
+    case = Case(name, mask="intervals", intervals=kind, window=window, heads=8, kv_heads=4)
+    verdict = run(case, 900, 900, batch=4, intervals=intervals)
+    assert verdict, verdict.message
+
+
+# ---- again and again, at once, from a graph ----------------------------------------------------------------------
+
+
+def _inputs(seed: int) -> list[torch.Tensor]:
+    """64 heads of 700 rows: 256 to 704 tiles of rows, more than blocks can be at work."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    return [torch.randn(4, 700, 16, 64, device="cuda", generator=g).bfloat16() for _ in range(3)]
+
+
+def _poisoned(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out and LSE, bshd, that a kernel must overwrite."""
+    return torch.full_like(q, torch.nan), torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.nan, device="cuda")
+
+
+def _launched(name: str, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _poisoned(inputs[0])
+    cases.kernel_of(Case(name)).launch(*inputs, out, lse, layout="bshd")
+    return out, lse
+
+
 @pytest.mark.parametrize("name", list(SCHEMES_90))
 def test_twenty_runs_are_equal_and_near_the_other_family(name: str) -> None:
-    g = torch.Generator("cuda").manual_seed(3)
-    q, k, v = (torch.randn(2, 400, 4, 64, device="cuda", generator=g).bfloat16() for _ in range(3))
-    results = []
-    for scheme in [name] * 20 + ["base"]:
-        out, lse = torch.full_like(q, torch.nan), torch.full((2, 4, 400), torch.nan, device="cuda")
-        cases.kernel_of(Case(scheme)).launch(q, k, v, out, lse, layout="bshd")
-        results.append((out, lse))
-    (out, lse), (other, other_lse) = results[0], results.pop()
-    assert all(torch.equal(out, o) and torch.equal(lse, e) for o, e in results)
+    inputs = _inputs(3)
+    out, lse = _launched(name, inputs)
+    for _ in range(19):
+        again = _launched(name, inputs)
+        assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+    other, other_lse = _launched("base", inputs)
     assert (out.float() - other.float()).abs().max() <= 2 * torch.finfo(out.dtype).eps * other.abs().max()
     assert (lse - other_lse).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["tma", "tma_one_group", "tma_serial"])
-def test_rows_that_see_nothing(name: str) -> None:
-    q = torch.randn(1, 300, 2, 64, device="cuda").bfloat16()
-    k, v = (torch.randn(1, 100, 2, 64, device="cuda").bfloat16() for _ in range(2))
-    out, lse = torch.full_like(q, torch.nan), torch.full((1, 2, 300), torch.nan, device="cuda")
-    cases.kernel_of(Case(name)).launch(q, k, v, out, lse, layout="bshd")
-    assert (out[:, :200] == 0).all() and (lse[:, :, :200] == -torch.inf).all()
-    assert torch.isfinite(out).all() and torch.isfinite(lse[:, :, 200:]).all()
+@pytest.mark.parametrize("name", [*DYNAMIC, "tma"])
+def test_launches_on_two_streams_at_once(name: str) -> None:
+    """Each launch has a counter of its own, and its forward kernel may start before that is set to zero."""
+    kernel = cases.kernel_of(Case(name))
+    inputs = [_inputs(seed) for seed in (11, 12)]
+    alone = [_launched(name, x) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    outputs = [[_poisoned(x[0]) for _ in range(10)] for x in inputs]
+    calls = [
+        [kernel.bind(*x, *output, layout="bshd", stream=stream.cuda_stream) for output in many]
+        for x, many, stream in zip(inputs, outputs, streams, strict=True)
+    ]
+    torch.cuda.synchronize()
+    for pair in zip(*calls, strict=True):
+        for call in pair:
+            call()
+    torch.cuda.synchronize()
+    for (out, lse), many, x in zip(alone, outputs, inputs, strict=True):
+        assert all(torch.equal(out, o) and torch.equal(lse, e) for o, e in many)
+        assert verify.check(out, lse, *x, verify.Semantics(window=(-1, 0)), layout="bshd")
+
+
+@pytest.mark.parametrize("name", [*DYNAMIC, "tma", "tma_single"])
+def test_a_graph_replays(name: str) -> None:
+    """Two launches in a row are captured; each replay sees new inputs in the same place."""
+    kernel, inputs = cases.kernel_of(Case(name)), _inputs(21)
+    first, second = _poisoned(inputs[0]), _poisoned(inputs[0])
+    kernel.launch(*inputs, *first, layout="bshd")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel.launch(*inputs, *first, layout="bshd")
+        kernel.launch(*inputs, *second, layout="bshd")
+    for seed in range(22, 27):
+        for tensor, new in zip(inputs, _inputs(seed), strict=True):
+            tensor.copy_(new)
+        for tensor in (*first, *second):
+            tensor.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        out, lse = _launched(name, inputs)
+        for o, e in (first, second):
+            assert torch.equal(out, o) and torch.equal(lse, e)
+    assert verify.check(out, lse, *inputs, verify.Semantics(window=(-1, 0)), layout="bshd")

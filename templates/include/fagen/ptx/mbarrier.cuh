@@ -35,4 +35,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
+// A word that a barrier speaks for.
+__device__ __forceinline__ uint32_t ld_shared_4(uint32_t from) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+  return value;
+}
+
 }  // namespace ptx

@@ -1,4 +1,4 @@
-// What a warpgroup (four warps) does as one, beside its products (sm_90a).
+// What Hopper adds beside copies and products: registers by role, turns, kernels that overlap (sm_90a).
 #pragma once
 
 namespace ptx {
@@ -11,6 +11,11 @@ __device__ __forceinline__ void more_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Counts this warp's threads as there on barrier `id`, and goes on; others wait with barrier_sync.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Before the first product of a group, and after ordinary code has touched its registers.
@@ -26,5 +31,9 @@ __device__ __forceinline__ void wgmma_wait() {
 // Keeps the compiler from moving uses of a register across a wait or a fence.
 __device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 __device__ __forceinline__ void pin(unsigned& x) { asm volatile("" : "+r"(x)::"memory"); }
+
+// Two kernels in a stream, the second launched to start early: the first lets it, the second waits for the first's end.
+__device__ __forceinline__ void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace ptx

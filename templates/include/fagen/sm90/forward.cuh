@@ -1,26 +1,11 @@
 // The forward kernel for Hopper: one warp feeds the copy engine, one to three warpgroups compute 64 rows of q each.
+//
+// A block works through tiles of rows without a pause: the product that ends one tile, its O on the way to memory, and
+// the first scores of the next are under way together.
 #pragma once
+#include "fagen/sm90/epilogue.cuh"
 #include "fagen/sm90/layout.cuh"
-
-struct Launch {
-  CUtensorMap q, k, v;
-  int row_tiles, key_tiles;  // tiles of a head
-  int heads_at_once;         // sectioned order
-  Extent* extents;           // of the intervals, tile by tile
-};
-
-// Call visit(tile, masked) for the rest of the walk, with a loop of its own for tiles that need no mask.
-template <class C, class Walk, class Visit>
-__device__ __forceinline__ void visit_tiles(Walk& walk, const TileRange& range, Visit visit) {
-  if constexpr (C::kMask == Mask::intervals) {
-    for (; walk.valid(); walk.advance()) walk.partial() ? visit(walk.tile, True{}) : visit(walk.tile, False{});
-  } else {
-    for (; walk.valid() && walk.tile >= range.full_end; walk.advance()) visit(walk.tile, True{});
-    for (; walk.tile >= range.full_begin; walk.advance()) visit(walk.tile, False{});
-    if constexpr (C::kMask == Mask::window)
-      for (; walk.valid(); walk.advance()) visit(walk.tile, True{});
-  }
-}
+#include "fagen/sm90/rows.cuh"
 
 // Every register of a fragment stays where it is, and is written, before what follows.
 template <class X, int kPieces>
@@ -29,166 +14,235 @@ __device__ __forceinline__ void pin(X (&fragment)[kPieces][4]) {
   for (int i = 0; i < kPieces * 4; ++i) ptx::pin(fragment[i / 4][i % 4]);
 }
 
+// ---- the producer: one warp walks the tiles, one lane of it talks to the copy engine
+
+template <class C>
+struct Producer {
+  const fagen_params& p;
+  const Launch& launch;
+  Rings<C> rings;
+  const Band band;
+  Share<C> share;
+
+  // One tile of `kSlabs` slabs, `kRows` rows each; note() is called when its place is free.
+  template <int kSlabs, int kRows, class Ring, class Note>
+  __device__ __forceinline__ void load(const CUtensorMap& map, Ring& ring, int row, int head, int batch,
+                                       Note note) const {
+    if (threadIdx.x % 32 == 0) {
+      ring.acquire();
+      note();
+      ring.announce();
+      for (int slab = 0; slab < kSlabs; ++slab)
+        ptx::tma_load(ring.tile() + slab * kRows * 128, &map, ring.full(), slab * 64, row, head, batch);
+    }
+    ring.advance();
+  }
+  __device__ __forceinline__ void load_q(const Rows<C>& rows) {
+    load<Shape<C>::kSlabs, C::kTileM>(launch.q, rings.q, rows.m0, rows.work.head, rows.work.batch, [] {});
+  }
+  __device__ __forceinline__ void load_v(const Rows<C>& rows, int tile) {
+    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, tile * C::kTileN, rows.kv_head, rows.work.batch, [] {});
+  }
+  // The walk's present tile, which is returned; the walk goes on.
+  template <class Walk>
+  __device__ __forceinline__ int load_k(const Rows<C>& rows, Walk& walk) {
+    const int tile = walk.tile;
+    const bool partial = needs_mask(walk, rows.range);
+    walk.advance();
+    load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, tile * C::kTileN, rows.kv_head, rows.work.batch, [&] {
+      if constexpr (C::kMask == Mask::intervals) rows.tell(rings.told_place(), tile, partial, !walk.valid());
+    });
+    return tile;
+  }
+
+  // The next tile of rows that sees any key; row_tile is -1 if there is none.
+  __device__ __forceinline__ Work find(int next) {
+    for (;;) {
+      const int index = __shfl_sync(~0u, next, 0);
+      if (index >= launch.tiles) return {-1, 0, 0};
+      const Work work = take<C>(p, launch, index);
+      if (Rows<C>(p, launch, band, work).see_any()) return work;
+      next = share.next(launch);
+    }
+  }
+
+  // Keys run one tile ahead of values, as they are needed; the next tile of rows is looked for while the rings are
+  // full.
+  __device__ __forceinline__ void run() {
+    if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
+    Work work = find(blockIdx.x);
+    rings.mail.send(work);
+    while (work.row_tile >= 0) {
+      const int next = share.next(launch);
+      const Rows<C> rows(p, launch, band, work);
+      auto walk = rows.first_tile();
+      int tile = load_k(rows, walk);
+      load_q(rows);
+      work = find(next);
+      rings.mail.send(work);
+      while (walk.valid()) {
+        const int v_tile = tile;
+        tile = load_k(rows, walk);
+        load_v(rows, v_tile);
+      }
+      load_v(rows, tile);
+    }
+  }
+};
+
+// ---- the consumers: what a warpgroup does
+
 template <class C, class Element>
-struct Block {
+struct Consumer {
   using S = Shape<C>;
   using State = Attend<C, 1, C::kTileN, C::kHeadDimV, Element, void, void, void>;
   using Scores = typename State::Scores;    // [1][keys / 8][4]
   using Weights = typename State::Weights;  // [keys / 16][1][4]
 
+  static constexpr int kPieces = C::kTileN / 8;  // of 8 keys
+
   const fagen_params& p;
   const Launch& launch;
-  uint32_t smem;
-  Work work;
-  int m0, m1, kv_head;
-  Band band;
-  TileRange range;
-  Intervals<C> intervals;
+  Rings<C> rings;
+  const Band band;
+  const int group;  // of warps, from 0
+  Rows<C> rows;
+  Told first;  // intervals: about the first tile of keys
+  State state;
+  Scores s_acc;
+  Weights p_frag;
 
-  __device__ __forceinline__ Block(const fagen_params& p, const Launch& launch, uint32_t smem)
-      : p(p),
-        launch(launch),
-        smem(smem),
-        work(take_work<C::kBlockOrder>(p, blockIdx.x, launch.row_tiles, launch.heads_at_once)),
-        band(p) {
-    m0 = work.row_tile * C::kTileM;
-    m1 = min(m0 + C::kTileM, p.seqlen_q);
-    kv_head = work.head / (p.heads / p.kv_heads);
-    range = TileRange::of<C::kTileN>(band, m0, m1);
-    if constexpr (C::kMask == Mask::intervals) {
-      const int head = p.mask_heads == 1 ? 0 : kv_head;
-      intervals.bounds = p.intervals + work.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
-      intervals.stride = p.intervals_stride[2];
-      intervals.extents =
-          launch.extents + int64_t(work.batch * p.mask_heads + head) * launch.key_tiles * C::kIntervalColumns;
-      intervals.last_key = p.seqlen_k - 1;
-    }
+  __device__ __forceinline__ Consumer(const fagen_params& p, const Launch& launch, uint32_t smem, int group)
+      : p(p), launch(launch), rings(smem), band(p), group(group), state(p) {}
+
+  // Before the first keys of a tile of rows.
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (auto& piece : state.o[0]) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) state.softmax.reference[r] = -INFINITY, state.softmax.sum[r] = 0.f;
   }
 
-  __device__ __forceinline__ auto first_tile() const {
-    if constexpr (C::kMask == Mask::intervals)
-      return IntervalWalk<C>(intervals, range, m0, m1);
-    else
-      return RangeWalk{range.end - 1, range.begin};
+  // Warpgroups take turns at starting products, so that the softmax of one runs under the products of the others.
+  __device__ __forceinline__ void await_turn() const {
+    if constexpr (C::kPingPong) ptx::barrier_sync(1 + group, 256);
   }
-  __device__ __forceinline__ uint32_t q_barrier() const { return smem + S::kBarriers; }
-  __device__ __forceinline__ Ring k_ring() const {
-    const uint32_t first = q_barrier() + 8;
-    return {first, first + C::kStages * 8};
-  }
-  __device__ __forceinline__ Ring v_ring() const {
-    const uint32_t first = q_barrier() + 8 + 2 * C::kStages * 8;
-    return {first, first + C::kStages * 8};
+  __device__ __forceinline__ void pass_turn() const {
+    if constexpr (C::kPingPong) ptx::barrier_arrive(1 + (group + 1 == S::kGroups ? 0 : group + 1), 256);
   }
 
-  // Consumers give a stage back with one arrival a warp.
-  __device__ __forceinline__ void init_barriers() const {
-    ptx::mbarrier_init(q_barrier(), 1);
-    for (int stage = 0; stage < C::kStages; ++stage) {
-      ptx::mbarrier_init(k_ring().full + stage * 8, 1);
-      ptx::mbarrier_init(v_ring().full + stage * 8, 1);
-      ptx::mbarrier_init(k_ring().empty + stage * 8, S::kGroups * 4);
-      ptx::mbarrier_init(v_ring().empty + stage * 8, S::kGroups * 4);
-    }
-    ptx::fence_mbarrier_init();
-  }
-
-  // ---- producer: one warp walks the tiles, one lane of it talks to the copy engine
-
-  __device__ __forceinline__ void load(const CUtensorMap& map, Ring& ring, uint32_t first, int bytes, int slabs,
-                                       int tile, bool elected) const {
-    if (elected) {
-      ptx::mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
-      ptx::mbarrier_arrive_expect(ring.full_barrier(), bytes);
-      for (int slab = 0; slab < slabs; ++slab)
-        ptx::tma_load(first + ring.stage * bytes + slab * C::kTileN * 128, &map, ring.full_barrier(), slab * 64,
-                      tile * C::kTileN, kv_head, work.batch);
-    }
-    ring.advance<C::kStages>();
-  }
-
-  __device__ __forceinline__ void produce() const {
-    const bool elected = threadIdx.x % 32 == 0;
-    Ring k = k_ring(), v = v_ring();
-    if (elected) {
-      ptx::mbarrier_arrive_expect(q_barrier(), C::kTileM * 128 * S::kSlabs);
-      for (int slab = 0; slab < S::kSlabs; ++slab)
-        for (int group = 0; group < S::kGroups; ++group)
-          ptx::tma_load(smem + (slab * C::kTileM + group * 64) * 128, &launch.q, q_barrier(), slab * 64,
-                        m0 + group * 64, work.head, work.batch);
-    }
-    // keys run one tile ahead of values, as they are needed
-    int v_tile = -1;
-    for (auto walk = first_tile(); walk.valid(); walk.advance()) {
-      load(launch.k, k, smem + S::kK, S::kKBytes, S::kSlabs, walk.tile, elected);
-      if (v_tile >= 0) load(launch.v, v, smem + S::kV, S::kVBytes, S::kSlabsV, v_tile, elected);
-      v_tile = walk.tile;
-    }
-    if (v_tile >= 0) load(launch.v, v, smem + S::kV, S::kVBytes, S::kSlabsV, v_tile, elected);
-  }
-
-  // ---- consumers: what a warpgroup does
-
-  __device__ __forceinline__ void release(const Ring& ring) const {
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty_barrier());
-  }
   // S = Q K^T, started
-  __device__ __forceinline__ void start_scores(Scores& s_acc, int group, const Ring& ring) const {
+  __device__ __forceinline__ void start_scores() {
+    const Operand q = Operand::of_rows(rings.q.tile() + group * 64 * 128), k = Operand::of_rows(rings.k.tile());
     pin(s_acc[0]);
     ptx::wgmma_fence();
 #pragma unroll
     for (int d = 0; d < C::kHeadDim / 16; ++d) {
       const uint32_t within = d % 4 * 32;  // of a slab's 128-byte rows
-      const uint32_t q = smem + (d / 4 * C::kTileM + group * 64) * 128 + within;
-      const uint32_t k = smem + S::kK + ring.stage * S::kKBytes + d / 4 * C::kTileN * 128 + within;
-      ptx::wgmma_shared<C::kTileN>(s_acc[0], rows_operand(q), rows_operand(k), d > 0);
+      ptx::wgmma_shared<C::kTileN>(s_acc[0], q.at(d / 4 * C::kTileM * 128 + within),
+                                   k.at(d / 4 * C::kTileN * 128 + within), d > 0);
     }
-    ptx::wgmma_commit();
   }
   // O += P V, started
-  __device__ __forceinline__ void start_values(State& state, Weights& p_frag, const Ring& ring) const {
+  __device__ __forceinline__ void start_values() {
+    const Operand v = Operand::of_columns(rings.v.tile(), C::kTileN * 128);
     pin(state.o[0]);
 #pragma unroll
     for (auto& piece : p_frag) pin(piece);
     ptx::wgmma_fence();
-    const uint32_t v = smem + S::kV + ring.stage * S::kVBytes;
 #pragma unroll
     for (int n = 0; n < C::kTileN / 16; ++n)
-      ptx::wgmma_registers<C::kHeadDimV>(state.o[0], p_frag[n][0], columns_operand(v + n * 2048, C::kTileN * 128));
-    ptx::wgmma_commit();
+      ptx::wgmma_registers<C::kHeadDimV>(state.o[0], p_frag[n][0], v.at(n * 2048));
   }
+  // Either is there, while up to kPending younger products go on; its tile may be overwritten.
   template <int kPending>
-  __device__ __forceinline__ void wait_scores(Scores& s_acc) const {
+  __device__ __forceinline__ void wait_scores() {
     ptx::wgmma_wait<kPending>();
     pin(s_acc[0]);
+    rings.k.release();
   }
-  __device__ __forceinline__ void wait_values(State& state) const {
-    ptx::wgmma_wait<0>();
+  template <int kPending>
+  __device__ __forceinline__ void wait_values() {
+    ptx::wgmma_wait<kPending>();
     pin(state.o[0]);
+    rings.v.release();
   }
 
-  // Softmax of a tile: S becomes the weights, and O must follow by `factor`, once it is at rest, if this returns true.
-  __device__ __forceinline__ bool weigh(State& state, Scores& s_acc, float (&factor)[2]) const {
+  // Hide what the band hides of a tile: the columns from `key` on, of which each row sees [begin, end).
+  __device__ __forceinline__ void hide(int row0, int key) {
+    const Lane lane;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = row0 + r * 8 + lane.row, first = key + lane.column;
+      // of the thread's columns, two a piece of 8, how many lie before x
+      const auto before = [&](int x) { return x <= 0 ? 0 : x / 8 * 2 + min(x % 8, 2); };
+      const int begin = before(band.begin(row) - first), end = before(band.end(row) - first);
+#pragma unroll
+      for (int word = 0; word < kPieces * 2; word += 32) {
+        const auto bits = [&](int n) { return n <= word ? 0u : n >= word + 32 ? ~0u : (1u << (n - word)) - 1u; };
+        uint32_t seen = bits(end);
+        if (C::kMask == Mask::window || C::kMask == Mask::intervals) seen &= ~bits(begin);
+#pragma unroll
+        for (int j = 0; j < 32 && word + j < kPieces * 2; ++j) {
+          float& x = s_acc[0][(word + j) / 2][r * 2 + j % 2];
+          x = seen & 1u << j ? x : -INFINITY;
+        }
+      }
+    }
+  }
+  // And what intervals hide of it.
+  __device__ __forceinline__ void hide(int row0, const Told& told) {
+    if (told.cut() == Told::rows) {
+      const Hidden bounds = told.hidden();
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const bool hidden = bounds.hides(row0 + r * 8 + Lane().row);
+#pragma unroll
+        for (int n = 0; n < kPieces * 2; ++n) {
+          float& x = s_acc[0][n / 2][r * 2 + n % 2];
+          x = hidden ? -INFINITY : x;
+        }
+      }
+    } else if (told.cut() == Told::cells) {
+      state.hide_intervals(s_acc, rows.intervals, row0, told.tile() * C::kTileN);
+    }
+  }
+
+  // Take the maxima of a tile into the softmax: true if O must follow by `factor`, once it is at rest.
+  __device__ __forceinline__ bool observe(float (&factor)[2]) {
+    constexpr int kChains = 4;  // of comparisons side by side, since each waits for the one before
     float row_max[2];
-    state.tile_maxima(s_acc, row_max);
-    const bool moved = __any_sync(~0u, state.softmax.outgrown(row_max));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float chain[kChains];
+#pragma unroll
+      for (int n = 0; n < kPieces; ++n) {
+        const float pair = fmaxf(s_acc[0][n][r * 2], s_acc[0][n][r * 2 + 1]);
+        chain[n % kChains] = n < kChains ? pair : fmaxf(chain[n % kChains], pair);
+      }
+      row_max[r] = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3]));
+    }
+    const bool moved = C::kRescale == Rescale::each || __any_sync(~0u, state.softmax.outgrown(row_max));
     if (moved) {
       for (float& x : row_max) x = quad_max(x);
       state.softmax.move(row_max, factor);
     }
     state.softmax.settle();
+    return moved;
+  }
+  // S becomes the weights.
+  __device__ __forceinline__ void weigh() {
 #pragma unroll
-    for (int n = 0; n < C::kTileN / 8; ++n)
+    for (int n = 0; n < kPieces; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = s_acc[0][n][i];
         x = state.softmax.weight(x, i / 2);
         state.softmax.sum[i / 2] += x;
       }
-    return moved;
   }
   // The weights as an operand. Registers of an operand may not change while any product is under way.
-  __device__ __forceinline__ void pack_weights(const Scores& s_acc, Weights& p_frag) const {
+  __device__ __forceinline__ void pack_weights() {
 #pragma unroll
     for (int n = 0; n < C::kTileN / 16; ++n)
 #pragma unroll
@@ -198,81 +252,118 @@ struct Block {
       }
   }
 
-  __device__ __forceinline__ void consume(int group) const {
-    const int warp = threadIdx.x / 32 % 4, row0 = m0 + group * 64 + warp * 16;
-    State state(p);
-    const ScoreMod<C> mod(p, work.batch, work.head);
-    Ring k = k_ring(), v = v_ring();
-    auto walk = first_tile();
-    Scores s_acc;
-    Weights p_frag;
-    float factor[2];
-    const auto modify = [&](int tile, auto masked) {
-      state.template modify<decltype(masked)::value>(s_acc, mod, band, intervals, row0, tile * C::kTileN);
-    };
-    ptx::mbarrier_wait(q_barrier(), 0);
-    if (walk.valid()) {
-      ptx::mbarrier_wait(k.full_barrier(), k.phase);
-      start_scores(s_acc, group, k);
-      wait_scores<0>(s_acc);
-      release(k);
-      k.template advance<C::kStages>();
-      needs_mask(walk, range) ? modify(walk.tile, True{}) : modify(walk.tile, False{});
-      weigh(state, s_acc, factor);  // O is still zero: nothing to rescale
-      pack_weights(s_acc, p_frag);
-      walk.advance();
-      const auto visit = [&](int tile, auto masked) {
-        ptx::mbarrier_wait(k.full_barrier(), k.phase);
-        start_scores(s_acc, group, k);
-        ptx::mbarrier_wait(v.full_barrier(), v.phase);
-        start_values(state, p_frag, v);
-        wait_scores<C::kOverlap ? 1 : 0>(s_acc);  // with overlap, O += P V goes on under the softmax of the next tile
-        release(k);
-        k.template advance<C::kStages>();
-        modify(tile, masked);
-        const bool moved = weigh(state, s_acc, factor);
-        wait_values(state);
-        release(v);
-        v.template advance<C::kStages>();
-        if (moved) state.rescale(factor);
-        pack_weights(s_acc, p_frag);
-      };
-      visit_tiles<C>(walk, range, visit);
-      ptx::mbarrier_wait(v.full_barrier(), v.phase);
-      start_values(state, p_frag, v);
-      wait_values(state);
-    }
-    store(state, group, warp);
+  // S of a tile of rows' first keys, started
+  __device__ __forceinline__ void start_first_scores() {
+    rings.q.wait();
+    rings.k.wait();
+    if constexpr (C::kMask == Mask::intervals) first = Told::hear(rings.told_place());
+    start_scores();
+    ptx::wgmma_commit();
   }
 
-  // Normalise, and store through the warpgroup's own rows of q's place: whole 16-byte pieces of rows.
-  __device__ __forceinline__ void store(State& state, int group, int warp) const {
-    const Lane lane;
-    const int first = group * 64 + warp * 16;
-    const auto at = [&](int row, int chunk) {
-      return smem + (chunk / 8 * C::kTileM + row) * 128 + ((chunk % 8) ^ (row % 8)) * 16;
+  // The next tile of rows, if there is one.
+  __device__ __forceinline__ bool next() {
+    const Work work = rings.mail.receive();
+    if (work.row_tile < 0) return false;
+    rows = Rows<C>(p, launch, band, work);
+    return true;
+  }
+
+  // The walk over the keys, beginning with the tile whose scores are under way.
+  __device__ __forceinline__ auto keys() {
+    if constexpr (C::kMask == Mask::intervals)
+      return ToldWalk<Rings<C>>{rings, first};
+    else
+      return rows.first_tile();
+  }
+
+  // All keys of a tile of rows. Its first scores are under way already, its last product still is at the end.
+  __device__ __forceinline__ void attend() {
+    const int row0 = rows.m0 + group * 64 + threadIdx.x / 32 % 4 * 16;
+    const ScoreMod<C> mod(p, rows.work.batch, rows.work.head);
+    const auto modify = [&](int tile, const auto& about) {
+      if constexpr (ScoreMod<C>::kActive)
+        state.template modify<false>(s_acc, mod, band, rows.intervals, row0, tile * C::kTileN);
+      if (about.partial()) {
+        hide(row0, tile * C::kTileN);
+        if constexpr (C::kMask == Mask::intervals) hide(row0, about);
+      }
     };
-    ptx::barrier_sync(1 + group, 128);  // the warpgroup has read its rows of q for the last time
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = first + r * 8 + lane.row;
-      const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
-      if (p.lse && lane.id % 4 == 0 && m0 + row < p.seqlen_q)
-        p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m0 + row] = state.softmax.lse(r, row_sum);
-#pragma unroll
-      for (int n = 0; n < C::kHeadDimV / 8; ++n)
-        ptx::st_shared_4(at(row, n) + lane.column * 2,
-                         pack<Element>(state.o[0][n][r * 2] * inverse, state.o[0][n][r * 2 + 1] * inverse));
+    // q has been read for the last time once the scores of the last tile are there
+    const auto release_q = [&](int tile, const auto& about) {
+      bool last = tile == rows.range.begin;
+      if constexpr (C::kMask == Mask::intervals) last = about.last();
+      if (last) rings.q.release();
+    };
+    auto walk = keys();
+    float factor[2];
+    clear();
+    if constexpr (C::kMask == Mask::intervals) {
+      release_q(walk.told.tile(), walk.told);
+      modify(walk.told.tile(), walk.told);
+    } else {
+      release_q(walk.tile, True{});
+      needs_mask(walk, rows.range) ? modify(walk.tile, True{}) : modify(walk.tile, False{});
     }
-    __syncwarp();  // a warp reads back only the rows it wrote
-    Element* out = static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + work.head * p.o_stride[2];
-    constexpr int kChunks = C::kHeadDimV / 8;
-#pragma unroll 4
-    for (int i = lane.id; i < 16 * kChunks; i += 32) {
-      const int row = first + i / kChunks, chunk = i % kChunks;
-      if (m0 + row < p.seqlen_q && chunk * 8 < p.head_dim_v)
-        *reinterpret_cast<uint4*>(out + (m0 + row) * p.o_stride[1] + chunk * 8) = ptx::ld_shared_16(at(row, chunk));
+    observe(factor);  // O is still zero: nothing to rescale
+    weigh();
+    pack_weights();
+    walk.advance();
+    rows.visit_tiles(walk, [&](int tile, const auto& about) {
+      await_turn();
+      rings.k.wait();
+      start_scores();
+      ptx::wgmma_commit();
+      rings.v.wait();
+      start_values();
+      ptx::wgmma_commit();
+      pass_turn();
+      wait_scores<C::kOverlap ? 1 : 0>();  // with overlap, O += P V goes on under the maxima of this tile
+      release_q(tile, about);
+      modify(tile, about);
+      const bool moved = observe(factor);
+      rings.v.wait();  // it has long been there; without this branch ptxas keeps the rings' state lane by lane
+      wait_values<0>();
+      if (moved) state.rescale(factor);
+      weigh();
+      pack_weights();
+    });
+  }
+
+  // Tile of rows by tile of rows: the last product of one, its way out, and the first scores of the next go together.
+  __device__ __forceinline__ void run() {
+    if (C::kPingPong && group == S::kGroups - 1) pass_turn();  // the first warpgroup begins
+    bool begun = false;
+    Work done;
+    while (next()) {
+      await_turn();
+      if (begun) {
+        rings.v.wait();
+        start_values();
+        ptx::wgmma_commit();
+        start_first_scores();
+        pass_turn();
+        wait_values<1>();
+        store_rows<C, Element>(p, state, done, group);
+        wait_scores<0>();
+      } else {
+        start_first_scores();
+        pass_turn();
+        wait_scores<0>();
+      }
+      attend();
+      done = rows.work;
+      begun = true;
+      if (C::kSchedule == Schedule::single) break;
     }
+    if (!begun) return;
+    await_turn();
+    rings.v.wait();
+    start_values();
+    ptx::wgmma_commit();
+    pass_turn();
+    wait_values<0>();
+    store_rows<C, Element>(p, state, done, group);
   }
 };
 
@@ -280,20 +371,21 @@ template <class C, class Element>
 __device__ __forceinline__ void attend(const fagen_params& p, const Launch& launch, unsigned char* shared) {
   using S = Shape<C>;
   const uint32_t smem = (ptx::shared_address(shared) + 1023) & ~1023u;
-  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well; 0 produces
-  const Block<C, Element> block(p, launch, smem);
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well; the last produces
   if (threadIdx.x == 0) {
     ptx::prefetch_map(&launch.q);
     ptx::prefetch_map(&launch.k);
     ptx::prefetch_map(&launch.v);
-    block.init_barriers();
+    Rings<C>(smem).init();
   }
   __syncthreads();
-  if (group == 0) {
+  if (group == S::kGroups) {
     ptx::fewer_registers<S::kProducerRegisters>();
-    if (threadIdx.x < 32) block.produce();
+    const int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
+    if (warp == 0) Producer<C>{p, launch, Rings<C>(smem), Band(p)}.run();
+    if (warp == 1 && C::kMask != Mask::none) store_nothing<C, Element>(p, launch);
   } else {
     ptx::more_registers<S::kConsumerRegisters>();
-    block.consume(group - 1);
+    Consumer<C, Element>(p, launch, smem, group).run();
   }
 }

@@ -5,13 +5,26 @@
 #include <cuda_runtime.h>
 
 #include "fagen/sm90/forward.cuh"
+#include "fagen/sm90/plan.cuh"
 
+// The workspace: a counter; and for intervals their extents, and counts, spans and order of the tiles of rows.
 template <class C>
-static uint64_t extents_bytes(const fagen_params* p) {
-  if (C::kMask != Mask::intervals) return 0;
-  const uint64_t tiles = (p->seqlen_k + C::kTileN - 1) / C::kTileN;
-  return (sizeof(Extent) * tiles * p->batch * p->mask_heads * C::kIntervalColumns + 255) / 256 * 256;
-}
+struct Workspace {
+  static constexpr bool kCounter = C::kSchedule == Schedule::dynamic, kExtents = C::kMask == Mask::intervals;
+  uint64_t extents, counts, spans, order, end;  // where each begins
+
+  explicit Workspace(const fagen_params& p) {
+    const auto tiles = [](int length, int tile) { return uint64_t(length + tile - 1) / tile; };
+    const auto next = [](uint64_t begin, uint64_t bytes) { return (begin + bytes + 255) / 256 * 256; };
+    const uint64_t planes = kExtents ? uint64_t(p.batch) * p.mask_heads : 0;
+    const uint64_t rows = planes * tiles(p.seqlen_q, C::kTileM);
+    extents = kCounter ? 256 : 0;
+    counts = next(extents, planes * tiles(p.seqlen_k, C::kTileN) * C::kIntervalColumns * sizeof(Extent));
+    spans = next(counts, rows * sizeof(int));
+    order = next(spans, rows * sizeof(int2));
+    end = next(order, rows * sizeof(int));
+  }
+};
 
 // The driver's encoder, found at run time so that nothing links against the driver.
 static PFN_cuTensorMapEncodeTiled_v12000 map_encoder() {
@@ -40,9 +53,9 @@ static cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const vo
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// The L2 size, and, once a device, more shared memory than the default.
+// The number of SMs; and, once a device, more shared memory than the default.
 template <class C, class Forward>
-static cudaError_t prepare(Forward forward, int* l2_bytes) {
+static cudaError_t prepare(Forward forward, int* sms) {
   constexpr int kDevices = 64;
   static int known[kDevices];
   static volatile bool ready[kDevices];
@@ -50,23 +63,51 @@ static cudaError_t prepare(Forward forward, int* l2_bytes) {
   if (const cudaError_t e = cudaGetDevice(&index)) return e;
   if (index >= kDevices) return cudaErrorInvalidDevice;
   if (!ready[index]) {  // two threads may both come here; both write the same
-    if (const cudaError_t e = cudaDeviceGetAttribute(&known[index], cudaDevAttrL2CacheSize, index)) return e;
+    if (const cudaError_t e = cudaDeviceGetAttribute(&known[index], cudaDevAttrMultiProcessorCount, index)) return e;
     if (const cudaError_t e =
             cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<C>::kSmemBytes))
       return e;
     ready[index] = true;
   }
-  *l2_bytes = known[index];
+  *sms = known[index];
   return cudaSuccess;
 }
 
-template <class C, class Element, class Forward, class Extents>
-static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMapDataType type, Forward forward,
-                          Extents find) {
-  int l2_bytes;
-  if (const cudaError_t e = prepare<C>(forward, &l2_bytes)) return e;
+// Of the sectioned order: as many heads at once as their keys and values leave room for, whole groups of heads that
+// share them, and such that the last section is not much smaller than the others, since it ends the kernel.
+static int section(int heads, int group, int64_t fit) {
+  const int groups = heads / group;
+  const int most = fit < 1 ? 1 : fit < groups ? int(fit) : groups;
+  int best = most;
+  for (int n = most; 2 * n >= most && n > 0; --n) {
+    const auto left = [&](int at_once) { return (at_once - groups % at_once) % at_once * best; };  // short of whole
+    if (left(n) < left(best)) best = n;
+  }
+  return best * group;
+}
+
+// Start a kernel; it may begin before the last one of this launch has ended, and waits for that itself.
+template <class... Parameters, class... Arguments>
+static cudaError_t start(void (*kernel)(Parameters...), int blocks, int threads, int smem, cudaStream_t stream,
+                         bool early, const Arguments&... arguments) {
+  cudaLaunchAttribute overlap = {cudaLaunchAttributeProgrammaticStreamSerialization};
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem), stream};
+  config.attrs = &overlap;
+  config.numAttrs = early;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+using Body = void (*)(fagen_params, Launch);  // of a kernel
+
+template <class C, class Element>
+static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMapDataType type, Body begin, Body rank,
+                          Body forward) {
+  int sms;
+  if (const cudaError_t e = prepare<C>(forward, &sms)) return e;
   Launch launch;
-  if (const cudaError_t e = make_map(&launch.q, type, p.q, p.q_stride, p.head_dim, p.seqlen_q, p.heads, p.batch, 64))
+  if (const cudaError_t e =
+          make_map(&launch.q, type, p.q, p.q_stride, p.head_dim, p.seqlen_q, p.heads, p.batch, C::kTileM))
     return e;
   if (const cudaError_t e =
           make_map(&launch.k, type, p.k, p.k_stride, p.head_dim, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
@@ -74,19 +115,30 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   if (const cudaError_t e =
           make_map(&launch.v, type, p.v, p.v_stride, p.head_dim_v, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
     return e;
-  const int heads = p.heads * p.batch;
+  const int heads = p.heads * p.batch, planes = p.batch * p.mask_heads;
   launch.row_tiles = (p.seqlen_q + C::kTileM - 1) / C::kTileM;
+  launch.tiles = launch.row_tiles * heads;
   launch.key_tiles = (p.seqlen_k + C::kTileN - 1) / C::kTileN;
-  // as many heads at once as fit half of L2 with their keys and values, whole groups of heads that share them
   const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
-  const int64_t fit = l2_bytes / 2 / head_bytes;
-  const int64_t at_once = (fit < 1 ? 1 : fit) * (p.heads / p.kv_heads);
-  launch.heads_at_once = at_once < heads ? int(at_once) : heads;
-  launch.extents = static_cast<Extent*>(p.workspace);
-  if constexpr (C::kMask == Mask::intervals) {
-    const int64_t warps = int64_t(launch.key_tiles) * p.batch * p.mask_heads;
-    find<<<unsigned((warps + 7) / 8), 256, 0, stream>>>(p, launch.extents, launch.key_tiles);
+  launch.heads_at_once = section(heads, p.heads / p.kv_heads, (int64_t(C::kSectionMb) << 20) / head_bytes);
+
+  using W = Workspace<C>;
+  const W places(p);
+  char* workspace = static_cast<char*>(p.workspace);
+  launch.taken = reinterpret_cast<unsigned*>(workspace);
+  launch.extents = reinterpret_cast<Extent*>(workspace + places.extents);
+  launch.counts = reinterpret_cast<int*>(workspace + places.counts);
+  launch.spans = reinterpret_cast<int2*>(workspace + places.spans);
+  launch.order = reinterpret_cast<int*>(workspace + places.order);
+  if (W::kCounter || W::kExtents) {
+    const int64_t warps = W::kExtents ? int64_t(launch.key_tiles) * planes : 1;
+    if (const cudaError_t e = start(begin, int((warps + 7) / 8), 256, 0, stream, false, p, launch)) return e;
   }
-  forward<<<unsigned(launch.row_tiles) * heads, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream>>>(p, launch);
-  return cudaGetLastError();
+  if (W::kExtents)
+    if (const cudaError_t e = start(rank, planes, 256, 0, stream, true, p, launch)) return e;
+
+  const int resident = sms * C::kBlocksPerSm;
+  const int blocks = C::kSchedule == Schedule::single || launch.tiles < resident ? launch.tiles : resident;
+  return start(forward, blocks, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream, W::kCounter || W::kExtents, p,
+               launch);
 }

@@ -1,59 +1,176 @@
 // How the tiles of a block lie in shared memory: columns in slabs of 64, rows of 128 bytes, exchanged as the copy
-// engine and the tensor cores both expect (128-byte swizzle).
+// engine and the tensor cores both expect (128-byte swizzle). And the rings that the tiles go round in.
 #pragma once
 #include "fagen/attend.cuh"
 #include "fagen/schedule.cuh"
 #include "fagen/walk.cuh"
-
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-
-struct True {
-  static constexpr bool value = true;
-};
-struct False {
-  static constexpr bool value = false;
-};
 
 template <class C>
 struct Shape {
   static constexpr int kGroups = C::kTileM / 64;  // warpgroups that compute, each 64 rows of q
   static constexpr int kThreads = (kGroups + 1) * 128;
   static constexpr int kSlabs = (C::kHeadDim + 63) / 64, kSlabsV = (C::kHeadDimV + 63) / 64;
-  static constexpr int kQBytes = C::kTileM * 128 * larger(kSlabs, kSlabsV);  // O leaves through the same place
+  static constexpr int kQBytes = C::kTileM * 128 * kSlabs;
   static constexpr int kKBytes = C::kTileN * 128 * kSlabs, kVBytes = C::kTileN * 128 * kSlabsV;
-  static constexpr int kK = kQBytes, kV = kK + C::kStages * kKBytes, kBarriers = kV + C::kStages * kVBytes;
-  static constexpr int kSmemBytes = kBarriers + 8 * (1 + 4 * C::kStages) + 1024;  // and room to align the start
+
+  // in this order: tiles of q, of k, of v, a full and an empty barrier for each, the mail with its own,
+  // and what is told of each tile of k
+  static constexpr int kQ = 0, kK = kQ + C::kQStages * kQBytes, kV = kK + C::kStages * kKBytes;
+  static constexpr int kBarriers = kV + C::kStages * kVBytes;
+  static constexpr int kMail = kBarriers + 16 * (C::kQStages + 2 * C::kStages);
+  static constexpr int kTold = kMail + 64;
+  static constexpr int kSmemBytes = kTold + 64 * C::kStages + 1024;  // and room to align
 
   // Registers of a thread: what the block is compiled for, and how the roles divide them.
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kGroups == 1 ? 232 : kGroups == 2 ? 240 : 160;
-  static constexpr int kBlocksPerSm = kGroups == 1 ? 2 : 1;
+  static constexpr int kEach = 65536 / (C::kBlocksPerSm * kThreads) / 8 * 8;
+  static constexpr int kProducerRegisters = C::kMask == Mask::intervals ? 56 : kGroups == 3 ? 32 : 40;
+  static constexpr int kShare = ((kGroups + 1) * kEach - kProducerRegisters) / kGroups / 8 * 8;
+  static constexpr int kConsumerRegisters = kShare > 240 ? 240 : kShare;
 
   static_assert(C::kTileM % 64 == 0 && C::kTileN % 16 == 0, "a warpgroup's product is 64 rows, 16 keys deep");
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
+  static_assert(kConsumerRegisters == Derived::registers, "Python and CUDA disagree about the registers of a thread");
 };
 
-// Descriptor of a wgmma operand whose 16 elements of k lie in a row (q, k); slabs are separate operands.
-__device__ __forceinline__ uint64_t rows_operand(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62, kGroupOf8Rows = uint64_t(1024 >> 4) << 32, kUnused = 1ull << 16;
-  return kSwizzle128 | kGroupOf8Rows | kUnused | ((address & 0x3ffff) >> 4);
-}
-// And of one whose columns lie in a row, 16 rows deep in k (v): slabs `slab_bytes` apart.
-__device__ __forceinline__ uint64_t columns_operand(uint32_t address, int slab_bytes) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62, kGroupOf8Rows = uint64_t(1024 >> 4) << 32;
-  return kSwizzle128 | kGroupOf8Rows | uint64_t(slab_bytes >> 4) << 16 | ((address & 0x3ffff) >> 4);
-}
+// A wgmma operand in shared memory: where it begins, and how it goes on from there.
+struct Operand {
+  uint32_t low, high;
 
-// A ring of stages with a full and an empty barrier each; producer and consumers each step through it on their own.
+  static constexpr uint32_t kSwizzle128 = 1u << 30, kGroupOf8Rows = 1024 >> 4;
+
+  // 16 elements of k lie in a row (q, k); slabs are separate operands
+  static __device__ __forceinline__ Operand of_rows(uint32_t address) {
+    return {address >> 4 | 1u << 16, kSwizzle128 | kGroupOf8Rows};
+  }
+  // columns lie in a row, 16 rows deep in k (v); slabs `slab_bytes` apart
+  static __device__ __forceinline__ Operand of_columns(uint32_t address, int slab_bytes) {
+    return {address >> 4 | uint32_t(slab_bytes >> 4) << 16, kSwizzle128 | kGroupOf8Rows};
+  }
+  // the one that begins so many bytes later
+  __device__ __forceinline__ uint64_t at(int bytes) const { return uint64_t(high) << 32 | (low + (bytes >> 4)); }
+};
+
+// A ring of tiles, each with a barrier that says it is full and one that says it is empty. The producer and the
+// consumers each step through it on their own.
+template <int kStages, int kBytes>
 struct Ring {
-  uint32_t full, empty;  // of stage 0
+  uint32_t tiles, barriers;  // of stage 0; the empty barrier lies behind the full one
   int stage = 0, phase = 0;
 
-  template <int kStages>
+  static constexpr int kTileBytes = kBytes;
+
+  __device__ __forceinline__ void init(int consumers) const {
+    for (int s = 0; s < kStages; ++s) {
+      ptx::mbarrier_init(barriers + s * 16, 1);
+      ptx::mbarrier_init(barriers + s * 16 + 8, consumers);
+    }
+  }
+  __device__ __forceinline__ uint32_t tile() const { return tiles + stage * kBytes; }
+  __device__ __forceinline__ uint32_t full() const { return barriers + stage * 16; }
+  __device__ __forceinline__ uint32_t empty() const { return barriers + stage * 16 + 8; }
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) stage = 0, phase ^= 1;
   }
-  __device__ __forceinline__ uint32_t full_barrier() const { return full + stage * 8; }
-  __device__ __forceinline__ uint32_t empty_barrier() const { return empty + stage * 8; }
+
+  // for the producer: the next tile's place is free; and its bytes are announced
+  __device__ __forceinline__ void acquire() const { ptx::mbarrier_wait(empty(), phase ^ 1); }
+  __device__ __forceinline__ void announce() const { ptx::mbarrier_arrive_expect(full(), kBytes); }
+  // for consumers: the tile is there; and has been read by this warp
+  __device__ __forceinline__ void wait() const { ptx::mbarrier_wait(full(), phase); }
+  __device__ __forceinline__ void release() {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty());
+    advance();
+  }
+};
+
+// Which tile of rows comes next: the producer tells the consumers. A row_tile of -1 is the end.
+
+struct Mail {
+  Ring<2, 16> ring;
+
+  __device__ __forceinline__ void send(const Work& work) {
+    if (threadIdx.x % 32 == 0) {
+      ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
+      ptx::st_shared_16(ring.tile(), make_uint4(work.row_tile, work.head, work.batch, 0));
+      ptx::mbarrier_arrive(ring.full());
+    }
+    ring.advance();
+  }
+  __device__ __forceinline__ Work receive() {
+    ring.wait();
+    const uint4 word = ptx::ld_shared_16(ring.tile());
+    ring.release();
+    // broadcast, so that the compiler as well knows it to be the same in all lanes
+    const auto uniform = [](uint32_t x) { return int(__shfl_sync(~0u, x, 0)); };
+    return {uniform(word.x), uniform(word.y), uniform(word.z)};
+  }
+};
+
+// Intervals: what a tile of k is to a tile of rows. The producer finds out and tells the consumers.
+struct Told {
+  enum Cut { none, rows, cells };  // what the intervals hide of it: nothing, whole rows, this and that
+  uint32_t place;                  // in shared memory: a word, and the bounds of the rows
+  int word;
+
+  static __device__ __forceinline__ void tell(uint32_t place, int tile, bool partial, bool last, Cut cut,
+                                              const Hidden& hidden) {
+    ptx::st_shared_4(place, tile << 4 | int(cut) << 2 | int(last) << 1 | int(partial));
+    ptx::st_shared_16(place + 16, make_uint4(hidden.ls, hidden.le, hidden.us, hidden.ue));
+  }
+  static __device__ __forceinline__ Told hear(uint32_t place) { return {place, int(ptx::ld_shared_4(place))}; }
+
+  __device__ __forceinline__ int tile() const { return word >> 4; }
+  __device__ __forceinline__ bool partial() const { return word & 1; }  // has hidden cells
+  __device__ __forceinline__ bool last() const { return word & 2; }     // of its tile of rows
+  __device__ __forceinline__ Cut cut() const { return Cut(word >> 2 & 3); }
+  __device__ __forceinline__ Hidden hidden() const {
+    const uint4 x = ptx::ld_shared_16(place + 16);
+    return {int(x.x), int(x.y), int(x.z), int(x.w)};
+  }
+};
+
+template <class C>
+struct Rings {
+  using S = Shape<C>;
+  Ring<C::kQStages, S::kQBytes> q;
+  Ring<C::kStages, S::kKBytes> k;
+  Ring<C::kStages, S::kVBytes> v;
+  Mail mail;
+  uint32_t told;  // places of Told: two a stage of k, so that one outlives its tile until the softmax is done
+
+  __device__ __forceinline__ explicit Rings(uint32_t smem)
+      : q{smem + S::kQ, smem + S::kBarriers},
+        k{smem + S::kK, smem + S::kBarriers + 16 * C::kQStages},
+        v{smem + S::kV, smem + S::kBarriers + 16 * (C::kQStages + C::kStages)},
+        mail{{smem + S::kMail, smem + S::kMail + 32}},
+        told(smem + S::kTold) {}
+
+  __device__ __forceinline__ uint32_t told_place() const { return told + (k.stage + k.phase * C::kStages) * 32; }
+
+  // Consumers give a tile back with one arrival a warp.
+  __device__ __forceinline__ void init() const {
+    q.init(S::kGroups * 4);
+    k.init(S::kGroups * 4);
+    v.init(S::kGroups * 4);
+    mail.ring.init(S::kGroups * 4);
+    ptx::fence_mbarrier_init();
+  }
+};
+
+// The walk over tiles of k as the producer tells it. The present tile is there; to advance is to wait for the next.
+template <class Rings>
+struct ToldWalk {
+  Rings& rings;
+  Told told;
+
+  __device__ __forceinline__ bool valid() const { return told.place != 0; }
+  __device__ __forceinline__ void advance() {
+    if (told.last()) {
+      told.place = 0;
+    } else {
+      rings.k.wait();
+      told = Told::hear(rings.told_place());
+    }
+  }
 };

@@ -1,0 +1,52 @@
+// O and LSE of a tile of rows on their way from registers to memory.
+#pragma once
+#include "fagen/sm90/rows.cuh"
+
+// The 64 rows of a warpgroup: two of a thread's. Lanes of a quad hold two columns each of pieces of 8; neighbours trade
+// until each has four of one piece, so that a quad writes 32 whole bytes at once.
+template <class C, class Element, class State>
+__device__ __forceinline__ void store_rows(const fagen_params& p, State& state, const Work& work, int group) {
+  const Lane lane;
+  const bool odd = lane.id % 2;
+  const int first = work.row_tile * C::kTileM + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
+  const int column = odd * 8 + lane.id % 4 / 2 * 4;  // of two pieces
+  Element* out = static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + work.head * p.o_stride[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int m = first + r * 8;
+    const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
+    if (p.lse && lane.id % 4 == 0 && m < p.seqlen_q)
+      p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m] = state.softmax.lse(r, row_sum);
+    Element* row = out + m * p.o_stride[1] + column;
+    const int columns = m < p.seqlen_q ? p.head_dim_v - column : 0;
+    const auto word = [&](int n) {
+      return pack<Element>(state.o[0][n][r * 2] * inverse, state.o[0][n][r * 2 + 1] * inverse);
+    };
+#pragma unroll
+    for (int n = 0; n < C::kHeadDimV / 8; n += 2) {
+      const uint32_t mine[2] = {word(n), word(n + 1)};
+      const uint32_t got = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
+      if (n * 8 < columns)
+        *reinterpret_cast<uint2*>(row + n * 8) = odd ? make_uint2(got, mine[1]) : make_uint2(mine[0], got);
+    }
+  }
+}
+
+// Rows that see no key at all, which neither producer nor consumers come by: O = 0, LSE = -inf. One warp's work.
+template <class C, class Element>
+__device__ __forceinline__ void store_nothing(const fagen_params& p, const Launch& launch) {
+  const Band band(p);
+  if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
+  for (int index = blockIdx.x; index < launch.tiles; index += gridDim.x) {
+    const Work work = take<C>(p, launch, index);
+    const Rows<C> rows(p, launch, band, work);
+    if (rows.see_any()) continue;
+    Element* out = static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + work.head * p.o_stride[2];
+    const int pieces = p.head_dim_v / 8;
+    for (int i = threadIdx.x % 32; i < (rows.m1 - rows.m0) * pieces; i += 32)
+      *reinterpret_cast<uint4*>(out + (rows.m0 + i / pieces) * p.o_stride[1] + i % pieces * 8) = make_uint4(0, 0, 0, 0);
+    if (p.lse)
+      for (int m = rows.m0 + threadIdx.x % 32; m < rows.m1; m += 32)
+        p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m] = -INFINITY;
+  }
+}
