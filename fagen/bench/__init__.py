@@ -1,0 +1,1 @@
+"""The benchmark: rows that anyone can repeat, peers that are installed here, right before they are timed."""

@@ -1,0 +1,232 @@
+"""FlashAttention 3 and 4 and FlashInfer, each by whatever way it is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
+from fagen.bench.rows import Inputs, Row
+
+if TYPE_CHECKING:
+    import torch
+
+# What we call an argument of FlashAttention 3's op, and the names that its versions give it.
+_ALIASES = {
+    "causal": ("is_causal", "causal"),
+    "window_left": ("window_size_left", "window_left"),
+    "window_right": ("window_size_right", "window_right"),
+    "scale": ("softmax_scale",),
+}
+_MAY_LACK = ("num_splits",)  # arguments that only some versions have, and that change no result
+_WORKSPACE = 256 << 20  # bytes, FlashInfer's
+
+
+def _version(*packages: str) -> str:
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return ""
+
+
+def _require(row: Row, *, softcap: bool = True) -> None:
+    """What none of these has: ALiBi (in their forward for Hopper), and intervals other than packed documents."""
+    p = row.problem
+    if p.alibi:
+        raise Cannot("it has no ALiBi")
+    if p.softcap and not softcap:
+        raise Cannot("it has no softcap")
+    if p.mask == "intervals" and not row.documents:
+        raise Cannot("it has no such mask")
+
+
+def _lengths(row: Row, device: torch.device) -> torch.Tensor:
+    """Where each document of the packed batch begins, and the end."""
+    import torch
+
+    lengths = torch.tensor((0, *row.documents * row.problem.batch))
+    return lengths.cumsum(0).to(device=device, dtype=torch.int32)
+
+
+def _packed(t: torch.Tensor) -> torch.Tensor:
+    return t.flatten(0, 1)
+
+
+def _first(result: Any) -> torch.Tensor:
+    """The output alone; versions differ in what they give beside it."""
+    return result[0] if isinstance(result, tuple | list) else result
+
+
+# ---- FlashAttention 3 -----------------------------------------------------------------------------------------------
+
+
+def load_fa3(paths: Mapping[str, Path]) -> Loaded:
+    """A library that the user names; else the package's own functions; else its op, where someone registered it."""
+    import torch
+
+    version = _version("flash_attn_3", "flash-attn-3")
+    if path := paths.get("fa3"):
+        _load_library(path)
+        return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), path.name)
+    if importlib.util.find_spec("flash_attn_interface"):
+        module = importlib.import_module("flash_attn_interface")
+        return Loaded(_through_functions(module, unbounded=-1), version)
+    if hasattr(torch.ops.flash_attn_3, "fwd"):
+        return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), version)
+    raise Absent("flash_attn_interface cannot be imported, and --fa3 names no library")
+
+
+def _load_library(path: Path) -> None:
+    import torch
+
+    if not path.is_file():
+        raise Absent(f"--fa3 {path} is no file")
+    for runtime in sorted(path.parent.glob("libcudart.so.*")):  # of another CUDA version than torch's
+        ctypes.CDLL(str(runtime.resolve()), mode=ctypes.RTLD_GLOBAL)
+    torch.ops.load_library(str(path.resolve()))
+    if not hasattr(torch.ops.flash_attn_3, "fwd"):
+        raise Absent(f"{path.name} registers no op flash_attn_3::fwd")
+
+
+def _through_op(op: Any) -> Prepare:
+    def prepare(row: Row, inputs: Inputs) -> Serve:
+        _require(row)
+        wanted = {**_settings(row, -1), **_document_arguments(row, inputs["q"].device)}
+        fixed = fill(op._schema, wanted)
+        if not row.documents:
+            return lambda i: _first(op(q=i["q"], k=i["k"], v=i["v"], **fixed))
+        return lambda i: _first(op(q=_packed(i["q"]), k=_packed(i["k"]), v=_packed(i["v"]), **fixed)).view_as(i["out"])
+
+    return prepare
+
+
+def fill(schema: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name beside q, k and v: those wanted, and something neutral for others that have no default."""
+    left, given = dict(wanted), {}
+    for argument in schema.arguments:
+        ours = next((name for name, theirs in _ALIASES.items() if argument.name in theirs), argument.name)
+        if ours in left:
+            given[argument.name] = left.pop(ours)
+        elif argument.name not in ("q", "k", "v") and not argument.has_default_value():
+            given[argument.name] = _neutral(argument.name, str(argument.type))
+    missing = [name for name, value in left.items() if name not in _MAY_LACK and _matters(value)]
+    if missing:
+        raise Cannot(f"this version of its op has no {missing[0]}")
+    return given
+
+
+def _matters(value: Any) -> bool:
+    return value is not None and not (isinstance(value, int | float) and value in (0, -1))
+
+
+def _neutral(name: str, kind: str) -> Any:
+    if kind.startswith("Optional"):
+        return None
+    return {"int": -1 if "window" in name else 0, "float": 0.0, "bool": False}.get(kind)
+
+
+def _settings(row: Row, unbounded: int | None) -> dict[str, Any]:
+    from fagen.measure import SOFTCAP
+
+    p = row.problem
+    causal = row.causal and p.window_left < 0  # a causal window is the window (left, 0)
+    left, right = p.window_left, -1 if causal else p.window_right
+    return {
+        "causal": causal,
+        "window_left": unbounded if left < 0 else left,
+        "window_right": unbounded if right < 0 else right,
+        "softcap": SOFTCAP if p.softcap else 0.0,
+        "scale": 1.0 / math.sqrt(p.head_dim),
+        "num_splits": 1,  # what its own flash_attn_func takes
+    }
+
+
+def _document_arguments(row: Row, device: torch.device) -> dict[str, Any]:
+    if not row.documents:
+        return {}
+    starts, longest = _lengths(row, device), max(row.documents)
+    return {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+
+# ---- functions named flash_attn_func and flash_attn_varlen_func -----------------------------------------------------
+
+
+def _through_functions(module: Any, unbounded: int | None) -> Prepare:
+    def prepare(row: Row, inputs: Inputs) -> Serve:
+        _require(row)
+        s = _settings(row, unbounded)
+        given = {"causal": s["causal"], "window_size": (s["window_left"], s["window_right"]), "softcap": s["softcap"]}
+        if not row.documents:
+            call = module.flash_attn_func
+            return lambda i: _first(call(i["q"], i["k"], i["v"], **given))
+        varlen, given = module.flash_attn_varlen_func, given | _document_arguments(row, inputs["q"].device)
+
+        def serve(i: Inputs) -> torch.Tensor:
+            packed = (_packed(i[name]) for name in ("q", "k", "v"))
+            return _first(varlen(*packed, **given)).view_as(i["out"])
+
+        return serve
+
+    return prepare
+
+
+def load_fa4(paths: Mapping[str, Path]) -> Loaded:
+    """`--fa4 DIR` is a folder of unpacked wheels, the CUTLASS DSL's own packages in it."""
+    if folder := paths.get("fa4"):
+        if not (folder / "flash_attn" / "cute").is_dir():
+            raise Absent(f"--fa4 {folder} holds no flash_attn/cute")
+        inside = folder / "nvidia_cutlass_dsl"
+        more = [inside / name for name in ("dsl_packages", "python_packages") if (inside / name).is_dir()]
+        sys.path[:0] = [str(path.resolve()) for path in (folder, *more)]
+        importlib.invalidate_caches()
+    try:
+        module = importlib.import_module("flash_attn.cute.interface")
+    except ModuleNotFoundError as error:
+        raise Absent(f"flash_attn.cute cannot be imported: there is no {error.name}") from error
+    return Loaded(_through_functions(module, unbounded=None), _version("flash-attn-4", "flash_attn_cute"))
+
+
+# ---- FlashInfer -----------------------------------------------------------------------------------------------------
+
+
+def load_flashinfer(paths: Mapping[str, Path]) -> Loaded:
+    try:
+        flashinfer = importlib.import_module("flashinfer")
+    except ModuleNotFoundError as error:
+        raise Absent(f"flashinfer cannot be imported: there is no {error.name}") from error
+
+    def prepare(row: Row, inputs: Inputs) -> Serve:
+        _require(row)
+        wrapper = _planned(flashinfer, row, inputs)
+        return lambda i: wrapper.run(_packed(i["q"]), _packed(i["k"]), _packed(i["v"])).view_as(i["out"])
+
+    return Loaded(prepare, _version("flashinfer-python"))
+
+
+def _planned(flashinfer: Any, row: Row, inputs: Inputs) -> Any:
+    """Its ragged prefill; the plan is made ahead, as its users make it once for all layers."""
+    import torch
+
+    p, device = row.problem, inputs["q"].device
+    if p.window_right > 0 or (p.window_left >= 0 and not row.causal):
+        raise Cannot("it has no window right of the diagonal")
+    if row.documents:
+        of_q = of_k = _lengths(row, device)
+    else:
+        step = torch.arange(p.batch + 1, dtype=torch.int32, device=device)
+        of_q, of_k = step * p.seqlen_q, step * p.seqlen_k
+    workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device)
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
+    wrapper.plan(
+        of_q, of_k, p.heads, p.kv_heads, p.head_dim, head_dim_vo=p.head_dim_v, causal=row.causal,
+        window_left=p.window_left, logits_soft_cap=inputs["semantics"].softcap or None, q_data_type=inputs["q"].dtype,
+    )  # fmt: skip
+    return wrapper

@@ -1,0 +1,289 @@
+"""A run: each row's participants are verified, then timed against each other, and what came of each is kept.
+
+Outcomes: `ok`; `wrong` (outside the oracle's bound, not timed); `cannot` (no way to compute the row); `failed`
+(it raised). Nothing of a peer ends the run but an error that the GPU does not recover from.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fagen.bench import peers, rows
+from fagen.bench.machine import Machine
+from fagen.bench.peers import OURS, Cannot, Prepare
+from fagen.bench.rows import Inputs, Row
+from fagen.errors import LaunchError
+from fagen.target import Target
+
+FORMAT = 1
+_CELLS = {"cuda": 1 << 32, "cpu": 1 << 25}  # scores that are verified; of longer rows some heads are
+_HOST_CALLS, _HOST_ROUNDS = 200, 9
+
+Result = dict[str, Any]
+Hook = Callable[[Result], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    rounds: int = 15
+    min_seconds: float = 0.5  # of a row, all participants together
+    seed: int = 0
+
+
+def bench(
+    chosen: list[Row],
+    others: Mapping[str, Prepare],
+    target: Target,
+    settings: Settings,
+    *,
+    on_row: Hook,
+    on_sample: Hook = lambda sample: None,
+) -> tuple[list[Result], Machine]:
+    """All rows, in order; the machine's own rate at the start, in the middle and at the end."""
+    import torch
+
+    machine = Machine(target)
+    found: list[Result] = []
+    with torch.no_grad():
+        on_sample(machine.sample("start"))
+        for number, row in enumerate(chosen):
+            if number == len(chosen) // 2 and number:
+                on_sample(machine.sample("middle"))
+            found.append(_row(row, {OURS: peers.ours, **others}, target, settings))
+            on_row(found[-1])
+        on_sample(machine.sample("end"))
+    for result in found:
+        for facts in result["participants"].values():
+            if "tflops" in facts:
+                facts["share"] = facts["tflops"] / machine.limit()
+    return found, machine
+
+
+def _row(row: Row, participants: Mapping[str, Prepare], target: Target, settings: Settings) -> Result:
+    from fagen import measure
+
+    device = "cuda" if target.is_gpu else "cpu"
+    count = measure.input_sets(row.problem, target)
+    sets = [rows.make_inputs(row, target, settings.seed + i) for i in range(count)]
+    flops = rows.flops(row, sets[0])
+    result: Result = {
+        "name": row.name, "series": row.series, "length": row.problem.seqlen_q, "problem": row.problem.to_dict(),
+        "key": row.problem.key, "flops": flops, "input_sets": count, "participants": {},
+    }  # fmt: skip
+    result["choice"] = _choice(row, sets[0])
+    calls = {}
+    for name, prepare in participants.items():
+        facts, serve = prepared(prepare, row, sets[0], device, name)
+        result["participants"][name] = facts
+        if serve is not None:
+            calls[name] = measure.InTurn([_Shielded(serve, inputs, facts) for inputs in sets])
+    if calls:
+        clock = functools.partial(measure.time_calls, device=device, rounds=settings.rounds)
+        try:
+            times = clock(calls, min_seconds=settings.min_seconds)
+        except RuntimeError as error:  # no memory for a graph, say: the next row may have it
+            _alive(device, "a participant", row)
+            times = {}
+            for name in calls:
+                result["participants"][name] |= {"outcome": "failed", "reason": peers.reason(error)}
+        for name, timing in times.items():
+            result["participants"][name] |= {
+                "seconds": timing.median, "spread": timing.spread, "samples": timing.samples,
+                "uncertainty": timing.uncertainty, "tflops": flops / timing.median / 1e12,
+            }  # fmt: skip
+    del calls, sets
+    _free(device)
+    return result | compared(result["participants"])
+
+
+def _choice(row: Row, inputs: Inputs) -> Result:
+    try:
+        return peers.choice(row, inputs)
+    except Exception as error:  # the call itself will raise it again, and be told as failed
+        return {"served_by": "nothing", "reason": peers.reason(error)}
+
+
+class _Shielded:
+    """A call for the clock, which knows what to do with a RuntimeError of what cannot be captured, and of no other."""
+
+    def __init__(self, serve: peers.Serve, inputs: Inputs, facts: Result) -> None:
+        self.serve, self.inputs, self.facts = serve, inputs, facts
+
+    def __call__(self) -> None:
+        try:
+            self.serve(self.inputs)
+        except Exception as error:  # it did before: so it is the capture that it does not stand
+            self.facts["not_captured"] = peers.reason(error)
+            raise RuntimeError(str(error)) from error
+
+
+def _free(device: str) -> None:
+    """Graphs keep pools of memory, and lie in cycles."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+# ---- right, before fast ---------------------------------------------------------------------------------------------
+
+
+def prepared(prepare: Prepare, row: Row, inputs: Inputs, device: str, name: str) -> tuple[Result, peers.Serve | None]:
+    """A participant's outcome so far, and how to call it if what it gave is right."""
+    start, serve = time.perf_counter(), None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")  # SDPA says in warnings why a backend refuses
+        try:
+            serve = prepare(row, inputs)
+            out = serve(inputs)
+            _synchronize(device)
+            seconds = time.perf_counter() - start
+            verdict, checked = verified(out, inputs, _CELLS[device])
+        except Cannot as error:
+            return {"outcome": "cannot", "reason": str(error)}, None
+        except Exception as error:  # whatever a participant raises is its outcome
+            _alive(device, name, row)
+            hints = [str(warning.message).strip().splitlines()[0] for warning in said if str(warning.message).strip()]
+            return {"outcome": "failed", "reason": "; ".join([peers.reason(error), *hints[-2:]])[:400]}, None
+    facts = {
+        "outcome": "ok" if verdict.ok else "wrong", "error": _finite(verdict.error),
+        "error_over_bound": _finite(verdict.ratio), "verified": checked, "first_call_seconds": seconds,
+    }  # fmt: skip
+    if not verdict.ok:
+        return facts | {"reason": verdict.message}, None
+    return facts, serve
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _alive(device: str, name: str, row: Row) -> None:
+    """An illegal access poisons the GPU's context: nothing that follows could be trusted."""
+    try:
+        _synchronize(device)
+    except RuntimeError as error:
+        raise LaunchError(
+            f"{name} left the GPU in an error state on {row.name}", str(error).splitlines()[0], "run without that peer"
+        ) from error
+
+
+def verified(out: Any, inputs: Inputs, cells: int) -> tuple[Any, str]:
+    """The oracle on the whole output, or, where that takes too long, on evenly spread heads of the same output."""
+    from fagen import verify
+
+    q, k, v, intervals, alibi = (inputs[name] for name in ("q", "k", "v", "intervals", "alibi_slopes"))
+    batch, group, planes = q.shape[0], q.shape[2] // k.shape[2], k.shape[2]
+    each = group * q.shape[1] * k.shape[1]
+    units = batch * planes
+    if units * each <= cells or units <= 2:
+        given = {"intervals": intervals, "alibi": alibi, "layout": "bshd"}
+        return verify.check(out, None, q, k, v, inputs["semantics"], **given), "all"
+    wanted = min(units, max(2, cells // each))
+    picked = sorted({round(i * (units - 1) / (wanted - 1)) for i in range(wanted)})
+    verdicts = [_one_unit(out, inputs, unit // planes, unit % planes, group) for unit in picked]
+    worst = max(verdicts, key=lambda verdict: (not verdict.ok, verdict.ratio))
+    error = max(verdict.error for verdict in verdicts)
+    return verify.Verdict(worst.ok, error, worst.ratio, worst.message), f"{len(picked)} of {units} kv heads"
+
+
+def _one_unit(out: Any, inputs: Inputs, b: int, kv: int, group: int) -> Any:
+    """One kv head of one batch, and the query heads that share it."""
+    from fagen import verify
+
+    of_q, of_k = slice(kv * group, (kv + 1) * group), slice(kv, kv + 1)
+    intervals, alibi = inputs["intervals"], inputs["alibi_slopes"]
+    if intervals is not None:
+        at_b, at_plane = b % intervals.shape[0], kv % intervals.shape[1]
+        intervals = intervals[at_b : at_b + 1, at_plane : at_plane + 1]
+    return verify.check(
+        out[b : b + 1, :, of_q], None, inputs["q"][b : b + 1, :, of_q], inputs["k"][b : b + 1, :, of_k],
+        inputs["v"][b : b + 1, :, of_k], inputs["semantics"], intervals=intervals,
+        alibi=alibi if alibi is None else alibi[b : b + 1, of_q], layout="bshd",
+    )  # fmt: skip
+
+
+# ---- ours against the best of the others ----------------------------------------------------------------------------
+
+
+def compared(participants: Mapping[str, Result], among: set[str] | None = None) -> Result:
+    """The fastest peer and how many times faster than it we are; `among` leaves out other peers."""
+    speeds = {name: facts["tflops"] for name, facts in participants.items() if "tflops" in facts}
+    ours = speeds.pop(OURS, None)
+    if among is not None:
+        speeds = {name: speed for name, speed in speeds.items() if name in among}
+    best = max(speeds, key=lambda name: speeds[name], default=None)
+    return {"best_peer": best, "ratio": ours / speeds[best] if ours and best else None}
+
+
+def summary(found: list[Result]) -> Result:
+    ratios = {result["name"]: result["ratio"] for result in found if result["ratio"]}
+    worst = min(ratios, key=lambda name: ratios[name], default=None)
+    return {
+        "rows": len(found),
+        "compared": len(ratios),
+        "ahead": sum(ratio > 1 for ratio in ratios.values()),
+        "geometric_mean": statistics.geometric_mean(ratios.values()) if ratios else None,
+        "worst": {"name": worst, "ratio": ratios[worst]} if worst else None,
+        "ours_not_ok": [r["name"] for r in found if r["participants"][OURS]["outcome"] != "ok"],
+        "ours_by_torch": [r["name"] for r in found if r["choice"].get("served_by") == "torch"],
+    }
+
+
+# ---- host time ------------------------------------------------------------------------------------------------------
+
+
+def host(others: Mapping[str, Prepare], target: Target) -> Result:
+    """How long a call keeps the host, at a size whose kernel takes less than that. A CPU computes meanwhile."""
+    import torch
+
+    from fagen.problem import Problem
+
+    device = "cuda" if target.is_gpu else "cpu"
+    problem = Problem(dtype="bf16", head_dim=64, mask="causal", heads=4, seqlen_q=128)
+    row = Row("host time", problem)
+    found: Result = {"problem": problem.key, "participants": {}}
+    with torch.no_grad():
+        inputs = rows.make_inputs(row, target)
+        calls: dict[str, Callable[[], object]] = {}
+        for name, prepare in {OURS: peers.ours_eager, **others}.items():
+            facts, serve = prepared(prepare, row, inputs, device, name)
+            found["participants"][name] = facts
+            if serve is not None:
+                calls[name] = functools.partial(serve, inputs)
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(_HOST_ROUNDS):
+            for name, call in calls.items():
+                samples[name].append(_host_seconds(call, device))
+    for name, values in samples.items():
+        found["participants"][name] |= {"microseconds": statistics.median(values) * 1e6}
+    return found
+
+
+def _host_seconds(call: Callable[[], object], device: str) -> float:
+    for _ in range(3):
+        call()
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(_HOST_CALLS):
+        call()
+    seconds = (time.perf_counter() - start) / _HOST_CALLS
+    _synchronize(device)
+    return seconds

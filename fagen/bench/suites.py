@@ -1,0 +1,138 @@
+"""The suites: named lists of rows. A row's name says all that it measures, so that results can be compared by it.
+
+Lengths and batch share 16384 tokens and heads and head_dim share 2048 columns, unless a row is a model's layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fagen.bench.rows import Row, of_problem
+from fagen.problem import Problem
+from fagen.target import Target
+
+TOKENS = 16384
+SUITES = {
+    "peers": "the head_dim grid at three lengths, eight models' layers, a cross-attention: 39 rows",
+    "models": "the layers of well-known models at several lengths",
+    "masks": "window, packed documents, prefix LM at 16k",
+    "small": "a small suite, for a CPU",
+}
+_MASKS = {"full": "none", "causal": "causal"}  # of a row's name: of a problem
+_GRID = {(64, 64): 32, (96, 96): 21, (128, 128): 16, (192, 128): 10, (256, 256): 8}  # head dims: heads
+_LENGTHS = (512, 2048, 8192)
+
+# name, length, batch, heads, kv heads, head_dim; all causal
+_LAYERS = (
+    ("llama3-8b", 8192, 1, 32, 8, 128),
+    ("llama3-70b", 4096, 1, 64, 8, 128),
+    ("qwen3-4b", 2048, 4, 32, 8, 128),
+    ("gpt2-small", 1024, 32, 12, 12, 64),
+    ("gemma-d256", 8192, 1, 16, 8, 256),
+    ("small-b1-s512", 512, 1, 16, 16, 64),
+    ("small-b1-s1k", 1024, 1, 32, 8, 128),
+    ("bert-b32-s128", 128, 32, 12, 12, 64),
+)
+# name, heads, kv heads, head dims of q/k and v, keys that a sliding layer sees before its own (-1: not sliding)
+_MODELS = (
+    ("llama3.2-1b", 32, 8, (64, 64), -1),
+    ("llama3-8b", 32, 8, (128, 128), -1),
+    ("llama3-70b", 64, 8, (128, 128), -1),
+    ("qwen3-4b", 32, 8, (128, 128), -1),
+    ("phi3-mini", 32, 32, (96, 96), -1),
+    ("gemma3-4b", 8, 4, (256, 256), -1),
+    ("gemma3-4b-sliding", 8, 4, (256, 256), 1023),
+    ("gpt-oss-20b", 64, 8, (64, 64), -1),
+    ("gpt-oss-20b-sliding", 64, 8, (64, 64), 127),
+    ("deepseek-v3-prefill", 128, 128, (192, 128), -1),
+)
+_MODEL_LENGTHS = (1024, 4096, 16384)
+
+# Eight documents in 16384 tokens, drawn at random once.
+DOCUMENTS = (4441, 1689, 4331, 1107, 841, 875, 2413, 687)
+WINDOW = 1024  # keys before a row's own, which it sees as well: 1025 in all, as (1024, 0) means everywhere
+PREFIX = 4096
+_SHAPE: dict[str, Any] = {"heads": 16, "head_dim": 128}  # of the mask rows
+
+
+def suite(name: str, target: Target) -> list[Row]:
+    if name == "small":
+        return _small(target)
+    return {"peers": _peers, "models": _models, "masks": _masks}[name]()
+
+
+def default(target: Target) -> str:
+    return "peers" if target.is_gpu else "small"
+
+
+def _dims(of_qk: int, of_v: int) -> str:
+    return f"d{of_qk}" if of_qk == of_v else f"d{of_qk}-{of_v}"
+
+
+def _peers() -> list[Row]:
+    rows = [
+        _grid_row(dims, heads, mask, length) for dims, heads in _GRID.items() for mask in _MASKS for length in _LENGTHS
+    ]
+    rows += [_layer(name, length, batch, h, kv, (d, d)) for name, length, batch, h, kv, d in _LAYERS]
+    cross = Problem(head_dim=128, heads=32, kv_heads=8, seqlen_q=512, seqlen_k=8192)
+    return [*rows, Row("cross-512x8192 full h32/8 d128", cross, "cross-512x8192")]
+
+
+def _grid_row(dims: tuple[int, int], heads: int, mask: str, length: int) -> Row:
+    problem = Problem(
+        head_dim=dims[0], head_dim_v=dims[1], mask=_MASKS[mask], batch=TOKENS // length, heads=heads, seqlen_q=length
+    )
+    series = f"{_dims(*dims)} {mask}"
+    return Row(f"{series} s{length} b{problem.batch} h{heads}", problem, series)
+
+
+def _layer(name: str, length: int, batch: int, heads: int, kv_heads: int, dims: tuple[int, int], left: int = -1) -> Row:
+    mask, right = ("causal", -1) if left < 0 else ("window", 0)
+    problem = Problem(
+        head_dim=dims[0], head_dim_v=dims[1], mask=mask, batch=batch, heads=heads, kv_heads=kv_heads,
+        seqlen_q=length, window_left=left, window_right=right,
+    )  # fmt: skip
+    seen = "causal" if left < 0 else f"window{left}"
+    return Row(f"{name} {seen} s{length} b{batch} h{heads}/{kv_heads} {_dims(*dims)}", problem, name)
+
+
+def _models() -> list[Row]:
+    rows = [_layer(name, length, batch, h, kv, (d, d)) for name, length, batch, h, kv, d in _LAYERS]
+    rows += [
+        _layer(name, length, TOKENS // length, heads, kv_heads, dims, left)
+        for name, heads, kv_heads, dims, left in _MODELS
+        for length in _MODEL_LENGTHS
+    ]
+    return list({row.name: row for row in rows}.values())
+
+
+def _masks() -> list[Row]:
+    return [
+        window_row("window1024", TOKENS, WINDOW),
+        documents_row("doc8-causal", DOCUMENTS, causal=True),
+        documents_row("doc8-full", DOCUMENTS, causal=False),
+        prefix_row("prefix4096", TOKENS, PREFIX),
+    ]
+
+
+def window_row(name: str, length: int, left: int, **shape: Any) -> Row:
+    shape = _SHAPE | shape
+    return Row(name, Problem(mask="window", window_left=left, window_right=0, seqlen_q=length, **shape), name)
+
+
+def documents_row(name: str, lengths: tuple[int, ...], *, causal: bool, **shape: Any) -> Row:
+    shape = _SHAPE | {"window_right": 0 if causal else -1} | shape
+    kind = "lower1" if causal else "both2"
+    problem = Problem(mask="intervals", intervals=kind, seqlen_q=sum(lengths), **shape)
+    return Row(name, problem, name, documents=lengths)
+
+
+def prefix_row(name: str, length: int, prefix: int, **shape: Any) -> Row:
+    shape = _SHAPE | shape
+    return Row(name, Problem(mask="intervals", intervals="both2", seqlen_q=length, **shape), name, prefix=prefix)
+
+
+def _small(target: Target) -> list[Row]:
+    from fagen.tuner import suite as tuner
+
+    return [of_problem(problem) for problem in tuner.default(target)]

@@ -1,0 +1,218 @@
+"""fagen bench: our kernels against the peers that are installed here, right before they are timed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fagen import cliutil
+from fagen.errors import MissingTool, UsageError
+from fagen.target import Target
+
+if TYPE_CHECKING:
+    from fagen.bench.rows import Row
+
+_EXAMPLES = """examples:
+  fagen bench                                      the suite `peers` against what is installed; on a CPU a small suite
+  fagen bench --suite peers,masks --peers cudnn,fa3,fa4 --fa3 lib/_C.so --fa4 lib/fa4 --out bench.json --plot bench.svg
+  fagen bench --head-dim 128 --mask causal --seqlen 4k,16k --heads 32 --kv-heads 8 --peers none
+  fagen bench --suite peers --filter 'd64 causal' --markdown bench.md
+  fagen bench --out new.json --compare old.json    exit code 1 where a row fell by more than the noise
+"""
+
+
+def add(subparsers: argparse._SubParsersAction) -> None:
+    about = "Verify and time fagen.attention against other libraries, interleaved, in one run."
+    parser = cliutil.add_verb(subparsers, "bench", about, _EXAMPLES)
+    what = parser.add_argument_group("rows")
+    what.add_argument(
+        "--suite", metavar="S", help="peers, models, masks, small, or several (default: peers; small on a CPU)"
+    )
+    what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
+    cliutil.add_problem_flags(parser)
+    cliutil.add_target_flag(parser)
+    others = parser.add_argument_group("peers", "docs/bench.md says how each is found")
+    others.add_argument(
+        "--peers", default="all", metavar="P",
+        help="all, none, or a list of cudnn, fa2, fa3, fa4, flex, flashinfer, sdpa (default: all but sdpa on a GPU)",
+    )  # fmt: skip
+    others.add_argument("--fa3", type=Path, metavar="FILE", help="library of FlashAttention 3: its _C.so")
+    others.add_argument("--fa4", type=Path, metavar="DIR", help="folder of FlashAttention 4's unpacked wheels")
+    clock = parser.add_argument_group("clock")
+    clock.add_argument("--rounds", type=_count, default=15, metavar="N", help="at least this many (default: 15)")
+    clock.add_argument(
+        "--min-time", type=_seconds, default=0.5, metavar="S", help="seconds a row, at least (default: 0.5)"
+    )
+    clock.add_argument("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
+    clock.add_argument("--host", action="store_true", help="host time of a call as well, at a launch-bound size")
+    out = parser.add_argument_group("results")
+    out.add_argument("--out", type=Path, metavar="FILE", help="everything, as JSON; written anew after each row")
+    out.add_argument("--markdown", type=Path, metavar="FILE")
+    out.add_argument("--csv", type=Path, metavar="FILE")
+    out.add_argument("--plot", type=Path, metavar="FILE", help="TFLOP/s by length: .svg or .png; needs matplotlib")
+    out.add_argument("--compare", type=Path, metavar="OLD", help="a result of --out: exit code 1 if rows fell")
+
+
+def _count(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no positive number")
+    return int(word)
+
+
+def _seconds(word: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", word):
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds")
+    return float(word)
+
+
+def run(args: argparse.Namespace) -> int:
+    from fagen.bench import compare, peers, plot
+
+    target = _present(args.target)
+    chosen = rows_from(args, target)
+    names = peers.chosen(args.peers, "cuda" if target.is_gpu else "cpu")
+    old = compare.read(args.compare) if args.compare else None
+    if old:
+        compare.require_same(old, target.device)
+    if args.plot:
+        plot.require()
+    for path in (args.out, args.markdown, args.csv, args.plot):
+        if path and not path.parent.is_dir():
+            raise UsageError(f"{path} cannot be written", f"there is no folder {path.parent}")
+    result = _measure(args, target, chosen, names)
+    return _report(args, result, old)
+
+
+def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
+    """The suites' rows, then the problems of flags and files; what the filter leaves of them."""
+    from fagen.bench import rows, suites
+
+    problems = cliutil.problems_from(args, target)
+    words = args.suite.split(",") if args.suite else [] if problems else [suites.default(target)]
+    found: list[Row] = []
+    for word in words:
+        if word not in suites.SUITES:
+            raise UsageError(f"suite {word!r} is unknown", f"known: {', '.join(suites.SUITES)}")
+        found += suites.suite(word, target)
+    found += [rows.of_problem(problem) for problem in problems]
+    try:
+        wanted = re.compile(args.filter or "")
+    except re.error as error:
+        raise UsageError(f"--filter {args.filter!r} is no regular expression", str(error)) from error
+    found = list({row.name: row for row in found if wanted.search(row.name)}.values())
+    if not found:
+        raise UsageError("no row is left to measure", f"--filter {args.filter!r} matches none")
+    return found
+
+
+def _present(name: str | None) -> Target:
+    """The device itself: there is nothing to be timed on others."""
+    from fagen.target import gpu
+
+    target = cliutil.target_from(name)
+    if not target.is_gpu:
+        return target
+    index = int((name or "").partition(":")[2] or 0)
+    found = gpu(index)
+    if found is None or found.arch != target.arch:
+        here = f"here is {found}" if found else "torch sees no GPU here"
+        raise MissingTool(f"measuring on {target.arch} needs such a GPU", here, "use --target cpu")
+    import torch
+
+    torch.cuda.set_device(index)
+    return found
+
+
+def _measure(args: argparse.Namespace, target: Target, chosen: list[Row], names: list[str]) -> dict[str, Any]:
+    from fagen import db
+    from fagen.bench import ahead, peers, report, run
+
+    paths = {name: getattr(args, name) for name in ("fa3", "fa4") if getattr(args, name)}
+    here, absent = peers.load(names, "cuda" if target.is_gpu else "cpu", paths)
+    settings = run.Settings(args.rounds, args.min_time, args.seed)
+    result: dict[str, Any] = {
+        "format": run.FORMAT, "command": _command(), "date": db.now(), "device": target.device, "arch": target.arch,
+        "environment": db.environment(target), "settings": vars(settings), "complete": False,
+        "peers": {
+            name: {"version": here[name].version if name in here else "", "absent": absent.get(name, "")}
+            for name in names
+        },
+        "limit": {"what": "", "samples": [], "tflops": 0.0}, "rows": [], "host": None,
+        "summary": run.summary([]),
+    }  # fmt: skip
+    cliutil.say(f"{target}: {len(chosen)} rows, {', '.join([peers.OURS, *here])}")
+    for text in report.absent(result["peers"]):
+        cliutil.say(text)
+    ahead.build(chosen, target, cliutil.say)
+
+    def on_row(row: dict[str, Any]) -> None:
+        result["rows"].append(row)
+        result["summary"] = run.summary(result["rows"])
+        cliutil.say(f"{len(result['rows']):>3}/{len(chosen)}  {report.line(row, report.participants(result))}")
+        _save(args.out, result)  # a run that is cut off keeps what it had
+
+    def on_sample(sample: dict[str, Any]) -> None:
+        result["limit"]["samples"].append(sample)
+        state = ", ".join(f"{value:.0f} {name}" for name, value in sample.items() if name not in ("when", "tflops"))
+        cliutil.say(f"limit    {report.speed(sample['tflops'])} TFLOP/s{f', {state}' if state else ''}")
+
+    prepares = {name: loaded.prepare for name, loaded in here.items()}
+    _, machine = run.bench(chosen, prepares, target, settings, on_row=on_row, on_sample=on_sample)
+    result["limit"] |= {"what": machine.what, "tflops": machine.limit()}
+    if args.host:
+        result["host"] = run.host(_with_sdpa(prepares), target)
+    result["complete"] = True
+    _save(args.out, result)
+    return result
+
+
+def _with_sdpa(prepares: dict[str, Any]) -> dict[str, Any]:
+    """What users without any library call."""
+    from fagen.bench import peers
+
+    return prepares | {"sdpa": peers.load_sdpa({}).prepare}
+
+
+def _command() -> str:
+    """As it was typed, but for the folders of this machine."""
+    words = [re.sub(r"^(--?[\w-]+=)?/.*/", r"\1", word) for word in sys.argv[1:]]
+    return shlex.join(["fagen", *words])
+
+
+def _save(path: Path | None, result: dict[str, Any]) -> None:
+    if path is None:
+        return
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    os.replace(draft, path)
+
+
+def _report(args: argparse.Namespace, result: dict[str, Any], old: dict[str, Any] | None) -> int:
+    from fagen.bench import compare, plot, report
+
+    cliutil.say()
+    cliutil.say(report.table(result))
+    for text in report.closing(result) + (report.host(result) if result["host"] else []):
+        cliutil.say(text)
+    falls: list[dict[str, Any]] = []
+    if old:
+        falls, lonely = compare.regressions(result, old)
+        result["regressions"] = falls
+        _save(args.out, result)
+        for text in compare.words(falls, lonely):
+            cliutil.say(text)
+    if args.markdown:
+        args.markdown.write_text(report.markdown(result))
+    if args.csv:
+        args.csv.write_text(report.as_csv(result))
+    if args.plot:
+        plot.draw(result, args.plot)
+    if args.json:
+        cliutil.emit_json(result)
+    return 1 if falls or result["summary"]["ours_not_ok"] else 0

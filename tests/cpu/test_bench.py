@@ -1,0 +1,566 @@
+"""fagen bench: rows and their masks, peers that are absent, wrong or of other versions, and whole runs on the CPU."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import sys
+import types
+
+import pytest
+import torch
+
+from fagen import cli, masks, target, toolchain
+from fagen.bench import compare, flash, flex, peers, plot, report, rows, run, suites
+from fagen.bench.peers import OURS, Cannot, Loaded, Peer
+from fagen.errors import UsageError
+from fagen.problem import INTERVAL_KINDS, Problem
+
+GPU = target.known("sm_90")
+needs_cxx = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
+TINY = "--target cpu --dtype fp32 --head-dim 16 --mask none,causal --seqlen 24,48 --heads 4 --kv-heads 2".split()
+QUICK = "--rounds 3 --min-time 0.01".split()
+DOCUMENTS = (5, 17, 1, 9)
+SHAPE = {"dtype": "fp32", "heads": 4, "kv_heads": 2, "head_dim": 16}
+
+
+# ---- suites ---------------------------------------------------------------------------------------------------------
+
+# name: batch, heads, kv heads, rows, keys, head dims, causal
+GRID = {
+    f"d{label} {mask} s{length} b{batch} h{heads}": (batch, heads, heads, length, length, dims, mask == "causal")
+    for label, dims, heads in (
+        ("64", (64, 64), 32), ("96", (96, 96), 21), ("128", (128, 128), 16), ("192-128", (192, 128), 10),
+        ("256", (256, 256), 8),
+    )
+    for mask in ("full", "causal")
+    for length, batch in ((512, 32), (2048, 8), (8192, 2))
+}  # fmt: skip
+LAYERS = {
+    "llama3-8b causal s8192 b1 h32/8 d128": (1, 32, 8, 8192, 8192, (128, 128), True),
+    "llama3-70b causal s4096 b1 h64/8 d128": (1, 64, 8, 4096, 4096, (128, 128), True),
+    "qwen3-4b causal s2048 b4 h32/8 d128": (4, 32, 8, 2048, 2048, (128, 128), True),
+    "gpt2-small causal s1024 b32 h12/12 d64": (32, 12, 12, 1024, 1024, (64, 64), True),
+    "gemma-d256 causal s8192 b1 h16/8 d256": (1, 16, 8, 8192, 8192, (256, 256), True),
+    "small-b1-s512 causal s512 b1 h16/16 d64": (1, 16, 16, 512, 512, (64, 64), True),
+    "small-b1-s1k causal s1024 b1 h32/8 d128": (1, 32, 8, 1024, 1024, (128, 128), True),
+    "bert-b32-s128 causal s128 b32 h12/12 d64": (32, 12, 12, 128, 128, (64, 64), True),
+    "cross-512x8192 full h32/8 d128": (1, 32, 8, 512, 8192, (128, 128), False),
+}
+
+
+def test_the_peers_suite_is_the_known_39_rows():
+    found = {row.name: row.problem for row in suites.suite("peers", GPU)}
+    assert list(found) == [*GRID, *LAYERS]
+    assert len(found) == 39
+    for name, (batch, heads, kv_heads, seqlen_q, seqlen_k, dims, causal) in (GRID | LAYERS).items():
+        assert found[name] == Problem(
+            dtype="bf16", head_dim=dims[0], head_dim_v=dims[1], mask="causal" if causal else "none", batch=batch,
+            heads=heads, kv_heads=kv_heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", suites.SUITES)
+def test_rows_of_a_suite_have_names_of_their_own(name):
+    found = suites.suite(name, GPU)
+    assert len({row.name for row in found}) == len(found) >= 4
+    assert all(row.series for row in found)
+
+
+def test_the_models_suite_slides():
+    found = {row.name: row.problem for row in suites.suite("models", GPU)}
+    assert set(LAYERS) - {"cross-512x8192 full h32/8 d128"} <= set(found)
+    sliding = found["gpt-oss-20b-sliding window127 s4096 b4 h64/8 d64"]
+    assert (sliding.mask, sliding.window_left, sliding.window_right) == ("window", 127, 0)
+    assert found["deepseek-v3-prefill causal s16384 b1 h128/128 d192-128"].head_dim_v == 128
+
+
+def test_the_masks_suite():
+    found = {row.name: row for row in suites.suite("masks", GPU)}
+    assert list(found) == ["window1024", "doc8-causal", "doc8-full", "prefix4096"]
+    assert len(suites.DOCUMENTS) == 8 == len(set(suites.DOCUMENTS))
+    assert {(r.problem.seqlen_q, r.problem.heads, r.problem.batch) for r in found.values()} == {(16384, 16, 1)}
+    window = found["window1024"].problem
+    assert window.visible() == sum(min(i, 1024) + 1 for i in range(16384)), "1025 keys, its own among them"
+    squares = [n * n for n in suites.DOCUMENTS]
+    for name, cells in (
+        ("doc8-full", sum(squares)),
+        ("doc8-causal", sum(n * (n + 1) // 2 for n in suites.DOCUMENTS)),
+        ("prefix4096", 16384 * 16385 // 2 + 4096 * 4095 // 2),
+    ):
+        row = found[name]
+        small = row.problem.replace(head_dim=1, head_dim_v=1, heads=1, kv_heads=1)
+        inputs = rows.make_inputs(dataclasses.replace(row, problem=small), "cpu")
+        assert rows.visible_cells(row.problem, inputs["intervals"]) == cells
+        assert rows.flops(row, inputs) == 4.0 * cells * 128 * 16
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+def brute(row: rows.Row) -> torch.Tensor:
+    """Who sees whom, cell by cell, from the row's own words."""
+    p = row.problem
+    ids = [n for n, length in enumerate(row.documents) for _ in range(length)]
+    seen = torch.zeros(p.seqlen_q, p.seqlen_k, dtype=torch.bool)
+    for i in range(p.seqlen_q):
+        for j in range(p.seqlen_k):
+            ok = not ids or ids[i] == ids[j]
+            ok &= not row.causal or j <= i
+            ok &= p.window_left < 0 or i - j <= p.window_left
+            if row.prefix:
+                ok &= j < row.prefix or j <= i
+            seen[i, j] = ok
+    return seen
+
+
+MASK_ROWS = [
+    suites.window_row("window", 40, 7, **SHAPE),
+    suites.documents_row("causal documents", DOCUMENTS, causal=True, **SHAPE),
+    suites.documents_row("documents", DOCUMENTS, causal=False, **SHAPE),
+    suites.documents_row("two batches", DOCUMENTS, causal=True, batch=2, **SHAPE),
+    suites.prefix_row("prefix", 33, 12, **SHAPE),
+]
+
+
+@pytest.mark.parametrize("row", MASK_ROWS, ids=lambda row: row.name)
+def test_masks_are_what_their_names_say(row):
+    inputs, want, p = rows.make_inputs(row, "cpu"), brute(row), row.problem
+    given = {"intervals": inputs["intervals"], "kind": p.intervals}
+    seen = masks.dense(p.seqlen_q, p.seqlen_k, window=(p.window_left, p.window_right), **given)
+    assert torch.equal(seen[0, 0], want)
+    assert rows.flops(row, inputs) == 4.0 * int(want.sum()) * 16 * p.heads * p.batch
+    from torch.nn.attention.flex_attention import create_mask
+
+    theirs = create_mask(flex.mask_mod(row, inputs), None, None, p.seqlen_q, p.seqlen_k, device="cpu")
+    assert torch.equal(theirs[0, 0], want)
+
+
+@pytest.mark.parametrize("kind", INTERVAL_KINDS)
+def test_any_intervals_are_counted_and_handed_to_flex(kind):
+    from torch.nn.attention.flex_attention import create_mask
+
+    problem = Problem(**SHAPE, mask="intervals", intervals=kind, batch=2, seqlen_q=30, seqlen_k=41)
+    row = rows.of_problem(problem)
+    assert row.causal == (kind == "lower2"), "two columns mean this only where the call is causal"
+    inputs, p = rows.make_inputs(row, "cpu"), row.problem
+    seen = masks.dense(30, 41, window=(p.window_left, p.window_right), intervals=inputs["intervals"], kind=kind)
+    assert rows.visible_cells(p, inputs["intervals"]) == int(seen.sum())
+    theirs = create_mask(flex.mask_mod(row, inputs), 2, 1, 30, 41, device="cpu")
+    assert torch.equal(theirs, seen.expand_as(theirs))
+    shown = peers.ours(row, inputs)(inputs)
+    assert run.verified(shown, inputs, 1 << 30)[0]
+
+
+SCORES = rows.of_problem(Problem(**SHAPE, mask="causal", softcap=True, alibi=True, seqlen_q=20, seqlen_k=31))
+ALIBI = rows.of_problem(Problem(**SHAPE, batch=3, alibi=True, seqlen_q=20))
+CAUSAL = rows.of_problem(Problem(**SHAPE, mask="causal", seqlen_q=20))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("row", [*MASK_ROWS, SCORES], ids=lambda row: row.name)
+def test_flex_and_ours_agree_with_the_oracle(row):
+    inputs = rows.make_inputs(row, "cpu")
+    for prepare in (flex._prepare(compiled=False), peers.ours, peers.ours_eager):
+        verdict, checked = run.verified(prepare(row, inputs)(inputs), inputs, 1 << 30)
+        assert verdict, verdict.message
+        assert checked == "all"
+
+
+# ---- verification ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [MASK_ROWS[3], ALIBI], ids=lambda row: row.name)
+def test_long_rows_are_verified_on_some_of_their_heads(row):
+    inputs = rows.make_inputs(row, "cpu")
+    out = peers.ours(row, inputs)(inputs)
+    verdict, checked = run.verified(out, inputs, 1)
+    assert verdict, verdict.message
+    assert checked == f"2 of {row.problem.batch * 2} kv heads"
+    out[-1, 3, -1, 2] += 0.5  # in the last head, which is always looked at
+    assert not run.verified(out, inputs, 1)[0]
+    out[-1, 3, -1, 2] = float("nan")
+    assert not run.verified(out, inputs, 1)[0]
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------
+
+
+def test_peers_are_chosen_by_name():
+    assert peers.chosen("all", "cuda") == ["cudnn", "fa2", "fa3", "fa4", "flex", "flashinfer"]
+    assert peers.chosen("all", "cpu") == ["sdpa"]
+    assert peers.chosen("none", "cpu") == []
+    assert peers.chosen("fa3, flex,fa3", "cuda") == ["fa3", "flex"]
+    with pytest.raises(UsageError, match="fa9"):
+        peers.chosen("fa9", "cuda")
+
+
+def test_absent_peers_have_a_reason(tmp_path, monkeypatch):
+    broken = types.ModuleType("broken")
+    monkeypatch.setattr(broken, "load", lambda paths: 1 / 0, raising=False)
+    monkeypatch.setitem(sys.modules, "broken_peer", broken)
+    monkeypatch.setitem(peers.PEERS, "broken", Peer("broken", ("cuda",), "broken_peer:load"))
+    names = ["fa3", "fa4", "flashinfer", "broken"]
+    here, absent = peers.load(names, "cuda", {"fa3": tmp_path / "_C.so", "fa4": tmp_path})
+    assert here == {}
+    assert "is no file" in absent["fa3"]
+    assert "holds no flash_attn/cute" in absent["fa4"]
+    assert absent["broken"] == "ZeroDivisionError: division by zero"
+    _, absent = peers.load(names, "cpu", {})
+    assert set(absent.values()) == {"it needs a GPU"}
+    shown = report.absent({name: {"absent": absent.get(name, "")} for name in names})
+    assert shown == ["absent: fa3, fa4, flashinfer, broken: it needs a GPU"]
+
+
+def schema(text: str):
+    return torch._C.parse_schema(f"flash_attn_3::fwd({text}) -> (Tensor, Tensor)")
+
+
+NEW = schema(
+    "Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new=None, Tensor(out!)? out=None, Tensor? cu_seqlens_q=None,"
+    " Tensor? cu_seqlens_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, float? softmax_scale=None,"
+    " bool is_causal=False, int window_size_left=-1, int window_size_right=-1, int attention_chunk=0,"
+    " float softcap=0.0, int num_splits=0, bool? pack_gqa=None, int sm_margin=0"
+)
+OLD = schema(
+    "Tensor q, Tensor k, Tensor v, Tensor? k_new, Tensor? out, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
+    " int? max_seqlen_q, int? max_seqlen_k, float softmax_scale, bool causal, int window_size_left,"
+    " int window_size_right, int sink_token_length, bool is_rotary_interleaved, float scale_v, int window_chunk"
+)
+
+
+def test_arguments_of_flash_attention_3_are_filled_by_name():
+    row = suites.window_row("window", 40, 7)
+    wanted = flash._settings(row, -1)
+    given = flash.fill(NEW, wanted)
+    assert given.pop("softmax_scale") == pytest.approx(128**-0.5)
+    assert given == {
+        "is_causal": False, "window_size_left": 7, "window_size_right": 0, "softcap": 0.0,
+        "num_splits": 1,
+    }  # fmt: skip
+    given = flash.fill(OLD, flash._settings(rows.of_problem(Problem(mask="causal")), -1))
+    assert given["causal"] is True
+    assert (given["window_size_left"], given["window_size_right"], given["window_chunk"]) == (-1, -1, -1)
+    assert (given["k_new"], given["sink_token_length"], given["is_rotary_interleaved"]) == (None, 0, False)
+    assert given["scale_v"] == 0.0
+    with pytest.raises(Cannot, match="softcap"):
+        flash.fill(OLD, flash._settings(rows.of_problem(Problem(softcap=True)), -1))
+
+
+class FakeOp:
+    """Takes what the real op takes, and answers as it does."""
+
+    _schema = NEW
+
+    def __call__(self, *, q, k, v, cu_seqlens_q=None, is_causal=False, **rest):
+        assert rest["window_size_left"] == -1
+        if cu_seqlens_q is None:
+            return reference(q, k, v, is_causal), None
+        assert (rest["max_seqlen_q"], cu_seqlens_q.dtype) == (max(DOCUMENTS), torch.int32)
+        ends = cu_seqlens_q.tolist()
+        parts = [
+            reference(*(t[None, a:b] for t in (q, k, v)), is_causal)[0] for a, b in zip(ends, ends[1:], strict=False)
+        ]
+        return torch.cat(parts), None
+
+
+def reference(q, k, v, causal):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("row", [*MASK_ROWS[1:4], CAUSAL], ids=lambda row: row.name)
+def test_documents_are_a_varlen_batch_of_flash_attention(row):
+    inputs, op = rows.make_inputs(row, "cpu"), FakeOp()
+
+    def varlen(q, k, v, *, causal, window_size, softcap, **rest):
+        return op(q=q, k=k, v=v, is_causal=causal, window_size_left=window_size[0] or -1, **rest)
+
+    def plain(q, k, v, *, causal, window_size, softcap):
+        return reference(q, k, v, causal)
+
+    module = types.SimpleNamespace(flash_attn_func=plain, flash_attn_varlen_func=varlen)
+    for prepare in (flash._through_op(op), flash._through_functions(module, None)):
+        verdict, _ = run.verified(prepare(row, inputs)(inputs), inputs, 1 << 30)
+        assert verdict, verdict.message
+
+
+def test_flashinfer_is_planned_once():
+    plans = []
+
+    class Wrapper:
+        def __init__(self, workspace, layout):
+            assert layout == "NHD"
+
+        def plan(self, of_q, of_k, heads, kv_heads, dim, **options):
+            plans.append((of_q.tolist(), of_k.tolist(), heads, kv_heads, dim, options))
+
+        def run(self, q, k, v):
+            return torch.zeros(len(q), *q.shape[1:])
+
+    fake = types.SimpleNamespace(BatchPrefillWithRaggedKVCacheWrapper=Wrapper)
+    row = rows.of_problem(Problem(**SHAPE, mask="window", window_left=3, window_right=0, batch=2, seqlen_q=8))
+    flash._planned(fake, row, rows.make_inputs(row, "cpu"))
+    ((of_q, of_k, heads, kv_heads, dim, options),) = plans
+    assert (of_q, of_k, heads, kv_heads, dim) == ([0, 8, 16], [0, 8, 16], 4, 2, 16)
+    assert (options["window_left"], options["causal"], options["logits_soft_cap"]) == (3, True, None)
+    with pytest.raises(Cannot):
+        flash._require(MASK_ROWS[4])
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [Problem(mask="window", window_left=3), Problem(softcap=True), Problem(mask="causal", seqlen_q=4, seqlen_k=8)],
+    ids=str,
+)
+def test_sdpa_says_what_it_cannot(problem):
+    with pytest.raises(Cannot):
+        peers.load_sdpa({}).prepare(rows.of_problem(problem), {})
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Peers of one's own: wrong, failing, and unable to do causal rows."""
+
+    def wrong(row, inputs):
+        return lambda i: reference(i["q"], i["k"], i["v"], row.causal) * 1.01
+
+    def failing(row, inputs):
+        raise ValueError("no such kernel\nat all")
+
+    def picky(row, inputs):
+        if row.causal:
+            raise Cannot("no causal")
+        return lambda i: reference(i["q"], i["k"], i["v"], False)
+
+    planted = types.ModuleType("planted")
+    for function in (wrong, failing, picky):
+        monkeypatch.setattr(planted, function.__name__, lambda paths, f=function: Loaded(f, "0.1"), raising=False)
+        peer = Peer(function.__name__, ("cpu",), f"planted:{function.__name__}")
+        monkeypatch.setitem(peers.PEERS, function.__name__, peer)
+    monkeypatch.setitem(sys.modules, "planted", planted)
+
+
+@needs_cxx
+def test_a_run_end_to_end(tmp_path, capsys, planted):
+    files = {name: tmp_path / f"result.{name}" for name in ("json", "markdown", "csv")}
+    words = [*TINY, *QUICK, "--peers", "sdpa,wrong,failing,picky,fa4", "--host", "--json"]
+    words += ["--out", str(files["json"]), "--markdown", str(files["markdown"]), "--csv", str(files["csv"])]
+    assert cli.main(["bench", *words]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result == json.loads(files["json"].read_text())
+    assert result["complete"]
+    assert [sample["when"] for sample in result["limit"]["samples"]] == ["start", "middle", "end"]
+    assert result["environment"]["torch"] == torch.__version__
+    assert result["peers"]["fa4"] == {"version": "", "absent": "it needs a GPU"}
+    assert err.count("absent: fa4: it needs a GPU") == 2, "before the rows, and below the table"
+    assert len(result["rows"]) == 4
+    for row in result["rows"]:
+        found, causal = row["participants"], row["problem"]["mask"] == "causal"
+        assert {name: facts["outcome"] for name, facts in found.items()} == {
+            "fagen": "ok", "sdpa": "ok", "wrong": "wrong", "failing": "failed", "picky": "cannot" if causal else "ok",
+        }  # fmt: skip
+        assert found["failing"]["reason"] == "ValueError: no such kernel"
+        assert found["wrong"]["error_over_bound"] > 1
+        assert "seconds" not in found["wrong"], "what is wrong is not timed"
+        assert found["fagen"]["tflops"] == pytest.approx(row["flops"] / found["fagen"]["seconds"] / 1e12)
+        assert found["fagen"]["share"] == pytest.approx(found["fagen"]["tflops"] / result["limit"]["tflops"])
+        best = max((n for n in found if "tflops" in found[n] and n != OURS), key=lambda n: found[n]["tflops"])
+        assert row["best_peer"] == best
+        assert row["ratio"] == pytest.approx(found["fagen"]["tflops"] / found[best]["tflops"])
+        assert row["choice"]["family"] == "cpu_forward"
+        assert (row["choice"]["served_by"], row["choice"]["provenance"]) == ("kernel", "default")
+    assert result["summary"]["rows"] == result["summary"]["compared"] == 4
+    assert result["host"]["participants"]["fagen"]["microseconds"] > 0
+    assert "geometric mean" in err
+    assert "wrong: wrong on fp32/d16/none" in err
+    text = files["markdown"].read_text()
+    assert text.count("\n| fp32/d16/") == 4
+    assert str(tmp_path) not in text + result["command"], "folders of this machine are nobody's business"
+    table = list(csv.DictReader(files["csv"].open()))
+    assert len(table) == 4 * 5
+    assert {line["outcome"] for line in table} == {"ok", "wrong", "failed", "cannot"}
+
+    slow, quick = tmp_path / "slow.json", tmp_path / "quick.json"
+    for path, factor in ((slow, 0.1), (quick, 10.0)):  # what ours was once, against what it is
+        old = json.loads(files["json"].read_text())
+        for row in old["rows"]:
+            row["participants"]["fagen"]["tflops"] *= factor
+        path.write_text(json.dumps(old))
+    again = ["bench", *TINY, *QUICK, "--peers", "sdpa", "--filter", "q24"]
+    assert cli.main([*again, "--compare", str(slow)]) == 0
+    assert "no row fell" in capsys.readouterr().err
+    assert cli.main([*again, "--compare", str(quick), "--json"]) == 1
+    out, err = capsys.readouterr()
+    falls = json.loads(out)["regressions"]
+    assert {(fall["row"], fall["what"]) for fall in falls} == {
+        (f"fp32/d16/{mask}/b1/h4-2/q24-k24", what) for mask in ("none", "causal") for what in ("ratio", "tflops")
+    }
+    assert "slower: fp32/d16/none" in err
+    assert "2 rows are in one result alone" in err
+
+
+@needs_cxx
+def test_a_run_that_is_cut_off_keeps_what_it_had(tmp_path, capsys, planted, monkeypatch):
+    def synchronize(device):
+        if any(row == "failing" for row in asked):
+            raise RuntimeError("an illegal memory access was encountered")
+
+    asked: list[str] = []
+    alive = run._alive
+    monkeypatch.setattr(run, "_alive", lambda device, name, row: (asked.append(name), alive(device, name, row)))
+    monkeypatch.setattr(run, "_synchronize", synchronize)
+    late = lambda paths: Loaded(  # noqa: E731
+        lambda row, inputs: 1 / 0 if row.causal else lambda i: reference(i["q"], i["k"], i["v"], False)
+    )
+    monkeypatch.setattr(sys.modules["planted"], "failing", late)
+    out = tmp_path / "result.json"
+    assert cli.main(["bench", *TINY, *QUICK, "--peers", "failing", "--out", str(out)]) == 1
+    err = capsys.readouterr().err
+    assert "failing left the GPU in an error state on fp32/d16/causal" in err
+    result = json.loads(out.read_text())
+    assert not result["complete"]
+    assert [row["problem"]["mask"] for row in result["rows"]] == ["none", "none"]
+
+
+@needs_cxx
+def test_ours_wrong_is_an_error(capsys, monkeypatch):
+    monkeypatch.setattr(peers, "ours", lambda row, inputs: lambda i: reference(i["q"], i["k"], i["v"], True) * 1.1)
+    words = [*TINY[:-6], "--seqlen", "24", "--heads", "2", *QUICK, "--json"]
+    assert cli.main(["bench", *words]) == 1
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert len(result["summary"]["ours_not_ok"]) == 2
+    assert result["rows"][0]["ratio"] is None
+    assert "wrong: fagen on" in err
+
+
+@needs_cxx
+def test_no_peers_and_what_pytorch_computes_is_marked(capsys):
+    words = "--target cpu --dtype fp32 --head-dim 16 --seqlen 24 --heads 2 --peers none".split()
+    assert cli.main(["bench", *words, *QUICK, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["rows"][0]["best_peer"] is None
+    result["rows"][0]["choice"]["served_by"] = "torch"
+    result["summary"] = run.summary(result["rows"])
+    assert report.lines(result)[1][1].endswith("*")
+    assert any(text.startswith("* no kernel of ours") for text in report.closing(result))
+
+
+def test_what_cannot_be_captured_is_told():
+    def fails(inputs):
+        raise ValueError("not in a capture")
+
+    facts: dict = {}
+    with pytest.raises(RuntimeError, match="not in a capture"):
+        run._Shielded(fails, {}, facts)()
+    result = made({"fagen": 600, "fa3": 590})
+    result["rows"][0]["participants"]["fa3"] |= facts
+    assert "timed eagerly: fa3 on 1 rows: ValueError: not in a capture" in report.closing(result)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--suite", "nothing"], "models"),
+        (["--filter", "zzz"], "no row is left"),
+        (["--filter", "("], "no regular expression"),
+        (["--peers", "fa9"], "fa9"),
+        (["--compare", "/nonexistent.json"], "/nonexistent.json"),
+        (["--out", "/nonexistent/x.json"], "no folder"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage(words, says, capsys):
+    assert cli.main(["bench", "--target", "cpu", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err
+    assert len(err.strip().splitlines()) <= 3
+
+
+def test_a_target_that_is_not_here(capsys):
+    if not torch.cuda.is_available():
+        assert cli.main(["bench", "--target", "sm_90"]) == 4
+        assert "needs such a GPU" in capsys.readouterr().err
+
+
+# ---- comparing and drawing ------------------------------------------------------------------------------------------
+
+
+def made(speeds: dict[str, float], *, noise: float = 0.001, limits: tuple[float, ...] = (700.0, 700.0)) -> dict:
+    """A result of the peers suite in which every participant has the same speed on all rows."""
+    found = []
+    for row in suites.suite("peers", GPU):
+        participants = {
+            name: {"outcome": "ok", "seconds": 1.0, "uncertainty": noise / 2**0.5 / 2, "tflops": tflops, "error": 0.0}
+            for name, tflops in speeds.items()
+        }
+        found.append(
+            {"name": row.name, "series": row.series, "length": row.problem.seqlen_q, "participants": participants,
+             "choice": {"served_by": "kernel"}, **run.compared(participants)}
+        )  # fmt: skip
+    return {
+        "format": run.FORMAT, "device": "NVIDIA H200", "rows": found, "peers": {
+            name: {"version": "", "absent": ""} for name in speeds if name != OURS
+        }, "limit": {"what": "product", "samples": [{"tflops": t} for t in limits], "tflops": limits[0]},
+        "summary": run.summary(found),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("new", "options", "falls"),
+    [
+        ({"fagen": 600, "fa3": 590}, {}, set()),
+        ({"fagen": 595, "fa3": 585}, {}, set()),  # within 2 %
+        ({"fagen": 550, "fa3": 590}, {}, {"tflops", "ratio"}),
+        ({"fagen": 550, "fa3": 540}, {}, {"tflops"}),
+        ({"fagen": 550, "fa3": 540}, {"limits": (640.0, 700.0)}, set()),  # the machine drifts as much
+        ({"fagen": 550, "fa3": 590}, {"noise": 0.2}, set()),
+        ({"fagen": 250, "fa3": 590}, {"noise": 2.0}, {"tflops", "ratio"}),  # no noise excuses that
+        ({"fagen": 600, "fa3": 650}, {}, {"ratio"}),
+        ({"fagen": 600, "fa3": 590, "fa4": 700}, {}, set()),  # a peer that the old one had not
+    ],
+    ids=str,
+)
+def test_a_fall_is_more_than_the_noise(new, options, falls):
+    found, lonely = compare.regressions(made(new, **options), made({"fagen": 600, "fa3": 590}))
+    assert {fall["what"] for fall in found} == falls
+    assert len(found) == 39 * len(falls)
+    assert lonely == []
+
+
+def test_what_was_right_once(tmp_path):
+    old, new = made({"fagen": 600, "fa3": 590}), made({"fagen": 600, "fa3": 590})
+    new["rows"][3]["participants"]["fagen"] = {"outcome": "wrong"}
+    ((fall,), _) = compare.regressions(new, old)
+    assert (fall["row"], fall["what"], fall["new"]) == (old["rows"][3]["name"], "outcome", "wrong")
+    assert compare.regressions(old, new)[0] == []
+    with pytest.raises(UsageError, match="another device"):
+        compare.require_same(old, "NVIDIA A100")
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(UsageError, match="not of this format"):
+        compare.read(tmp_path / "x.json")
+
+
+def test_the_plot_has_a_panel_a_series(tmp_path):
+    pytest.importorskip("matplotlib", reason="no matplotlib to draw with (pip install matplotlib)")
+    result = made({"fagen": 600, "fa3": 590, "cudnn": 500})
+    del result["rows"][0]["participants"]["fa3"]["tflops"]
+    plot.draw(result, tmp_path / "bench.svg")
+    text = (tmp_path / "bench.svg").read_text()
+    for row in result["rows"]:
+        assert f">{row['series']}<" in text
+    assert ">fa3<" in text
+
+
+def test_the_plot_needs_matplotlib(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    assert cli.main(["bench", "--target", "cpu", "--plot", "x.svg"]) == 4
+    assert "pip install matplotlib" in capsys.readouterr().err
