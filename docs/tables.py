@@ -103,14 +103,35 @@ def measured_gpu() -> str:
 
 
 def measured_hopper() -> str:
-    def pick(row: dict[str, Any]) -> tuple[float, float]:
-        return row["tflops"], row["tflops"] * row["seconds"] / row["torch_seconds"]
-
-    data, figures = _results("h200_sm90_rows.json", pick)
+    """Ours over the better peer: the head dims by length, then what stands alone."""
+    data = json.loads((FOLDER.parent / "benchmarks" / "h200_peers.json").read_text())
+    names = {"cudnn": f"cuDNN {int(data['peers']['cudnn']['version']) / 1e4:.2f}", "fa3": "FlashAttention 3"}
+    grid: dict[str, dict[int, str]] = {}
+    alone: list[tuple[str, ...]] = []
+    for row in data["rows"]:
+        ours = row["participants"]["fagen"]["tflops"]
+        best = max(p["tflops"] for name, p in row["participants"].items() if name != "fagen" and p["outcome"] == "ok")
+        cell = f"{ours:.0f} ({ours / best:.2f}x)"
+        if re.match(r"d\d", row["series"]):
+            grid.setdefault(row["series"], {})[row["length"]] = cell
+        else:
+            alone.append((row["name"], cell))
+    lengths = sorted({length for cells in grid.values() for length in cells})
+    table = _table(
+        ("head dim, mask", *map(str, lengths)),
+        [(name, *(cells.get(length, "") for length in lengths)) for name, cells in grid.items()],
+    )
+    s, limit = data["summary"], data["limit"]["tflops"]
+    peers = " and ".join(names[peer] for peer in data["peers"])
+    mean, worst = s["geometric_mean"], s["worst"]["ratio"]
     return (
-        f"**`sm90_forward`, tuned, against PyTorch's SDPA** (its own choice of backend: cuDNN) on an\n"
-        f"{data['device']}, in TFLOP/s, the same rows. {_mean(figures)}\n"
-        f"({_where(data, 'torch', 'driver')}).\n\n{_side_by_side(figures, 'SDPA')}"
+        f"**`fagen.attention` against {peers}** on an {data['device']}, in TFLOP/s, and as\n"
+        "a ratio to the better of them in the same run. bf16, batch x length = 16384, heads x head dim = 2048.\n"
+        f"Geometric mean {mean:.3f}x over {s['compared']} rows, ahead on {s['ahead']}, worst {worst:.2f}x;\n"
+        f"an 8192-cubed matrix product reaches {limit:.0f} TFLOP/s in the same run\n"
+        f"({_where(data, 'torch', 'driver')}).\n"
+        f"`fagen bench --suite peers` measures it anew.\n\n{table}\n{_table(('layer', 'TFLOP/s'), alone)}\n"
+        "![TFLOP/s by length](docs/img/forward.svg)\n"
     )
 
 
