@@ -264,3 +264,23 @@ def target_from(name: str | None) -> Target:
             f"no GPU answers to {name!r}", remedy="fagen doctor says what is missing; --target cpu needs none"
         )
     return found
+
+
+def present(name: str | None, target: Target, doing: str, instead: str) -> Target:
+    """The device itself that --target `name` stands for, since times are taken on it; `doing` says what for."""
+    from fagen.target import gpu
+
+    if not target.is_gpu:
+        return target
+    found = gpu(int((name or "").partition(":")[2] or 0))
+    if found is None or found.arch != target.arch:
+        here = f"here is {found}" if found else "torch sees no GPU here"
+        raise MissingTool(f"{doing} {target.arch} needs such a GPU", here, instead)
+    return found
+
+
+def count(word: str) -> int:
+    """Of a flag that counts something; for argparse."""
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no positive number")
+    return int(word)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,13 +12,12 @@ from fagen.bench.rows import Row
 from fagen.errors import FagenError
 from fagen.target import Target
 
-_MOST_JOBS = 8  # compilers at a time; each may take a gigabyte
-
 
 def build(chosen: list[Row], target: Target, say: Callable[[str], None]) -> None:
     """What fails here fails again, and is told, when its row calls it."""
     from fagen import binding, dispatch
     from fagen import build as builder
+    from fagen.tuner.workers import compile_workers
 
     work: dict[Any, Callable[[], object]] = {}
     seconds = 0.0
@@ -37,5 +35,5 @@ def build(chosen: list[Row], target: Target, say: Callable[[str], None]) -> None
         with contextlib.suppress(FagenError):
             make()
 
-    with ThreadPoolExecutor(min(_MOST_JOBS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(compile_workers(target.is_gpu)) as pool:
         list(pool.map(attempt, [binding.make, *work.values()]))

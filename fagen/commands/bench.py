@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen import cliutil
-from fagen.errors import MissingTool, UsageError
+from fagen.errors import UsageError
 from fagen.target import Target
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     others.add_argument("--fa3", type=Path, metavar="FILE", help="library of FlashAttention 3: its _C.so")
     others.add_argument("--fa4", type=Path, metavar="DIR", help="folder of FlashAttention 4's unpacked wheels")
     clock = parser.add_argument_group("clock")
-    clock.add_argument("--rounds", type=_count, default=15, metavar="N", help="at least this many (default: 15)")
+    clock.add_argument("--rounds", type=cliutil.count, default=15, metavar="N", help="at least this many (default: 15)")
     clock.add_argument(
         "--min-time", type=_seconds, default=0.5, metavar="S", help="seconds a row, at least (default: 0.5)"
     )
@@ -57,12 +57,6 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     out.add_argument("--csv", type=Path, metavar="FILE")
     out.add_argument("--plot", type=Path, metavar="FILE", help="TFLOP/s by length: .svg or .png; needs matplotlib")
     out.add_argument("--compare", type=Path, metavar="OLD", help="a result of --out: exit code 1 if rows fell")
-
-
-def _count(word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is no positive number")
-    return int(word)
 
 
 def _seconds(word: str) -> float:
@@ -113,19 +107,12 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
 
 def _present(name: str | None) -> Target:
     """The device itself: there is nothing to be timed on others."""
-    from fagen.target import gpu
-
     target = cliutil.target_from(name)
-    if not target.is_gpu:
-        return target
-    index = int((name or "").partition(":")[2] or 0)
-    found = gpu(index)
-    if found is None or found.arch != target.arch:
-        here = f"here is {found}" if found else "torch sees no GPU here"
-        raise MissingTool(f"measuring on {target.arch} needs such a GPU", here, "use --target cpu")
-    import torch
+    found = cliutil.present(name, target, "measuring on", "use --target cpu")
+    if found.is_gpu:
+        import torch
 
-    torch.cuda.set_device(index)
+        torch.cuda.set_device(int((name or "").partition(":")[2] or 0))
     return found
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fagen import cliutil
-from fagen.errors import MissingTool, UsageError
+from fagen.errors import UsageError
 from fagen.problem import Problem
 from fagen.target import Target
 
@@ -28,9 +28,11 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     cliutil.add_target_flag(parser)
     search = parser.add_argument_group("search")
     search.add_argument("--budget", metavar="TIME", help="wall time of the whole run: 90s, 10m, 1h (default: 5m)")
-    search.add_argument("--trials", type=_count, metavar="N", help="candidates for each problem, at most")
+    search.add_argument("--trials", type=cliutil.count, metavar="N", help="candidates for each problem, at most")
     search.add_argument("--seed", type=int, default=0, metavar="N", help="of the search and of the inputs (default: 0)")
-    search.add_argument("--workers", type=_count, metavar="N", help="compilers at a time (default: cores and memory)")
+    search.add_argument(
+        "--workers", type=cliutil.count, metavar="N", help="compilers at a time (default: cores and memory)"
+    )
     search.add_argument("--family", metavar="NAME", help="search this family alone (default: all that can serve)")
     search.add_argument("--compile-timeout", metavar="TIME", default="120s", help="for a candidate (default: 120s)")
     search.add_argument("--run-timeout", metavar="TIME", default="10s", help="beside its estimate (default: 10s)")
@@ -41,12 +43,6 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         "--out", type=Path, metavar="DIR", help="database folder for the winners (default: the user's own)"
     )
     search.add_argument("--dry-run", action="store_true", help="show the search spaces and run nothing")
-
-
-def _count(word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is no positive number")
-    return int(word)
 
 
 def duration(word: str) -> float:
@@ -64,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     problems = cliutil.problems_from(args, target) or suite.default(target)
     if args.dry_run:
         return _dry_run(problems, target, args.family, args.json)
-    return _tune(problems, _present(target), args)
+    return _tune(problems, _present(args.target, target), args)
 
 
 def _tune(problems: list[Problem], target: Target, args: argparse.Namespace) -> int:
@@ -106,17 +102,9 @@ def _dry_run(problems: list[Problem], target: Target, family: str | None, as_jso
     return 0
 
 
-def _present(target: Target) -> Target:
-    """The device itself, which times are taken on, and its compiler there as well."""
+def _present(name: str | None, target: Target) -> Target:
+    """The device itself, and its compiler there as well."""
     from fagen import toolchain
-    from fagen.target import gpu
 
-    if not target.is_gpu:
-        toolchain.require_cxx()
-        return target
-    toolchain.require_nvcc()
-    found = gpu()
-    if found is None or found.arch != target.arch:
-        here = f"here is {found}" if found else "torch sees no GPU here"
-        raise MissingTool(f"tuning for {target.arch} needs such a GPU", here, "use --dry-run, or --target cpu")
-    return target if target.device == found.device else found
+    toolchain.require_nvcc() if target.is_gpu else toolchain.require_cxx()
+    return cliutil.present(name, target, "tuning for", "use --dry-run, or --target cpu")

@@ -28,10 +28,15 @@ PROBLEMS = [
 ]
 
 
+# Defaults that spill: of the first two the producer's loop state, of the last a register or two of the consumers'.
+SPILLING = {"forward/bf16/d64/causal", "forward/bf16/d64/window", "forward/bf16/d64/intervals-both4"}
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.static_key.replace("/", "-"))
 def test_defaults_compile_cleanly(problem: Problem) -> None:
     facts = build.build(FAMILY, problem, HOPPER, FAMILY.default(problem, HOPPER)).facts
-    assert facts["spill_bytes"] <= SPILL_TOLERANCE and "serialized" not in facts, facts
+    assert facts["spill_bytes"] <= (SPILL_TOLERANCE if problem.static_key in SPILLING else 0), facts
+    assert "serialized" not in facts, facts
 
 
 def test_every_legal_problem_has_a_legal_default() -> None:

@@ -388,7 +388,7 @@ def test_a_run_end_to_end(tmp_path, capsys, planted):
     assert {line["outcome"] for line in table} == {"ok", "wrong", "failed", "cannot"}
 
     slow, quick = tmp_path / "slow.json", tmp_path / "quick.json"
-    for path, factor in ((slow, 0.1), (quick, 10.0)):  # what ours was once, against what it is
+    for path, factor in ((slow, 1e-4), (quick, 1e4)):  # what ours was once; no load of the machine makes up for it
         old = json.loads(files["json"].read_text())
         for row in old["rows"]:
             row["participants"]["fagen"]["tflops"] *= factor
