@@ -43,7 +43,7 @@ def registers_each(c: Config) -> int:
 def consumer_registers(p: Problem, c: Config) -> int:
     """Of a thread that computes: what the producing warpgroup leaves of the block's part of the SM."""
     groups, each = int(c.tile_m) // 64, registers_each(c)
-    producer = 56 if p.mask == "intervals" else 32 if groups == 3 else 40
+    producer = (56 if each < 128 else 72) if p.mask == "intervals" else 32 if groups == 3 else 40
     return min(240, ((groups + 1) * each - producer) // groups // 8 * 8)
 
 
@@ -54,7 +54,7 @@ def _slabs(head_dim: int) -> int:
 def smem_bytes(p: Problem, c: Config) -> int:
     slabs, slabs_v = _slabs(p.head_dim_padded), _slabs(p.head_dim_v_padded)
     tiles = c.q_stages * c.tile_m * slabs + c.stages * c.tile_n * (slabs + slabs_v)
-    return tiles * 128 + 16 * (c.q_stages + 2 * c.stages) + 64 + 64 * c.stages + 1024
+    return tiles * 128 + 16 * (c.q_stages + 2 * c.stages) + 96 + 96 * c.stages + 1024
 
 
 def fragment_registers(p: Problem, c: Config) -> int:

@@ -46,8 +46,8 @@ struct Config {
 // What fagen derived from the config before compiling; the kernel asserts that it agrees.
 struct Derived {
   static constexpr int threads = 384;
-  static constexpr int smem_bytes = 99616;
-  static constexpr int registers = 224;
+  static constexpr int smem_bytes = 99712;
+  static constexpr int registers = 216;
 };
 enum class QSource { shared, registers };  // q is never held in registers here; the shared headers ask
 
@@ -852,6 +852,427 @@ __device__ __forceinline__ Work take_work(const fagen_params& p, uint32_t index,
   return {int(row), int(head % p.heads), int(head / p.heads)};
 }
 
+template <class C>
+struct Shape {
+  static constexpr int kGroups = C::kTileM / 64;  // warpgroups that compute, each 64 rows of q
+  static constexpr int kThreads = (kGroups + 1) * 128;
+  static constexpr int kSlabs = (C::kHeadDim + 63) / 64, kSlabsV = (C::kHeadDimV + 63) / 64;
+  static constexpr int kQBytes = C::kTileM * 128 * kSlabs;
+  static constexpr int kKBytes = C::kTileN * 128 * kSlabs, kVBytes = C::kTileN * 128 * kSlabsV;
+
+  // in this order: tiles of q, of k, of v, a full and an empty barrier for each, the mail with its own,
+  // and what is told of each tile of k
+  static constexpr int kQ = 0, kK = kQ + C::kQStages * kQBytes, kV = kK + C::kStages * kKBytes;
+  static constexpr int kBarriers = kV + C::kStages * kVBytes;
+  static constexpr int kMail = kBarriers + 16 * (C::kQStages + 2 * C::kStages);
+  static constexpr int kTold = kMail + 96;
+  static constexpr int kSmemBytes = kTold + 96 * C::kStages + 1024;  // and room to align
+
+  // Registers of a thread: what the block is compiled for, and how the roles divide them.
+  static constexpr int kEach = 65536 / (C::kBlocksPerSm * kThreads) / 8 * 8;
+  static constexpr int kProducerRegisters = C::kMask == Mask::intervals ? (kEach < 128 ? 56 : 72)
+                                            : kGroups == 3              ? 32
+                                                                        : 40;
+  static constexpr int kShare = ((kGroups + 1) * kEach - kProducerRegisters) / kGroups / 8 * 8;
+  static constexpr int kConsumerRegisters = kShare > 240 ? 240 : kShare;
+
+  static_assert(C::kTileM % 64 == 0 && C::kTileN % 16 == 0, "a warpgroup's product is 64 rows, 16 keys deep");
+  static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
+  static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
+  static_assert(kConsumerRegisters == Derived::registers, "Python and CUDA disagree about the registers of a thread");
+};
+
+// A wgmma operand in shared memory: where it begins, and how it goes on from there.
+struct Operand {
+  uint32_t low, high;
+
+  static constexpr uint32_t kSwizzle128 = 1u << 30, kGroupOf8Rows = 1024 >> 4;
+
+  // 16 elements of k lie in a row (q, k); slabs are separate operands
+  static __device__ __forceinline__ Operand of_rows(uint32_t address) {
+    return {address >> 4 | 1u << 16, kSwizzle128 | kGroupOf8Rows};
+  }
+  // columns lie in a row, 16 rows deep in k (v); slabs `slab_bytes` apart
+  static __device__ __forceinline__ Operand of_columns(uint32_t address, int slab_bytes) {
+    return {address >> 4 | uint32_t(slab_bytes >> 4) << 16, kSwizzle128 | kGroupOf8Rows};
+  }
+  // the one that begins so many bytes later
+  __device__ __forceinline__ uint64_t at(int bytes) const { return uint64_t(high) << 32 | (low + (bytes >> 4)); }
+};
+
+// A ring of tiles, each with a barrier that says it is full and one that says it is empty. The producer and the
+// consumers each step through it on their own.
+template <int kStages, int kBytes>
+struct Ring {
+  uint32_t tiles, barriers;  // of stage 0; the empty barrier lies behind the full one
+  int stage = 0, phase = 0;
+
+  __device__ __forceinline__ void init(int consumers) const {
+    for (int s = 0; s < kStages; ++s) {
+      ptx::mbarrier_init(barriers + s * 16, 1);
+      ptx::mbarrier_init(barriers + s * 16 + 8, consumers);
+    }
+  }
+  __device__ __forceinline__ uint32_t tile() const { return tiles + stage * kBytes; }
+  __device__ __forceinline__ uint32_t full() const { return barriers + stage * 16; }
+  __device__ __forceinline__ uint32_t empty() const { return barriers + stage * 16 + 8; }
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+
+  // for the producer: the next tile's place is free; and its bytes are announced
+  __device__ __forceinline__ void acquire() const { ptx::mbarrier_wait(empty(), phase ^ 1); }
+  __device__ __forceinline__ void announce() const { ptx::mbarrier_arrive_expect(full(), kBytes); }
+  // for consumers: the tile is there; and has been read by this warp
+  __device__ __forceinline__ void wait() const { ptx::mbarrier_wait(full(), phase); }
+  __device__ __forceinline__ void release() {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty());
+    advance();
+  }
+};
+
+// Which tile of rows comes next: the producer tells the consumers. A row_tile of -1 is the end. With intervals, also
+// which rows these are and how many tiles of keys they see.
+struct Letter {
+  Work work;
+  int m0, m1, cut, whole;
+};
+
+template <bool kIntervals>
+struct Mail {
+  Ring<2, 32> ring;
+
+  __device__ __forceinline__ void send(const Letter& letter) {
+    if (threadIdx.x % 32 == 0) {
+      ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
+      ptx::st_shared_16(ring.tile(), make_uint4(letter.work.row_tile, letter.work.head, letter.work.batch, 0));
+      if (kIntervals) ptx::st_shared_16(ring.tile() + 16, make_uint4(letter.m0, letter.m1, letter.cut, letter.whole));
+      ptx::mbarrier_arrive(ring.full());
+    }
+    ring.advance();
+  }
+  __device__ __forceinline__ Letter receive() {
+    ring.wait();
+    const uint4 work = ptx::ld_shared_16(ring.tile());
+    const uint4 seen = kIntervals ? ptx::ld_shared_16(ring.tile() + 16) : make_uint4(0, 0, 0, 0);
+    __syncwarp();  // every lane has read before the first one gives the place back
+    ring.release();
+    // broadcast, so that the compiler as well knows it to be the same in all lanes
+    const auto uniform = [](uint32_t x) { return int(__shfl_sync(~0u, x, 0)); };
+    return {{uniform(work.x), uniform(work.y), uniform(work.z)},
+            uniform(seen.x),
+            uniform(seen.y),
+            uniform(seen.z),
+            uniform(seen.w)};
+  }
+};
+
+template <class C>
+struct Rings {
+  using S = Shape<C>;
+  Ring<C::kQStages, S::kQBytes> q;
+  Ring<C::kStages, S::kKBytes> k;
+  Ring<C::kStages, S::kVBytes> v;
+  Mail<C::kMask == Mask::intervals> mail;
+  uint32_t told;  // places for what is told: two a stage of k, so that one outlives its tile until the softmax is done
+
+  __device__ __forceinline__ explicit Rings(uint32_t smem)
+      : q{smem + S::kQ, smem + S::kBarriers},
+        k{smem + S::kK, smem + S::kBarriers + 16 * C::kQStages},
+        v{smem + S::kV, smem + S::kBarriers + 16 * (C::kQStages + C::kStages)},
+        mail{{smem + S::kMail, smem + S::kMail + 64}},
+        told(smem + S::kTold) {}
+
+  __device__ __forceinline__ uint32_t told_place() const { return told + (k.stage + k.phase * C::kStages) * 48; }
+
+  // Consumers give a tile back with one arrival a warp.
+  __device__ __forceinline__ void init() const {
+    q.init(S::kGroups * 4);
+    k.init(S::kGroups * 4);
+    v.init(S::kGroups * 4);
+    mail.ring.init(S::kGroups * 4);
+    ptx::fence_mbarrier_init();
+  }
+};
+
+// ---- fagen/sm90/forward.cuh ------------------------------------------------------------------------------
+// The forward kernel for Hopper: one warp feeds the copy engine, one to three warpgroups compute 64 rows of q each.
+//
+// A block works through tiles of rows without a pause: the product that ends one tile, its O on the way to memory, and
+// the first scores of the next are under way together.
+// ---- fagen/sm90/epilogue.cuh -----------------------------------------------------------------------------
+// O and LSE of a tile of rows on their way from registers to memory.
+// ---- fagen/sm90/rows.cuh ---------------------------------------------------------------------------------
+// The tiles of rows that a block works through, and the keys that each of them sees.
+
+
+// ---- fagen/sm90/intervals.cuh ----------------------------------------------------------------------------
+// FlashMask's intervals: which tiles of keys a tile of rows sees, in which order it visits them, and what the producer
+// tells the consumers of each. Here a tile of keys may begin anywhere: a tile of rows begins with the first key it
+// sees.
+
+
+// A tile of rows is [m0, m1). The keys that it sees lie in [first, end). Taken in tiles from the first on, something is
+// hidden of `cut` of them and nothing of `whole`; others it does not see.
+struct Span {
+  int m0, m1, first, end, cut, whole;
+};
+
+// A key is hidden from all rows [m0, m1), by one of its two intervals.
+__device__ __forceinline__ bool hides_all(const Hidden& hidden, int m0, int m1) {
+  return (m0 >= hidden.ls && m1 <= hidden.le) || (m0 >= hidden.us && m1 <= hidden.ue);
+}
+
+// One tile of keys against one of rows.
+template <class C>
+struct IntervalTile {
+  Extent ls, le, us, ue;  // of its keys' bounds; from two tiles of the extents where it lies across them
+  int first;              // key
+
+  __device__ __forceinline__ IntervalTile(const Intervals<C>& intervals, int first) : first(first) {
+    const int tile = first / C::kTileN, next = min((first + C::kTileN - 1) / C::kTileN, intervals.last_key / C::kTileN);
+    const auto both = [](Extent a, Extent b) { return Extent{min(a.low, b.low), max(a.high, b.high)}; };
+    ls = both(intervals.template extent<C::kLTS>(tile, kFar), intervals.template extent<C::kLTS>(next, kFar));
+    le = both(intervals.template extent<C::kLTE>(tile, kFar), intervals.template extent<C::kLTE>(next, kFar));
+    us = both(intervals.template extent<C::kUTS>(tile, -kFar), intervals.template extent<C::kUTS>(next, -kFar));
+    ue = both(intervals.template extent<C::kUTE>(tile, -kFar), intervals.template extent<C::kUTE>(next, -kFar));
+  }
+  // all is hidden from rows [m0, m1); any may be; or all keys have the same bounds
+  __device__ __forceinline__ bool empty(int m0, int m1) const {
+    return (m0 >= ls.high && m1 <= le.low) || (m0 >= us.high && m1 <= ue.low);
+  }
+  __device__ __forceinline__ bool touched(int m0, int m1) const {
+    return (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
+  }
+  __device__ __forceinline__ bool same() const {
+    return ls.low == ls.high && le.low == le.high && us.low == us.high && ue.low == ue.high;
+  }
+  // the band hides something of it
+  __device__ __forceinline__ bool banded(const Band& band, int m0, int m1) const {
+    return first + C::kTileN > band.end(m0) || first < band.begin(m1 - 1);
+  }
+};
+
+// The tiles of keys that rows [m0, m1) see, the cut ones first and then the whole ones, so that the consumers have a
+// loop for each; either from the last to the first. The lanes of a warp look at 32 at once.
+template <class C>
+struct IntervalTiles {
+  Intervals<C> intervals;
+  Band band;
+  int m0, m1, first, count;  // of all tiles: the first key, and how many
+  int group;                 // tiles [group, group + 32) were looked at
+  uint32_t seen;             // bits of those still to visit
+  bool cut;                  // whether these are the cut ones
+  int tile;                  // the present one, or -1
+
+  __device__ __forceinline__ IntervalTiles(const Intervals<C>& intervals, const Band& band, Span span)
+      : intervals(intervals),
+        band(band),
+        m0(span.m0),
+        m1(span.m1),
+        first(span.first),
+        count((span.end - span.first + C::kTileN - 1) / C::kTileN),
+        group(count),
+        seen(0),
+        cut(true) {}
+
+  // Bits of the tiles [group, group + 32) that are cut, or whole.
+  __device__ __forceinline__ uint32_t look(int group, bool cut) const {
+    const int mine = group + int(threadIdx.x % 32);
+    bool mask = false;
+    if (mine >= 0 && mine < count) {
+      const IntervalTile<C> tile(intervals, first + mine * C::kTileN);
+      mask = !tile.empty(m0, m1) && (tile.touched(m0, m1) || tile.banded(band, m0, m1)) == cut;
+    }
+    return __ballot_sync(~0u, mask);
+  }
+
+  __device__ __forceinline__ bool valid() const { return tile >= 0; }
+  __device__ __forceinline__ int key() const { return first + tile * C::kTileN; }
+  __device__ __forceinline__ void advance() {
+    while (seen == 0) {
+      if (group <= 0) {
+        if (!cut) {
+          tile = -1;
+          return;
+        }
+        cut = false, group = count;
+      }
+      group -= 32;
+      seen = look(group, cut);
+    }
+    const int bit = 31 - __clz(seen);
+    seen ^= 1u << bit;
+    tile = group + bit;
+  }
+};
+
+// Rows at which one tile of rows had better end and the next begin, as a bit each: where something begins or ends to be
+// hidden of a whole tile of keys (with packed documents, where one ends).
+constexpr int kMostRows = 1 << 17;  // more than that are not looked at
+struct Borders {
+  uint32_t bits[kMostRows / 32];
+
+  // A block's work.
+  template <class C>
+  __device__ __forceinline__ void find(const Intervals<C>& intervals, int seqlen_q) {
+    const int words = min(seqlen_q, kMostRows) / 32 + 1;
+    for (int i = threadIdx.x; i < words && i < kMostRows / 32; i += blockDim.x) bits[i] = 0;
+    __syncthreads();
+    const int extents = (intervals.last_key + C::kTileN) / C::kTileN * C::kIntervalColumns;
+    for (int i = threadIdx.x; i < extents; i += blockDim.x) {
+      const Extent of = intervals.extents[i];
+      if (of.low == of.high && of.low > 0 && of.low < min(seqlen_q, kMostRows))
+        atomicOr(&bits[of.low / 32], 1u << of.low % 32);
+    }
+    __syncthreads();
+  }
+  // A warp's work: the `index`-th tile of at most `tiles`; {0, 0} if there are fewer.
+  template <int kTileM>
+  __device__ __forceinline__ int2 rows(int index, int tiles, int seqlen_q) const {
+    const auto count = [](int rows) { return (rows + kTileM - 1) / kTileM; };
+    const int words = min(seqlen_q, kMostRows) / 32 + 1, lane = threadIdx.x % 32;
+    int begin = 0, before = 0;  // the last border, and how many tiles end there or sooner
+    for (int word = 0; word < words; word += 32) {
+      const uint32_t mine = word + lane < words && word + lane < kMostRows / 32 ? bits[word + lane] : 0;
+      for (uint32_t lanes = __ballot_sync(~0u, mine != 0); lanes; lanes &= lanes - 1) {
+        const int from = __ffs(lanes) - 1;
+        for (uint32_t left = __shfl_sync(~0u, mine, from); left; left &= left - 1) {
+          const int border = (word + from) * 32 + __ffs(left) - 1, more = count(border - begin);
+          if (before + more + count(seqlen_q - border) > tiles) continue;  // there is no room for this one
+          if (index < before + more) {
+            const int m0 = begin + (index - before) * kTileM;
+            return make_int2(m0, min(m0 + kTileM, border));
+          }
+          begin = border, before += more;
+        }
+      }
+    }
+    const int m0 = begin + (index - before) * kTileM;
+    return m0 < seqlen_q ? make_int2(m0, min(m0 + kTileM, seqlen_q)) : make_int2(0, 0);
+  }
+};
+
+// A warp finds out what rows [m0, m1) see.
+template <class C>
+__device__ __forceinline__ Span find_span(const Intervals<C>& intervals, const Band& band, int m0, int m1) {
+  const int lane = threadIdx.x % 32;
+  const int begin = band.begin(m0), end = band.end(m1 - 1);
+  const int tiles_end = (end + C::kTileN - 1) / C::kTileN;
+  int first = -1, last = -1;  // tiles of the extents
+#pragma unroll 4
+  for (int group = begin / C::kTileN; group < tiles_end; group += 32) {
+    const int mine = group + lane;
+    const bool some = mine < tiles_end && !IntervalTile<C>(intervals, mine * C::kTileN).empty(m0, m1);
+    const uint32_t seen = __ballot_sync(~0u, some);
+    if (seen && first < 0) first = group + __ffs(seen) - 1;
+    if (seen) last = group + 31 - __clz(seen);
+  }
+  Span span = {m0, m1, 0, 0, 0, 0};
+  if (first < 0) return span;
+  // and the first and last keys in those tiles
+  const auto column_seen = [&](int key) {
+    const Hidden hidden = intervals.at(min(key, intervals.last_key));
+    return key >= begin && key < end && !hides_all(hidden, m0, m1);
+  };
+  span.first = first * C::kTileN, span.end = min((last + 1) * C::kTileN, end);
+#pragma unroll
+  for (int i = (C::kTileN - 1) / 32; i >= 0; --i) {
+    const uint32_t seen = __ballot_sync(~0u, column_seen(first * C::kTileN + i * 32 + lane));
+    if (seen) span.first = first * C::kTileN + i * 32 + __ffs(seen) - 1;
+  }
+#pragma unroll
+  for (int i = 0; i <= (C::kTileN - 1) / 32; ++i) {
+    const uint32_t seen = __ballot_sync(~0u, column_seen(last * C::kTileN + i * 32 + lane));
+    if (seen) span.end = last * C::kTileN + i * 32 + 32 - __clz(seen);
+  }
+  const IntervalTiles<C> tiles(intervals, band, span);
+#pragma unroll 4
+  for (int group = 0; group < tiles.count; group += 32) {
+    span.cut += __popc(tiles.look(group, true));
+    span.whole += __popc(tiles.look(group, false));
+  }
+  return span;
+}
+
+// What is hidden of a tile of keys: by the band or not, and by the intervals nothing, whole rows, whole columns, or
+// single cells.
+enum Cut { kNothing, kRows, kColumns, kCells };
+
+// How consumers hear it through shared memory.
+struct Told {
+  uint32_t place;
+  uint32_t word;  // the first key, whether the band hides any of it, the cut
+
+  static constexpr int kBytes = 48, kWord = 32;  // of a place; where the word is, behind what the cut needs
+
+  static __device__ __forceinline__ Told hear(uint32_t place) {
+    // read by the lane that gives the tile back
+    return {place, __shfl_sync(~0u, threadIdx.x % 32 == 0 ? ptx::ld_shared_4(place + kWord) : 0, 0)};
+  }
+  __device__ __forceinline__ int key() const { return word >> 3; }
+  __device__ __forceinline__ bool banded() const { return word & 4; }
+  __device__ __forceinline__ Cut cut() const { return Cut(word & 3); }
+  // the rows that are hidden
+  __device__ __forceinline__ Hidden rows() const {
+    const uint4 x = ptx::ld_shared_16(place);
+    return {int(x.x), int(x.y), int(x.z), int(x.w)};
+  }
+  // the columns that are seen, as the accumulators of the `quad_lane`-th lane of a quad hold them: a bit for each of
+  // two columns of 16 pieces of 8
+  __device__ __forceinline__ uint32_t columns(int word, int quad_lane) const {
+    return ptx::ld_shared_4(place + word * 16 + quad_lane * 4);
+  }
+};
+
+// The producer's side: a warp finds out together, one lane says it.
+template <class C>
+struct Telling {
+  static constexpr int kWords = (C::kTileN + 127) / 128 * 4;
+  uint32_t word;
+  uint32_t words[kWords];  // hidden rows, or seen columns
+
+  __device__ __forceinline__ explicit Telling(const IntervalTiles<C>& tiles) {
+    const int m0 = tiles.m0, m1 = tiles.m1;
+    const IntervalTile<C> tile(tiles.intervals, tiles.key());
+    Cut cut = kNothing;
+    if (tile.touched(m0, m1)) {
+      if (tile.same()) {
+        cut = kRows;
+        words[0] = tile.ls.low, words[1] = tile.le.low, words[2] = tile.us.low, words[3] = tile.ue.low;
+      } else {
+        cut = columns(tiles.intervals, tile.first, m0, m1) ? kColumns : kCells;
+      }
+    }
+    word = tile.first << 3 | tile.banded(tiles.band, m0, m1) << 2 | cut;
+  }
+
+  // Which columns any of the rows sees; false if one of them is seen by some rows only.
+  __device__ __forceinline__ bool columns(const Intervals<C>& intervals, int first, int m0, int m1) {
+    const int lane = threadIdx.x % 32;
+    bool mixed = false;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int column = (i / 4 * 16 + lane / 2) * 8 + i % 4 * 2 + lane % 2;
+      const Hidden hidden = intervals.at(min(first + column, intervals.last_key));
+      const bool all = hides_all(hidden, m0, m1);
+      const bool any = (m0 < hidden.le && m1 > hidden.ls) || (m0 < hidden.ue && m1 > hidden.us);
+      mixed |= any != all && column < C::kTileN;
+      words[i] = __ballot_sync(~0u, !all);
+    }
+    return !__any_sync(~0u, mixed);
+  }
+
+  __device__ __forceinline__ void say(uint32_t place) const {
+    const Cut cut = Cut(word & 3);
+    if (cut == kRows || cut == kColumns)
+      for (int i = 0; i < kWords; i += 4)
+        ptx::st_shared_16(place + i * 4, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
+    ptx::st_shared_4(place + Told::kWord, word);
+  }
+};
+
+
 // ---- fagen/walk.cuh --------------------------------------------------------------------------------------
 // The tiles of keys that a tile of rows visits, from the last to the first, and which of them need mask arithmetic.
 
@@ -921,197 +1342,14 @@ __device__ __forceinline__ bool needs_mask(const IntervalWalk<Config>& walk, con
   return walk.partial();
 }
 
-template <class C>
-struct Shape {
-  static constexpr int kGroups = C::kTileM / 64;  // warpgroups that compute, each 64 rows of q
-  static constexpr int kThreads = (kGroups + 1) * 128;
-  static constexpr int kSlabs = (C::kHeadDim + 63) / 64, kSlabsV = (C::kHeadDimV + 63) / 64;
-  static constexpr int kQBytes = C::kTileM * 128 * kSlabs;
-  static constexpr int kKBytes = C::kTileN * 128 * kSlabs, kVBytes = C::kTileN * 128 * kSlabsV;
-
-  // in this order: tiles of q, of k, of v, a full and an empty barrier for each, the mail with its own,
-  // and what is told of each tile of k
-  static constexpr int kQ = 0, kK = kQ + C::kQStages * kQBytes, kV = kK + C::kStages * kKBytes;
-  static constexpr int kBarriers = kV + C::kStages * kVBytes;
-  static constexpr int kMail = kBarriers + 16 * (C::kQStages + 2 * C::kStages);
-  static constexpr int kTold = kMail + 64;
-  static constexpr int kSmemBytes = kTold + 64 * C::kStages + 1024;  // and room to align
-
-  // Registers of a thread: what the block is compiled for, and how the roles divide them.
-  static constexpr int kEach = 65536 / (C::kBlocksPerSm * kThreads) / 8 * 8;
-  static constexpr int kProducerRegisters = C::kMask == Mask::intervals ? 56 : kGroups == 3 ? 32 : 40;
-  static constexpr int kShare = ((kGroups + 1) * kEach - kProducerRegisters) / kGroups / 8 * 8;
-  static constexpr int kConsumerRegisters = kShare > 240 ? 240 : kShare;
-
-  static_assert(C::kTileM % 64 == 0 && C::kTileN % 16 == 0, "a warpgroup's product is 64 rows, 16 keys deep");
-  static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
-  static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
-  static_assert(kConsumerRegisters == Derived::registers, "Python and CUDA disagree about the registers of a thread");
-};
-
-// A wgmma operand in shared memory: where it begins, and how it goes on from there.
-struct Operand {
-  uint32_t low, high;
-
-  static constexpr uint32_t kSwizzle128 = 1u << 30, kGroupOf8Rows = 1024 >> 4;
-
-  // 16 elements of k lie in a row (q, k); slabs are separate operands
-  static __device__ __forceinline__ Operand of_rows(uint32_t address) {
-    return {address >> 4 | 1u << 16, kSwizzle128 | kGroupOf8Rows};
-  }
-  // columns lie in a row, 16 rows deep in k (v); slabs `slab_bytes` apart
-  static __device__ __forceinline__ Operand of_columns(uint32_t address, int slab_bytes) {
-    return {address >> 4 | uint32_t(slab_bytes >> 4) << 16, kSwizzle128 | kGroupOf8Rows};
-  }
-  // the one that begins so many bytes later
-  __device__ __forceinline__ uint64_t at(int bytes) const { return uint64_t(high) << 32 | (low + (bytes >> 4)); }
-};
-
-// A ring of tiles, each with a barrier that says it is full and one that says it is empty. The producer and the
-// consumers each step through it on their own.
-template <int kStages, int kBytes>
-struct Ring {
-  uint32_t tiles, barriers;  // of stage 0; the empty barrier lies behind the full one
-  int stage = 0, phase = 0;
-
-  static constexpr int kTileBytes = kBytes;
-
-  __device__ __forceinline__ void init(int consumers) const {
-    for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(barriers + s * 16, 1);
-      ptx::mbarrier_init(barriers + s * 16 + 8, consumers);
-    }
-  }
-  __device__ __forceinline__ uint32_t tile() const { return tiles + stage * kBytes; }
-  __device__ __forceinline__ uint32_t full() const { return barriers + stage * 16; }
-  __device__ __forceinline__ uint32_t empty() const { return barriers + stage * 16 + 8; }
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
-
-  // for the producer: the next tile's place is free; and its bytes are announced
-  __device__ __forceinline__ void acquire() const { ptx::mbarrier_wait(empty(), phase ^ 1); }
-  __device__ __forceinline__ void announce() const { ptx::mbarrier_arrive_expect(full(), kBytes); }
-  // for consumers: the tile is there; and has been read by this warp
-  __device__ __forceinline__ void wait() const { ptx::mbarrier_wait(full(), phase); }
-  __device__ __forceinline__ void release() {
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty());
-    advance();
-  }
-};
-
-// Which tile of rows comes next: the producer tells the consumers. A row_tile of -1 is the end.
-
-struct Mail {
-  Ring<2, 16> ring;
-
-  __device__ __forceinline__ void send(const Work& work) {
-    if (threadIdx.x % 32 == 0) {
-      ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
-      ptx::st_shared_16(ring.tile(), make_uint4(work.row_tile, work.head, work.batch, 0));
-      ptx::mbarrier_arrive(ring.full());
-    }
-    ring.advance();
-  }
-  __device__ __forceinline__ Work receive() {
-    ring.wait();
-    const uint4 word = ptx::ld_shared_16(ring.tile());
-    ring.release();
-    // broadcast, so that the compiler as well knows it to be the same in all lanes
-    const auto uniform = [](uint32_t x) { return int(__shfl_sync(~0u, x, 0)); };
-    return {uniform(word.x), uniform(word.y), uniform(word.z)};
-  }
-};
-
-// Intervals: what a tile of k is to a tile of rows. The producer finds out and tells the consumers.
-struct Told {
-  enum Cut { none, rows, cells };  // what the intervals hide of it: nothing, whole rows, this and that
-  uint32_t place;                  // in shared memory: a word, and the bounds of the rows
-  int word;
-
-  static __device__ __forceinline__ void tell(uint32_t place, int tile, bool partial, bool last, Cut cut,
-                                              const Hidden& hidden) {
-    ptx::st_shared_4(place, tile << 4 | int(cut) << 2 | int(last) << 1 | int(partial));
-    ptx::st_shared_16(place + 16, make_uint4(hidden.ls, hidden.le, hidden.us, hidden.ue));
-  }
-  static __device__ __forceinline__ Told hear(uint32_t place) { return {place, int(ptx::ld_shared_4(place))}; }
-
-  __device__ __forceinline__ int tile() const { return word >> 4; }
-  __device__ __forceinline__ bool partial() const { return word & 1; }  // has hidden cells
-  __device__ __forceinline__ bool last() const { return word & 2; }     // of its tile of rows
-  __device__ __forceinline__ Cut cut() const { return Cut(word >> 2 & 3); }
-  __device__ __forceinline__ Hidden hidden() const {
-    const uint4 x = ptx::ld_shared_16(place + 16);
-    return {int(x.x), int(x.y), int(x.z), int(x.w)};
-  }
-};
-
-template <class C>
-struct Rings {
-  using S = Shape<C>;
-  Ring<C::kQStages, S::kQBytes> q;
-  Ring<C::kStages, S::kKBytes> k;
-  Ring<C::kStages, S::kVBytes> v;
-  Mail mail;
-  uint32_t told;  // places of Told: two a stage of k, so that one outlives its tile until the softmax is done
-
-  __device__ __forceinline__ explicit Rings(uint32_t smem)
-      : q{smem + S::kQ, smem + S::kBarriers},
-        k{smem + S::kK, smem + S::kBarriers + 16 * C::kQStages},
-        v{smem + S::kV, smem + S::kBarriers + 16 * (C::kQStages + C::kStages)},
-        mail{{smem + S::kMail, smem + S::kMail + 32}},
-        told(smem + S::kTold) {}
-
-  __device__ __forceinline__ uint32_t told_place() const { return told + (k.stage + k.phase * C::kStages) * 32; }
-
-  // Consumers give a tile back with one arrival a warp.
-  __device__ __forceinline__ void init() const {
-    q.init(S::kGroups * 4);
-    k.init(S::kGroups * 4);
-    v.init(S::kGroups * 4);
-    mail.ring.init(S::kGroups * 4);
-    ptx::fence_mbarrier_init();
-  }
-};
-
-// The walk over tiles of k as the producer tells it. The present tile is there; to advance is to wait for the next.
-template <class Rings>
-struct ToldWalk {
-  Rings& rings;
-  Told told;
-
-  __device__ __forceinline__ bool valid() const { return told.place != 0; }
-  __device__ __forceinline__ void advance() {
-    if (told.last()) {
-      told.place = 0;
-    } else {
-      rings.k.wait();
-      told = Told::hear(rings.told_place());
-    }
-  }
-};
-
-// ---- fagen/sm90/forward.cuh ------------------------------------------------------------------------------
-// The forward kernel for Hopper: one warp feeds the copy engine, one to three warpgroups compute 64 rows of q each.
-//
-// A block works through tiles of rows without a pause: the product that ends one tile, its O on the way to memory, and
-// the first scores of the next are under way together.
-// ---- fagen/sm90/epilogue.cuh -----------------------------------------------------------------------------
-// O and LSE of a tile of rows on their way from registers to memory.
-// ---- fagen/sm90/rows.cuh ---------------------------------------------------------------------------------
-// The tiles of rows that a block works through, and the keys that each of them sees.
-
-
-
-
 struct Launch {
   CUtensorMap q, k, v;
   int row_tiles, key_tiles;  // tiles of a head
   int tiles;                 // tiles of rows in all
   int heads_at_once;         // sectioned order
   Extent* extents;           // of the intervals, tile by tile
-  int* counts;               // and of each mask head, by tile of rows: how many tiles of keys it sees,
-  int2* spans;               // between which of them they lie,
+  Span* spans;               // of each mask head, by tile of rows: the tiles of keys it sees,
+  unsigned* counted;         // how many blocks have found theirs,
   int* order;                // and which tile of rows sees the most, the next most, ...
   unsigned* taken;           // dynamic schedule: tiles of rows that blocks have come for, beside each one's first
 };
@@ -1140,17 +1378,20 @@ template <class C>
 constexpr bool kRanked = C::kMask == Mask::intervals &&
                          (C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned);
 
-struct True {
-  static __device__ __forceinline__ constexpr bool partial() { return true; }
-};
-struct False {
-  static __device__ __forceinline__ constexpr bool partial() { return false; }
-};
-
 // Intervals may differ by batch and by kv head.
-__device__ __forceinline__ int64_t mask_plane(const fagen_params& p, const Work& work) {
-  const int head = p.mask_heads == 1 ? 0 : work.head / (p.heads / p.kv_heads);
-  return int64_t(work.batch) * p.mask_heads + head;
+__device__ __forceinline__ int mask_head(const fagen_params& p, int kv_head) { return p.mask_heads == 1 ? 0 : kv_head; }
+__device__ __forceinline__ int64_t mask_plane(const fagen_params& p, int batch, int kv_head) {
+  return int64_t(batch) * p.mask_heads + mask_head(p, kv_head);
+}
+
+template <class C>
+__device__ __forceinline__ Intervals<C> intervals_of(const fagen_params& p, const Launch& launch, int batch, int head) {
+  Intervals<C> intervals;
+  intervals.bounds = p.intervals + batch * p.intervals_stride[0] + head * p.intervals_stride[1];
+  intervals.stride = p.intervals_stride[2];
+  intervals.extents = launch.extents + (int64_t(batch) * p.mask_heads + head) * launch.key_tiles * C::kIntervalColumns;
+  intervals.last_key = p.seqlen_k - 1;
+  return intervals;
 }
 
 // The `index`-th tile of rows in the order of work.
@@ -1158,11 +1399,20 @@ template <class C>
 __device__ __forceinline__ Work take(const fagen_params& p, const Launch& launch, int index) {
   Work work = take_work<C::kBlockOrder>(p, index, launch.row_tiles, launch.heads_at_once);
   if constexpr (kRanked<C>) {
-    const int* order = launch.order + mask_plane(p, work) * launch.row_tiles;
+    const int* order = launch.order + mask_plane(p, work.batch, work.head / (p.heads / p.kv_heads)) * launch.row_tiles;
     work.row_tile = order[launch.row_tiles - 1 - work.row_tile];
   }
   return work;
 }
+
+// The tiles of keys that a band shows to a tile of rows, from the last to the first.
+template <class C>
+struct BandTiles {
+  int tile, begin;
+  __device__ __forceinline__ bool valid() const { return tile >= begin; }
+  __device__ __forceinline__ int key() const { return tile * C::kTileN; }
+  __device__ __forceinline__ void advance() { --tile; }
+};
 
 // One tile of rows: [m0, m1) of a head, and its walk over tiles of keys.
 template <class C>
@@ -1170,81 +1420,102 @@ struct Rows {
   Work work;
   int m0, m1, kv_head;
   TileRange range;
+  Span span;
   Intervals<C> intervals;
 
   Rows() = default;
   __device__ __forceinline__ Rows(const fagen_params& p, const Launch& launch, const Band& band, const Work& work)
       : work(work) {
-    m0 = work.row_tile * C::kTileM;
-    m1 = min(m0 + C::kTileM, p.seqlen_q);
     kv_head = work.head / (p.heads / p.kv_heads);
-    range = TileRange::of<C::kTileN>(band, m0, m1);
     if constexpr (C::kMask == Mask::intervals) {
-      const int64_t plane = mask_plane(p, work);
-      const int head = plane % p.mask_heads;
-      intervals.bounds = p.intervals + work.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
-      intervals.stride = p.intervals_stride[2];
-      intervals.extents = launch.extents + plane * launch.key_tiles * C::kIntervalColumns;
-      const int2 span = launch.spans[plane * launch.row_tiles + work.row_tile];
-      range.begin = span.x, range.end = span.y;
-      intervals.last_key = p.seqlen_k - 1;
-    }
-  }
-
-  __device__ __forceinline__ bool see_any() const { return range.begin < range.end; }
-  __device__ __forceinline__ auto first_tile() const {
-    if constexpr (C::kMask == Mask::intervals)
-      return IntervalWalk<C>(intervals, range, m0, m1);
-    else
-      return RangeWalk{range.end - 1, range.begin};
-  }
-
-  // What the producer tells the consumers of a tile.
-  __device__ __forceinline__ void tell(uint32_t place, int tile, bool partial, bool last) const {
-    const Extent ls = intervals.template extent<C::kLTS>(tile, kFar),
-                 le = intervals.template extent<C::kLTE>(tile, kFar);
-    const Extent us = intervals.template extent<C::kUTS>(tile, -kFar),
-                 ue = intervals.template extent<C::kUTE>(tile, -kFar);
-    const bool same = ls.low == ls.high && le.low == le.high && us.low == us.high && ue.low == ue.high;
-    const bool any = (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
-    Told::tell(place, tile, partial, last,
-               !any   ? Told::none
-               : same ? Told::rows
-                      : Told::cells,
-               {ls.low, le.low, us.low, ue.low});
-  }
-
-  // Call visit(tile, about) for the rest of the walk, with a loop of its own for tiles that need no mask.
-  template <class Walk, class Visit>
-  __device__ __forceinline__ void visit_tiles(Walk& walk, Visit visit) const {
-    if constexpr (C::kMask == Mask::intervals) {
-      for (; walk.valid(); walk.advance()) visit(walk.told.tile(), walk.told);
+      const int64_t plane = mask_plane(p, work.batch, kv_head);
+      intervals = intervals_of<C>(p, launch, work.batch, mask_head(p, kv_head));
+      span = launch.spans[plane * launch.row_tiles + max(work.row_tile, 0)];
+      m0 = span.m0, m1 = span.m1;
     } else {
-      for (; walk.valid() && walk.tile >= range.full_end; walk.advance()) visit(walk.tile, True{});
-      for (; walk.tile >= range.full_begin; walk.advance()) visit(walk.tile, False{});
-      if constexpr (C::kMask == Mask::window)
-        for (; walk.valid(); walk.advance()) visit(walk.tile, True{});
+      m0 = work.row_tile * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
+      range = TileRange::of<C::kTileN>(band, m0, m1);
     }
   }
+
+  __device__ __forceinline__ bool see_any() const {
+    if constexpr (C::kMask == Mask::intervals)
+      return span.first < span.end;
+    else
+      return range.begin < range.end;
+  }
+  // for the producer, at the first one
+  __device__ __forceinline__ auto tiles(const Band& band) const {
+    if constexpr (C::kMask == Mask::intervals) {
+      IntervalTiles<C> tiles(intervals, band, span);
+      tiles.advance();
+      return tiles;
+    } else {
+      return BandTiles<C>{range.end - 1, range.begin};
+    }
+  }
+};
+
+// The tiles of keys that a tile of rows sees, as the consumers count them.
+template <class C, bool kIntervals = C::kMask == Mask::intervals>
+struct Keys {
+  const TileRange range;
+  int tile;  // the present one
+
+  __device__ __forceinline__ explicit Keys(const Rows<C>& rows) : range(rows.range), tile(range.end - 1) {}
+  __device__ __forceinline__ bool last() const { return tile == range.begin; }
+  __device__ __forceinline__ bool partial() const { return tile < range.full_begin || tile >= range.full_end; }
+  __device__ __forceinline__ void advance() { --tile; }
+
+  // Call visit(partial) for the present tile and the rest, with a loop of its own for tiles that need no mask.
+  template <class Visit>
+  __device__ __forceinline__ void visit_rest(Visit visit) {
+    for (; tile >= range.begin && tile >= range.full_end; advance()) visit(true);
+    for (; tile >= range.full_begin; advance()) visit(false);
+    if constexpr (C::kMask == Mask::window)
+      for (; tile >= range.begin; advance()) visit(true);
+  }
+};
+
+// Of intervals they know only how many are left; which they are, the producer tells.
+template <class C>
+struct Keys<C, true> {
+  int cut, whole;
+
+  __device__ __forceinline__ explicit Keys(const Rows<C>& rows) : cut(rows.span.cut), whole(rows.span.whole) {}
+  __device__ __forceinline__ bool last() const { return cut + whole == 1; }
+  __device__ __forceinline__ bool partial() const { return cut > 0; }
+  __device__ __forceinline__ void advance() { partial() ? --cut : --whole; }
+
+  template <class Visit>
+  __device__ __forceinline__ void visit_rest(Visit visit) {
+    for (; cut > 0; --cut) visit(true);
+    for (; whole > 0; --whole) visit(false);
+  }
+};
+
+// A tile of rows that is computed, but not stored yet.
+struct Done {
+  int m0, m1, head, batch;
 };
 
 // The 64 rows of a warpgroup: two of a thread's. Lanes of a quad hold two columns each of pieces of 8; neighbours trade
 // until each has four of one piece, so that a quad writes 32 whole bytes at once.
 template <class C, class Element, class State>
-__device__ __forceinline__ void store_rows(const fagen_params& p, State& state, const Work& work, int group) {
+__device__ __forceinline__ void store_rows(const fagen_params& p, State& state, const Done& done, int group) {
   const Lane lane;
   const bool odd = lane.id % 2;
-  const int first = work.row_tile * C::kTileM + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
+  const int first = done.m0 + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
   const int column = odd * 8 + lane.id % 4 / 2 * 4;  // of two pieces
-  Element* out = static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + work.head * p.o_stride[2];
+  Element* out = static_cast<Element*>(p.o) + done.batch * p.o_stride[0] + done.head * p.o_stride[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int m = first + r * 8;
     const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
-    if (p.lse && lane.id % 4 == 0 && m < p.seqlen_q)
-      p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m] = state.softmax.lse(r, row_sum);
+    if (p.lse && lane.id % 4 == 0 && m < done.m1)
+      p.lse[(int64_t(done.batch) * p.heads + done.head) * p.seqlen_q + m] = state.softmax.lse(r, row_sum);
     Element* row = out + m * p.o_stride[1] + column;
-    const int columns = m < p.seqlen_q ? p.head_dim_v - column : 0;
+    const int columns = m < done.m1 ? p.head_dim_v - column : 0;
     const auto word = [&](int n) {
       return pack<Element>(state.o[0][n][r * 2] * inverse, state.o[0][n][r * 2 + 1] * inverse);
     };
@@ -1274,6 +1545,19 @@ __device__ __forceinline__ void store_nothing(const fagen_params& p, const Launc
     if (p.lse)
       for (int m = rows.m0 + threadIdx.x % 32; m < rows.m1; m += 32)
         p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m] = -INFINITY;
+  }
+}
+
+// Where there are no keys at all, all rows are such. A grid's work, a warp a row.
+template <class Element>
+__device__ __forceinline__ void store_zeros(const fagen_params& p) {
+  const int64_t rows = int64_t(p.batch) * p.heads * p.seqlen_q;
+  for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32; i < rows; i += gridDim.x * blockDim.x / 32) {
+    const int64_t m = i % p.seqlen_q, head = i / p.seqlen_q % p.heads, batch = i / p.seqlen_q / p.heads;
+    Element* out = static_cast<Element*>(p.o) + batch * p.o_stride[0] + m * p.o_stride[1] + head * p.o_stride[2];
+    for (int column = threadIdx.x % 32 * 8; column < p.head_dim_v; column += 256)
+      *reinterpret_cast<uint4*>(out + column) = make_uint4(0, 0, 0, 0);
+    if (p.lse && threadIdx.x % 32 == 0) p.lse[i] = -INFINITY;
   }
 }
 
@@ -1312,53 +1596,72 @@ struct Producer {
   __device__ __forceinline__ void load_q(const Rows<C>& rows) {
     load<Shape<C>::kSlabs, C::kTileM>(launch.q, rings.q, rows.m0, rows.work.head, rows.work.batch, [] {});
   }
-  __device__ __forceinline__ void load_v(const Rows<C>& rows, int tile) {
-    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, tile * C::kTileN, rows.kv_head, rows.work.batch, [] {});
+  __device__ __forceinline__ void load_v(int key, int kv_head, int batch) {
+    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, key, kv_head, batch, [] {});
   }
-  // The walk's present tile, which is returned; the walk goes on.
-  template <class Walk>
-  __device__ __forceinline__ int load_k(const Rows<C>& rows, Walk& walk) {
-    const int tile = walk.tile;
-    const bool partial = needs_mask(walk, rows.range);
-    walk.advance();
-    load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, tile * C::kTileN, rows.kv_head, rows.work.batch, [&] {
-      if constexpr (C::kMask == Mask::intervals) rows.tell(rings.told_place(), tile, partial, !walk.valid());
-    });
-    return tile;
+  // The walk's present tile, whose first key is returned; the walk goes on.
+  template <class Tiles>
+  __device__ __forceinline__ int load_k(const Rows<C>& rows, Tiles& tiles) {
+    const int key = tiles.key();
+    const auto load = [&](auto note) {
+      this->template load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, key, rows.kv_head, rows.work.batch, note);
+    };
+    if constexpr (C::kMask == Mask::intervals) {
+      const Telling<C> telling(tiles);
+      load([&] { telling.say(rings.told_place()); });
+    } else {
+      load([] {});
+    }
+    tiles.advance();
+    return key;
   }
 
-  // The next tile of rows that sees any key; row_tile is -1 if there is none.
+  // The next tile of rows that sees any key; row_tile is -1 if there is none. The consumers are told.
   __device__ __forceinline__ Work find(int next) {
     for (;;) {
       const int index = __shfl_sync(~0u, next, 0);
-      if (index >= launch.tiles) return {-1, 0, 0};
-      const Work work = take<C>(p, launch, index);
-      if (Rows<C>(p, launch, band, work).see_any()) return work;
+      Letter letter = {{-1, 0, 0}, 0, 0, 0, 0};
+      bool found = true;
+      if (index < launch.tiles) {
+        const Rows<C> rows(p, launch, band, take<C>(p, launch, index));
+        letter = {rows.work, rows.m0, rows.m1, rows.span.cut, rows.span.whole};
+        found = rows.see_any();
+      }
+      if (found) {
+        rings.mail.send(letter);
+        return letter.work;
+      }
       next = share.next(launch);
     }
   }
 
-  // Keys run one tile ahead of values, as they are needed; the next tile of rows is looked for while the rings are
-  // full.
+  // Keys run one tile ahead of values, as they are needed, from one tile of rows to the next as well. That one is
+  // looked for, and its first tile of keys, while the rings are full.
   __device__ __forceinline__ void run() {
     if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
     Work work = find(blockIdx.x);
-    rings.mail.send(work);
-    while (work.row_tile >= 0) {
+    if (work.row_tile < 0) return;
+    Rows<C> rows(p, launch, band, work);
+    auto tiles = rows.tiles(band);
+    int key = -1, kv_head = 0, batch = 0;  // of the keys whose values are next
+    const auto step = [&] {
+      const int more = load_k(rows, tiles);
+      if (key >= 0) load_v(key, kv_head, batch);
+      key = more, kv_head = rows.kv_head, batch = rows.work.batch;
+    };
+    for (;;) {
       const int next = share.next(launch);
-      const Rows<C> rows(p, launch, band, work);
-      auto walk = rows.first_tile();
-      int tile = load_k(rows, walk);
+      step();
       load_q(rows);
+      if (tiles.valid()) step();
       work = find(next);
-      rings.mail.send(work);
-      while (walk.valid()) {
-        const int v_tile = tile;
-        tile = load_k(rows, walk);
-        load_v(rows, v_tile);
-      }
-      load_v(rows, tile);
+      const Rows<C> next_rows(p, launch, band, work);
+      const auto next_tiles = next_rows.tiles(band);
+      while (tiles.valid()) step();
+      if (work.row_tile < 0) break;
+      rows = next_rows, tiles = next_tiles;
     }
+    load_v(key, kv_head, batch);
   }
 };
 
@@ -1379,7 +1682,7 @@ struct Consumer {
   const Band band;
   const int group;  // of warps, from 0
   Rows<C> rows;
-  Told first;  // intervals: about the first tile of keys
+  Told told;  // intervals: about the tile of keys whose scores are under way
   State state;
   Scores s_acc;
   Weights p_frag;
@@ -1440,44 +1743,65 @@ struct Consumer {
     rings.v.release();
   }
 
-  // Hide what the band hides of a tile: the columns from `key` on, of which each row sees [begin, end).
-  __device__ __forceinline__ void hide(int row0, int key) {
+  // Which scores of the thread are seen, a bit each: of each of its two rows, two of every piece of 8 keys.
+  static constexpr int kSeenWords = (kPieces + 15) / 16;
+  using Seen = uint32_t[2][kSeenWords];
+
+  // By the band: of the keys from `key` on, row m sees [begin(m), end(m)).
+  __device__ __forceinline__ void see_band(Seen& seen, int row0, int key) const {
     const Lane lane;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = row0 + r * 8 + lane.row, first = key + lane.column;
-      // of the thread's columns, two a piece of 8, how many lie before x
+      // of the thread's columns, how many lie before x
       const auto before = [&](int x) { return x <= 0 ? 0 : x / 8 * 2 + min(x % 8, 2); };
       const int begin = before(band.begin(row) - first), end = before(band.end(row) - first);
 #pragma unroll
-      for (int word = 0; word < kPieces * 2; word += 32) {
-        const auto bits = [&](int n) { return n <= word ? 0u : n >= word + 32 ? ~0u : (1u << (n - word)) - 1u; };
-        uint32_t seen = bits(end);
-        if (C::kMask == Mask::window || C::kMask == Mask::intervals) seen &= ~bits(begin);
-#pragma unroll
-        for (int j = 0; j < 32 && word + j < kPieces * 2; ++j) {
-          float& x = s_acc[0][(word + j) / 2][r * 2 + j % 2];
-          x = seen & 1u << j ? x : -INFINITY;
-        }
+      for (int w = 0; w < kSeenWords; ++w) {
+        const auto bits = [&](int n) { return n <= w * 32 ? 0u : n >= w * 32 + 32 ? ~0u : (1u << (n - w * 32)) - 1u; };
+        seen[r][w] = bits(end);
+        if (C::kMask == Mask::window || C::kMask == Mask::intervals) seen[r][w] &= ~bits(begin);
       }
     }
   }
-  // And what intervals hide of it.
-  __device__ __forceinline__ void hide(int row0, const Told& told) {
-    if (told.cut() == Told::rows) {
-      const Hidden bounds = told.hidden();
+  // By the intervals, as told.
+  __device__ __forceinline__ void see_intervals(Seen& seen, int row0) const {
+    const Lane lane;
+    const Cut cut = told.cut();
+    if (cut == kColumns) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const bool hidden = bounds.hides(row0 + r * 8 + Lane().row);
-#pragma unroll
-        for (int n = 0; n < kPieces * 2; ++n) {
-          float& x = s_acc[0][n / 2][r * 2 + n % 2];
-          x = hidden ? -INFINITY : x;
-        }
+      for (int w = 0; w < kSeenWords; ++w) {
+        const uint32_t columns = told.columns(w, lane.column / 2);
+        seen[0][w] &= columns, seen[1][w] &= columns;
       }
-    } else if (told.cut() == Told::cells) {
-      state.hide_intervals(s_acc, rows.intervals, row0, told.tile() * C::kTileN);
+    } else if (cut == kRows) {
+      const Hidden bounds = told.rows();
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (bounds.hides(row0 + r * 8 + lane.row))
+          for (int w = 0; w < kSeenWords; ++w) seen[r][w] = 0;
+    } else if (cut == kCells) {
+#pragma unroll
+      for (int w = 0; w < kSeenWords; ++w)
+#pragma unroll 1
+        for (int bit = 0; bit < 32 && w * 32 + bit < kPieces * 2; ++bit) {
+          const int key = told.key() + (w * 16 + bit / 2) * 8 + lane.column + bit % 2;
+          const Hidden bounds = rows.intervals.at(min(key, rows.intervals.last_key));
+#pragma unroll
+          for (int r = 0; r < 2; ++r)
+            if (bounds.hides(row0 + r * 8 + lane.row)) seen[r][w] &= ~(1u << bit);
+        }
     }
+    __syncwarp();  // every lane has read what was told before the first one gives a later tile back
+  }
+  __device__ __forceinline__ void hide_others(const Seen& seen) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int bit = 0; bit < kPieces * 2; ++bit) {
+        float& x = s_acc[0][bit / 2][r * 2 + bit % 2];
+        x = seen[r][bit / 32] & 1u << bit % 32 ? x : -INFINITY;
+      }
   }
 
   // Take the maxima of a tile into the softmax: true if O must follow by `factor`, once it is at rest.
@@ -1528,62 +1852,64 @@ struct Consumer {
   __device__ __forceinline__ void start_first_scores() {
     rings.q.wait();
     rings.k.wait();
-    if constexpr (C::kMask == Mask::intervals) first = Told::hear(rings.told_place());
+    hear(true);
     start_scores();
     ptx::wgmma_commit();
   }
 
   // The next tile of rows, if there is one.
   __device__ __forceinline__ bool next() {
-    const Work work = rings.mail.receive();
-    if (work.row_tile < 0) return false;
-    rows = Rows<C>(p, launch, band, work);
+    const Letter letter = rings.mail.receive();
+    if (letter.work.row_tile < 0) return false;
+    rows = Rows<C>(p, launch, band, letter.work);
+    if constexpr (C::kMask == Mask::intervals)
+      rows.m0 = letter.m0, rows.m1 = letter.m1, rows.span.cut = letter.cut, rows.span.whole = letter.whole;
     return true;
   }
 
-  // The walk over the keys, beginning with the tile whose scores are under way.
-  __device__ __forceinline__ auto keys() {
+  // What the producer says of a tile of k that is there, where anybody asks.
+  __device__ __forceinline__ void hear(bool partial) {
     if constexpr (C::kMask == Mask::intervals)
-      return ToldWalk<Rings<C>>{rings, first};
+      if (partial || ScoreMod<C>::kActive) told = Told::hear(rings.told_place());
+  }
+
+  // What score changes and mask make of the scores of a tile of keys.
+  __device__ __forceinline__ void modify(const ScoreMod<C>& mod, int row0, const Keys<C>& keys, bool partial) {
+    constexpr bool kIntervals = C::kMask == Mask::intervals;
+    int key;  // the first
+    if constexpr (kIntervals)
+      key = told.key();
     else
-      return rows.first_tile();
+      key = keys.tile * C::kTileN;
+    if constexpr (ScoreMod<C>::kActive) state.template modify<false>(s_acc, mod, band, rows.intervals, row0, key);
+    if (!partial) return;
+    Seen seen;
+    if (kIntervals && !told.banded())
+      for (auto& row : seen)
+        for (uint32_t& word : row) word = ~0u;
+    else
+      see_band(seen, row0, key);
+    if constexpr (kIntervals) see_intervals(seen, row0);
+    hide_others(seen);
   }
 
   // All keys of a tile of rows. Its first scores are under way already, its last product still is at the end.
   __device__ __forceinline__ void attend() {
     const int row0 = rows.m0 + group * 64 + threadIdx.x / 32 % 4 * 16;
     const ScoreMod<C> mod(p, rows.work.batch, rows.work.head);
-    const auto modify = [&](int tile, const auto& about) {
-      if constexpr (ScoreMod<C>::kActive)
-        state.template modify<false>(s_acc, mod, band, rows.intervals, row0, tile * C::kTileN);
-      if (about.partial()) {
-        hide(row0, tile * C::kTileN);
-        if constexpr (C::kMask == Mask::intervals) hide(row0, about);
-      }
-    };
-    // q has been read for the last time once the scores of the last tile are there
-    const auto release_q = [&](int tile, const auto& about) {
-      bool last = tile == rows.range.begin;
-      if constexpr (C::kMask == Mask::intervals) last = about.last();
-      if (last) rings.q.release();
-    };
-    auto walk = keys();
+    Keys<C> keys(rows);
     float factor[2];
     clear();
-    if constexpr (C::kMask == Mask::intervals) {
-      release_q(walk.told.tile(), walk.told);
-      modify(walk.told.tile(), walk.told);
-    } else {
-      release_q(walk.tile, True{});
-      needs_mask(walk, rows.range) ? modify(walk.tile, True{}) : modify(walk.tile, False{});
-    }
+    if (keys.last()) rings.q.release();  // q has been read once the scores of the last tile are there
+    keys.partial() ? modify(mod, row0, keys, true) : modify(mod, row0, keys, false);
     observe(factor);  // O is still zero: nothing to rescale
     weigh();
     pack_weights();
-    walk.advance();
-    rows.visit_tiles(walk, [&](int tile, const auto& about) {
+    keys.advance();
+    keys.visit_rest([&](bool partial) {
       await_turn();
       rings.k.wait();
+      hear(partial);
       start_scores();
       ptx::wgmma_commit();
       rings.v.wait();
@@ -1591,8 +1917,8 @@ struct Consumer {
       ptx::wgmma_commit();
       pass_turn();
       wait_scores<C::kOverlap ? 1 : 0>();  // with overlap, O += P V goes on under the maxima of this tile
-      release_q(tile, about);
-      modify(tile, about);
+      if (keys.last()) rings.q.release();
+      modify(mod, row0, keys, partial);
       const bool moved = observe(factor);
       rings.v.wait();  // it has long been there; without this branch ptxas keeps the rings' state lane by lane
       wait_values<0>();
@@ -1606,7 +1932,7 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     if (C::kPingPong && group == S::kGroups - 1) pass_turn();  // the first warpgroup begins
     bool begun = false;
-    Work done;
+    Done done;
     while (next()) {
       await_turn();
       if (begun) {
@@ -1624,7 +1950,7 @@ struct Consumer {
         wait_scores<0>();
       }
       attend();
-      done = rows.work;
+      done = {rows.m0, rows.m1, rows.work.head, rows.work.batch};
       begun = true;
       if (C::kSchedule == Schedule::single) break;
     }
@@ -1673,65 +1999,91 @@ __device__ __forceinline__ void attend(const fagen_params& p, const Launch& laun
 // What small kernels find out before the forward one, where it needs anything: extents of the intervals, the order of
 // the tiles of rows, a counter at zero. Each starts beside the one before and waits for its end.
 
-template <class C>
+
+// A block's work: the tiles of rows by how many tiles of keys they see, the most first, later rows first among equals.
+__device__ __forceinline__ void put_in_order(const Span* spans, int* order, int row_tiles) {
+  constexpr int kAtOnce = 1024;
+  __shared__ int seen[kAtOnce];
+  const auto count = [&](int i) { return i < row_tiles ? __ldcg(&spans[i].cut) + __ldcg(&spans[i].whole) : -1; };
+  for (int first = 0; first < row_tiles; first += blockDim.x) {
+    const int mine = first + threadIdx.x, my_count = count(mine);
+    int before = 0;
+    for (int some = 0; some < row_tiles; some += kAtOnce) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < kAtOnce; i += blockDim.x) seen[i] = count(some + i);
+      __syncthreads();
+      const int end = min(kAtOnce, row_tiles - some);
+#pragma unroll 8
+      for (int i = 0; i < end; ++i) before += seen[i] > my_count || (seen[i] == my_count && some + i > mine);
+    }
+    if (mine < row_tiles) order[before] = mine;
+  }
+}
+
+template <class C, class Element>
 __device__ __forceinline__ void begin(const fagen_params& p, const Launch& launch) {
   ptx::start_next_kernel();
-  if (C::kSchedule == Schedule::dynamic && blockIdx.x == 0 && threadIdx.x == 0) *launch.taken = 0;
-  if constexpr (C::kMask == Mask::intervals) find_extents<C>(p, launch.extents, launch.key_tiles);
+  if (p.seqlen_k == 0) return store_zeros<Element>(p);
+  const int thread = blockIdx.x * blockDim.x + threadIdx.x;
+  if (C::kSchedule == Schedule::dynamic && thread == 0) *launch.taken = 0;
+  if constexpr (C::kMask == Mask::intervals) {
+    if (thread < p.batch * p.mask_heads) launch.counted[thread] = 0;
+    find_extents<C>(p, launch.extents, launch.key_tiles);
+  }
 }
 
-// A block for each mask head: which tiles of keys each tile of rows sees, and the order by how many they are.
+// A warp for each tile of rows of a mask head: what it sees. Whichever block of a head comes last puts them in order.
 template <class C>
 __device__ __forceinline__ void rank(const fagen_params& p, const Launch& launch) {
+  constexpr int kWarps = 8;
   ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
-  const Band band(p);
-  const int64_t plane = blockIdx.x;
-  Intervals<C> intervals;
-  intervals.extents = launch.extents + plane * launch.key_tiles * C::kIntervalColumns;
-  int* counts = launch.counts + plane * launch.row_tiles;
-  int* order = launch.order + plane * launch.row_tiles;
-  for (int row_tile = threadIdx.x; row_tile < launch.row_tiles; row_tile += blockDim.x) {
-    const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
-    const TileRange range = TileRange::of<C::kTileN>(band, m0, m1);
-    int count = 0, first = 0, end = 0;
-#pragma unroll 8
-    for (int tile = 0; tile < launch.key_tiles; ++tile) {
-      bool empty, partial;
-      intervals.classify(tile, m0, m1, empty, partial);
-      if (tile < range.begin || tile >= range.end || empty) continue;
-      if (count++ == 0) first = tile;
-      end = tile + 1;
-    }
-    counts[row_tile] = count;
-    launch.spans[plane * launch.row_tiles + row_tile] = make_int2(first, end);
+  const int blocks = (launch.row_tiles + kWarps - 1) / kWarps, plane = blockIdx.x / blocks;
+  const int row_tile = blockIdx.x % blocks * kWarps + threadIdx.x / 32;
+  Span* spans = launch.spans + int64_t(plane) * launch.row_tiles;
+  const auto intervals = intervals_of<C>(p, launch, plane / p.mask_heads, plane % p.mask_heads);
+  __shared__ Borders borders;
+  borders.find(intervals, p.seqlen_q);
+  if (row_tile < launch.row_tiles) {
+    const int2 rows = borders.rows<C::kTileM>(row_tile, launch.row_tiles, p.seqlen_q);
+    Span span = {0, 0, 0, 0, 0, 0};
+    if (rows.x < rows.y) span = find_span<C>(intervals, Band(p), rows.x, rows.y);
+    if (threadIdx.x % 32 == 0) spans[row_tile] = span;
   }
-  __syncthreads();
-  for (int row_tile = threadIdx.x; row_tile < launch.row_tiles; row_tile += blockDim.x) {
-    const int count = counts[row_tile];
-    int before = 0;
-#pragma unroll 8
-    for (int other = 0; other < launch.row_tiles; ++other)
-      before += counts[other] > count || (counts[other] == count && other > row_tile);
-    order[before] = row_tile;
+  if constexpr (kRanked<C>) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(&launch.counted[plane], 1) == blocks - 1;
+    __syncthreads();
+    __threadfence();
+    if (last) put_in_order(spans, launch.order + int64_t(plane) * launch.row_tiles, launch.row_tiles);
   }
 }
 
-// The workspace: a counter; and for intervals their extents, and counts, spans and order of the tiles of rows.
+// The workspace: a counter; and for intervals their extents, what the tiles of rows see of them, and in which order
+// these are taken.
+// With intervals, tiles of rows may end early where a document does: there is room for some more of them.
+template <class C>
+static int count_row_tiles(const fagen_params& p) {
+  const int tiles = (p.seqlen_q + C::kTileM - 1) / C::kTileM;
+  return C::kMask == Mask::intervals ? tiles + tiles / 8 + 1 : tiles;
+}
+
 template <class C>
 struct Workspace {
   static constexpr bool kCounter = C::kSchedule == Schedule::dynamic, kExtents = C::kMask == Mask::intervals;
-  uint64_t extents, counts, spans, order, end;  // where each begins
+  uint64_t extents, spans, counted, order, end;  // where each begins
 
   explicit Workspace(const fagen_params& p) {
     const auto tiles = [](int length, int tile) { return uint64_t(length + tile - 1) / tile; };
     const auto next = [](uint64_t begin, uint64_t bytes) { return (begin + bytes + 255) / 256 * 256; };
     const uint64_t planes = kExtents ? uint64_t(p.batch) * p.mask_heads : 0;
-    const uint64_t rows = planes * tiles(p.seqlen_q, C::kTileM);
+    const uint64_t rows = planes * count_row_tiles<C>(p);
     extents = kCounter ? 256 : 0;
-    counts = next(extents, planes * tiles(p.seqlen_k, C::kTileN) * C::kIntervalColumns * sizeof(Extent));
-    spans = next(counts, rows * sizeof(int));
-    order = next(spans, rows * sizeof(int2));
+    spans = next(extents, planes * tiles(p.seqlen_k, C::kTileN) * C::kIntervalColumns * sizeof(Extent));
+    counted = next(spans, rows * sizeof(Span));
+    order = next(counted, planes * sizeof(unsigned));
     end = next(order, rows * sizeof(int));
   }
 };
@@ -1816,6 +2168,8 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   int sms;
   if (const cudaError_t e = prepare<C>(forward, &sms)) return e;
   Launch launch;
+  if (p.batch == 0 || p.seqlen_q == 0) return cudaSuccess;
+  if (p.seqlen_k == 0) return start(begin, sms, 256, 0, stream, false, p, launch);
   if (const cudaError_t e =
           make_map(&launch.q, type, p.q, p.q_stride, p.head_dim, p.seqlen_q, p.heads, p.batch, C::kTileM))
     return e;
@@ -1826,7 +2180,7 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
           make_map(&launch.v, type, p.v, p.v_stride, p.head_dim_v, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
     return e;
   const int heads = p.heads * p.batch, planes = p.batch * p.mask_heads;
-  launch.row_tiles = (p.seqlen_q + C::kTileM - 1) / C::kTileM;
+  launch.row_tiles = count_row_tiles<C>(p);
   launch.tiles = launch.row_tiles * heads;
   launch.key_tiles = (p.seqlen_k + C::kTileN - 1) / C::kTileN;
   const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
@@ -1837,15 +2191,16 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   char* workspace = static_cast<char*>(p.workspace);
   launch.taken = reinterpret_cast<unsigned*>(workspace);
   launch.extents = reinterpret_cast<Extent*>(workspace + places.extents);
-  launch.counts = reinterpret_cast<int*>(workspace + places.counts);
-  launch.spans = reinterpret_cast<int2*>(workspace + places.spans);
+  launch.spans = reinterpret_cast<Span*>(workspace + places.spans);
+  launch.counted = reinterpret_cast<unsigned*>(workspace + places.counted);
   launch.order = reinterpret_cast<int*>(workspace + places.order);
   if (W::kCounter || W::kExtents) {
     const int64_t warps = W::kExtents ? int64_t(launch.key_tiles) * planes : 1;
     if (const cudaError_t e = start(begin, int((warps + 7) / 8), 256, 0, stream, false, p, launch)) return e;
   }
   if (W::kExtents)
-    if (const cudaError_t e = start(rank, planes, 256, 0, stream, true, p, launch)) return e;
+    if (const cudaError_t e = start(rank, planes * ((launch.row_tiles + 7) / 8), 256, 0, stream, true, p, launch))
+      return e;
 
   const int resident = sms * C::kBlocksPerSm;
   const int blocks = C::kSchedule == Schedule::single || launch.tiles < resident ? launch.tiles : resident;
@@ -1866,7 +2221,7 @@ forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ L
 }
 
 __global__ void begin_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
-  begin<Kernel>(p, launch);
+  begin<Kernel, Element>(p, launch);
 }
 
 __global__ void rank_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {

@@ -28,8 +28,8 @@ PROBLEMS = [
 ]
 
 
-# Defaults that spill: of the first two the producer's loop state, of the last a register or two of the consumers'.
-SPILLING = {"forward/bf16/d64/causal", "forward/bf16/d64/window", "forward/bf16/d64/intervals-both4"}
+# Defaults that spill: a few registers of the producer, which waits most of the time.
+SPILLING = {"forward/bf16/d64/causal", "forward/bf16/d64/window", "forward/bf16/d128/intervals-both4"}
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.static_key.replace("/", "-"))

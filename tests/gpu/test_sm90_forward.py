@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fagen import target, verify
+from fagen import masks, target, verify
 from fagen.families import Config
 from fagen.problem import Problem
 from tests.gpu import cases
@@ -175,6 +175,17 @@ def test_rows_that_see_nothing(name: str) -> None:
     assert torch.isfinite(out).all() and torch.isfinite(lse[:, :, 200:]).all()
 
 
+@pytest.mark.parametrize("mask", ["none", "causal", "window", "intervals"])
+def test_no_keys_at_all(mask: str) -> None:
+    case = Case("tma_dynamic", mask=mask, window=(3, 5), intervals="both4" if mask == "intervals" else "")
+    q = torch.randn(2, 130, 4, 64, device="cuda").bfloat16()
+    k, v = (torch.randn(2, 0, 4, 64, device="cuda").bfloat16() for _ in range(2))
+    intervals = torch.zeros(2, 1, 0, 4, device="cuda", dtype=torch.int32) if mask == "intervals" else None
+    out, lse = _poisoned(q)
+    cases.kernel_of(case).launch(q, k, v, out, lse, layout="bshd", window=case.band, intervals=intervals)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
 @pytest.mark.parametrize(("begin", "end"), [(130, 660), (0, 500), (700, 900), (0, 900)])
 @pytest.mark.parametrize("kind", ["lower2", "both4"])
 @pytest.mark.parametrize("name", WALKS)
@@ -186,6 +197,27 @@ def test_intervals_that_hide_whole_rows(name: str, kind: str, begin: int, end: i
     window = (-1, 0) if kind == "lower2" else (100, 30)
     case = Case(name, mask="intervals", intervals=kind, window=window, heads=8, kv_heads=4)
     verdict = run(case, 900, 900, batch=4, intervals=intervals)
+    assert verdict, verdict.message
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "lengths",
+    [(300, 37, 129, 434), (128, 256, 384, 132), (1, 898, 1), (25,) * 36, (450, 450), (700, 1, 199)],
+    ids=lambda lengths: "-".join(map(str, lengths[:4])),
+)
+@pytest.mark.parametrize("name", WALKS)
+def test_packed_documents(name: str, lengths: tuple[int, ...], causal: bool) -> None:
+    """Tiles of rows end where documents do, as far as there is room for more of them, and other heads differ."""
+    bounds = []
+    for head in range(4):
+        ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths).roll(head))
+        bounds.append(masks.from_documents(ids[None], causal=causal)[0, 0])
+    intervals = torch.stack(bounds).to("cuda", torch.int32).expand(2, -1, -1, -1).contiguous()
+    window = (-1, 0) if causal else (-1, -1)
+    kind = "lower1" if causal else "both2"
+    case = Case(name, mask="intervals", intervals=kind, window=window, heads=8, kv_heads=4)
+    verdict = run(case, 900, 900, intervals=intervals)
     assert verdict, verdict.message
 
 

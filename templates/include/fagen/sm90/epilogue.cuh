@@ -2,23 +2,28 @@
 #pragma once
 #include "fagen/sm90/rows.cuh"
 
+// A tile of rows that is computed, but not stored yet.
+struct Done {
+  int m0, m1, head, batch;
+};
+
 // The 64 rows of a warpgroup: two of a thread's. Lanes of a quad hold two columns each of pieces of 8; neighbours trade
 // until each has four of one piece, so that a quad writes 32 whole bytes at once.
 template <class C, class Element, class State>
-__device__ __forceinline__ void store_rows(const fagen_params& p, State& state, const Work& work, int group) {
+__device__ __forceinline__ void store_rows(const fagen_params& p, State& state, const Done& done, int group) {
   const Lane lane;
   const bool odd = lane.id % 2;
-  const int first = work.row_tile * C::kTileM + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
+  const int first = done.m0 + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
   const int column = odd * 8 + lane.id % 4 / 2 * 4;  // of two pieces
-  Element* out = static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + work.head * p.o_stride[2];
+  Element* out = static_cast<Element*>(p.o) + done.batch * p.o_stride[0] + done.head * p.o_stride[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int m = first + r * 8;
     const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
-    if (p.lse && lane.id % 4 == 0 && m < p.seqlen_q)
-      p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m] = state.softmax.lse(r, row_sum);
+    if (p.lse && lane.id % 4 == 0 && m < done.m1)
+      p.lse[(int64_t(done.batch) * p.heads + done.head) * p.seqlen_q + m] = state.softmax.lse(r, row_sum);
     Element* row = out + m * p.o_stride[1] + column;
-    const int columns = m < p.seqlen_q ? p.head_dim_v - column : 0;
+    const int columns = m < done.m1 ? p.head_dim_v - column : 0;
     const auto word = [&](int n) {
       return pack<Element>(state.o[0][n][r * 2] * inverse, state.o[0][n][r * 2 + 1] * inverse);
     };
@@ -48,5 +53,18 @@ __device__ __forceinline__ void store_nothing(const fagen_params& p, const Launc
     if (p.lse)
       for (int m = rows.m0 + threadIdx.x % 32; m < rows.m1; m += 32)
         p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m] = -INFINITY;
+  }
+}
+
+// Where there are no keys at all, all rows are such. A grid's work, a warp a row.
+template <class Element>
+__device__ __forceinline__ void store_zeros(const fagen_params& p) {
+  const int64_t rows = int64_t(p.batch) * p.heads * p.seqlen_q;
+  for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32; i < rows; i += gridDim.x * blockDim.x / 32) {
+    const int64_t m = i % p.seqlen_q, head = i / p.seqlen_q % p.heads, batch = i / p.seqlen_q / p.heads;
+    Element* out = static_cast<Element*>(p.o) + batch * p.o_stride[0] + m * p.o_stride[1] + head * p.o_stride[2];
+    for (int column = threadIdx.x % 32 * 8; column < p.head_dim_v; column += 256)
+      *reinterpret_cast<uint4*>(out + column) = make_uint4(0, 0, 0, 0);
+    if (p.lse && threadIdx.x % 32 == 0) p.lse[i] = -INFINITY;
   }
 }

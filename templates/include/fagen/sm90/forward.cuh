@@ -40,53 +40,72 @@ struct Producer {
   __device__ __forceinline__ void load_q(const Rows<C>& rows) {
     load<Shape<C>::kSlabs, C::kTileM>(launch.q, rings.q, rows.m0, rows.work.head, rows.work.batch, [] {});
   }
-  __device__ __forceinline__ void load_v(const Rows<C>& rows, int tile) {
-    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, tile * C::kTileN, rows.kv_head, rows.work.batch, [] {});
+  __device__ __forceinline__ void load_v(int key, int kv_head, int batch) {
+    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, key, kv_head, batch, [] {});
   }
-  // The walk's present tile, which is returned; the walk goes on.
-  template <class Walk>
-  __device__ __forceinline__ int load_k(const Rows<C>& rows, Walk& walk) {
-    const int tile = walk.tile;
-    const bool partial = needs_mask(walk, rows.range);
-    walk.advance();
-    load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, tile * C::kTileN, rows.kv_head, rows.work.batch, [&] {
-      if constexpr (C::kMask == Mask::intervals) rows.tell(rings.told_place(), tile, partial, !walk.valid());
-    });
-    return tile;
+  // The walk's present tile, whose first key is returned; the walk goes on.
+  template <class Tiles>
+  __device__ __forceinline__ int load_k(const Rows<C>& rows, Tiles& tiles) {
+    const int key = tiles.key();
+    const auto load = [&](auto note) {
+      this->template load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, key, rows.kv_head, rows.work.batch, note);
+    };
+    if constexpr (C::kMask == Mask::intervals) {
+      const Telling<C> telling(tiles);
+      load([&] { telling.say(rings.told_place()); });
+    } else {
+      load([] {});
+    }
+    tiles.advance();
+    return key;
   }
 
-  // The next tile of rows that sees any key; row_tile is -1 if there is none.
+  // The next tile of rows that sees any key; row_tile is -1 if there is none. The consumers are told.
   __device__ __forceinline__ Work find(int next) {
     for (;;) {
       const int index = __shfl_sync(~0u, next, 0);
-      if (index >= launch.tiles) return {-1, 0, 0};
-      const Work work = take<C>(p, launch, index);
-      if (Rows<C>(p, launch, band, work).see_any()) return work;
+      Letter letter = {{-1, 0, 0}, 0, 0, 0, 0};
+      bool found = true;
+      if (index < launch.tiles) {
+        const Rows<C> rows(p, launch, band, take<C>(p, launch, index));
+        letter = {rows.work, rows.m0, rows.m1, rows.span.cut, rows.span.whole};
+        found = rows.see_any();
+      }
+      if (found) {
+        rings.mail.send(letter);
+        return letter.work;
+      }
       next = share.next(launch);
     }
   }
 
-  // Keys run one tile ahead of values, as they are needed; the next tile of rows is looked for while the rings are
-  // full.
+  // Keys run one tile ahead of values, as they are needed, from one tile of rows to the next as well. That one is
+  // looked for, and its first tile of keys, while the rings are full.
   __device__ __forceinline__ void run() {
     if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
     Work work = find(blockIdx.x);
-    rings.mail.send(work);
-    while (work.row_tile >= 0) {
+    if (work.row_tile < 0) return;
+    Rows<C> rows(p, launch, band, work);
+    auto tiles = rows.tiles(band);
+    int key = -1, kv_head = 0, batch = 0;  // of the keys whose values are next
+    const auto step = [&] {
+      const int more = load_k(rows, tiles);
+      if (key >= 0) load_v(key, kv_head, batch);
+      key = more, kv_head = rows.kv_head, batch = rows.work.batch;
+    };
+    for (;;) {
       const int next = share.next(launch);
-      const Rows<C> rows(p, launch, band, work);
-      auto walk = rows.first_tile();
-      int tile = load_k(rows, walk);
+      step();
       load_q(rows);
+      if (tiles.valid()) step();
       work = find(next);
-      rings.mail.send(work);
-      while (walk.valid()) {
-        const int v_tile = tile;
-        tile = load_k(rows, walk);
-        load_v(rows, v_tile);
-      }
-      load_v(rows, tile);
+      const Rows<C> next_rows(p, launch, band, work);
+      const auto next_tiles = next_rows.tiles(band);
+      while (tiles.valid()) step();
+      if (work.row_tile < 0) break;
+      rows = next_rows, tiles = next_tiles;
     }
+    load_v(key, kv_head, batch);
   }
 };
 
@@ -107,7 +126,7 @@ struct Consumer {
   const Band band;
   const int group;  // of warps, from 0
   Rows<C> rows;
-  Told first;  // intervals: about the first tile of keys
+  Told told;  // intervals: about the tile of keys whose scores are under way
   State state;
   Scores s_acc;
   Weights p_frag;
@@ -168,44 +187,65 @@ struct Consumer {
     rings.v.release();
   }
 
-  // Hide what the band hides of a tile: the columns from `key` on, of which each row sees [begin, end).
-  __device__ __forceinline__ void hide(int row0, int key) {
+  // Which scores of the thread are seen, a bit each: of each of its two rows, two of every piece of 8 keys.
+  static constexpr int kSeenWords = (kPieces + 15) / 16;
+  using Seen = uint32_t[2][kSeenWords];
+
+  // By the band: of the keys from `key` on, row m sees [begin(m), end(m)).
+  __device__ __forceinline__ void see_band(Seen& seen, int row0, int key) const {
     const Lane lane;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = row0 + r * 8 + lane.row, first = key + lane.column;
-      // of the thread's columns, two a piece of 8, how many lie before x
+      // of the thread's columns, how many lie before x
       const auto before = [&](int x) { return x <= 0 ? 0 : x / 8 * 2 + min(x % 8, 2); };
       const int begin = before(band.begin(row) - first), end = before(band.end(row) - first);
 #pragma unroll
-      for (int word = 0; word < kPieces * 2; word += 32) {
-        const auto bits = [&](int n) { return n <= word ? 0u : n >= word + 32 ? ~0u : (1u << (n - word)) - 1u; };
-        uint32_t seen = bits(end);
-        if (C::kMask == Mask::window || C::kMask == Mask::intervals) seen &= ~bits(begin);
-#pragma unroll
-        for (int j = 0; j < 32 && word + j < kPieces * 2; ++j) {
-          float& x = s_acc[0][(word + j) / 2][r * 2 + j % 2];
-          x = seen & 1u << j ? x : -INFINITY;
-        }
+      for (int w = 0; w < kSeenWords; ++w) {
+        const auto bits = [&](int n) { return n <= w * 32 ? 0u : n >= w * 32 + 32 ? ~0u : (1u << (n - w * 32)) - 1u; };
+        seen[r][w] = bits(end);
+        if (C::kMask == Mask::window || C::kMask == Mask::intervals) seen[r][w] &= ~bits(begin);
       }
     }
   }
-  // And what intervals hide of it.
-  __device__ __forceinline__ void hide(int row0, const Told& told) {
-    if (told.cut() == Told::rows) {
-      const Hidden bounds = told.hidden();
+  // By the intervals, as told.
+  __device__ __forceinline__ void see_intervals(Seen& seen, int row0) const {
+    const Lane lane;
+    const Cut cut = told.cut();
+    if (cut == kColumns) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const bool hidden = bounds.hides(row0 + r * 8 + Lane().row);
-#pragma unroll
-        for (int n = 0; n < kPieces * 2; ++n) {
-          float& x = s_acc[0][n / 2][r * 2 + n % 2];
-          x = hidden ? -INFINITY : x;
-        }
+      for (int w = 0; w < kSeenWords; ++w) {
+        const uint32_t columns = told.columns(w, lane.column / 2);
+        seen[0][w] &= columns, seen[1][w] &= columns;
       }
-    } else if (told.cut() == Told::cells) {
-      state.hide_intervals(s_acc, rows.intervals, row0, told.tile() * C::kTileN);
+    } else if (cut == kRows) {
+      const Hidden bounds = told.rows();
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (bounds.hides(row0 + r * 8 + lane.row))
+          for (int w = 0; w < kSeenWords; ++w) seen[r][w] = 0;
+    } else if (cut == kCells) {
+#pragma unroll
+      for (int w = 0; w < kSeenWords; ++w)
+#pragma unroll 1
+        for (int bit = 0; bit < 32 && w * 32 + bit < kPieces * 2; ++bit) {
+          const int key = told.key() + (w * 16 + bit / 2) * 8 + lane.column + bit % 2;
+          const Hidden bounds = rows.intervals.at(min(key, rows.intervals.last_key));
+#pragma unroll
+          for (int r = 0; r < 2; ++r)
+            if (bounds.hides(row0 + r * 8 + lane.row)) seen[r][w] &= ~(1u << bit);
+        }
     }
+    __syncwarp();  // every lane has read what was told before the first one gives a later tile back
+  }
+  __device__ __forceinline__ void hide_others(const Seen& seen) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int bit = 0; bit < kPieces * 2; ++bit) {
+        float& x = s_acc[0][bit / 2][r * 2 + bit % 2];
+        x = seen[r][bit / 32] & 1u << bit % 32 ? x : -INFINITY;
+      }
   }
 
   // Take the maxima of a tile into the softmax: true if O must follow by `factor`, once it is at rest.
@@ -256,62 +296,64 @@ struct Consumer {
   __device__ __forceinline__ void start_first_scores() {
     rings.q.wait();
     rings.k.wait();
-    if constexpr (C::kMask == Mask::intervals) first = Told::hear(rings.told_place());
+    hear(true);
     start_scores();
     ptx::wgmma_commit();
   }
 
   // The next tile of rows, if there is one.
   __device__ __forceinline__ bool next() {
-    const Work work = rings.mail.receive();
-    if (work.row_tile < 0) return false;
-    rows = Rows<C>(p, launch, band, work);
+    const Letter letter = rings.mail.receive();
+    if (letter.work.row_tile < 0) return false;
+    rows = Rows<C>(p, launch, band, letter.work);
+    if constexpr (C::kMask == Mask::intervals)
+      rows.m0 = letter.m0, rows.m1 = letter.m1, rows.span.cut = letter.cut, rows.span.whole = letter.whole;
     return true;
   }
 
-  // The walk over the keys, beginning with the tile whose scores are under way.
-  __device__ __forceinline__ auto keys() {
+  // What the producer says of a tile of k that is there, where anybody asks.
+  __device__ __forceinline__ void hear(bool partial) {
     if constexpr (C::kMask == Mask::intervals)
-      return ToldWalk<Rings<C>>{rings, first};
+      if (partial || ScoreMod<C>::kActive) told = Told::hear(rings.told_place());
+  }
+
+  // What score changes and mask make of the scores of a tile of keys.
+  __device__ __forceinline__ void modify(const ScoreMod<C>& mod, int row0, const Keys<C>& keys, bool partial) {
+    constexpr bool kIntervals = C::kMask == Mask::intervals;
+    int key;  // the first
+    if constexpr (kIntervals)
+      key = told.key();
     else
-      return rows.first_tile();
+      key = keys.tile * C::kTileN;
+    if constexpr (ScoreMod<C>::kActive) state.template modify<false>(s_acc, mod, band, rows.intervals, row0, key);
+    if (!partial) return;
+    Seen seen;
+    if (kIntervals && !told.banded())
+      for (auto& row : seen)
+        for (uint32_t& word : row) word = ~0u;
+    else
+      see_band(seen, row0, key);
+    if constexpr (kIntervals) see_intervals(seen, row0);
+    hide_others(seen);
   }
 
   // All keys of a tile of rows. Its first scores are under way already, its last product still is at the end.
   __device__ __forceinline__ void attend() {
     const int row0 = rows.m0 + group * 64 + threadIdx.x / 32 % 4 * 16;
     const ScoreMod<C> mod(p, rows.work.batch, rows.work.head);
-    const auto modify = [&](int tile, const auto& about) {
-      if constexpr (ScoreMod<C>::kActive)
-        state.template modify<false>(s_acc, mod, band, rows.intervals, row0, tile * C::kTileN);
-      if (about.partial()) {
-        hide(row0, tile * C::kTileN);
-        if constexpr (C::kMask == Mask::intervals) hide(row0, about);
-      }
-    };
-    // q has been read for the last time once the scores of the last tile are there
-    const auto release_q = [&](int tile, const auto& about) {
-      bool last = tile == rows.range.begin;
-      if constexpr (C::kMask == Mask::intervals) last = about.last();
-      if (last) rings.q.release();
-    };
-    auto walk = keys();
+    Keys<C> keys(rows);
     float factor[2];
     clear();
-    if constexpr (C::kMask == Mask::intervals) {
-      release_q(walk.told.tile(), walk.told);
-      modify(walk.told.tile(), walk.told);
-    } else {
-      release_q(walk.tile, True{});
-      needs_mask(walk, rows.range) ? modify(walk.tile, True{}) : modify(walk.tile, False{});
-    }
+    if (keys.last()) rings.q.release();  // q has been read once the scores of the last tile are there
+    keys.partial() ? modify(mod, row0, keys, true) : modify(mod, row0, keys, false);
     observe(factor);  // O is still zero: nothing to rescale
     weigh();
     pack_weights();
-    walk.advance();
-    rows.visit_tiles(walk, [&](int tile, const auto& about) {
+    keys.advance();
+    keys.visit_rest([&](bool partial) {
       await_turn();
       rings.k.wait();
+      hear(partial);
       start_scores();
       ptx::wgmma_commit();
       rings.v.wait();
@@ -319,8 +361,8 @@ struct Consumer {
       ptx::wgmma_commit();
       pass_turn();
       wait_scores<C::kOverlap ? 1 : 0>();  // with overlap, O += P V goes on under the maxima of this tile
-      release_q(tile, about);
-      modify(tile, about);
+      if (keys.last()) rings.q.release();
+      modify(mod, row0, keys, partial);
       const bool moved = observe(factor);
       rings.v.wait();  // it has long been there; without this branch ptxas keeps the rings' state lane by lane
       wait_values<0>();
@@ -334,7 +376,7 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     if (C::kPingPong && group == S::kGroups - 1) pass_turn();  // the first warpgroup begins
     bool begun = false;
-    Work done;
+    Done done;
     while (next()) {
       await_turn();
       if (begun) {
@@ -352,7 +394,7 @@ struct Consumer {
         wait_scores<0>();
       }
       attend();
-      done = rows.work;
+      done = {rows.m0, rows.m1, rows.work.head, rows.work.batch};
       begun = true;
       if (C::kSchedule == Schedule::single) break;
     }

@@ -7,21 +7,29 @@
 #include "fagen/sm90/forward.cuh"
 #include "fagen/sm90/plan.cuh"
 
-// The workspace: a counter; and for intervals their extents, and counts, spans and order of the tiles of rows.
+// The workspace: a counter; and for intervals their extents, what the tiles of rows see of them, and in which order
+// these are taken.
+// With intervals, tiles of rows may end early where a document does: there is room for some more of them.
+template <class C>
+static int count_row_tiles(const fagen_params& p) {
+  const int tiles = (p.seqlen_q + C::kTileM - 1) / C::kTileM;
+  return C::kMask == Mask::intervals ? tiles + tiles / 8 + 1 : tiles;
+}
+
 template <class C>
 struct Workspace {
   static constexpr bool kCounter = C::kSchedule == Schedule::dynamic, kExtents = C::kMask == Mask::intervals;
-  uint64_t extents, counts, spans, order, end;  // where each begins
+  uint64_t extents, spans, counted, order, end;  // where each begins
 
   explicit Workspace(const fagen_params& p) {
     const auto tiles = [](int length, int tile) { return uint64_t(length + tile - 1) / tile; };
     const auto next = [](uint64_t begin, uint64_t bytes) { return (begin + bytes + 255) / 256 * 256; };
     const uint64_t planes = kExtents ? uint64_t(p.batch) * p.mask_heads : 0;
-    const uint64_t rows = planes * tiles(p.seqlen_q, C::kTileM);
+    const uint64_t rows = planes * count_row_tiles<C>(p);
     extents = kCounter ? 256 : 0;
-    counts = next(extents, planes * tiles(p.seqlen_k, C::kTileN) * C::kIntervalColumns * sizeof(Extent));
-    spans = next(counts, rows * sizeof(int));
-    order = next(spans, rows * sizeof(int2));
+    spans = next(extents, planes * tiles(p.seqlen_k, C::kTileN) * C::kIntervalColumns * sizeof(Extent));
+    counted = next(spans, rows * sizeof(Span));
+    order = next(counted, planes * sizeof(unsigned));
     end = next(order, rows * sizeof(int));
   }
 };
@@ -106,6 +114,8 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   int sms;
   if (const cudaError_t e = prepare<C>(forward, &sms)) return e;
   Launch launch;
+  if (p.batch == 0 || p.seqlen_q == 0) return cudaSuccess;
+  if (p.seqlen_k == 0) return start(begin, sms, 256, 0, stream, false, p, launch);
   if (const cudaError_t e =
           make_map(&launch.q, type, p.q, p.q_stride, p.head_dim, p.seqlen_q, p.heads, p.batch, C::kTileM))
     return e;
@@ -116,7 +126,7 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
           make_map(&launch.v, type, p.v, p.v_stride, p.head_dim_v, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
     return e;
   const int heads = p.heads * p.batch, planes = p.batch * p.mask_heads;
-  launch.row_tiles = (p.seqlen_q + C::kTileM - 1) / C::kTileM;
+  launch.row_tiles = count_row_tiles<C>(p);
   launch.tiles = launch.row_tiles * heads;
   launch.key_tiles = (p.seqlen_k + C::kTileN - 1) / C::kTileN;
   const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
@@ -127,15 +137,16 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   char* workspace = static_cast<char*>(p.workspace);
   launch.taken = reinterpret_cast<unsigned*>(workspace);
   launch.extents = reinterpret_cast<Extent*>(workspace + places.extents);
-  launch.counts = reinterpret_cast<int*>(workspace + places.counts);
-  launch.spans = reinterpret_cast<int2*>(workspace + places.spans);
+  launch.spans = reinterpret_cast<Span*>(workspace + places.spans);
+  launch.counted = reinterpret_cast<unsigned*>(workspace + places.counted);
   launch.order = reinterpret_cast<int*>(workspace + places.order);
   if (W::kCounter || W::kExtents) {
     const int64_t warps = W::kExtents ? int64_t(launch.key_tiles) * planes : 1;
     if (const cudaError_t e = start(begin, int((warps + 7) / 8), 256, 0, stream, false, p, launch)) return e;
   }
   if (W::kExtents)
-    if (const cudaError_t e = start(rank, planes, 256, 0, stream, true, p, launch)) return e;
+    if (const cudaError_t e = start(rank, planes * ((launch.row_tiles + 7) / 8), 256, 0, stream, true, p, launch))
+      return e;
 
   const int resident = sms * C::kBlocksPerSm;
   const int blocks = C::kSchedule == Schedule::single || launch.tiles < resident ? launch.tiles : resident;

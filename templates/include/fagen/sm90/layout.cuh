@@ -3,7 +3,6 @@
 #pragma once
 #include "fagen/attend.cuh"
 #include "fagen/schedule.cuh"
-#include "fagen/walk.cuh"
 
 template <class C>
 struct Shape {
@@ -18,12 +17,14 @@ struct Shape {
   static constexpr int kQ = 0, kK = kQ + C::kQStages * kQBytes, kV = kK + C::kStages * kKBytes;
   static constexpr int kBarriers = kV + C::kStages * kVBytes;
   static constexpr int kMail = kBarriers + 16 * (C::kQStages + 2 * C::kStages);
-  static constexpr int kTold = kMail + 64;
-  static constexpr int kSmemBytes = kTold + 64 * C::kStages + 1024;  // and room to align
+  static constexpr int kTold = kMail + 96;
+  static constexpr int kSmemBytes = kTold + 96 * C::kStages + 1024;  // and room to align
 
   // Registers of a thread: what the block is compiled for, and how the roles divide them.
   static constexpr int kEach = 65536 / (C::kBlocksPerSm * kThreads) / 8 * 8;
-  static constexpr int kProducerRegisters = C::kMask == Mask::intervals ? 56 : kGroups == 3 ? 32 : 40;
+  static constexpr int kProducerRegisters = C::kMask == Mask::intervals ? (kEach < 128 ? 56 : 72)
+                                            : kGroups == 3              ? 32
+                                                                        : 40;
   static constexpr int kShare = ((kGroups + 1) * kEach - kProducerRegisters) / kGroups / 8 * 8;
   static constexpr int kConsumerRegisters = kShare > 240 ? 240 : kShare;
 
@@ -58,8 +59,6 @@ struct Ring {
   uint32_t tiles, barriers;  // of stage 0; the empty barrier lies behind the full one
   int stage = 0, phase = 0;
 
-  static constexpr int kTileBytes = kBytes;
-
   __device__ __forceinline__ void init(int consumers) const {
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(barriers + s * 16, 1);
@@ -84,49 +83,39 @@ struct Ring {
   }
 };
 
-// Which tile of rows comes next: the producer tells the consumers. A row_tile of -1 is the end.
+// Which tile of rows comes next: the producer tells the consumers. A row_tile of -1 is the end. With intervals, also
+// which rows these are and how many tiles of keys they see.
+struct Letter {
+  Work work;
+  int m0, m1, cut, whole;
+};
 
+template <bool kIntervals>
 struct Mail {
-  Ring<2, 16> ring;
+  Ring<2, 32> ring;
 
-  __device__ __forceinline__ void send(const Work& work) {
+  __device__ __forceinline__ void send(const Letter& letter) {
     if (threadIdx.x % 32 == 0) {
       ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
-      ptx::st_shared_16(ring.tile(), make_uint4(work.row_tile, work.head, work.batch, 0));
+      ptx::st_shared_16(ring.tile(), make_uint4(letter.work.row_tile, letter.work.head, letter.work.batch, 0));
+      if (kIntervals) ptx::st_shared_16(ring.tile() + 16, make_uint4(letter.m0, letter.m1, letter.cut, letter.whole));
       ptx::mbarrier_arrive(ring.full());
     }
     ring.advance();
   }
-  __device__ __forceinline__ Work receive() {
+  __device__ __forceinline__ Letter receive() {
     ring.wait();
-    const uint4 word = ptx::ld_shared_16(ring.tile());
+    const uint4 work = ptx::ld_shared_16(ring.tile());
+    const uint4 seen = kIntervals ? ptx::ld_shared_16(ring.tile() + 16) : make_uint4(0, 0, 0, 0);
+    __syncwarp();  // every lane has read before the first one gives the place back
     ring.release();
     // broadcast, so that the compiler as well knows it to be the same in all lanes
     const auto uniform = [](uint32_t x) { return int(__shfl_sync(~0u, x, 0)); };
-    return {uniform(word.x), uniform(word.y), uniform(word.z)};
-  }
-};
-
-// Intervals: what a tile of k is to a tile of rows. The producer finds out and tells the consumers.
-struct Told {
-  enum Cut { none, rows, cells };  // what the intervals hide of it: nothing, whole rows, this and that
-  uint32_t place;                  // in shared memory: a word, and the bounds of the rows
-  int word;
-
-  static __device__ __forceinline__ void tell(uint32_t place, int tile, bool partial, bool last, Cut cut,
-                                              const Hidden& hidden) {
-    ptx::st_shared_4(place, tile << 4 | int(cut) << 2 | int(last) << 1 | int(partial));
-    ptx::st_shared_16(place + 16, make_uint4(hidden.ls, hidden.le, hidden.us, hidden.ue));
-  }
-  static __device__ __forceinline__ Told hear(uint32_t place) { return {place, int(ptx::ld_shared_4(place))}; }
-
-  __device__ __forceinline__ int tile() const { return word >> 4; }
-  __device__ __forceinline__ bool partial() const { return word & 1; }  // has hidden cells
-  __device__ __forceinline__ bool last() const { return word & 2; }     // of its tile of rows
-  __device__ __forceinline__ Cut cut() const { return Cut(word >> 2 & 3); }
-  __device__ __forceinline__ Hidden hidden() const {
-    const uint4 x = ptx::ld_shared_16(place + 16);
-    return {int(x.x), int(x.y), int(x.z), int(x.w)};
+    return {{uniform(work.x), uniform(work.y), uniform(work.z)},
+            uniform(seen.x),
+            uniform(seen.y),
+            uniform(seen.z),
+            uniform(seen.w)};
   }
 };
 
@@ -136,17 +125,17 @@ struct Rings {
   Ring<C::kQStages, S::kQBytes> q;
   Ring<C::kStages, S::kKBytes> k;
   Ring<C::kStages, S::kVBytes> v;
-  Mail mail;
-  uint32_t told;  // places of Told: two a stage of k, so that one outlives its tile until the softmax is done
+  Mail<C::kMask == Mask::intervals> mail;
+  uint32_t told;  // places for what is told: two a stage of k, so that one outlives its tile until the softmax is done
 
   __device__ __forceinline__ explicit Rings(uint32_t smem)
       : q{smem + S::kQ, smem + S::kBarriers},
         k{smem + S::kK, smem + S::kBarriers + 16 * C::kQStages},
         v{smem + S::kV, smem + S::kBarriers + 16 * (C::kQStages + C::kStages)},
-        mail{{smem + S::kMail, smem + S::kMail + 32}},
+        mail{{smem + S::kMail, smem + S::kMail + 64}},
         told(smem + S::kTold) {}
 
-  __device__ __forceinline__ uint32_t told_place() const { return told + (k.stage + k.phase * C::kStages) * 32; }
+  __device__ __forceinline__ uint32_t told_place() const { return told + (k.stage + k.phase * C::kStages) * 48; }
 
   // Consumers give a tile back with one arrival a warp.
   __device__ __forceinline__ void init() const {
@@ -155,22 +144,5 @@ struct Rings {
     v.init(S::kGroups * 4);
     mail.ring.init(S::kGroups * 4);
     ptx::fence_mbarrier_init();
-  }
-};
-
-// The walk over tiles of k as the producer tells it. The present tile is there; to advance is to wait for the next.
-template <class Rings>
-struct ToldWalk {
-  Rings& rings;
-  Told told;
-
-  __device__ __forceinline__ bool valid() const { return told.place != 0; }
-  __device__ __forceinline__ void advance() {
-    if (told.last()) {
-      told.place = 0;
-    } else {
-      rings.k.wait();
-      told = Told::hear(rings.told_place());
-    }
   }
 };

@@ -1,48 +1,66 @@
 // What small kernels find out before the forward one, where it needs anything: extents of the intervals, the order of
 // the tiles of rows, a counter at zero. Each starts beside the one before and waits for its end.
 #pragma once
+#include "fagen/sm90/epilogue.cuh"
 #include "fagen/sm90/rows.cuh"
 
-template <class C>
-__device__ __forceinline__ void begin(const fagen_params& p, const Launch& launch) {
-  ptx::start_next_kernel();
-  if (C::kSchedule == Schedule::dynamic && blockIdx.x == 0 && threadIdx.x == 0) *launch.taken = 0;
-  if constexpr (C::kMask == Mask::intervals) find_extents<C>(p, launch.extents, launch.key_tiles);
+// A block's work: the tiles of rows by how many tiles of keys they see, the most first, later rows first among equals.
+__device__ __forceinline__ void put_in_order(const Span* spans, int* order, int row_tiles) {
+  constexpr int kAtOnce = 1024;
+  __shared__ int seen[kAtOnce];
+  const auto count = [&](int i) { return i < row_tiles ? __ldcg(&spans[i].cut) + __ldcg(&spans[i].whole) : -1; };
+  for (int first = 0; first < row_tiles; first += blockDim.x) {
+    const int mine = first + threadIdx.x, my_count = count(mine);
+    int before = 0;
+    for (int some = 0; some < row_tiles; some += kAtOnce) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < kAtOnce; i += blockDim.x) seen[i] = count(some + i);
+      __syncthreads();
+      const int end = min(kAtOnce, row_tiles - some);
+#pragma unroll 8
+      for (int i = 0; i < end; ++i) before += seen[i] > my_count || (seen[i] == my_count && some + i > mine);
+    }
+    if (mine < row_tiles) order[before] = mine;
+  }
 }
 
-// A block for each mask head: which tiles of keys each tile of rows sees, and the order by how many they are.
+template <class C, class Element>
+__device__ __forceinline__ void begin(const fagen_params& p, const Launch& launch) {
+  ptx::start_next_kernel();
+  if (p.seqlen_k == 0) return store_zeros<Element>(p);
+  const int thread = blockIdx.x * blockDim.x + threadIdx.x;
+  if (C::kSchedule == Schedule::dynamic && thread == 0) *launch.taken = 0;
+  if constexpr (C::kMask == Mask::intervals) {
+    if (thread < p.batch * p.mask_heads) launch.counted[thread] = 0;
+    find_extents<C>(p, launch.extents, launch.key_tiles);
+  }
+}
+
+// A warp for each tile of rows of a mask head: what it sees. Whichever block of a head comes last puts them in order.
 template <class C>
 __device__ __forceinline__ void rank(const fagen_params& p, const Launch& launch) {
+  constexpr int kWarps = 8;
   ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
-  const Band band(p);
-  const int64_t plane = blockIdx.x;
-  Intervals<C> intervals;
-  intervals.extents = launch.extents + plane * launch.key_tiles * C::kIntervalColumns;
-  int* counts = launch.counts + plane * launch.row_tiles;
-  int* order = launch.order + plane * launch.row_tiles;
-  for (int row_tile = threadIdx.x; row_tile < launch.row_tiles; row_tile += blockDim.x) {
-    const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
-    const TileRange range = TileRange::of<C::kTileN>(band, m0, m1);
-    int count = 0, first = 0, end = 0;
-#pragma unroll 8
-    for (int tile = 0; tile < launch.key_tiles; ++tile) {
-      bool empty, partial;
-      intervals.classify(tile, m0, m1, empty, partial);
-      if (tile < range.begin || tile >= range.end || empty) continue;
-      if (count++ == 0) first = tile;
-      end = tile + 1;
-    }
-    counts[row_tile] = count;
-    launch.spans[plane * launch.row_tiles + row_tile] = make_int2(first, end);
+  const int blocks = (launch.row_tiles + kWarps - 1) / kWarps, plane = blockIdx.x / blocks;
+  const int row_tile = blockIdx.x % blocks * kWarps + threadIdx.x / 32;
+  Span* spans = launch.spans + int64_t(plane) * launch.row_tiles;
+  const auto intervals = intervals_of<C>(p, launch, plane / p.mask_heads, plane % p.mask_heads);
+  __shared__ Borders borders;
+  borders.find(intervals, p.seqlen_q);
+  if (row_tile < launch.row_tiles) {
+    const int2 rows = borders.rows<C::kTileM>(row_tile, launch.row_tiles, p.seqlen_q);
+    Span span = {0, 0, 0, 0, 0, 0};
+    if (rows.x < rows.y) span = find_span<C>(intervals, Band(p), rows.x, rows.y);
+    if (threadIdx.x % 32 == 0) spans[row_tile] = span;
   }
-  __syncthreads();
-  for (int row_tile = threadIdx.x; row_tile < launch.row_tiles; row_tile += blockDim.x) {
-    const int count = counts[row_tile];
-    int before = 0;
-#pragma unroll 8
-    for (int other = 0; other < launch.row_tiles; ++other)
-      before += counts[other] > count || (counts[other] == count && other > row_tile);
-    order[before] = row_tile;
+  if constexpr (kRanked<C>) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(&launch.counted[plane], 1) == blocks - 1;
+    __syncthreads();
+    __threadfence();
+    if (last) put_in_order(spans, launch.order + int64_t(plane) * launch.row_tiles, launch.row_tiles);
   }
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include "fagen/mask.cuh"
 #include "fagen/schedule.cuh"
+#include "fagen/sm90/intervals.cuh"
 #include "fagen/sm90/layout.cuh"
 #include "fagen/walk.cuh"
 
@@ -11,8 +12,8 @@ struct Launch {
   int tiles;                 // tiles of rows in all
   int heads_at_once;         // sectioned order
   Extent* extents;           // of the intervals, tile by tile
-  int* counts;               // and of each mask head, by tile of rows: how many tiles of keys it sees,
-  int2* spans;               // between which of them they lie,
+  Span* spans;               // of each mask head, by tile of rows: the tiles of keys it sees,
+  unsigned* counted;         // how many blocks have found theirs,
   int* order;                // and which tile of rows sees the most, the next most, ...
   unsigned* taken;           // dynamic schedule: tiles of rows that blocks have come for, beside each one's first
 };
@@ -41,17 +42,20 @@ template <class C>
 constexpr bool kRanked = C::kMask == Mask::intervals &&
                          (C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned);
 
-struct True {
-  static __device__ __forceinline__ constexpr bool partial() { return true; }
-};
-struct False {
-  static __device__ __forceinline__ constexpr bool partial() { return false; }
-};
-
 // Intervals may differ by batch and by kv head.
-__device__ __forceinline__ int64_t mask_plane(const fagen_params& p, const Work& work) {
-  const int head = p.mask_heads == 1 ? 0 : work.head / (p.heads / p.kv_heads);
-  return int64_t(work.batch) * p.mask_heads + head;
+__device__ __forceinline__ int mask_head(const fagen_params& p, int kv_head) { return p.mask_heads == 1 ? 0 : kv_head; }
+__device__ __forceinline__ int64_t mask_plane(const fagen_params& p, int batch, int kv_head) {
+  return int64_t(batch) * p.mask_heads + mask_head(p, kv_head);
+}
+
+template <class C>
+__device__ __forceinline__ Intervals<C> intervals_of(const fagen_params& p, const Launch& launch, int batch, int head) {
+  Intervals<C> intervals;
+  intervals.bounds = p.intervals + batch * p.intervals_stride[0] + head * p.intervals_stride[1];
+  intervals.stride = p.intervals_stride[2];
+  intervals.extents = launch.extents + (int64_t(batch) * p.mask_heads + head) * launch.key_tiles * C::kIntervalColumns;
+  intervals.last_key = p.seqlen_k - 1;
+  return intervals;
 }
 
 // The `index`-th tile of rows in the order of work.
@@ -59,11 +63,20 @@ template <class C>
 __device__ __forceinline__ Work take(const fagen_params& p, const Launch& launch, int index) {
   Work work = take_work<C::kBlockOrder>(p, index, launch.row_tiles, launch.heads_at_once);
   if constexpr (kRanked<C>) {
-    const int* order = launch.order + mask_plane(p, work) * launch.row_tiles;
+    const int* order = launch.order + mask_plane(p, work.batch, work.head / (p.heads / p.kv_heads)) * launch.row_tiles;
     work.row_tile = order[launch.row_tiles - 1 - work.row_tile];
   }
   return work;
 }
+
+// The tiles of keys that a band shows to a tile of rows, from the last to the first.
+template <class C>
+struct BandTiles {
+  int tile, begin;
+  __device__ __forceinline__ bool valid() const { return tile >= begin; }
+  __device__ __forceinline__ int key() const { return tile * C::kTileN; }
+  __device__ __forceinline__ void advance() { --tile; }
+};
 
 // One tile of rows: [m0, m1) of a head, and its walk over tiles of keys.
 template <class C>
@@ -71,60 +84,76 @@ struct Rows {
   Work work;
   int m0, m1, kv_head;
   TileRange range;
+  Span span;
   Intervals<C> intervals;
 
   Rows() = default;
   __device__ __forceinline__ Rows(const fagen_params& p, const Launch& launch, const Band& band, const Work& work)
       : work(work) {
-    m0 = work.row_tile * C::kTileM;
-    m1 = min(m0 + C::kTileM, p.seqlen_q);
     kv_head = work.head / (p.heads / p.kv_heads);
-    range = TileRange::of<C::kTileN>(band, m0, m1);
     if constexpr (C::kMask == Mask::intervals) {
-      const int64_t plane = mask_plane(p, work);
-      const int head = plane % p.mask_heads;
-      intervals.bounds = p.intervals + work.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
-      intervals.stride = p.intervals_stride[2];
-      intervals.extents = launch.extents + plane * launch.key_tiles * C::kIntervalColumns;
-      const int2 span = launch.spans[plane * launch.row_tiles + work.row_tile];
-      range.begin = span.x, range.end = span.y;
-      intervals.last_key = p.seqlen_k - 1;
-    }
-  }
-
-  __device__ __forceinline__ bool see_any() const { return range.begin < range.end; }
-  __device__ __forceinline__ auto first_tile() const {
-    if constexpr (C::kMask == Mask::intervals)
-      return IntervalWalk<C>(intervals, range, m0, m1);
-    else
-      return RangeWalk{range.end - 1, range.begin};
-  }
-
-  // What the producer tells the consumers of a tile.
-  __device__ __forceinline__ void tell(uint32_t place, int tile, bool partial, bool last) const {
-    const Extent ls = intervals.template extent<C::kLTS>(tile, kFar),
-                 le = intervals.template extent<C::kLTE>(tile, kFar);
-    const Extent us = intervals.template extent<C::kUTS>(tile, -kFar),
-                 ue = intervals.template extent<C::kUTE>(tile, -kFar);
-    const bool same = ls.low == ls.high && le.low == le.high && us.low == us.high && ue.low == ue.high;
-    const bool any = (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
-    Told::tell(place, tile, partial, last,
-               !any   ? Told::none
-               : same ? Told::rows
-                      : Told::cells,
-               {ls.low, le.low, us.low, ue.low});
-  }
-
-  // Call visit(tile, about) for the rest of the walk, with a loop of its own for tiles that need no mask.
-  template <class Walk, class Visit>
-  __device__ __forceinline__ void visit_tiles(Walk& walk, Visit visit) const {
-    if constexpr (C::kMask == Mask::intervals) {
-      for (; walk.valid(); walk.advance()) visit(walk.told.tile(), walk.told);
+      const int64_t plane = mask_plane(p, work.batch, kv_head);
+      intervals = intervals_of<C>(p, launch, work.batch, mask_head(p, kv_head));
+      span = launch.spans[plane * launch.row_tiles + max(work.row_tile, 0)];
+      m0 = span.m0, m1 = span.m1;
     } else {
-      for (; walk.valid() && walk.tile >= range.full_end; walk.advance()) visit(walk.tile, True{});
-      for (; walk.tile >= range.full_begin; walk.advance()) visit(walk.tile, False{});
-      if constexpr (C::kMask == Mask::window)
-        for (; walk.valid(); walk.advance()) visit(walk.tile, True{});
+      m0 = work.row_tile * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
+      range = TileRange::of<C::kTileN>(band, m0, m1);
     }
+  }
+
+  __device__ __forceinline__ bool see_any() const {
+    if constexpr (C::kMask == Mask::intervals)
+      return span.first < span.end;
+    else
+      return range.begin < range.end;
+  }
+  // for the producer, at the first one
+  __device__ __forceinline__ auto tiles(const Band& band) const {
+    if constexpr (C::kMask == Mask::intervals) {
+      IntervalTiles<C> tiles(intervals, band, span);
+      tiles.advance();
+      return tiles;
+    } else {
+      return BandTiles<C>{range.end - 1, range.begin};
+    }
+  }
+};
+
+// The tiles of keys that a tile of rows sees, as the consumers count them.
+template <class C, bool kIntervals = C::kMask == Mask::intervals>
+struct Keys {
+  const TileRange range;
+  int tile;  // the present one
+
+  __device__ __forceinline__ explicit Keys(const Rows<C>& rows) : range(rows.range), tile(range.end - 1) {}
+  __device__ __forceinline__ bool last() const { return tile == range.begin; }
+  __device__ __forceinline__ bool partial() const { return tile < range.full_begin || tile >= range.full_end; }
+  __device__ __forceinline__ void advance() { --tile; }
+
+  // Call visit(partial) for the present tile and the rest, with a loop of its own for tiles that need no mask.
+  template <class Visit>
+  __device__ __forceinline__ void visit_rest(Visit visit) {
+    for (; tile >= range.begin && tile >= range.full_end; advance()) visit(true);
+    for (; tile >= range.full_begin; advance()) visit(false);
+    if constexpr (C::kMask == Mask::window)
+      for (; tile >= range.begin; advance()) visit(true);
+  }
+};
+
+// Of intervals they know only how many are left; which they are, the producer tells.
+template <class C>
+struct Keys<C, true> {
+  int cut, whole;
+
+  __device__ __forceinline__ explicit Keys(const Rows<C>& rows) : cut(rows.span.cut), whole(rows.span.whole) {}
+  __device__ __forceinline__ bool last() const { return cut + whole == 1; }
+  __device__ __forceinline__ bool partial() const { return cut > 0; }
+  __device__ __forceinline__ void advance() { partial() ? --cut : --whole; }
+
+  template <class Visit>
+  __device__ __forceinline__ void visit_rest(Visit visit) {
+    for (; cut > 0; --cut) visit(true);
+    for (; whole > 0; --whole) visit(false);
   }
 };
