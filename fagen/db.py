@@ -23,6 +23,8 @@ from fagen.problem import Problem
 from fagen.target import Target
 
 SCHEMA = 1
+WEIGHTS = {"keys": 1.0, "waves": 1.0, "rows": 0.5, "sharing": 0.25}  # of the features of a size; see docs/database.md
+MOST_WAVES, _LEAST_WAVES = 16.0, 0.25  # beyond which their number no longer matters
 _WAVE_ROWS = 128  # of a block of rows, about
 
 
@@ -180,13 +182,13 @@ def put(records: Iterable[Record], directory: Path | None = None, policy: str = 
 # ---- lookup ---------------------------------------------------------------------------------------------------------
 
 
-def features(problem: Problem, units: int) -> dict[str, float]:
-    """What of a size point decides which config wins, in weighted doublings.
+def features(problem: Problem, units: int, most_waves: float = MOST_WAVES) -> dict[str, float]:
+    """What of a size point decides which config wins, in doublings; WEIGHTS says how much each counts.
 
-    `keys`, that a row sees: the length of the inner loop, and how much of the keys and values a cache holds. `waves`,
-    blocks of rows over the device's units: with few of them a plain schedule and small tiles win, beyond 16 it no
-    longer matters. `rows` of a sequence: how much of the work lies at the diagonal. `sharing` of keys among heads
-    hardly counts.
+    `keys` that a row sees: the length of the inner loop, and how much of the keys and values a cache holds. `waves`:
+    blocks of rows over the device's units; with few of them plain schedules and small tiles win, with many it no
+    longer matters how many. `rows` of a sequence: how much of the work lies at the diagonal. `sharing` of keys among
+    heads.
     """
     p = problem
     left, right = (p.seqlen_k if bound < 0 else bound for bound in (p.window_left, p.window_right))
@@ -194,19 +196,20 @@ def features(problem: Problem, units: int) -> dict[str, float]:
     waves = p.batch * p.heads * -(-p.seqlen_q // _WAVE_ROWS) / max(1, units)
     return {
         "keys": math.log2(keys),
-        "waves": math.log2(min(max(waves, 0.25), 16.0)),
-        "rows": 0.5 * math.log2(p.seqlen_q),
-        "sharing": 0.25 * math.log2(p.heads / p.kv_heads),
+        "waves": math.log2(min(max(waves, _LEAST_WAVES), most_waves)),
+        "rows": math.log2(p.seqlen_q),
+        "sharing": math.log2(p.heads / p.kv_heads),
     }
 
 
 def differences(a: Problem, b: Problem, units: int) -> dict[str, float]:
+    """How far two size points are apart on a device of so many units, in weighted doublings of each feature."""
     others = features(b, units)
-    return {name: abs(value - others[name]) for name, value in features(a, units).items()}
+    return {name: WEIGHTS[name] * abs(value - others[name]) for name, value in features(a, units).items()}
 
 
 def distance(a: Problem, b: Problem, units: int) -> float:
-    """How far two size points are apart on a device of so many units; 0 where they differ in nothing that counts."""
+    """The sum of the differences; 0 where two size points differ in nothing that counts."""
     return sum(differences(a, b, units).values())
 
 

@@ -170,7 +170,7 @@ def _run(path: Path, kernel: Any, problem: Problem, target: Target) -> Verdict:
     _write(_begun(path), {"pid": os.getpid(), "date": db.now()})
     fatal = None
     try:
-        error, message = _compare(kernel, problem, target)
+        error, message = compare(kernel, problem, target)
         found, lasts = Verdict(not message, message or "right", error, db.now()), True
     except torch.OutOfMemoryError:
         found, lasts = Verdict(False, "there was no memory left to verify it"), False
@@ -190,7 +190,7 @@ def _run(path: Path, kernel: Any, problem: Problem, target: Target) -> Verdict:
     return found
 
 
-def _compare(kernel: Any, problem: Problem, target: Target) -> tuple[float, str]:
+def compare(kernel: Any, problem: Problem, target: Target) -> tuple[float, str]:
     """The largest error, and what is wrong, if anything. Leaves the caller's random numbers and modes as they were."""
     import torch
 

@@ -64,8 +64,8 @@ def today(style: str = "plain", variant: int = 1) -> str:
 
 def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     runs: list[object] = []
-    compare = trust._compare
-    monkeypatch.setattr(trust, "_compare", lambda *args: runs.append(args) or compare(*args))
+    compare = trust.compare
+    monkeypatch.setattr(trust, "compare", lambda *args: runs.append(args) or compare(*args))
     return runs
 
 
@@ -158,7 +158,7 @@ def test_an_interrupted_verification_is_no_verdict(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trust, "_compare", interrupted)
+        patch.setattr(trust, "compare", interrupted)
         with pytest.raises(KeyboardInterrupt):
             dispatch.choose(PROBLEM, HERE, check=True)
     assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
