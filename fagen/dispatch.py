@@ -26,6 +26,7 @@ PROVENANCES = {
     "default": "never tuned: the family's default",
     "none": "no kernel of ours",
 }
+_MOST_WRONG = 2  # winners of a changed source that one call verifies in vain
 _MAX_REASONS = 4  # of records that were passed over; a database has thousands
 
 
@@ -65,7 +66,7 @@ def choose(problem: Problem, target: Target, *, check: bool = False, stale: str 
     reasons = [f"{name}: {reason}" for name, reason in refusals.items()]
     if not able:
         return Choice("torch", "none", reasons=reasons)
-    skipped = 0
+    skipped = wrong = 0
     for record, provenance in Database.load().candidates(problem, target):
         family = next((f for f in able if f.name == record.family), None)
         config, told = None, None
@@ -76,6 +77,9 @@ def choose(problem: Problem, target: Target, *, check: bool = False, stale: str 
         if family is not None and config is not None:
             told = trust.judge(record, family, problem, target, config, check=check, stale=stale)
             reason = "" if told.usable else told.text
+            wrong += told.state == "wrong"
+            if wrong == _MOST_WRONG:  # something is amiss with the template: others would cost a compilation each
+                stale = "refuse"
         if not reason:
             _say_runners_up(reasons, problem, provenance, skipped)
             return Choice("family", provenance, family, config, record, reasons, told)
@@ -167,12 +171,14 @@ class Report:
             return None
         apart = db.differences(self.problem, record.problem, self.target.units)
         origin = db.Database.load().origin(record)
+        here = db.environment(self.target)
         names = ("device", "seconds", "spread", "default_seconds", "speedup", "error", "trials", "date", "environment")
         return {
             "key": record.key,
             "file": str(origin),
             "owner": db.owner(origin),
             **{name: getattr(record, name) for name in names},
+            "here": {n: here[n] for n, was in record.environment.items() if here.get(n, was) != was and n != "python"},
             "distance": sum(apart.values()),
             "apart": apart,
             "source": told.state,
@@ -192,7 +198,8 @@ class Report:
             f"from     {facts['file']} ({facts['owner']})",
         ]
         named = ", ".join(f"{name} {_version(text)}" for name, text in tools if text)
-        lines += [f"with     {named}"] if named else []
+        here = ", ".join(f"{name} {_version(text)}" for name, text in facts["here"].items())
+        lines += [f"with     {named}" + (f" (here {here})" if here else "")] if named else []
         if facts["distance"]:
             parts = ", ".join(f"{name} {value:.2f}" for name, value in facts["apart"].items() if value)
             lines.append(f"apart    {facts['distance']:.2f} weighted doublings: {parts}")
@@ -224,8 +231,10 @@ def _version(text: str) -> str:
 def explain_problem(problem: Problem, target: Target) -> Report:
     """What serves the problem; nothing is compiled."""
     from fagen import build
+    from fagen.db import Database
 
     choice = choose(problem, target)
+    choice.reasons.extend(f"database: {warning}" for warning in Database.load().warnings)
     if choice.kind == "torch":
         return Report(problem, target, choice, None)
     assert choice.family is not None and choice.config is not None

@@ -90,7 +90,7 @@ def judge(
     if word == "trust":
         return Trust("trusted", f"{changed}; trusted, not verified (FAGEN_STALE=trust)")
     if word == "refuse":
-        return Trust("refused", f"{changed}; FAGEN_STALE=refuse")
+        return Trust("refused", f"{changed}; " + ("not tried" if stale else "FAGEN_STALE=refuse"))
     path = env.cache_dir() / "verified" / f"{today}-{_slug(target)}.json"
     found = _verdicts.get(path) or _read(path)
     if found is None and env.flag("FAGEN_DISABLE_JIT"):

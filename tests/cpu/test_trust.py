@@ -151,6 +151,29 @@ def test_a_kernel_that_kills_its_process_does_so_once(fake):
     assert "an earlier process ended while it verified this kernel" in second.stdout
 
 
+def test_processes_that_start_together_verify_once(fake):
+    db.put([record()])
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parents[1])])
+    variables = {**os.environ, "PYTHONPATH": paths, "FAGEN_DB_DIR": str(fake / "db"), "FAGEN_QUIET": "0"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([sys.executable, "-c", _DIES], env=variables, **pipes) for _ in range(3)]
+    told = [rank.communicate(timeout=300) for rank in ranks]
+    assert all(out.startswith("exact") for out, _ in told), told
+    assert sum("verified fake_forward" in err for _, err in told) == 1, told
+
+
+def test_two_bad_ones_are_enough(monkeypatch):
+    """A template that makes nothing right does not cost a compilation for every record."""
+    runs = count_runs(monkeypatch)
+    monkeypatch.setattr(trust, "compare", lambda *args: runs.append(args) or (1.0, "wrong at b1"))
+    db.put([record("plain", variant, seqlen=seqlen) for variant, seqlen in ((1, 192), (2, 200), (3, 210))])
+    choice = dispatch.choose(PROBLEM, HERE, check=True)
+    assert choice.provenance == "default" and len(runs) == 2
+    passed_over = [reason for reason in choice.reasons if reason.partition(" record ")[0] in ("exact", "nearest")]
+    assert ["not tried" in reason for reason in passed_over] == [False, False, True]
+
+
 def test_an_interrupted_verification_is_no_verdict(monkeypatch):
     db.put([record()])
 
