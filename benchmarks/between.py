@@ -13,9 +13,11 @@ timed. Since all neighbours were timed, --fit can tell what any other distance w
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -158,26 +160,36 @@ def weighted(units: int, weights: dict[str, float], most_waves: float) -> Distan
     return distance
 
 
-def mean(values: Iterable[float | None]) -> float:
+def mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value]
-    return statistics.geometric_mean(known) if known else float("nan")
+    return statistics.geometric_mean(known) if known else None
 
 
-def summary(rows: list[dict[str, Any]], units: int) -> dict[str, Any]:
+def summary(rows: list[dict[str, Any]], target: Target) -> dict[str, Any]:
     """Geometric means of the ratios: of what dispatch picks, and of what else it might have picked."""
-    today = functools.partial(db.distance, units=units)
+    today = functools.partial(db.distance, units=target.units)
     nearest = [ratio(row, next(iter(picked(row, today)), None) or row["default"]) for row in rows]
     of_three = [min((ratio(row, x) or 9.9 for x in picked(row, today, 3)), default=None) for row in rows]
     of_all = [min((ratio(row, x) or 9.9 for x in picked(row, today, 99)), default=None) for row in rows]
     known = [value for value in nearest if value]
+    modelled = [ratio(row, cheapest(row, picked(row, today, 3), target)) for row in rows]
     return {
         "problems": len(rows), "tuned": sum(bool(row.get("tuned")) for row in rows),
         "nearest": mean(nearest), "nearest_worst": max(known, default=None),
         "beyond_5_percent": sum(value > 1.05 for value in known),
-        "best_of_3_nearest": mean(of_three), "best_of_all_records": mean(of_all),
+        "best_of_3_nearest": mean(of_three), "model_of_3_nearest": mean(modelled), "best_of_all_records": mean(of_all),
         "default": mean(ratio(row, row["default"]) for row in rows),
         "fastest_of_all": mean(ratio(row, min(row["seconds"], key=row["seconds"].get)) for row in rows),
     }  # fmt: skip
+
+
+def cheapest(row: dict[str, Any], labels: list[str], target: Target) -> str | None:
+    """By the family's model of cost, where it has one."""
+    cost = getattr(families.get(row["family"]), "cost", None)
+    if cost is None or not labels:
+        return None
+    asked = Problem.from_dict(row["fields"])
+    return min(labels, key=lambda label: cost(asked, target, Config(row["configs"][label])))
 
 
 def fit(rows: list[dict[str, Any]], units: int) -> list[dict[str, Any]]:
@@ -187,20 +199,21 @@ def fit(rows: list[dict[str, Any]], units: int) -> list[dict[str, Any]]:
         weights = {"keys": 1.0, "waves": waves, "rows": of_rows, "sharing": sharing}
         distance = weighted(units, weights, most)
         ratios = [ratio(row, next(iter(picked(row, distance)), None) or row["default"]) for row in rows]
-        worst = max((value for value in ratios if value), default=float("nan"))
-        found.append({"weights": weights, "most_waves": most, "mean": mean(ratios), "worst": worst})
+        worst = max((value for value in ratios if value), default=math.inf)
+        found.append({"weights": weights, "most_waves": most, "mean": mean(ratios) or math.inf, "worst": worst})
     return sorted(found, key=lambda entry: (entry["mean"], entry["worst"]))
 
 
 def tell(data: dict[str, Any]) -> None:
-    rows, units = data["rows"], data["units"]
+    rows, target = data["rows"], Target(**data["target"])
+    units = target.units
     today = functools.partial(db.distance, units=units)
     for row in rows:
         label = next(iter(picked(row, today)), None) or row["default"]
         size = next((n["size"] for n in row["neighbours"] if n["label"] == label), "default")
         text = f"{ratio(row, label) or float('nan'):.3f}"
         print(f"{row['problem']:58} {text}  {size}")
-    for name, value in summary(rows, units).items():
+    for name, value in summary(rows, target).items():
         print(f"{name:22}{value:.4f}" if isinstance(value, float) else f"{name:22}{value}")
     print(f"today's weights {db.WEIGHTS}, at most {db.MOST_WAVES:g} waves; the best of {len(fit(rows, units))}:")
     for entry in fit(rows, units)[:5]:
@@ -230,15 +243,17 @@ def main(words: list[str] | None = None) -> None:
     compile_all((family, p, target, c) for p, (family, configs, _) in plans for c in configs.values())
     data: dict[str, Any] = {
         "command": "python benchmarks/between.py " + " ".join(sys.argv[1:] if words is None else words),
-        "device": target.device, "units": target.units, "date": db.now(), "environment": db.environment(target),
+        "target": dataclasses.asdict(target),
+        "date": db.now(),
+        "environment": db.environment(target),
         "rows": [],
-    }  # fmt: skip
+    }
     with torch.no_grad():
         for problem in problems:
             data["rows"].append(measure_row(problem, target, records, tuned, args))
             print(f"{len(data['rows'])}/{len(problems)} {problem.key}", flush=True)
             if args.out:  # what was measured is kept whatever comes after
-                data["summary"] = summary(data["rows"], target.units)
+                data["summary"] = summary(data["rows"], target)
                 args.out.write_text(json.dumps(data, indent=1) + "\n")
     tell(data)
 

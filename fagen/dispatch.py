@@ -224,8 +224,8 @@ class Report:
 
 def _version(text: str) -> str:
     """13.0 of `Cuda compilation tools, release 13.0, V13.0.88 Build ...`, 12.2.0 of g++'s line."""
-    found = re.search(r"release (\S+),", text) or re.search(r"(\d+(?:\.\d+)+\S*)", text)
-    return found[1] if found else text
+    found = re.findall(r"release ([\d.]+)", text) or re.findall(r"\d+(?:\.\d+)+(?:\+\w+)?", text)
+    return found[-1] if found else text
 
 
 def explain_problem(problem: Problem, target: Target) -> Report:

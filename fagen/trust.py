@@ -167,27 +167,38 @@ def _run(path: Path, kernel: Any, problem: Problem, target: Target) -> Verdict:
 
     from fagen import db
 
+    if target.is_gpu:
+        torch.cuda.synchronize()  # what failed before is no fault of this kernel
     _write(_begun(path), {"pid": os.getpid(), "date": db.now()})
-    fatal = None
+    broken: Exception | None = None
     try:
         error, message = compare(kernel, problem, target)
         found, lasts = Verdict(not message, message or "right", error, db.now()), True
-    except torch.OutOfMemoryError:
-        found, lasts = Verdict(False, "there was no memory left to verify it"), False
-    except (LaunchError, RuntimeError) as error:
-        found, lasts = Verdict(False, f"it could not run: {str(error).splitlines()[0]}", date=db.now()), True
-        fatal = error if target.is_gpu and not isinstance(error, LaunchError) else None
+    except LaunchError as error:
+        found, lasts = Verdict(False, f"it cannot run: {error.what}", date=db.now()), True
+    except Exception as error:
+        broken = error if target.is_gpu and _of_device(error) else None
+        text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        found, lasts = Verdict(False, f"it could not be verified: {text}", date=db.now()), broken is not None
     finally:
         with contextlib.suppress(OSError):
             _begun(path).unlink(missing_ok=True)
     _keep(path, found, lasts)
-    if fatal is not None:
+    if broken is not None:
         raise LaunchError(
             "a kernel whose source changed since it was tuned broke the device's context while it was verified",
-            str(fatal).splitlines()[0],
+            next(iter(str(broken).splitlines()), ""),
             "start this process again: the kernel is remembered and no longer used",
-        ) from fatal
+        ) from broken
     return found
+
+
+def _of_device(error: Exception) -> bool:
+    """Whether the device reported it, as after an illegal access; running out of memory is no such thing."""
+    import torch
+
+    kinds: Any = getattr(torch, "AcceleratorError", ())  # older ones of torch have none
+    return not isinstance(error, torch.OutOfMemoryError) and (isinstance(error, kinds) or "CUDA error" in str(error))
 
 
 def compare(kernel: Any, problem: Problem, target: Target) -> tuple[float, str]:
@@ -199,7 +210,7 @@ def compare(kernel: Any, problem: Problem, target: Target) -> tuple[float, str]:
 
     where, worst = "cuda" if target.is_gpu else "cpu", 0.0
     problems = check_problems(problem, target)
-    with torch.no_grad(), torch.autocast(where, enabled=False):
+    with torch.no_grad(), torch.autocast(where, enabled=False), torch.device("cpu"):
         for small in problems:
             inputs = measure.make_inputs(small, where, seed=1, varied=small is not problems[-1])
             measure.launcher(kernel, inputs, lse=True)()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -73,19 +74,23 @@ def test_it_measures_keeps_and_refits(between, tmp_path, capsys):
     assert "best_of_3_nearest" in capsys.readouterr().out
 
 
-def test_the_fit_finds_a_distance_that_the_times_ask_for(between):
+def test_the_fit_finds_a_distance_that_the_times_ask_for(between, monkeypatch):
     """Times made so that only the length counts: the size of the same length, and of a hundred times the work, wins."""
     asked = Problem(mask="causal", heads=4, seqlen_q=2048)
     near, far = asked.replace(batch=400), asked.replace(seqlen_q=1024, seqlen_k=1024)
     rows = [
         {
             "problem": asked.key, "fields": asked.to_dict(), "default": "default", "tuned": "neighbour 0",
+            "family": "any", "configs": {name: {"name": name} for name in ("neighbour 0", "neighbour 1", "default")},
             "seconds": {"neighbour 0": 1.0, "neighbour 1": 1.5, "default": 2.0},
             "neighbours": [{"problem": near.to_dict(), "label": "neighbour 0", "size": near.size_key},
                            {"problem": far.to_dict(), "label": "neighbour 1", "size": far.size_key}],
         }
     ]  # fmt: skip
-    told = between.summary(rows, 132)
+    model = types.SimpleNamespace(cost=lambda problem, target, config: {"neighbour 0": 5.0}.get(config.name, 7.0))
+    monkeypatch.setattr(families, "get", lambda name: model)
+    told = between.summary(rows, known("sm_90"))
+    assert told["model_of_3_nearest"] == pytest.approx(1.0)
     assert told["nearest"] == pytest.approx(1.5) and told["best_of_3_nearest"] == pytest.approx(1.0)
     assert told["default"] == pytest.approx(2.0) and told["beyond_5_percent"] == 1
     entries = between.fit(rows, 132)

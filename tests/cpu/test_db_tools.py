@@ -144,6 +144,16 @@ def test_files_that_cannot_be_used_are_named_and_nothing_changes(folders, tmp_pa
     assert sorted(p.name for p in path.parent.iterdir() if p.suffix != ".lock") == [path.name]
 
 
+def test_only_a_real_merge_sets_a_damaged_record_aside(folders, tmp_path):
+    _, user = folders
+    path = db.path_of(user, "sm_90", "NVIDIA H200")
+    spoil(path)
+    db.put([record(seconds=1e-4)], tmp_path / "theirs")
+    for dry_run, copies in ((["--dry-run"], 0), ([], 1)):
+        assert main(["db", "merge", str(tmp_path / "theirs"), *dry_run]) == 0
+        assert len(list(path.parent.glob("*.damaged-*"))) == copies
+
+
 def test_a_merge_that_must_fail_writes_no_file_before(folders, tmp_path, capsys):
     _, user = folders
     future = db.path_of(user, "sm_90", "NVIDIA H200")

@@ -145,7 +145,12 @@ def test_explain_reads_well_and_compiles_nothing(tmp_path: Path, monkeypatch: py
 
 def test_explain_says_where_a_winner_comes_from(tmp_path: Path) -> None:
     hash_today = trust.current_hash(FAMILY, PROBLEM, HERE, other_config())
-    environment = {"fagen": "0.0.9", "torch": "2.0.1", "cxx": "g++ (Distribution) 12.2.0", "python": "3.1"}
+    environment = {
+        "fagen": "0.0.9",
+        "torch": "2.0.1",
+        "cxx": "g++ (Distribution 12.2.0-14+d12) 12.2.0",
+        "python": "3.1",
+    }
     near = PROBLEM.replace(seqlen_q=128, seqlen_k=128)
     db.put([record(near, source_hash=hash_today, environment=environment, trials=17)])
     (tmp_path / "cpu" / "odd.json").write_text("{")
@@ -162,6 +167,12 @@ def test_explain_says_where_a_winner_comes_from(tmp_path: Path) -> None:
     assert "not      database: database file" in text and "odd.json" in text
     facts = report.to_dict()["provenance_record"]
     assert facts["distance"] == pytest.approx(1.5) and facts["source"] == "current" and facts["owner"] == "yours"
+
+
+def test_versions_are_told_shortly() -> None:
+    nvcc = "Cuda compilation tools, release 13.0, V13.0.88 Build cuda_13.0.r13.0/compiler.36424714_0"
+    told = [dispatch._version(text) for text in (nvcc, "2.11.0+cu130", "580.159.04", "132", "odd")]
+    assert told == ["13.0", "2.11.0+cu130", "580.159.04", "132", "odd"]
 
 
 def test_the_page_on_the_database_shows_what_explain_says(monkeypatch: pytest.MonkeyPatch) -> None:

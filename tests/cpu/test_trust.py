@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fagen
-from fagen import api, binding, db, dispatch, env, fallback, render, toolchain, trust, verify
+from fagen import api, binding, db, dispatch, env, fallback, measure, render, toolchain, trust, verify
 from fagen.cli import main
 from fagen.errors import BuildError, UsageError
 from fagen.families import Config
@@ -187,6 +187,35 @@ def test_an_interrupted_verification_is_no_verdict(monkeypatch):
     assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
 
 
+def test_a_verification_that_fails_by_itself_is_no_verdict_on_the_kernel(monkeypatch):
+    db.put([record()])
+
+    def failing(*args):
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trust, "compare", failing)
+        choice = dispatch.choose(PROBLEM, HERE, check=True)
+    assert choice.provenance == "default"
+    assert any("could not be verified: RuntimeError: out of luck" in reason for reason in choice.reasons)
+    _forget(monkeypatch)
+    assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
+
+
+def test_what_the_caller_has_set_does_not_reach_the_verification(monkeypatch):
+    db.put([record()])
+    before, seen = torch.get_default_dtype(), []
+    check = measure.check
+    monkeypatch.setattr(measure, "check", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or check(*args))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
+    finally:
+        torch.set_default_dtype(before)
+    assert seen and not any(seen)
+
+
 def test_the_variable_decides(monkeypatch):
     runs = count_runs(monkeypatch)
     db.put([record()])
@@ -245,8 +274,7 @@ def test_attention_verifies_on_its_first_call_alone(monkeypatch):
     wanted = torch.rand(1)
     torch.manual_seed(3)
     q, k, v = (torch.ones(1, PROBLEM.seqlen_q, heads, 16) for heads in (2, 1, 1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach the reference of the verification
-        outs = [fagen.attention(q, k, v, causal=True) for _ in range(3)]
+    outs = [fagen.attention(q, k, v, causal=True) for _ in range(3)]
     assert len(runs) == 1 and len(judged) == 1
     assert torch.equal(torch.rand(1), wanted)  # the caller's random numbers are as they were
     for out in outs:
