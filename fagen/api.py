@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from fagen import binding, build, dispatch, env, fallback, kernel
 from fagen.errors import FagenError, InvalidArgument, LaunchError
+from fagen.families import Config, Family
 from fagen.masks import interval_kind
 from fagen.problem import MAX_HEAD_DIM, TORCH_DTYPES, Problem
 from fagen.target import Target
@@ -325,27 +327,33 @@ def resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -
             "nothing is compiled or loaded during a capture",
             "make the same call once before capturing (compile ahead of that with: fagen build)",
         )
-    return kernel_for(call.problem, call.target)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # where a stale kernel is verified
+        return kernel_for(call.problem, call.target)
 
 
 def kernel_for(problem: Problem, target: Target) -> kernel.Kernel | None:
     """The chosen kernel, compiled now if need be; None (and a warning) where PyTorch computes."""
-    choice = dispatch.choose(problem, target)
+    choice = dispatch.choose(problem, target, check=True)
     if choice.family is None or choice.config is None:
         fallback.warn("; ".join(choice.reasons) or "no family serves the problem")
         return None
     try:
-        job = build.job(choice.family, problem, target, choice.config)
-        artifact = build.find(job)
-        if artifact is None:
-            binding.say(f"compiling {job.name} (about {build.expected_seconds(choice.family, target):.0f} s, once)")
-            artifact = build.make(job)
-        return kernel.load(artifact, choice.family, problem, choice.config)
+        return built(choice.family, problem, target, choice.config)
     except FagenError as error:
         if env.flag("FAGEN_DISABLE_JIT"):
             raise
         fallback.warn(" ".join(str(error).splitlines()))
         return None
+
+
+def built(family: Family, problem: Problem, target: Target, config: Config) -> kernel.Kernel:
+    """Loaded, and compiled before that if need be, which is said."""
+    job = build.job(family, problem, target, config)
+    artifact = build.find(job)
+    if artifact is None:
+        binding.say(f"compiling {job.name} (about {build.expected_seconds(family, target):.0f} s, once)")
+        artifact = build.make(job)
+    return kernel.load(artifact, family, problem, config)
 
 
 def _without_binding(

@@ -61,6 +61,6 @@ def remove(paths: list[Path]) -> int:
 
 
 def clear() -> tuple[int, int]:
-    """(entries removed, bytes freed): all kernels, and what failed builds left."""
+    """(entries removed, bytes freed): all kernels, what failed builds left, and verdicts about changed sources."""
     paths = _children("kernels") + failed()
-    return len(paths), remove(paths)
+    return len(paths), remove(paths) + remove(_children("verified"))

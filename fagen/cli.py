@@ -19,7 +19,7 @@ VERBS = {
     "explain": "say which kernel a problem gets here, and why no other",
     "build": "compile kernels ahead of their first use",
     "emit": "write a kernel as files that need neither Python nor torch",
-    "db": "list, show, explain, merge, export and validate tuned winners",
+    "db": "list, show, merge, compare, export, validate and prune tuned winners",
     "cache": "show, check and empty the folder of built kernels",
     "doctor": "find what is missing on this machine and what that costs",
 }

@@ -1,8 +1,7 @@
 """The database of winners: one JSON file per arch and device, the shipped ones under the user's own overlay.
 
 A key (`Problem.key`) has one winner a device and family; the overlay's wins over the shipped one. Reading for dispatch
-never raises: what cannot be read is skipped and named in `Database.warnings`. Writers lock, re-read, merge and replace,
-so that any number of them lose nothing.
+never raises: what cannot be read is skipped and named in `Database.warnings`. `db_merge` writes.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,17 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from fagen import env
-from fagen.errors import DatabaseError, FagenError, InvalidArgument, UsageError
+from fagen.errors import DatabaseError, FagenError, InvalidArgument
 from fagen.problem import Problem
 from fagen.target import Target
 
 SCHEMA = 1
-POLICIES = {
-    "newer": "the record with the later date",
-    "faster": "the record with the smaller time",
-    "keep": "the record that is already there",
-}
-_LOCK_SECONDS = 60
+WEIGHTS = {"keys": 1.0, "waves": 1.0, "rows": 0.5, "sharing": 0.25}  # of the features of a size; see docs/database.md
+MOST_WAVES, _LEAST_WAVES = 16.0, 0.25  # beyond which their number no longer matters
+_WAVE_ROWS = 128  # of a block of rows, about
 
 
 def slug(device: str) -> str:
@@ -138,6 +133,11 @@ def default_paths() -> tuple[Path, Path]:
     return env.data_dir("tuning_db"), env.user_db_dir()
 
 
+def owner(origin: Path | None) -> str:
+    """Whose a file is."""
+    return "yours" if origin is not None and origin.is_relative_to(env.user_db_dir()) else "shipped"
+
+
 def files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*/*.json")) if directory.is_dir() else []
 
@@ -172,103 +172,45 @@ def read_file(path: Path) -> tuple[list[Record], list[str]]:
     return records, wrong
 
 
-def _write_file(path: Path, arch: str, device: str, records: Iterable[Record]) -> None:
-    """All or nothing: a reader sees the old file or the new one."""
-    rows = [r.to_dict() for r in sorted(records, key=lambda r: (r.key, r.family))]
-    text = json.dumps({"schema": SCHEMA, "arch": arch, "device": device, "records": rows}, indent=1, allow_nan=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def choose(old: Record, new: Record, policy: str) -> Record:
-    """Which of two records of a key stays."""
-    if policy == "keep":
-        return old
-    if policy == "faster":
-        return new if new.seconds < old.seconds else old
-    return new if new.date >= old.date else old
-
-
 def put(records: Iterable[Record], directory: Path | None = None, policy: str = "newer") -> list[Path]:
     """Merge records into the user's overlay (or another folder); the files written."""
-    if policy not in POLICIES:
-        raise UsageError(f"unknown merge policy {policy!r}", f"known: {', '.join(POLICIES)}")
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        record._check()
-        groups.setdefault((record.arch, record.device), []).append(record)
-    directory = directory or env.user_db_dir()
-    return [_merge_into(path_of(directory, *group), *group, rows, policy) for group, rows in groups.items()]
+    from fagen.db_merge import merge
 
-
-def _merge_into(path: Path, arch: str, device: str, records: list[Record], policy: str) -> Path:
-    import filelock
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.with_suffix(".lock"), timeout=_LOCK_SECONDS):
-            merged = {(record.key, record.family): record for record in _read_to_rewrite(path)}
-            for record in records:
-                old = merged.get((record.key, record.family))
-                merged[record.key, record.family] = choose(old, record, policy) if old else record
-            _write_file(path, arch, device, merged.values())
-    except filelock.Timeout as error:
-        raise DatabaseError(
-            f"database file {path} is locked by another process", f"waited {_LOCK_SECONDS} s", "Try again."
-        ) from error
-    except OSError as error:
-        raise DatabaseError(
-            f"database file {path} cannot be written", str(error), "Set FAGEN_DB_DIR to a folder you can write to."
-        ) from error
-    return path
-
-
-def _read_to_rewrite(path: Path) -> list[Record]:
-    """A file that is about to be replaced. One that is damaged is kept beside it; one from the future is refused."""
-    if not path.exists():
-        return []
-    try:
-        records, wrong = read_file(path)
-    except DatabaseError as error:
-        if "newer fagen" in error.what:
-            raise
-        records, wrong = [], [str(error)]
-    if wrong:
-        import shutil
-
-        shutil.copy2(path, path.with_suffix(f".damaged-{datetime.datetime.now():%Y%m%d-%H%M%S}"))
-    return records
+    return merge(records, directory, policy).written
 
 
 # ---- lookup ---------------------------------------------------------------------------------------------------------
 
 
-def distance(a: Problem, b: Problem) -> float:
-    """How far two size points are apart: doublings of rows, keys, heads, sharing and window, summed."""
+def features(problem: Problem, units: int, most_waves: float = MOST_WAVES) -> dict[str, float]:
+    """What of a size point decides which config wins, in doublings; WEIGHTS says how much each counts.
 
-    def width(problem: Problem, bound: int) -> int:
-        return problem.seqlen_k if bound < 0 else min(bound, problem.seqlen_k)
+    `keys` that a row sees: the length of the inner loop, and how much of the keys and values a cache holds. `waves`:
+    blocks of rows over the device's units; with few of them plain schedules and small tiles win, with many it no
+    longer matters how many. `rows` of a sequence: how much of the work lies at the diagonal. `sharing` of keys among
+    heads.
+    """
+    p = problem
+    left, right = (p.seqlen_k if bound < 0 else bound for bound in (p.window_left, p.window_right))
+    keys = p.seqlen_k if p.mask == "causal" else min(p.seqlen_k, left + right + 1)
+    waves = p.batch * p.heads * -(-p.seqlen_q // _WAVE_ROWS) / max(1, units)
+    return {
+        "keys": math.log2(keys),
+        "waves": math.log2(min(max(waves, _LEAST_WAVES), most_waves)),
+        "rows": math.log2(p.seqlen_q),
+        "sharing": math.log2(p.heads / p.kv_heads),
+    }
 
-    pairs = [
-        (a.batch * a.heads, b.batch * b.heads),
-        (a.seqlen_q, b.seqlen_q),
-        (a.seqlen_k, b.seqlen_k),
-        (a.heads / a.kv_heads, b.heads / b.kv_heads),
-    ]
-    if a.mask in ("window", "intervals"):
-        pairs += [
-            (1 + width(a, x), 1 + width(b, y))
-            for x, y in ((a.window_left, b.window_left), (a.window_right, b.window_right))
-        ]
-    return sum(abs(math.log2(x / y)) for x, y in pairs)
+
+def differences(a: Problem, b: Problem, units: int) -> dict[str, float]:
+    """How far two size points are apart on a device of so many units, in weighted doublings of each feature."""
+    others = features(b, units)
+    return {name: WEIGHTS[name] * abs(value - others[name]) for name, value in features(a, units).items()}
+
+
+def distance(a: Problem, b: Problem, units: int) -> float:
+    """The sum of the differences; 0 where two size points differ in nothing that counts."""
+    return sum(differences(a, b, units).values())
 
 
 _Signature = tuple[tuple[str, int, int, int], ...]
@@ -329,7 +271,7 @@ class Database:
 
         def order(record: Record) -> tuple[bool, bool, float, str, float]:
             elsewhere, other = slug(record.device) != device, record.key != problem.key
-            return elsewhere, other, distance(problem, record.problem), record.key, record.seconds
+            return elsewhere, other, distance(problem, record.problem, target.units), record.key, record.seconds
 
         for record in sorted(rows, key=order):
             if slug(record.device) != device:

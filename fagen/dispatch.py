@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen import families
+from fagen import families, trust
 from fagen.errors import FagenError
 from fagen.problem import Problem
 from fagen.target import Target, gpu, host
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from fagen.db import Record
     from fagen.families import Config, Family
+    from fagen.trust import Trust
 
 PROVENANCES = {
     "exact": "tuned on this device for exactly this size",
@@ -24,6 +26,7 @@ PROVENANCES = {
     "default": "never tuned: the family's default",
     "none": "no kernel of ours",
 }
+_MOST_WRONG = 2  # winners of a changed source that one call verifies in vain
 _MAX_REASONS = 4  # of records that were passed over; a database has thousands
 
 
@@ -37,6 +40,7 @@ class Choice:
     config: Config | None = None
     record: Record | None = None
     reasons: list[str] = field(default_factory=list)
+    trust: Trust | None = None  # of the record: whether its source is still what was tuned
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -45,33 +49,40 @@ class Choice:
             "config": dict(self.config) if self.config else None,
             "provenance": self.provenance,
             "record": self.record.key if self.record else None,
+            "source": self.trust.state if self.trust else None,
             "reasons": self.reasons,
         }
 
 
-def choose(problem: Problem, target: Target) -> Choice:
-    """An exact record, the nearest, one of the same arch, the first able family's default, the next one's, PyTorch."""
+def choose(problem: Problem, target: Target, *, check: bool = False, stale: str = "") -> Choice:
+    """An exact record, the nearest, one of the same arch, the first able family's default, the next one's, PyTorch.
+
+    `check` verifies a record whose kernel source has changed since it was tuned, if nobody has yet; that builds and
+    runs it. `stale` stands for FAGEN_STALE.
+    """
     from fagen.db import Database
 
     able, refusals = families.candidates(problem, target)
     reasons = [f"{name}: {reason}" for name, reason in refusals.items()]
     if not able:
         return Choice("torch", "none", reasons=reasons)
-    skipped = 0
+    skipped = wrong = 0
     for record, provenance in Database.load().candidates(problem, target):
         family = next((f for f in able if f.name == record.family), None)
-        config = None
+        config, told = None, None
         if family is None:
             reason = refusals.get(record.family, "no such family")
         else:
-            try:
-                config = family.config(record.config)
-                reason = ": ".join(family.rejects(problem, target, config) or ())
-            except FagenError as error:
-                reason = error.what
+            config, reason = _legal(record, family, problem, target)
+        if family is not None and config is not None:
+            told = trust.judge(record, family, problem, target, config, check=check, stale=stale)
+            reason = "" if told.usable else told.text
+            wrong += told.state == "wrong"
+            if wrong == _MOST_WRONG:  # something is amiss with the template: others would cost a compilation each
+                stale = "refuse"
         if not reason:
             _say_runners_up(reasons, problem, provenance, skipped)
-            return Choice("family", provenance, family, config, record, reasons)
+            return Choice("family", provenance, family, config, record, reasons, told)
         skipped += 1
         if skipped <= _MAX_REASONS:
             reasons.append(f"{provenance} record {record.key} ({record.family}): {reason}")
@@ -84,6 +95,16 @@ def choose(problem: Problem, target: Target) -> Choice:
             continue
         return Choice("family", "default", family, config, reasons=reasons)
     return Choice("torch", "none", reasons=reasons)
+
+
+def _legal(record: Record, family: Family, problem: Problem, target: Target) -> tuple[Config | None, str]:
+    """The record's config if it is legal for the problem, else why not."""
+    try:
+        config = family.config(record.config)
+    except FagenError as error:
+        return None, error.what
+    reason = ": ".join(family.rejects(problem, target, config) or ())
+    return (None, reason) if reason else (config, "")
 
 
 def _say_runners_up(reasons: list[str], problem: Problem, provenance: str, skipped: int) -> None:
@@ -136,9 +157,53 @@ class Report:
             "key": self.problem.key if self.problem else None,
             "target": {"arch": self.target.arch, "device": self.target.device} if self.target else None,
             **self.choice.to_dict(),
+            "provenance_record": self.record_facts(),
             "built": self.built,
             "facts": self.facts,
         }
+
+    def record_facts(self) -> dict[str, Any] | None:
+        """Where the winner comes from, how far its size is from the one that was asked, what was measured."""
+        from fagen import db
+
+        record, told = self.choice.record, self.choice.trust
+        if record is None or self.problem is None or self.target is None or told is None:
+            return None
+        apart = db.differences(self.problem, record.problem, self.target.units)
+        origin = db.Database.load().origin(record)
+        here = db.environment(self.target)
+        names = ("device", "seconds", "spread", "default_seconds", "speedup", "error", "trials", "date", "environment")
+        return {
+            "key": record.key,
+            "file": str(origin),
+            "owner": db.owner(origin),
+            **{name: getattr(record, name) for name in names},
+            "here": {n: here[n] for n, was in record.environment.items() if here.get(n, was) != was and n != "python"},
+            "distance": sum(apart.values()),
+            "apart": apart,
+            "source": told.state,
+            "source_text": told.text,
+        }
+
+    def _record_lines(self) -> list[str]:
+        facts = self.record_facts()
+        if facts is None:
+            return []
+        gain = f", {facts['speedup']:.2f}x the default" if facts["speedup"] else ""
+        time = f"{facts['seconds'] * 1e3:.4g} ms ±{facts['spread'] * 1e3:.2g}{gain}"
+        trials = f", best of {facts['trials']} candidates" if facts["trials"] else ""
+        tools = ((n, facts["environment"].get(n, "")) for n in ("fagen", "torch", "nvcc", "cxx", "driver"))
+        lines = [
+            f"record   {facts['key']}: {time}, {facts['device']}, {facts['date']}{trials}",
+            f"from     {facts['file']} ({facts['owner']})",
+        ]
+        named = ", ".join(f"{name} {_version(text)}" for name, text in tools if text)
+        here = ", ".join(f"{name} {_version(text)}" for name, text in facts["here"].items())
+        lines += [f"with     {named}" + (f" (here {here})" if here else "")] if named else []
+        if facts["distance"]:
+            parts = ", ".join(f"{name} {value:.2f}" for name, value in facts["apart"].items() if value)
+            lines.append(f"apart    {facts['distance']:.2f} weighted doublings: {parts}")
+        return [*lines, f"source   {facts['source']}: {facts['source_text']}"]
 
     def __str__(self) -> str:
         choice = self.choice
@@ -150,20 +215,26 @@ class Report:
             assert choice.family is not None
             lines.append(f"picked   {choice.family.name} ({choice.provenance}: {PROVENANCES[choice.provenance]})")
             lines.append(f"config   {choice.config}")
-        if choice.record:
-            r = choice.record
-            lines.append(f"record   {r.key}: {r.seconds * 1e3:.4g} ms ±{r.spread * 1e3:.2g}, {r.device}, {r.date}")
+        lines += self._record_lines()
         if self.built is not None:
             lines.append(f"built    {'yes' if self.built else 'not yet: the first call compiles it'}")
         lines += [f"not      {reason}" for reason in choice.reasons]
         return "\n".join(lines)
 
 
+def _version(text: str) -> str:
+    """13.0 of `Cuda compilation tools, release 13.0, V13.0.88 Build ...`, 12.2.0 of g++'s line."""
+    found = re.findall(r"release ([\d.]+)", text) or re.findall(r"\d+(?:\.\d+)+(?:\+\w+)?", text)
+    return found[-1] if found else text
+
+
 def explain_problem(problem: Problem, target: Target) -> Report:
     """What serves the problem; nothing is compiled."""
     from fagen import build
+    from fagen.db import Database
 
     choice = choose(problem, target)
+    choice.reasons.extend(f"database: {warning}" for warning in Database.load().warnings)
     if choice.kind == "torch":
         return Report(problem, target, choice, None)
     assert choice.family is not None and choice.config is not None

@@ -13,6 +13,7 @@ VARIABLES = {
     "FAGEN_NVCC": "the nvcc to build with (default: CUDA_HOME, then PATH)",
     "FAGEN_CXX": "the host C++ compiler (default: CXX, then g++, then c++)",
     "FAGEN_DISABLE_JIT": "1: never compile; a kernel that is not built is an error (default: 0)",
+    "FAGEN_STALE": "a winner whose kernel source changed since it was tuned: verify, trust or refuse (default: verify)",
     "FAGEN_QUIET": "1: no line on stderr when a first call compiles (default: 0)",
 }
 

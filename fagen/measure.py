@@ -106,7 +106,9 @@ def make_inputs(
         inputs["intervals"] = documents(p, seed, varied=varied).to(device)
     if p.alibi:
         slopes = [2.0 ** (-8.0 * (head + 1) / p.heads) for head in range(p.heads)]
-        inputs["alibi_slopes"] = torch.tensor(slopes, device=device).expand(p.batch, -1).contiguous()
+        inputs["alibi_slopes"] = (
+            torch.tensor(slopes, dtype=torch.float32, device=device).expand(p.batch, -1).contiguous()
+        )
     return inputs
 
 

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from fagen import cliutil
+from fagen.db_export import FORMATS, full
 from fagen.errors import DatabaseError, UsageError
 
-FORMATS = {
-    "json": "every field of every record",
-    "csv": "a line a record: where, problem, config, times",
-    "t4": "the open format of autotuning results (a measured configuration each, times in ms)",
-}
-# our outcomes in the six words of T4
-_INVALIDITY = {
-    "ok": "correct", "constraint": "constraints", "compile": "compile", "spill": "compile", "wrong": "correctness",
-    "crash": "runtime", "timeout": "timeout",
-}  # fmt: skip
+_MOST_LINES = 40  # of a list that may be long; --json has all
 _EXAMPLES = """examples:
   fagen db list
   fagen db show causal --json
   fagen db why --dtype bf16 --head-dim 128 --mask causal --seqlen 3k --heads 32
-  fagen db merge theirs/tuning_db --policy faster
+  fagen db merge theirs/tuning_db --policy faster --dry-run
+  fagen db diff yours theirs/tuning_db
   fagen db export --format csv --out winners.csv
-  fagen db export --format t4 --run RUN
+  fagen db export --format t4 --run RUN --out results.json
   fagen db validate
+  fagen db prune --stale
 """
 
 
@@ -50,22 +41,44 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     why = verb("why", "which record a problem is served by, and why not by others", "why --head-dim 128 --seqlen 3k")
     cliutil.add_problem_flags(why)
     cliutil.add_target_flag(why)
+    _add_exchange(verb)
+    validate = verb("validate", "check database files", "validate tuning_db")
+    validate.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="files or folders (default: all in use)")
+    validate.add_argument(
+        "--strict", action="store_true", help="fail for winners whose kernel source has changed since, too"
+    )
+    prune = verb("prune", "remove winners that are of no use", "prune --stale")
+    prune.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="files or folders (default: your own)")
+    prune.add_argument("--stale", action="store_true", help="those whose kernel source has changed since, too")
+    prune.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")
+
+
+def _add_exchange(verb: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+    """The verbs that take others' files in, compare them, and hand winners out."""
     merge = verb("merge", "take others' winners into your own", "merge theirs/tuning_db --policy faster")
     merge.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="database files, or folders of them")
     merge.add_argument(
         "--policy", choices=("newer", "faster", "keep"), default="newer", help="who stays (default: newer)"
     )
     merge.add_argument("--out", type=Path, metavar="DIR", help="folder to merge into (default: the user's own)")
+    merge.add_argument("--dry-run", action="store_true", help="say what would change, and change nothing")
+    diff = verb("diff", "how two databases differ", "diff yours theirs/tuning_db")
+    for name in "ab":
+        diff.add_argument(name, metavar=name.upper(), help="a file, a folder, or one of: yours, shipped")
     export = verb("export", "winners for other programs", "export --format csv --out winners.csv")
-    export.add_argument("--format", choices=tuple(FORMATS), default="json", help="default: json")
+    text = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
+    export.add_argument("--format", choices=tuple(FORMATS), default="json", help=f"{text} (default: json)")
     export.add_argument("--run", type=Path, metavar="RUN", help="export the candidates of a tuning run instead (t4)")
-    export.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: stdout)")
-    validate = verb("validate", "check database files", "validate tuning_db")
-    validate.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="files or folders (default: all in use)")
+    export.add_argument(
+        "--out", type=Path, metavar="FILE", help="file to write (default: stdout); t4 writes its metadata beside it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    verbs = {"list": _list, "show": _show, "why": _why, "merge": _merge, "export": _export, "validate": _validate}
+    verbs = {
+        "list": _list, "show": _show, "why": _why, "merge": _merge, "diff": _diff, "export": _export,
+        "validate": _validate, "prune": _prune,
+    }  # fmt: skip
     return verbs[args.db_verb](args)
 
 
@@ -78,15 +91,10 @@ def _load() -> Any:
     return database
 
 
-def _full(record: Any) -> dict[str, Any]:
-    return {"arch": record.arch, "device": record.device, "key": record.key, **record.to_dict()}
-
-
 def _where(database: Any, record: Any) -> str:
-    from fagen import env
+    from fagen import db
 
-    origin = database.origin(record)
-    return "yours" if origin is not None and origin.is_relative_to(env.user_db_dir()) else "shipped"
+    return db.owner(database.origin(record))
 
 
 def _sorted(records: Iterable[Any]) -> list[Any]:
@@ -97,7 +105,7 @@ def _list(args: argparse.Namespace) -> int:
     database = _load()
     records = _sorted(database.records)
     if args.json:
-        cliutil.emit_json([{**_full(r), "origin": str(database.origin(r))} for r in records])
+        cliutil.emit_json([{**full(r), "origin": str(database.origin(r))} for r in records])
         return 0
     for r in records:
         gain = f"{r.speedup:.2f}x" if r.speedup else "-"
@@ -107,17 +115,21 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
+    from fagen import audit
+
     database = _load()
     found = [r for r in _sorted(database.records) if args.key in r.key]
     if args.json:
-        cliutil.emit_json([_full(r) for r in found])
+        cliutil.emit_json([full(r) for r in found])
     for r in [] if args.json else found:
         cliutil.say(f"{r.key}  on {r.arch} ({r.device})")
         cliutil.say(f"  file     {database.origin(r)}")
         cliutil.say(f"  config   {r.family}: {' '.join(f'{k}={v}' for k, v in r.config.items())}")
         gain = f", {r.speedup:.2f}x the default ({r.default_seconds * 1e3:.4g} ms)" if r.speedup else ""
         cliutil.say(f"  time     {r.seconds * 1e3:.4g} ms +- {r.spread / r.seconds:.1%}{gain}")
-        cliutil.say(f"  error    {r.error:.2g}, source {r.source_hash}, {r.trials} candidates, {r.date}")
+        state, why = audit.state(r)
+        cliutil.say(f"  error    {r.error:.2g}, {r.trials} candidates, {r.date}")
+        cliutil.say(f"  source   {state}: {why or r.source_hash}")
         cliutil.say(f"  measured {', '.join(f'{k} {v}' for k, v in sorted(r.environment.items()))}")
     if not found:
         cliutil.say(f"no winner's key contains {args.key!r}; fagen db list shows all")
@@ -133,13 +145,15 @@ def _why(args: argparse.Namespace) -> int:
     choice = dispatch.choose(problem, target)
     records = [(r, provenance) for r, provenance in database.candidates(problem, target)][:5]
     if args.json:
-        rows = [{"provenance": provenance, **_full(record)} for record, provenance in records]
+        rows = [{"provenance": provenance, **full(record)} for record, provenance in records]
         cliutil.emit_json({"key": problem.key, "target": str(target), **choice.to_dict(), "records": rows})
         return 0
     cliutil.say(f"{problem.key} on {target}")
     served = f"{choice.family.name}: {choice.config}" if choice.family else "PyTorch"
     cliutil.say(f"  served by {served}")
     cliutil.say(f"  because   {choice.provenance}: {dispatch.PROVENANCES[choice.provenance]}")
+    if choice.trust:
+        cliutil.say(f"  source    {choice.trust.state}: {choice.trust.text}")
     for reason in choice.reasons:
         cliutil.say(f"  {reason}")
     for record, provenance in records:
@@ -161,133 +175,171 @@ def _files(paths: list[Path]) -> list[Path]:
     return found
 
 
-def _merge(args: argparse.Namespace) -> int:
+def _read(paths: list[Path]) -> tuple[list[Any], list[str]]:
+    """Records and what is wrong with others, told at once. Raises for a file of which nothing can be used."""
     from fagen import db
 
     records, wrong = [], []
-    for path in _files(args.paths):
+    for path in _files(paths):
         good, bad = db.read_file(path)
         records += good
         wrong += bad
     for line in wrong:
         cliutil.say(f"warning: {line}")
-    written = db.put(records, args.out, args.policy)
+    return records, wrong
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from fagen import db_merge
+
+    records, wrong = _read(args.paths)
+    done = db_merge.merge(records, args.out, args.policy, dry_run=True)  # what is refused is refused before any write
+    if not args.dry_run:
+        done = db_merge.merge(records, args.out, args.policy)
+    counts = {action: done.count(action) for action in ("added", "replaced", "kept")}
+    differences = done.differences()
     if args.json:
-        cliutil.emit_json({"read": len(records), "written": [str(p) for p in written], "skipped": wrong})
-    else:
-        cliutil.say(f"{len(records)} winners merged ({args.policy}) into {', '.join(map(str, written)) or 'nothing'}")
+        rows = [
+            {"action": d.action, "arch": d.new.arch, "device": d.new.device, "key": d.new.key, "family": d.new.family,
+             "reason": d.reason}
+            for d in done.decisions
+        ]  # fmt: skip
+        cliutil.emit_json(
+            {"read": len(records), "policy": args.policy, "dry_run": args.dry_run, **counts, "decisions": rows,
+             "written": [str(p) for p in done.written], "skipped": wrong, "differences": differences}
+        )  # fmt: skip
+        return 0
+    told = [d for d in done.decisions if d.reason not in ("", "the same record")]
+    for d in told[:_MOST_LINES]:
+        cliutil.say(f"{d.action:<9}{d.new.key} ({d.new.family}): {d.reason}")
+    if len(told) > _MOST_LINES:
+        cliutil.say(f"and {len(told) - _MOST_LINES} more; --json lists them")
+    for text, count in differences.items():
+        cliutil.say(f"warning: {count} of the winners that met were measured under {text}: times may not compare")
+    verb = "would be" if args.dry_run else "were"
+    words = ", ".join(f"{count} {action}" for action, count in counts.items())
+    into = ", ".join(map(str, done.written)) or "nothing is written" * args.dry_run or "nothing"
+    cliutil.say(f"of {len(records)} winners {verb} ({args.policy}): {words}; {into}")
+    return 0
+
+
+def _side(word: str) -> list[Any]:
+    """The records of a file, of a folder, or of one of the two in use."""
+    from fagen.db import Database, default_paths
+
+    if word in ("yours", "shipped") and not Path(word).exists():
+        return Database.load([default_paths()[word == "yours"]]).records
+    return _read([Path(word)])[0]
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from fagen import db_merge
+
+    a, b = _side(args.a), _side(args.b)
+    rows = db_merge.diff(a, b)
+    if args.json:
+        cliutil.emit_json({"a": len(a), "b": len(b), "differences": rows})
+        return 0
+    for row in rows:
+        text = ""
+        if row["what"] in ("config", "time"):
+            beyond = "" if row["beyond_noise"] else ", within the noise"
+            text = f"  A takes {row['ratio']:.3f} of B's time{beyond}"
+            text += "".join(f"; {name} {one} and {other}" for name, (one, other) in row["changed"].items())
+        cliutil.say(f"{row['what']:<8}{row['arch']:<7}{row['key']} ({row['family']}){text}")
+    counts = ", ".join(
+        f"{sum(r['what'] == what for r in rows)} {what}" for what in ("only a", "only b", "config", "time")
+    )
+    cliutil.say(f"A has {len(a)} winners, B {len(b)}: {counts}")
     return 0
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from fagen import db
+    from fagen import audit, db
 
     paths = _files(args.paths) if args.paths else [f for folder in db.default_paths() for f in db.files(folder)]
-    wrong: list[str] = []
-    count = 0
+    found, count = [], 0
     for path in paths:
-        try:
-            records, bad = db.read_file(path)
-            bad += [f"{path}: {reason}" for r in records if (reason := _stale(r))]
-        except DatabaseError as error:
-            records, bad = [], [" ".join(str(error).splitlines())]
+        records, here = audit.check_file(path)
         count += len(records)
-        wrong += bad
+        found += here
+        bad = [finding for finding in here if args.strict or finding.kind not in audit.HARMLESS]
         if not args.json:
-            cliutil.say(f"{'bad' if bad else 'ok '}  {path}  {len(records)} winners")
+            stale = sum(finding.kind in audit.HARMLESS for finding in here)
+            note = f", {stale} of another kernel source" if stale else ""
+            cliutil.say(f"{'bad' if bad else 'ok '}  {path}  {len(records)} winners{note}")
+    wrong = [f for f in found if args.strict or f.kind not in audit.HARMLESS]
     if args.json:
-        cliutil.emit_json({"files": [str(p) for p in paths], "records": count, "wrong": wrong})
+        rows = [finding.to_dict() for finding in found]
+        texts = [_finding(finding) for finding in wrong]
+        cliutil.emit_json({"files": [str(p) for p in paths], "records": count, "findings": rows, "wrong": texts})
+    else:
+        for finding in found[:_MOST_LINES]:
+            cliutil.say(f"{finding.kind:<11}{_finding(finding)}")
     if wrong:
         more = f"and {len(wrong) - 1} more; --json lists them" if len(wrong) > 1 else ""
-        raise DatabaseError("the database is not valid", wrong[0], more)
+        raise DatabaseError("the database is not valid", _finding(wrong[0]), more)
     return 0
 
 
-def _stale(record: Any) -> str:
-    """Why a record could not be used by this version, if it could not."""
-    from fagen import families
-    from fagen.errors import FagenError
+def _finding(finding: Any) -> str:
+    about = f"record {finding.key} ({finding.family}): " if finding.key else ""
+    return f"{finding.path}: {about}{finding.text}"
 
-    try:
-        families.get(record.family).config(record.config)
-    except FagenError as error:
-        return f"record {record.key}: {error.what}"
-    return ""
+
+def _prune(args: argparse.Namespace) -> int:
+    from fagen import audit, db, db_merge
+
+    kinds = ("illegal", "duplicate", *(("stale",) if args.stale else ()))
+    paths = _files(args.paths) if args.paths else db.files(db.default_paths()[1])
+    doomed: dict[Path, list[Any]] = {}
+    for path in paths:
+        records, found = audit.check_file(path)
+        if not records and found:
+            raise DatabaseError(f"{path} cannot be pruned", found[0].text, "nothing was removed")
+        doomed[path] = [finding for finding in found if finding.kind in kinds]
+    removed = 0
+    for path, findings in doomed.items():
+        for finding in findings:
+            cliutil.say(f"{finding.kind:<11}{_finding(finding)}")
+        if args.yes and findings:
+            removed += db_merge.remove(path, lambda record: audit.state(record)[0] in kinds)
+    total = sum(map(len, doomed.values()))
+    if args.json:
+        rows = [finding.to_dict() for findings in doomed.values() for finding in findings]
+        cliutil.emit_json({"files": [str(p) for p in paths], "found": rows, "removed": removed})
+    if args.yes:
+        cliutil.say(f"{removed} winners removed")
+    else:
+        cliutil.say(f"{total} winners would be removed" + ("; --yes removes them" if total else ""))
+    return 0
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------
 
 
 def _export(args: argparse.Namespace) -> int:
+    from fagen import db_export
+
     if args.run and args.format != "t4":
         raise UsageError("--run goes with --format t4", remedy="trials.jsonl in the run's folder is JSON already")
-    if args.run:
-        from fagen.tuner import journal
-
-        text = _t4(_trials(list(journal.read_lines(args.run / journal.TRIALS))))
+    records = [] if args.run else _sorted(_load().records)
+    metadata = ""
+    if args.format == "t4":
+        text, metadata = db_export.t4_run(args.run) if args.run else db_export.t4_winners(records)
     else:
-        records = _sorted(_load().records)
-        if args.format == "t4":
-            text = _t4([_t4_record(r) for r in records])
-        else:
-            text = json.dumps([_full(r) for r in records], indent=1) if args.format == "json" else _csv(records)
-    if args.out:
-        args.out.write_text(text + "\n")
-        cliutil.say(f"written: {args.out}")
-        if args.json:
-            cliutil.emit_json({"written": str(args.out)})
-    else:
+        text = db_export.as_json(records) if args.format == "json" else db_export.as_csv(records)
+    if not args.out:
         sys.stdout.write(text + "\n")
+        return 0
+    out, beside = db_export.t4_paths(args.out) if metadata else (args.out, None)
+    try:
+        out.write_text(text + "\n")
+        if beside is not None:
+            beside.write_text(metadata + "\n")
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written", str(error)) from error
+    cliutil.say(f"written: {out}" + (f" and {beside}" if beside else ""))
+    if args.json:
+        cliutil.emit_json({"written": str(out), "metadata": str(beside) if beside else None})
     return 0
-
-
-def _csv(records: list[Any]) -> str:
-    out = io.StringIO()
-    names = ["arch", "device", "key", "family", "config", "seconds", "spread", "default_seconds", "error", "date"]
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(names)
-    for record in records:
-        row = {**_full(record), "config": json.dumps(record.config, sort_keys=True)}
-        writer.writerow([row[name] for name in names])
-    return out.getvalue().rstrip("\n")
-
-
-def _t4(results: list[dict[str, Any]]) -> str:
-    return json.dumps({"schema_version": "1.0.0", "results": results}, indent=1)
-
-
-def _t4_record(record: Any) -> dict[str, Any]:
-    about = {"problem": record.key, "family": record.family, "arch": record.arch, "device": record.device}
-    return _t4_result({**about, **record.config}, "ok", record.seconds, 0.0, record.date)
-
-
-def _trials(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        _t4_result(
-            {"problem": row["problem"], "family": row["family"], **row["config"]},
-            row["outcome"],
-            row["seconds"],
-            row["facts"].get("compile_seconds", 0.0),
-            row["date"],
-        )
-        for row in rows
-    ]
-
-
-def _t4_result(
-    configuration: dict[str, Any], outcome: str, seconds: float | None, compiled: float, date: str
-) -> dict[str, Any]:
-    measured = [] if seconds is None else [seconds * 1e3]
-    return {
-        "timestamp": date,
-        "configuration": configuration,
-        "times": {
-            # one reader wants the first name of the same time, one the second
-            "compilation_time": compiled * 1e3, "compilation": compiled * 1e3, "benchmark": sum(measured),
-            "runtimes": measured, "framework": 0.0, "search_algorithm": 0.0, "validation": 0.0,
-        },
-        "invalidity": _INVALIDITY[outcome],
-        "correctness": 1 if outcome == "ok" else 0,
-        "measurements": [{"name": "time", "value": value, "unit": "ms"} for value in measured],
-        "objectives": ["time"],
-    }  # fmt: skip

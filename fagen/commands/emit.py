@@ -84,6 +84,8 @@ def choose(problem: Problem, target: Target, config: str, only: str | None = Non
     if choice.family is None or choice.config is None:
         raise UnsupportedProblem(f"no kernel serves {problem.static_key} on {target.arch}", "; ".join(choice.reasons))
     words = f"tuned on {choice.record.device}, {choice.provenance}" if choice.record else "the family's default"
+    if choice.trust and choice.trust.state not in ("current", "verified"):
+        words += f", {choice.trust.state}: the source has changed since"
     return Kernel(choice.family, problem, target, choice.config, words)
 
 

@@ -77,12 +77,24 @@ def test_nearest_size_then_other_devices(tmp_path):
 
 def test_distance_looks_at_sharing_and_windows():
     base = Problem(heads=32, kv_heads=8)
-    assert db.distance(base, base) == 0
-    assert db.distance(base, base.replace(kv_heads=32)) == 2
-    assert db.distance(base, base.replace(batch=4)) == 2
+    assert db.distance(base, base, 132) == 0
+    assert db.distance(base, base.replace(kv_heads=32), 132) == 0.5  # sharing keys hardly counts
+    assert db.distance(base, base.replace(batch=4), 132) == 2  # 1.9 waves or 7.8
+    long = base.replace(seqlen_q=16384, seqlen_k=16384)
+    assert db.distance(long, long.replace(batch=4), 132) == 0  # many waves or more of them
     wide = Problem(mask="window", window_left=127, window_right=0, seqlen_q=4096)
-    assert db.distance(wide, wide.replace(window_left=255)) == pytest.approx(1)
-    assert db.distance(wide, wide.replace(window_left=-1)) > 4
+    assert db.distance(wide, wide.replace(window_left=255), 132) == pytest.approx(1)
+    assert db.distance(wide, wide.replace(window_left=-1), 132) == 5  # as many keys as there are
+    assert db.distance(wide, wide.replace(seqlen_k=8192), 132) == 0  # the window is what a row sees of them
+
+
+def test_few_waves_are_near_few_waves(tmp_path):
+    """A short prompt of one request takes the plain schedule of another one, not that of a large batch."""
+    few = record(Problem(mask="causal", heads=32, kv_heads=8, seqlen_q=1024))
+    many = record(Problem(mask="causal", batch=8, heads=16, seqlen_q=2048))
+    db.put([few, many], tmp_path)
+    wanted = Problem(mask="causal", heads=16, seqlen_q=1536)
+    assert Database.load([tmp_path]).find(wanted, GPU) == (few, "nearest")
 
 
 def test_loaded_once_and_again_when_a_file_changes(tmp_path):

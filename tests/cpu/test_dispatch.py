@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fagen
-from fagen import binding, db, dispatch, fallback, families, target, verify
+from fagen import binding, db, dispatch, env, fallback, families, target, trust, verify
 from fagen.families import Config
 from fagen.problem import Problem
 
@@ -141,6 +141,48 @@ def test_explain_reads_well_and_compiles_nothing(tmp_path: Path, monkeypatch: py
     assert not list((tmp_path / "cache").glob("kernels/*"))
     fields = report.to_dict()
     assert fields["kind"] == "family" and fields["built"] is False and fields["record"] == PROBLEM.key
+
+
+def test_explain_says_where_a_winner_comes_from(tmp_path: Path) -> None:
+    hash_today = trust.current_hash(FAMILY, PROBLEM, HERE, other_config())
+    environment = {
+        "fagen": "0.0.9",
+        "torch": "2.0.1",
+        "cxx": "g++ (Distribution 12.2.0-14+d12) 12.2.0",
+        "python": "3.1",
+    }
+    near = PROBLEM.replace(seqlen_q=128, seqlen_k=128)
+    db.put([record(near, source_hash=hash_today, environment=environment, trials=17)])
+    (tmp_path / "cpu" / "odd.json").write_text("{")
+    report = dispatch.explain_problem(PROBLEM, HERE)
+    text = str(report)
+    assert (
+        f"record   {near.key}: 1 ms ±0.01, 2.00x the default, {HERE.device}, 2026-01-01, best of 17 candidates" in text
+    )
+    assert f"from     {db.path_of(tmp_path, 'cpu', HERE.device)} (yours)" in text
+    assert f"with     fagen 0.0.9, torch 2.0.1, cxx 12.2.0 (here fagen {fagen.__version__}, torch 2." in text
+    assert "python" not in text
+    assert "apart    1.50 weighted doublings: keys 1.00, rows 0.50" in text
+    assert "source   current: " in text
+    assert "not      database: database file" in text and "odd.json" in text
+    facts = report.to_dict()["provenance_record"]
+    assert facts["distance"] == pytest.approx(1.5) and facts["source"] == "current" and facts["owner"] == "yours"
+
+
+def test_versions_are_told_shortly() -> None:
+    nvcc = "Cuda compilation tools, release 13.0, V13.0.88 Build cuda_13.0.r13.0/compiler.36424714_0"
+    told = [dispatch._version(text) for text in (nvcc, "2.11.0+cu130", "580.159.04", "132", "odd")]
+    assert told == ["13.0", "2.11.0+cu130", "580.159.04", "132", "odd"]
+
+
+def test_the_page_on_the_database_shows_what_explain_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(db, "default_paths", lambda: (env.data_dir("tuning_db"), Path("none")))
+    problem = Problem(mask="causal", heads=32, kv_heads=8, seqlen_q=1536)
+    text = (Path(__file__).parents[2] / "docs" / "database.md").read_text()
+    said = str(dispatch.explain_problem(problem, target.known("sm_90"))).splitlines()
+    for word in ("picked", "record", "apart"):
+        (shown,) = [line for line in text.splitlines() if line.startswith(word + " ")]
+        assert any(line.startswith(shown.removesuffix("...")) for line in said), (shown, said)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,238 @@
+"""Writing winners: who stays where two files have a record of the same key, and files that lose nothing.
+
+Writers lock, re-read, merge and replace, so that any number of them may write at the same time. Arch and device are
+hard: they name the file, and records never cross from one to another. What else was different where a record was
+measured (driver, compiler, clocks) is told, and does not keep it out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fagen import audit, env, families
+from fagen.db import SCHEMA, Record, path_of, read_file, slug
+from fagen.errors import DatabaseError, FagenError, UsageError
+from fagen.measure import LEAST_GAIN
+
+POLICIES = {
+    "newer": "the record with the later date",
+    "faster": "the one that is faster by more than the noise of both; among equals the one of fewer resources",
+    "keep": "the record that is already there",
+}
+_LOCK_SECONDS = 60
+_SOFT_IGNORED = ("device", "python")  # of an environment: the first is hard, the second changes no kernel
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of an incoming record, and of the one that it met, if any."""
+
+    action: str  # added, replaced or kept
+    new: Record
+    old: Record | None
+    reason: str
+
+
+@dataclass
+class Merge:
+    decisions: list[Decision] = field(default_factory=list)
+    written: list[Path] = field(default_factory=list)
+
+    def count(self, action: str) -> int:
+        return sum(decision.action == action for decision in self.decisions)
+
+    def differences(self) -> dict[str, int]:
+        """Facts of the environment in which records that met were not measured alike, and how many pairs."""
+        found: dict[str, int] = {}
+        for d in self.decisions:
+            if d.old is None or d.old == d.new:
+                continue
+            for name in sorted(d.old.environment.keys() & d.new.environment.keys()):
+                old, new = d.old.environment[name], d.new.environment[name]
+                if name not in _SOFT_IGNORED and old != new:
+                    text = f"{name} {old} and {new}"
+                    found[text] = found.get(text, 0) + 1
+        return found
+
+
+# ---- who stays ------------------------------------------------------------------------------------------------------
+
+
+def noise(a: Record, b: Record) -> float:
+    """Seconds below which two records' times count as equal."""
+    return max(math.hypot(a.spread, b.spread), LEAST_GAIN * max(a.seconds, b.seconds))
+
+
+def decide(old: Record, new: Record, policy: str) -> Decision:
+    """Whether `new` takes the place of `old`. One that today's templates still make stays before one they do not."""
+    if old == new:
+        return Decision("kept", new, old, "the same record")
+    if policy == "keep":
+        return Decision("kept", new, old, "there already")
+    usable = [audit.state(record)[0] == "current" for record in (old, new)]
+    if usable == [True, False]:
+        return Decision("kept", new, old, "the other was tuned with a kernel source that is not today's")
+    if usable == [False, True]:
+        return Decision("replaced", new, old, "the old one was tuned with a kernel source that is not today's")
+    if policy == "newer":
+        later = new.date >= old.date
+        return Decision("replaced" if later else "kept", new, old, f"{new.date or 'no date'}, was {old.date}")
+    gain, band = old.seconds - new.seconds, noise(old, new)
+    percent = f"{abs(gain) / old.seconds:.1%} {'faster' if gain > 0 else 'slower'}"
+    if abs(gain) > band:
+        return Decision("replaced" if gain > 0 else "kept", new, old, percent)
+    fewer = old.config != new.config and _rank(new) < _rank(old)
+    reason = f"{percent}, within the noise of {band / old.seconds:.1%}"
+    return Decision("replaced" if fewer else "kept", new, old, reason + (", of fewer resources" if fewer else ""))
+
+
+def _rank(record: Record) -> tuple[int, tuple, str]:
+    """The stable rule among ties, as at the end of a tuning run; what cannot be ranked comes last."""
+    text = json.dumps(record.config, sort_keys=True)
+    try:
+        family = families.get(record.family)
+        target = audit.target_of(record)
+        return 0, family.resources(record.problem, target, family.config(record.config)), text
+    except FagenError:
+        return 1, (), text
+
+
+def merge(
+    records: Iterable[Record], directory: Path | None = None, policy: str = "newer", *, dry_run: bool = False
+) -> Merge:
+    """Merge records into the user's overlay (or another folder). A dry run decides and writes nothing."""
+    if policy not in POLICIES:
+        raise UsageError(f"unknown merge policy {policy!r}", f"known: {', '.join(POLICIES)}")
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        record._check()
+        groups.setdefault((record.arch, record.device), []).append(record)
+    directory, done = directory or env.user_db_dir(), Merge()
+    for (arch, device), rows in groups.items():
+        path = path_of(directory, arch, device)
+        with contextlib.nullcontext() if dry_run else _locked(path):
+            merged = {(r.key, r.family): r for r in _to_rewrite(path, arch, device, backup=not dry_run)}
+            for record in rows:
+                old = merged.get((record.key, record.family))
+                decision = decide(old, record, policy) if old else Decision("added", record, None, "")
+                done.decisions.append(decision)
+                if decision.action != "kept":
+                    merged[record.key, record.family] = record
+            if not dry_run:
+                write_file(path, arch, device, merged.values())
+                done.written.append(path)
+    return done
+
+
+def remove(path: Path, doomed: Callable[[Record], bool]) -> int:
+    """Take records out of a file, and those that a later one hides; how many. The last one takes the file along."""
+    with _locked(path):
+        records, wrong = read_file(path)
+        kept = {(r.key, r.family): r for r in records if not doomed(r)}
+        if wrong:
+            _keep_aside(path)
+        if kept:
+            write_file(path, records[0].arch, records[0].device, kept.values())
+        else:
+            path.unlink()
+    return len(records) - len(kept)
+
+
+# ---- how two differ -------------------------------------------------------------------------------------------------
+
+
+def diff(a: Iterable[Record], b: Iterable[Record]) -> list[dict[str, Any]]:
+    """A row for each record that is not in both alike: `what` is "only a", "only b", "config" or "time".
+
+    Times count as different beyond the noise of both; `ratio` is a's time over b's. A config that differs is told
+    whatever the times say.
+    """
+    sides = [{(r.arch, slug(r.device), r.key, r.family): r for r in records} for records in (a, b)]
+    rows = []
+    for key in sorted(sides[0].keys() | sides[1].keys()):
+        one, other = (side.get(key) for side in sides)
+        row: dict[str, Any] = {"arch": key[0], "device": key[1], "key": key[2], "family": key[3]}
+        if one is None or other is None:
+            rows.append({**row, "what": "only b" if one is None else "only a"})
+            continue
+        beyond = abs(one.seconds - other.seconds) > noise(one, other)
+        changed = {name: [one.config.get(name), other.config.get(name)]
+                   for name in one.config.keys() | other.config.keys()
+                   if one.config.get(name) != other.config.get(name)}  # fmt: skip
+        if changed or beyond:
+            row |= {"what": "config" if changed else "time", "ratio": one.seconds / other.seconds}
+            rows.append({**row, "beyond_noise": beyond, "changed": dict(sorted(changed.items()))})
+    return rows
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    import filelock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.with_suffix(".lock"), timeout=_LOCK_SECONDS):
+            yield
+    except filelock.Timeout as error:
+        raise DatabaseError(
+            f"database file {path} is locked by another process", f"waited {_LOCK_SECONDS} s", "Try again."
+        ) from error
+    except OSError as error:
+        raise DatabaseError(
+            f"database file {path} cannot be written", str(error), "Set FAGEN_DB_DIR to a folder you can write to."
+        ) from error
+
+
+def write_file(path: Path, arch: str, device: str, records: Iterable[Record]) -> None:
+    """All or nothing: a reader sees the old file or the new one."""
+    rows = [r.to_dict() for r in sorted(records, key=lambda r: (r.key, r.family))]
+    text = json.dumps({"schema": SCHEMA, "arch": arch, "device": device, "records": rows}, indent=1, allow_nan=False)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _to_rewrite(path: Path, arch: str, device: str, *, backup: bool) -> list[Record]:
+    """A file about to be replaced. A damaged one is kept beside it; one from the future or of another device is not
+    touched."""
+    if not path.exists():
+        return []
+    try:
+        records, wrong = read_file(path)
+    except DatabaseError as error:
+        if "newer fagen" in error.what:
+            raise
+        records, wrong = [], [str(error)]
+    for record in records[:1]:
+        if (record.arch, record.device) != (arch, device):
+            raise DatabaseError(
+                f"database file {path} is of another device",
+                f"it is of {record.device} ({record.arch}), the records are of {device} ({arch})",
+                "Merge into another folder: --out DIR.",
+            )
+    if wrong and backup:
+        _keep_aside(path)
+    return records
+
+
+def _keep_aside(path: Path) -> None:
+    shutil.copy2(path, path.with_suffix(f".damaged-{datetime.datetime.now():%Y%m%d-%H%M%S}"))

@@ -1,0 +1,304 @@
+"""A winner whose kernel source has changed since: verified before its first use, once a machine, or passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import fake_family
+import pytest
+import torch
+
+import fagen
+from fagen import api, binding, db, dispatch, env, fallback, measure, render, toolchain, trust, verify
+from fagen.cli import main
+from fagen.errors import BuildError, UsageError
+from fagen.families import Config
+from fagen.target import Target, host
+
+pytestmark = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
+FAMILY, PROBLEM, HERE = fake_family.FAMILY, fake_family.PROBLEM, host()
+
+
+@pytest.fixture(autouse=True)
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A family whose kernels can be told to misbehave, an empty database, and a cache without verdicts."""
+    fake_family.install(monkeypatch.setattr)
+    monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
+    monkeypatch.setattr(db, "default_paths", lambda: (tmp_path / "shipped", tmp_path / "db"))
+    monkeypatch.setattr(fallback, "_warned", set())
+    _forget(monkeypatch)
+    yield tmp_path
+    for path in (env.cache_dir() / "verified").glob("*"):
+        path.unlink()
+    if binding._module is not None:
+        binding.forget()
+
+
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process."""
+    monkeypatch.setattr(trust, "_verdicts", {})
+    monkeypatch.setattr(trust, "_hashes", {})
+
+
+def config(style: str = "plain", variant: int = 1) -> Config:
+    return Config({"style": style, "variant": variant})
+
+
+def record(style: str = "plain", variant: int = 1, *, seqlen: int = 192, source_hash: str = "0ld") -> db.Record:
+    return db.Record(
+        problem=PROBLEM.replace(seqlen_q=seqlen, seqlen_k=seqlen), arch="cpu", device=HERE.device, family=FAMILY.name,
+        config=dict(config(style, variant)), seconds=1e-3, spread=1e-5, default_seconds=2e-3, error=1e-6,
+        source_hash=source_hash, date="2026-01-01",
+    )  # fmt: skip
+
+
+def today(style: str = "plain", variant: int = 1) -> str:
+    return render.source_hash(render.source(FAMILY, PROBLEM, HERE, config(style, variant)))
+
+
+def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    runs: list[object] = []
+    compare = trust.compare
+    monkeypatch.setattr(trust, "compare", lambda *args: runs.append(args) or compare(*args))
+    return runs
+
+
+def test_an_unchanged_source_is_not_verified(monkeypatch):
+    runs = count_runs(monkeypatch)
+    db.put([record(source_hash=today())])
+    choice = dispatch.choose(PROBLEM, HERE, check=True)
+    assert (choice.provenance, choice.trust.state) == ("exact", "current")
+    assert not runs
+
+
+def test_a_changed_source_is_verified_once_a_machine(monkeypatch, capfd):
+    monkeypatch.delenv("FAGEN_QUIET")
+    runs = count_runs(monkeypatch)
+    db.put([record()])
+    assert dispatch.choose(PROBLEM, HERE).trust.state == "unverified"  # explain and build run nothing
+    assert not runs
+    choice = dispatch.choose(PROBLEM, HERE, check=True)
+    assert (choice.config, choice.trust.state) == (config(), "verified")
+    assert len(runs) == 1
+    said = [line for line in capfd.readouterr().err.splitlines() if "verified" in line]
+    assert len(said) == 1 and "right, largest error" in said[0] and PROBLEM.key in said[0]
+    near = PROBLEM.replace(seqlen_q=100, seqlen_k=100)
+    assert dispatch.choose(near, HERE, check=True).trust.state == "verified"  # the same source
+    _forget(monkeypatch)
+    choice = dispatch.choose(PROBLEM, HERE)
+    assert choice.trust.state == "verified" and "verified here 20" in choice.trust.text
+    assert len(runs) == 1
+    db.put([record(source_hash="0lder")])  # what counts is today's source, not what it was
+    assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize(("style", "words"), [("wrong", "wrong at"), ("broken", "cannot be built")])
+def test_a_kernel_that_has_become_bad_is_passed_over(monkeypatch, style, words):
+    runs = count_runs(monkeypatch)
+    db.put([record(style), record(seqlen=256, source_hash=today())])
+    choice = dispatch.choose(PROBLEM, HERE, check=True)
+    assert (choice.provenance, choice.config) == ("nearest", config())
+    assert any(words in reason and "exact record" in reason for reason in choice.reasons), choice.reasons
+    _forget(monkeypatch)
+    built = []
+    monkeypatch.setattr(api, "built", lambda *args: built.append(args))
+    text = str(dispatch.explain_problem(PROBLEM, HERE))
+    assert words in text and "source   current" in text
+    assert dispatch.choose(PROBLEM, HERE, check=True).config == config()
+    assert len(runs) == (style == "wrong") and not built  # remembered
+
+
+def test_a_failure_that_may_pass_is_not_remembered(monkeypatch):
+    db.put([record()])
+
+    def killed(*args):
+        raise BuildError("the compiler was killed", log="...", killed=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "built", killed)
+        assert dispatch.choose(PROBLEM, HERE, check=True).provenance == "default"
+    _forget(monkeypatch)
+    assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
+
+
+_DIES = """
+import sys, fake_family
+from fagen import db, dispatch, target
+fake_family.install()
+choice = dispatch.choose(fake_family.PROBLEM, target.host(), check=True)
+print(choice.provenance, choice.reasons)
+"""
+
+
+def test_a_kernel_that_kills_its_process_does_so_once(fake):
+    db.put([record("segfault")])
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parents[1])])
+    variables = {**os.environ, "PYTHONPATH": paths, "FAGEN_DB_DIR": str(fake / "db")}
+    command = [sys.executable, "-c", _DIES]
+    first = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    assert first.returncode == -signal.SIGSEGV, first.stderr
+    second = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.startswith("default")
+    assert "an earlier process ended while it verified this kernel" in second.stdout
+
+
+def test_processes_that_start_together_verify_once(fake):
+    db.put([record()])
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parents[1])])
+    variables = {**os.environ, "PYTHONPATH": paths, "FAGEN_DB_DIR": str(fake / "db"), "FAGEN_QUIET": "0"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([sys.executable, "-c", _DIES], env=variables, **pipes) for _ in range(3)]
+    told = [rank.communicate(timeout=300) for rank in ranks]
+    assert all(out.startswith("exact") for out, _ in told), told
+    assert sum("verified fake_forward" in err for _, err in told) == 1, told
+
+
+def test_two_bad_ones_are_enough(monkeypatch):
+    """A template that makes nothing right does not cost a compilation for every record."""
+    runs = count_runs(monkeypatch)
+    monkeypatch.setattr(trust, "compare", lambda *args: runs.append(args) or (1.0, "wrong at b1"))
+    db.put([record("plain", variant, seqlen=seqlen) for variant, seqlen in ((1, 192), (2, 200), (3, 210))])
+    choice = dispatch.choose(PROBLEM, HERE, check=True)
+    assert choice.provenance == "default" and len(runs) == 2
+    passed_over = [reason for reason in choice.reasons if reason.partition(" record ")[0] in ("exact", "nearest")]
+    assert ["not tried" in reason for reason in passed_over] == [False, False, True]
+
+
+def test_an_interrupted_verification_is_no_verdict(monkeypatch):
+    db.put([record()])
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trust, "compare", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            dispatch.choose(PROBLEM, HERE, check=True)
+    assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
+
+
+def test_a_verification_that_fails_by_itself_is_no_verdict_on_the_kernel(monkeypatch):
+    db.put([record()])
+
+    def failing(*args):
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trust, "compare", failing)
+        choice = dispatch.choose(PROBLEM, HERE, check=True)
+    assert choice.provenance == "default"
+    assert any("could not be verified: RuntimeError: out of luck" in reason for reason in choice.reasons)
+    _forget(monkeypatch)
+    assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
+
+
+def test_what_the_caller_has_set_does_not_reach_the_verification(monkeypatch):
+    db.put([record()])
+    before, seen = torch.get_default_dtype(), []
+    check = measure.check
+    monkeypatch.setattr(measure, "check", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or check(*args))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
+    finally:
+        torch.set_default_dtype(before)
+    assert seen and not any(seen)
+
+
+def test_the_variable_decides(monkeypatch):
+    runs = count_runs(monkeypatch)
+    db.put([record()])
+    monkeypatch.setenv("FAGEN_STALE", "trust")
+    assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "trusted"
+    monkeypatch.setenv("FAGEN_STALE", "refuse")
+    choice = dispatch.choose(PROBLEM, HERE, check=True)
+    assert choice.provenance == "default" and any("FAGEN_STALE=refuse" in reason for reason in choice.reasons)
+    monkeypatch.setenv("FAGEN_STALE", "perhaps")
+    with pytest.raises(UsageError, match="known: verify, trust, refuse"):
+        dispatch.choose(PROBLEM, HERE, check=True)
+    assert not runs
+
+
+def test_nothing_is_verified_where_nothing_may_be_compiled(monkeypatch):
+    runs = count_runs(monkeypatch)
+    db.put([record()])
+    with monkeypatch.context() as patch:
+        patch.setenv("FAGEN_DISABLE_JIT", "1")
+        choice = dispatch.choose(PROBLEM, HERE, check=True)
+        assert choice.provenance == "default" and not runs
+        assert any("fagen build verifies it ahead" in reason for reason in choice.reasons)
+    dispatch.choose(PROBLEM, HERE, check=True)
+    monkeypatch.setenv("FAGEN_DISABLE_JIT", "1")
+    assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"  # it was, before
+
+
+def test_a_device_that_is_not_here_is_not_waited_for(monkeypatch):
+    runs = count_runs(monkeypatch)
+    elsewhere = Target("cpu", "Another CPU", 2)
+    db.put([record()])
+    choice = dispatch.choose(PROBLEM, elsewhere, check=True)
+    assert (choice.provenance, choice.trust.state) == ("arch", "unverified") and not runs
+
+
+def test_a_cache_that_cannot_be_written_costs_each_process_a_check(monkeypatch, tmp_path):
+    db.put([record()])
+    kernel = api.built(FAMILY, PROBLEM, HERE, config())
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(api, "built", lambda *args: kernel)
+    monkeypatch.setenv("FAGEN_CACHE_DIR", str(tmp_path / "file"))
+    runs = count_runs(monkeypatch)
+    for _ in range(2):
+        assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
+    assert len(runs) == 1
+
+
+def test_attention_verifies_on_its_first_call_alone(monkeypatch):
+    runs = count_runs(monkeypatch)
+    judged = []
+    judge = trust.judge
+    monkeypatch.setattr(trust, "judge", lambda *args, **named: judged.append(args) or judge(*args, **named))
+    db.put([record()])
+    binding.forget()
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    q, k, v = (torch.ones(1, PROBLEM.seqlen_q, heads, 16) for heads in (2, 1, 1))
+    outs = [fagen.attention(q, k, v, causal=True) for _ in range(3)]
+    assert len(runs) == 1 and len(judged) == 1
+    assert torch.equal(torch.rand(1), wanted)  # the caller's random numbers are as they were
+    for out in outs:
+        assert verify.check(out, None, q, k, v, verify.Semantics((-1, 0)), layout="bshd")
+    text = str(fagen.explain(q, k, v, causal=True))
+    assert "source   verified: the source has changed since it was tuned (0ld, now " in text
+
+
+def test_build_verifies_ahead_and_builds_what_else_may_serve(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "one.toml"
+    file.write_text(
+        '[[problem]]\ndtype = "fp32"\nhead_dim = 16\nmask = "causal"\nheads = 2\nkv_heads = 1\nseqlen = 192'
+    )
+    flags = ["build", "--problems", str(file), "--target", "cpu", "--json"]
+
+    def built() -> list[str]:
+        assert main(flags) == 0
+        return [row["config"]["style"] for row in json.loads(capsys.readouterr().out)]
+
+    db.put([record("plain", 2)])
+    assert built() == ["plain"]
+    assert dispatch.choose(PROBLEM, HERE).trust.state == "verified"
+    db.put([record("wrong")])
+    assert built() == ["wrong", "slow"]  # the default instead of what is wrong
+    db.put([record("plain", 3)])
+    monkeypatch.setattr(trust, "_device_is_ready", lambda target: False)  # as where kernels are made for others
+    assert built() == ["plain", "slow"]

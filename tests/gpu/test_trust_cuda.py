@@ -1,0 +1,72 @@
+"""A winner whose kernel source has changed, on a GPU: verified in a second on its first call, never in a capture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fagen
+from fagen import api, binding, db, dispatch, env, families, trust, verify
+
+
+@pytest.fixture
+def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
+    """Inputs whose winner was tuned with another source; its kernel is compiled, nothing is verified."""
+    monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path))
+    monkeypatch.setattr(db, "default_paths", lambda: (tmp_path / "shipped", tmp_path))
+    monkeypatch.setattr(trust, "_verdicts", {})
+    tensors = [torch.randn(2, 4096, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    call = api.describe(*tensors, causal=True)
+    family = families.candidates(call.problem, call.target)[0][0]
+    config = family.default(call.problem, call.target)
+    record = db.Record(
+        problem=call.problem, arch=call.target.arch, device=call.target.device, family=family.name,
+        config=dict(config), seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash="0ld",
+    )  # fmt: skip
+    db.put([record])
+    api.built(family, call.problem, call.target, config)
+    binding.load()
+    binding.forget()
+    yield tensors
+    for path in (env.cache_dir() / "verified").glob("*"):
+        path.unlink()
+    binding.forget()
+
+
+def test_it_takes_a_second_once(stale: list[torch.Tensor]) -> None:
+    q, k, v = stale
+    torch.matmul(q[0, :, 0], k[0, :, 0].T)  # a process that has not computed anything yet pays for its libraries
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    out = fagen.attention(q, k, v, causal=True)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    print(f"the first call, verification and all: {seconds:.2f} s")
+    assert seconds < 3
+    assert verify.check(out, None, q, k, v, verify.Semantics((-1, 0)), layout="bshd")
+    told = fagen.explain(q, k, v, causal=True)
+    assert told.choice.trust is not None and told.choice.trust.state == "verified"
+    before = torch.cuda.memory_allocated()
+    binding.forget()
+    again = fagen.attention(q, k, v, causal=True)
+    assert torch.cuda.memory_allocated() - before < again.numel() * 2 + (
+        1 << 20
+    )  # no inputs of the verification are kept
+    assert torch.equal(out, again)
+
+
+def test_never_in_a_capture(stale: list[torch.Tensor]) -> None:
+    q, k, v = stale
+    call = api.describe(q, k, v, causal=True)
+    states = []
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with pytest.raises(Exception, match="fagen build"):
+            fagen.attention(q, k, v, causal=True)
+        states.append(dispatch.choose(call.problem, call.target, check=True).trust.state)
+        q.add(1)  # torch warns of a graph that captured nothing
+    assert states == ["unverified"]
+    assert not list((env.cache_dir() / "verified").glob("*.json"))
