@@ -72,7 +72,7 @@ def _tune(problems: list[Problem], target: Target, args: argparse.Namespace) -> 
         budget = suite.BUDGET_SECONDS
     device = (args.target or "").partition(":")[2]
     options = Options(
-        budget=budget, trials=args.trials, seed=args.seed, workers=args.workers, device=int(device or 0),
+        budget=budget, trials=args.trials, seed=args.seed, workers=args.workers, devices=(int(device or 0),),
         compile_timeout=duration(args.compile_timeout), run_timeout=duration(args.run_timeout),
         resume=args.resume, out=args.out, family=args.family,
     )  # fmt: skip

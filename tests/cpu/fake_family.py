@@ -16,11 +16,23 @@ from fagen.problem import Problem
 from fagen.target import Target, host
 from fagen.tuner import candidate
 
-STYLES = ("plain", "slow", "segfault", "hang", "wrong", "holes", "broken")
+STYLES = ("plain", "slow", "segfault", "hang", "wrong", "holes", "late", "overrun", "scribble", "broken")
+# what becomes of each, and a word of the reason
+ENDS = {
+    "segfault": ("crash", "SIGSEGV"),
+    "hang": ("timeout", "no answer within"),
+    "wrong": ("wrong", "error"),
+    "holes": ("wrong", "not written"),
+    "late": ("wrong", "sample of batch 0 head"),
+    "overrun": ("wrong", "wrote outside of out"),
+    "scribble": ("wrong", "wrote into its input k"),
+    "broken": ("compile", "meant not to compile"),
+}
 
 _SOURCE = r"""{% include "preamble.j2" %}
 #include "fagen/params.h"
 #include <math.h>
+#include <signal.h>
 #include <vector>
 
 static_assert(Config::kStyle != Style::broken, "this one is meant not to compile");
@@ -51,10 +63,11 @@ static void run(const fagen_params& p) {
           sum += w;
           for (int d = 0; d < p.head_dim_v; d++) acc[d] += w * vj[d];
         }
-        if (Config::kStyle == Style::holes && i == p.seqlen_q - 1 && p.seqlen_q > 200) continue;
+        if (Config::kStyle == Style::holes && i == p.seqlen_q - 1 && p.batch == 3) continue;
         float* oi = o + b * p.o_stride[0] + i * p.o_stride[1] + h * p.o_stride[2];
         for (int d = 0; d < p.head_dim_v; d++) oi[d] = sum > 0 ? acc[d] / sum : 0;
         if (Config::kStyle == Style::wrong) oi[0] *= 1.01f;
+        if (Config::kStyle == Style::late && p.batch == 3 && i == 0) oi[0] += 0.1f;
         if (p.lse) p.lse[(b * p.heads + h) * p.seqlen_q + i] = sum > 0 ? top + logf(sum) : -INFINITY;
       }
 }
@@ -62,9 +75,16 @@ static void run(const fagen_params& p) {
 extern "C" int fagen_launch(const fagen_params* p, void*) {
   if (Config::kStyle == Style::segfault) *(volatile int*)8 = 1;
   volatile bool forever = true;
+  if (Config::kStyle == Style::hang) {  // and deaf to all signals that can be blocked
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, nullptr);
+  }
   while (Config::kStyle == Style::hang && forever) {}
   int repeats = Config::kStyle == Style::slow ? 4 : 1;
   for (int r = 0; r < repeats; r++) run(*p);
+  if (Config::kStyle == Style::overrun) ((float*)p->o)[p->batch * p->o_stride[0]] = 0;
+  if (Config::kStyle == Style::scribble) ((float*)p->k)[0] += 1;
   return 0;
 }
 extern "C" const char* fagen_error(int) { return ""; }
@@ -94,7 +114,7 @@ FAMILY = Family(
     default=lambda p, t: Config({"style": "slow", "variant": 1}),
     resources=lambda p, t, c: (c.variant,),
 )
-PROBLEM = Problem(dtype="fp32", head_dim=16, mask="causal", heads=2, kv_heads=1, seqlen_q=192)
+PROBLEM = Problem(dtype="fp32", head_dim=16, mask="causal", batch=3, heads=2, kv_heads=1, seqlen_q=192)
 
 
 def _all_families() -> tuple[Family, ...]:

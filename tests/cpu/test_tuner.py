@@ -24,7 +24,8 @@ from fagen.problem import Problem
 from fagen.space import enumerate_space
 from fagen.target import host, known
 from fagen.tuner import journal, progress, result, study, suite, workers
-from fagen.tuner.candidate import Candidate, Result, check_problems
+from fagen.tuner.candidate import Candidate, Result
+from fagen.tuner.checks import check_problems
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options, Tuned
 from fagen.tuner.search import Search, open_storage
@@ -34,7 +35,7 @@ if HERE not in sys.path:  # workers import the fake family from here, too
     sys.path.insert(0, HERE)
 
 import fake_family  # noqa: E402
-from fake_family import FAMILY, PROBLEM, misbehave  # noqa: E402
+from fake_family import ENDS, FAMILY, PROBLEM, misbehave  # noqa: E402
 
 
 @pytest.fixture
@@ -65,9 +66,11 @@ def rows(run: Path) -> list[dict]:
 def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake, capsys):
     report = study.tune([PROBLEM], host(), options(fake), progress.Lines())
     ended = {(r["config"]["style"], r["config"]["variant"]): r["outcome"] for r in rows(report.run)}
-    assert len(ended) == len(rows(report.run)) == 6 + 5  # 3 variants of the 2 right styles, one of each other
-    expected = {"segfault": "crash", "hang": "timeout", "wrong": "wrong", "holes": "wrong", "broken": "compile"}
-    assert {style: ended[style, 1] for style in expected} == expected
+    assert len(ended) == len(rows(report.run)) == 6 + len(ENDS)  # 3 variants of the 2 right styles, one of each other
+    reasons = {r["config"]["style"]: r["reason"] for r in rows(report.run)}
+    for style, (outcome, word) in ENDS.items():
+        assert ended[style, 1] == outcome
+        assert word in reasons[style]
     assert {outcome for (style, _), outcome in ended.items() if style in ("plain", "slow")} == {"ok"}
     assert all(r["reason"] for r in rows(report.run) if r["outcome"] != "ok")
     assert all(r["source_hash"] and r["seconds"] > 0 for r in rows(report.run) if r["outcome"] == "ok")
@@ -109,17 +112,17 @@ def test_a_killed_worker_costs_one_candidate(fake):
         def __init__(self):
             self.pool, self.killed = None, 0
 
-        def problem(self, problem, place, search, pool, deadline):
+        def problem(self, problem, place, search, pool):
             self.pool = pool
 
         def candidate(self, item, result, search):
             if len(search.seen) == 1:  # at rest: nobody's fault
-                os.kill(self.pool.measurer.pid, signal.SIGKILL)
+                os.kill(next(iter(self.pool.devices)).pid, signal.SIGKILL)
 
         def refresh(self):
-            job = self.pool.measuring
+            job = self.pool.measuring.get(0)
             if not self.killed and job and job.config.style == "plain":
-                os.kill(self.pool.measurer.pid, signal.SIGKILL)
+                os.kill(next(iter(self.pool.devices)).pid, signal.SIGKILL)
                 self.killed += 1
 
     report = study.tune([PROBLEM], host(), options(fake), killer := Killer())
@@ -152,7 +155,7 @@ def test_a_run_that_is_killed_goes_on_and_repeats_nothing(fake):
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     before = rows(run)
-    assert 2 <= len(before) < 11
+    assert 2 <= len(before) < 14
     with open(run / journal.TRIALS, "ab") as file:
         file.write(b'{"problem": "torn')  # as if it had died writing
     report = study.tune([PROBLEM], host(), options(fake, resume="latest"))
@@ -160,7 +163,7 @@ def test_a_run_that_is_killed_goes_on_and_repeats_nothing(fake):
     after = rows(run)
     assert after[: len(before)] == before
     configs = [Config(r["config"]) for r in after]
-    assert len(configs) == len(set(configs)) == 11
+    assert len(configs) == len(set(configs)) == 14
     assert report.results[0].config["style"] == "plain"
     assert below
     until = time.monotonic() + 20
@@ -220,7 +223,7 @@ def test_the_default_is_measured_first_whichever_is_built_first(fake):
     default = FAMILY.default(PROBLEM, host())
     built = Result("ok", artifact=Artifact(fake / "kernel.so", "key", "hash"))
     with Pool(
-        host(), fake / "log", workers=1, seed=0, device=0, compile_timeout=60, run_timeout=2
+        host(), fake / "log", workers=1, seed=0, compile_timeout=60, run_timeout=2
     ) as pool:  # fmt: skip
         pool._default = default
         pool._replies = lambda workers: [(pool.compilers[0], built)]
@@ -281,11 +284,11 @@ def test_dry_run_runs_nothing(fake, capsys):
     flags = ["--target", "cpu", "--dtype", "fp32", "--head-dim", "16", "--mask", "causal"]
     assert main(["tune", *flags, "--dry-run", "--json"]) == 0
     (space,) = json.loads(capsys.readouterr().out)["spaces"]
-    assert (space["total"], space["legal"], space["removed"]) == (21, 11, {"alone": 10})
+    assert (space["total"], space["legal"], space["removed"]) == (30, 14, {"alone": 16})
     assert main(["tune", *flags, "--dry-run"]) == 0
     said = capsys.readouterr()
     assert said.out == ""
-    assert "11 of 21" in said.err
+    assert "14 of 30" in said.err
     assert not (fake / "state").exists()
 
 
@@ -340,7 +343,7 @@ def test_a_search_hands_out_each_legal_config_once(tmp_path, exhaustive):
         found.append(config)
         search.tell(config, 1.0 if config.style == "plain" else None, "failed")
     assert found[0] == FAMILY.default(PROBLEM, host())
-    assert len(found) == len(set(found)) == 11
+    assert len(found) == len(set(found)) == 14
     assert set(found) == set(search.space.legal)
     assert all(name == "alone" for name, _ in search.rejected.values())
     values = [t.value for t in search._study.trials if t.params["style"] == "plain" and t.value is not None]
@@ -363,8 +366,8 @@ def test_optuna_itself_can_open_the_study(tmp_path):
 
 def test_many_in_flight_at_once(tmp_path):
     search = make_search(tmp_path)
-    flying = [search.next() for _ in range(11)]
-    assert len(set(flying)) == 11
+    flying = [search.next() for _ in range(14)]
+    assert len(set(flying)) == 14
     assert search.next() is None
     for config in flying:
         search.tell(config, 1.0)
