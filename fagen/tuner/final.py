@@ -5,18 +5,19 @@ Times of the search come from different minutes, devices and hosts; they only ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fagen import db, families, nvml
 from fagen.measure import Timing
-from fagen.tuner.candidate import TORCH, Candidate, Final
+from fagen.tuner.candidate import BEHIND, TORCH, Candidate, Final
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import DEFAULT, INCUMBENT, Tuned, choose
 
 FINALISTS = 4  # beside the default and the incumbent
-OF_EACH = 2  # at least, of each device and host that took part in the search
+OF_EACH, MOST = 2, 12  # of each device and host that took part in the search; of all together
 SECONDS = 3.0
 
 
@@ -43,12 +44,18 @@ def finalists(good: dict[Candidate, Known], default: Candidate, incumbent: Candi
     if incumbent is not None and incumbent != default:
         labels[INCUMBENT] = incumbent
     labels = {label: item for label, item in labels.items() if item in good}
-    ranked = sorted(good, key=lambda item: good[item].timing.median)  # type: ignore[union-attr]
+    ranked = sorted(good, key=lambda item: _median(good, item))
     others = [item for item in ranked if item not in labels.values()]
     chosen = others[:FINALISTS]
-    for place in sorted({good[item].source for item in others}):
-        chosen += [item for item in others if good[item].source == place][:OF_EACH]
-    return labels | {f"#{number}": item for number, item in enumerate(dict.fromkeys(chosen), 1)}
+    near = [item for item in others if _median(good, item) <= BEHIND * _median(good, ranked[0])]
+    for place in sorted({good[item].source for item in near}):
+        chosen += [item for item in near if good[item].source == place][:OF_EACH]
+    return labels | {f"#{number}": item for number, item in enumerate([*dict.fromkeys(chosen)][:MOST], 1)}
+
+
+def _median(good: dict[Candidate, Known], item: Candidate) -> float:
+    timing = good[item].timing
+    return timing.median if timing else math.inf
 
 
 def hold(

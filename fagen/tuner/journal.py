@@ -68,9 +68,14 @@ class Run:
     def close(self) -> None:
         self._lock.release()
 
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What run.json says."""
+        return _meta(self.path) or {}
+
     def describe(self, **facts: Any) -> None:
         """Add to what run.json says."""
-        meta = _meta(self.path) or {}
+        meta = self.meta
         if any(meta.get(name) != value for name, value in facts.items()):
             _write_meta(self.path, meta | facts)
 

@@ -28,6 +28,8 @@ class Options:
     run_timeout: float = 10.0
     resume: Path | str | None = None  # a run's folder, or "latest"
     family: str | None = None  # search this one alone
+    storage: str | None = None  # URL of a database in which any number of processes share their studies
+    grace: float = 60.0  # seconds of silence after which one of those counts as dead
     out: Path | None = None  # where the winners go; None: the user's overlay
     runs: Path | None = None  # where runs are kept; None: the user's state folder
 

@@ -55,10 +55,16 @@ def open_storage(path: str) -> optuna.storages.BaseStorage:
 class Search:
     """Hands out candidates (`next`) and hears what became of them (`tell`). `limit`: how many it may hand out."""
 
-    waiting = False  # whether more may come after `next` had none: from other processes that search with this one
-
     def __init__(
-        self, space: Space, storage: Any, *, seed: int, first: Iterable[Config], limit: int | None, exhaustive: bool
+        self,
+        space: Space,
+        storage: Any,
+        *,
+        seed: int,
+        first: Iterable[Config],
+        limit: int | None,
+        exhaustive: bool,
+        name: str = "",  # of a study that others may have begun
     ) -> None:
         import optuna
 
@@ -82,11 +88,17 @@ class Search:
         self._study = optuna.create_study(
             storage=storage,
             sampler=sampler,
-            study_name=f"{space.family.name}:{space.problem.key}",
+            study_name=name or f"{space.family.name}:{space.problem.key}",
+            load_if_exists=bool(name),
             direction="minimize",
         )
         self._order = self._random.sample(space.legal, len(space.legal))
         self._queue = iter([*dict.fromkeys(first), *(self._order if exhaustive else self._order[:STARTUP])])
+
+    @property
+    def waiting(self) -> bool:
+        """Whether more may come after `next` had none: from other processes that search with this one."""
+        return False
 
     @property
     def issued(self) -> int:

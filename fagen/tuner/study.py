@@ -8,8 +8,10 @@ import functools
 import hashlib
 import math
 import signal
+import socket
 import threading
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +32,7 @@ from fagen.tuner.pool import Pool
 from fagen.tuner.progress import Progress
 from fagen.tuner.result import Options, Report, Tuned
 from fagen.tuner.search import Search, open_storage
+from fagen.tuner.shared import Board, SharedSearch
 from fagen.tuner.workers import compile_workers
 
 SEARCH_SHARE = 0.85  # of a problem's time; the rest is for the final round
@@ -71,6 +74,8 @@ def tune(problems: Sequence[Problem], target: Target, options: Options, progress
             if not any(options.family in (None, family.name) for family in able):
                 spaces(problem, target, options.family)  # raises with the reasons, before anything runs
         db.require_writable(db.path_of(options.out or env.user_db_dir(), target.arch, target.device))
+        if options.storage:  # before a run is begun
+            Board(options.storage, "").close()
         with contextlib.closing(_open_run(problems, target, options, progress)) as run:
             return _tune(run, problems, target, options, progress)
 
@@ -82,8 +87,19 @@ def _tune(run: Run, problems: Sequence[Problem], target: Target, options: Option
         compile_timeout=options.compile_timeout, run_timeout=options.run_timeout, note=progress.note,
     )  # fmt: skip
     progress.start(target, workers, run.path)
-    with pool, _signals(progress) as interrupted:
-        return _Tuner(run, target, options, pool, progress, interrupted).all(problems)
+    with pool, _signals(progress) as interrupted, _board(run, options) as board:
+        return _Tuner(run, target, options, pool, progress, interrupted, board).all(problems)
+
+
+@contextlib.contextmanager
+def _board(run: Run, options: Options) -> Iterator[Board | None]:
+    """What is shared with other processes, under a name that this run keeps when it is resumed."""
+    if options.storage is None:
+        yield None
+        return
+    run.describe(owner=run.meta.get("owner") or f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}")
+    with contextlib.closing(Board(options.storage, run.meta["owner"], options.grace)) as board:
+        yield board
 
 
 def _open_run(problems: Sequence[Problem], target: Target, options: Options, progress: Progress) -> Run:
@@ -140,11 +156,19 @@ class _Share:
 
 class _Tuner:
     def __init__(
-        self, run: Run, target: Target, options: Options, pool: Pool, progress: Progress, interrupted: threading.Event
+        self,
+        run: Run,
+        target: Target,
+        options: Options,
+        pool: Pool,
+        progress: Progress,
+        interrupted: threading.Event,
+        board: Board | None = None,
     ) -> None:
+        self.board = board
         self.run, self.target, self.options = run, target, options
         self.pool, self.progress, self.interrupted = pool, progress, interrupted
-        self.storage = open_storage(str(run.path / journal.STUDY))
+        self.storage = board.storage if board else open_storage(str(run.path / journal.STUDY))
         self.rows = [row for row in run.rows(journal.TRIALS) if row.get("outcome") in OUTCOMES]
         self.finished = {t.key: t for t in (Tuned(**row) for row in run.rows(journal.WINNERS)) if t.complete}
         self.environment = db.environment(target)
@@ -185,7 +209,12 @@ class _Tuner:
             self.pool.ahead = self._ahead([*found[turn + 1 :], *(self._spaces(to_come[0]) if to_come else [])])
             self.progress.problem(problem, place, search, self.pool)
             deadline, done = functools.partial(share.deadline, turn), functools.partial(self._done, search, known)
-            self.pool.explore(search, deadline, done, self._over)
+            over = functools.partial(self._over, search, known)
+            try:
+                self.pool.explore(search, deadline, done, over)
+            finally:
+                if isinstance(search, SharedSearch):
+                    search.close()
         if self.pool.limits:
             self.run.describe(machine=self.pool.limits)
         default = Candidate(found[0].family.name, problem, self.target, found[0].family.default(problem, self.target))
@@ -223,9 +252,22 @@ class _Tuner:
             self.spaces[problem.static_key] = spaces(problem, self.target, self.options.family)
         return [dataclasses.replace(space, problem=problem) for space in self.spaces[problem.static_key]]
 
-    def _over(self) -> bool:
+    def _over(self, search: Search, known: dict[Candidate, Known]) -> bool:
+        if isinstance(search, SharedSearch):
+            for row in search.news():
+                self._hear(search, row, known)
         self.progress.refresh()
         return self.interrupted.is_set()
+
+    def _hear(self, search: SharedSearch, row: dict[str, Any], known: dict[Candidate, Known]) -> None:
+        """What another process found, or this run before it was killed."""
+        self._append(row)
+        found = self._recalled(search, row)
+        known[found.item] = found
+        search.tell(
+            found.item.config, found.timing.median if found.timing else None, f"{found.outcome}: {found.reason}"
+        )
+        self.progress.candidate(found.item, Result(found.outcome, found.reason, found.timing, found.error), search)
 
     def _incumbent(self, problem: Problem) -> Candidate | None:
         """What the database has for exactly this problem, if it is still legal."""
@@ -248,36 +290,59 @@ class _Tuner:
         first = [family.default(problem, self.target), *exact, *family.seeds(problem, self.target)]
         first += [config for _, config in winners if config]
         room = self.options.trials if self.options.trials is not None else seconds  # a second a candidate, about
-        search = Search(
-            space, self.storage, seed=self.options.seed, first=first, limit=self.options.trials,
-            exhaustive=len(space.legal) <= room,
-        )  # fmt: skip
-        for row in self.rows:
-            if row["problem"] == problem.key and row["family"] == family.name and row["outcome"] != "constraint":
-                self._remember(search, row, known)
+        rows = [
+            row for row in self.rows
+            if row["problem"] == problem.key and row["family"] == family.name and row["outcome"] != "constraint"
+        ]  # fmt: skip
+        search = self._new_search(space, rows, first=first, exhaustive=len(space.legal) <= room)
+        for row in rows:
+            self._remember(search, row, known)
+        return search
+
+    def _new_search(self, space: Space, rows: list[dict[str, Any]], **how: Any) -> Search:
+        seed, limit = self.options.seed, self.options.trials
+        if self.board is None:
+            return Search(space, self.storage, seed=seed, limit=limit, **how)
+        mark = fingerprint([space.problem], self.target, space.family.name)
+        compiler = self.environment.get("nvcc") or self.environment.get("cxx", "")
+        name = f"{space.family.name}:{space.problem.key}:{mark}:{hashlib.sha256(compiler.encode()).hexdigest()[:8]}"
+        salt = int(hashlib.sha256(self.board.owner.encode()).hexdigest()[:6], 16)  # or all would ask for the same
+        own = [row for row in rows if row.get("host", self.board.owner) == self.board.owner]
+        search = SharedSearch(
+            space, self.storage, board=self.board, name=name, seed=seed + salt, limit=limit, done=len(own), **how
+        )
+        search.publish({space.family.config(row["config"]): row for row in own})
         return search
 
     def _remember(self, search: Search, row: dict[str, Any], known: dict[Candidate, Known]) -> None:
         """A line of the run that is resumed."""
+        found = self._recalled(search, row)
+        known[found.item] = found
+        search.known(found.item.config, found.timing.median if found.timing else None)
+
+    def _recalled(self, search: Search, row: dict[str, Any]) -> Known:
         config = search.space.family.config(row["config"])
         item = Candidate(row["family"], search.space.problem, self.target, config)
         timing = Timing(row["seconds"], row["spread"], row["samples"]) if row["outcome"] == "ok" else None
-        known[item] = Known(item, row["outcome"], timing, row["error"], row["reason"], final.source(row))
-        search.known(config, timing.median if timing else None)
+        return Known(item, row["outcome"], timing, row["error"], row["reason"], final.source(row))
 
     def _done(self, search: Search, known: dict[Candidate, Known], item: Candidate, result: Result) -> None:
         """A candidate's end: to the disk first, then to Optuna."""
         for config, (name, reason) in search.rejected.items():
             illegal = Candidate(item.family, item.problem, self.target, config)
-            self._keep(illegal, Result("constraint", f"{name}: {reason}"))
+            self._append(self._row(illegal, Result("constraint", f"{name}: {reason}")))
         search.rejected.clear()
-        row = self._keep(item, result)
+        row = self._row(item, result)
+        if isinstance(search, SharedSearch) and not search.finish(item.config, row):
+            return  # another process has it by now
+        self._append(row)
         seconds = result.timing.median if result.timing else None
         known[item] = Known(item, result.outcome, result.timing, result.error, result.reason, final.source(row))
         search.tell(item.config, seconds, f"{result.outcome}: {result.reason}")
         self.progress.candidate(item, result, search)
 
-    def _keep(self, item: Candidate, result: Result) -> dict[str, Any]:
+    def _row(self, item: Candidate, result: Result) -> dict[str, Any]:
+        """A line of trials.jsonl."""
         timing = result.timing
         row = {
             "problem": item.problem.key,
@@ -295,9 +360,11 @@ class _Tuner:
             "source_hash": result.artifact.source_hash if result.artifact else "",
             "date": db.now(),
         }
+        return row | ({"host": self.board.owner} if self.board else {})
+
+    def _append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         self.run.append(journal.TRIALS, row)
-        return row
 
 
 def _legal(record: db.Record, problem: Problem, target: Target) -> Config | None:

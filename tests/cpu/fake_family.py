@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import jinja2
 
 from fagen import families, render
+from fagen.errors import FagenError
 from fagen.families import Config, Constraint, Family, Knob
 from fagen.problem import Problem
 from fagen.target import Target, host
@@ -93,7 +95,13 @@ extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
 """
 
 
+# FAKE_STYLES: fewer of them are legal
+CHOSEN = tuple(os.environ.get("FAKE_STYLES", ",".join(STYLES)).split(","))
+
+
 def _alone(problem: Problem, target: Target, config: Config) -> str | None:
+    if config.style not in CHOSEN:
+        return f"{config.style} is not chosen"
     if config.style not in ("plain", "slow") and config.variant > 1:
         return f"one {config.style} is enough, variant={config.variant}"
     return None
@@ -163,14 +171,19 @@ def misbehave(request: str) -> str:
     return request
 
 
-def main(runs: str, out: str, trials: int, *more: str) -> int:
-    """A run in a process of its own, for tests that kill it."""
+def main(runs: str, out: str, trials: int) -> int:
+    """A run in a process of its own, for tests that kill it. FAKE_OPTIONS: more options, as JSON."""
     from fagen.tuner import progress, study
     from fagen.tuner.result import Options
 
     install()
-    options = Options(trials=trials, runs=Path(runs), out=Path(out), run_timeout=2.0, workers=2)
-    return study.tune([PROBLEM], host(), options, progress.Lines()).exit_code
+    options = {"trials": trials, "runs": Path(runs), "out": Path(out), "run_timeout": 1.0, "workers": 2}
+    options = Options(**options, **json.loads(os.environ.get("FAKE_OPTIONS", "{}")))
+    try:
+        return study.tune([PROBLEM], host(), options, progress.Lines()).exit_code
+    except FagenError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import runs
+from fake_family import ENDS, FAMILY, PROBLEM, misbehave
+from runs import rows
 
 from fagen import binding, db, families, measure
 from fagen.build import Artifact
@@ -30,34 +32,9 @@ from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options, Tuned
 from fagen.tuner.search import Search, open_storage
 
-HERE = str(Path(__file__).parent)
-if HERE not in sys.path:  # workers import the fake family from here, too
-    sys.path.insert(0, HERE)
-
-import fake_family  # noqa: E402
-from fake_family import ENDS, FAMILY, PROBLEM, misbehave  # noqa: E402
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr(db, "default_paths", lambda: (tmp_path / "db",))  # nothing ships
-    return tmp_path
-
-
-@pytest.fixture
-def fake(folders, monkeypatch):
-    fake_family.install(monkeypatch.setattr)
-    return folders
-
 
 def options(folder: Path, **changes) -> Options:
-    return Options(**{"trials": 50, "runs": folder / "runs", "run_timeout": 2.0, "workers": 2, **changes})
-
-
-def rows(run: Path) -> list[dict]:
-    return list(journal.read_lines(run / journal.TRIALS))
+    return Options(**{"trials": 50, "runs": folder / "runs", "run_timeout": 1.0, "workers": 2, **changes})
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
@@ -99,15 +76,15 @@ def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake
     assert "from fagen import attention" in progress.closing(report)
 
 
-def test_the_incumbent_is_tried_and_kept_when_nothing_beats_it(fake):
-    first = study.tune([PROBLEM], host(), options(fake, trials=9))
-    second = study.tune([PROBLEM], host(), options(fake, trials=3, seed=1))
+def test_the_incumbent_is_tried_and_kept_when_nothing_beats_it(calm):
+    first = study.tune([PROBLEM], host(), options(calm, trials=9))
+    second = study.tune([PROBLEM], host(), options(calm, trials=3, seed=1))
     tried = [r["config"] for r in rows(second.run)]
     assert first.results[0].config in tried[:3]
     assert second.results[0].config["style"] == "plain"
 
 
-def test_a_killed_worker_costs_one_candidate(fake):
+def test_a_killed_worker_costs_one_candidate(calm):
     class Killer(progress.Progress):
         def __init__(self):
             self.pool, self.killed = None, 0
@@ -125,7 +102,7 @@ def test_a_killed_worker_costs_one_candidate(fake):
                 os.kill(next(iter(self.pool.devices)).pid, signal.SIGKILL)
                 self.killed += 1
 
-    report = study.tune([PROBLEM], host(), options(fake), killer := Killer())
+    report = study.tune([PROBLEM], host(), options(calm), killer := Killer())
     ended = [(r["config"]["style"], r["outcome"], r["reason"]) for r in rows(report.run)]
     assert killer.killed == 1
     assert [o for s, o, _ in ended if s == "plain"].count("crash") == 1
@@ -134,65 +111,84 @@ def test_a_killed_worker_costs_one_candidate(fake):
     assert report.results[0].config["style"] == "plain"
 
 
-def start_run(folder: Path, trials: int) -> tuple[subprocess.Popen, Path]:
-    """A run in its own process, with some candidates done."""
-    command = [sys.executable, "-m", "fake_family", str(folder / "runs"), str(folder / "db"), str(trials)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([HERE, str(Path(HERE).parent.parent)])}
-    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
-    until = time.monotonic() + 120
-    while time.monotonic() < until and child.poll() is None:
-        for path in (folder / "runs").glob(f"*/{journal.TRIALS}"):
-            if sum(r["outcome"] == "ok" for r in journal.read_lines(path)) >= 2:
-                return child, path.parent
-        time.sleep(0.02)
-    child.kill()
-    raise AssertionError(child.communicate()[1].decode())
-
-
-def test_a_run_that_is_killed_goes_on_and_repeats_nothing(fake):
-    child, run = start_run(fake, 50)
-    below = workers._descendants(child.pid)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    before = rows(run)
-    assert 2 <= len(before) < 14
-    with open(run / journal.TRIALS, "ab") as file:
-        file.write(b'{"problem": "torn')  # as if it had died writing
-    report = study.tune([PROBLEM], host(), options(fake, resume="latest"))
+def test_a_run_that_is_killed_goes_on_and_repeats_nothing(calm):
+    """Killed before the first trial, among the trials, in the final round; then it ends, with all it found."""
+    kept: list[dict] = []
+    below: list[int] = []
+    moments = {
+        "it compiles": lambda said: "space " in said,
+        "it measures": lambda said: len(rows(calm / "runs")) >= 3,
+        "the final round": lambda said: "final round" in said,
+    }
+    for moment in moments.values():
+        child = runs.begin(calm, resume="latest")
+        said = Tail(child)
+        runs.until(lambda: moment(said()), child)  # noqa: B023
+        below += workers._descendants(child.pid)
+        runs.end(child)
+        assert rows(calm / "runs")[: len(kept)] == kept
+        kept = rows(calm / "runs")
+        (run,) = (calm / "runs").iterdir()
+        with open(run / journal.TRIALS, "ab") as file:
+            file.write(b'{"problem": "torn')  # as if it had died writing
+    assert len(kept) == 8
+    assert not list(journal.read_lines(run / journal.WINNERS))
+    report = study.tune([PROBLEM], host(), options(calm, resume="latest"))
     assert report.run == run
-    after = rows(run)
-    assert after[: len(before)] == before
-    configs = [Config(r["config"]) for r in after]
-    assert len(configs) == len(set(configs)) == 14
+    assert rows(run) == kept
+    assert len({Config(r["config"]) for r in kept}) == 8
     assert report.results[0].config["style"] == "plain"
     assert below
-    until = time.monotonic() + 20
-    while time.monotonic() < until and any(running(pid) for pid in below):
-        time.sleep(0.1)
-    assert not any(running(pid) for pid in below), "workers outlived the run"
+    runs.until(lambda: not any(runs.running(pid) for pid in below))
 
-    again = study.tune([PROBLEM], host(), options(fake, resume="latest"))  # a finished run has nothing left to do
-    assert rows(run) == after
+    again = study.tune([PROBLEM], host(), options(calm, resume="latest"))  # a finished run has nothing left to do
+    assert rows(run) == kept
     assert again.results == report.results
+    assert len(db.Database.load([calm / "db"]).records) == 1
 
 
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def test_a_winner_is_in_the_database_before_its_problem_counts_as_done(calm, monkeypatch):
+    def killed(*words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(db, "put", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.tune([PROBLEM], host(), options(calm, trials=1))
+    monkeypatch.undo()
+    (run,) = (calm / "runs").iterdir()
+    assert not list(journal.read_lines(run / journal.WINNERS))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_what_was_found(fake, number):
-    child, run = start_run(fake, 50)
+class Tail:
+    """What a process has said so far."""
+
+    def __init__(self, child):
+        self.child, self.text = child, ""
+        os.set_blocking(child.stderr.fileno(), False)
+
+    def __call__(self) -> str:
+        self.text += (self.child.stderr.read() or b"").decode()
+        return self.text
+
+
+def start_run(folder: Path) -> tuple[subprocess.Popen, Path]:
+    """A run in its own process, with some candidates done."""
+    child = runs.begin(folder)
+    runs.until(lambda: sum(r["outcome"] == "ok" for r in rows(folder / "runs")) >= 2, child)
+    (run,) = (folder / "runs").iterdir()
+    return child, run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_what_was_found(calm, number):
+    child, run = start_run(calm)
     os.kill(child.pid, number)
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=runs.PATIENCE)
     assert child.returncode == 130, said.decode()
     (winner,) = journal.read_lines(run / journal.WINNERS)
     assert winner["config"] in [r["config"] for r in rows(run) if r["outcome"] == "ok"]
     assert not winner["complete"]
-    assert len(db.Database.load([fake / "db"]).records) == 1
+    assert len(db.Database.load([calm / "db"]).records) == 1
     assert number.name in said.decode()
 
 
@@ -210,9 +206,9 @@ def test_only_failures_is_no_valid_candidate(fake, monkeypatch):
     assert db.Database.load().records == []
 
 
-def test_a_budget_ends_the_search(fake):
+def test_a_budget_ends_the_search(calm):
     begin = time.monotonic()
-    report = study.tune([PROBLEM], host(), options(fake, trials=None, budget=0.01))
+    report = study.tune([PROBLEM], host(), options(calm, trials=None, budget=0.01))
     assert time.monotonic() - begin < 60
     assert 1 <= len(rows(report.run)) <= 2
     assert rows(report.run)[0]["config"] == dict(FAMILY.default(PROBLEM, host()))
@@ -256,7 +252,7 @@ def test_tune_record_dispatch_on_the_real_cpu_family(folders, capsys):
     assert verify.check(out, None, q, k, v, inputs["semantics"], layout="bshd")
 
 
-def test_live_calls_pick_up_a_new_winner(fake, monkeypatch):
+def test_live_calls_pick_up_a_new_winner(calm, monkeypatch):
     """The op remembers its kernels; what is tuned in the same process makes it look again."""
     import torch
 
@@ -271,7 +267,7 @@ def test_live_calls_pick_up_a_new_winner(fake, monkeypatch):
     for _ in range(2):
         fagen.attention(q, k, k, causal=True)
     assert [kernel.config.style for kernel in asked] == ["slow"]
-    study.tune([PROBLEM], host(), options(fake, trials=9))
+    study.tune([PROBLEM], host(), options(calm, trials=9))
     fagen.attention(q, k, k, causal=True)
     assert [kernel.config.style for kernel in asked] == ["slow", "plain"]
     binding.forget()
