@@ -148,12 +148,18 @@ def _once() -> None:
 
 
 def compile_one(request):
+    """FAKE_COLD: seconds that it takes longer."""
     _once()
+    time.sleep(float(os.environ.get("FAKE_COLD", "0")))
     return _compile_one(request)
 
 
 def measure_any(request):
+    """FAKE_BROKEN: a file that names a device which does not work."""
     _once()
+    broken = Path(os.environ.get("FAKE_BROKEN", "/nowhere"))
+    if isinstance(request, candidate.Probe) and broken.exists() and str(request.device) == broken.read_text():
+        raise RuntimeError("the device is in a bad mood")
     return _measure_any(request)
 
 
@@ -177,10 +183,10 @@ def main(runs: str, out: str, trials: int) -> int:
     from fagen.tuner.result import Options
 
     install()
-    options = {"trials": trials, "runs": Path(runs), "out": Path(out), "run_timeout": 1.0, "workers": 2}
+    options = {"trials": trials, "runs": Path(runs), "out": Path(out), "run_timeout": 60.0, "workers": 2}
     options = Options(**options, **json.loads(os.environ.get("FAKE_OPTIONS", "{}")))
     try:
-        return study.tune([PROBLEM], host(), options, progress.Lines()).exit_code
+        return study.tune([PROBLEM], host(), options, progress.make()).exit_code
     except FagenError as error:
         print(error, file=sys.stderr)
         return error.exit_code

