@@ -87,18 +87,19 @@ def _tune(run: Run, problems: Sequence[Problem], target: Target, options: Option
         compile_timeout=options.compile_timeout, run_timeout=options.run_timeout, note=progress.note,
     )  # fmt: skip
     progress.start(target, workers, run.path)
-    with pool, _signals(progress) as interrupted, _board(run, options) as board:
+    with pool, _signals(progress) as interrupted, _board(run, options, progress) as board:
         return _Tuner(run, target, options, pool, progress, interrupted, board).all(problems)
 
 
 @contextlib.contextmanager
-def _board(run: Run, options: Options) -> Iterator[Board | None]:
+def _board(run: Run, options: Options, progress: Progress) -> Iterator[Board | None]:
     """What is shared with other processes, under a name that this run keeps when it is resumed."""
     if options.storage is None:
         yield None
         return
     run.describe(owner=run.meta.get("owner") or f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}")
     with contextlib.closing(Board(options.storage, run.meta["owner"], options.grace)) as board:
+        progress.note(f"shared through {board.shown} as {board.owner}")
         yield board
 
 

@@ -302,6 +302,8 @@ def test_dry_run_runs_nothing(fake, capsys):
         (["--family", "cpu_backward"], 2, "unknown family 'cpu_backward'"),
         (["--family", "sm80_forward"], 1, "sm80_forward: needs a GPU"),
         (["--resume", "/nowhere"], 2, "no run of fagen tune"),
+        (["--storage", "nonsense"], 2, "no URL of a database"),
+        (["--gpus", "all"], 2, "drop one of them"),
     ],
 )
 def test_what_cannot_be_done_is_said(folders, capsys, flags, code, said, monkeypatch):
@@ -537,3 +539,32 @@ def test_number_of_compilers_is_bounded(monkeypatch):
     assert workers.compile_workers(is_gpu=True) == 2
     monkeypatch.setattr(workers, "free_memory", lambda: 1)
     assert workers.compile_workers(is_gpu=True) == 1
+
+
+# ---- several GPUs, by name ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "target", "said"),
+    [
+        ("0,x", None, "cannot be read"),
+        ("0,7", None, "no GPU 7"),
+        ("all", "gpu:1", "drop one of them"),
+        ("all", "cpu", "drop one of them"),
+        ("all", None, "different kinds"),
+        ("0,2", None, (0, 2)),
+        ("1", "gpu", (1,)),
+    ],
+)
+def test_the_gpus_of_a_run(monkeypatch, words, target, said):
+    import fagen.target
+    from fagen.commands import tune
+
+    kinds = ["sm_90", "sm_80", "sm_90"]
+    monkeypatch.setattr(fagen.target, "count", lambda: len(kinds))
+    monkeypatch.setattr(fagen.target, "gpu", lambda i=0: known(kinds[i]) if i < len(kinds) else None)
+    if isinstance(said, tuple):
+        assert tune.gpus(words, target) == said
+        return
+    with pytest.raises(FagenError, match=said):
+        tune.gpus(words, target)
