@@ -27,7 +27,7 @@ import filelock
 
 from fagen import env, toolchain
 from fagen.compile import parse_ptxas, run_build
-from fagen.errors import BuildError, FagenError
+from fagen.errors import BuildError, CacheError, FagenError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -211,7 +211,7 @@ def _private_folder() -> Path | None:
         path.mkdir(parents=True)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise BuildError(
+            raise CacheError(
                 "no space left for building kernels", str(root), "free some: fagen cache clear, or set FAGEN_CACHE_DIR"
             ) from error
         return None
@@ -361,7 +361,7 @@ def _failure(job: Job, key: str, folder: Path, log: str, status: int | None, tim
     if status is None:
         return BuildError(f"{what}: it ran past its limit of {timeout:g} s", where, log=tail, killed=True)
     if "No space left on device" in log:
-        return BuildError(f"{what}: no space left", where, "free some: fagen cache clear; FAGEN_CACHE_DIR", log=tail)
+        return CacheError(f"{what}: no space left", where, "free some: fagen cache clear; FAGEN_CACHE_DIR", log=tail)
     if status < 0 or _KILLED.search(log):
         remedy = "was memory short? fewer compilers at a time may help"
         return BuildError(f"{what}: the compiler was killed", where, remedy, log=tail, killed=True)
@@ -369,8 +369,8 @@ def _failure(job: Job, key: str, folder: Path, log: str, status: int | None, tim
     return BuildError(what, errors[0][:300] if errors else f"exit code {status}", where, log=tail)
 
 
-def _storage_error(job: Job, error: OSError) -> BuildError:
-    return BuildError(
+def _storage_error(job: Job, error: OSError) -> CacheError:
+    return CacheError(
         f"cannot keep {job.name}: {error.strerror or error}",
         f"cache: {env.cache_dir()}",
         "free some space (fagen cache clear), or set FAGEN_CACHE_DIR to a folder that can be written",

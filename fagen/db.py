@@ -179,6 +179,24 @@ def put(records: Iterable[Record], directory: Path | None = None, policy: str = 
     return merge(records, directory, policy).written
 
 
+def require_writable(path: Path) -> None:
+    """Raises DatabaseError now if a record could not be put into this file later. Changes nothing."""
+    if path.exists():
+        try:
+            read_file(path)
+        except DatabaseError as error:
+            if "newer fagen" in error.what:
+                raise
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise DatabaseError(
+            f"database file {path} cannot be written", f"{folder} is no folder that this user can write to",
+            "Set FAGEN_DB_DIR, or give --out, a folder you can write to.",
+        )  # fmt: skip
+
+
 # ---- lookup ---------------------------------------------------------------------------------------------------------
 
 

@@ -65,6 +65,13 @@ def _rebuild_build_error(what: str, numbers: str, remedy: str, log: str, killed:
     return BuildError(what, numbers, remedy, log=log, killed=killed)
 
 
+class CacheError(BuildError):
+    """A built kernel cannot be kept: the disk is full, or the folder cannot be written. No fault of the kernel."""
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.what, self.numbers, self.remedy)
+
+
 class LaunchError(FagenError):
     """A kernel could not be launched, or the device reported an error."""
 

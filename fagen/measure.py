@@ -7,6 +7,7 @@ else CUDA events around eager calls; the CPU has perf_counter.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from fagen import masks, verify
@@ -37,6 +39,10 @@ _MOST_CALLS = 256  # in a sample
 _FEW_CALLS = 8  # that hide the start of a graph
 _MOST_SETS = 32  # of inputs
 _MOST_BYTES = 2 << 30  # of all input sets together
+GUARD_BYTES = 4096  # before and behind each output
+_SENTINEL = -1536.0  # what nobody may overwrite; exact in every dtype
+_SAMPLED_HEADS, _SAMPLED_BLOCKS = 4, 4  # that are checked at a problem's own size
+LOUD = 0.05  # a spread above this part of the median is worth another try
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,18 @@ class Timing:
         return cls(middle, (high - low) / 2, len(samples))
 
 
+def quietest(measure: Callable[[], Timing], tries: int = 3, seconds: float = 1.5) -> tuple[Timing, int]:
+    """A timing whose spread is small, or the quietest of `tries` more, or of as many as begin within `seconds`.
+
+    And how many more there were.
+    """
+    best, again, until = measure(), 0, time.monotonic() + seconds
+    while best.spread > LOUD * best.median and again < tries and time.monotonic() < until:
+        best = min(best, measure(), key=lambda t: t.spread / t.median)
+        again += 1
+    return best, again
+
+
 def beats(a: Timing, b: Timing) -> bool:
     """Whether a is faster than b by more than the noise of both."""
     noise = 2 * math.hypot(a.uncertainty, b.uncertainty)
@@ -69,9 +87,47 @@ def beats(a: Timing, b: Timing) -> bool:
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
-def make_inputs(
-    problem: Problem, where: Target | torch.device | str, seed: int = 0, *, varied: bool = False
-) -> dict[str, Any]:
+class Inputs(dict[str, Any]):
+    """The arguments of a call by name. Remembers what no kernel may change."""
+
+    def seal(self) -> Inputs:
+        self._sums = {name: _bits(self[name]) for name in ("q", "k", "v")}
+        return self
+
+    def damage(self) -> str:
+        """What a kernel wrote where it must not: into q, k or v, or beside its outputs. Empty if it did not."""
+        changed = [f"wrote into its input {name}" for name, bits in self._sums.items() if _bits(self[name]) != bits]
+        beside = [f"wrote outside of {name}" for name in ("out", "lse") if not _intact(self[name])]
+        return " and ".join(changed + beside)
+
+
+def _bits(t: torch.Tensor) -> int:
+    """Of all bits of a tensor's memory, whatever they mean; sums of integers have no order."""
+    import torch
+
+    memory = t if t._base is None else t._base
+    memory = memory.flatten().view(torch.uint8)
+    whole = memory.numel() // 8 * 8
+    return int(memory[:whole].view(torch.int64).sum()) + int(memory[whole:].sum())
+
+
+def _poisoned(shape: tuple[int, ...], shown: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """NaN, with sentinels before, behind, and between rows that show less than they hold."""
+    import torch
+
+    guard = GUARD_BYTES // dtype.itemsize
+    memory = torch.full((math.prod(shape) + 2 * guard,), _SENTINEL, dtype=dtype, device=device)
+    return memory[guard:-guard].view(shape)[..., :shown].fill_(math.nan)
+
+
+def _intact(t: torch.Tensor) -> bool:
+    memory, guard = t._base, GUARD_BYTES // t.element_size()
+    assert memory is not None
+    between = memory[guard:-guard].view(*t.shape[:-1], -1)[..., t.shape[-1] :]
+    return all(bool((part == _SENTINEL).all()) for part in (memory[:guard], memory[-guard:], between))
+
+
+def make_inputs(problem: Problem, where: Target | torch.device | str, seed: int = 0, *, varied: bool = False) -> Inputs:
     """Random normal q, k, v in bshd, `out` and `lse` full of NaN, and what the mask and features need.
 
     `varied` gives each kv head its own intervals, with holes where the kind can have them; for verification.
@@ -88,15 +144,16 @@ def make_inputs(
         room = dim if p.aligned else dim + 1
         shape = (p.batch, length, heads, room)
         if poisoned:
-            return torch.full(shape, math.nan, dtype=dtype, device=device)[..., :dim]
+            return _poisoned(shape, dim, dtype, device)
         return torch.randn(shape, generator=random, dtype=dtype, device=device)[..., :dim]
 
-    inputs: dict[str, Any] = {
+    inputs = Inputs()
+    inputs |= {
         "q": tensor(p.seqlen_q, p.heads, p.head_dim),
         "k": tensor(p.seqlen_k, p.kv_heads, p.head_dim),
         "v": tensor(p.seqlen_k, p.kv_heads, p.head_dim_v),
         "out": tensor(p.seqlen_q, p.heads, p.head_dim_v, poisoned=True),
-        "lse": torch.full((p.batch, p.heads, p.seqlen_q), math.nan, dtype=torch.float32, device=device),
+        "lse": _poisoned((p.batch, p.heads, p.seqlen_q), p.seqlen_q, torch.float32, device),
         "intervals": None,
         "alibi_slopes": None,
         "layout": "bshd",
@@ -109,7 +166,7 @@ def make_inputs(
         inputs["alibi_slopes"] = (
             torch.tensor(slopes, dtype=torch.float32, device=device).expand(p.batch, -1).contiguous()
         )
-    return inputs
+    return inputs.seal()
 
 
 def launcher(kernel: Kernel, inputs: dict[str, Any], *, lse: bool = False) -> Call:
@@ -132,6 +189,38 @@ def check(inputs: dict[str, Any], *, lse: bool = True) -> verify.Verdict:
         inputs["out"], inputs["lse"] if lse else None, inputs["q"], inputs["k"], inputs["v"], inputs["semantics"],
         intervals=inputs["intervals"], alibi=inputs["alibi_slopes"], layout=inputs["layout"],
     )  # fmt: skip
+
+
+def check_sample(inputs: dict[str, Any], seed: int = 0) -> verify.Verdict:
+    """Whether `out` is right in a few heads and blocks of rows, the first and the last among them.
+
+    For sizes at which to check all of it would take longer than to time it.
+    """
+    random = Random(seed)
+    batch, rows, heads, _ = inputs["q"].shape
+    group = heads // inputs["k"].shape[2]
+    planes = batch * heads
+    chosen = {0, planes - 1, *(random.randrange(planes) for _ in range(_SAMPLED_HEADS - 2))}
+    last = (rows - 1) // verify.ROW_BLOCK
+    blocks = {0, last, *(random.randint(0, last) for _ in range(_SAMPLED_BLOCKS - 2))}
+    slices = [slice(i * verify.ROW_BLOCK, min(rows, (i + 1) * verify.ROW_BLOCK)) for i in sorted(blocks)]
+    worst = verify.Verdict(True, 0.0, 0.0)
+    for plane in sorted(chosen):
+        b, h = divmod(plane, heads)
+        mine, shared = (slice(b, b + 1), slice(None), slice(h, h + 1)), slice(h // group, h // group + 1)
+        theirs = (mine[0], slice(None), shared)
+        intervals, alibi = inputs["intervals"], inputs["alibi_slopes"]
+        if intervals is not None:
+            intervals = intervals[mine[0], shared] if intervals.shape[1] > 1 else intervals[mine[0]]
+        verdict = verify.check(
+            inputs["out"][mine], None, inputs["q"][mine], inputs["k"][theirs], inputs["v"][theirs],
+            inputs["semantics"], intervals=intervals, alibi=None if alibi is None else alibi[mine[0], mine[2]],
+            layout=inputs["layout"], rows=slices,
+        )  # fmt: skip
+        if not verdict:
+            return dataclasses.replace(verdict, message=f"sample of batch {b} head {h}: {verdict.message}")
+        worst = max(worst, verdict, key=lambda v: v.ratio)
+    return worst
 
 
 def documents(problem: Problem, seed: int, *, varied: bool) -> torch.Tensor:

@@ -81,6 +81,13 @@ def host() -> Target:
     return Target("cpu", model, cores, simd=simd)
 
 
+def count() -> int:
+    """CUDA devices that torch sees."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def gpu(index: int = 0) -> Target | None:
     """The CUDA device that torch sees, or None. Touches the driver: call it only when a GPU is asked for."""
     import torch

@@ -9,7 +9,7 @@ in that head), plus one rounding of the output's dtype at the block's largest ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,15 +86,19 @@ def attend(
 
 
 def row_blocks(
-    q: torch.Tensor, k: torch.Tensor, semantics: Semantics, intervals: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    semantics: Semantics,
+    intervals: torch.Tensor | None,
+    only: Iterable[slice] | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor | None]]:
     """Blocks of rows whose scores fit in memory, and what they see (None: everything); bhsd tensors."""
     sq, sk = q.shape[2], k.shape[2]
     a_row = q.shape[0] * q.shape[1] * sk * 8
     step = max(ROW_BLOCK, _BYTES_A_STEP // max(1, a_row) // ROW_BLOCK * ROW_BLOCK)
     window, kind, device = semantics.window, semantics.kind, q.device
-    for start in range(0, sq, step):
-        rows, seen = slice(start, min(start + step, sq)), None
+    for rows in only or (slice(start, min(start + step, sq)) for start in range(0, sq, step)):
+        seen = None
         if window != (-1, -1) or intervals is not None:
             seen = dense(sq, sk, window=window, intervals=intervals, kind=kind, rows=rows, device=device)
         yield rows, seen
@@ -111,8 +115,9 @@ def check(
     intervals: torch.Tensor | None = None,
     alibi: torch.Tensor | None = None,
     layout: str = "bhsd",
+    rows: Iterable[slice] | None = None,
 ) -> Verdict:
-    """Whether `out` (and `lse`, if given) is attention of q, k, v. NaN never passes."""
+    """Whether `out` (and `lse`, if given) is attention of q, k, v, in all rows or in some. NaN never passes."""
     import torch
 
     if layout == "bshd":
@@ -123,14 +128,14 @@ def check(
     worst, largest, where = 0.0, 0.0, ""
     with torch.no_grad():
         exact_q, exact_k, exact_v = (t.to(exact) for t in (q, k, v))
-        for rows, seen in row_blocks(q, k, semantics, intervals):
-            ref, ref_lse = attend(exact_q, exact_k, exact_v, seen, semantics, alibi, rows)
-            low, low_lse = attend(q, k, v, seen, semantics, alibi, rows)
-            pairs = [("O", out[:, :, rows], ref, low, torch.finfo(out.dtype).eps / 2)]
+        for block, seen in row_blocks(q, k, semantics, intervals, rows):
+            ref, ref_lse = attend(exact_q, exact_k, exact_v, seen, semantics, alibi, block)
+            low, low_lse = attend(q, k, v, seen, semantics, alibi, block)
+            pairs = [("O", out[:, :, block], ref, low, torch.finfo(out.dtype).eps / 2)]
             if lse is not None:
-                pairs.append(("LSE", lse[:, :, rows, None], ref_lse[..., None], low_lse[..., None], 2e-5))
+                pairs.append(("LSE", lse[:, :, block, None], ref_lse[..., None], low_lse[..., None], 2e-5))
             for name, mine, want, peer, rounding in pairs:
-                verdict = _compare(name, mine, want, peer, rounding, rows.start)
+                verdict = _compare(name, mine, want, peer, rounding, block.start)
                 if verdict.ratio > worst:
                     worst, where = verdict.ratio, verdict.message
                 if name == "O":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from typing import TYPE_CHECKING, Any
 
+from fagen import nvml as nvml_of
 from fagen.target import Target
 
 if TYPE_CHECKING:
@@ -65,30 +64,12 @@ class Machine:
         return statistics.median(sample["tflops"] for sample in self.samples)
 
 
-_NVML_READINGS = {  # name: function, arguments between handle and result, unit in ours
-    "sm_mhz": ("nvmlDeviceGetClockInfo", (1,), 1.0),
-    "memory_mhz": ("nvmlDeviceGetClockInfo", (2,), 1.0),
-    "power_w": ("nvmlDeviceGetPowerUsage", (), 1e-3),
-    "power_limit_w": ("nvmlDeviceGetEnforcedPowerLimit", (), 1e-3),
-    "temperature_c": ("nvmlDeviceGetTemperature", (0,), 1.0),
-}
+# our names of the driver's readings
+_NAMES = {"clock_mhz": "sm_mhz", "memory_mhz": "memory_mhz", "power_w": "power_w"}
+_NAMES |= {"power_limit_w": "power_limit_w", "temp_c": "temperature_c"}
 
 
 def nvml() -> dict[str, float]:
     """Readings of the current GPU by the driver's library; what it does not tell is left out. Nothing is changed."""
-    with contextlib.suppress(OSError, AttributeError, RuntimeError):
-        import torch
-
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-        handle, value, found = ctypes.c_void_p(), ctypes.c_uint(), {}
-        if library.nvmlInit_v2():
-            return {}
-        name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-        if library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle)):
-            return {}
-        for reading, (function, arguments, unit) in _NVML_READINGS.items():
-            if not getattr(library, function)(handle, *arguments, ctypes.byref(value)):
-                found[reading] = value.value * unit
-        return found
-    return {}
+    facts = nvml_of.current()
+    return {name: facts[theirs] for theirs, name in _NAMES.items() if theirs in facts}

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fagen import cliutil
-from fagen.errors import UsageError
+from fagen.errors import MissingTool, UsageError
 from fagen.problem import Problem
 from fagen.target import Target
 
@@ -17,6 +17,7 @@ _EXAMPLES = """examples:
   fagen tune --dtype bf16 --head-dim 64,128 --mask causal --seqlen 1k,4k --batch 4 --heads 32 --kv-heads 8 --budget 10m
   fagen tune --problems suite.toml --budget 1h --out tuning_db
   fagen tune --problems suite.toml --resume        go on with the latest run of these problems
+  fagen tune --problems suite.toml --gpus all --storage postgresql://me@host/fagen   on each host that takes part
   fagen tune --head-dim 128 --mask none --dry-run  how large the space is, and what each constraint removes
 """
 
@@ -32,6 +33,12 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     search.add_argument("--seed", type=int, default=0, metavar="N", help="of the search and of the inputs (default: 0)")
     search.add_argument(
         "--workers", type=cliutil.count, metavar="N", help="compilers at a time (default: cores and memory)"
+    )
+    search.add_argument(
+        "--gpus", metavar="all|0,1,...", help="measure on these GPUs of one kind at once (default: the target's alone)"
+    )
+    search.add_argument(
+        "--storage", metavar="URL", help="share studies through a database: postgresql://user:password@host/name"
     )
     search.add_argument("--family", metavar="NAME", help="search this family alone (default: all that can serve)")
     search.add_argument("--compile-timeout", metavar="TIME", default="120s", help="for a candidate (default: 120s)")
@@ -56,25 +63,27 @@ def duration(word: str) -> float:
 def run(args: argparse.Namespace) -> int:
     from fagen.tuner import suite
 
-    target = cliutil.target_from(args.target)
+    chosen = gpus(args.gpus, args.target) if args.gpus else ()
+    name = f"gpu:{chosen[0]}" if chosen else args.target
+    target = cliutil.target_from(name)
     problems = cliutil.problems_from(args, target) or suite.default(target)
     if args.dry_run:
         return _dry_run(problems, target, args.family, args.json)
-    return _tune(problems, _present(args.target, target), args)
+    devices = chosen or (int((name or "").partition(":")[2] or 0),)
+    return _tune(problems, _present(name, target), devices, args)
 
 
-def _tune(problems: list[Problem], target: Target, args: argparse.Namespace) -> int:
+def _tune(problems: list[Problem], target: Target, devices: tuple[int, ...], args: argparse.Namespace) -> int:
     from fagen.tuner import progress, study, suite
     from fagen.tuner.result import Options
 
     budget = duration(args.budget) if args.budget else None
     if budget is None and args.trials is None:
         budget = suite.BUDGET_SECONDS
-    device = (args.target or "").partition(":")[2]
     options = Options(
-        budget=budget, trials=args.trials, seed=args.seed, workers=args.workers, device=int(device or 0),
+        budget=budget, trials=args.trials, seed=args.seed, workers=args.workers, devices=devices,
         compile_timeout=duration(args.compile_timeout), run_timeout=duration(args.run_timeout),
-        resume=args.resume, out=args.out, family=args.family,
+        resume=args.resume, out=args.out, family=args.family, storage=args.storage,
     )  # fmt: skip
     report = study.tune(problems, target, options, progress.make())
     cliutil.say()
@@ -83,6 +92,28 @@ def _tune(problems: list[Problem], target: Target, args: argparse.Namespace) -> 
     if args.json:
         cliutil.emit_json(report.to_dict())
     return report.exit_code
+
+
+def gpus(words: str, target: str | None) -> tuple[int, ...]:
+    """The GPUs of --gpus, which must be of one kind: the winner is to serve each of them."""
+    from fagen.target import count, gpu
+
+    if target not in (None, "gpu"):
+        raise UsageError("--gpus names the devices, and so does --target", f"--target {target}", "drop one of them")
+    here = count()
+    chosen = [str(i) for i in range(here)] if words == "all" else [word.strip() for word in words.split(",")]
+    if not all(word.isdigit() for word in chosen):
+        raise UsageError(f"--gpus {words!r} cannot be read", "it is all, or numbers like 0,1,3")
+    found = {int(word): gpu(int(word)) for word in chosen}
+    absent = [str(i) for i, kind in found.items() if kind is None]
+    if absent or not found:
+        raise MissingTool(
+            f"there is no GPU {', '.join(absent)}".rstrip(), f"torch sees {here}", "fagen doctor says more"
+        )
+    if len(set(found.values())) > 1:
+        kinds = "; ".join(f"{i}: {kind}" for i, kind in found.items())
+        raise UsageError("--gpus names GPUs of different kinds", kinds, "tune each kind by itself, with --gpus")
+    return tuple(found)
 
 
 def _dry_run(problems: list[Problem], target: Target, family: str | None, as_json: bool) -> int:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen import families, measure
-from fagen.errors import BuildError, LaunchError
+from fagen import families, measure, nvml
+from fagen.errors import BuildError, CacheError, LaunchError
 from fagen.families import Config
 from fagen.measure import Timing
 from fagen.problem import Problem
 from fagen.target import Target
+from fagen.tuner.checks import Damage, at_own_size, synchronize, timing_inputs, verify, where
 
 if TYPE_CHECKING:
     from fagen.build import Artifact
@@ -26,9 +28,10 @@ SPILL_TOLERANCE = 64
 OUTCOMES = ("ok", "constraint", "compile", "spill", "wrong", "crash", "timeout")
 HOPELESS = 2.0  # times the best: given up after two calls
 BEHIND = 1.15  # times the best: given up after a few
-_VERIFY_SEQLEN = {"cpu": 512, "gpu": 2048}  # the largest of the problem itself, made small
-_VERIFY_HEADS = 4
 _MASK_BYTES = 1 << 30  # the largest dense mask that PyTorch's SDPA is given
+_COOLING_SECONDS = 0.5  # before what was timed on a slowed down GPU is timed again
+_LOAD_SECONDS = 5e-3  # of calls that are under way while the state of the GPU is read
+_FINAL_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Result:
     error: float = 0.0
     artifact: Artifact | None = None
     fatal: bool = False  # the process that measured it must not go on
+    killed: bool = False  # its compiler was ended from outside: nothing is known of the candidate
+    state: dict[str, Any] = field(default_factory=dict)  # of the GPU while it was timed, as nvml.py tells it
+    remeasured: int = 0  # timings that were thrown away for their noise
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,20 @@ class MeasureRequest:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Does the device work? Asked of every fresh process, so that a broken device is not taken for bad candidates."""
+
+    target: Target
+    device: int = 0
+    limits: bool = False  # measure also what the machine can do at most
+
+
+@dataclass(frozen=True)
+class Alive:
+    limits: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class FinalRequest:
     """Finalists of one problem under labels."""
 
@@ -90,6 +110,8 @@ class FinalRequest:
 class Final:
     timings: dict[str, Timing]
     notes: dict[str, str] = field(default_factory=dict)  # why a label has no timing, or how SDPA was asked
+    state: dict[str, Any] = field(default_factory=dict)  # of the GPU
+    rounds: int = 1  # the quietest of so many
 
 
 TORCH = "torch"  # the label of PyTorch's SDPA, timed among the finalists
@@ -104,9 +126,11 @@ def compile_one(request: CompileRequest) -> Result:
     family = families.get(candidate.family)
     try:
         artifact = build.build(family, candidate.problem, candidate.target, candidate.config, timeout=request.timeout)
+    except CacheError:
+        raise  # the disk's fault, and every other candidate's too
     except BuildError as error:
         late = error.killed and time.monotonic() - start >= request.timeout
-        return Result("timeout" if late else "compile", str(error))
+        return Result("timeout" if late else "compile", str(error), killed=error.killed and not late)
     spilled = artifact.facts.get("spill_bytes", 0)
     if spilled > SPILL_TOLERANCE:
         registers = artifact.facts.get("registers", "?")
@@ -126,14 +150,47 @@ def import_torch() -> None:
     torch.zeros(1)
 
 
-def measure_any(request: MeasureRequest | FinalRequest) -> Result | Final:
+Request = MeasureRequest | FinalRequest | Probe
+
+
+def measure_any(request: Request) -> Result | Final | Alive:
     """The measuring worker's handler."""
     with _device(request):
+        if isinstance(request, Probe):
+            return probe(request)
         return measure_one(request) if isinstance(request, MeasureRequest) else final_round(request)
 
 
+def probe(request: Probe) -> Alive:
+    """A product on the device, waited for; raises what the device reports."""
+    import torch
+
+    ones = torch.ones(64, 64, device=where(request.target))
+    if float((ones @ ones).sum()) != 64.0**3:
+        raise RuntimeError("the device multiplies ones wrongly")
+    limits: dict[str, float] = {}
+    if request.limits and request.target.is_gpu:
+        from fagen.bench.machine import Machine
+
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # a GPU that others use as well
+            limits["tflops"] = round(Machine(request.target).sample("start")["tflops"], 1)
+            limits["gbs"] = round(_copy_rate(), 1)
+        torch.cuda.empty_cache()
+    return Alive(limits)
+
+
+def _copy_rate() -> float:
+    """GB/s read and written by a copy that no cache holds."""
+    import torch
+
+    a = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    seconds = measure.time_calls({"copy": lambda: b.copy_(a)}, device="cuda", rounds=9)["copy"].median
+    return 2 * a.numel() / seconds / 1e9
+
+
 @contextlib.contextmanager
-def _device(request: MeasureRequest | FinalRequest) -> Iterator[None]:
+def _device(request: Request) -> Iterator[None]:
     if request.target.is_gpu:
         import torch
 
@@ -144,21 +201,24 @@ def _device(request: MeasureRequest | FinalRequest) -> Iterator[None]:
 
 
 def measure_one(request: MeasureRequest) -> Result:
-    """Right before fast. After an error of the device the process is of no more use."""
-    candidate = request.candidate
+    """Right before fast. After an error of the device, or stray writes, the process is of no more use."""
+    candidate, error = request.candidate, 0.0
     try:
         kernel = _load(candidate, request.artifact)
-        error, message = _verify(kernel, candidate)
+        error, message = verify(kernel, candidate)
         if message:
             return Result("wrong", message, error=error)
-        timing = _time(kernel, request)
+        call, message = at_own_size(kernel, request)
+        if message:
+            return Result("wrong", message, error=error)
+        timing, state, again = _time(call, request)
+    except Damage as damage:
+        return Result("wrong", str(damage), error=error, fatal=True)
     except LaunchError as problem:
         return Result("crash", str(problem), fatal=candidate.target.is_gpu)
     except RuntimeError as problem:  # torch's, for whatever the device reported
         return Result("crash", str(problem).splitlines()[0], fatal=True)
-    if timing is None:
-        return Result("wrong", "part of the output was not written at the problem's own size", error=error)
-    return Result("ok", timing=timing, error=error)
+    return Result("ok", timing=timing, error=error, state=state, remeasured=again)
 
 
 def _load(candidate: Candidate, artifact: Artifact) -> Kernel:
@@ -167,79 +227,49 @@ def _load(candidate: Candidate, artifact: Artifact) -> Kernel:
     return kernel.load(artifact, families.get(candidate.family), candidate.problem, candidate.config)
 
 
-def check_problems(problem: Problem, target: Target) -> list[Problem]:
-    """Sizes of the problem's static key at and off the edges of tiles, single rows, all rows hidden; then itself."""
-    shapes = [(1, 1), (1, 129), (65, 63), (130, 257), (256, 256), (200, 77)]
-    heads = [(4, 2), (2, 2), (3, 1)]
-    bands = [(problem.window_left, problem.window_right), (17, 0), (40, 9), (-1, 5), (0, 0), (33, -1)]
-    found = []
-    for index, (seqlen_q, seqlen_k) in enumerate(shapes):
-        q_heads, kv_heads = heads[index % len(heads)]
-        left, right = bands[index] if problem.mask == "window" else bands[0]
-        sizes = {"batch": 2, "heads": q_heads, "kv_heads": kv_heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
-        found.append(problem.replace(**sizes, window_left=left, window_right=right))
-    most = _VERIFY_SEQLEN["gpu" if target.is_gpu else "cpu"]
-    group = min(problem.heads // problem.kv_heads, _VERIFY_HEADS)
-    lengths = {"seqlen_q": min(problem.seqlen_q, most), "seqlen_k": min(problem.seqlen_k, most)}
-    return [*found, problem.replace(batch=1, heads=group, kv_heads=1, **lengths)]
-
-
-@functools.lru_cache(maxsize=64)
-def _check_inputs(problem: Problem, where: str, varied: bool) -> dict[str, Any]:
-    return measure.make_inputs(problem, where, seed=1, varied=varied)
-
-
-def _verify(kernel: Kernel, candidate: Candidate) -> tuple[float, str]:
-    """The largest error, and what is wrong, if anything."""
-    where, worst = "cuda" if candidate.target.is_gpu else "cpu", 0.0
-    problems = check_problems(candidate.problem, candidate.target)
-    for problem in problems:
-        inputs = _check_inputs(problem, where, problem is not problems[-1])
-        inputs["out"].fill_(math.nan)
-        inputs["lse"].fill_(math.nan)
-        measure.launcher(kernel, inputs, lse=True)()
-        _synchronize(where)
-        verdict = measure.check(inputs)
-        worst = max(worst, verdict.error)
-        if not verdict:
-            return worst, f"{problem.size_key}: {verdict.message}"
-    return worst, ""
-
-
-def _synchronize(where: str) -> None:
-    if where == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-
-
-@functools.lru_cache(maxsize=1)
-def _timing_inputs(problem: Problem, target: Target, seed: int) -> list[dict[str, Any]]:
-    return [measure.make_inputs(problem, target, seed + i) for i in range(measure.input_sets(problem, target))]
-
-
-def _time(kernel: Kernel, request: MeasureRequest) -> Timing | None:
-    """Staged: one call, a few, many; a candidate that falls behind is given up early. None: NaN was left."""
-    import torch
-
-    candidate = request.candidate
-    sets = _timing_inputs(candidate.problem, candidate.target, request.seed)
-    device = "cuda" if candidate.target.is_gpu else "cpu"
-    call = measure.InTurn([measure.launcher(kernel, inputs) for inputs in sets])
-    sets[0]["out"].fill_(math.nan)
-    call()
-    _synchronize(device)
-    if not bool(torch.isfinite(sets[0]["out"]).all()):
-        return None
+def _time(call: measure.InTurn, request: MeasureRequest) -> tuple[Timing, dict[str, Any], int]:
+    """Staged: one call, a few, many; a candidate that falls behind is given up early."""
+    device = where(request.target)
     once = measure.time_once(call, device=device)
     if once > HOPELESS * request.best:  # once more: the first may have been disturbed
         once = min(once, measure.time_once(call, device=device))
     if once > HOPELESS * request.best:
-        return Timing(once, 0.0, 1)
+        return Timing(once, 0.0, 1), {}, 0
     few = measure.time_calls({"it": call}, device=device, rounds=3, max_seconds=1.0)["it"]
     if few.median > BEHIND * request.best:
-        return few
-    return measure.time_calls({"it": call}, device=device, rounds=15, min_seconds=0.05, max_seconds=1.0)["it"]
+        return few, {}, 0
+    return _steadily(call, request.target)
+
+
+def _steadily(call: Callable[[], object], target: Target) -> tuple[Timing, dict[str, Any], int]:
+    """Many calls, again where they scatter, and once more where the GPU was slowed down meanwhile; how it was."""
+
+    def many() -> Timing:
+        return measure.time_calls({"it": call}, device=where(target), rounds=15, min_seconds=0.05, max_seconds=1.0)[
+            "it"
+        ]
+
+    timing, again = measure.quietest(many)
+    state = _state(call, timing.median, target)
+    if nvml.SPOILING.isdisjoint(state.get("throttle", ())):
+        return timing, state, again
+    time.sleep(_COOLING_SECONDS)
+    other = many()
+    after = _state(call, other.median, target)
+    if nvml.SPOILING.isdisjoint(after.get("throttle", ())) or other.median < timing.median:
+        timing, state = other, after
+    return timing, state, again + 1
+
+
+def _state(call: Callable[[], object], seconds: float, target: Target) -> dict[str, Any]:
+    """Of the GPU while it runs this."""
+    if not target.is_gpu:
+        return {}
+    for _ in range(max(1, min(256, int(_LOAD_SECONDS / seconds)))):
+        call()
+    state = nvml.current()
+    synchronize("cuda")
+    return state
 
 
 # ---- the final round ------------------------------------------------------------------------------------------------
@@ -248,7 +278,7 @@ def _time(kernel: Kernel, request: MeasureRequest) -> Timing | None:
 def final_round(request: FinalRequest) -> Final:
     """Finalists and PyTorch's SDPA, interleaved in this process."""
     first = next(iter(request.entries.values()))[0]
-    sets = _timing_inputs(first.problem, first.target, request.seed)
+    sets = timing_inputs(first.problem, first.target, request.seed)
     calls: dict[str, measure.Call] = {}
     for label, (candidate, artifact) in request.entries.items():
         kernel = _load(candidate, artifact)
@@ -260,11 +290,25 @@ def final_round(request: FinalRequest) -> Final:
             calls[TORCH], how = measure.InTurn([peer[0] for peer in peers if peer]), peers[0][1]
         except RuntimeError as error:
             how = str(error).splitlines()[0]
-    device = "cuda" if first.target.is_gpu else "cpu"
-    timings = measure.time_calls(
-        calls, device=device, rounds=30, min_seconds=request.seconds / 2, max_seconds=request.seconds
-    )
-    return Final(timings, {TORCH: how})
+    rounds: list[tuple[float, dict[str, Timing], dict[str, Any]]] = []
+    while not rounds or (min(rounds, key=_noise)[0] > measure.LOUD and len(rounds) < _FINAL_TRIES):
+        timings = measure.time_calls(
+            calls, device=where(first.target), rounds=30, min_seconds=request.seconds / 2, max_seconds=request.seconds
+        )
+        ours = [timing for label, timing in timings.items() if label != TORCH]
+        noise = statistics.median(timing.spread / timing.median for timing in ours)
+        best = min(request.entries, key=lambda label: timings[label].median)
+        state = _state(calls[best], timings[best].median, first.target)
+        if not nvml.SPOILING.isdisjoint(state.get("throttle", ())):
+            noise = math.inf
+            time.sleep(_COOLING_SECONDS)
+        rounds.append((noise, timings, state))
+    _, timings, state = min(rounds, key=_noise)
+    return Final(timings, {TORCH: how}, state, len(rounds))
+
+
+def _noise(round_: tuple[float, dict[str, Timing], dict[str, Any]]) -> float:
+    return round_[0]
 
 
 def sdpa_call(problem: Problem, inputs: dict[str, Any]) -> tuple[Callable[[], object], str] | None:

@@ -45,9 +45,7 @@ class Run:
                 continue
             except OSError as error:
                 raise FagenError(f"no run can be kept in {runs}", str(error), "set XDG_STATE_HOME") from error
-            temporary = path / (META + ".part")
-            temporary.write_text(json.dumps({"schema": SCHEMA, **meta}, indent=1))
-            os.replace(temporary, path / META)
+            _write_meta(path, {"schema": SCHEMA, **meta})
             return cls(path)
         raise FagenError(f"no new run can be made in {runs}")
 
@@ -70,6 +68,17 @@ class Run:
     def close(self) -> None:
         self._lock.release()
 
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What run.json says."""
+        return _meta(self.path) or {}
+
+    def describe(self, **facts: Any) -> None:
+        """Add to what run.json says."""
+        meta = self.meta
+        if any(meta.get(name) != value for name, value in facts.items()):
+            _write_meta(self.path, meta | facts)
+
     def append(self, name: str, row: dict[str, Any]) -> None:
         try:
             with open(self.path / name, "ab") as file:
@@ -77,8 +86,7 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            remedy = "free some space, then go on with --resume"
-            raise FagenError(f"run {self.path} cannot be kept", str(error), remedy) from error
+            raise _unkept(self.path, error) from error
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
         return read_lines(self.path / name)
@@ -104,6 +112,19 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(row, dict):
             yield row
+
+
+def _unkept(path: Path, error: OSError) -> FagenError:
+    return FagenError(f"run {path} cannot be kept", str(error), "free some space, then go on with --resume")
+
+
+def _write_meta(path: Path, meta: dict[str, Any]) -> None:
+    temporary = path / (META + ".part")
+    try:
+        temporary.write_text(json.dumps(meta, indent=1))
+        os.replace(temporary, path / META)
+    except OSError as error:
+        raise _unkept(path, error) from error
 
 
 def _meta(path: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The workers of a run and the loop that keeps them busy: compilers run ahead, one process measures.
+"""The workers of a run and the loop that keeps them busy: compilers run ahead, one process a device measures.
 
 On a GPU both go on at once. On the CPU a running compiler would spoil the times, so they take turns: a batch is
 compiled, then measured.
@@ -6,21 +6,23 @@ compiled, then measured.
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.errors import MissingTool
+from fagen.errors import CacheError, FagenError, MissingTool
 from fagen.problem import Problem
 from fagen.target import Target
 from fagen.tuner import candidate as steps
-from fagen.tuner.candidate import Candidate, CompileRequest, Final, FinalRequest, MeasureRequest, Result
+from fagen.tuner.candidate import Alive, Candidate, CompileRequest, Final, FinalRequest, MeasureRequest, Probe, Result
 from fagen.tuner.search import Search
-from fagen.tuner.workers import Death, Worker
+from fagen.tuner.workers import COMPILE_BYTES, Death, Worker, free_memory
 
 if TYPE_CHECKING:
     from fagen.build import Artifact
@@ -29,14 +31,25 @@ if TYPE_CHECKING:
 TICK = 0.2  # seconds between looks at the clock
 SETTLE_SECONDS = 10.0  # that compilers get to finish before a round that must be quiet
 BATCH = 2  # candidates a compiler gets in a turn, on the CPU
+PROBE_SECONDS = 60.0  # that a device may take to say that it works
+PROBES = 3  # that fail, then the device is given up
 _SLOW = {"cpu": 1e9, "gpu": 5e11}  # FLOP/s below which a kernel of unknown speed counts as hung
-_STAGED_SECONDS = 3.0  # of timing, once it is known how long a call takes
+_STAGED_SECONDS = 6.0  # of timing, noise and cooling included, once it is known how long a call takes
+_OOM = {"compiler": 800, "measurer": 400}  # what the system ends first when memory runs out
 
 Done = Callable[[Candidate, Result], None]
 
 
+@dataclass
+class _Probing:
+    """A fresh process is asked whether its device works; only then is the one before it blamed on its candidate."""
+
+    suspect: tuple[Candidate, Result] | None = None
+    failures: int = 0
+
+
 class Pool:
-    """Compile workers and the measuring worker of one target."""
+    """Compile workers, and a measuring worker for each device. `note` hears what a person should know."""
 
     def __init__(
         self,
@@ -45,25 +58,39 @@ class Pool:
         *,
         workers: int,
         seed: int,
-        device: int,
+        devices: Sequence[int] = (0,),
         compile_timeout: float,
         run_timeout: float,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.target, self.seed, self.device = target, seed, device
+        self.target, self.seed, self.note = target, seed, note
         self.compile_timeout, self.run_timeout = compile_timeout, run_timeout
-        self.compilers = [Worker(steps.compile_one, log) for _ in range(workers)]
-        self.measurer = Worker(steps.measure_any, log, steps.import_torch)
+        self.quiet = not target.is_gpu  # nothing compiles while something is timed
+        self.compilers = [Worker(steps.compile_one, log, oom=_OOM["compiler"]) for _ in range(workers)]
+        self.devices = {
+            Worker(steps.measure_any, log, steps.import_torch, oom=_OOM["measurer"]): device for device in devices
+        }
         self.ready: deque[tuple[Candidate, Artifact]] = deque()
+        self.ahead: deque[Candidate] = deque()  # of the next search: built when this one has no more use for compilers
+        self.until = math.inf  # when the search that is under way ends; inf until something can be measured
+        self.limits: dict[str, float] = {}  # what the machine can do at most, if it was measured
+        self._allowed = workers  # compilers at a time: fewer after one was ended for want of memory
         self._default: Config | None = None  # of the search that is under way
+        self._again: deque[Candidate] = deque()  # whose compiler was ended from outside
+        self._retried: set[Candidate] = set()
         self._artifacts: dict[Candidate, Artifact] = {}
         self._turn = 0  # candidates handed to compilers since the last measurement, on the CPU
+        self._compiled = 0  # answers of compilers in this search
+        self._alive: set[Worker] = set()
+        self._seconds: deque[float] = deque(maxlen=50)  # of recent compilations
 
     def __enter__(self) -> Pool:
-        self.measurer.start()  # its imports go on while the first candidates are compiled
+        for number, worker in enumerate(self.devices):  # imports go on while the first candidates are compiled
+            self._probe(worker, _Probing(), limits=number == 0)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for worker in (*self.compilers, self.measurer):
+        for worker in (*self.compilers, *self.devices):
             worker.kill()
 
     @property
@@ -71,80 +98,193 @@ class Pool:
         return sum(worker.busy for worker in self.compilers)
 
     @property
-    def measuring(self) -> Candidate | None:
-        return self.measurer.job if self.measurer.busy else None
+    def measuring(self) -> dict[int, Candidate]:
+        """What is being measured, by device."""
+        return {d: w.job for w, d in self.devices.items() if w.busy and isinstance(w.job, Candidate)}
 
     # ---- the search ---------------------------------------------------------------------------------------------
 
-    def explore(self, search: Search, deadline: float, done: Done, over: Callable[[], bool]) -> None:
+    def explore(self, search: Search, deadline: Callable[[], float], done: Done, over: Callable[[], bool]) -> None:
         """Evaluate what the search hands out until it has no more, the deadline passes or `over()`.
 
-        A measurement that runs at the deadline is awaited; what is being compiled then is forgotten. The default is
-        measured before any other that is ready, and however short the time is: the winner must beat it.
+        `deadline` is asked for once something can be measured: the wait for the first process and the first kernel
+        is on nobody's account. A measurement that runs at the deadline is awaited; what is being compiled then is
+        forgotten. The default is measured before any other that is ready, and however short the time is: the winner
+        must beat it.
         """
+        space, exhausted, self.until, self._compiled = search.space, False, math.inf, 0
         self.ready.clear()
-        space, exhausted = search.space, False
+        self._again.clear()
         self._default = space.family.default(space.problem, space.target)
         while not over():
-            late = time.monotonic() > deadline and self._default in search.seen
+            if self.until == math.inf and self._compiled and self._alive:
+                self.until = deadline()
+            late = time.monotonic() > self.until and self._default in search.seen
             if not late:
                 exhausted = self._feed_compilers(search)
-                self._feed_measurer(search)
-            if not self.measurer.busy and (late or (exhausted and not self.compiling and not self.ready)):
+                self._feed_measurers(search)
+            if not self._measurers_busy and (late or (exhausted and not self._underway)):
                 break
             self._collect(done)
-        if over() and self.measurer.busy:
-            self.measurer.kill()
+        if over():
+            for worker in self.devices:
+                if worker.busy:
+                    worker.kill()
         for worker in self.compilers:
             worker.job = None
         self.ready.clear()
 
+    @property
+    def _underway(self) -> bool:
+        return bool(self.ready or self._again or any(worker.busy and worker.job for worker in self.compilers))
+
+    @property
+    def _measurers_busy(self) -> bool:
+        return any(worker.busy for worker in self.devices)
+
     def _feed_compilers(self, search: Search) -> bool:
         """Hand out candidates; True when the search has no more."""
-        quiet = not self.target.is_gpu
-        if quiet and (self.measurer.busy or (self.ready and not self.compiling)):
+        if self.quiet and (self._measurers_busy or (self.ready and not self.compiling)):
             return False
         if not self.compiling:
             self._turn = 0
         for worker in self.compilers:
-            full = self._turn >= BATCH * len(self.compilers) if quiet else len(self.ready) > len(self.compilers)
+            full = self._turn >= BATCH * len(self.compilers) if self.quiet else len(self.ready) > len(self.compilers)
             if worker.busy or full:
                 continue
-            config = search.next()
+            if not self._room():
+                break
+            if self._too_late(search):
+                self.build_ahead()
+                break
+            config = self._again[0].config if self._again else search.next()
             if config is None:
-                return True
-            self._turn += 1
+                return not search.waiting
             item = Candidate(search.space.family.name, search.space.problem, self.target, config)
-            # the worker's own limit is a little longer than the compiler's, which gives the better message
-            worker.send(CompileRequest(item, self.compile_timeout), self.compile_timeout + 30, item)
+            if self._again:
+                self._again.popleft()
+            self._turn += 1
+            self._compile(worker, item, item)
         return False
 
-    def _feed_measurer(self, search: Search) -> None:
-        if self.measurer.busy or not self.ready or (self.compiling and not self.target.is_gpu):
+    def _compile(self, worker: Worker, item: Candidate, job: Candidate | None) -> None:
+        # the worker's own limit is a little longer than the compiler's, which gives the better message
+        worker.send(CompileRequest(item, self.compile_timeout), self.compile_timeout + 30, job)
+        worker.since = time.monotonic()
+
+    def _room(self) -> bool:
+        """Whether one more compiler finds memory. One always may run."""
+        if not self.compiling:
+            return True
+        least = COMPILE_BYTES["gpu" if self.target.is_gpu else "cpu"]
+        return self.compiling < self._allowed and free_memory() >= least
+
+    def _too_late(self, search: Search) -> bool:
+        """Whether even a quick compilation would end after the search."""
+        if self.quiet or not self._seconds or self._default not in search.seen:
+            return False
+        quick = statistics.quantiles([*self._seconds, self._seconds[-1]], n=4)[0]
+        return time.monotonic() + quick > self.until
+
+    def build_ahead(self) -> None:
+        """Let idle compilers build what the next search will ask for first. Not where that spoils a time."""
+        for worker in self.compilers:
+            if self.quiet or not self.ahead or not self._room():
+                return
+            if not worker.busy:
+                self._compile(worker, self.ahead.popleft(), None)
+
+    def _feed_measurers(self, search: Search) -> None:
+        if self.quiet and self.compiling:
             return
-        item, artifact = self.ready.popleft()
-        request = MeasureRequest(item, artifact, self.seed, search.best, self.device)
-        self.measurer.send(request, self.run_timeout + self._estimate(item.problem, search.best), item)
+        for worker, device in self.devices.items():
+            if worker.busy or not self.ready:
+                continue
+            item, artifact = self.ready.popleft()
+            request = MeasureRequest(item, artifact, self.seed, search.best, device)
+            worker.send(request, self.run_timeout + self._estimate(item.problem, search.best), item)
 
     def _estimate(self, problem: Problem, best: float) -> float:
         """Seconds that a right but slow candidate may need."""
         a_call = problem.flops() / _SLOW["gpu" if self.target.is_gpu else "cpu"]
         return _STAGED_SECONDS + 2 * min(a_call, 50 * best)
 
+    # ---- answers ------------------------------------------------------------------------------------------------
+
     def _collect(self, done: Done) -> None:
-        for worker, reply in self._replies([*self.compilers, self.measurer]):
-            item, result = worker.job, _result(reply, worker is self.measurer)
-            worker.job = None
-            if result.fatal:
-                worker.kill()
-            if item is None:  # of a search that is over
-                continue
-            if worker is not self.measurer and result.outcome == "ok" and result.artifact:
-                put = self.ready.appendleft if item.config == self._default else self.ready.append
-                put((item, result.artifact))
-                self._artifacts[item] = result.artifact
+        for worker, reply in self._replies([*self.compilers, *self.devices]):
+            job, worker.job = worker.job, None
+            if worker in self.devices:
+                self._hear_measurer(worker, job, reply, done)
             else:
-                done(item, replace(result, artifact=result.artifact or self._artifacts.get(item)))
+                self._hear_compiler(worker, job, reply, done)
+
+    def _hear_compiler(self, worker: Worker, item: Candidate | None, reply: Any, done: Done) -> None:
+        result = _result(reply, False)
+        if result.outcome == "ok":
+            self._seconds.append(time.monotonic() - worker.since)
+        if item is None:  # built ahead, or of a search that is over
+            return
+        self._compiled += 1
+        if result.killed and item not in self._retried:
+            self._retried.add(item)
+            self._again.append(item)
+            self._allowed = max(1, min(self._allowed, len(self.compilers)) - 1)
+            self.note(f"a compiler was ended from outside; at most {self._allowed} at a time from here on")
+        elif result.outcome == "ok" and result.artifact:
+            put = self.ready.appendleft if item.config == self._default else self.ready.append
+            put((item, result.artifact))
+            self._artifacts[item] = result.artifact
+        else:
+            done(item, result)
+
+    def _hear_measurer(self, worker: Worker, job: Candidate | _Probing | None, reply: Any, done: Done) -> None:
+        if isinstance(job, _Probing):
+            self._hear_probe(worker, job, reply, done)
+            return
+        result = _result(reply, True)
+        if result.fatal:
+            worker.kill()
+        if job is None:
+            return
+        device = self.devices[worker]
+        state = {**result.state, "gpu": device} if len(self.devices) > 1 else result.state
+        result = replace(result, artifact=result.artifact or self._artifacts.get(job), state=state)
+        if result.fatal:
+            self._probe(worker, _Probing((job, result)))
+        else:
+            done(job, result)
+
+    def _probe(self, worker: Worker, probing: _Probing, limits: bool = False) -> None:
+        self._alive.discard(worker)
+        worker.send(Probe(self.target, self.devices[worker], limits), PROBE_SECONDS, probing)
+
+    def _hear_probe(self, worker: Worker, probing: _Probing, reply: Any, done: Done) -> None:
+        if isinstance(reply, Alive):
+            self._alive.add(worker)
+            self.limits = reply.limits or self.limits
+        else:
+            worker.kill()
+            probing.failures += 1
+            if probing.failures < PROBES:
+                self._probe(worker, probing)
+                return
+        if probing.suspect:
+            done(*probing.suspect)
+        if not isinstance(reply, Alive):
+            self._give_up(worker, reply)
+
+    def _give_up(self, worker: Worker, reply: Any) -> None:
+        """A device that does not work even in a fresh process. The run goes on where there is another."""
+        device = self.devices.pop(worker)
+        why = reply.reason if isinstance(reply, Death) else str(reply).splitlines()[0]
+        if not self.devices:
+            raise FagenError(
+                f"{self.target.device} (device {device}) does not work any more",
+                f"{PROBES} fresh processes failed at a small product: {why}",
+                "fagen doctor may say why; what was measured is kept: go on with --resume",
+            )
+        self.note(f"device {device} does not work any more and is given up: {why}")
 
     def _replies(self, workers: Iterable[Worker]) -> list[tuple[Worker, Any]]:
         """Wait a moment; who has something to say, and what."""
@@ -161,7 +301,7 @@ class Pool:
             artifact = self._artifacts.get(item)
             if artifact is None:
                 worker = self._free_compiler()
-                worker.send(CompileRequest(item, self.compile_timeout), self.compile_timeout + 30, item)
+                self._compile(worker, item, None)
                 reply: Any = None
                 while reply is None:
                     reply = next((reply for _, reply in self._replies([worker])), None)
@@ -177,20 +317,23 @@ class Pool:
         return worker
 
     def final(self, entries: dict[str, tuple[Candidate, Artifact]], seconds: float, slowest: float) -> Final | str:
-        """Time finalists against each other, or say why that failed twice."""
-        if not self.target.is_gpu:
+        """Time finalists against each other on one device, or say why that failed twice."""
+        while self._measurers_busy:  # a process that starts
+            self._collect(lambda item, result: None)
+        if self.quiet:
             self._settle()
-        request = FinalRequest(entries, self.seed, self.device, seconds)
-        limit = self.run_timeout + 60 + 2 * seconds + 10 * slowest * len(entries)
+        worker, device = next(iter(self.devices.items()))
+        request = FinalRequest(entries, self.seed, device, seconds)
+        limit = self.run_timeout + 60 + 6 * seconds + 30 * slowest * len(entries)
         why = ""
         for _ in range(2):
-            self.measurer.send(request, limit)
+            worker.send(request, limit)
             reply: Any = None
             while reply is None:
-                reply = next((reply for _, reply in self._replies([self.measurer])), None)
+                reply = next((reply for _, reply in self._replies([worker])), None)
             if isinstance(reply, Final):
                 return reply
-            self.measurer.kill()
+            worker.kill()
             why = reply.reason if isinstance(reply, Death) else f"{type(reply).__name__}: {reply}"
         return why
 
@@ -208,8 +351,10 @@ def _result(reply: Any, measured: bool) -> Result:
     """What a worker's answer, exception or death means for the candidate."""
     if isinstance(reply, Result):
         return reply
-    if isinstance(reply, MissingTool):
+    if isinstance(reply, (MissingTool, CacheError)):  # nothing that a candidate could help
         raise reply
     if isinstance(reply, Death):
-        return Result("timeout" if reply.timed_out else "crash" if measured else "compile", reply.reason)
+        if measured:
+            return Result("timeout" if reply.timed_out else "crash", reply.reason, fatal=True)
+        return Result("timeout" if reply.timed_out else "compile", reply.reason, killed=not reply.timed_out)
     return Result("crash" if measured else "compile", f"{type(reply).__name__}: {reply}", fatal=measured)

@@ -5,6 +5,7 @@ All of it goes to stderr. `Progress` itself is silent, for callers that want non
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -43,9 +44,7 @@ class Progress:
 
     def start(self, target: Target, workers: int, run: Path) -> None: ...
     def note(self, text: str) -> None: ...
-    def problem(
-        self, problem: Problem, place: tuple[int, int], search: Search, pool: Pool, deadline: float
-    ) -> None: ...
+    def problem(self, problem: Problem, place: tuple[int, int], search: Search, pool: Pool) -> None: ...
     def candidate(self, item: Candidate, result: Result, search: Search) -> None: ...
     def refresh(self) -> None: ...
     def done(self, tuned: Tuned) -> None: ...
@@ -56,7 +55,8 @@ class Lines(Progress):
     """A line per event."""
 
     def say(self, text: str) -> None:
-        cliutil.say(text)
+        with contextlib.suppress(OSError):  # a terminal or a pipe that is gone is no reason to stop
+            cliutil.say(text)
 
     def start(self, target: Target, workers: int, run: Path) -> None:
         self.say(f"target   {target}")
@@ -65,7 +65,7 @@ class Lines(Progress):
     def note(self, text: str) -> None:
         self.say(f"note     {text}")
 
-    def problem(self, problem: Problem, place: tuple[int, int], search: Search, pool: Pool, deadline: float) -> None:
+    def problem(self, problem: Problem, place: tuple[int, int], search: Search, pool: Pool) -> None:
         known = f", {search.issued} known from before" if search.issued else ""
         self.say(f"problem  {place[0] + 1}/{place[1]} {problem}")
         self.say(f"space    {search.space.family.name}: {len(search.space.legal)} of {search.space.total} legal{known}")
@@ -94,16 +94,16 @@ class Live(Lines):
         self.console = Console(stderr=True)
         self.panel = Panel(console=self.console, refresh_per_second=4, transient=True)
         self.panel.start()
-        self.now: tuple[Problem, tuple[int, int], Search, Pool, float] | None = None
+        self.now: tuple[Problem, tuple[int, int], Search, Pool] | None = None
         self.failed: dict[str, int] = {}
         self.default: float | None = None
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def problem(self, problem: Problem, place: tuple[int, int], search: Search, pool: Pool, deadline: float) -> None:
-        super().problem(problem, place, search, pool, deadline)
-        self.now, self.failed, self.default = (problem, place, search, pool, deadline), {}, None
+    def problem(self, problem: Problem, place: tuple[int, int], search: Search, pool: Pool) -> None:
+        super().problem(problem, place, search, pool)
+        self.now, self.failed, self.default = (problem, place, search, pool), {}, None
         self.refresh()
 
     def candidate(self, item: Candidate, result: Result, search: Search) -> None:
@@ -118,16 +118,19 @@ class Live(Lines):
             return
         from rich.table import Table
 
-        problem, place, search, pool, deadline = self.now
+        problem, place, search, pool = self.now
         table = Table.grid(padding=(0, 2))
         table.add_row("problem", f"{place[0] + 1}/{place[1]}  {problem}")
         tried = f"{len(search.seen)} of at most {search.goal}"
         failures = ", ".join(f"{count} {name}" for name, count in self.failed.items())
         table.add_row("tried", tried + (f"  ({failures})" if failures else ""))
         table.add_row("compiling", f"{pool.compiling}, {len(pool.ready)} built and waiting")
-        table.add_row("measuring", str(pool.measuring.config) if pool.measuring else "-")
+        for device in sorted(pool.devices.values()):
+            item = pool.measuring.get(device)
+            where = f"on GPU {device}" if len(pool.devices) > 1 else "measuring"
+            table.add_row(where, str(item.config) if item else "-")
         table.add_row("best so far", self._best(search))
-        table.add_row("time left", clock(deadline - time.monotonic()))
+        table.add_row("time left", clock(pool.until - time.monotonic()))
         self.panel.update(table)
 
     def _best(self, search: Search) -> str:

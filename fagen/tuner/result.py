@@ -23,11 +23,13 @@ class Options:
     trials: int | None = None  # candidates for each problem
     seed: int = 0
     workers: int | None = None  # compilers at a time; None: as many as cores and memory bear
-    device: int = 0
+    devices: tuple[int, ...] = (0,)  # a measuring process for each; the first one decides
     compile_timeout: float = 120.0
     run_timeout: float = 10.0
     resume: Path | str | None = None  # a run's folder, or "latest"
     family: str | None = None  # search this one alone
+    storage: str | None = None  # URL of a database in which any number of processes share their studies
+    grace: float = 60.0  # seconds of silence after which one of those counts as dead
     out: Path | None = None  # where the winners go; None: the user's overlay
     runs: Path | None = None  # where runs are kept; None: the user's state folder
 
@@ -49,6 +51,8 @@ class Tuned:
     incumbent_seconds: float | None = None
     torch_seconds: float | None = None
     torch_mode: str = ""
+    device: dict[str, Any] = field(default_factory=dict)  # the GPU's clocks, power and temperature in the final round
+    rounds: int = 1  # final rounds that were held: more than one where they were noisy
     why: str = ""  # why this config won, or why none did
 
     @property

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from fagen.errors import FagenError
 from fagen.families import Config
 from fagen.space import Space
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 STARTUP = 8  # candidates before the sampler is asked
 MISSES = 3  # answers without a new candidate, then one is picked
+KEEP_REMEDY = "free some space, then go on with --resume"
 _LOOK_AT = 4096  # unseen configs compared to find the nearest
 
 
@@ -36,12 +38,17 @@ def open_storage(path: str) -> optuna.storages.BaseStorage:
 
     class Journal(JournalFileBackend):
         def append_logs(self, logs: list[dict[str, Any]]) -> None:
-            with open(path, "ab") as file:
-                file.write(b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs))
+            try:
+                with open(path, "ab") as file:
+                    file.write(b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs))
+            except OSError as error:
+                raise FagenError(f"study {path} cannot be kept", str(error), KEEP_REMEDY) from error
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with open(path, "wb"):
-        pass
+    try:
+        open(path, "wb").close()
+    except OSError as error:
+        raise FagenError(f"study {path} cannot be kept", str(error), KEEP_REMEDY) from error
     return optuna.storages.JournalStorage(Journal(path))
 
 
@@ -49,7 +56,15 @@ class Search:
     """Hands out candidates (`next`) and hears what became of them (`tell`). `limit`: how many it may hand out."""
 
     def __init__(
-        self, space: Space, storage: Any, *, seed: int, first: Iterable[Config], limit: int | None, exhaustive: bool
+        self,
+        space: Space,
+        storage: Any,
+        *,
+        seed: int,
+        first: Iterable[Config],
+        limit: int | None,
+        exhaustive: bool,
+        name: str = "",  # of a study that others may have begun
     ) -> None:
         import optuna
 
@@ -73,11 +88,17 @@ class Search:
         self._study = optuna.create_study(
             storage=storage,
             sampler=sampler,
-            study_name=f"{space.family.name}:{space.problem.key}",
+            study_name=name or f"{space.family.name}:{space.problem.key}",
+            load_if_exists=bool(name),
             direction="minimize",
         )
         self._order = self._random.sample(space.legal, len(space.legal))
         self._queue = iter([*dict.fromkeys(first), *(self._order if exhaustive else self._order[:STARTUP])])
+
+    @property
+    def waiting(self) -> bool:
+        """Whether more may come after `next` had none: from other processes that search with this one."""
+        return False
 
     @property
     def issued(self) -> int:

@@ -8,11 +8,12 @@ import functools
 import hashlib
 import math
 import signal
+import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,20 @@ from fagen.measure import Timing
 from fagen.problem import Problem
 from fagen.space import Space, enumerate_space
 from fagen.target import Target
-from fagen.tuner import journal
-from fagen.tuner.candidate import OUTCOMES, TORCH, Candidate, Final, Result
+from fagen.tuner import final, journal
+from fagen.tuner.candidate import OUTCOMES, Candidate, Result
+from fagen.tuner.final import Known
 from fagen.tuner.journal import Run
 from fagen.tuner.pool import Pool
 from fagen.tuner.progress import Progress
-from fagen.tuner.result import DEFAULT, INCUMBENT, Options, Report, Tuned, choose
+from fagen.tuner.result import Options, Report, Tuned
 from fagen.tuner.search import Search, open_storage
+from fagen.tuner.shared import Board, SharedSearch
 from fagen.tuner.workers import compile_workers
 
 SEARCH_SHARE = 0.85  # of a problem's time; the rest is for the final round
-FINALISTS = 4  # beside the default and the incumbent
-FINAL_SECONDS = 3.0
 NEIGHBOURS = 3
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def spaces(problem: Problem, target: Target, only: str | None = None) -> list[Space]:
@@ -71,6 +73,9 @@ def tune(problems: Sequence[Problem], target: Target, options: Options, progress
             able = families.candidates(problem, target)[0]
             if not any(options.family in (None, family.name) for family in able):
                 spaces(problem, target, options.family)  # raises with the reasons, before anything runs
+        db.require_writable(db.path_of(options.out or env.user_db_dir(), target.arch, target.device))
+        if options.storage:  # before a run is begun
+            Board(options.storage, "").close()
         with contextlib.closing(_open_run(problems, target, options, progress)) as run:
             return _tune(run, problems, target, options, progress)
 
@@ -78,12 +83,24 @@ def tune(problems: Sequence[Problem], target: Target, options: Options, progress
 def _tune(run: Run, problems: Sequence[Problem], target: Target, options: Options, progress: Progress) -> Report:
     workers = options.workers or compile_workers(target.is_gpu)
     pool = Pool(
-        target, run.path / journal.LOG, workers=workers, seed=options.seed, device=options.device,
-        compile_timeout=options.compile_timeout, run_timeout=options.run_timeout,
+        target, run.path / journal.LOG, workers=workers, seed=options.seed, devices=options.devices,
+        compile_timeout=options.compile_timeout, run_timeout=options.run_timeout, note=progress.note,
     )  # fmt: skip
     progress.start(target, workers, run.path)
-    with pool, _signals(progress) as interrupted:
-        return _Tuner(run, target, options, pool, progress, interrupted).all(problems)
+    with pool, _signals(progress) as interrupted, _board(run, options, progress) as board:
+        return _Tuner(run, target, options, pool, progress, interrupted, board).all(problems)
+
+
+@contextlib.contextmanager
+def _board(run: Run, options: Options, progress: Progress) -> Iterator[Board | None]:
+    """What is shared with other processes, under a name that this run keeps when it is resumed."""
+    if options.storage is None:
+        yield None
+        return
+    run.describe(owner=run.meta.get("owner") or f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}")
+    with contextlib.closing(Board(options.storage, run.meta["owner"], options.grace)) as board:
+        progress.note(f"shared through {board.shown} as {board.owner}")
+        yield board
 
 
 def _open_run(problems: Sequence[Problem], target: Target, options: Options, progress: Progress) -> Run:
@@ -106,7 +123,7 @@ def _open_run(problems: Sequence[Problem], target: Target, options: Options, pro
 
 @contextlib.contextmanager
 def _signals(progress: Progress) -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second one raises."""
+    """An event that the first SIGINT, SIGTERM or lost terminal sets; the second one raises."""
     event, before = threading.Event(), {}
 
     def handle(number: int, frame: object) -> None:
@@ -116,7 +133,7 @@ def _signals(progress: Progress) -> Iterator[threading.Event]:
         progress.note(f"{signal.Signals(number).name}: saving what was found; once more to stop at once")
 
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in _ENDING}
     try:
         yield event
     finally:
@@ -124,24 +141,35 @@ def _signals(progress: Progress) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-@dataclass
-class _Known:
-    """A candidate that was evaluated, now or in the run that is resumed."""
+class _Share:
+    """A problem's part of the budget, counted from when it can first be measured; its families share what is left."""
 
-    item: Candidate
-    outcome: str
-    timing: Timing | None
-    error: float
-    reason: str = ""
+    def __init__(self, seconds: Callable[[], float], families: int) -> None:
+        self.seconds, self.families = seconds, families
+        self.end: float | None = None
+
+    def deadline(self, turn: int) -> float:
+        now = time.monotonic()
+        if self.end is None:
+            self.end = now + SEARCH_SHARE * self.seconds()
+        return now + max(0.0, self.end - now) / (self.families - turn)
 
 
 class _Tuner:
     def __init__(
-        self, run: Run, target: Target, options: Options, pool: Pool, progress: Progress, interrupted: threading.Event
+        self,
+        run: Run,
+        target: Target,
+        options: Options,
+        pool: Pool,
+        progress: Progress,
+        interrupted: threading.Event,
+        board: Board | None = None,
     ) -> None:
+        self.board = board
         self.run, self.target, self.options = run, target, options
         self.pool, self.progress, self.interrupted = pool, progress, interrupted
-        self.storage = open_storage(str(run.path / journal.STUDY))
+        self.storage = board.storage if board else open_storage(str(run.path / journal.STUDY))
         self.rows = [row for row in run.rows(journal.TRIALS) if row.get("outcome") in OUTCOMES]
         self.finished = {t.key: t for t in (Tuned(**row) for row in run.rows(journal.WINNERS)) if t.complete}
         self.environment = db.environment(target)
@@ -156,40 +184,68 @@ class _Tuner:
                 continue
             if self.interrupted.is_set():
                 break
-            share = math.inf
-            if self.options.budget is not None:
-                left = self.options.budget - (time.monotonic() - self.started)
-                share = max(0.0, left) / sum(p.key not in self.finished for p in problems[index:])
-            tuned, record = self.one(problem, share, (index, len(problems)))
+            to_come = [p for p in problems[index + 1 :] if p.key not in self.finished]
+            tuned, record = self.one(problem, to_come, (index, len(problems)))
             report.results.append(tuned)
-            self.run.append(journal.WINNERS, dataclasses.asdict(tuned))
-            if record:
+            if record:  # before the run remembers that this problem is done
                 written = db.put([record], self.options.out)
                 binding.forget()  # live calls of this process find the new winner
                 report.written = sorted({*report.written, *written})
+            self.run.append(journal.WINNERS, dataclasses.asdict(tuned))
             self.progress.done(tuned)
         report.interrupted = self.interrupted.is_set()
         return report
 
     # ---- one problem --------------------------------------------------------------------------------------------
 
-    def one(self, problem: Problem, seconds: float, place: tuple[int, int]) -> tuple[Tuned, db.Record | None]:
-        known: dict[Candidate, _Known] = {}
+    def one(
+        self, problem: Problem, to_come: Sequence[Problem], place: tuple[int, int]
+    ) -> tuple[Tuned, db.Record | None]:
+        known: dict[Candidate, Known] = {}
         found = self._spaces(problem)
-        begin, incumbent = time.monotonic(), self._incumbent(problem)
+        seconds = functools.partial(self._seconds, 1 + len(to_come))
+        share, incumbent = _Share(seconds, len(found)), self._incumbent(problem)
         for turn, space in enumerate(found):
-            search = self._search(space, seconds / len(found), known)
-            deadline = begin + SEARCH_SHARE * seconds * (turn + 1) / len(found)
-            self.progress.problem(problem, place, search, self.pool, deadline)
-            self.pool.explore(search, deadline, functools.partial(self._done, search, known), self._over)
+            search = self._search(space, seconds() / len(found), known)
+            self.pool.ahead = self._ahead([*found[turn + 1 :], *(self._spaces(to_come[0]) if to_come else [])])
+            self.progress.problem(problem, place, search, self.pool)
+            deadline, done = functools.partial(share.deadline, turn), functools.partial(self._done, search, known)
+            over = functools.partial(self._over, search, known)
+            try:
+                self.pool.explore(search, deadline, done, over)
+            finally:
+                if isinstance(search, SharedSearch):
+                    search.close()
+        if self.pool.limits:
+            self.run.describe(machine=self.pool.limits)
         default = Candidate(found[0].family.name, problem, self.target, found[0].family.default(problem, self.target))
         outcomes = Counter(row["outcome"] for row in self.rows if row["problem"] == problem.key)
         tuned = Tuned(
             problem.to_dict(), not self.interrupted.is_set(), {name: outcomes[name] for name in OUTCOMES},
             default_config=dict(default.config),
         )  # fmt: skip
-        record = self._final(tuned, known, default, incumbent)
-        return tuned, record
+        if not self.interrupted.is_set():
+            self.pool.build_ahead()
+        seconds_of_final = final.SECONDS / (3 if self.interrupted.is_set() else 1)
+        item = final.hold(self.pool, tuned, known, default, incumbent, seconds_of_final, self.progress.note)
+        return tuned, final.record(tuned, item, len(known), self.environment) if item else None
+
+    def _seconds(self, problems: int) -> float:
+        """Of the budget for each of the problems that are left."""
+        if self.options.budget is None:
+            return math.inf
+        return max(0.0, self.options.budget - (time.monotonic() - self.started)) / problems
+
+    def _ahead(self, spaces: list[Space]) -> deque[Candidate]:
+        """What the next searches will ask for first."""
+        found = []
+        for space in spaces:
+            family, problem = space.family, space.problem
+            incumbent = self._incumbent(problem)
+            first = [family.default(problem, self.target), *family.seeds(problem, self.target)]
+            found += [Candidate(family.name, problem, self.target, config) for config in first]
+            found += [incumbent] if incumbent else []
+        return deque(dict.fromkeys(found))
 
     def _spaces(self, problem: Problem) -> list[Space]:
         """Counted in full once for each static key: constraints look at nothing else."""
@@ -197,9 +253,22 @@ class _Tuner:
             self.spaces[problem.static_key] = spaces(problem, self.target, self.options.family)
         return [dataclasses.replace(space, problem=problem) for space in self.spaces[problem.static_key]]
 
-    def _over(self) -> bool:
+    def _over(self, search: Search, known: dict[Candidate, Known]) -> bool:
+        if isinstance(search, SharedSearch):
+            for row in search.news():
+                self._hear(search, row, known)
         self.progress.refresh()
         return self.interrupted.is_set()
+
+    def _hear(self, search: SharedSearch, row: dict[str, Any], known: dict[Candidate, Known]) -> None:
+        """What another process found, or this run before it was killed."""
+        self._append(row)
+        found = self._recalled(search, row)
+        known[found.item] = found
+        search.tell(
+            found.item.config, found.timing.median if found.timing else None, f"{found.outcome}: {found.reason}"
+        )
+        self.progress.candidate(found.item, Result(found.outcome, found.reason, found.timing, found.error), search)
 
     def _incumbent(self, problem: Problem) -> Candidate | None:
         """What the database has for exactly this problem, if it is still legal."""
@@ -214,7 +283,7 @@ class _Tuner:
     def _database(self) -> db.Database:
         return db.Database.load((*db.default_paths(), *([self.options.out] if self.options.out else [])))
 
-    def _search(self, space: Space, seconds: float, known: dict[Candidate, _Known]) -> Search:
+    def _search(self, space: Space, seconds: float, known: dict[Candidate, Known]) -> Search:
         family, problem = space.family, space.problem
         records = [r for r, _ in self._database().candidates(problem, self.target) if r.family == family.name]
         winners = [(r, _legal(r, problem, self.target)) for r in records[: NEIGHBOURS + 1]]
@@ -222,36 +291,59 @@ class _Tuner:
         first = [family.default(problem, self.target), *exact, *family.seeds(problem, self.target)]
         first += [config for _, config in winners if config]
         room = self.options.trials if self.options.trials is not None else seconds  # a second a candidate, about
-        search = Search(
-            space, self.storage, seed=self.options.seed, first=first, limit=self.options.trials,
-            exhaustive=len(space.legal) <= room,
-        )  # fmt: skip
-        for row in self.rows:
-            if row["problem"] == problem.key and row["family"] == family.name and row["outcome"] != "constraint":
-                self._remember(search, row, known)
+        rows = [
+            row for row in self.rows
+            if row["problem"] == problem.key and row["family"] == family.name and row["outcome"] != "constraint"
+        ]  # fmt: skip
+        search = self._new_search(space, rows, first=first, exhaustive=len(space.legal) <= room)
+        for row in rows:
+            self._remember(search, row, known)
         return search
 
-    def _remember(self, search: Search, row: dict[str, Any], known: dict[Candidate, _Known]) -> None:
+    def _new_search(self, space: Space, rows: list[dict[str, Any]], **how: Any) -> Search:
+        seed, limit = self.options.seed, self.options.trials
+        if self.board is None:
+            return Search(space, self.storage, seed=seed, limit=limit, **how)
+        mark = fingerprint([space.problem], self.target, space.family.name)
+        compiler = self.environment.get("nvcc") or self.environment.get("cxx", "")
+        name = f"{space.family.name}:{space.problem.key}:{mark}:{hashlib.sha256(compiler.encode()).hexdigest()[:8]}"
+        salt = int(hashlib.sha256(self.board.owner.encode()).hexdigest()[:6], 16)  # or all would ask for the same
+        own = [row for row in rows if row.get("host", self.board.owner) == self.board.owner]
+        search = SharedSearch(
+            space, self.storage, board=self.board, name=name, seed=seed + salt, limit=limit, done=len(own), **how
+        )
+        search.publish({space.family.config(row["config"]): row for row in own})
+        return search
+
+    def _remember(self, search: Search, row: dict[str, Any], known: dict[Candidate, Known]) -> None:
         """A line of the run that is resumed."""
+        found = self._recalled(search, row)
+        known[found.item] = found
+        search.known(found.item.config, found.timing.median if found.timing else None)
+
+    def _recalled(self, search: Search, row: dict[str, Any]) -> Known:
         config = search.space.family.config(row["config"])
         item = Candidate(row["family"], search.space.problem, self.target, config)
         timing = Timing(row["seconds"], row["spread"], row["samples"]) if row["outcome"] == "ok" else None
-        known[item] = _Known(item, row["outcome"], timing, row["error"], row["reason"])
-        search.known(config, timing.median if timing else None)
+        return Known(item, row["outcome"], timing, row["error"], row["reason"], final.source(row))
 
-    def _done(self, search: Search, known: dict[Candidate, _Known], item: Candidate, result: Result) -> None:
+    def _done(self, search: Search, known: dict[Candidate, Known], item: Candidate, result: Result) -> None:
         """A candidate's end: to the disk first, then to Optuna."""
         for config, (name, reason) in search.rejected.items():
             illegal = Candidate(item.family, item.problem, self.target, config)
-            self._keep(illegal, Result("constraint", f"{name}: {reason}"))
+            self._append(self._row(illegal, Result("constraint", f"{name}: {reason}")))
         search.rejected.clear()
-        self._keep(item, result)
+        row = self._row(item, result)
+        if isinstance(search, SharedSearch) and not search.finish(item.config, row):
+            return  # another process has it by now
+        self._append(row)
         seconds = result.timing.median if result.timing else None
-        known[item] = _Known(item, result.outcome, result.timing, result.error, result.reason)
+        known[item] = Known(item, result.outcome, result.timing, result.error, result.reason, final.source(row))
         search.tell(item.config, seconds, f"{result.outcome}: {result.reason}")
         self.progress.candidate(item, result, search)
 
-    def _keep(self, item: Candidate, result: Result) -> None:
+    def _row(self, item: Candidate, result: Result) -> dict[str, Any]:
+        """A line of trials.jsonl."""
         timing = result.timing
         row = {
             "problem": item.problem.key,
@@ -264,76 +356,16 @@ class _Tuner:
             "samples": timing.samples if timing else 0,
             "error": result.error if math.isfinite(result.error) else None,
             "facts": result.artifact.facts if result.artifact else {},
+            "device": result.state,
+            "remeasured": result.remeasured,
             "source_hash": result.artifact.source_hash if result.artifact else "",
             "date": db.now(),
         }
+        return row | ({"host": self.board.owner} if self.board else {})
+
+    def _append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         self.run.append(journal.TRIALS, row)
-
-    # ---- the final round ----------------------------------------------------------------------------------------
-
-    def _final(
-        self, tuned: Tuned, known: dict[Candidate, _Known], default: Candidate, incumbent: Candidate | None
-    ) -> db.Record | None:
-        """Time the best against default and incumbent, fill in what came of it, and make the winner's record."""
-        good = {item: k for item, k in known.items() if k.timing is not None}
-        if not good:
-            ended = ", ".join(f"{count} {name}" for name, count in tuned.outcomes.items() if count)
-            example = known.get(default) or next(iter(known.values()), None)
-            said = f"; {example.outcome}: {' '.join(example.reason.split())}" if example else ""
-            tuned.why = f"no valid candidate: {ended or 'none was tried'}{said}"
-            return None
-        labels = {DEFAULT: default}
-        if incumbent is not None and incumbent != default:
-            labels[INCUMBENT] = incumbent
-        labels = {label: item for label, item in labels.items() if item in good}
-        ranked = sorted(good, key=lambda item: good[item].timing.median)  # type: ignore[union-attr]
-        others = [item for item in ranked if item not in labels.values()][:FINALISTS]
-        labels |= {f"#{number}": item for number, item in enumerate(others, 1)}
-        self.progress.note(f"final round: {len(labels)} configs and PyTorch, in turn")
-        final = self._time_finalists(labels, good)
-        labels = {label: item for label, item in labels.items() if label in final.timings}
-        best, tuned.why = choose(final.timings, labels)
-        item, timing = labels[best], final.timings[best]
-        if TORCH not in final.timings and final.notes.get("failed"):
-            tuned.why += f"; {final.notes['failed']}"
-        tuned.family, tuned.config, tuned.seconds, tuned.spread = (
-            item.family,
-            dict(item.config),
-            timing.median,
-            timing.spread,
-        )
-        tuned.error, tuned.torch_mode = good[item].error, final.notes.get(TORCH, "")
-        medians = {label: t.median for label, t in final.timings.items()}
-        tuned.default_seconds, tuned.torch_seconds = medians.get(DEFAULT), medians.get(TORCH)
-        tuned.incumbent_seconds = medians.get(INCUMBENT)
-        return self._record(tuned, item, len(known))
-
-    def _time_finalists(self, labels: dict[str, Candidate], good: dict[Candidate, _Known]) -> Final:
-        artifacts = self.pool.built(labels.values())
-        entries = {label: (item, artifacts[item]) for label, item in labels.items() if item in artifacts}
-        slowest = max(k.timing.median for k in good.values() if k.timing)
-        seconds = FINAL_SECONDS if not self.interrupted.is_set() else FINAL_SECONDS / 3
-        final: Final | str = self.pool.final(entries, seconds, slowest) if entries else "no finalist could be built"
-        if isinstance(final, Final):
-            return final
-        timings = {label: good[item].timing for label, item in labels.items()}
-        return Final(
-            {label: timing for label, timing in timings.items() if timing},
-            {"failed": f"the final round failed ({final}), so these are the times of the search"},
-        )
-
-    def _record(self, tuned: Tuned, item: Candidate, trials: int) -> db.Record:
-        from fagen import render
-
-        family = families.get(item.family)
-        source = render.source(family, item.problem, self.target, item.config)
-        return db.Record(
-            problem=item.problem, arch=self.target.arch, device=self.target.device, family=item.family,
-            config=dict(item.config), seconds=tuned.seconds or 0.0, spread=tuned.spread or 0.0,
-            default_seconds=tuned.default_seconds or 0.0, error=tuned.error or 0.0,
-            source_hash=render.source_hash(source), environment=self.environment, date=db.now(), trials=trials,
-        )  # fmt: skip
 
 
 def _legal(record: db.Record, problem: Problem, target: Target) -> Config | None:

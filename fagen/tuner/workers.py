@@ -39,7 +39,7 @@ def _nothing() -> None: ...
 
 
 def _serve(
-    connection: Connection, handler: Callable[[Any], Any], prepare: Callable[[], None], log: str, parent: int
+    connection: Connection, handler: Callable[[Any], Any], prepare: Callable[[], None], log: str, parent: int, oom: int
 ) -> None:
     """The child's main loop: ready, then a reply for each request. An exception is a reply too."""
     os.setsid()
@@ -47,6 +47,7 @@ def _serve(
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before we could ask to die with it
         os._exit(1)
+    _be_modest(oom)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -73,12 +74,28 @@ def _serve(
             return
 
 
-class Worker:
-    """One child process and its one request in flight. `job` is the caller's own note about it."""
+def _be_modest(oom: int) -> None:
+    """Short of memory, the system shall end this process and its compilers first; a crash leaves no core file."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(oom))
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
 
-    def __init__(self, handler: Callable[[Any], Any], log: Path, prepare: Callable[[], None] = _nothing) -> None:
-        self.handler, self.log, self.prepare = handler, log, prepare
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+class Worker:
+    """One child process and its one request in flight. `job` is the caller's own note about it.
+
+    `oom`: how much sooner than others it is ended when the machine runs out of memory, 0 to 1000.
+    """
+
+    def __init__(
+        self, handler: Callable[[Any], Any], log: Path, prepare: Callable[[], None] = _nothing, oom: int = 0
+    ) -> None:
+        self.handler, self.log, self.prepare, self.oom = handler, log, prepare, oom
         self.job: Any = None
+        self.since = 0.0  # when the caller gave it something to do
         self.busy = False
         self._deadline = 0.0
         self._seconds = 0.0
@@ -98,7 +115,7 @@ class Worker:
             return
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        args = (theirs, self.handler, self.prepare, str(self.log), os.getpid())
+        args = (theirs, self.handler, self.prepare, str(self.log), os.getpid(), self.oom)
         self._process = context.Process(target=_serve, args=args, daemon=True)
         self._process.start()
         theirs.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -11,16 +12,29 @@ from pathlib import Path
 import jinja2
 
 from fagen import families, render
+from fagen.errors import FagenError
 from fagen.families import Config, Constraint, Family, Knob
 from fagen.problem import Problem
 from fagen.target import Target, host
 from fagen.tuner import candidate
 
-STYLES = ("plain", "slow", "segfault", "hang", "wrong", "holes", "broken")
+STYLES = ("plain", "slow", "segfault", "hang", "wrong", "holes", "late", "overrun", "scribble", "broken")
+# what becomes of each, and a word of the reason
+ENDS = {
+    "segfault": ("crash", "SIGSEGV"),
+    "hang": ("timeout", "no answer within"),
+    "wrong": ("wrong", "error"),
+    "holes": ("wrong", "not written"),
+    "late": ("wrong", "sample of batch 0 head"),
+    "overrun": ("wrong", "wrote outside of out"),
+    "scribble": ("wrong", "wrote into its input k"),
+    "broken": ("compile", "meant not to compile"),
+}
 
 _SOURCE = r"""{% include "preamble.j2" %}
 #include "fagen/params.h"
 #include <math.h>
+#include <signal.h>
 #include <vector>
 
 static_assert(Config::kStyle != Style::broken, "this one is meant not to compile");
@@ -51,10 +65,11 @@ static void run(const fagen_params& p) {
           sum += w;
           for (int d = 0; d < p.head_dim_v; d++) acc[d] += w * vj[d];
         }
-        if (Config::kStyle == Style::holes && i == p.seqlen_q - 1 && p.seqlen_q > 200) continue;
+        if (Config::kStyle == Style::holes && i == p.seqlen_q - 1 && p.batch == 3) continue;
         float* oi = o + b * p.o_stride[0] + i * p.o_stride[1] + h * p.o_stride[2];
         for (int d = 0; d < p.head_dim_v; d++) oi[d] = sum > 0 ? acc[d] / sum : 0;
         if (Config::kStyle == Style::wrong) oi[0] *= 1.01f;
+        if (Config::kStyle == Style::late && p.batch == 3 && i == 0) oi[0] += 0.1f;
         if (p.lse) p.lse[(b * p.heads + h) * p.seqlen_q + i] = sum > 0 ? top + logf(sum) : -INFINITY;
       }
 }
@@ -62,9 +77,16 @@ static void run(const fagen_params& p) {
 extern "C" int fagen_launch(const fagen_params* p, void*) {
   if (Config::kStyle == Style::segfault) *(volatile int*)8 = 1;
   volatile bool forever = true;
+  if (Config::kStyle == Style::hang) {  // and deaf to all signals that can be blocked
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, nullptr);
+  }
   while (Config::kStyle == Style::hang && forever) {}
   int repeats = Config::kStyle == Style::slow ? 4 : 1;
   for (int r = 0; r < repeats; r++) run(*p);
+  if (Config::kStyle == Style::overrun) ((float*)p->o)[p->batch * p->o_stride[0]] = 0;
+  if (Config::kStyle == Style::scribble) ((float*)p->k)[0] += 1;
   return 0;
 }
 extern "C" const char* fagen_error(int) { return ""; }
@@ -73,7 +95,13 @@ extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
 """
 
 
+# FAKE_STYLES: fewer of them are legal
+CHOSEN = tuple(os.environ.get("FAKE_STYLES", ",".join(STYLES)).split(","))
+
+
 def _alone(problem: Problem, target: Target, config: Config) -> str | None:
+    if config.style not in CHOSEN:
+        return f"{config.style} is not chosen"
     if config.style not in ("plain", "slow") and config.variant > 1:
         return f"one {config.style} is enough, variant={config.variant}"
     return None
@@ -94,7 +122,7 @@ FAMILY = Family(
     default=lambda p, t: Config({"style": "slow", "variant": 1}),
     resources=lambda p, t, c: (c.variant,),
 )
-PROBLEM = Problem(dtype="fp32", head_dim=16, mask="causal", heads=2, kv_heads=1, seqlen_q=192)
+PROBLEM = Problem(dtype="fp32", head_dim=16, mask="causal", batch=3, heads=2, kv_heads=1, seqlen_q=192)
 
 
 def _all_families() -> tuple[Family, ...]:
@@ -120,12 +148,18 @@ def _once() -> None:
 
 
 def compile_one(request):
+    """FAKE_COLD: seconds that it takes longer."""
     _once()
+    time.sleep(float(os.environ.get("FAKE_COLD", "0")))
     return _compile_one(request)
 
 
 def measure_any(request):
+    """FAKE_BROKEN: a file that names a device which does not work."""
     _once()
+    broken = Path(os.environ.get("FAKE_BROKEN", "/nowhere"))
+    if isinstance(request, candidate.Probe) and broken.exists() and str(request.device) == broken.read_text():
+        raise RuntimeError("the device is in a bad mood")
     return _measure_any(request)
 
 
@@ -143,14 +177,19 @@ def misbehave(request: str) -> str:
     return request
 
 
-def main(runs: str, out: str, trials: int, *more: str) -> int:
-    """A run in a process of its own, for tests that kill it."""
+def main(runs: str, out: str, trials: int) -> int:
+    """A run in a process of its own, for tests that kill it. FAKE_OPTIONS: more options, as JSON."""
     from fagen.tuner import progress, study
     from fagen.tuner.result import Options
 
     install()
-    options = Options(trials=trials, runs=Path(runs), out=Path(out), run_timeout=2.0, workers=2)
-    return study.tune([PROBLEM], host(), options, progress.Lines()).exit_code
+    options = {"trials": trials, "runs": Path(runs), "out": Path(out), "run_timeout": 60.0, "workers": 2}
+    options = Options(**options, **json.loads(os.environ.get("FAKE_OPTIONS", "{}")))
+    try:
+        return study.tune([PROBLEM], host(), options, progress.make()).exit_code
+    except FagenError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
 
 
 if __name__ == "__main__":

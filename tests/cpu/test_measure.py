@@ -116,3 +116,85 @@ def test_time_limits():
     slow = {"it": lambda: time.sleep(5e-3)}
     assert time_calls(slow, device="cpu", rounds=100, max_seconds=0.05)["it"].samples < 30
     assert time_calls(slow, device="cpu", rounds=1, min_seconds=0.05)["it"].samples > 5
+
+
+# ---- what a kernel must leave alone ---------------------------------------------------------------------------------
+
+
+def _beyond(inputs, name, offset):
+    """The element at some distance from the output's first one."""
+    t = inputs[name]
+    return t._base[t.storage_offset() + offset : t.storage_offset() + offset + 1]
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_writes_beside_an_output_are_seen(name, aligned):
+    problem = Problem(**SMALL, aligned=aligned)
+    room = {"out": 2 * 70 * 4 * (16 if aligned else 17), "lse": 2 * 4 * 70}[name]
+    for offset in (-1, -200, room, room + 200, *([16] if name == "out" and not aligned else [])):
+        inputs = make_inputs(problem, "cpu")
+        inputs["out"].zero_()
+        inputs["lse"].zero_()
+        assert inputs.damage() == ""
+        _beyond(inputs, name, offset).zero_()
+        assert inputs.damage() == f"wrote outside of {name}"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_writes_into_an_input_are_seen(dtype):
+    inputs = make_inputs(Problem(**{**SMALL, "dtype": dtype, "seqlen_k": 101, "kv_heads": 1, "heads": 1}), "cpu")
+    inputs["v"][1, 100, 0, 15] += 1
+    inputs["q"][0, 0, 0, 0] = float("nan")
+    assert inputs.damage() == "wrote into its input q and wrote into its input v"
+
+
+def test_outputs_are_as_aligned_as_kernels_want():
+    from fagen.kernel import is_aligned
+
+    for dtype in ("fp32", "bf16"):
+        assert is_aligned(make_inputs(Problem(**{**SMALL, "dtype": dtype}), "cpu")["out"])
+
+
+SAMPLED = [
+    {},
+    {"mask": "causal"},
+    {"mask": "window", "window_left": 9, "window_right": 3},
+    {"mask": "intervals", "intervals": "both2"},
+    {"alibi": True, "softcap": True},
+]
+
+
+@pytest.mark.parametrize("mask", SAMPLED)
+def test_a_sample_of_rows_is_checked(mask):
+    from fagen import verify
+
+    inputs = make_inputs(Problem(**{**SMALL, "seqlen_q": 200, "seqlen_k": 150}, **mask), "cpu", varied=True)
+    q, k, v = (inputs[name].transpose(1, 2) for name in "qkv")
+    s = inputs["semantics"]
+    ((_, seen),) = verify.row_blocks(q, k, s, inputs["intervals"])
+    right = verify.attend(q, k, v, seen, s, inputs["alibi_slopes"])[0].transpose(1, 2)
+    inputs["out"].copy_(right)
+    assert measure.check_sample(inputs)
+    for plane in ((0, 0, 0), (1, 199, 3)):  # the first and the last are always among them
+        inputs["out"].copy_(right)
+        inputs["out"][plane] += 0.01
+        verdict = measure.check_sample(inputs)
+        assert not verdict
+        assert f"sample of batch {plane[0]} head {plane[2]}: O: error 0.01" in verdict.message
+
+
+# ---- noise ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loud_timing_is_taken_again_and_the_quietest_stays():
+    def playing(*timings):
+        return iter([Timing(median, spread, 15) for median, spread in timings]).__next__
+
+    assert measure.quietest(playing((1.0, 0.01))) == (Timing(1.0, 0.01, 15), 0)
+    assert measure.quietest(playing((1.0, 0.3), (1.2, 0.02), (9.0, 0.0))) == (Timing(1.2, 0.02, 15), 1)
+    assert measure.quietest(playing((1.0, 0.3), (1.2, 0.2), (1.1, 0.1), (1.3, 0.4), (9.0, 0.0))) == (
+        Timing(1.1, 0.1, 15),
+        3,
+    )
+    assert measure.quietest(playing((1.0, 0.3), (9.0, 0.0)), seconds=0.0)[1] == 0

@@ -8,11 +8,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import runs
+from fake_family import ENDS, FAMILY, PROBLEM, misbehave
+from runs import rows
 
 from fagen import binding, db, families, measure
 from fagen.build import Artifact
@@ -24,50 +26,28 @@ from fagen.problem import Problem
 from fagen.space import enumerate_space
 from fagen.target import host, known
 from fagen.tuner import journal, progress, result, study, suite, workers
-from fagen.tuner.candidate import Candidate, Result, check_problems
+from fagen.tuner.candidate import Candidate, Result
+from fagen.tuner.checks import check_problems
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options, Tuned
 from fagen.tuner.search import Search, open_storage
 
-HERE = str(Path(__file__).parent)
-if HERE not in sys.path:  # workers import the fake family from here, too
-    sys.path.insert(0, HERE)
-
-import fake_family  # noqa: E402
-from fake_family import FAMILY, PROBLEM, misbehave  # noqa: E402
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr(db, "default_paths", lambda: (tmp_path / "db",))  # nothing ships
-    return tmp_path
-
-
-@pytest.fixture
-def fake(folders, monkeypatch):
-    fake_family.install(monkeypatch.setattr)
-    return folders
-
 
 def options(folder: Path, **changes) -> Options:
-    return Options(**{"trials": 50, "runs": folder / "runs", "run_timeout": 2.0, "workers": 2, **changes})
-
-
-def rows(run: Path) -> list[dict]:
-    return list(journal.read_lines(run / journal.TRIALS))
+    return Options(**{"trials": 50, "runs": folder / "runs", "run_timeout": 60.0, "workers": 2, **changes})
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
 
 def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake, capsys):
-    report = study.tune([PROBLEM], host(), options(fake), progress.Lines())
+    report = study.tune([PROBLEM], host(), options(fake, run_timeout=5.0), progress.Lines())
     ended = {(r["config"]["style"], r["config"]["variant"]): r["outcome"] for r in rows(report.run)}
-    assert len(ended) == len(rows(report.run)) == 6 + 5  # 3 variants of the 2 right styles, one of each other
-    expected = {"segfault": "crash", "hang": "timeout", "wrong": "wrong", "holes": "wrong", "broken": "compile"}
-    assert {style: ended[style, 1] for style in expected} == expected
+    assert len(ended) == len(rows(report.run)) == 6 + len(ENDS)  # 3 variants of the 2 right styles, one of each other
+    reasons = {r["config"]["style"]: r["reason"] for r in rows(report.run)}
+    for style, (outcome, word) in ENDS.items():
+        assert ended[style, 1] == outcome
+        assert word in reasons[style]
     assert {outcome for (style, _), outcome in ended.items() if style in ("plain", "slow")} == {"ok"}
     assert all(r["reason"] for r in rows(report.run) if r["outcome"] != "ok")
     assert all(r["source_hash"] and r["seconds"] > 0 for r in rows(report.run) if r["outcome"] == "ok")
@@ -96,33 +76,34 @@ def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake
     assert "from fagen import attention" in progress.closing(report)
 
 
-def test_the_incumbent_is_tried_and_kept_when_nothing_beats_it(fake):
-    first = study.tune([PROBLEM], host(), options(fake, trials=9))
-    second = study.tune([PROBLEM], host(), options(fake, trials=3, seed=1))
-    tried = [r["config"] for r in rows(second.run)]
-    assert first.results[0].config in tried[:3]
-    assert second.results[0].config["style"] == "plain"
+def test_the_incumbent_is_tried_and_kept_when_nothing_beats_it(calm):
+    best = {"style": "plain", "variant": 2}
+    db.put([db.Record(PROBLEM, "cpu", host().device, FAMILY.name, best, 1.0, 0.0, 1.0, 0.0, "hash")])
+    report = study.tune([PROBLEM], host(), options(calm, trials=3))
+    assert best in [r["config"] for r in rows(report.run)]
+    assert report.results[0].config["style"] == "plain"
+    assert report.results[0].incumbent_seconds > 0
 
 
-def test_a_killed_worker_costs_one_candidate(fake):
+def test_a_killed_worker_costs_one_candidate(calm):
     class Killer(progress.Progress):
         def __init__(self):
             self.pool, self.killed = None, 0
 
-        def problem(self, problem, place, search, pool, deadline):
+        def problem(self, problem, place, search, pool):
             self.pool = pool
 
         def candidate(self, item, result, search):
             if len(search.seen) == 1:  # at rest: nobody's fault
-                os.kill(self.pool.measurer.pid, signal.SIGKILL)
+                os.kill(next(iter(self.pool.devices)).pid, signal.SIGKILL)
 
         def refresh(self):
-            job = self.pool.measuring
+            job = self.pool.measuring.get(0)
             if not self.killed and job and job.config.style == "plain":
-                os.kill(self.pool.measurer.pid, signal.SIGKILL)
+                os.kill(next(iter(self.pool.devices)).pid, signal.SIGKILL)
                 self.killed += 1
 
-    report = study.tune([PROBLEM], host(), options(fake), killer := Killer())
+    report = study.tune([PROBLEM], host(), options(calm), killer := Killer())
     ended = [(r["config"]["style"], r["outcome"], r["reason"]) for r in rows(report.run)]
     assert killer.killed == 1
     assert [o for s, o, _ in ended if s == "plain"].count("crash") == 1
@@ -131,88 +112,110 @@ def test_a_killed_worker_costs_one_candidate(fake):
     assert report.results[0].config["style"] == "plain"
 
 
-def start_run(folder: Path, trials: int) -> tuple[subprocess.Popen, Path]:
-    """A run in its own process, with some candidates done."""
-    command = [sys.executable, "-m", "fake_family", str(folder / "runs"), str(folder / "db"), str(trials)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([HERE, str(Path(HERE).parent.parent)])}
-    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
-    until = time.monotonic() + 120
-    while time.monotonic() < until and child.poll() is None:
-        for path in (folder / "runs").glob(f"*/{journal.TRIALS}"):
-            if sum(r["outcome"] == "ok" for r in journal.read_lines(path)) >= 2:
-                return child, path.parent
-        time.sleep(0.02)
-    child.kill()
-    raise AssertionError(child.communicate()[1].decode())
-
-
-def test_a_run_that_is_killed_goes_on_and_repeats_nothing(fake):
-    child, run = start_run(fake, 50)
-    below = workers._descendants(child.pid)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    before = rows(run)
-    assert 2 <= len(before) < 11
-    with open(run / journal.TRIALS, "ab") as file:
-        file.write(b'{"problem": "torn')  # as if it had died writing
-    report = study.tune([PROBLEM], host(), options(fake, resume="latest"))
+def test_a_run_that_is_killed_goes_on_and_repeats_nothing(calm):
+    """Killed before the first trial, among the trials, in the final round; then it ends, with all it found."""
+    kept: list[dict] = []
+    below: list[int] = []
+    moments = {
+        "it compiles": lambda said: "space " in said,
+        "it measures": lambda said: len(rows(calm / "runs")) >= 3,
+        "the final round": lambda said: "final round" in said,
+    }
+    for moment in moments.values():
+        child = runs.begin(calm, resume="latest")
+        said = Tail(child)
+        runs.until(lambda: moment(said()), child)  # noqa: B023
+        below += workers._descendants(child.pid)
+        runs.end(child)
+        assert rows(calm / "runs")[: len(kept)] == kept
+        kept = rows(calm / "runs")
+        (run,) = (calm / "runs").iterdir()
+        with open(run / journal.TRIALS, "ab") as file:
+            file.write(b'{"problem": "torn')  # as if it had died writing
+    assert len(kept) == 8
+    assert not list(journal.read_lines(run / journal.WINNERS))
+    report = study.tune([PROBLEM], host(), options(calm, resume="latest"))
     assert report.run == run
-    after = rows(run)
-    assert after[: len(before)] == before
-    configs = [Config(r["config"]) for r in after]
-    assert len(configs) == len(set(configs)) == 11
+    assert rows(run) == kept
+    assert len({Config(r["config"]) for r in kept}) == 8
     assert report.results[0].config["style"] == "plain"
     assert below
-    until = time.monotonic() + 20
-    while time.monotonic() < until and any(running(pid) for pid in below):
-        time.sleep(0.1)
-    assert not any(running(pid) for pid in below), "workers outlived the run"
+    runs.until(lambda: not any(runs.running(pid) for pid in below))
 
-    again = study.tune([PROBLEM], host(), options(fake, resume="latest"))  # a finished run has nothing left to do
-    assert rows(run) == after
+    again = study.tune([PROBLEM], host(), options(calm, resume="latest"))  # a finished run has nothing left to do
+    assert rows(run) == kept
     assert again.results == report.results
+    assert len(db.Database.load([calm / "db"]).records) == 1
 
 
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def test_a_winner_is_in_the_database_before_its_problem_counts_as_done(calm, monkeypatch):
+    def killed(*words):
+        raise KeyboardInterrupt
+
+    won = Tuned(PROBLEM.to_dict(), True, {"ok": 1}, "fake_forward", {"style": "plain", "variant": 1}, 1.0)
+    record = db.Record(PROBLEM, "cpu", host().device, FAMILY.name, won.config, 1.0, 0.0, 1.0, 0.0, "hash")
+    monkeypatch.setattr(study._Tuner, "one", lambda *words: (won, record))
+    monkeypatch.setattr(db, "put", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.tune([PROBLEM], host(), options(calm, trials=1))
+    monkeypatch.undo()
+    (run,) = (calm / "runs").iterdir()
+    assert not list(journal.read_lines(run / journal.WINNERS))
+
+
+class Tail:
+    """What a process has said so far."""
+
+    def __init__(self, child):
+        self.child, self.text = child, ""
+        os.set_blocking(child.stderr.fileno(), False)
+
+    def __call__(self) -> str:
+        self.text += (self.child.stderr.read() or b"").decode()
+        return self.text
+
+
+def start_run(folder: Path) -> tuple[subprocess.Popen, Path]:
+    """A run in its own process, with some candidates done."""
+    child = runs.begin(folder)
+    runs.until(lambda: sum(r["outcome"] == "ok" for r in rows(folder / "runs")) >= 2, child)
+    (run,) = (folder / "runs").iterdir()
+    return child, run
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_what_was_found(fake, number):
-    child, run = start_run(fake, 50)
+def test_a_signal_saves_what_was_found(calm, number):
+    child, run = start_run(calm)
     os.kill(child.pid, number)
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=runs.PATIENCE)
     assert child.returncode == 130, said.decode()
     (winner,) = journal.read_lines(run / journal.WINNERS)
     assert winner["config"] in [r["config"] for r in rows(run) if r["outcome"] == "ok"]
     assert not winner["complete"]
-    assert len(db.Database.load([fake / "db"]).records) == 1
+    assert len(db.Database.load([calm / "db"]).records) == 1
     assert number.name in said.decode()
 
 
 def test_only_failures_is_no_valid_candidate(fake, monkeypatch):
-    styles = Knob("style", "kStyle", ("broken", "hang", "wrong"), "none is of use")
+    styles = Knob("style", "kStyle", ("broken", "segfault", "wrong"), "none is of use")
     default = Config({"style": "wrong", "variant": 1})
     bad = dataclasses.replace(FAMILY, knobs=(styles, FAMILY.knobs[1]), default=lambda p, t: default)
     monkeypatch.setattr(families, "all_families", lambda: (bad,))
     report = study.tune([PROBLEM], host(), options(fake))
     assert report.exit_code == 3
     why = report.results[0].why
-    assert "no valid candidate: 1 compile, 1 wrong, 1 timeout; wrong: " in why
+    assert "no valid candidate: 1 compile, 1 wrong, 1 crash; wrong: " in why
     assert "error" in why
     assert report.written == []
     assert db.Database.load().records == []
 
 
-def test_a_budget_ends_the_search(fake):
+def test_a_budget_ends_the_search(calm):
     begin = time.monotonic()
-    report = study.tune([PROBLEM], host(), options(fake, trials=None, budget=0.01))
+    report = study.tune([PROBLEM], host(), options(calm, trials=None, budget=0.01))
     assert time.monotonic() - begin < 60
-    assert 1 <= len(rows(report.run)) <= 2
-    assert rows(report.run)[0]["config"] == dict(FAMILY.default(PROBLEM, host()))
+    (measured,) = [r for r in rows(report.run) if r["outcome"] != "compile"]
+    assert measured["config"] == dict(FAMILY.default(PROBLEM, host()))
     assert report.results[0].default_seconds is not None
 
 
@@ -220,7 +223,7 @@ def test_the_default_is_measured_first_whichever_is_built_first(fake):
     default = FAMILY.default(PROBLEM, host())
     built = Result("ok", artifact=Artifact(fake / "kernel.so", "key", "hash"))
     with Pool(
-        host(), fake / "log", workers=1, seed=0, device=0, compile_timeout=60, run_timeout=2
+        host(), fake / "log", workers=1, seed=0, compile_timeout=60, run_timeout=2
     ) as pool:  # fmt: skip
         pool._default = default
         pool._replies = lambda workers: [(pool.compilers[0], built)]
@@ -253,7 +256,7 @@ def test_tune_record_dispatch_on_the_real_cpu_family(folders, capsys):
     assert verify.check(out, None, q, k, v, inputs["semantics"], layout="bshd")
 
 
-def test_live_calls_pick_up_a_new_winner(fake, monkeypatch):
+def test_live_calls_pick_up_a_new_winner(calm, monkeypatch):
     """The op remembers its kernels; what is tuned in the same process makes it look again."""
     import torch
 
@@ -268,7 +271,7 @@ def test_live_calls_pick_up_a_new_winner(fake, monkeypatch):
     for _ in range(2):
         fagen.attention(q, k, k, causal=True)
     assert [kernel.config.style for kernel in asked] == ["slow"]
-    study.tune([PROBLEM], host(), options(fake, trials=9))
+    study.tune([PROBLEM], host(), options(calm, trials=9))
     fagen.attention(q, k, k, causal=True)
     assert [kernel.config.style for kernel in asked] == ["slow", "plain"]
     binding.forget()
@@ -281,11 +284,11 @@ def test_dry_run_runs_nothing(fake, capsys):
     flags = ["--target", "cpu", "--dtype", "fp32", "--head-dim", "16", "--mask", "causal"]
     assert main(["tune", *flags, "--dry-run", "--json"]) == 0
     (space,) = json.loads(capsys.readouterr().out)["spaces"]
-    assert (space["total"], space["legal"], space["removed"]) == (21, 11, {"alone": 10})
+    assert (space["total"], space["legal"], space["removed"]) == (30, 14, {"alone": 16})
     assert main(["tune", *flags, "--dry-run"]) == 0
     said = capsys.readouterr()
     assert said.out == ""
-    assert "11 of 21" in said.err
+    assert "14 of 30" in said.err
     assert not (fake / "state").exists()
 
 
@@ -299,6 +302,8 @@ def test_dry_run_runs_nothing(fake, capsys):
         (["--family", "cpu_backward"], 2, "unknown family 'cpu_backward'"),
         (["--family", "sm80_forward"], 1, "sm80_forward: needs a GPU"),
         (["--resume", "/nowhere"], 2, "no run of fagen tune"),
+        (["--storage", "nonsense"], 2, "no URL of a database"),
+        (["--gpus", "all"], 2, "drop one of them"),
     ],
 )
 def test_what_cannot_be_done_is_said(folders, capsys, flags, code, said, monkeypatch):
@@ -340,7 +345,7 @@ def test_a_search_hands_out_each_legal_config_once(tmp_path, exhaustive):
         found.append(config)
         search.tell(config, 1.0 if config.style == "plain" else None, "failed")
     assert found[0] == FAMILY.default(PROBLEM, host())
-    assert len(found) == len(set(found)) == 11
+    assert len(found) == len(set(found)) == 14
     assert set(found) == set(search.space.legal)
     assert all(name == "alone" for name, _ in search.rejected.values())
     values = [t.value for t in search._study.trials if t.params["style"] == "plain" and t.value is not None]
@@ -363,8 +368,8 @@ def test_optuna_itself_can_open_the_study(tmp_path):
 
 def test_many_in_flight_at_once(tmp_path):
     search = make_search(tmp_path)
-    flying = [search.next() for _ in range(11)]
-    assert len(set(flying)) == 11
+    flying = [search.next() for _ in range(14)]
+    assert len(set(flying)) == 14
     assert search.next() is None
     for config in flying:
         search.tell(config, 1.0)
@@ -534,3 +539,32 @@ def test_number_of_compilers_is_bounded(monkeypatch):
     assert workers.compile_workers(is_gpu=True) == 2
     monkeypatch.setattr(workers, "free_memory", lambda: 1)
     assert workers.compile_workers(is_gpu=True) == 1
+
+
+# ---- several GPUs, by name ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "target", "said"),
+    [
+        ("0,x", None, "cannot be read"),
+        ("0,7", None, "no GPU 7"),
+        ("all", "gpu:1", "drop one of them"),
+        ("all", "cpu", "drop one of them"),
+        ("all", None, "different kinds"),
+        ("0,2", None, (0, 2)),
+        ("1", "gpu", (1,)),
+    ],
+)
+def test_the_gpus_of_a_run(monkeypatch, words, target, said):
+    import fagen.target
+    from fagen.commands import tune
+
+    kinds = ["sm_90", "sm_80", "sm_90"]
+    monkeypatch.setattr(fagen.target, "count", lambda: len(kinds))
+    monkeypatch.setattr(fagen.target, "gpu", lambda i=0: known(kinds[i]) if i < len(kinds) else None)
+    if isinstance(said, tuple):
+        assert tune.gpus(words, target) == said
+        return
+    with pytest.raises(FagenError, match=said):
+        tune.gpus(words, target)
