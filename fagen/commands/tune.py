@@ -9,6 +9,7 @@ from pathlib import Path
 from fagen import cliutil
 from fagen.errors import UsageError
 from fagen.problem import Problem
+from fagen.space import Fixed
 from fagen.target import Target
 
 _EXAMPLES = """examples:
@@ -42,6 +43,12 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     search.add_argument(
         "--out", type=Path, metavar="DIR", help="database folder for the winners (default: the user's own)"
     )
+    search.add_argument(
+        "--fix", action="append", default=[], metavar="KNOB=V[,V]", help="restrict a knob to these values; repeatable"
+    )
+    search.add_argument(
+        "--record", type=Path, metavar="FILE", help="measure every legal config in full, and write them all to FILE"
+    )
     search.add_argument("--dry-run", action="store_true", help="show the search spaces and run nothing")
 
 
@@ -58,37 +65,50 @@ def run(args: argparse.Namespace) -> int:
 
     target = cliutil.target_from(args.target)
     problems = cliutil.problems_from(args, target) or suite.default(target)
+    fixed = _fixed(args, problems, target)
     if args.dry_run:
-        return _dry_run(problems, target, args.family, args.json)
-    return _tune(problems, _present(args.target, target), args)
+        return _dry_run(problems, target, args.family, fixed, args.json)
+    return _tune(problems, _present(args.target, target), fixed, args)
 
 
-def _tune(problems: list[Problem], target: Target, args: argparse.Namespace) -> int:
-    from fagen.tuner import progress, study, suite
+def _fixed(args: argparse.Namespace, problems: list[Problem], target: Target) -> Fixed:
+    """The restriction of --fix, which must name knobs of families that are searched."""
+    from fagen import families
+    from fagen.space import restriction
+
+    able = {f.name: f for problem in problems for f in families.candidates(problem, target)[0]}
+    return restriction(args.fix, [f for f in able.values() if args.family in (None, f.name)] or able.values())
+
+
+def _tune(problems: list[Problem], target: Target, fixed: Fixed, args: argparse.Namespace) -> int:
+    from fagen.tuner import progress, record, study, suite
     from fagen.tuner.result import Options
 
     budget = duration(args.budget) if args.budget else None
-    if budget is None and args.trials is None:
+    if budget is None and args.trials is None and args.record is None:
         budget = suite.BUDGET_SECONDS
     device = (args.target or "").partition(":")[2]
     options = Options(
         budget=budget, trials=args.trials, seed=args.seed, workers=args.workers, device=int(device or 0),
         compile_timeout=duration(args.compile_timeout), run_timeout=duration(args.run_timeout),
-        resume=args.resume, out=args.out, family=args.family,
+        resume=args.resume, out=args.out, family=args.family, fixed=fixed,
+        exhaustive=args.record is not None,
     )  # fmt: skip
     report = study.tune(problems, target, options, progress.make())
     cliutil.say()
     cliutil.say(progress.table(report))
     cliutil.say(progress.closing(report))
+    if args.record:
+        cliutil.say(f"{record.export(report.run, args.record)} configs recorded in {args.record}")
     if args.json:
         cliutil.emit_json(report.to_dict())
     return report.exit_code
 
 
-def _dry_run(problems: list[Problem], target: Target, family: str | None, as_json: bool) -> int:
+def _dry_run(problems: list[Problem], target: Target, family: str | None, fixed: Fixed, as_json: bool) -> int:
     from fagen.tuner import progress, study
 
-    spaces = [space for problem in problems for space in study.spaces(problem, target, family)]
+    spaces = [space for problem in problems for space in study.spaces(problem, target, family, fixed)]
     if as_json:
         rows = [
             {"key": s.problem.key, "problem": s.problem.to_dict(), "family": s.family.name, "total": s.total,

@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fagen import families, measure
@@ -50,6 +50,7 @@ class Result:
     timing: Timing | None = None
     error: float = 0.0
     artifact: Artifact | None = None
+    took: float = 0.0  # seconds that verifying and timing took
     fatal: bool = False  # the process that measured it must not go on
 
 
@@ -128,8 +129,11 @@ def import_torch() -> None:
 
 def measure_any(request: MeasureRequest | FinalRequest) -> Result | Final:
     """The measuring worker's handler."""
+    start = time.monotonic()
     with _device(request):
-        return measure_one(request) if isinstance(request, MeasureRequest) else final_round(request)
+        if isinstance(request, FinalRequest):
+            return final_round(request)
+        return replace(measure_one(request), took=time.monotonic() - start)
 
 
 @contextlib.contextmanager

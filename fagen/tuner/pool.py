@@ -123,7 +123,7 @@ class Pool:
         if self.measurer.busy or not self.ready or (self.compiling and not self.target.is_gpu):
             return
         item, artifact = self.ready.popleft()
-        request = MeasureRequest(item, artifact, self.seed, search.best, self.device)
+        request = MeasureRequest(item, artifact, self.seed, search.bar, self.device)
         self.measurer.send(request, self.run_timeout + self._estimate(item.problem, search.best), item)
 
     def _estimate(self, problem: Problem, best: float) -> float:

@@ -49,11 +49,12 @@ class Search:
     """Hands out candidates (`next`) and hears what became of them (`tell`). `limit`: how many it may hand out."""
 
     def __init__(
-        self, space: Space, storage: Any, *, seed: int, first: Iterable[Config], limit: int | None, exhaustive: bool
-    ) -> None:
+        self, space: Space, storage: Any, *, seed: int, first: Iterable[Config], limit: int | None, exhaustive: bool,
+        whole: bool = False,
+    ) -> None:  # fmt: skip
         import optuna
 
-        self.space, self.limit, self.exhaustive = space, limit, exhaustive
+        self.space, self.limit, self.exhaustive, self.whole = space, limit, exhaustive, whole
         self.seen: dict[
             Config, float | None
         ] = {}  # every candidate handed out and told: its seconds, None if it failed
@@ -87,6 +88,11 @@ class Search:
     def goal(self) -> int:
         """How many candidates there will be, at most."""
         return min(len(self._legal), self.limit) if self.limit is not None else len(self._legal)
+
+    @property
+    def bar(self) -> float:
+        """The time that a candidate is measured against, and cut short when it is far behind."""
+        return math.inf if self.whole else self.best
 
     def known(self, config: Config, seconds: float | None) -> None:
         """A candidate of an earlier run."""

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from fagen import binding, db, env, families
-from fagen.errors import FagenError, UnsupportedProblem
+from fagen.errors import FagenError, UnsupportedProblem, UsageError
 from fagen.families import Config, Family
 from fagen.measure import Timing
 from fagen.problem import Problem
-from fagen.space import Space, enumerate_space
+from fagen.space import Fixed, Space, enumerate_space
 from fagen.target import Target
 from fagen.tuner import journal
 from fagen.tuner.candidate import OUTCOMES, TORCH, Candidate, Final, Result
@@ -38,27 +38,39 @@ FINAL_SECONDS = 3.0
 NEIGHBOURS = 3
 
 
-def spaces(problem: Problem, target: Target, only: str | None = None) -> list[Space]:
-    """The search spaces of all families that can serve the problem, or of one by name."""
+def spaces(problem: Problem, target: Target, only: str | None = None, fixed: Fixed | None = None) -> list[Space]:
+    """The search spaces of all families that can serve the problem, or of one by name; some knobs may be restricted."""
     able, reasons = families.candidates(problem, target)
     if only is not None:
         able = [family for family in able if family.name == families.get(only).name]
     if not able:
         first = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UnsupportedProblem(f"no family can serve {problem.static_key} on {target.arch}", first)
-    return [enumerate_space(family, problem, target) for family in able]
+    found = [enumerate_space(family, problem, target, fixed) for family in able]
+    if not any(space.legal for space in found):
+        removed = {name: count for space in found for name, count in space.removed.items() if count}
+        numbers = ", ".join(f"{name} removes {count}" for name, count in removed.items())
+        raise UsageError(f"no config of {problem.static_key} is legal with these --fix", numbers, "fix fewer knobs")
+    return [space.with_default() for space in found if space.legal]
 
 
-def fingerprint(problems: Sequence[Problem], target: Target, only: str | None = None) -> str:
-    """What a run must share with this one to be resumed: problems, device, knobs and kernel sources."""
+def fingerprint(problems: Sequence[Problem], target: Target, options: Options) -> str:
+    """What a run must share with this one to be resumed: problems, device, knobs, kernel sources, kind of search."""
     digest = hashlib.sha256()
+    if options.fixed or options.exhaustive:
+        digest.update(repr((sorted(options.fixed.items()), options.exhaustive)).encode())
     for problem in problems:
         for family in families.candidates(problem, target)[0]:
-            if only not in (None, family.name):
+            if options.family not in (None, family.name):
                 continue
             knobs = [(knob.name, knob.choices) for knob in family.knobs]
             digest.update(repr((problem.key, target.arch, target.device, family.name, knobs)).encode())
-    folder = env.data_dir("templates")
+    return hashlib.sha256(digest.digest() + sources_hash().encode()).hexdigest()[:16]
+
+
+def sources_hash() -> str:
+    """Of all that kernels are made from."""
+    digest, folder = hashlib.sha256(), env.data_dir("templates")
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -69,8 +81,8 @@ def tune(problems: Sequence[Problem], target: Target, options: Options, progress
     with contextlib.closing(progress or Progress()) as progress:
         for problem in problems:
             able = families.candidates(problem, target)[0]
-            if not any(options.family in (None, family.name) for family in able):
-                spaces(problem, target, options.family)  # raises with the reasons, before anything runs
+            if options.fixed or not any(options.family in (None, family.name) for family in able):
+                spaces(problem, target, options.family, options.fixed)  # raises the reasons, before anything runs
         with contextlib.closing(_open_run(problems, target, options, progress)) as run:
             return _tune(run, problems, target, options, progress)
 
@@ -87,7 +99,7 @@ def _tune(run: Run, problems: Sequence[Problem], target: Target, options: Option
 
 
 def _open_run(problems: Sequence[Problem], target: Target, options: Options, progress: Progress) -> Run:
-    runs, mark = options.runs or env.runs_dir(), fingerprint(problems, target, options.family)
+    runs, mark = options.runs or env.runs_dir(), fingerprint(problems, target, options)
     if options.resume is not None:
         path = journal.latest(runs, mark) if options.resume == "latest" else Path(options.resume)
         if path is not None:
@@ -98,6 +110,10 @@ def _open_run(problems: Sequence[Problem], target: Target, options: Options, pro
         "problems": [problem.to_dict() for problem in problems],
         "target": dataclasses.asdict(target),
         "environment": db.environment(target),
+        "sources": sources_hash(),
+        "family": options.family,
+        "fixed": options.fixed,
+        "exhaustive": options.exhaustive,
         "seed": options.seed,
         "date": db.now(),
     }
@@ -194,7 +210,7 @@ class _Tuner:
     def _spaces(self, problem: Problem) -> list[Space]:
         """Counted in full once for each static key: constraints look at nothing else."""
         if problem.static_key not in self.spaces:
-            self.spaces[problem.static_key] = spaces(problem, self.target, self.options.family)
+            self.spaces[problem.static_key] = spaces(problem, self.target, self.options.family, self.options.fixed)
         return [dataclasses.replace(space, problem=problem) for space in self.spaces[problem.static_key]]
 
     def _over(self) -> bool:
@@ -224,7 +240,7 @@ class _Tuner:
         room = self.options.trials if self.options.trials is not None else seconds  # a second a candidate, about
         search = Search(
             space, self.storage, seed=self.options.seed, first=first, limit=self.options.trials,
-            exhaustive=len(space.legal) <= room,
+            exhaustive=self.options.exhaustive or len(space.legal) <= room, whole=self.options.exhaustive,
         )  # fmt: skip
         for row in self.rows:
             if row["problem"] == problem.key and row["family"] == family.name and row["outcome"] != "constraint":
@@ -262,6 +278,7 @@ class _Tuner:
             "seconds": timing.median if timing else None,
             "spread": timing.spread if timing else None,
             "samples": timing.samples if timing else 0,
+            "measure_seconds": round(result.took, 4),
             "error": result.error if math.isfinite(result.error) else None,
             "facts": result.artifact.facts if result.artifact else {},
             "source_hash": result.artifact.source_hash if result.artifact else "",
