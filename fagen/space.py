@@ -12,7 +12,6 @@ from fagen.families.base import Value
 from fagen.problem import Problem
 from fagen.target import Target
 
-
 Fixed = Mapping[str, tuple[Value, ...]]  # the choices that some knobs are restricted to
 
 

@@ -11,6 +11,7 @@ from fagen.errors import UsageError
 from fagen.problem import Problem
 from fagen.space import Fixed
 from fagen.target import Target
+from fagen.tuner.search import SAMPLERS
 
 _EXAMPLES = """examples:
   fagen tune                                       a small suite for this machine's GPU, else its CPU, in 5 minutes
@@ -19,6 +20,8 @@ _EXAMPLES = """examples:
   fagen tune --problems suite.toml --budget 1h --out tuning_db
   fagen tune --problems suite.toml --resume        go on with the latest run of these problems
   fagen tune --head-dim 128 --mask none --dry-run  how large the space is, and what each constraint removes
+  fagen tune --head-dim 128 --mask none --fix stages=2 --record space.jsonl.xz     every legal config, as data
+  fagen tune --simulate space.jsonl.xz --sampler guided,tpe,random                 how well the search does on it
 """
 
 
@@ -49,7 +52,25 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     search.add_argument(
         "--record", type=Path, metavar="FILE", help="measure every legal config in full, and write them all to FILE"
     )
+    search.add_argument(
+        "--sampler", metavar="LIST", help=f"what picks candidates: {', '.join(SAMPLERS)} (default: {SAMPLERS[0]})"
+    )
     search.add_argument("--dry-run", action="store_true", help="show the search spaces and run nothing")
+    replay = parser.add_argument_group("simulation", "no kernel is built or run, so that it needs no GPU")
+    replay.add_argument(
+        "--simulate", nargs="+", type=Path, metavar="FILE", help="replay the search on spaces that --record wrote"
+    )
+    replay.add_argument("--seeds", type=cliutil.count, default=20, metavar="N", help="searches of each (default: 20)")
+    replay.add_argument("--expect", metavar="E", help="fail when missed: within=2%%,trials=15%%, median of the seeds")
+    replay.add_argument("--jobs", type=cliutil.count, default=1, metavar="N", help="processes (default: 1)")
+
+
+def samplers(words: str | None, default: tuple[str, ...]) -> list[str]:
+    found = [word.strip() for word in words.split(",")] if words else list(default)
+    for word in found:
+        if word not in SAMPLERS:
+            raise UsageError(f"sampler {word!r} is unknown", f"known: {', '.join(SAMPLERS)}")
+    return list(dict.fromkeys(found))
 
 
 def duration(word: str) -> float:
@@ -63,6 +84,10 @@ def duration(word: str) -> float:
 def run(args: argparse.Namespace) -> int:
     from fagen.tuner import suite
 
+    if args.simulate:
+        return _simulate(args)
+    if args.expect:
+        raise UsageError("--expect is of a simulation", remedy="add --simulate FILE")
     target = cliutil.target_from(args.target)
     problems = cliutil.problems_from(args, target) or suite.default(target)
     fixed = _fixed(args, problems, target)
@@ -84,6 +109,9 @@ def _tune(problems: list[Problem], target: Target, fixed: Fixed, args: argparse.
     from fagen.tuner import progress, record, study, suite
     from fagen.tuner.result import Options
 
+    sampler, *more = samplers(args.sampler, SAMPLERS[:1])
+    if more:
+        raise UsageError("a run has one sampler", f"given: {args.sampler}", "--simulate compares several")
     budget = duration(args.budget) if args.budget else None
     if budget is None and args.trials is None and args.record is None:
         budget = suite.BUDGET_SECONDS
@@ -92,7 +120,7 @@ def _tune(problems: list[Problem], target: Target, fixed: Fixed, args: argparse.
         budget=budget, trials=args.trials, seed=args.seed, workers=args.workers, device=int(device or 0),
         compile_timeout=duration(args.compile_timeout), run_timeout=duration(args.run_timeout),
         resume=args.resume, out=args.out, family=args.family, fixed=fixed,
-        exhaustive=args.record is not None,
+        exhaustive=args.record is not None, sampler=sampler,
     )  # fmt: skip
     report = study.tune(problems, target, options, progress.make())
     cliutil.say()
@@ -103,6 +131,29 @@ def _tune(problems: list[Problem], target: Target, fixed: Fixed, args: argparse.
     if args.json:
         cliutil.emit_json(report.to_dict())
     return report.exit_code
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    """Replay, show, and compare with what is expected."""
+    from fagen.tuner import record, simulate
+
+    if args.expect:
+        simulate.expectation(args.expect)  # before minutes are spent
+    spaces = [space for path in args.simulate for space in record.read(path)]
+    for space in spaces:
+        if not space.complete:
+            cliutil.say(f"note: {space.head['key']} has {len(space.entries)} of {space.head['legal']} configs")
+    summaries = simulate.simulate(
+        spaces, samplers(args.sampler, SAMPLERS), args.seeds,
+        workers=args.workers or simulate.WORKERS, trials=args.trials, jobs=args.jobs,
+    )  # fmt: skip
+    cliutil.say(simulate.table(summaries))
+    missed = simulate.misses(summaries, args.expect) if args.expect else []
+    for line in missed:
+        cliutil.say(f"missed: {line}")
+    if args.json:
+        cliutil.emit_json({"summaries": [s.to_dict() for s in summaries], "missed": missed})
+    return 1 if missed else 0
 
 
 def _dry_run(problems: list[Problem], target: Target, family: str | None, fixed: Fixed, as_json: bool) -> int:

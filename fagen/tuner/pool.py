@@ -19,7 +19,7 @@ from fagen.problem import Problem
 from fagen.target import Target
 from fagen.tuner import candidate as steps
 from fagen.tuner.candidate import Candidate, CompileRequest, Final, FinalRequest, MeasureRequest, Result
-from fagen.tuner.search import Search
+from fagen.tuner.search import Pace, Search
 from fagen.tuner.workers import Death, Worker
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Pool:
         self.ready: deque[tuple[Candidate, Artifact]] = deque()
         self._default: Config | None = None  # of the search that is under way
         self._artifacts: dict[Candidate, Artifact] = {}
+        self.pace = Pace()
         self._turn = 0  # candidates handed to compilers since the last measurement, on the CPU
 
     def __enter__(self) -> Pool:
@@ -107,7 +108,9 @@ class Pool:
         if not self.compiling:
             self._turn = 0
         for worker in self.compilers:
-            full = self._turn >= BATCH * len(self.compilers) if quiet else len(self.ready) > len(self.compilers)
+            full = self._turn >= BATCH * len(self.compilers)
+            if not quiet:
+                full = self.compiling + len(self.ready) >= self.pace.ahead(len(self.compilers))
             if worker.busy or full:
                 continue
             config = search.next()
@@ -143,7 +146,10 @@ class Pool:
                 put = self.ready.appendleft if item.config == self._default else self.ready.append
                 put((item, result.artifact))
                 self._artifacts[item] = result.artifact
+                self.pace.compiled(float(result.artifact.facts.get("compile_seconds", 0)))
             else:
+                if result.took:
+                    self.pace.measured(result.took)
                 done(item, replace(result, artifact=result.artifact or self._artifacts.get(item)))
 
     def _replies(self, workers: Iterable[Worker]) -> list[tuple[Worker, Any]]:

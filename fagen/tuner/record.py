@@ -58,7 +58,7 @@ class Recorded:
 
 
 def _open(path: Path, mode: str) -> IO[str]:
-    return lzma.open(path, mode + "t") if path.suffix == ".xz" else open(path, mode)
+    return lzma.open(path, f"{mode}t", encoding="utf-8") if path.suffix == ".xz" else open(path, mode, encoding="utf-8")  # type: ignore[return-value]
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class Options:
     out: Path | None = None  # where the winners go; None: the user's overlay
     runs: Path | None = None  # where runs are kept; None: the user's state folder
     fixed: Fixed = field(default_factory=dict)  # choices that some knobs are restricted to
+    sampler: str = "guided"  # of search.SAMPLERS
     exhaustive: bool = False  # every legal config, each measured in full
 
 

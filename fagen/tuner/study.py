@@ -241,6 +241,7 @@ class _Tuner:
         search = Search(
             space, self.storage, seed=self.options.seed, first=first, limit=self.options.trials,
             exhaustive=self.options.exhaustive or len(space.legal) <= room, whole=self.options.exhaustive,
+            sampler=self.options.sampler,
         )  # fmt: skip
         for row in self.rows:
             if row["problem"] == problem.key and row["family"] == family.name and row["outcome"] != "constraint":
