@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from pathlib import Path
 
-from fagen import cliutil
+from fagen import cliutil, presets
 from fagen.errors import UsageError
 from fagen.problem import Problem
 from fagen.space import Fixed
@@ -18,6 +19,7 @@ _EXAMPLES = """examples:
   fagen tune --target cpu --dtype fp32 --head-dim 64 --mask causal --seqlen 1k --heads 8 --trials 30
   fagen tune --dtype bf16 --head-dim 64,128 --mask causal --seqlen 1k,4k --batch 4 --heads 32 --kv-heads 8 --budget 10m
   fagen tune --problems suite.toml --budget 1h --out tuning_db
+  fagen tune --preset llama3-8b,gemma3-4b --seqlen 4k --budget 10m     the layers of these models
   fagen tune --problems suite.toml --resume        go on with the latest run of these problems
   fagen tune --head-dim 128 --mask none --dry-run  how large the space is, and what each constraint removes
   fagen tune --head-dim 128 --mask none --fix stages=2 --record space.jsonl.xz     every legal config, as data
@@ -55,6 +57,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     search.add_argument(
         "--sampler", metavar="LIST", help=f"what picks candidates: {', '.join(SAMPLERS)} (default: {SAMPLERS[0]})"
     )
+    search.add_argument("--list-presets", action="store_true", help="show the models that --preset knows")
     search.add_argument("--dry-run", action="store_true", help="show the search spaces and run nothing")
     replay = parser.add_argument_group("simulation", "no kernel is built or run, so that it needs no GPU")
     replay.add_argument(
@@ -84,6 +87,8 @@ def duration(word: str) -> float:
 def run(args: argparse.Namespace) -> int:
     from fagen.tuner import suite
 
+    if args.list_presets:
+        return _list_presets(args.json)
     if args.simulate:
         return _simulate(args)
     if args.expect:
@@ -131,6 +136,14 @@ def _tune(problems: list[Problem], target: Target, fixed: Fixed, args: argparse.
     if args.json:
         cliutil.emit_json(report.to_dict())
     return report.exit_code
+
+
+def _list_presets(as_json: bool) -> int:
+    if as_json:
+        cliutil.emit_json({name: dataclasses.asdict(preset) for name, preset in presets.PRESETS.items()})
+    else:
+        cliutil.say(presets.table())
+    return 0
 
 
 def _simulate(args: argparse.Namespace) -> int:

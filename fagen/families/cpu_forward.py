@@ -134,16 +134,16 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     lanes = {"avx512": 16, "avx2": 8}.get(t.simd, 4)
     feed = 1 + 0.5 * (1 / rows + 1 / vectors) / 2 + max(0.0, 10 - rows * vectors) / 10
     seen = walk(p, m, n)
-    cells = seen.visits * m * n / lanes
-    masked = seen.masked * m * n / lanes
-    work = (cells - 0.4 * masked) * ((d + dv) * feed + 14) + seen.visits * m * dv / lanes * 2
-    moved = (d + dv) * p.seqlen_k / lanes * 4
+    whole = p.seqlen_q / (seen.row_tiles * m)  # the last tile of rows may be less
+    cells = (seen.visits - 0.45 * seen.masked) * m * n * whole / lanes  # of a masked tile only what is seen
+    work = cells * ((d + dv) * feed + 14) + seen.visits * m * whole * dv / lanes * 2
+    moved = (d + dv) * p.seqlen_k / lanes * 8
     if c.packing == "tile":
         work += moved * (1 if c.loop_order == "kv_outer" else seen.visits / max(1, -(-p.seqlen_k // n)))
     elif c.packing == "head":
         work += moved * p.heads / p.kv_heads
     if c.loop_order == "kv_outer":
-        work += seen.visits * m * (d + dv) / lanes * 3
+        work += seen.visits * m * (d + dv) / lanes
     heads, pieces = p.batch * p.heads, p.batch * p.heads * (seen.row_tiles if c.loop_order == "q_outer" else 1)
     longest = work * (seen.most / max(1, seen.visits) if c.loop_order == "q_outer" else 1)
     tail = 0.2 if c.schedule == "longest" else 0.5 if c.schedule == "dynamic" else 0.9

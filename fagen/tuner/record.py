@@ -114,7 +114,7 @@ def _line(config: Config, row: dict[str, Any]) -> list[Any]:
 
 
 def read(path: Path) -> list[Recorded]:
-    """The spaces of a file. A family whose knobs are others by now is an error: its record is of another space."""
+    """The spaces of a file. A knob that the family got since has its default's value; one that is gone is an error."""
     found: list[Recorded] = []
     try:
         with _open(path, "r") as file:
@@ -150,7 +150,8 @@ def _put(space: Recorded, line: list[Any], where: str) -> None:
     if len(line) != len(knobs) + len(columns):
         raise UsageError(f"{where}: {len(line)} values for {len(knobs)} knobs and {len(columns)} columns")
     values = dict(zip(columns, line[len(knobs) :], strict=True))
-    config = space.family.config(dict(zip(knobs, line, strict=False)))
+    default = space.family.default(space.problem, space.target)
+    config = space.family.config({**default, **dict(zip(knobs, line, strict=False))})
     space.entries[config] = Entry(
         values["outcome"], values["seconds"], values["spread"] or 0.0,
         values["compile_seconds"] or 0.0, values["measure_seconds"] or 0.0,

@@ -192,16 +192,18 @@ class _Tuner:
     def one(self, problem: Problem, seconds: float, place: tuple[int, int]) -> tuple[Tuned, db.Record | None]:
         known: dict[Candidate, _Known] = {}
         found = self._spaces(problem)
-        begin, incumbent = time.monotonic(), self._incumbent(problem)
+        begin, incumbent, left = time.monotonic(), self._incumbent(problem), 0
         for turn, space in enumerate(found):
             search = self._search(space, seconds / len(found), known)
             deadline = begin + SEARCH_SHARE * seconds * (turn + 1) / len(found)
             self.progress.problem(problem, place, search, self.pool, deadline)
             self.pool.explore(search, deadline, functools.partial(self._done, search, known), self._over)
+            left += len(search.space.legal) - len(search.seen)
         default = Candidate(found[0].family.name, problem, self.target, found[0].family.default(problem, self.target))
         outcomes = Counter(row["outcome"] for row in self.rows if row["problem"] == problem.key)
+        whole = not self.interrupted.is_set() and not (self.options.exhaustive and left)
         tuned = Tuned(
-            problem.to_dict(), not self.interrupted.is_set(), {name: outcomes[name] for name in OUTCOMES},
+            problem.to_dict(), whole, {name: outcomes[name] for name in OUTCOMES},
             default_config=dict(default.config),
         )  # fmt: skip
         record = self._final(tuned, known, default, incumbent)
