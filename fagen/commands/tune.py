@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shlex
+import sys
 from pathlib import Path
 
 from fagen import cliutil, presets
@@ -165,7 +167,8 @@ def _simulate(args: argparse.Namespace) -> int:
     for line in missed:
         cliutil.say(f"missed: {line}")
     if args.json:
-        cliutil.emit_json({"summaries": [s.to_dict() for s in summaries], "missed": missed})
+        command = shlex.join(["fagen", *sys.argv[1:]])
+        cliutil.emit_json({"command": command, "summaries": [s.to_dict() for s in summaries], "missed": missed})
     return 1 if missed else 0
 
 
