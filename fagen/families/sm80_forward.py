@@ -226,6 +226,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     products = m * n * (d + dv) / 1100
     read = warps * (keys * d + (n * dv // parts if c.partition == "pairs" else keys * dv))
     read += warps * rows * d if c.q_source == "shared" else 0
+    read += 3 * m * n if c.partition == "pairs" else 0  # the halves' weights are exchanged
     shared = read * 2 / 128
     softmax = m * n * (0.1 if c.rescale == "deferred" else 0.1 + 0.008 * dv / n)
     hidden = min(1.0, warps * blocks / 16 + (0.15 if c.overlap else 0))

@@ -190,7 +190,8 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     if groups * blocks == 1:
         visit = slow + (0.6 if c.overlap else 0.9) * fast + 200
     else:
-        visit = slow + (0.25 if c.ping_pong else 0.35 if c.overlap else 0.5) * fast + 60
+        beside = 0.35 - 0.1 * c.ping_pong - 0.05 * (groups * blocks > 2) + 0.12 * (not c.overlap)
+        visit = slow + beside * fast + 60
     copies = n * (d + dv) * 2 / 48 + (600 / blocks if c.stages == 1 else 0)
     visit = max(groups * visit, copies) + (500 / blocks if c.stages == 1 else 0)
     joined = c.schedule != "single"

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 SAMPLERS = ("guided", "tpe", "random")
 STARTUP = 8  # candidates by chance before TPE is asked
+PROBES = 12  # candidates of a family that is far behind another one's best
+FAR_BEHIND = 1.25  # times that best
+FIRST_SHARE = 0.75  # of a problem's time for the first family that can serve it; the others share the rest
 MISSES = 3  # answers without a new candidate, then one is picked
 _LOOK_AT = 4096  # unseen configs compared to find the nearest
 
@@ -54,16 +57,17 @@ def open_storage(path: str) -> optuna.storages.BaseStorage:
 class Search:
     """Hands out candidates (`next`) and hears what became of them (`tell`). `limit`: how many it may hand out.
 
-    `whole`: each is measured in full, however slow it is.
+    `whole`: each is measured in full, however slow it is. `rival`: seconds of another family's best.
     """
 
     def __init__(
         self, space: Space, storage: Any, *, seed: int, first: Iterable[Config], limit: int | None, exhaustive: bool,
-        whole: bool = False, sampler: str = SAMPLERS[0],
+        whole: bool = False, sampler: str = SAMPLERS[0], rival: float = math.inf,
     ) -> None:  # fmt: skip
         import optuna
 
         self.space, self.limit, self.exhaustive, self.whole, self.sampler = space, limit, exhaustive, whole, sampler
+        self.rival = rival
         # every candidate handed out and told: its seconds, None if it failed
         self.seen: dict[Config, float | None] = {}
         self.best = math.inf
@@ -106,7 +110,8 @@ class Search:
     @property
     def goal(self) -> int:
         """How many candidates there will be, at most."""
-        return min(len(self._legal), self.limit) if self.limit is not None else len(self._legal)
+        most = len(self._legal) if self.limit is None else min(len(self._legal), self.limit)
+        return min(most, PROBES) if self.best > FAR_BEHIND * self.rival and not self.exhaustive else most
 
     @property
     def bar(self) -> float:
@@ -220,6 +225,11 @@ class Pace:
             return workers + 1
         lasts, takes = (statistics.median(among[-32:]) for among in (self._compile, self._measure))
         return min(2 * workers + 1, math.ceil(measurers * 1.2 * lasts / takes) + 2 * measurers + 1)
+
+
+def portion(turn: int, count: int) -> float:
+    """Of a problem's time, what is over when the search of so many families' `turn`-th ends."""
+    return 1.0 if count == 1 else FIRST_SHARE + (1 - FIRST_SHARE) * turn / (count - 1)
 
 
 def _used(space: Space) -> dict[str, tuple[Value, ...]]:

@@ -29,7 +29,7 @@ from fagen.tuner.journal import Run
 from fagen.tuner.pool import Pool
 from fagen.tuner.progress import Progress
 from fagen.tuner.result import DEFAULT, INCUMBENT, Options, Report, Tuned, choose
-from fagen.tuner.search import Search, open_storage
+from fagen.tuner.search import Search, open_storage, portion
 from fagen.tuner.workers import compile_workers
 
 SEARCH_SHARE = 0.85  # of a problem's time; the rest is for the final round
@@ -195,7 +195,7 @@ class _Tuner:
         begin, incumbent, left = time.monotonic(), self._incumbent(problem), 0
         for turn, space in enumerate(found):
             search = self._search(space, seconds / len(found), known)
-            deadline = begin + SEARCH_SHARE * seconds * (turn + 1) / len(found)
+            deadline = begin + SEARCH_SHARE * seconds * portion(turn, len(found))
             self.progress.problem(problem, place, search, self.pool, deadline)
             self.pool.explore(search, deadline, functools.partial(self._done, search, known), self._over)
             left += len(search.space.legal) - len(search.seen)
@@ -240,10 +240,11 @@ class _Tuner:
         first = [family.default(problem, self.target), *exact, *family.seeds(problem, self.target)]
         first += [config for _, config in winners if config]
         room = self.options.trials if self.options.trials is not None else seconds  # a second a candidate, about
+        rival = min((k.timing.median for k in known.values() if k.timing), default=math.inf)  # of other families
         search = Search(
             space, self.storage, seed=self.options.seed, first=first, limit=self.options.trials,
             exhaustive=self.options.exhaustive or len(space.legal) <= room, whole=self.options.exhaustive,
-            sampler=self.options.sampler,
+            sampler=self.options.sampler, rival=rival,
         )  # fmt: skip
         for row in self.rows:
             if row["problem"] == problem.key and row["family"] == family.name and row["outcome"] != "constraint":

@@ -22,7 +22,7 @@ from fagen.target import host, known
 from fagen.tuner import candidate, journal, record, simulate, study
 from fagen.tuner.model import Model
 from fagen.tuner.result import Options
-from fagen.tuner.search import SAMPLERS, Pace, Search
+from fagen.tuner.search import SAMPLERS, Pace, Search, portion
 
 HERE = Path(__file__).parent
 if str(HERE) not in sys.path:  # workers import the fake family from here, too
@@ -86,7 +86,8 @@ def test_a_restriction_that_means_nothing_is_said(words, said):
 # ---- recording -------------------------------------------------------------------------------------------------------
 
 
-FLAGS = "--target cpu --dtype fp32 --head-dim 16 --mask causal --heads 2 --kv-heads 1 --seqlen 192 --fix style=plain,slow,wrong,broken"
+FLAGS = "--target cpu --dtype fp32 --head-dim 16 --mask causal --heads 2 --kv-heads 1 --seqlen 192"
+FLAGS += " --fix style=plain,slow,wrong,broken"
 
 
 def test_recording_goes_on_where_it_stopped_and_holds_every_config(fake, capsys):
@@ -291,6 +292,18 @@ def test_a_model_of_nothing_but_one_config():
     model.take(config)
     assert model.propose() is None
     model.tell(config, 1.0)
+
+
+def test_a_family_that_is_far_behind_another_is_only_probed():
+    search, count = make(easy_family(), "guided", limit=40), 0
+    search.rival = 0.5
+    while (config := search.next()) is not None:
+        search.tell(config, steps(config))
+        count += 1
+    assert count == 12
+    search.rival = 0.99  # within reach of what was found: it goes on
+    assert search.next() is not None
+    assert [portion(0, 1), portion(0, 2), portion(1, 2)] == [1.0, 0.75, 1.0]
 
 
 def test_as_many_are_on_their_way_as_keep_the_measurer_busy():
