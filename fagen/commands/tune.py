@@ -67,6 +67,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     )
     replay.add_argument("--seeds", type=cliutil.count, default=20, metavar="N", help="searches of each (default: 20)")
     replay.add_argument("--expect", metavar="E", help="fail when missed: within=2%%,trials=15%%, median of the seeds")
+    replay.add_argument("--cold", action="store_true", help="begin without the family's guesses")
     replay.add_argument("--jobs", type=cliutil.count, default=1, metavar="N", help="processes (default: 1)")
 
 
@@ -160,7 +161,7 @@ def _simulate(args: argparse.Namespace) -> int:
             cliutil.say(f"note: {space.head['key']} has {len(space.entries)} of {space.head['legal']} configs")
     summaries = simulate.simulate(
         spaces, samplers(args.sampler, SAMPLERS), args.seeds,
-        workers=args.workers or simulate.WORKERS, trials=args.trials, jobs=args.jobs,
+        workers=args.workers or simulate.WORKERS, trials=args.trials, cold=args.cold, jobs=args.jobs,
     )  # fmt: skip
     cliutil.say(simulate.table(summaries))
     missed = simulate.misses(summaries, args.expect) if args.expect else []

@@ -43,10 +43,13 @@ class Recorded:
     """One space of a file."""
 
     head: dict[str, Any]
-    family: Family
     problem: Problem
     target: Target
     entries: dict[Config, Entry]
+
+    @property
+    def family(self) -> Family:  # by its name: a family cannot be sent to another process
+        return families.get(self.head["family"])
 
     @property
     def best(self) -> float:
@@ -141,8 +144,8 @@ def _recorded(head: dict[str, Any]) -> Recorded:
             "the file is no recorded space of this version of fagen",
             f"format {head.get('format')} schema {head.get('schema')}, not {FORMAT} {SCHEMA}",
         )
-    family = families.get(head["family"])
-    return Recorded(head, family, Problem.from_dict(head["problem"]), Target(**head["target"]), {})
+    families.get(head["family"])  # an error where there is none
+    return Recorded(head, Problem.from_dict(head["problem"]), Target(**head["target"]), {})
 
 
 def _put(space: Recorded, line: list[Any], where: str) -> None:

@@ -62,13 +62,13 @@ def space_of(recorded: Recorded) -> Space:
 
 
 def replay(
-    recorded: Recorded, sampler: str, seed: int, *, workers: int, trials: int | None = None, seeds_first: bool = True
+    recorded: Recorded, sampler: str, seed: int, *, workers: int, trials: int | None = None, cold: bool = False
 ) -> Replay:
-    """`seeds_first`: begin with the family's guesses, as a run does."""
+    """`cold`: begin without the default and the family's other guesses, which were chosen by earlier searches."""
     import optuna
 
     family, problem, target = recorded.family, recorded.problem, recorded.target
-    first = [family.default(problem, target), *(family.seeds(problem, target) if seeds_first else ())]
+    first = [] if cold else [family.default(problem, target), *family.seeds(problem, target)]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.InMemoryStorage()
     search = Search(
@@ -138,11 +138,11 @@ def _job(work: tuple[Recorded, str, int], **how: Any) -> Replay:
 
 def simulate(
     spaces: Sequence[Recorded], samplers: Sequence[str], seeds: int, *, workers: int = WORKERS,
-    trials: int | None = None, seeds_first: bool = True, jobs: int = 1,
+    trials: int | None = None, cold: bool = False, jobs: int = 1,
 ) -> list[Summary]:  # fmt: skip
     """Every sampler on every space, `seeds` times; `jobs` processes share them."""
     work = [(space, sampler, seed) for space in spaces for sampler in samplers for seed in range(seeds)]
-    run = functools.partial(_job, workers=workers, trials=trials, seeds_first=seeds_first)
+    run = functools.partial(_job, workers=workers, trials=trials, cold=cold)
     if jobs > 1:
         import multiprocessing
 

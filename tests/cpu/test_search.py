@@ -415,6 +415,13 @@ def test_what_does_not_build_takes_a_compiler_and_no_measurement(tmp_path):
     assert simulate.replay(space, "random", 0, workers=1).hits[0.02] == (2, 2.25)
 
 
+def test_processes_share_the_replays(tmp_path):
+    spaces = record.read(write(tmp_path / "space.jsonl", {c: 1.0 + i for i, c in enumerate(cpu_configs(9))}))
+    one, two = (simulate.simulate(spaces, ["guided", "random"], 3, jobs=jobs, cold=True) for jobs in (1, 2))
+    assert one == two
+    assert [(s.sampler, s.configs, s.seeds) for s in one] == [("guided", 9, 3), ("random", 9, 3)]
+
+
 def test_expectations(tmp_path, capsys):
     entries = {config: 1.0 + 0.01 * index for index, config in enumerate(cpu_configs(60))}
     entries[families.get("cpu_forward").default(PROBLEM, host())] = 9.0
