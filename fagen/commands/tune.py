@@ -59,6 +59,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     search.add_argument(
         "--sampler", metavar="LIST", help=f"what picks candidates: {', '.join(SAMPLERS)} (default: {SAMPLERS[0]})"
     )
+    search.add_argument(
+        "--cold", action="store_true", help="begin without the database's winners and the family's guesses"
+    )
     search.add_argument("--list-presets", action="store_true", help="show the models that --preset knows")
     search.add_argument("--dry-run", action="store_true", help="show the search spaces and run nothing")
     replay = parser.add_argument_group("simulation", "no kernel is built or run, so that it needs no GPU")
@@ -67,7 +70,6 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     )
     replay.add_argument("--seeds", type=cliutil.count, default=20, metavar="N", help="searches of each (default: 20)")
     replay.add_argument("--expect", metavar="E", help="fail when missed: within=2%%,trials=15%%, median of the seeds")
-    replay.add_argument("--cold", action="store_true", help="begin without the family's guesses")
     replay.add_argument("--jobs", type=cliutil.count, default=1, metavar="N", help="processes (default: 1)")
 
 
@@ -128,7 +130,7 @@ def _tune(problems: list[Problem], target: Target, fixed: Fixed, args: argparse.
         budget=budget, trials=args.trials, seed=args.seed, workers=args.workers, device=int(device or 0),
         compile_timeout=duration(args.compile_timeout), run_timeout=duration(args.run_timeout),
         resume=args.resume, out=args.out, family=args.family, fixed=fixed,
-        exhaustive=args.record is not None, sampler=sampler,
+        exhaustive=args.record is not None, sampler=sampler, cold=args.cold,
     )  # fmt: skip
     report = study.tune(problems, target, options, progress.make())
     cliutil.say()

@@ -25,9 +25,10 @@ NOISE = 1e-4  # variance of a time's logarithm: 1 % from one measurement to the 
 CLIP = 0.9  # log of how many times the best something is; what is slower is just slow, and what fails is as bad
 PRIOR = 0.16  # variance around the mean before anything is known
 MISTRUST = 0.5  # of the cost model's slope
+# how the knobs matter and how much a measurement is disturbed, decided by likelihood; the first until then
 _SHAPES = [
-    (share, scale) for share in (0.35, 0.6, 0.85) for scale in (0.35, 0.8, 1.8)
-]  # how knobs matter, tried by likelihood
+    (share, scale, noise) for share in (0.6, 0.35, 0.85) for scale in (0.8, 0.35, 1.8) for noise in (NOISE, 9 * NOISE)
+]
 _REFIT = (8, 16, 32, 64, 128, 256, 512)  # told candidates after which the shape is chosen anew
 
 Array = np.ndarray
@@ -50,7 +51,7 @@ class Model:
         self._free = np.ones(len(self.configs), bool)
         self._places: dict[int, int] = {}
         self._refits = list(_REFIT)
-        self._shape(*_SHAPES[4])
+        self._shape(*_SHAPES[0])
 
     def _pool(self, logs: Array, count: int) -> list[int]:
         if count <= POOL:
@@ -78,9 +79,9 @@ class Model:
 
     # ---- the process --------------------------------------------------------------------------------------------
 
-    def _shape(self, share: float, scale: float) -> None:
+    def _shape(self, share: float, scale: float, noise: float) -> None:
         """Of the variance, `share` is the knobs' own; likeness falls with distance times `scale`."""
-        self._share = share
+        self._share, self._noise = share, noise
         self._like = [np.exp(-scale * table) for table in self._apart]
         self._alone = [np.exp(-2.5 * scale * table) for table in self._apart]
         self._rows, self._pivots = np.zeros((0, len(self.configs))), []
@@ -104,7 +105,7 @@ class Model:
         if count == len(self._rows):
             self._rows = np.vstack([self._rows, np.zeros((max(32, count), len(self.configs)))])
         before = self._rows[:count]
-        pivot = math.sqrt(max(float(self._left[index]), 0.0) + NOISE)
+        pivot = math.sqrt(max(float(self._left[index]), 0.0) + self._noise)
         self._rows[count] = (self._kernel(index) - before[:, index] @ before) / pivot
         self._left -= self._rows[count] ** 2
         self._pivots.append(pivot)
@@ -174,7 +175,7 @@ class Model:
         values = values - values.mean()
         best, chosen = -math.inf, _SHAPES[0]
         for shape in _SHAPES:
-            covariance = self._covariance(places, *shape) + NOISE * np.eye(len(places))
+            covariance = self._covariance(places, *shape[:2]) + shape[2] * np.eye(len(places))
             try:
                 factor = np.linalg.cholesky(covariance)
             except np.linalg.LinAlgError:

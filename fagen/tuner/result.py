@@ -33,6 +33,7 @@ class Options:
     runs: Path | None = None  # where runs are kept; None: the user's state folder
     fixed: Fixed = field(default_factory=dict)  # choices that some knobs are restricted to
     sampler: str = "guided"  # of search.SAMPLERS
+    cold: bool = False  # begin without the database's winners and the family's guesses
     exhaustive: bool = False  # every legal config, each measured in full
 
 

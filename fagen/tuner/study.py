@@ -239,6 +239,7 @@ class _Tuner:
         exact = [config for record, config in winners if config and record.key == problem.key]
         first = [family.default(problem, self.target), *exact, *family.seeds(problem, self.target)]
         first += [config for _, config in winners if config]
+        first = first[:1] if self.options.cold else first
         room = self.options.trials if self.options.trials is not None else seconds  # a second a candidate, about
         rival = min((k.timing.median for k in known.values() if k.timing), default=math.inf)  # of other families
         search = Search(
