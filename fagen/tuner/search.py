@@ -196,7 +196,11 @@ class Search:
         return next((config for config in self._queue if config in self._legal and self._unseen(config)), None)
 
     def _from_model(self) -> Config | None:
-        return self._model.propose() if self._model else None
+        while self._model and (config := self._model.propose()) is not None:
+            if self._unseen(config):
+                return config
+            self._model.take(config)  # others have it in hand
+        return None
 
     def _nearest(self, asked: Config | None) -> Config:
         """The unseen legal config that differs in the fewest knobs, ties by chance."""

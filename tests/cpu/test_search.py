@@ -271,6 +271,14 @@ def test_a_resumed_search_knows_what_was_told():
     assert steps(config) <= sorted(steps(c) for c in again.space.legal)[200]
 
 
+def test_what_others_have_in_hand_is_not_proposed():
+    mine = make(easy_family(lambda p, t, c: steps(c)), "guided")
+    theirs = sorted(mine.space.legal, key=steps)[:5]
+    for config in theirs:
+        mine._flight[config] = []  # as a search that is shared does
+    assert mine.next() not in theirs
+
+
 def test_a_space_larger_than_the_model_is_searched_to_its_end(monkeypatch):
     from fagen.tuner import model
 
