@@ -14,12 +14,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fagen import presets
 from fagen.errors import InvalidArgument, MissingTool, UsageError
 from fagen.problem import DTYPES, INTERVAL_KINDS, MASKS, Problem
 from fagen.target import ARCHS, Target
 
 # A problem as flags and TOML files spell it: names of settings, most of which take several values.
 SETTINGS = {
+    "preset": "models whose layers are meant, llama3-8b,gemma3-4b; with it only dtype, lengths and batch",
     "dtype": "fp16, bf16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)",
     "head_dim": "64,128, or 192-128 when q/k and v differ (default: 128)",
     "mask": f"{', '.join(MASKS)} (default: none)",
@@ -111,6 +113,8 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
     for name in settings:
         if name not in SETTINGS:
             raise UsageError(f"unknown problem setting {name!r}", f"known: {', '.join(SETTINGS)}")
+    if "preset" in settings:
+        return _expand_presets(settings, target)
     masks = settings.get("mask")
     if masks is None:
         masks = "window" if "window" in settings else "intervals" if "interval_kind" in settings else "none"
@@ -138,6 +142,23 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
         _problem(dict(zip(axes, point, strict=True)), bounds, switches) for point in itertools.product(*axes.values())
     ]
     return list(dict.fromkeys(problems))
+
+
+def _expand_presets(settings: Mapping[str, Any], target: Target | None) -> list[Problem]:
+    """The layers of models, bf16 unless said otherwise, of the lengths and batch that are asked for."""
+    mine = {name: value for name, value in settings.items() if name != "preset"}
+    said = sorted(mine.keys() - {"dtype", "seqlen", "seqlen_q", "seqlen_k", "batch"})
+    if said:
+        flags = ", ".join("--" + name.replace("_", "-") for name in said)
+        raise UsageError(f"--preset says what {flags} would say", remedy="give the one or the other")
+    found: list[Problem] = []
+    for name in _words(settings["preset"]):
+        preset = presets.get(name)
+        if preset.lacks:
+            say(f"note: {name} has {preset.lacks}: fagen has no kernel for that, its layers are taken without it")
+        for layer in preset.layers().values():
+            found += expand({"dtype": "bf16", **layer, **mine}, target)
+    return list(dict.fromkeys(found))
 
 
 def _lengths(settings: Mapping[str, Any]) -> list[tuple[int, int]]:

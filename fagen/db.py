@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

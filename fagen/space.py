@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
+from fagen.errors import UsageError
 from fagen.families import Config, Constraint, Family
 from fagen.families.base import Value
 from fagen.problem import Problem
 from fagen.target import Target
+
+Fixed = Mapping[str, tuple[Value, ...]]  # the choices that some knobs are restricted to
 
 
 @dataclass(frozen=True)
@@ -20,15 +24,44 @@ class Space:
     target: Target
     legal: tuple[Config, ...]
     removed: dict[str, int]
+    total: int
 
-    @property
-    def total(self) -> int:
-        return self.family.size()
+    def with_default(self) -> Space:
+        """The default among the legal ones, where a restriction leaves it out: a winner must be measured against it."""
+        default = self.family.default(self.problem, self.target)
+        return self if default in self.legal else replace(self, legal=(*self.legal, default))
 
 
-def enumerate_space(family: Family, problem: Problem, target: Target) -> Space:
+def restriction(words: Iterable[str], families: Iterable[Family]) -> dict[str, tuple[Value, ...]]:
+    """KNOB=V[,V...] as choices. A knob counts as known when any of the families has it, a value likewise."""
+    able = list(families)
+    fixed: dict[str, tuple[Value, ...]] = {}
+    for word in words:
+        name, equals, values = word.partition("=")
+        if not equals or not values:
+            raise UsageError(f"{word!r} fixes no knob", remedy="it is KNOB=VALUE or KNOB=VALUE,VALUE, like stages=2,3")
+        choices = [c for f in able for knob in f.knobs if knob.name == name for c in knob.choices]
+        if not choices:
+            known = dict.fromkeys(knob.name for f in able for knob in f.knobs)
+            raise UsageError(f"unknown knob {name!r}", f"knobs of {_names(able)}: {', '.join(known)}")
+        by_word = {str(choice).lower(): choice for choice in choices}
+        for value in values.split(","):
+            if value.strip().lower() not in by_word:
+                raise UsageError(f"{value!r} is no choice of knob {name!r}", f"choices: {', '.join(by_word)}")
+        picked = tuple(by_word[value.strip().lower()] for value in values.split(","))
+        fixed[name] = tuple(dict.fromkeys((*fixed.get(name, ()), *picked)))
+    return fixed
+
+
+def _names(families: Iterable[Family]) -> str:
+    return ", ".join(family.name for family in families)
+
+
+def enumerate_space(family: Family, problem: Problem, target: Target, fixed: Fixed | None = None) -> Space:
     """Vary the knobs one after the other; a constraint is asked as soon as every knob it reads has a value."""
     names = [knob.name for knob in family.knobs]
+    choices = {k.name: tuple(c for c in k.choices if k.name not in (fixed or {}) or c in (fixed or {})[k.name])
+               for k in family.knobs}  # fmt: skip
     due: dict[str, list[Constraint]] = {name: [] for name in names}
     for constraint in family.constraints:
         due[max(constraint.reads or names, key=names.index)].append(constraint)
@@ -47,15 +80,16 @@ def enumerate_space(family: Family, problem: Problem, target: Target) -> Space:
             legal.append(Config(values))
             return
         knob = family.knobs[depth]
-        below = math.prod(len(k.choices) for k in family.knobs[depth + 1 :])
-        for choice in knob.choices:
+        below = math.prod(len(choices[k.name]) for k in family.knobs[depth + 1 :])
+        for choice in choices[knob.name]:
             values[knob.name] = choice
             broken = first_broken(due[knob.name])
             if broken:
                 removed[broken.name] += below
             else:
                 vary(depth + 1)
-        del values[knob.name]
+        values.pop(knob.name, None)
 
     vary(0)
-    return Space(family, problem, target, tuple(legal), removed)
+    total = math.prod(len(among) for among in choices.values())
+    return Space(family, problem, target, tuple(legal), removed, total)

@@ -206,7 +206,7 @@ def compare(kernel: Any, problem: Problem, target: Target) -> tuple[float, str]:
     import torch
 
     from fagen import measure
-    from fagen.tuner.candidate import check_problems
+    from fagen.tuner.checks import check_problems
 
     where, worst = "cuda" if target.is_gpu else "cpu", 0.0
     problems = check_problems(problem, target)

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
+import shlex
+import sys
 from pathlib import Path
 
-from fagen import cliutil
+from fagen import cliutil, presets
 from fagen.errors import MissingTool, UsageError
 from fagen.problem import Problem
+from fagen.space import Fixed
 from fagen.target import Target
+from fagen.tuner.search import SAMPLERS
 
 _EXAMPLES = """examples:
   fagen tune                                       a small suite for this machine's GPU, else its CPU, in 5 minutes
   fagen tune --target cpu --dtype fp32 --head-dim 64 --mask causal --seqlen 1k --heads 8 --trials 30
   fagen tune --dtype bf16 --head-dim 64,128 --mask causal --seqlen 1k,4k --batch 4 --heads 32 --kv-heads 8 --budget 10m
   fagen tune --problems suite.toml --budget 1h --out tuning_db
+  fagen tune --preset llama3-8b,gemma3-4b --seqlen 4k --budget 10m     the layers of these models
   fagen tune --problems suite.toml --resume        go on with the latest run of these problems
   fagen tune --problems suite.toml --gpus all --storage postgresql://me@host/fagen   on each host that takes part
   fagen tune --head-dim 128 --mask none --dry-run  how large the space is, and what each constraint removes
+  fagen tune --head-dim 128 --mask none --fix stages=2 --record space.jsonl.xz     every legal config, as data
+  fagen tune --simulate space.jsonl.xz --sampler guided,tpe,random                 how well the search does on it
 """
 
 
@@ -49,7 +57,35 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     search.add_argument(
         "--out", type=Path, metavar="DIR", help="database folder for the winners (default: the user's own)"
     )
+    search.add_argument(
+        "--fix", action="append", default=[], metavar="KNOB=V[,V]", help="restrict a knob to these values; repeatable"
+    )
+    search.add_argument(
+        "--record", type=Path, metavar="FILE", help="measure every legal config in full, and write them all to FILE"
+    )
+    search.add_argument(
+        "--sampler", metavar="LIST", help=f"what picks candidates: {', '.join(SAMPLERS)} (default: {SAMPLERS[0]})"
+    )
+    search.add_argument(
+        "--cold", action="store_true", help="begin without the database's winners and the family's guesses"
+    )
+    search.add_argument("--list-presets", action="store_true", help="show the models that --preset knows")
     search.add_argument("--dry-run", action="store_true", help="show the search spaces and run nothing")
+    replay = parser.add_argument_group("simulation", "no kernel is built or run, so that it needs no GPU")
+    replay.add_argument(
+        "--simulate", nargs="+", type=Path, metavar="FILE", help="replay the search on spaces that --record wrote"
+    )
+    replay.add_argument("--seeds", type=cliutil.count, default=20, metavar="N", help="searches of each (default: 20)")
+    replay.add_argument("--expect", metavar="E", help="fail when missed: within=2%%,trials=15%%, median of the seeds")
+    replay.add_argument("--jobs", type=cliutil.count, default=1, metavar="N", help="processes (default: 1)")
+
+
+def samplers(words: str | None, default: tuple[str, ...]) -> list[str]:
+    found = [word.strip() for word in words.split(",")] if words else list(default)
+    for word in found:
+        if word not in SAMPLERS:
+            raise UsageError(f"sampler {word!r} is unknown", f"known: {', '.join(SAMPLERS)}")
+    return list(dict.fromkeys(found))
 
 
 def duration(word: str) -> float:
@@ -63,32 +99,56 @@ def duration(word: str) -> float:
 def run(args: argparse.Namespace) -> int:
     from fagen.tuner import suite
 
+    if args.list_presets:
+        return _list_presets(args.json)
+    if args.simulate:
+        return _simulate(args)
+    if args.expect:
+        raise UsageError("--expect is of a simulation", remedy="add --simulate FILE")
     chosen = gpus(args.gpus, args.target) if args.gpus else ()
     name = f"gpu:{chosen[0]}" if chosen else args.target
     target = cliutil.target_from(name)
     problems = cliutil.problems_from(args, target) or suite.default(target)
+    fixed = _fixed(args, problems, target)
     if args.dry_run:
-        return _dry_run(problems, target, args.family, args.json)
+        return _dry_run(problems, target, args.family, fixed, args.json)
     devices = chosen or (int((name or "").partition(":")[2] or 0),)
-    return _tune(problems, _present(name, target), devices, args)
+    return _tune(problems, _present(name, target), devices, fixed, args)
 
 
-def _tune(problems: list[Problem], target: Target, devices: tuple[int, ...], args: argparse.Namespace) -> int:
-    from fagen.tuner import progress, study, suite
+def _fixed(args: argparse.Namespace, problems: list[Problem], target: Target) -> Fixed:
+    """The restriction of --fix, which must name knobs of families that are searched."""
+    from fagen import families
+    from fagen.space import restriction
+
+    able = {f.name: f for problem in problems for f in families.candidates(problem, target)[0]}
+    return restriction(args.fix, [f for f in able.values() if args.family in (None, f.name)] or able.values())
+
+
+def _tune(
+    problems: list[Problem], target: Target, devices: tuple[int, ...], fixed: Fixed, args: argparse.Namespace
+) -> int:
+    from fagen.tuner import progress, record, study, suite
     from fagen.tuner.result import Options
 
+    sampler, *more = samplers(args.sampler, SAMPLERS[:1])
+    if more:
+        raise UsageError("a run has one sampler", f"given: {args.sampler}", "--simulate compares several")
     budget = duration(args.budget) if args.budget else None
-    if budget is None and args.trials is None:
+    if budget is None and args.trials is None and args.record is None:
         budget = suite.BUDGET_SECONDS
     options = Options(
         budget=budget, trials=args.trials, seed=args.seed, workers=args.workers, devices=devices,
         compile_timeout=duration(args.compile_timeout), run_timeout=duration(args.run_timeout),
-        resume=args.resume, out=args.out, family=args.family, storage=args.storage,
+        resume=args.resume, out=args.out, family=args.family, storage=args.storage, fixed=fixed,
+        exhaustive=args.record is not None, sampler=sampler, cold=args.cold,
     )  # fmt: skip
     report = study.tune(problems, target, options, progress.make())
     cliutil.say()
     cliutil.say(progress.table(report))
     cliutil.say(progress.closing(report))
+    if args.record:
+        cliutil.say(f"{record.export(report.run, args.record)} configs recorded in {args.record}")
     if args.json:
         cliutil.emit_json(report.to_dict())
     return report.exit_code
@@ -116,10 +176,42 @@ def gpus(words: str, target: str | None) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _dry_run(problems: list[Problem], target: Target, family: str | None, as_json: bool) -> int:
+def _list_presets(as_json: bool) -> int:
+    if as_json:
+        cliutil.emit_json({name: dataclasses.asdict(preset) for name, preset in presets.PRESETS.items()})
+    else:
+        cliutil.say(presets.table())
+    return 0
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    """Replay, show, and compare with what is expected."""
+    from fagen.tuner import record, simulate
+
+    if args.expect:
+        simulate.expectation(args.expect)  # before minutes are spent
+    spaces = [space for path in args.simulate for space in record.read(path)]
+    for space in spaces:
+        if not space.complete:
+            cliutil.say(f"note: {space.head['key']} has {len(space.entries)} of {space.head['legal']} configs")
+    summaries = simulate.simulate(
+        spaces, samplers(args.sampler, SAMPLERS), args.seeds,
+        workers=args.workers or simulate.WORKERS, trials=args.trials, cold=args.cold, jobs=args.jobs,
+    )  # fmt: skip
+    cliutil.say(simulate.table(summaries))
+    missed = simulate.misses(summaries, args.expect) if args.expect else []
+    for line in missed:
+        cliutil.say(f"missed: {line}")
+    if args.json:
+        command = shlex.join(["fagen", *sys.argv[1:]])
+        cliutil.emit_json({"command": command, "summaries": [s.to_dict() for s in summaries], "missed": missed})
+    return 1 if missed else 0
+
+
+def _dry_run(problems: list[Problem], target: Target, family: str | None, fixed: Fixed, as_json: bool) -> int:
     from fagen.tuner import progress, study
 
-    spaces = [space for problem in problems for space in study.spaces(problem, target, family)]
+    spaces = [space for problem in problems for space in study.spaces(problem, target, family, fixed)]
     if as_json:
         rows = [
             {"key": s.problem.key, "problem": s.problem.to_dict(), "family": s.family.name, "total": s.total,

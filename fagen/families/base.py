@@ -114,6 +114,8 @@ class Family:
     context: Callable[[Problem, Config], dict[str, Any]] = field(default=lambda problem, config: {})
     # configs worth trying first, best guess first (the default is always tried and need not be repeated)
     seeds: Callable[[Problem, Target], list[Config]] = field(default=lambda problem, target: [])
+    # about how many seconds a config will take, to order the first trials; only ratios between configs matter
+    cost: Callable[[Problem, Target, Config], float] | None = None
     # knob values that cost resources, for the stable rule among ties: fewest first
     resources: Callable[[Problem, Target, Config], tuple] = field(default=lambda problem, target, config: ())
 

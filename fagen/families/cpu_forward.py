@@ -7,6 +7,7 @@ product needs a transposed operand and the softmax needs no sum across lanes.
 from __future__ import annotations
 
 from fagen.families.base import Config, Constraint, Family, Knob
+from fagen.families.cost import makespan, walk
 from fagen.problem import Problem
 from fagen.target import Target
 
@@ -125,6 +126,30 @@ def _seeds(p: Problem, t: Target) -> list[Config]:
     return [c for c in candidates if c != default and FAMILY.rejects(p, t, c) is None]
 
 
+def cost(p: Problem, t: Target, c: Config) -> float:
+    """Vector operations, roughly: a block's products and the loads that feed them, the softmax, rescaling O once a
+    tile, packing, threads that wait for the last one."""
+    d, dv, m, n = p.head_dim_padded, p.head_dim_v_padded, int(c.tile_m), int(c.tile_n)
+    rows, vectors = int(c.block_rows), int(c.block_vectors)
+    lanes = {"avx512": 16, "avx2": 8}.get(t.simd, 4)
+    feed = 1 + 0.5 * (1 / rows + 1 / vectors) / 2 + max(0.0, 10 - rows * vectors) / 10
+    seen = walk(p, m, n)
+    whole = p.seqlen_q / (seen.row_tiles * m)  # the last tile of rows may be less
+    cells = (seen.visits - 0.45 * seen.masked) * m * n * whole / lanes  # of a masked tile only what is seen
+    work = cells * ((d + dv) * feed + 14) + seen.visits * m * whole * dv / lanes * 2
+    moved = (d + dv) * p.seqlen_k / lanes * 8
+    if c.packing == "tile":
+        work += moved * (1 if c.loop_order == "kv_outer" else seen.visits / max(1, -(-p.seqlen_k // n)))
+    elif c.packing == "head":
+        work += moved * p.heads / p.kv_heads
+    if c.loop_order == "kv_outer":
+        work += seen.visits * m * (d + dv) / lanes
+    heads, pieces = p.batch * p.heads, p.batch * p.heads * (seen.row_tiles if c.loop_order == "q_outer" else 1)
+    longest = work * (seen.most / max(1, seen.visits) if c.loop_order == "q_outer" else 1)
+    tail = 0.2 if c.schedule == "longest" else 0.5 if c.schedule == "dynamic" else 0.9
+    return makespan(heads * work, longest, pieces, t.units, tail)
+
+
 FAMILY = Family(
     name="cpu_forward",
     template="cpu/forward.cpp.j2",
@@ -144,5 +169,6 @@ FAMILY = Family(
     default=_make,
     flags=lambda t: FLAGS,
     seeds=_seeds,
+    cost=cost,
     resources=lambda p, t, c: (_scratch_bytes(p, c),),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fagen.families.base import Config, Constraint, Family, Knob, Value
+from fagen.families.cost import key_bytes, makespan, walk
 from fagen.problem import Problem
 from fagen.target import Target
 
@@ -215,6 +216,37 @@ def _resources(p: Problem, t: Target, c: Config) -> tuple:
     return (smem_bytes(p, c), c.warps, fragment_registers(p, c))
 
 
+def cost(p: Problem, t: Target, c: Config) -> float:
+    """Cycles, roughly: products against what they read of shared memory, softmax beside them, latency that few warps
+    cannot hide, the tail. Each warp reads its keys for its own rows: 16 rows a warp read twice as much as 32.
+    """
+    d, dv, m, n = p.head_dim_padded, p.head_dim_v_padded, int(c.tile_m), int(c.tile_n)
+    warps, blocks = int(c.warps), int(c.blocks_per_sm)
+    rows, keys, parts = _shares(c)
+    products = m * n * (d + dv) / 1100
+    read = warps * (keys * d + (n * dv // parts if c.partition == "pairs" else keys * dv))
+    read += warps * rows * d if c.q_source == "shared" else 0
+    read += 3 * m * n if c.partition == "pairs" else 0  # the halves' weights are exchanged
+    shared = read * 2 / 128
+    softmax = m * n * (0.1 if c.rescale == "deferred" else 0.1 + 0.008 * dv / n)
+    hidden = min(1.0, warps * blocks / 16 + (0.15 if c.overlap else 0))
+    busy = max(products, shared) + (1 - 0.5 * hidden) * (min(products, shared) + softmax)
+    latency = {1: 900, 2: 420, 3: 320}[int(c.stages)] + (300 if c.partition == "pairs" else 0)
+    visit = busy + latency / blocks * (1 if warps >= 4 else 1.3)
+    if c.loop_order == "kv_outer":
+        visit += m * dv * 8 / 16  # O comes and goes through memory
+    if fragment_registers(p, c) + 60 > register_limit(c):
+        visit *= 1.12
+    seen, heads = walk(p, m, n), p.batch * p.heads
+    boundary = 2500 / blocks + m * (d + dv) * 2 / 24
+    work = heads * (seen.visits * visit + seen.masked * m * n * 0.03 + seen.row_tiles * boundary)
+    longest = seen.most * visit + boundary
+    uneven = seen.most * seen.row_tiles > seen.visits
+    tail = 0.15 if not uneven or c.block_order in ("longest_first", "sectioned") else 0.7
+    total = makespan(work, longest, heads * seen.row_tiles, t.units, tail)
+    return total * (1.04 if c.block_order == "longest_first" and key_bytes(p) > t.l2 else 1)
+
+
 _SHAPE = ("tile_m", "tile_n", "warps", "partition")
 _MEMORY = (*_SHAPE, "loop_order", "stages", "q_source", "smem_layout", "blocks_per_sm")
 CONSTRAINTS = (
@@ -237,5 +269,6 @@ FAMILY = Family(
     default=_default,
     flags=lambda t: (f"-gencode=arch=compute_{t.capability},code=sm_{t.capability}", *FLAGS),
     seeds=lambda p, t: _guesses(p, t)[1:],
+    cost=cost,
     resources=_resources,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fagen.families.base import Config, Constraint, Family, Knob
+from fagen.families.cost import key_bytes, makespan, walk
 from fagen.problem import Problem
 from fagen.target import Target
 
@@ -175,6 +176,40 @@ def _default(p: Problem, t: Target) -> Config:
     return next(roomy, guesses[-1])
 
 
+def cost(p: Problem, t: Target, c: Config) -> float:
+    """Cycles, roughly: the slower of products and softmax with a part of the other, copies, boundaries, the tail.
+
+    A warpgroup's rows are 64. Its S reads q and k from shared memory at 128 bytes a cycle, so that few keys a tile
+    cost more than their products; exponentials are 16 a cycle of an SM, and all else of a softmax about as much.
+    """
+    d, dv, n, blocks = p.head_dim_padded, p.head_dim_v_padded, int(c.tile_n), int(c.blocks_per_sm)
+    groups = int(c.tile_m) // 64
+    products = max(n * d / 32, (64 + n) * d / 64) + n * dv / 32
+    softmax = (6.5 if c.rescale == "deferred" else 6.5 + 0.5 * dv / n) * n
+    slow, fast = max(products, softmax), min(products, softmax)
+    if groups * blocks == 1:
+        visit = slow + (0.6 if c.overlap else 0.9) * fast + 200
+    else:
+        beside = 0.35 - 0.1 * c.ping_pong - 0.05 * (groups * blocks > 2) + 0.12 * (not c.overlap)
+        visit = slow + beside * fast + 60
+    copies = n * (d + dv) * 2 / 48 + (600 / blocks if c.stages == 1 else 0)
+    visit = max(groups * visit, copies) + (500 / blocks if c.stages == 1 else 0)
+    joined = c.schedule != "single"
+    boundary = (1800 - 600 * joined - 300 * (c.q_stages - 1)) / (1 + 0.5 * (blocks - 1)) + 2.0 * dv * groups
+    seen = walk(p, int(c.tile_m), n)
+    heads = p.batch * p.heads
+    work = heads * (seen.visits * visit + seen.masked * 3 * n * groups + seen.row_tiles * boundary)
+    longest = seen.most * visit + boundary
+    uneven = seen.most * seen.row_tiles > seen.visits
+    tail = 0.1 if not uneven or c.block_order in ("longest_first", "sectioned") else 0.6
+    total = makespan(work, longest, heads * seen.row_tiles, t.units, tail)
+    if uneven and c.schedule == "balanced":
+        total *= 1.12
+    if c.block_order == "longest_first" and key_bytes(p) > t.l2:
+        total *= 1.06
+    return total + (0 if c.schedule != "dynamic" or uneven else 1500)
+
+
 FAMILY = Family(
     name="sm90_forward",
     template="sm90/forward.cu.j2",
@@ -192,5 +227,6 @@ FAMILY = Family(
         "register_widths": [p.head_dim_v_padded],
     },
     seeds=_guesses,
+    cost=cost,
     resources=lambda p, t, c: (smem_bytes(p, c), int(c.tile_m), fragment_registers(p, c)),
 )

@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fagen import families, measure, nvml
@@ -53,6 +53,7 @@ class Result:
     timing: Timing | None = None
     error: float = 0.0
     artifact: Artifact | None = None
+    took: float = 0.0  # seconds that verifying and timing took
     fatal: bool = False  # the process that measured it must not go on
     killed: bool = False  # its compiler was ended from outside: nothing is known of the candidate
     state: dict[str, Any] = field(default_factory=dict)  # of the GPU while it was timed, as nvml.py tells it
@@ -155,10 +156,13 @@ Request = MeasureRequest | FinalRequest | Probe
 
 def measure_any(request: Request) -> Result | Final | Alive:
     """The measuring worker's handler."""
+    start = time.monotonic()
     with _device(request):
         if isinstance(request, Probe):
             return probe(request)
-        return measure_one(request) if isinstance(request, MeasureRequest) else final_round(request)
+        if isinstance(request, FinalRequest):
+            return final_round(request)
+        return replace(measure_one(request), took=time.monotonic() - start)
 
 
 def probe(request: Probe) -> Alive:

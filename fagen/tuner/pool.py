@@ -21,7 +21,7 @@ from fagen.problem import Problem
 from fagen.target import Target
 from fagen.tuner import candidate as steps
 from fagen.tuner.candidate import Alive, Candidate, CompileRequest, Final, FinalRequest, MeasureRequest, Probe, Result
-from fagen.tuner.search import Search
+from fagen.tuner.search import Pace, Search
 from fagen.tuner.workers import COMPILE_BYTES, Death, Worker, free_memory
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Pool:
         self._again: deque[Candidate] = deque()  # whose compiler was ended from outside
         self._retried: set[Candidate] = set()
         self._artifacts: dict[Candidate, Artifact] = {}
+        self.pace = Pace()
         self._turn = 0  # candidates handed to compilers since the last measurement, on the CPU
         self._compiled = 0  # answers of compilers in this search
         self._alive: set[Worker] = set()
@@ -149,7 +150,9 @@ class Pool:
         if not self.compiling:
             self._turn = 0
         for worker in self.compilers:
-            full = self._turn >= BATCH * len(self.compilers) if self.quiet else len(self.ready) > len(self.compilers)
+            full = self._turn >= BATCH * len(self.compilers)
+            if not self.quiet:
+                full = self.compiling + len(self.ready) >= self.pace.ahead(len(self.compilers))
             if worker.busy or full:
                 continue
             if not self._room():
@@ -201,7 +204,7 @@ class Pool:
             if worker.busy or not self.ready:
                 continue
             item, artifact = self.ready.popleft()
-            request = MeasureRequest(item, artifact, self.seed, search.best, device)
+            request = MeasureRequest(item, artifact, self.seed, search.bar, device)
             worker.send(request, self.run_timeout + self._estimate(item.problem, search.best), item)
 
     def _estimate(self, problem: Problem, best: float) -> float:
@@ -221,7 +224,8 @@ class Pool:
 
     def _hear_compiler(self, worker: Worker, item: Candidate | None, reply: Any, done: Done) -> None:
         result = _result(reply, False)
-        if result.outcome == "ok":
+        if result.outcome == "ok" and result.artifact:
+            self.pace.compiled(float(result.artifact.facts.get("compile_seconds", 0)))
             self._seconds.append(time.monotonic() - worker.since)
         if item is None:  # built ahead, or of a search that is over
             return
@@ -245,6 +249,8 @@ class Pool:
         result = _result(reply, True)
         if result.fatal:
             worker.kill()
+        if result.took:
+            self.pace.measured(result.took)
         if job is None:
             return
         device = self.devices[worker]

@@ -11,6 +11,7 @@ from fagen import families, measure
 from fagen.errors import NoCandidate
 from fagen.measure import Timing
 from fagen.problem import Problem
+from fagen.space import Fixed
 from fagen.target import Target
 from fagen.tuner.candidate import Candidate
 
@@ -32,6 +33,10 @@ class Options:
     grace: float = 60.0  # seconds of silence after which one of those counts as dead
     out: Path | None = None  # where the winners go; None: the user's overlay
     runs: Path | None = None  # where runs are kept; None: the user's state folder
+    fixed: Fixed = field(default_factory=dict)  # choices that some knobs are restricted to
+    sampler: str = "guided"  # of search.SAMPLERS
+    cold: bool = False  # begin without the database's winners and the family's guesses
+    exhaustive: bool = False  # every legal config, each measured in full
 
 
 @dataclass

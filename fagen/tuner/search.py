@@ -7,22 +7,31 @@ legal configuration not yet seen is tried in its place.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import random
+import statistics
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fagen.errors import FagenError
 from fagen.families import Config
+from fagen.families.base import Value
 from fagen.space import Space
 
 if TYPE_CHECKING:
     import optuna
 
-STARTUP = 8  # candidates before the sampler is asked
+    from fagen.tuner.model import Model
+
+SAMPLERS = ("guided", "tpe", "random")
+STARTUP = 8  # candidates by chance before TPE is asked
+PROBES = 12  # candidates of a family that is far behind another one's best
+FAR_BEHIND = 1.25  # times that best
+FIRST_SHARE = 0.75  # of a problem's time for the first family that can serve it; the others share the rest
 MISSES = 3  # answers without a new candidate, then one is picked
 KEEP_REMEDY = "free some space, then go on with --resume"
 _LOOK_AT = 4096  # unseen configs compared to find the nearest
@@ -53,25 +62,22 @@ def open_storage(path: str) -> optuna.storages.BaseStorage:
 
 
 class Search:
-    """Hands out candidates (`next`) and hears what became of them (`tell`). `limit`: how many it may hand out."""
+    """Hands out candidates (`next`) and hears what became of them (`tell`). `limit`: how many it may hand out.
+
+    `whole`: each is measured in full, however slow it is. `rival`: seconds of another family's best.
+    """
 
     def __init__(
-        self,
-        space: Space,
-        storage: Any,
-        *,
-        seed: int,
-        first: Iterable[Config],
-        limit: int | None,
-        exhaustive: bool,
+        self, space: Space, storage: Any, *, seed: int, first: Iterable[Config], limit: int | None, exhaustive: bool,
+        whole: bool = False, sampler: str = SAMPLERS[0], rival: float = math.inf,
         name: str = "",  # of a study that others may have begun
-    ) -> None:
+    ) -> None:  # fmt: skip
         import optuna
 
-        self.space, self.limit, self.exhaustive = space, limit, exhaustive
-        self.seen: dict[
-            Config, float | None
-        ] = {}  # every candidate handed out and told: its seconds, None if it failed
+        self.space, self.limit, self.exhaustive, self.whole, self.sampler = space, limit, exhaustive, whole, sampler
+        self.rival = rival
+        # every candidate handed out and told: its seconds, None if it failed
+        self.seen: dict[Config, float | None] = {}
         self.best = math.inf
         self.rejected: dict[Config, tuple[str, str]] = {}  # illegal ones asked for: constraint and reason
         self._legal = frozenset(space.legal)
@@ -79,21 +85,32 @@ class Search:
         self._random = random.Random(f"{seed}/{space.family.name}/{space.problem.key}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # which of these are explicit defaults differs between versions
-            sampler = optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, constant_liar=True, n_startup_trials=STARTUP
+            chooser = (
+                optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=STARTUP)
+                if sampler == "tpe"
+                else optuna.samplers.RandomSampler(seed=seed)  # it is told what to choose
             )
         self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
-            k.name: optuna.distributions.CategoricalDistribution(k.choices) for k in space.family.knobs
+            name: optuna.distributions.CategoricalDistribution(values) for name, values in _used(space).items()
         }
         self._study = optuna.create_study(
             storage=storage,
-            sampler=sampler,
+            sampler=chooser,
             study_name=name or f"{space.family.name}:{space.problem.key}",
             load_if_exists=bool(name),
             direction="minimize",
         )
         self._order = self._random.sample(space.legal, len(space.legal))
-        self._queue = iter([*dict.fromkeys(first), *(self._order if exhaustive else self._order[:STARTUP])])
+        self._model = self._make_model(seed) if sampler == "guided" and not exhaustive else None
+        begin = self._order if exhaustive or sampler == "random" else self._order[:STARTUP] if sampler == "tpe" else []
+        self._queue = iter([*dict.fromkeys(first), *begin])
+
+    def _make_model(self, seed: int) -> Model:
+        from fagen.tuner.model import Model
+
+        family, problem, target = self.space.family, self.space.problem, self.space.target
+        cost = functools.partial(family.cost, problem, target) if family.cost else None
+        return Model(self.space.legal, cost, f"{seed}/{problem.key}")
 
     @property
     def waiting(self) -> bool:
@@ -107,7 +124,13 @@ class Search:
     @property
     def goal(self) -> int:
         """How many candidates there will be, at most."""
-        return min(len(self._legal), self.limit) if self.limit is not None else len(self._legal)
+        most = len(self._legal) if self.limit is None else min(len(self._legal), self.limit)
+        return min(most, PROBES) if self.best > FAR_BEHIND * self.rival and not self.exhaustive else most
+
+    @property
+    def bar(self) -> float:
+        """The time that a candidate is measured against, and cut short when it is far behind."""
+        return math.inf if self.whole else self.best
 
     def known(self, config: Config, seconds: float | None) -> None:
         """A candidate of an earlier run."""
@@ -130,8 +153,8 @@ class Search:
             return None
         misses, asked = 0, None
         while True:
-            chosen = self._from_queue()
-            if chosen is None and (self.exhaustive or misses >= MISSES):
+            chosen = self._from_queue() or self._from_model()
+            if chosen is None and (self.sampler != "tpe" or misses >= MISSES):
                 chosen = self._nearest(asked)
             if chosen is not None:
                 self._study.enqueue_trial(dict(chosen))
@@ -147,6 +170,8 @@ class Search:
                 self._flight[asked].append(trial)
             else:
                 self._flight[asked] = [trial]
+                if self._model:
+                    self._model.take(asked)
                 return asked
             misses += 1
 
@@ -161,6 +186,8 @@ class Search:
 
     def _note(self, config: Config, seconds: float | None) -> None:
         self.seen[config] = seconds
+        if self._model:
+            self._model.tell(config, seconds)
         if seconds is not None:
             self.best = min(self.best, seconds)
 
@@ -182,9 +209,51 @@ class Search:
     def _from_queue(self) -> Config | None:
         return next((config for config in self._queue if config in self._legal and self._unseen(config)), None)
 
+    def _from_model(self) -> Config | None:
+        while self._model and (config := self._model.propose()) is not None:
+            if self._unseen(config):
+                return config
+            self._model.take(config)  # others have it in hand
+        return None
+
     def _nearest(self, asked: Config | None) -> Config:
         """The unseen legal config that differs in the fewest knobs, ties by chance."""
         unseen = itertools.islice((config for config in self._order if self._unseen(config)), _LOOK_AT)
         if asked is None:
             return next(unseen)
         return min(unseen, key=lambda config: sum(config[name] != value for name, value in asked.items()))
+
+
+class Pace:
+    """How many candidates to have on their way: enough that the measuring process never waits, and no more, since
+    each was chosen without knowing what became of those before it."""
+
+    def __init__(self) -> None:
+        self._compile: list[float] = []
+        self._measure: list[float] = []
+
+    def compiled(self, seconds: float) -> None:
+        self._compile.append(seconds)
+
+    def measured(self, seconds: float) -> None:
+        self._measure.append(seconds)
+
+    def ahead(self, workers: int, measurers: int = 1) -> int:
+        if len(self._measure) < 4 or not self._compile:
+            return workers + 1
+        lasts, takes = (statistics.median(among[-32:]) for among in (self._compile, self._measure))
+        return min(2 * workers + 1, math.ceil(measurers * 1.2 * lasts / takes) + 2 * measurers + 1)
+
+
+def portion(turn: int, count: int) -> float:
+    """Of a problem's time, what is over when the search of so many families' `turn`-th ends."""
+    return 1.0 if count == 1 else FIRST_SHARE + (1 - FIRST_SHARE) * turn / (count - 1)
+
+
+def _used(space: Space) -> dict[str, tuple[Value, ...]]:
+    """The values of each knob that some legal config has, in the knob's order."""
+    return {
+        knob.name: tuple(c for c in knob.choices if c in among)
+        for knob in space.family.knobs
+        if (among := {config[knob.name] for config in space.legal})
+    }

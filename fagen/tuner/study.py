@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from fagen import binding, db, env, families
-from fagen.errors import FagenError, UnsupportedProblem
+from fagen.errors import FagenError, UnsupportedProblem, UsageError
 from fagen.families import Config, Family
 from fagen.measure import Timing
 from fagen.problem import Problem
-from fagen.space import Space, enumerate_space
+from fagen.space import Fixed, Space, enumerate_space
 from fagen.target import Target
 from fagen.tuner import final, journal
 from fagen.tuner.candidate import OUTCOMES, Candidate, Result
@@ -31,7 +31,7 @@ from fagen.tuner.journal import Run
 from fagen.tuner.pool import Pool
 from fagen.tuner.progress import Progress
 from fagen.tuner.result import Options, Report, Tuned
-from fagen.tuner.search import Search, open_storage
+from fagen.tuner.search import Search, open_storage, portion
 from fagen.tuner.shared import Board, SharedSearch
 from fagen.tuner.workers import compile_workers
 
@@ -40,27 +40,39 @@ NEIGHBOURS = 3
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def spaces(problem: Problem, target: Target, only: str | None = None) -> list[Space]:
-    """The search spaces of all families that can serve the problem, or of one by name."""
+def spaces(problem: Problem, target: Target, only: str | None = None, fixed: Fixed | None = None) -> list[Space]:
+    """The search spaces of all families that can serve the problem, or of one by name; some knobs may be restricted."""
     able, reasons = families.candidates(problem, target)
     if only is not None:
         able = [family for family in able if family.name == families.get(only).name]
     if not able:
         first = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UnsupportedProblem(f"no family can serve {problem.static_key} on {target.arch}", first)
-    return [enumerate_space(family, problem, target) for family in able]
+    found = [enumerate_space(family, problem, target, fixed) for family in able]
+    if not any(space.legal for space in found):
+        removed = {name: count for space in found for name, count in space.removed.items() if count}
+        numbers = ", ".join(f"{name} removes {count}" for name, count in removed.items())
+        raise UsageError(f"no config of {problem.static_key} is legal with these --fix", numbers, "fix fewer knobs")
+    return [space.with_default() for space in found if space.legal]
 
 
-def fingerprint(problems: Sequence[Problem], target: Target, only: str | None = None) -> str:
-    """What a run must share with this one to be resumed: problems, device, knobs and kernel sources."""
+def fingerprint(problems: Sequence[Problem], target: Target, options: Options) -> str:
+    """What a run must share with this one to be resumed: problems, device, knobs, kernel sources, kind of search."""
     digest = hashlib.sha256()
+    if options.fixed or options.exhaustive:
+        digest.update(repr((sorted(options.fixed.items()), options.exhaustive)).encode())
     for problem in problems:
         for family in families.candidates(problem, target)[0]:
-            if only not in (None, family.name):
+            if options.family not in (None, family.name):
                 continue
             knobs = [(knob.name, knob.choices) for knob in family.knobs]
             digest.update(repr((problem.key, target.arch, target.device, family.name, knobs)).encode())
-    folder = env.data_dir("templates")
+    return hashlib.sha256(digest.digest() + sources_hash().encode()).hexdigest()[:16]
+
+
+def sources_hash() -> str:
+    """Of all that kernels are made from."""
+    digest, folder = hashlib.sha256(), env.data_dir("templates")
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -71,8 +83,8 @@ def tune(problems: Sequence[Problem], target: Target, options: Options, progress
     with contextlib.closing(progress or Progress()) as progress:
         for problem in problems:
             able = families.candidates(problem, target)[0]
-            if not any(options.family in (None, family.name) for family in able):
-                spaces(problem, target, options.family)  # raises with the reasons, before anything runs
+            if options.fixed or not any(options.family in (None, family.name) for family in able):
+                spaces(problem, target, options.family, options.fixed)  # raises the reasons, before anything runs
         db.require_writable(db.path_of(options.out or env.user_db_dir(), target.arch, target.device))
         if options.storage:  # before a run is begun
             Board(options.storage, "").close()
@@ -104,7 +116,7 @@ def _board(run: Run, options: Options, progress: Progress) -> Iterator[Board | N
 
 
 def _open_run(problems: Sequence[Problem], target: Target, options: Options, progress: Progress) -> Run:
-    runs, mark = options.runs or env.runs_dir(), fingerprint(problems, target, options.family)
+    runs, mark = options.runs or env.runs_dir(), fingerprint(problems, target, options)
     if options.resume is not None:
         path = journal.latest(runs, mark) if options.resume == "latest" else Path(options.resume)
         if path is not None:
@@ -115,6 +127,10 @@ def _open_run(problems: Sequence[Problem], target: Target, options: Options, pro
         "problems": [problem.to_dict() for problem in problems],
         "target": dataclasses.asdict(target),
         "environment": db.environment(target),
+        "sources": sources_hash(),
+        "family": options.family,
+        "fixed": options.fixed,
+        "exhaustive": options.exhaustive,
         "seed": options.seed,
         "date": db.now(),
     }
@@ -152,7 +168,8 @@ class _Share:
         now = time.monotonic()
         if self.end is None:
             self.end = now + SEARCH_SHARE * self.seconds()
-        return now + max(0.0, self.end - now) / (self.families - turn)
+        begun = portion(turn - 1, self.families) if turn else 0.0
+        return now + max(0.0, self.end - now) * (portion(turn, self.families) - begun) / (1 - begun)
 
 
 class _Tuner:
@@ -204,7 +221,7 @@ class _Tuner:
         known: dict[Candidate, Known] = {}
         found = self._spaces(problem)
         seconds = functools.partial(self._seconds, 1 + len(to_come))
-        share, incumbent = _Share(seconds, len(found)), self._incumbent(problem)
+        share, incumbent, left = _Share(seconds, len(found)), self._incumbent(problem), 0
         for turn, space in enumerate(found):
             search = self._search(space, seconds() / len(found), known)
             self.pool.ahead = self._ahead([*found[turn + 1 :], *(self._spaces(to_come[0]) if to_come else [])])
@@ -216,12 +233,14 @@ class _Tuner:
             finally:
                 if isinstance(search, SharedSearch):
                     search.close()
+            left += len(search.space.legal) - len(search.seen)
         if self.pool.limits:
             self.run.describe(machine=self.pool.limits)
         default = Candidate(found[0].family.name, problem, self.target, found[0].family.default(problem, self.target))
         outcomes = Counter(row["outcome"] for row in self.rows if row["problem"] == problem.key)
+        whole = not self.interrupted.is_set() and not (self.options.exhaustive and left)
         tuned = Tuned(
-            problem.to_dict(), not self.interrupted.is_set(), {name: outcomes[name] for name in OUTCOMES},
+            problem.to_dict(), whole, {name: outcomes[name] for name in OUTCOMES},
             default_config=dict(default.config),
         )  # fmt: skip
         if not self.interrupted.is_set():
@@ -250,7 +269,7 @@ class _Tuner:
     def _spaces(self, problem: Problem) -> list[Space]:
         """Counted in full once for each static key: constraints look at nothing else."""
         if problem.static_key not in self.spaces:
-            self.spaces[problem.static_key] = spaces(problem, self.target, self.options.family)
+            self.spaces[problem.static_key] = spaces(problem, self.target, self.options.family, self.options.fixed)
         return [dataclasses.replace(space, problem=problem) for space in self.spaces[problem.static_key]]
 
     def _over(self, search: Search, known: dict[Candidate, Known]) -> bool:
@@ -290,21 +309,26 @@ class _Tuner:
         exact = [config for record, config in winners if config and record.key == problem.key]
         first = [family.default(problem, self.target), *exact, *family.seeds(problem, self.target)]
         first += [config for _, config in winners if config]
+        first = first[:1] if self.options.cold else first
         room = self.options.trials if self.options.trials is not None else seconds  # a second a candidate, about
+        rival = min((k.timing.median for k in known.values() if k.timing), default=math.inf)  # of other families
         rows = [
             row for row in self.rows
             if row["problem"] == problem.key and row["family"] == family.name and row["outcome"] != "constraint"
         ]  # fmt: skip
-        search = self._new_search(space, rows, first=first, exhaustive=len(space.legal) <= room)
+        search = self._new_search(
+            space, rows, first=first, exhaustive=self.options.exhaustive or len(space.legal) <= room, rival=rival
+        )
         for row in rows:
             self._remember(search, row, known)
         return search
 
     def _new_search(self, space: Space, rows: list[dict[str, Any]], **how: Any) -> Search:
         seed, limit = self.options.seed, self.options.trials
+        how |= {"whole": self.options.exhaustive, "sampler": self.options.sampler}
         if self.board is None:
             return Search(space, self.storage, seed=seed, limit=limit, **how)
-        mark = fingerprint([space.problem], self.target, space.family.name)
+        mark = fingerprint([space.problem], self.target, dataclasses.replace(self.options, family=space.family.name))
         compiler = self.environment.get("nvcc") or self.environment.get("cxx", "")
         name = f"{space.family.name}:{space.problem.key}:{mark}:{hashlib.sha256(compiler.encode()).hexdigest()[:8]}"
         salt = int(hashlib.sha256(self.board.owner.encode()).hexdigest()[:6], 16)  # or all would ask for the same
@@ -354,6 +378,7 @@ class _Tuner:
             "seconds": timing.median if timing else None,
             "spread": timing.spread if timing else None,
             "samples": timing.samples if timing else 0,
+            "measure_seconds": round(result.took, 4),
             "error": result.error if math.isfinite(result.error) else None,
             "facts": result.artifact.facts if result.artifact else {},
             "device": result.state,
