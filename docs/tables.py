@@ -146,11 +146,32 @@ def measured_cpu() -> str:
     )
 
 
+def measured_study() -> str:
+    """The steps of `fagen study fa1-fa2-fa3`, what each gains, and their speeds."""
+    from fagen.study import report
+
+    data = json.loads((FOLDER.parent / "benchmarks" / "h200_study.json").read_text())
+    return (
+        f"## {data['title']}\n\nOn an {data['device']}, bf16, batch x length = 16384, heads x head dim = 2048\n"
+        f"({_where(data, 'torch', 'driver')}).\n\n{report.markdown(data)}\n"
+        "![TFLOP/s from step to step](img/study.svg)\n"
+    )
+
+
+def study() -> str:
+    """The page with its measured figures filled in."""
+    return _filled(FOLDER / "study.md", measured_study())
+
+
 def readme() -> str:
     """The README with its measured figures filled in."""
+    return _filled(FOLDER.parent / "README.md", f"{measured_gpu()}\n{measured_hopper()}\n{measured_cpu()}")
+
+
+def _filled(page: Path, text: str) -> str:
     begin, end = "<!-- measured: begin -->\n", "<!-- measured: end -->"
-    before, _, rest = (FOLDER.parent / "README.md").read_text().partition(begin)
-    return f"{before}{begin}\n{measured_gpu()}\n{measured_hopper()}\n{measured_cpu()}\n{end}{rest.partition(end)[2]}"
+    before, _, rest = page.read_text().partition(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
 PAGES = {"knobs.md": knobs, "reference.md": reference, "../README.md": readme}

@@ -6,11 +6,11 @@ counts as noise as well.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from fagen.bench import output
 from fagen.bench.peers import OURS
 from fagen.bench.run import FORMAT, compared
 from fagen.errors import UsageError
@@ -21,13 +21,7 @@ MOST = 0.5  # what fell further is told, however loud the machine was
 
 
 def read(path: Path) -> Result:
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"result {path} cannot be read", str(error).splitlines()[0]) from error
-    if not isinstance(result, dict) or result.get("format") != FORMAT or "rows" not in result:
-        raise UsageError(f"result {path} is not of this format", f"it must be what --out writes, format {FORMAT}")
-    return result
+    return output.read(path, FORMAT, "rows")
 
 
 def require_same(old: Result, device: str) -> None:

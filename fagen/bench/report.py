@@ -51,7 +51,7 @@ def line(row: Result, names: list[str]) -> str:
     return f"{row['name']:<44}  {cells}  {ratio(row['ratio'])}"
 
 
-def _aligned(cells: list[tuple[str, ...]]) -> str:
+def aligned(cells: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     text = [
         "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=True))]) for r in cells
@@ -60,7 +60,7 @@ def _aligned(cells: list[tuple[str, ...]]) -> str:
 
 
 def table(result: Result) -> str:
-    return _aligned(lines(result)) if result["rows"] else ""
+    return aligned(lines(result)) if result["rows"] else ""
 
 
 def closing(result: Result) -> list[str]:

@@ -90,7 +90,7 @@ def _row(row: Row, participants: Mapping[str, Prepare], target: Target, settings
         try:
             times = clock(calls, min_seconds=settings.min_seconds)
         except RuntimeError as error:  # no memory for a graph, say: the next row may have it
-            _alive(device, "a participant", row)
+            alive(device, "a participant", row.name)
             times = {}
             for name in calls:
                 result["participants"][name] |= {"outcome": "failed", "reason": peers.reason(error)}
@@ -100,7 +100,7 @@ def _row(row: Row, participants: Mapping[str, Prepare], target: Target, settings
                 "uncertainty": timing.uncertainty, "tflops": flops / timing.median / 1e12,
             }  # fmt: skip
     del calls, sets
-    _free(device)
+    free(device)
     return result | compared(result["participants"])
 
 
@@ -125,7 +125,7 @@ class _Shielded:
             raise RuntimeError(str(error)) from error
 
 
-def _free(device: str) -> None:
+def free(device: str) -> None:
     """Graphs keep pools of memory, and lie in cycles."""
     gc.collect()
     if device == "cuda":
@@ -145,43 +145,43 @@ def prepared(prepare: Prepare, row: Row, inputs: Inputs, device: str, name: str)
         try:
             serve = prepare(row, inputs)
             out = serve(inputs)
-            _synchronize(device)
+            synchronize(device)
             seconds = time.perf_counter() - start
             verdict, checked = verified(out, inputs, _CELLS[device])
         except Cannot as error:
             return {"outcome": "cannot", "reason": str(error)}, None
         except Exception as error:  # whatever a participant raises is its outcome
-            _alive(device, name, row)
+            alive(device, name, row.name)
             hints = [str(warning.message).strip().splitlines()[0] for warning in said if str(warning.message).strip()]
             return {"outcome": "failed", "reason": "; ".join([peers.reason(error), *hints[-2:]])[:400]}, None
     facts = {
-        "outcome": "ok" if verdict.ok else "wrong", "error": _finite(verdict.error),
-        "error_over_bound": _finite(verdict.ratio), "verified": checked, "first_call_seconds": seconds,
+        "outcome": "ok" if verdict.ok else "wrong", "error": finite(verdict.error),
+        "error_over_bound": finite(verdict.ratio), "verified": checked, "first_call_seconds": seconds,
     }  # fmt: skip
     if not verdict.ok:
         return facts | {"reason": verdict.message}, None
     return facts, serve
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no word for infinity."""
     return value if math.isfinite(value) else None
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
     if device == "cuda":
         import torch
 
         torch.cuda.synchronize()
 
 
-def _alive(device: str, name: str, row: Row) -> None:
+def alive(device: str, name: str, where: str) -> None:
     """An illegal access poisons the GPU's context: nothing that follows could be trusted."""
     try:
-        _synchronize(device)
+        synchronize(device)
     except RuntimeError as error:
         raise LaunchError(
-            f"{name} left the GPU in an error state on {row.name}", str(error).splitlines()[0], "run without that peer"
+            f"{name} left the GPU in an error state on {where}", str(error).splitlines()[0], "run without it"
         ) from error
 
 
@@ -280,10 +280,10 @@ def host(others: Mapping[str, Prepare], target: Target) -> Result:
 def _host_seconds(call: Callable[[], object], device: str) -> float:
     for _ in range(3):
         call()
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(_HOST_CALLS):
         call()
     seconds = (time.perf_counter() - start) / _HOST_CALLS
-    _synchronize(device)
+    synchronize(device)
     return seconds

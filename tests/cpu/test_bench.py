@@ -413,9 +413,9 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(tmp_path, capsys, planted, monk
             raise RuntimeError("an illegal memory access was encountered")
 
     asked: list[str] = []
-    alive = run._alive
-    monkeypatch.setattr(run, "_alive", lambda device, name, row: (asked.append(name), alive(device, name, row)))
-    monkeypatch.setattr(run, "_synchronize", synchronize)
+    alive = run.alive
+    monkeypatch.setattr(run, "alive", lambda device, name, row: (asked.append(name), alive(device, name, row)))
+    monkeypatch.setattr(run, "synchronize", synchronize)
     late = lambda paths: Loaded(  # noqa: E731
         lambda row, inputs: 1 / 0 if row.causal else lambda i: reference(i["q"], i["k"], i["v"], False)
     )
