@@ -33,8 +33,13 @@ def regressions(new: Result, old: Result) -> tuple[list[Result], list[str]]:
     """What fell, row by row, and the names of rows that only one of the results has."""
     before = {row["name"]: row for row in old["rows"]}
     after = {row["name"]: row for row in new["rows"]}
-    drift = _drift(new, old)
-    found = [fall for name, row in after.items() if name in before for fall in _falls(name, row, before[name], drift)]
+    drifts = {"compute": _drift("tflops", new, old), "memory": _drift("gbps", new, old)}
+    found = [
+        fall
+        for name, row in after.items()
+        if name in before
+        for fall in _falls(name, row, before[name], drifts[row.get("bound", "compute")])
+    ]
     return found, sorted(set(before) ^ set(after))
 
 
@@ -66,9 +71,9 @@ def _noise(*facts: Result) -> float:
     return 2 * math.hypot(*(f["uncertainty"] / f["seconds"] for f in facts))
 
 
-def _drift(*results: Result) -> float:
-    """How far apart the rates of the machine lie, over both runs."""
-    rates = [sample["tflops"] for result in results for sample in result["limit"]["samples"]]
+def _drift(rate: str, *results: Result) -> float:
+    """How far apart a rate of the machine lies, over both runs."""
+    rates = [sample[rate] for result in results for sample in result["limit"]["samples"] if rate in sample]
     return 1 - min(rates) / max(rates) if rates else 0.0
 
 

@@ -37,8 +37,12 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     others = parser.add_argument_group("peers", "docs/bench.md says how each is found")
     others.add_argument(
         "--peers", default="all", metavar="P",
-        help="all, none, or a list of cudnn, fa2, fa3, fa4, flex, flashinfer, sdpa (default: all but sdpa on a GPU)",
+        help="all, none, or a list of cudnn, fa2, flash_attn, fa3, fa4, flex, flashinfer, sdpa, efficient, math "
+        "(default: all, which leaves out the last three on a GPU)",
     )  # fmt: skip
+    others.add_argument(
+        "--family", metavar="F", help="hold ours to one family (default: whatever dispatch picks, as a user calls it)"
+    )
     others.add_argument("--fa3", type=Path, metavar="FILE", help="library of FlashAttention 3: its _C.so")
     others.add_argument("--fa4", type=Path, metavar="DIR", help="folder of FlashAttention 4's unpacked wheels")
     parser.add_argument("--host", action="store_true", help="host time of a call as well, at a launch-bound size")
@@ -47,10 +51,13 @@ def add(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fagen import families
     from fagen.bench import compare, peers
 
     target = output.present(args.target)
     chosen = rows_from(args, target)
+    if args.family:
+        families.get(args.family)
     names = peers.chosen(args.peers, "cuda" if target.is_gpu else "cpu")
     old = compare.read(args.compare) if args.compare else None
     if old:
@@ -96,13 +103,14 @@ def _measure(args: argparse.Namespace, target: Target, chosen: list[Row], names:
             name: {"version": here[name].version if name in here else "", "absent": absent.get(name, "")}
             for name in names
         },
-        "limit": {"what": "", "samples": [], "tflops": 0.0}, "rows": [], "host": None,
+        "limit": {"what": "", "samples": [], "tflops": 0.0, "gbps": 0.0}, "rows": [], "host": None,
+        "family": args.family,
         "summary": run.summary([]),
     }  # fmt: skip
     cliutil.say(f"{target}: {len(chosen)} rows, {', '.join([peers.OURS, *here])}")
     for text in report.absent(result["peers"]):
         cliutil.say(text)
-    ahead.build(chosen, target, cliutil.say)
+    ahead.build(chosen, target, cliutil.say, args.family)
 
     def on_row(row: dict[str, Any]) -> None:
         result["rows"].append(row)
@@ -112,12 +120,12 @@ def _measure(args: argparse.Namespace, target: Target, chosen: list[Row], names:
 
     def on_sample(sample: dict[str, Any]) -> None:
         result["limit"]["samples"].append(sample)
-        state = ", ".join(f"{value:.0f} {name}" for name, value in sample.items() if name not in ("when", "tflops"))
-        cliutil.say(f"limit    {report.speed(sample['tflops'])} TFLOP/s{f', {state}' if state else ''}")
+        cliutil.say(f"limit    {report.rates(sample)}")
 
     prepares = {name: loaded.prepare for name, loaded in here.items()}
-    _, machine = run.bench(chosen, prepares, target, settings, on_row=on_row, on_sample=on_sample)
-    result["limit"] |= {"what": machine.what, "tflops": machine.limit()}
+    hooks: dict[str, Any] = {"on_row": on_row, "on_sample": on_sample}
+    _, machine = run.bench(chosen, prepares, target, settings, held=args.family, **hooks)
+    result["limit"] |= {"what": machine.what, **machine.limits()}
     if args.host:
         result["host"] = run.host(_with_sdpa(prepares), target)
     result["complete"] = True

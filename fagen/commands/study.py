@@ -127,7 +127,7 @@ def _measure(args: argparse.Namespace, told: Any, chosen: list[Any], target: Tar
         "format": run.FORMAT, "study": told.name, "title": told.title, "command": output.command(), "date": db.now(),
         "device": target.device, "arch": target.arch, "environment": db.environment(target),
         "settings": vars(settings), "complete": False, "steps": run.described(told),
-        "limit": {"what": "", "samples": [], "tflops": 0.0}, "problems": [], "summary": {},
+        "limit": {"what": "", "samples": [], "tflops": 0.0, "gbps": 0.0}, "problems": [], "summary": {},
     }  # fmt: skip
     cliutil.say(f"{target}: {told.title}; {len(chosen)} problems, {len(told.steps)} steps")
 
@@ -140,7 +140,7 @@ def _measure(args: argparse.Namespace, told: Any, chosen: list[Any], target: Tar
     run.study(told, chosen, target, settings, say=cliutil.say, on_problem=on_problem)
     machine = Machine(target)
     result["limit"]["samples"].append(machine.sample("end"))
-    result["limit"] |= {"what": machine.what, "tflops": machine.limit()}
+    result["limit"] |= {"what": machine.what, **machine.limits()}
     result["complete"] = True
     output.save(args.out, result)
     return result

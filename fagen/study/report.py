@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from fagen.bench.report import aligned, speed
+from fagen.bench.report import aligned, limit, speed
 
 Result = dict[str, Any]
 _SIGNS = {"cannot": "–", "same": "=", "failed": "failed", "wrong": "wrong"}
@@ -61,8 +61,7 @@ def closing(result: Result) -> list[str]:
     every = len(result["problems"])
     found = [f"{why} ({'everywhere' if len(where) == every else ', '.join(where)})" for why, where in reasons.items()]
     if result["limit"]["samples"]:
-        samples = ", ".join(speed(sample["tflops"]) for sample in result["limit"]["samples"])
-        found.append(f"limit: {result['limit']['what']}, {samples} TFLOP/s in the course of the run")
+        found.append(limit(result["limit"]))
     return found
 
 
