@@ -109,7 +109,8 @@ def measured_gpu() -> str:
         f"**`sm80_forward`, tuned, against PyTorch's FlashAttention 2 backend** on an {data['device']}, in TFLOP/s.\n"
         f"bf16, batch x length = 16384, heads x head dim = 2048. {_mean(figures)}\n"
         f"({_versions(data, 'torch', 'driver')});\n"
-        "`fagen bench --problems benchmarks/problems/fa2_rows.toml --family sm80_forward --peers fa2` measures it\nanew.\n"
+        "`fagen bench --problems benchmarks/problems/fa2_rows.toml --family sm80_forward --peers fa2`\n"
+        "measures it anew.\n"
         f"\n{_side_by_side(figures, 'FA2')}"
     )
 
@@ -158,11 +159,10 @@ def measured_cpu() -> str:
     )
 
 
-def measured_study() -> str:
+def measured_study(data: dict[str, Any]) -> str:
     """The steps of `fagen study fa1-fa2-fa3`, what each gains, and their speeds."""
     from fagen.study import report
 
-    data = json.loads((FOLDER.parent / "benchmarks" / "h200_study.json").read_text())
     return (
         f"## {data['title']}\n\nOn an {data['device']}, bf16, batch x length = 16384, heads x head dim = 2048\n"
         f"({_where(data, 'torch', 'driver')}).\n\n{report.markdown(data)}\n"
@@ -171,8 +171,10 @@ def measured_study() -> str:
 
 
 def study() -> str:
-    """The page with its measured figures filled in."""
-    return _filled(FOLDER / "study.md", measured_study())
+    """The page with its measured figures, once there are some."""
+    path = FOLDER.parent / "benchmarks" / "h200_study.json"
+    text = measured_study(json.loads(path.read_text())) if path.is_file() else "Not measured on a GPU yet.\n"
+    return _filled(FOLDER / "study.md", text)
 
 
 def readme() -> str:
@@ -186,7 +188,7 @@ def _filled(page: Path, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
-PAGES = {"knobs.md": knobs, "reference.md": reference, "../README.md": readme}
+PAGES = {"knobs.md": knobs, "reference.md": reference, "study.md": study, "../README.md": readme}
 
 if __name__ == "__main__":
     for file, make in PAGES.items():

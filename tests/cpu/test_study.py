@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -311,7 +313,7 @@ def made(device: str = "NVIDIA H200") -> dict:
         )
     return {
         "title": study.title, "device": device, "steps": run.described(study), "problems": problems,
-        "summary": run.summary(problems), "limit": {"what": "product", "samples": [{"tflops": 700.0}]},
+        "summary": run.summary(problems), "limit": {"what": "product", "samples": [{"tflops": 700.0, "gbps": 4000.0}]},
     }  # fmt: skip
 
 
@@ -331,6 +333,33 @@ def test_the_tables_have_a_line_a_step():
     assert "| more-blocks | 30.0 | 60.0 | 90.0 | 120 | 150 | 180 | 3.00x | 3.00x | 3.00x |" in text
     assert "cannot: ping-pong: it is elsewhere (everywhere)" in text
     assert len(list(csv.DictReader(report.as_csv(result).splitlines()))) == 24 * len(result["steps"])
+
+
+def test_the_page_is_made_from_a_result():
+    path = Path(__file__).parents[2] / "docs" / "tables.py"
+    source = importlib.util.spec_from_file_location("tables", path)
+    tables = importlib.util.module_from_spec(source)
+    source.loader.exec_module(tables)
+    kept = made() | {"environment": {"torch": "2.11", "driver": "580"}, "command": "fagen study fa1-fa2-fa3"}
+    text = tables.measured_study(kept)
+    assert "On an NVIDIA H200" in text
+    assert "`fagen study fa1-fa2-fa3`" in text
+    assert "| more-blocks | 3.00x | 1.50x | 3.00x | 1.50x |" in text
+
+
+def test_a_kept_result_is_shown_once_more(tmp_path, capsys):
+    kept = made() | {"format": run.FORMAT}
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(kept))
+    assert cli.main(["study", "--show", str(path), "--markdown", str(tmp_path / "x.md"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == kept
+    assert "d128 causal, TFLOP/s" in err
+    assert (tmp_path / "x.md").read_text() == report.markdown(kept)
+    assert cli.main(["study", "--show", str(tmp_path / "x.md")]) == 2
+    assert cli.main(["study", STORY, "--show", str(path)]) == 2
+    path.write_text(json.dumps({"format": run.FORMAT, "rows": []}))
+    assert cli.main(["study", "--show", str(path)]) == 2
 
 
 def test_the_plot_has_a_panel_a_series(tmp_path):
