@@ -205,6 +205,8 @@ def load_fa4(paths: Mapping[str, Path]) -> Loaded:
         more = [inside / name for name in ("dsl_packages", "python_packages") if (inside / name).is_dir()]
         sys.path[:0] = [str(path.resolve()) for path in (folder, *more)]
         importlib.invalidate_caches()
+        if two := sys.modules.get("flash_attn"):  # FlashAttention 2's package, which looks into its own folder alone
+            two.__path__.append(str((folder / "flash_attn").resolve()))
     module = _imported("flash_attn.cute.interface", "pip install flash-attn-4, or --fa4 names a folder of its wheels")
     return Loaded(_through_functions(module, unbounded=None), _version("flash-attn-4", "flash_attn_cute"))
 

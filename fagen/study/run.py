@@ -79,7 +79,7 @@ def build(plans: list[Plan], target: Target, say: Callable[[str], None]) -> Buil
             built[key] = builder.build(p.family, p.problem, target, config)
         except FagenError as error:
             built[key] = error
-        if len(built) % max(1, len(work) // 4) == 0:
+        if len(built) % max(1, len(work) // 4) == 0 or len(built) == len(work):
             say(f"compiled {len(built)}/{len(work)}, {time.perf_counter() - start:.0f} s")
 
     with ThreadPoolExecutor(workers) as pool:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -215,6 +216,20 @@ def test_absent_peers_have_a_reason(tmp_path, monkeypatch):
     assert set(absent.values()) == {"it needs a GPU"}
     shown = report.absent({name: {"absent": absent.get(name, "")} for name in names})
     assert shown == ["absent: fa3, fa4, flashinfer, flash_attn, broken: it needs a GPU"]
+
+
+def test_flash_attention_2_and_4_share_a_name(tmp_path, monkeypatch):
+    (tmp_path / "two" / "flash_attn").mkdir(parents=True)
+    (tmp_path / "two" / "flash_attn" / "__init__.py").touch()
+    for path in ("two/flash_attn/flash_attn_interface.py", "four/flash_attn/cute/interface.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("def flash_attn_func(): ...\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "two"), *sys.path])
+    with mock.patch.dict(sys.modules):
+        for module in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+            del sys.modules[module]
+        here, absent = peers.load(["flash_attn", "fa4"], "cuda", {"fa4": tmp_path / "four"})
+    assert (list(here), absent) == (["flash_attn", "fa4"], {})
 
 
 def schema(text: str):
