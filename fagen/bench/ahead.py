@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,8 +35,16 @@ def build(chosen: list[Row], target: Target, say: Callable[[str], None], held: s
         with contextlib.suppress(FagenError):
             make()
 
-    with ThreadPoolExecutor(compile_workers(target.is_gpu)) as pool:
-        list(pool.map(attempt, [*([] if held else [binding.make]), *work.values()]))
+    together(attempt, [*([] if held else [binding.make]), *work.values()], compile_workers(target.is_gpu))
+
+
+def together(do: Callable[[Any], object], jobs: Iterable[Any], workers: int) -> None:
+    """Several at a time; those that have not begun are dropped when the user interrupts."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        list(pool.map(do, jobs))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _wanted(row: Row, target: Target, held: str | None) -> tuple[Family | None, Config | None, bool]:

@@ -16,8 +16,10 @@ from fagen.errors import UsageError
 from fagen.target import Target
 
 
-def add_flags(parser: argparse.ArgumentParser, *, rounds: int, least: float, of: str) -> None:
-    """Those of the clock and of the results."""
+def add_flags(
+    parser: argparse.ArgumentParser, *, rounds: int, least: float, of: str
+) -> tuple[argparse._ArgumentGroup, argparse._ArgumentGroup]:
+    """Those of the clock and of the results; both groups, for more of them."""
     clock = parser.add_argument_group("clock")
     clock.add_argument(
         "--rounds", type=cliutil.count, default=rounds, metavar="N", help=f"at least this many (default: {rounds})"
@@ -31,6 +33,7 @@ def add_flags(parser: argparse.ArgumentParser, *, rounds: int, least: float, of:
     out.add_argument("--markdown", type=Path, metavar="FILE")
     out.add_argument("--csv", type=Path, metavar="FILE")
     out.add_argument("--plot", type=Path, metavar="FILE", help="TFLOP/s as .svg or .png; needs matplotlib")
+    return clock, out
 
 
 def seconds(word: str) -> float:

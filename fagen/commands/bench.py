@@ -15,6 +15,7 @@ from fagen.target import Target
 if TYPE_CHECKING:
     from fagen.bench.rows import Row
 
+INTERRUPTED = 130
 _EXAMPLES = """examples:
   fagen bench                                      the suite `peers` against what is installed; on a CPU a small suite
   fagen bench --suite peers,masks --peers cudnn,fa3,fa4 --fa3 lib/_C.so --fa4 lib/fa4 --out bench.json --plot bench.svg
@@ -45,9 +46,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     )
     others.add_argument("--fa3", type=Path, metavar="FILE", help="library of FlashAttention 3: its _C.so")
     others.add_argument("--fa4", type=Path, metavar="DIR", help="folder of FlashAttention 4's unpacked wheels")
-    parser.add_argument("--host", action="store_true", help="host time of a call as well, at a launch-bound size")
-    output.add_flags(parser, rounds=15, least=0.5, of="row")
-    parser.add_argument("--compare", type=Path, metavar="OLD", help="a result of --out: exit code 1 if rows fell")
+    clock, out = output.add_flags(parser, rounds=15, least=0.5, of="row")
+    clock.add_argument("--host", action="store_true", help="host time of a call as well, at a launch-bound size")
+    out.add_argument("--compare", type=Path, metavar="OLD", help="a result of --out: exit code 1 if rows fell")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +64,15 @@ def run(args: argparse.Namespace) -> int:
     if old:
         compare.require_same(old, target.device)
     output.require(args)
-    result = _measure(args, target, chosen, names)
+    result: dict[str, Any] = {}
+    try:
+        _measure(args, target, chosen, names, result)
+    except KeyboardInterrupt:
+        if not result.get("rows"):
+            raise
+        cliutil.say(f"interrupted after {len(result['rows'])} of {len(chosen)} rows")
+        _report(args, result, None)
+        return INTERRUPTED
     return _report(args, result, old)
 
 
@@ -89,14 +98,17 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
     return found
 
 
-def _measure(args: argparse.Namespace, target: Target, chosen: list[Row], names: list[str]) -> dict[str, Any]:
+def _measure(
+    args: argparse.Namespace, target: Target, chosen: list[Row], names: list[str], result: dict[str, Any]
+) -> None:
+    """Fills the result, row by row."""
     from fagen import db
     from fagen.bench import ahead, peers, report, run
 
     paths = {name: getattr(args, name) for name in ("fa3", "fa4") if getattr(args, name)}
     here, absent = peers.load(names, "cuda" if target.is_gpu else "cpu", paths)
     settings = run.Settings(args.rounds, args.min_time, args.seed)
-    result: dict[str, Any] = {
+    result |= {
         "format": run.FORMAT, "command": output.command(), "date": db.now(), "device": target.device,
         "arch": target.arch, "environment": db.environment(target), "settings": vars(settings), "complete": False,
         "peers": {
@@ -130,7 +142,6 @@ def _measure(args: argparse.Namespace, target: Target, chosen: list[Row], names:
         result["host"] = run.host(_with_sdpa(prepares), target)
     result["complete"] = True
     output.save(args.out, result)
-    return result
 
 
 def _with_sdpa(prepares: dict[str, Any]) -> dict[str, Any]:

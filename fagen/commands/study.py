@@ -11,6 +11,7 @@ from fagen.bench import output
 from fagen.errors import UsageError
 from fagen.target import Target
 
+INTERRUPTED = 130
 _EXAMPLES = """examples:
   fagen study                                      the studies that ship
   fagen study fa1-fa2-fa3 --dry-run                its steps, and what this machine cannot run of them
@@ -58,7 +59,16 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry(args, told, chosen, target)
     output.require(args)
-    return _report(args, _measure(args, told, chosen, target))
+    result: dict[str, Any] = {}
+    try:
+        _measure(args, told, chosen, target, result)
+    except KeyboardInterrupt:
+        if not result.get("problems"):
+            raise
+        cliutil.say(f"interrupted after {len(result['problems'])} of {len(chosen)} problems")
+        _report(args, result)
+        return INTERRUPTED
+    return _report(args, result)
 
 
 def _read(args: argparse.Namespace) -> dict[str, Any]:
@@ -117,13 +127,14 @@ def _dry(args: argparse.Namespace, told: Any, chosen: list[Any], target: Target)
     return 0
 
 
-def _measure(args: argparse.Namespace, told: Any, chosen: list[Any], target: Target) -> dict[str, Any]:
+def _measure(args: argparse.Namespace, told: Any, chosen: list[Any], target: Target, result: dict[str, Any]) -> None:
+    """Fills the result, problem by problem."""
     from fagen import db
     from fagen.bench.machine import Machine
     from fagen.study import report, run
 
     settings = run.Settings(args.rounds, args.min_time, args.seed)
-    result: dict[str, Any] = {
+    result |= {
         "format": run.FORMAT, "study": told.name, "title": told.title, "command": output.command(), "date": db.now(),
         "device": target.device, "arch": target.arch, "environment": db.environment(target),
         "settings": vars(settings), "complete": False, "steps": run.described(told),
@@ -143,7 +154,6 @@ def _measure(args: argparse.Namespace, told: Any, chosen: list[Any], target: Tar
     result["limit"] |= {"what": machine.what, **machine.limits()}
     result["complete"] = True
     output.save(args.out, result)
-    return result
 
 
 def _report(args: argparse.Namespace, result: dict[str, Any]) -> int:

@@ -11,11 +11,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from fagen.bench import run as bench
+from fagen.bench.ahead import together
 from fagen.bench.peers import reason
 from fagen.build import Artifact
 from fagen.errors import FagenError
@@ -82,8 +82,7 @@ def build(plans: list[Plan], target: Target, say: Callable[[str], None]) -> Buil
         if len(built) % max(1, len(work) // 4) == 0 or len(built) == len(work):
             say(f"compiled {len(built)}/{len(work)}, {time.perf_counter() - start:.0f} s")
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(one, work))
+    together(one, work, workers)
     return built
 
 

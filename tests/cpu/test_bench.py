@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import sys
+import time
 import types
 from unittest import mock
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from fagen import cli, masks, target, toolchain, verify
-from fagen.bench import compare, flash, flex, peers, plot, report, rows, run, suites
+from fagen.bench import ahead, compare, flash, flex, peers, plot, report, rows, run, suites
 from fagen.bench.peers import OURS, Cannot, Loaded, Peer
 from fagen.errors import UsageError
 from fagen.problem import INTERVAL_KINDS, Problem
@@ -529,6 +530,42 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(tmp_path, capsys, planted, monk
     result = json.loads(out.read_text())
     assert not result["complete"]
     assert [row["problem"]["mask"] for row in result["rows"]] == ["none", "none"]
+
+
+@needs_cxx
+def test_an_interrupted_run_shows_what_it_had(tmp_path, capsys, monkeypatch):
+    one, seen = run._row, []
+
+    def interrupted(*args):
+        seen.append(1)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        return one(*args)
+
+    monkeypatch.setattr(run, "_row", interrupted)
+    files = [tmp_path / "x.json", tmp_path / "x.md"]
+    words = ["--peers", "sdpa", "--out", str(files[0]), "--markdown", str(files[1]), "--compare", str(files[0])]
+    files[0].write_text(json.dumps(made({"fagen": 1}) | {"device": target.host().device}))
+    assert cli.main(["bench", *TINY, *QUICK, *words]) == 130
+    err = capsys.readouterr().err
+    assert "interrupted after 1 of 4 rows" in err
+    result = json.loads(files[0].read_text())
+    assert (len(result["rows"]), result["complete"]) == (1, False)
+    assert result["rows"][0]["name"] in files[1].read_text()
+
+
+def test_an_interrupt_drops_what_has_not_begun():
+    begun = []
+
+    def job(n):
+        begun.append(n)
+        if n == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+
+    with pytest.raises(KeyboardInterrupt):
+        ahead.together(job, range(1000), 1)
+    assert len(begun) < 1000
 
 
 @needs_cxx

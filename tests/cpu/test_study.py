@@ -293,6 +293,27 @@ def test_a_step_that_is_wrong_or_does_not_build_is_not_timed(tmp_path, capsys, m
     assert "wrong: rows-outside: out: error 1, bound 0.1 (everywhere)" in err
 
 
+@needs_cxx
+def test_an_interrupted_run_shows_what_it_had(tmp_path, capsys, monkeypatch):
+    one, seen = run._problem, []
+
+    def interrupted(*args):
+        seen.append(1)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        return one(*args)
+
+    monkeypatch.setattr(run, "_problem", interrupted)
+    words = [*TINY, "--steps", "rows-outside,tuned", "--out", str(tmp_path / "x.json"), "--json"]
+    assert cli.main(["study", STORY, *words]) == 130
+    out, err = capsys.readouterr()
+    assert "interrupted after 1 of 2 problems" in err
+    assert "d16 full, TFLOP/s" in err
+    result = json.loads(out)
+    assert result == json.loads((tmp_path / "x.json").read_text())
+    assert (len(result["problems"]), result["complete"]) == (1, False)
+
+
 # ---- figures and the picture ----------------------------------------------------------------------------------------
 
 
