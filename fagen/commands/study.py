@@ -41,7 +41,8 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--show", type=Path, metavar="FILE", help="report a result of --out, and measure nothing")
     sizes = parser.add_argument_group("problems", "in place of the study's own")
     for name, text in _SIZES.items():
-        sizes.add_argument("--" + name.replace("_", "-"), metavar="LIST", help=text)
+        metavar = "N" if name in ("tokens", "hidden") else "T" if name == "dtype" else "LIST"
+        sizes.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
     output.add_flags(parser, rounds=11, least=0.2, of="problem")
 
 

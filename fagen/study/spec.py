@@ -131,7 +131,7 @@ def problems(study: Study, given: Mapping[str, Any]) -> list[Problem]:
             f"study {study.name} does not say {missing[0]}", remedy=f"add --{missing[0].replace('_', '-')}"
         )
     sizes = {**study.sizes, **given}
-    tokens, hidden = (cliutil.sizes(sizes[name])[0] for name in ("tokens", "hidden"))
+    tokens, hidden = (_one(name, sizes[name]) for name in ("tokens", "hidden"))
     dtype = str(sizes["dtype"])
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown", f"known: {', '.join(DTYPES)}")
@@ -141,6 +141,13 @@ def problems(study: Study, given: Mapping[str, Any]) -> list[Problem]:
             raise UsageError(f"mask {mask!r} is not studied", f"known: {', '.join(MASKS)}")
     dims, lengths = cliutil.head_dims(sizes["head_dim"]), cliutil.sizes(sizes["seqlen"])
     return [_problem(dtype, dim, mask, length, tokens, hidden) for dim in dims for mask in masks for length in lengths]
+
+
+def _one(name: str, value: Any) -> int:
+    found = cliutil.sizes(value)
+    if len(found) != 1:
+        raise UsageError(f"{name} {value!r} are {len(found)} sizes", "there is one for all problems")
+    return found[0]
 
 
 def _list(value: Any) -> list[Any]:

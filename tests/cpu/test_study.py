@@ -17,6 +17,7 @@ from fagen.study import plan, plot, report, run, spec
 GPU, AMPERE, HOST = target.known("sm_90"), target.known("sm_80"), target.host()
 needs_cxx = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
 TINY = "--target cpu --head-dim 16 --seqlen 64 --tokens 128 --hidden 32 --rounds 3 --min-time 0.01".split()
+ROOT = Path(__file__).parents[2]
 STORY = "fa1-fa2-fa3"
 
 
@@ -143,6 +144,7 @@ config = { schedule = "blocked" }
         (("tokens = 64", "token = 64"), "unknown key 'token'"),
         (("tokens = 64", ""), "does not say tokens"),
         (("tokens = 64", "tokens = 32"), "less than 64"),
+        (("tokens = 64", "tokens = [64, 128]"), "2 sizes"),
         (('mask = "none"', 'mask = "window"'), "not studied"),
         (('name = "one"', 'name = "one"\nvariant = "nothing"'), "there is no template cpu/nothing.cpp.j2"),
         (('name = "one"', 'name = "one"\ntiles.fast = []'), "tiles of fast"),
@@ -186,6 +188,17 @@ family = "cpu_forward"
     assert three.config["schedule"] == "dynamic"
     assert three.causal == {}, "what a step says holds under a mask as well"
     assert (four.config, four.causal, four.tiles) == ({}, {}, {})
+
+
+def test_the_example_of_the_page(tmp_path):
+    page = (ROOT / "docs" / "study.md").read_text()
+    path = tmp_path / "mine.toml"
+    path.write_text(page.partition("```toml mine\n")[2].partition("```")[0])
+    study = spec.load(str(path), gpu=True)
+    for problem in spec.problems(study, {}):
+        shared, registers = plan.plan(study, problem, GPU)
+        assert {c["q_source"] for c in shared.configs} == {"shared"}
+        assert {c["q_source"] for c in registers.configs} == {"registers"}
 
 
 @pytest.mark.parametrize(
@@ -357,8 +370,7 @@ def test_the_tables_have_a_line_a_step():
 
 
 def test_the_page_is_made_from_a_result():
-    path = Path(__file__).parents[2] / "docs" / "tables.py"
-    source = importlib.util.spec_from_file_location("tables", path)
+    source = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
     tables = importlib.util.module_from_spec(source)
     source.loader.exec_module(tables)
     kept = made() | {"environment": {"torch": "2.11", "driver": "580"}, "command": "fagen study fa1-fa2-fa3"}
