@@ -29,7 +29,7 @@ def _cell(row: Result, name: str) -> str:
     if "tflops" not in facts:
         return facts.get("outcome", "–") if facts.get("outcome") == "wrong" or name == OURS else "–"
     mark = NOT_OURS if name == OURS and row["choice"].get("served_by") == "torch" else ""
-    return (f"{facts['gbps']:.0f}" if row["bound"] == "memory" else speed(facts["tflops"])) + mark
+    return speed(facts["gbps" if row["bound"] == "memory" else "tflops"]) + mark
 
 
 def ratio(value: float | None) -> str:
