@@ -64,8 +64,9 @@ def _results(name: str, pick: Callable[[dict[str, Any]], tuple[float, float]]) -
     data = json.loads((FOLDER.parent / "benchmarks" / name).read_text())
     figures = {}
     for row in data["rows"]:
-        found = re.search(r"/d(\d+)/(\w+)/.*/q(\d+)-", row["problem"])
-        assert found, row["problem"]
+        key = row.get("key") or row["problem"]
+        found = re.search(r"/d(\d+)/(\w+)/.*/q(\d+)-", key)
+        assert found, key
         figures[int(found[1]), int(found[3]), found[2]] = pick(row)
     return data, figures
 
@@ -88,17 +89,29 @@ def _mean(figures: Figures) -> str:
     return f"Geometric mean of the ratios {mean:.2f}x, from {min(ratios):.2f}x to {max(ratios):.2f}x"
 
 
+def _versions(data: dict[str, Any], *tools: str) -> str:
+    return ", ".join(f"{tool} {data['environment'][tool]}" for tool in tools)
+
+
 def _where(data: dict[str, Any], *tools: str) -> str:
-    versions = (f"{tool} {data['environment'][tool]}" for tool in tools)
-    return f"{', '.join(versions)};\n`{data['command']}`"
+    return f"{_versions(data, *tools)};\n`{data['command']}`"
+
+
+def _against_fa2(row: dict[str, Any]) -> tuple[float, float]:
+    """TFLOP/s of both, in the bench's layout or in that of the script that was before it."""
+    found = row.get("participants", row)
+    return found["fagen"]["tflops"], found["fa2"]["tflops"]
 
 
 def measured_gpu() -> str:
-    data, figures = _results("h200_fa2_rows.json", lambda row: (row["fagen"]["tflops"], row["fa2"]["tflops"]))
+    data, figures = _results("h200_fa2_rows.json", _against_fa2)
     return (
         f"**`sm80_forward`, tuned, against PyTorch's FlashAttention 2 backend** on an {data['device']}, in TFLOP/s.\n"
         f"bf16, batch x length = 16384, heads x head dim = 2048. {_mean(figures)}\n"
-        f"({_where(data, 'torch', 'driver')}).\n\n{_side_by_side(figures, 'FA2')}"
+        f"({_versions(data, 'torch', 'driver')});\n"
+        "`fagen bench --problems benchmarks/problems/fa2_rows.toml --family sm80_forward --peers fa2`\n"
+        "measures it anew.\n"
+        f"\n{_side_by_side(figures, 'FA2')}"
     )
 
 
@@ -146,11 +159,33 @@ def measured_cpu() -> str:
     )
 
 
+def measured_study(data: dict[str, Any]) -> str:
+    """The steps of `fagen study fa1-fa2-fa3`, what each gains, and their speeds."""
+    from fagen.study import report
+
+    return (
+        f"## {data['title']}\n\nOn an {data['device']}, bf16, batch x length = 16384, heads x head dim = 2048\n"
+        f"({_where(data, 'torch', 'driver')}).\n\n{report.markdown(data)}\n"
+        "![TFLOP/s from step to step](img/study.svg)\n"
+    )
+
+
+def study() -> str:
+    """The page with its measured figures, once there are some."""
+    path = FOLDER.parent / "benchmarks" / "h200_study.json"
+    text = measured_study(json.loads(path.read_text())) if path.is_file() else "Not measured on a GPU yet.\n"
+    return _filled(FOLDER / "study.md", text)
+
+
 def readme() -> str:
     """The README with its measured figures filled in."""
+    return _filled(FOLDER.parent / "README.md", f"{measured_gpu()}\n{measured_hopper()}\n{measured_cpu()}")
+
+
+def _filled(page: Path, text: str) -> str:
     begin, end = "<!-- measured: begin -->\n", "<!-- measured: end -->"
-    before, _, rest = (FOLDER.parent / "README.md").read_text().partition(begin)
-    return f"{before}{begin}\n{measured_gpu()}\n{measured_hopper()}\n{measured_cpu()}\n{end}{rest.partition(end)[2]}"
+    before, _, rest = page.read_text().partition(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
 def simulated(name: str) -> str:
@@ -183,7 +218,7 @@ def search() -> str:
     return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
-PAGES = {"search.md": search, "knobs.md": knobs, "reference.md": reference, "../README.md": readme}
+PAGES = {"search.md": search, "study.md": study, "knobs.md": knobs, "reference.md": reference, "../README.md": readme}
 
 if __name__ == "__main__":
     for file, make in PAGES.items():

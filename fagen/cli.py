@@ -16,6 +16,7 @@ from fagen.errors import FagenError, MissingTool
 VERBS = {
     "tune": "find the fastest kernel for these problems on this machine",
     "bench": "measure against the other attention libraries that are installed here",
+    "study": "tell a story in steps of a few knobs each, measured in one run",
     "explain": "say which kernel a problem gets here, and why no other",
     "build": "compile kernels ahead of their first use",
     "emit": "write a kernel as files that need neither Python nor torch",

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fagen.bench.rows import Row
 from fagen.errors import FagenError
+from fagen.families import Config, Family
 from fagen.target import Target
 
 
-def build(chosen: list[Row], target: Target, say: Callable[[str], None]) -> None:
-    """What fails here fails again, and is told, when its row calls it."""
-    from fagen import binding, dispatch
+def build(chosen: list[Row], target: Target, say: Callable[[str], None], held: str | None = None) -> None:
+    """What fails here fails again, and is told, when its row calls it. `held` is the one family that ours may take."""
+    from fagen import binding
     from fagen import build as builder
     from fagen.tuner.workers import compile_workers
 
     work: dict[Any, Callable[[], object]] = {}
     seconds = 0.0
     for row in chosen:
-        report = dispatch.explain_problem(row.problem, target)
-        family, config = report.choice.family, report.choice.config
-        if family is not None and config is not None and not report.built:
+        family, config, built = _wanted(row, target, held)
+        if family is not None and config is not None and not built:
             key = family.name, row.problem.static_key, config
             seconds = max(seconds, builder.expected_seconds(family, target))
             work[key] = functools.partial(builder.build, family, row.problem, target, config)
@@ -35,5 +35,30 @@ def build(chosen: list[Row], target: Target, say: Callable[[str], None]) -> None
         with contextlib.suppress(FagenError):
             make()
 
-    with ThreadPoolExecutor(compile_workers(target.is_gpu)) as pool:
-        list(pool.map(attempt, [binding.make, *work.values()]))
+    together(attempt, [*([] if held else [binding.make]), *work.values()], compile_workers(target.is_gpu))
+
+
+def together(do: Callable[[Any], object], jobs: Iterable[Any], workers: int) -> None:
+    """Several at a time; those that have not begun are dropped when the user interrupts."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        list(pool.map(do, jobs))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _wanted(row: Row, target: Target, held: str | None) -> tuple[Family | None, Config | None, bool]:
+    """What serves the row, and whether it is built."""
+    from fagen import build as builder
+    from fagen import dispatch
+    from fagen.bench import family
+    from fagen.bench.peers import Cannot
+
+    if held is None:
+        report = dispatch.explain_problem(row.problem, target)
+        return report.choice.family, report.choice.config, bool(report.built)
+    try:
+        picked, config, _ = family.pick(row.problem, target, held)
+        return picked, config, builder.lookup(picked, row.problem, target, config) is not None
+    except (Cannot, FagenError):
+        return None, None, False

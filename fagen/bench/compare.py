@@ -6,11 +6,11 @@ counts as noise as well.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from fagen.bench import output
 from fagen.bench.peers import OURS
 from fagen.bench.run import FORMAT, compared
 from fagen.errors import UsageError
@@ -21,13 +21,7 @@ MOST = 0.5  # what fell further is told, however loud the machine was
 
 
 def read(path: Path) -> Result:
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"result {path} cannot be read", str(error).splitlines()[0]) from error
-    if not isinstance(result, dict) or result.get("format") != FORMAT or "rows" not in result:
-        raise UsageError(f"result {path} is not of this format", f"it must be what --out writes, format {FORMAT}")
-    return result
+    return output.read(path, FORMAT, "rows")
 
 
 def require_same(old: Result, device: str) -> None:
@@ -39,8 +33,13 @@ def regressions(new: Result, old: Result) -> tuple[list[Result], list[str]]:
     """What fell, row by row, and the names of rows that only one of the results has."""
     before = {row["name"]: row for row in old["rows"]}
     after = {row["name"]: row for row in new["rows"]}
-    drift = _drift(new, old)
-    found = [fall for name, row in after.items() if name in before for fall in _falls(name, row, before[name], drift)]
+    drifts = {"compute": _drift("tflops", new, old), "memory": _drift("gbps", new, old)}
+    found = [
+        fall
+        for name, row in after.items()
+        if name in before
+        for fall in _falls(name, row, before[name], drifts[row.get("bound", "compute")])
+    ]
     return found, sorted(set(before) ^ set(after))
 
 
@@ -72,9 +71,9 @@ def _noise(*facts: Result) -> float:
     return 2 * math.hypot(*(f["uncertainty"] / f["seconds"] for f in facts))
 
 
-def _drift(*results: Result) -> float:
-    """How far apart the rates of the machine lie, over both runs."""
-    rates = [sample["tflops"] for result in results for sample in result["limit"]["samples"]]
+def _drift(rate: str, *results: Result) -> float:
+    """How far apart a rate of the machine lies, over both runs."""
+    rates = [sample[rate] for result in results for sample in result["limit"]["samples"] if rate in sample]
     return 1 - min(rates) / max(rates) if rates else 0.0
 
 

@@ -1,9 +1,10 @@
-"""FlashAttention 3 and 4 and FlashInfer, each by whatever way it is installed."""
+"""FlashAttention 2, 3 and 4 and FlashInfer, each by whatever way it is installed."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -37,13 +38,21 @@ def _version(*packages: str) -> str:
     return ""
 
 
-def _require(row: Row, *, softcap: bool = True) -> None:
-    """What none of these has: ALiBi (in their forward for Hopper), and intervals other than packed documents."""
+def _imported(name: str, get: str) -> Any:
+    """A module, or how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise Absent(f"{name} cannot be imported: there is no {error.name}; {get}") from error
+
+
+def _require(row: Row) -> None:
+    """What none of these has: float32, ALiBi as a tensor on Hopper, intervals other than packed documents."""
     p = row.problem
+    if p.dtype not in ("fp16", "bf16"):
+        raise Cannot(f"it has no {p.dtype}")
     if p.alibi:
         raise Cannot("it has no ALiBi")
-    if p.softcap and not softcap:
-        raise Cannot("it has no softcap")
     if p.mask == "intervals" and not row.documents:
         raise Cannot("it has no such mask")
 
@@ -81,7 +90,10 @@ def load_fa3(paths: Mapping[str, Path]) -> Loaded:
         return Loaded(_through_functions(module, unbounded=-1), version)
     if hasattr(torch.ops.flash_attn_3, "fwd"):
         return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), version)
-    raise Absent("flash_attn_interface cannot be imported, and --fa3 names no library")
+    raise Absent(
+        "flash_attn_interface cannot be imported, and --fa3 names no library; "
+        "install the folder hopper of the flash-attention repository, or name its built _C.so"
+    )
 
 
 def _load_library(path: Path) -> None:
@@ -178,6 +190,12 @@ def _through_functions(module: Any, unbounded: int | None) -> Prepare:
     return prepare
 
 
+def load_flash_attn(paths: Mapping[str, Path]) -> Loaded:
+    """The package of FlashAttention 2; FlashAttention 4's shares its name, and lacks these functions."""
+    module = _imported("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation")
+    return Loaded(_through_functions(module, unbounded=-1), _version("flash-attn", "flash_attn"))
+
+
 def load_fa4(paths: Mapping[str, Path]) -> Loaded:
     """`--fa4 DIR` is a folder of unpacked wheels, the CUTLASS DSL's own packages in it."""
     if folder := paths.get("fa4"):
@@ -187,10 +205,9 @@ def load_fa4(paths: Mapping[str, Path]) -> Loaded:
         more = [inside / name for name in ("dsl_packages", "python_packages") if (inside / name).is_dir()]
         sys.path[:0] = [str(path.resolve()) for path in (folder, *more)]
         importlib.invalidate_caches()
-    try:
-        module = importlib.import_module("flash_attn.cute.interface")
-    except ModuleNotFoundError as error:
-        raise Absent(f"flash_attn.cute cannot be imported: there is no {error.name}") from error
+        if two := sys.modules.get("flash_attn"):  # FlashAttention 2's package, which looks into its own folder alone
+            two.__path__.append(str((folder / "flash_attn").resolve()))
+    module = _imported("flash_attn.cute.interface", "pip install flash-attn-4, or --fa4 names a folder of its wheels")
     return Loaded(_through_functions(module, unbounded=None), _version("flash-attn-4", "flash_attn_cute"))
 
 
@@ -198,26 +215,36 @@ def load_fa4(paths: Mapping[str, Path]) -> Loaded:
 
 
 def load_flashinfer(paths: Mapping[str, Path]) -> Loaded:
-    try:
-        flashinfer = importlib.import_module("flashinfer")
-    except ModuleNotFoundError as error:
-        raise Absent(f"flashinfer cannot be imported: there is no {error.name}") from error
+    return Loaded(
+        through_flashinfer(_imported("flashinfer", "pip install flashinfer-python")), _version("flashinfer-python")
+    )
+
+
+def through_flashinfer(flashinfer: Any) -> Prepare:
+    """One sequence by its function for one, several or packed documents by its ragged prefill."""
 
     def prepare(row: Row, inputs: Inputs) -> Serve:
         _require(row)
-        wrapper = _planned(flashinfer, row, inputs)
+        p = row.problem
+        if p.window_right > 0 or (p.window_left >= 0 and not row.causal):
+            raise Cannot("it has no window right of the diagonal")
+        given: dict[str, Any] = {
+            "causal": row.causal, "window_left": p.window_left, "logits_soft_cap": inputs["semantics"].softcap or None
+        }  # fmt: skip
+        if p.batch == 1 and not row.documents:
+            single = functools.partial(flashinfer.single_prefill_with_kv_cache, kv_layout="NHD", **given)
+            return lambda i: single(i["q"][0], i["k"][0], i["v"][0])[None]
+        wrapper = _planned(flashinfer, row, inputs, given)
         return lambda i: wrapper.run(_packed(i["q"]), _packed(i["k"]), _packed(i["v"])).view_as(i["out"])
 
-    return Loaded(prepare, _version("flashinfer-python"))
+    return prepare
 
 
-def _planned(flashinfer: Any, row: Row, inputs: Inputs) -> Any:
+def _planned(flashinfer: Any, row: Row, inputs: Inputs, given: dict[str, Any]) -> Any:
     """Its ragged prefill; the plan is made ahead, as its users make it once for all layers."""
     import torch
 
     p, device = row.problem, inputs["q"].device
-    if p.window_right > 0 or (p.window_left >= 0 and not row.causal):
-        raise Cannot("it has no window right of the diagonal")
     if row.documents:
         of_q = of_k = _lengths(row, device)
     else:
@@ -226,7 +253,6 @@ def _planned(flashinfer: Any, row: Row, inputs: Inputs) -> Any:
     workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device)
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
     wrapper.plan(
-        of_q, of_k, p.heads, p.kv_heads, p.head_dim, head_dim_vo=p.head_dim_v, causal=row.causal,
-        window_left=p.window_left, logits_soft_cap=inputs["semantics"].softcap or None, q_data_type=inputs["q"].dtype,
+        of_q, of_k, p.heads, p.kv_heads, p.head_dim, head_dim_vo=p.head_dim_v, q_data_type=inputs["q"].dtype, **given
     )  # fmt: skip
     return wrapper

@@ -1,7 +1,9 @@
-"""What the machine itself can do, and the state it is in: the rate of matrix products, clocks, power, temperature."""
+"""What the machine itself can do, and the state it is in: matrix products, copies, clocks, power, temperature."""
 
 from __future__ import annotations
 
+import functools
+import statistics
 from typing import TYPE_CHECKING, Any
 
 from fagen import nvml as nvml_of
@@ -11,12 +13,13 @@ if TYPE_CHECKING:
     import torch
 
 _SIZES = {"cuda": (8192, "bfloat16"), "cpu": (1024, "float32")}
+_COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # far more than any cache holds
 _ROUNDS, _SECONDS = 15, 0.3
 _UNDER_LOAD = 100  # products that are under way while the clocks are read
 
 
 class Machine:
-    """The rate of a square matrix product, sampled in the course of a run as the rows are timed."""
+    """The rates of a square matrix product and of a copy, sampled in the course of a run as the rows are timed."""
 
     def __init__(self, target: Target) -> None:
         import torch
@@ -36,11 +39,19 @@ class Machine:
     def sample(self, when: str) -> dict[str, Any]:
         from fagen import measure
 
-        seconds = measure.time_calls(
-            {"product": self._product}, device=self.device, rounds=_ROUNDS, min_seconds=_SECONDS
-        )["product"].median
-        self.samples.append({"when": when, "tflops": 2 * self.size**3 / seconds / 1e12, **self._state()})
+        clock = functools.partial(measure.time_calls, device=self.device, rounds=_ROUNDS, min_seconds=_SECONDS)
+        product = clock({"product": self._product})["product"].median
+        found = {"when": when, "tflops": 2 * self.size**3 / product / 1e12, "gbps": self._bandwidth(clock)}
+        self.samples.append(found | self._state())
         return self.samples[-1]
+
+    def _bandwidth(self, clock: Any) -> float:
+        """GB/s of a copy, read and written; its memory is only held meanwhile."""
+        import torch
+
+        size = _COPY_BYTES[self.device]
+        source, target = (torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(2))
+        return 2 * size / clock({"copy": functools.partial(target.copy_, source)})["copy"].median / 1e9
 
     def _state(self) -> dict[str, Any]:
         if self.device == "cpu":
@@ -57,11 +68,15 @@ class Machine:
     def what(self) -> str:
         return f"{self.dtype} matrix product {self.size}x{self.size}x{self.size}"
 
-    def limit(self) -> float:
-        """TFLOP/s: the median of the samples."""
-        import statistics
+    def limits(self) -> dict[str, float]:
+        """TFLOP/s and GB/s: the medians of the samples."""
+        return {name: statistics.median(sample[name] for sample in self.samples) for name in ("tflops", "gbps")}
 
-        return statistics.median(sample["tflops"] for sample in self.samples)
+    def least_seconds(self, flops: float, moved: float) -> tuple[float, str]:
+        """The least time for so many FLOPs and bytes, and which of the two takes it."""
+        rates = self.limits()
+        compute, memory = flops / rates["tflops"] / 1e12, moved / rates["gbps"] / 1e9
+        return max((compute, "compute"), (memory, "memory"))
 
 
 # our names of the driver's readings

@@ -55,13 +55,16 @@ class Peer:
 PEERS = {
     "cudnn": Peer("cuDNN (SDPA)", ("cuda",), "fagen.bench.peers:load_cudnn"),
     "fa2": Peer("FlashAttention 2 (SDPA)", ("cuda",), "fagen.bench.peers:load_fa2"),
+    "flash_attn": Peer("FlashAttention 2 (flash_attn)", ("cuda",), "fagen.bench.flash:load_flash_attn"),
     "fa3": Peer("FlashAttention 3", ("cuda",), "fagen.bench.flash:load_fa3"),
     "fa4": Peer("FlashAttention 4", ("cuda",), "fagen.bench.flash:load_fa4"),
     "flex": Peer("FlexAttention", ("cuda",), "fagen.bench.flex:load"),
     "flashinfer": Peer("FlashInfer", ("cuda",), "fagen.bench.flash:load_flashinfer"),
     "sdpa": Peer("SDPA, torch's choice", ("cuda", "cpu"), "fagen.bench.peers:load_sdpa"),
+    "efficient": Peer("memory-efficient (SDPA)", ("cuda",), "fagen.bench.peers:load_efficient"),
+    "math": Peer("math (SDPA)", ("cuda", "cpu"), "fagen.bench.peers:load_math"),
 }
-_ALL = {"cuda": ("cudnn", "fa2", "fa3", "fa4", "flex", "flashinfer"), "cpu": ("sdpa",)}
+_ALL = {"cuda": ("cudnn", "fa2", "flash_attn", "fa3", "fa4", "flex", "flashinfer"), "cpu": ("sdpa",)}
 
 
 def chosen(words: str, device: str) -> list[str]:
@@ -138,7 +141,7 @@ def load_cudnn(paths: Mapping[str, Path]) -> Loaded:
 
     version = torch.backends.cudnn.version()
     if version is None:
-        raise Absent("torch was built without cuDNN")
+        raise Absent("torch was built without cuDNN; torch for CUDA has it")
     return Loaded(_through_sdpa("CUDNN_ATTENTION"), str(version))
 
 
@@ -146,6 +149,18 @@ def load_fa2(paths: Mapping[str, Path]) -> Loaded:
     import torch
 
     return Loaded(_through_sdpa("FLASH_ATTENTION"), f"torch {torch.__version__}")
+
+
+def load_efficient(paths: Mapping[str, Path]) -> Loaded:
+    import torch
+
+    return Loaded(_through_sdpa("EFFICIENT_ATTENTION"), f"torch {torch.__version__}")
+
+
+def load_math(paths: Mapping[str, Path]) -> Loaded:
+    import torch
+
+    return Loaded(_through_sdpa("MATH"), f"torch {torch.__version__}")
 
 
 def load_sdpa(paths: Mapping[str, Path]) -> Loaded:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,28 @@ def require() -> None:
         raise MissingTool("--plot needs the package matplotlib", remedy="pip install matplotlib")
 
 
-def draw(result: dict[str, Any], out: Path) -> None:
+@contextlib.contextmanager
+def figures() -> Iterator[Any]:
+    """matplotlib.pyplot, without a display, for files that are the same each time; what it opened is closed."""
     require()
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "fagen", "svg.fonttype": "none", "font.family": "sans-serif"})
-    from matplotlib import pyplot
+    with matplotlib.rc_context({"svg.hashsalt": "fagen", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        from matplotlib import pyplot
 
+        try:
+            yield pyplot
+        finally:
+            pyplot.close("all")
+
+
+def draw(result: dict[str, Any], out: Path) -> None:
+    with figures() as pyplot:
+        _draw(result, out, pyplot)
+
+
+def _draw(result: dict[str, Any], out: Path, pyplot: Any) -> None:
     names, panels, single = participants(result), *_panels(result)
     width = min(_COLUMNS, max(1, len(panels)))
     lines = -(-len(panels) // width)
@@ -46,7 +62,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
         axes.append(figure.add_subplot(grid[lines, :]))
         _bars(axes[-1], single, names, result["limit"]["tflops"])
     for i, axis in enumerate(axes):
-        _plain(axis)
+        plain(axis)
         if i % width == 0 or axis is axes[-1]:
             axis.set_ylabel("TFLOP/s", fontsize=8)
     known: dict[str, Any] = {}
@@ -58,7 +74,6 @@ def draw(result: dict[str, Any], out: Path) -> None:
         known.values(), known.keys(), loc="outside lower right", ncols=max(1, len(known)), fontsize=8, frameon=False
     )
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-    pyplot.close(figure)
 
 
 def _panels(result: dict[str, Any]) -> tuple[dict[str, list[Any]], list[Any]]:
@@ -104,7 +119,7 @@ def _bars(axis: Any, rows: list[Any], names: list[str], limit: float) -> None:
     axis.set_title("one length each; dotted: the matrix product's rate", fontsize=8.5, loc="left")
 
 
-def _plain(axis: Any) -> None:
+def plain(axis: Any) -> None:
     axis.tick_params(labelsize=7.5)
     axis.set_axisbelow(True)
     axis.grid(axis="y", linewidth=0.4, color="#dddddd")

@@ -17,12 +17,19 @@ def speed(tflops: float) -> str:
     return f"{tflops:.{0 if tflops >= 100 else 1 if tflops >= 10 else 2 if tflops >= 1 else 3}f}"
 
 
+def rates(sample: Result) -> str:
+    """The machine's, and the state it was in."""
+    state = [f"{value:.0f} {name}" for name, value in sample.items() if name not in ("when", "tflops", "gbps")]
+    return ", ".join([f"{speed(sample['tflops'])} TFLOP/s", f"{sample['gbps']:.0f} GB/s", *state])
+
+
 def _cell(row: Result, name: str) -> str:
+    """TFLOP/s, or GB/s of a row that memory bounds."""
     facts = row["participants"].get(name, {})
     if "tflops" not in facts:
         return facts.get("outcome", "–") if facts.get("outcome") == "wrong" or name == OURS else "–"
     mark = NOT_OURS if name == OURS and row["choice"].get("served_by") == "torch" else ""
-    return speed(facts["tflops"]) + mark
+    return speed(facts["gbps" if row["bound"] == "memory" else "tflops"]) + mark
 
 
 def ratio(value: float | None) -> str:
@@ -34,24 +41,33 @@ def participants(result: Result) -> list[str]:
     return [OURS, *(name for name, facts in result["peers"].items() if not facts["absent"])]
 
 
-def lines(result: Result) -> list[tuple[str, ...]]:
-    """The head and a line a row: name, TFLOP/s of each participant, the ratio to the best peer, share of the limit."""
+UNITS = {"compute": "TFLOP/s", "memory": "GB/s, memory-bound"}
+
+
+def lines(result: Result, bound: str) -> list[tuple[str, ...]]:
+    """The head and a line a row of a bound: name, speed of each participant, ratio to the best peer, share of limit."""
     names = participants(result)
-    found: list[tuple[str, ...]] = [("TFLOP/s", *names, "ratio", "of limit")]
+    found: list[tuple[str, ...]] = [(UNITS[bound], *names, "ratio", "of limit")]
     for row in result["rows"]:
-        share = row["participants"][OURS].get("share")
-        cells = [_cell(row, name) for name in names]
-        found.append((row["name"], *cells, ratio(row["ratio"]), f"{share:.0%}" if share else "–"))
+        if row["bound"] == bound:
+            share = row["participants"][OURS].get("share")
+            cells = [_cell(row, name) for name in names]
+            found.append((row["name"], *cells, ratio(row["ratio"]), f"{share:.0%}" if share else "–"))
     return found
+
+
+def _by_bound(result: Result) -> list[list[tuple[str, ...]]]:
+    return [found for bound in UNITS if len(found := lines(result, bound)) > 1]
 
 
 def line(row: Result, names: list[str]) -> str:
     """A row while the run goes on."""
     cells = "  ".join(f"{name} {_cell(row, name)}" for name in names)
-    return f"{row['name']:<44}  {cells}  {ratio(row['ratio'])}"
+    unit = " GB/s" if row["bound"] == "memory" else ""
+    return f"{row['name']:<44}  {cells}{unit}  {ratio(row['ratio'])}"
 
 
-def _aligned(cells: list[tuple[str, ...]]) -> str:
+def aligned(cells: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     text = [
         "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=True))]) for r in cells
@@ -60,7 +76,7 @@ def _aligned(cells: list[tuple[str, ...]]) -> str:
 
 
 def table(result: Result) -> str:
-    return _aligned(lines(result)) if result["rows"] else ""
+    return "\n\n".join(map(aligned, _by_bound(result)))
 
 
 def closing(result: Result) -> list[str]:
@@ -73,8 +89,7 @@ def closing(result: Result) -> list[str]:
             f"ahead on {summary['ahead']}, worst {ratio(worst['ratio'])} ({worst['name']})"
         )
     if result["limit"]["samples"]:
-        samples = ", ".join(speed(sample["tflops"]) for sample in result["limit"]["samples"])
-        found.append(f"limit: {result['limit']['what']}, {samples} TFLOP/s in the course of the run")
+        found.append(limit(result["limit"]))
     if summary["ours_by_torch"]:
         found.append(f"{NOT_OURS} no kernel of ours, PyTorch computed: {', '.join(summary['ours_by_torch'])}")
     for row in result["rows"]:
@@ -82,6 +97,13 @@ def closing(result: Result) -> list[str]:
             if facts["outcome"] == "wrong" or (name == OURS and facts["outcome"] != "ok"):
                 found.append(f"{facts['outcome']}: {name} on {row['name']}: {facts.get('reason', '')}")
     return found + _eager(result["rows"]) + absent(result["peers"])
+
+
+def limit(found: Result) -> str:
+    """The machine's own rates in the course of the run."""
+    product = ", ".join(speed(sample["tflops"]) for sample in found["samples"])
+    copies = ", ".join(f"{sample['gbps']:.0f}" for sample in found["samples"] if "gbps" in sample)
+    return f"limit: {found['what']}, {product} TFLOP/s; copies, {copies} GB/s; in the course of the run"
 
 
 def _eager(rows: list[Result]) -> list[str]:
@@ -118,16 +140,16 @@ def _label(name: str) -> str:
 
 def markdown(result: Result) -> str:
     """Figures to be put into a document, with the command that made them."""
-    names, cells = participants(result), lines(result)
-    head = ("row", *(_label(name) for name in names), "ratio", "of limit")
-    rules = ("---", *("---:" for _ in head[1:]))
-    body = ["| " + " | ".join(row) + " |" for row in (head, rules, *(_bold(row, len(names)) for row in cells[1:]))]
+    names, tables = participants(result), []
+    for cells in _by_bound(result):
+        head = (cells[0][0], *(_label(name) for name in names), "ratio", "of limit")
+        rules = ("---", *("---:" for _ in head[1:]))
+        rows = (head, rules, *(_bold(row, len(names)) for row in cells[1:]))
+        tables += ["\n".join("| " + " | ".join(row) + " |" for row in rows), ""]
     facts = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
     extra = closing(result) + (host(result) if result["host"] else [])
     notes = [f"- {text}" for text in extra]
-    return "\n".join(
-        [f"TFLOP/s on {result['device']}; `{result['command']}`", "", *body, "", *notes, "", f"{facts}", ""]
-    )
+    return "\n".join([f"{result['device']}; `{result['command']}`", "", *tables, *notes, "", f"{facts}", ""])
 
 
 def _bold(row: tuple[str, ...], count: int) -> tuple[str, ...]:
@@ -141,19 +163,30 @@ def _bold(row: tuple[str, ...], count: int) -> tuple[str, ...]:
     return (row[0], *cells, *row[1 + count :])
 
 
-_COLUMNS = ("outcome", "seconds", "spread", "samples", "tflops", "share", "error", "error_over_bound", "verified")
+_COLUMNS = (
+    "outcome",
+    "seconds",
+    "spread",
+    "samples",
+    "tflops",
+    "gbps",
+    "share",
+    "error",
+    "error_over_bound",
+    "verified",
+)
 
 
 def as_csv(result: Result) -> str:
     """A line a row and participant."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "key", "flops", "participant", *_COLUMNS, "ratio", "reason"])
+    writer.writerow(["row", "key", "flops", "bytes", "bound", "participant", *_COLUMNS, "ratio", "reason"])
     for row in result["rows"]:
         for name, facts in row["participants"].items():
             values = [facts.get(column, "") for column in _COLUMNS]
             writer.writerow(
-                [row["name"], row["key"], row["flops"], name, *values,
+                [row["name"], row["key"], row["flops"], row["bytes"], row["bound"], name, *values,
                  row["ratio"] if name == OURS else "", facts.get("reason", "")]
             )  # fmt: skip
     return text.getvalue()

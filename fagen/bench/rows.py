@@ -77,6 +77,15 @@ def flops(row: Row, inputs: Inputs) -> float:
     return 2.0 * cells * (p.head_dim + p.head_dim_v)
 
 
+def least_bytes(row: Row) -> int:
+    """What any kernel must read and write: q, O, and those keys and values that the band leaves to some row."""
+    p = row.problem
+    first = max(0, p.seqlen_k - p.seqlen_q - p.window_left) if p.window_left >= 0 else 0
+    keys = p.seqlen_k - min(first, p.seqlen_k - 1)
+    of_rows = p.batch * p.heads * p.seqlen_q * (p.head_dim + p.head_dim_v)
+    return p.itemsize * (of_rows + p.batch * p.kv_heads * keys * (p.head_dim + p.head_dim_v))
+
+
 def visible_cells(problem: Problem, intervals: torch.Tensor) -> int:
     """Cells that band and intervals leave, over all planes of the intervals: key by key, as lengths of row ranges."""
     import torch

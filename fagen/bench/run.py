@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fagen.bench import peers, rows
+from fagen.bench import family, peers, rows
 from fagen.bench.machine import Machine
 from fagen.bench.peers import OURS, Cannot, Prepare
 from fagen.bench.rows import Inputs, Row
@@ -44,30 +44,41 @@ def bench(
     target: Target,
     settings: Settings,
     *,
+    held: str | None = None,
     on_row: Hook,
     on_sample: Hook = lambda sample: None,
 ) -> tuple[list[Result], Machine]:
-    """All rows, in order; the machine's own rate at the start, in the middle and at the end."""
+    """All rows, in order; the machine's own rates at the start, in the middle and at the end.
+
+    `held` is the one family that ours may take.
+    """
     import torch
 
-    machine = Machine(target)
+    machine, ours = Machine(target), family.ours(held, target) if held else peers.ours
     found: list[Result] = []
     with torch.no_grad():
         on_sample(machine.sample("start"))
         for number, row in enumerate(chosen):
             if number == len(chosen) // 2 and number:
                 on_sample(machine.sample("middle"))
-            found.append(_row(row, {OURS: peers.ours, **others}, target, settings))
+            found.append(_row(row, {OURS: ours, **others}, target, settings, held))
+            _shares(found[-1], machine)
             on_row(found[-1])
         on_sample(machine.sample("end"))
     for result in found:
-        for facts in result["participants"].values():
-            if "tflops" in facts:
-                facts["share"] = facts["tflops"] / machine.limit()
+        _shares(result, machine)
     return found, machine
 
 
-def _row(row: Row, participants: Mapping[str, Prepare], target: Target, settings: Settings) -> Result:
+def _shares(result: Result, machine: Machine) -> None:
+    """What bounds the row by the machine's rates so far, and how near each participant comes to that."""
+    least, result["bound"] = machine.least_seconds(result["flops"], result["bytes"])
+    for facts in result["participants"].values():
+        if "seconds" in facts:
+            facts["share"] = least / facts["seconds"]
+
+
+def _row(row: Row, participants: Mapping[str, Prepare], target: Target, settings: Settings, held: str | None) -> Result:
     from fagen import measure
 
     device = "cuda" if target.is_gpu else "cpu"
@@ -76,9 +87,10 @@ def _row(row: Row, participants: Mapping[str, Prepare], target: Target, settings
     flops = rows.flops(row, sets[0])
     result: Result = {
         "name": row.name, "series": row.series, "length": row.problem.seqlen_q, "problem": row.problem.to_dict(),
-        "key": row.problem.key, "flops": flops, "input_sets": count, "participants": {},
+        "key": row.problem.key, "flops": flops, "bytes": rows.least_bytes(row), "input_sets": count,
+        "participants": {},
     }  # fmt: skip
-    result["choice"] = _choice(row, sets[0])
+    result["choice"] = _choice(row, sets[0], target, held)
     calls = {}
     for name, prepare in participants.items():
         facts, serve = prepared(prepare, row, sets[0], device, name)
@@ -90,7 +102,7 @@ def _row(row: Row, participants: Mapping[str, Prepare], target: Target, settings
         try:
             times = clock(calls, min_seconds=settings.min_seconds)
         except RuntimeError as error:  # no memory for a graph, say: the next row may have it
-            _alive(device, "a participant", row)
+            alive(device, "a participant", row.name)
             times = {}
             for name in calls:
                 result["participants"][name] |= {"outcome": "failed", "reason": peers.reason(error)}
@@ -98,15 +110,16 @@ def _row(row: Row, participants: Mapping[str, Prepare], target: Target, settings
             result["participants"][name] |= {
                 "seconds": timing.median, "spread": timing.spread, "samples": timing.samples,
                 "uncertainty": timing.uncertainty, "tflops": flops / timing.median / 1e12,
+                "gbps": result["bytes"] / timing.median / 1e9,
             }  # fmt: skip
     del calls, sets
-    _free(device)
+    free(device)
     return result | compared(result["participants"])
 
 
-def _choice(row: Row, inputs: Inputs) -> Result:
+def _choice(row: Row, inputs: Inputs, target: Target, held: str | None) -> Result:
     try:
-        return peers.choice(row, inputs)
+        return family.choice(row, target, held) if held else peers.choice(row, inputs)
     except Exception as error:  # the call itself will raise it again, and be told as failed
         return {"served_by": "nothing", "reason": peers.reason(error)}
 
@@ -125,7 +138,7 @@ class _Shielded:
             raise RuntimeError(str(error)) from error
 
 
-def _free(device: str) -> None:
+def free(device: str) -> None:
     """Graphs keep pools of memory, and lie in cycles."""
     gc.collect()
     if device == "cuda":
@@ -145,43 +158,43 @@ def prepared(prepare: Prepare, row: Row, inputs: Inputs, device: str, name: str)
         try:
             serve = prepare(row, inputs)
             out = serve(inputs)
-            _synchronize(device)
+            synchronize(device)
             seconds = time.perf_counter() - start
             verdict, checked = verified(out, inputs, _CELLS[device])
         except Cannot as error:
             return {"outcome": "cannot", "reason": str(error)}, None
         except Exception as error:  # whatever a participant raises is its outcome
-            _alive(device, name, row)
+            alive(device, name, row.name)
             hints = [str(warning.message).strip().splitlines()[0] for warning in said if str(warning.message).strip()]
             return {"outcome": "failed", "reason": "; ".join([peers.reason(error), *hints[-2:]])[:400]}, None
     facts = {
-        "outcome": "ok" if verdict.ok else "wrong", "error": _finite(verdict.error),
-        "error_over_bound": _finite(verdict.ratio), "verified": checked, "first_call_seconds": seconds,
+        "outcome": "ok" if verdict.ok else "wrong", "error": finite(verdict.error),
+        "error_over_bound": finite(verdict.ratio), "verified": checked, "first_call_seconds": seconds,
     }  # fmt: skip
     if not verdict.ok:
         return facts | {"reason": verdict.message}, None
     return facts, serve
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no word for infinity."""
     return value if math.isfinite(value) else None
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
     if device == "cuda":
         import torch
 
         torch.cuda.synchronize()
 
 
-def _alive(device: str, name: str, row: Row) -> None:
+def alive(device: str, name: str, where: str) -> None:
     """An illegal access poisons the GPU's context: nothing that follows could be trusted."""
     try:
-        _synchronize(device)
+        synchronize(device)
     except RuntimeError as error:
         raise LaunchError(
-            f"{name} left the GPU in an error state on {row.name}", str(error).splitlines()[0], "run without that peer"
+            f"{name} left the GPU in an error state on {where}", str(error).splitlines()[0], "run without it"
         ) from error
 
 
@@ -280,10 +293,10 @@ def host(others: Mapping[str, Prepare], target: Target) -> Result:
 def _host_seconds(call: Callable[[], object], device: str) -> float:
     for _ in range(3):
         call()
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(_HOST_CALLS):
         call()
     seconds = (time.perf_counter() - start) / _HOST_CALLS
-    _synchronize(device)
+    synchronize(device)
     return seconds

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen import cliutil
+from fagen.bench import output
 from fagen.errors import UsageError
 from fagen.target import Target
 
 if TYPE_CHECKING:
     from fagen.bench.rows import Row
 
+INTERRUPTED = 130
 _EXAMPLES = """examples:
   fagen bench                                      the suite `peers` against what is installed; on a CPU a small suite
   fagen bench --suite peers,masks --peers cudnn,fa3,fa4 --fa3 lib/_C.so --fa4 lib/fa4 --out bench.json --plot bench.svg
@@ -40,46 +38,41 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     others = parser.add_argument_group("peers", "docs/bench.md says how each is found")
     others.add_argument(
         "--peers", default="all", metavar="P",
-        help="all, none, or a list of cudnn, fa2, fa3, fa4, flex, flashinfer, sdpa (default: all but sdpa on a GPU)",
+        help="all, none, or a list of cudnn, fa2, flash_attn, fa3, fa4, flex, flashinfer, sdpa, efficient, math "
+        "(default: all, which leaves out the last three on a GPU)",
     )  # fmt: skip
+    others.add_argument(
+        "--family", metavar="F", help="hold ours to one family (default: whatever dispatch picks, as a user calls it)"
+    )
     others.add_argument("--fa3", type=Path, metavar="FILE", help="library of FlashAttention 3: its _C.so")
     others.add_argument("--fa4", type=Path, metavar="DIR", help="folder of FlashAttention 4's unpacked wheels")
-    clock = parser.add_argument_group("clock")
-    clock.add_argument("--rounds", type=cliutil.count, default=15, metavar="N", help="at least this many (default: 15)")
-    clock.add_argument(
-        "--min-time", type=_seconds, default=0.5, metavar="S", help="seconds a row, at least (default: 0.5)"
-    )
-    clock.add_argument("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
+    clock, out = output.add_flags(parser, rounds=15, least=0.5, of="row")
     clock.add_argument("--host", action="store_true", help="host time of a call as well, at a launch-bound size")
-    out = parser.add_argument_group("results")
-    out.add_argument("--out", type=Path, metavar="FILE", help="everything, as JSON; written anew after each row")
-    out.add_argument("--markdown", type=Path, metavar="FILE")
-    out.add_argument("--csv", type=Path, metavar="FILE")
-    out.add_argument("--plot", type=Path, metavar="FILE", help="TFLOP/s by length: .svg or .png; needs matplotlib")
     out.add_argument("--compare", type=Path, metavar="OLD", help="a result of --out: exit code 1 if rows fell")
 
 
-def _seconds(word: str) -> float:
-    if not re.fullmatch(r"\d+(\.\d+)?", word):
-        raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds")
-    return float(word)
-
-
 def run(args: argparse.Namespace) -> int:
-    from fagen.bench import compare, peers, plot
+    from fagen import families
+    from fagen.bench import compare, peers
 
-    target = _present(args.target)
+    target = output.present(args.target)
     chosen = rows_from(args, target)
+    if args.family:
+        families.get(args.family)
     names = peers.chosen(args.peers, "cuda" if target.is_gpu else "cpu")
     old = compare.read(args.compare) if args.compare else None
     if old:
         compare.require_same(old, target.device)
-    if args.plot:
-        plot.require()
-    for path in (args.out, args.markdown, args.csv, args.plot):
-        if path and not path.parent.is_dir():
-            raise UsageError(f"{path} cannot be written", f"there is no folder {path.parent}")
-    result = _measure(args, target, chosen, names)
+    output.require(args)
+    result: dict[str, Any] = {}
+    try:
+        _measure(args, target, chosen, names, result)
+    except KeyboardInterrupt:
+        if not result.get("rows"):
+            raise
+        cliutil.say(f"interrupted after {len(result['rows'])} of {len(chosen)} rows")
+        _report(args, result, None)
+        return INTERRUPTED
     return _report(args, result, old)
 
 
@@ -105,58 +98,50 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
     return found
 
 
-def _present(name: str | None) -> Target:
-    """The device itself: there is nothing to be timed on others."""
-    target = cliutil.target_from(name)
-    found = cliutil.present(name, target, "measuring on", "use --target cpu")
-    if found.is_gpu:
-        import torch
-
-        torch.cuda.set_device(int((name or "").partition(":")[2] or 0))
-    return found
-
-
-def _measure(args: argparse.Namespace, target: Target, chosen: list[Row], names: list[str]) -> dict[str, Any]:
+def _measure(
+    args: argparse.Namespace, target: Target, chosen: list[Row], names: list[str], result: dict[str, Any]
+) -> None:
+    """Fills the result, row by row."""
     from fagen import db
     from fagen.bench import ahead, peers, report, run
 
     paths = {name: getattr(args, name) for name in ("fa3", "fa4") if getattr(args, name)}
     here, absent = peers.load(names, "cuda" if target.is_gpu else "cpu", paths)
     settings = run.Settings(args.rounds, args.min_time, args.seed)
-    result: dict[str, Any] = {
-        "format": run.FORMAT, "command": _command(), "date": db.now(), "device": target.device, "arch": target.arch,
-        "environment": db.environment(target), "settings": vars(settings), "complete": False,
+    result |= {
+        "format": run.FORMAT, "command": output.command(), "date": db.now(), "device": target.device,
+        "arch": target.arch, "environment": db.environment(target), "settings": vars(settings), "complete": False,
         "peers": {
             name: {"version": here[name].version if name in here else "", "absent": absent.get(name, "")}
             for name in names
         },
-        "limit": {"what": "", "samples": [], "tflops": 0.0}, "rows": [], "host": None,
+        "limit": {"what": "", "samples": [], "tflops": 0.0, "gbps": 0.0}, "rows": [], "host": None,
+        "family": args.family,
         "summary": run.summary([]),
     }  # fmt: skip
     cliutil.say(f"{target}: {len(chosen)} rows, {', '.join([peers.OURS, *here])}")
     for text in report.absent(result["peers"]):
         cliutil.say(text)
-    ahead.build(chosen, target, cliutil.say)
+    ahead.build(chosen, target, cliutil.say, args.family)
 
     def on_row(row: dict[str, Any]) -> None:
         result["rows"].append(row)
         result["summary"] = run.summary(result["rows"])
         cliutil.say(f"{len(result['rows']):>3}/{len(chosen)}  {report.line(row, report.participants(result))}")
-        _save(args.out, result)  # a run that is cut off keeps what it had
+        output.save(args.out, result)  # a run that is cut off keeps what it had
 
     def on_sample(sample: dict[str, Any]) -> None:
         result["limit"]["samples"].append(sample)
-        state = ", ".join(f"{value:.0f} {name}" for name, value in sample.items() if name not in ("when", "tflops"))
-        cliutil.say(f"limit    {report.speed(sample['tflops'])} TFLOP/s{f', {state}' if state else ''}")
+        cliutil.say(f"limit    {report.rates(sample)}")
 
     prepares = {name: loaded.prepare for name, loaded in here.items()}
-    _, machine = run.bench(chosen, prepares, target, settings, on_row=on_row, on_sample=on_sample)
-    result["limit"] |= {"what": machine.what, "tflops": machine.limit()}
+    hooks: dict[str, Any] = {"on_row": on_row, "on_sample": on_sample}
+    _, machine = run.bench(chosen, prepares, target, settings, held=args.family, **hooks)
+    result["limit"] |= {"what": machine.what, **machine.limits()}
     if args.host:
         result["host"] = run.host(_with_sdpa(prepares), target)
     result["complete"] = True
-    _save(args.out, result)
-    return result
+    output.save(args.out, result)
 
 
 def _with_sdpa(prepares: dict[str, Any]) -> dict[str, Any]:
@@ -164,20 +149,6 @@ def _with_sdpa(prepares: dict[str, Any]) -> dict[str, Any]:
     from fagen.bench import peers
 
     return prepares | {"sdpa": peers.load_sdpa({}).prepare}
-
-
-def _command() -> str:
-    """As it was typed, but for the folders of this machine."""
-    words = [re.sub(r"^(--?[\w-]+=)?/.*/", r"\1", word) for word in sys.argv[1:]]
-    return shlex.join(["fagen", *words])
-
-
-def _save(path: Path | None, result: dict[str, Any]) -> None:
-    if path is None:
-        return
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    os.replace(draft, path)
 
 
 def _report(args: argparse.Namespace, result: dict[str, Any], old: dict[str, Any] | None) -> int:
@@ -191,7 +162,7 @@ def _report(args: argparse.Namespace, result: dict[str, Any], old: dict[str, Any
     if old:
         falls, lonely = compare.regressions(result, old)
         result["regressions"] = falls
-        _save(args.out, result)
+        output.save(args.out, result)
         for text in compare.words(falls, lonely):
             cliutil.say(text)
     if args.markdown:

@@ -6,13 +6,15 @@ import csv
 import dataclasses
 import json
 import sys
+import time
 import types
+from unittest import mock
 
 import pytest
 import torch
 
-from fagen import cli, masks, target, toolchain
-from fagen.bench import compare, flash, flex, peers, plot, report, rows, run, suites
+from fagen import cli, masks, target, toolchain, verify
+from fagen.bench import ahead, compare, flash, flex, peers, plot, report, rows, run, suites
 from fagen.bench.peers import OURS, Cannot, Loaded, Peer
 from fagen.errors import UsageError
 from fagen.problem import INTERVAL_KINDS, Problem
@@ -188,7 +190,7 @@ def test_long_rows_are_verified_on_some_of_their_heads(row):
 
 
 def test_peers_are_chosen_by_name():
-    assert peers.chosen("all", "cuda") == ["cudnn", "fa2", "fa3", "fa4", "flex", "flashinfer"]
+    assert peers.chosen("all", "cuda") == ["cudnn", "fa2", "flash_attn", "fa3", "fa4", "flex", "flashinfer"]
     assert peers.chosen("all", "cpu") == ["sdpa"]
     assert peers.chosen("none", "cpu") == []
     assert peers.chosen("fa3, flex,fa3", "cuda") == ["fa3", "flex"]
@@ -201,16 +203,34 @@ def test_absent_peers_have_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(broken, "load", lambda paths: 1 / 0, raising=False)
     monkeypatch.setitem(sys.modules, "broken_peer", broken)
     monkeypatch.setitem(peers.PEERS, "broken", Peer("broken", ("cuda",), "broken_peer:load"))
-    names = ["fa3", "fa4", "flashinfer", "broken"]
+    for package in ("flashinfer", "flash_attn", "flash_attn.flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    names = ["fa3", "fa4", "flashinfer", "flash_attn", "broken"]
     here, absent = peers.load(names, "cuda", {"fa3": tmp_path / "_C.so", "fa4": tmp_path})
     assert here == {}
     assert "is no file" in absent["fa3"]
     assert "holds no flash_attn/cute" in absent["fa4"]
     assert absent["broken"] == "ZeroDivisionError: division by zero"
+    assert absent["flashinfer"].endswith("; pip install flashinfer-python")
+    assert "pip install flash-attn " in absent["flash_attn"]
     _, absent = peers.load(names, "cpu", {})
     assert set(absent.values()) == {"it needs a GPU"}
     shown = report.absent({name: {"absent": absent.get(name, "")} for name in names})
-    assert shown == ["absent: fa3, fa4, flashinfer, broken: it needs a GPU"]
+    assert shown == ["absent: fa3, fa4, flashinfer, flash_attn, broken: it needs a GPU"]
+
+
+def test_flash_attention_2_and_4_share_a_name(tmp_path, monkeypatch):
+    (tmp_path / "two" / "flash_attn").mkdir(parents=True)
+    (tmp_path / "two" / "flash_attn" / "__init__.py").touch()
+    for path in ("two/flash_attn/flash_attn_interface.py", "four/flash_attn/cute/interface.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("def flash_attn_func(): ...\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "two"), *sys.path])
+    with mock.patch.dict(sys.modules):
+        for module in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+            del sys.modules[module]
+        here, absent = peers.load(["flash_attn", "fa4"], "cuda", {"fa4": tmp_path / "four"})
+    assert (list(here), absent) == (["flash_attn", "fa4"], {})
 
 
 def schema(text: str):
@@ -271,7 +291,12 @@ def reference(q, k, v, causal):
     return attend(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
 
 
-@pytest.mark.parametrize("row", [*MASK_ROWS[1:4], CAUSAL], ids=lambda row: row.name)
+def half(row: rows.Row) -> rows.Row:
+    """What the libraries for GPUs take."""
+    return dataclasses.replace(row, problem=row.problem.replace(dtype="bf16"))
+
+
+@pytest.mark.parametrize("row", [half(row) for row in (*MASK_ROWS[1:4], CAUSAL)], ids=lambda row: row.name)
 def test_documents_are_a_varlen_batch_of_flash_attention(row):
     inputs, op = rows.make_inputs(row, "cpu"), FakeOp()
 
@@ -287,27 +312,95 @@ def test_documents_are_a_varlen_batch_of_flash_attention(row):
         assert verdict, verdict.message
 
 
-def test_flashinfer_is_planned_once():
-    plans = []
+class FakeFlashInfer:
+    """Its two ways to prefill, on (tokens, heads, dim); causal is bottom-right aligned, window_left inclusive."""
 
-    class Wrapper:
-        def __init__(self, workspace, layout):
-            assert layout == "NHD"
+    def __init__(self):
+        self.plans, self.singles, self.layouts = 0, 0, set()
+        self.BatchPrefillWithRaggedKVCacheWrapper = lambda *words: FakeRagged(self, *words)
 
-        def plan(self, of_q, of_k, heads, kv_heads, dim, **options):
-            plans.append((of_q.tolist(), of_k.tolist(), heads, kv_heads, dim, options))
+    def single_prefill_with_kv_cache(self, q, k, v, *, causal, kv_layout, window_left, logits_soft_cap):
+        self.singles += 1
+        self.layouts.add(kv_layout)
+        return self.attend(q, k, v, causal, window_left, logits_soft_cap)
 
-        def run(self, q, k, v):
-            return torch.zeros(len(q), *q.shape[1:])
+    @staticmethod
+    def attend(q, k, v, causal, window_left, cap):
+        assert q.dim() == k.dim() == v.dim() == 3
+        assert k.shape[:2] == v.shape[:2]
+        assert q.shape[2] == k.shape[2]
+        assert q.shape[1] % k.shape[1] == 0
+        seen = masks.dense(len(q), len(k), window=(window_left, 0 if causal else -1))
+        given = verify.Semantics(softcap=cap or 0.0)
+        out, _ = verify.attend(*(t.transpose(0, 1)[None] for t in (q, k, v)), seen, given)
+        return out[0].transpose(0, 1).contiguous()
 
-    fake = types.SimpleNamespace(BatchPrefillWithRaggedKVCacheWrapper=Wrapper)
-    row = rows.of_problem(Problem(**SHAPE, mask="window", window_left=3, window_right=0, batch=2, seqlen_q=8))
-    flash._planned(fake, row, rows.make_inputs(row, "cpu"))
-    ((of_q, of_k, heads, kv_heads, dim, options),) = plans
-    assert (of_q, of_k, heads, kv_heads, dim) == ([0, 8, 16], [0, 8, 16], 4, 2, 16)
-    assert (options["window_left"], options["causal"], options["logits_soft_cap"]) == (3, True, None)
-    with pytest.raises(Cannot):
-        flash._require(MASK_ROWS[4])
+
+class FakeRagged:
+    def __init__(self, library, workspace, layout):
+        assert workspace.dtype == torch.uint8
+        assert workspace.numel() >= 128 << 20
+        self.library = library
+        library.layouts.add(layout)
+
+    def plan(
+        self, of_q, of_k, heads, kv_heads, dim, head_dim_vo, *, causal, window_left, logits_soft_cap, q_data_type
+    ):  # fmt: skip
+        self.library.plans += 1
+        assert of_q.dtype == of_k.dtype == torch.int32
+        self.heads, self.of_q, self.of_k, self.dtype = (heads, kv_heads, dim, head_dim_vo), of_q, of_k, q_data_type
+        self.given = causal, window_left, logits_soft_cap
+
+    def run(self, q, k, v):
+        assert (q.shape[1], k.shape[1], q.shape[2], v.shape[2]) == self.heads
+        assert q.dtype == self.dtype
+        assert (len(q), len(k)) == (int(self.of_q[-1]), int(self.of_k[-1]))
+        ends = zip(self.of_q.tolist(), self.of_k.tolist(), strict=True)
+        parts, (q0, k0) = [], next(ends)
+        for q1, k1 in ends:
+            parts.append(self.library.attend(q[q0:q1], k[k0:k1], v[k0:k1], *self.given))
+            q0, k0 = q1, k1
+        return torch.cat(parts)
+
+
+SHORT = {**SHAPE, "dtype": "bf16", "seqlen_q": 20, "seqlen_k": 31}
+FLASHINFER = [
+    *map(half, MASK_ROWS[:4]),
+    rows.of_problem(Problem(**SHORT)),
+    rows.of_problem(Problem(**SHORT, batch=3, head_dim_v=32, mask="causal", softcap=True)),
+    rows.of_problem(Problem(**SHORT, mask="causal", softcap=True)),
+    rows.of_problem(Problem(**SHORT, batch=2, mask="window", window_left=3, window_right=0)),
+]
+
+
+@pytest.mark.parametrize("row", FLASHINFER, ids=lambda row: row.name)
+def test_flashinfer_is_asked_for_the_same(row):
+    library, inputs = FakeFlashInfer(), rows.make_inputs(row, "cpu")
+    serve = flash.through_flashinfer(library)(row, inputs)
+    for _ in range(2):
+        verdict, _ = run.verified(serve(inputs), inputs, 1 << 30)
+        assert verdict, verdict.message
+    alone = row.problem.batch == 1 and not row.documents
+    assert (library.plans, library.singles, library.layouts) == ((0, 2, {"NHD"}) if alone else (1, 0, {"NHD"}))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (half(MASK_ROWS[4]), "no such mask"), (CAUSAL, "no fp32"), (half(ALIBI), "no ALiBi"),
+        (rows.of_problem(Problem(**SHORT, mask="window", window_left=3, window_right=2)), "right of the diagonal"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)  # fmt: skip
+def test_flashinfer_says_what_it_cannot(row, says):
+    with pytest.raises(Cannot, match=says):
+        flash.through_flashinfer(FakeFlashInfer())(row, rows.make_inputs(row, "cpu"))
+
+
+def test_flashinfer_is_found_by_import(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashinfer", FakeFlashInfer())
+    here, absent = peers.load(["flashinfer"], "cuda", {})
+    assert (list(here), absent) == (["flashinfer"], {})
 
 
 @pytest.mark.parametrize(
@@ -346,10 +439,18 @@ def planted(monkeypatch):
     monkeypatch.setitem(sys.modules, "planted", planted)
 
 
+def near_the_limit(row: dict, limit: dict) -> None:
+    """The share is of the slower of what the FLOPs and the bytes take at the machine's rates."""
+    least = {"compute": row["flops"] / limit["tflops"] / 1e12, "memory": row["bytes"] / limit["gbps"] / 1e9}
+    assert row["bound"] == max(least, key=least.get)
+    facts = row["participants"]["fagen"]
+    assert facts["share"] == pytest.approx(max(least.values()) / facts["seconds"])
+
+
 @needs_cxx
 def test_a_run_end_to_end(tmp_path, capsys, planted):
     files = {name: tmp_path / f"result.{name}" for name in ("json", "markdown", "csv")}
-    words = [*TINY, *QUICK, "--peers", "sdpa,wrong,failing,picky,fa4", "--host", "--json"]
+    words = [*TINY, *QUICK, "--peers", "sdpa,math,wrong,failing,picky,fa4", "--host", "--json"]
     words += ["--out", str(files["json"]), "--markdown", str(files["markdown"]), "--csv", str(files["csv"])]
     assert cli.main(["bench", *words]) == 0
     out, err = capsys.readouterr()
@@ -364,13 +465,15 @@ def test_a_run_end_to_end(tmp_path, capsys, planted):
     for row in result["rows"]:
         found, causal = row["participants"], row["problem"]["mask"] == "causal"
         assert {name: facts["outcome"] for name, facts in found.items()} == {
-            "fagen": "ok", "sdpa": "ok", "wrong": "wrong", "failing": "failed", "picky": "cannot" if causal else "ok",
+            "fagen": "ok", "sdpa": "ok", "math": "ok", "wrong": "wrong", "failing": "failed",
+            "picky": "cannot" if causal else "ok",
         }  # fmt: skip
         assert found["failing"]["reason"] == "ValueError: no such kernel"
         assert found["wrong"]["error_over_bound"] > 1
         assert "seconds" not in found["wrong"], "what is wrong is not timed"
         assert found["fagen"]["tflops"] == pytest.approx(row["flops"] / found["fagen"]["seconds"] / 1e12)
-        assert found["fagen"]["share"] == pytest.approx(found["fagen"]["tflops"] / result["limit"]["tflops"])
+        assert found["fagen"]["gbps"] == pytest.approx(row["bytes"] / found["fagen"]["seconds"] / 1e9)
+        near_the_limit(row, result["limit"])
         best = max((n for n in found if "tflops" in found[n] and n != OURS), key=lambda n: found[n]["tflops"])
         assert row["best_peer"] == best
         assert row["ratio"] == pytest.approx(found["fagen"]["tflops"] / found[best]["tflops"])
@@ -384,7 +487,7 @@ def test_a_run_end_to_end(tmp_path, capsys, planted):
     assert text.count("\n| fp32/d16/") == 4
     assert str(tmp_path) not in text + result["command"], "folders of this machine are nobody's business"
     table = list(csv.DictReader(files["csv"].open()))
-    assert len(table) == 4 * 5
+    assert len(table) == 4 * 6
     assert {line["outcome"] for line in table} == {"ok", "wrong", "failed", "cannot"}
 
     slow, quick = tmp_path / "slow.json", tmp_path / "quick.json"
@@ -413,9 +516,9 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(tmp_path, capsys, planted, monk
             raise RuntimeError("an illegal memory access was encountered")
 
     asked: list[str] = []
-    alive = run._alive
-    monkeypatch.setattr(run, "_alive", lambda device, name, row: (asked.append(name), alive(device, name, row)))
-    monkeypatch.setattr(run, "_synchronize", synchronize)
+    alive = run.alive
+    monkeypatch.setattr(run, "alive", lambda device, name, row: (asked.append(name), alive(device, name, row)))
+    monkeypatch.setattr(run, "synchronize", synchronize)
     late = lambda paths: Loaded(  # noqa: E731
         lambda row, inputs: 1 / 0 if row.causal else lambda i: reference(i["q"], i["k"], i["v"], False)
     )
@@ -427,6 +530,42 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(tmp_path, capsys, planted, monk
     result = json.loads(out.read_text())
     assert not result["complete"]
     assert [row["problem"]["mask"] for row in result["rows"]] == ["none", "none"]
+
+
+@needs_cxx
+def test_an_interrupted_run_shows_what_it_had(tmp_path, capsys, monkeypatch):
+    one, seen = run._row, []
+
+    def interrupted(*args):
+        seen.append(1)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        return one(*args)
+
+    monkeypatch.setattr(run, "_row", interrupted)
+    files = [tmp_path / "x.json", tmp_path / "x.md"]
+    words = ["--peers", "sdpa", "--out", str(files[0]), "--markdown", str(files[1]), "--compare", str(files[0])]
+    files[0].write_text(json.dumps(made({"fagen": 1}) | {"device": target.host().device}))
+    assert cli.main(["bench", *TINY, *QUICK, *words]) == 130
+    err = capsys.readouterr().err
+    assert "interrupted after 1 of 4 rows" in err
+    result = json.loads(files[0].read_text())
+    assert (len(result["rows"]), result["complete"]) == (1, False)
+    assert result["rows"][0]["name"] in files[1].read_text()
+
+
+def test_an_interrupt_drops_what_has_not_begun():
+    begun = []
+
+    def job(n):
+        begun.append(n)
+        if n == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+
+    with pytest.raises(KeyboardInterrupt):
+        ahead.together(job, range(1000), 1)
+    assert len(begun) < 1000
 
 
 @needs_cxx
@@ -449,8 +588,26 @@ def test_no_peers_and_what_pytorch_computes_is_marked(capsys):
     assert result["rows"][0]["best_peer"] is None
     result["rows"][0]["choice"]["served_by"] = "torch"
     result["summary"] = run.summary(result["rows"])
-    assert report.lines(result)[1][1].endswith("*")
+    assert report.lines(result, result["rows"][0]["bound"])[1][1].endswith("*")
     assert any(text.startswith("* no kernel of ours") for text in report.closing(result))
+
+
+@needs_cxx
+def test_ours_held_to_a_family(capsys, monkeypatch):
+    """What the registry's first family would serve is served by the one that is named."""
+    words = "--target cpu --dtype fp32 --head-dim 16 --seqlen 24 --heads 2 --peers none --json".split()
+    monkeypatch.setattr(peers, "ours", None)  # dispatch has no say
+    assert cli.main(["bench", *words, *QUICK, "--family", "cpu_forward"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["family"] == "cpu_forward"
+    (row,) = result["rows"]
+    assert (row["choice"]["family"], row["choice"]["provenance"]) == ("cpu_forward", "default")
+    assert row["participants"]["fagen"]["outcome"] == "ok"
+    assert cli.main(["bench", *words, *QUICK, "--family", "sm80_forward"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["participants"]["fagen"] == {"outcome": "cannot", "reason": "needs a GPU"}
+    assert cli.main(["bench", *words, "--family", "nothing"]) == 2
+    assert "known: cpu_forward" in capsys.readouterr().err
 
 
 def test_what_cannot_be_captured_is_told():
@@ -504,12 +661,14 @@ def made(speeds: dict[str, float], *, noise: float = 0.001, limits: tuple[float,
         }
         found.append(
             {"name": row.name, "series": row.series, "length": row.problem.seqlen_q, "participants": participants,
+             "bound": "compute", "key": row.problem.key, "flops": 1.0, "bytes": 1,
              "choice": {"served_by": "kernel"}, **run.compared(participants)}
         )  # fmt: skip
     return {
         "format": run.FORMAT, "device": "NVIDIA H200", "rows": found, "peers": {
             name: {"version": "", "absent": ""} for name in speeds if name != OURS
-        }, "limit": {"what": "product", "samples": [{"tflops": t} for t in limits], "tflops": limits[0]},
+        }, "limit": {"what": "product", "samples": [{"tflops": t, "gbps": 6 * t} for t in limits],
+        "tflops": limits[0], "gbps": 6 * limits[0]}, "environment": {}, "command": "fagen bench", "host": None,
         "summary": run.summary(found),
     }  # fmt: skip
 
@@ -534,6 +693,52 @@ def test_a_fall_is_more_than_the_noise(new, options, falls):
     assert {fall["what"] for fall in found} == falls
     assert len(found) == 39 * len(falls)
     assert lonely == []
+
+
+def test_rows_that_memory_bounds_are_in_gigabytes():
+    result = made({"fagen": 600, "fa3": 590})
+    result["rows"][1]["bound"] = "memory"
+    for facts, gbps in zip(result["rows"][1]["participants"].values(), (3900.4, 3500.0), strict=True):
+        facts["gbps"] = gbps
+    text, name = report.table(result), result["rows"][1]["name"]
+    assert text.index("GB/s, memory-bound") > text.index("TFLOP/s")
+    assert len(report.lines(result, "memory")) == 2
+    assert report.lines(result, "memory")[1][:3] == (name, "3900", "3500")
+    assert f"| {name} | **3900** | 3500 |" in report.markdown(result)
+    assert "copies, 4200, 4200 GB/s" in report.markdown(result)
+    assert " GB/s  " in report.line(result["rows"][1], ["fagen"])
+
+
+def test_a_fall_of_a_row_that_memory_bounds_is_measured_by_copies():
+    new, old = made({"fagen": 550}), made({"fagen": 600})
+    for row in new["rows"]:
+        row["bound"] = "memory"
+    assert len(compare.regressions(new, old)[0]) == 39
+    new["limit"]["samples"][0]["gbps"] *= 0.8  # copies drifted as much, products did not
+    assert compare.regressions(new, old)[0] == []
+    for sample in old["limit"]["samples"]:  # of a version that did not measure them
+        del sample["gbps"]
+    assert compare.regressions(new, old)[0] == []
+
+
+@pytest.mark.parametrize(
+    ("problem", "keys"),
+    [
+        (Problem(seqlen_q=64, seqlen_k=256), 256),
+        (Problem(seqlen_q=64, seqlen_k=256, mask="causal"), 256),
+        (Problem(seqlen_q=1, seqlen_k=256, mask="window", window_left=15, window_right=0), 16),
+        (Problem(seqlen_q=8, seqlen_k=256, mask="window", window_left=15, window_right=0), 23),
+        (Problem(seqlen_q=256, mask="window", window_left=15, window_right=0), 256),
+        (Problem(seqlen_q=300, seqlen_k=256, mask="window", window_left=0, window_right=0), 256),
+    ],
+    ids=str,
+)
+def test_what_must_be_moved(problem, keys):
+    p = problem.replace(heads=4, kv_heads=2, head_dim=64, head_dim_v=32, batch=3)
+    seen = masks.dense(p.seqlen_q, p.seqlen_k, window=(p.window_left, p.window_right))
+    assert int(seen[0, 0].any(0).sum()) == keys
+    want = 2 * 3 * 96 * (4 * p.seqlen_q + 2 * keys)
+    assert rows.least_bytes(rows.of_problem(p)) == want
 
 
 def test_what_was_right_once(tmp_path):
