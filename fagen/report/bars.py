@@ -49,7 +49,7 @@ def times(problem: Row) -> Markup:
 
 
 def funnel(stages: list[Row]) -> Markup:
-    left, right = 84.0, WIDTH - 176
+    left, right = 76.0, WIDTH - 216
     x = svg.Scale(0, max(1, stages[0]["count"]), 0, right - left)
     pieces = []
     for place, stage in enumerate(stages):
@@ -58,8 +58,10 @@ def funnel(stages: list[Row]) -> Markup:
         pieces.append(svg.tag("rect", x=left, y=y + 2, width=x.end, height=20, rx=3, class_="bar-back"))
         pieces.append(svg.tag("rect", x=left, y=y + 2, width=width, height=20, rx=3, class_="bar gate"))
         pieces.append(svg.text(left + x.end + 8, y + 17, f"{stage['count']:,}", "bar-value"))
-        lost = ", ".join(f"−{count:,} {outcome}" for outcome, count in stage["lost"].items())
-        pieces.append(svg.text(left + x.end + 52, y + 17, lost, "note"))
+        lost = [f"−{count:,} {outcome}" for outcome, count in stage["lost"].items()]
+        lines = [", ".join(lost[i : i + 2]) for i in range(0, len(lost), 2)]
+        start = y + 17 - 6.5 * (len(lines) - 1)
+        pieces += [svg.text(left + x.end + 56, start + 13 * i, said, "note") for i, said in enumerate(lines)]
     label = ", ".join(f"{stage['gate']} {stage['count']}" for stage in stages)
     return svg.picture(WIDTH, 8 + 36 * len(stages), label, *pieces)
 
@@ -76,7 +78,7 @@ def importances(part: Row) -> Markup:
         pieces.append(svg.text(left - 10, y + 14, knob["name"], "bar-name small", "end"))
         pieces.append(svg.tag("rect", x=left, y=y + 3, width=x(importance) - left, height=14, rx=2, class_="bar knob"))
         pieces.append(svg.tag("circle", cx=x(alone), cy=y + 10, r=4, class_="alone"))
-        pieces.append(svg.text(max(x(importance), x(alone) + 6) + 8, y + 14, f"{importance:.0%}", "bar-value small"))
+        pieces.append(svg.text(right + 14, y + 14, f"{importance:.0%}", "bar-value small"))
     label = ", ".join(f"{k['name']} {k['importance'] or 0:.0%}" for k in knobs)
     return svg.picture(width, 8 + 24 * len(knobs), label, *pieces)
 

@@ -222,7 +222,7 @@ def _slice(trials: list[Row], knob: Row, shown: list[int], y: svg.Scale) -> Mark
             kind = "top first" if value["best"] == fastest else "top"
             d = f"M{middle:.1f} {low - 5:.1f}l5 5l-5 5l-5 -5z"
             pieces.append(svg.tag("path", d=d, class_=kind))
-        pieces.append(svg.text(middle, y.start + 17, words(value["value"]), "tick value", "middle"))
+        pieces.append(_value(middle, y.start + 17, value["value"], width))
         failed = value["tried"] - value["timed"]
         if failed:
             pieces.append(svg.text(middle, y.start + 32, f"{failed}×", "tick failed", "middle"))
@@ -231,6 +231,13 @@ def _slice(trials: list[Row], knob: Row, shown: list[int], y: svg.Scale) -> Mark
         f"{words(v['value'])} at best {milliseconds(v['best'])}" for v in knob["values"] if v["best"]
     )
     return svg.picture(SLICE_WIDTH, SLICE_HEIGHT, label, *pieces, class_="points slice")
+
+
+def _value(x: float, y: float, value: object, room: float) -> Markup:
+    """A knob's value below its column, smaller where it would run into the next."""
+    said = words(value)
+    size = min(11.5, room / (0.6 * len(said)))
+    return svg.text(x, y, said, "tick value", "middle", style=f"font-size:{size:.1f}px" if size < 11.5 else None)
 
 
 def words(value: object) -> str:
@@ -253,7 +260,7 @@ def pairs(problem: Row, part: Row) -> tuple[str, str, Markup] | None:
     w, h = (right - left) / len(across["values"]), (bottom - top) / len(down["values"])
     pieces = [svg.text(left - 8, top - 10, f"{down['name']} ↓", "tick", "end")]
     for j, value in enumerate(across["values"]):
-        pieces.append(svg.text(left + (j + 0.5) * w, bottom + 15, words(value["value"]), "tick value", "middle"))
+        pieces.append(_value(left + (j + 0.5) * w, bottom + 15, value["value"], w))
     for i, row in enumerate(down["values"]):
         pieces.append(svg.text(left - 8, top + (i + 0.5) * h + 4, words(row["value"]), "tick value", "end"))
         for j, column in enumerate(across["values"]):

@@ -21,7 +21,7 @@
 
   function say(section, i) {
     const point = read(section, i);
-    const ratio = section.best && point.seconds ? ` ${(point.seconds / section.best).toFixed(2)}×` : "";
+    const ratio = section.best && point.seconds ? ` · ${(point.seconds / section.best).toFixed(2)}× the best` : "";
     const head = node("div", point.seconds ? time(point.seconds) + ratio : point.outcome, "head");
     let more = `candidate ${point.n}${point.family ? `, ${point.family}` : ""}`;
     if (point.outcome === "constraint") more = "illegal, not built";
@@ -35,7 +35,7 @@
     }
     tip.replaceChildren(head, list);
     if (point.reason) tip.append(node("p", point.reason));
-    const facts = Object.entries(point.facts).map(([name, value]) => `${name} ${value}`);
+    const facts = Object.entries(point.facts).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
     if (facts.length) tip.append(node("p", facts.join(" · ")));
     if (point.throttle) tip.append(node("p", `throttled: ${plain(point.throttle)}`));
     tip.hidden = false;

@@ -55,7 +55,7 @@ def section(problem: Row, place: int, most: int, run: Row) -> Row:
         "shown": len(shown),
         "search": charts.search(problem, shown, "at") if trials else None,
         "over_time": charts.search(problem, shown, "t") if len(clocks) > 1 else None,
-        "times": bars.times(problem) if problem["times"] and problem["best"] else None,
+        "times": bars.times(problem) if problem["best"] and len(problem["times"]) > 1 else None,
         "funnel": bars.funnel(problem["funnel"]) if trials else None,
         "families": [_family(problem, part, shown) for part in problem["knobs"]],
         "roofline": roofs.roofline([problem], run["machine"], candidates=True),
@@ -96,7 +96,7 @@ def changes(problem: Row) -> list[Row]:
 def _data(problem: Row, shown: list[int]) -> Row:
     return {
         "default": problem["default"],
-        "best": problem["best"]["seconds"] if problem["best"] else None,
+        "best": min((t["seconds"] for t in problem["trials"] if t["seconds"]), default=None),
         "points": {i: _point(problem["trials"][i]) for i in shown},
     }
 

@@ -10,6 +10,7 @@ from fagen.report.charts import kind
 from fagen.report.load import Row, number
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 500.0, 330.0, 58.0, 484.0, 26.0, 286.0
+MOST_READINGS = 400
 NAMES = {
     "clock_mhz": ("clock", "MHz"), "sm_mhz": ("clock", "MHz"), "memory_mhz": ("memory clock", "MHz"),
     "power_w": ("power", "W"), "temp_c": ("temperature", "°C"), "temperature_c": ("temperature", "°C"),
@@ -38,7 +39,16 @@ def roofline(problems: list[Row], machine: Row, candidates: bool) -> Markup | No
     x = svg.Scale(min(places) / 3, max(places) * 3, LEFT, RIGHT, log=True)
     y = svg.Scale(min(speeds) / 1.6, highest * 1.5, BOTTOM, TOP, log=True)
     factor, unit = scaled(max(speeds))
-    pieces = [svg.grid(y, LEFT, RIGHT, 6, lambda value: f"{value * factor:.4g}"), _across(x, unit)]
+    pieces = [
+        svg.grid(
+            y,
+            LEFT,
+            RIGHT,
+            6,
+            lambda value: f"{value * factor:,.4g}" if value * factor < 1e4 else f"{value * factor:,.0f}",
+        ),
+        _across(x, unit),
+    ]
     pieces.append(_roof(machine, x, y) if ridge else _fastest(max(speeds), y))
     for place, rate, class_, name in sorted(marks, key=lambda mark: "winner" in mark[2]):
         said = [svg.tag("title", f"{name} {speed(rate)}")] if name else []
@@ -77,7 +87,7 @@ def _roof(machine: Row, x: svg.Scale, y: svg.Scale) -> Markup:
 
 
 def _fastest(rate: float, y: svg.Scale) -> Markup:
-    label = svg.text(RIGHT - 4, y(rate) - 9, f"the fastest here, {speed(rate)}", "note", "end")
+    label = svg.text(LEFT + 4, y(rate) - 7, f"the fastest here, {speed(rate)}", "note")
     return svg.join([svg.line(LEFT, y(rate), RIGHT, y(rate), "ref"), label])
 
 
@@ -97,8 +107,9 @@ def device(problem: Row) -> Markup | None:
     state = problem["device"]
     if not state or not state["ranges"]:
         return None
-    trials = [t for t in problem["trials"] if t["device"]]
-    x = svg.Scale(min(t["n"] for t in trials), max(t["n"] for t in trials), 116, WIDTH - 92)
+    trials = [t for t in problem["trials"] if t["device"] and t["at"] is not None]
+    trials = trials[:: -(-len(trials) // MOST_READINGS)]
+    x = svg.Scale(min(t["at"] for t in trials), max(t["at"] for t in trials), 112, WIDTH - 116)
     pieces = []
     for place, (name, extent) in enumerate(state["ranges"].items()):
         top = 10.0 + 54 * place
@@ -106,13 +117,13 @@ def device(problem: Row) -> Markup | None:
         room = (extent["most"] - extent["least"]) or 1.0
         y = svg.Scale(extent["least"] - 0.05 * room, extent["most"] + 0.05 * room, top + 40, top)
         values = [(t, number(t["device"].get(name))) for t in trials]
-        path = " ".join(f"{x(t['n']):.1f},{y(v):.1f}" for t, v in values if v is not None)
-        pieces.append(svg.text(106, top + 24, title, "bar-name small", "end"))
+        path = " ".join(f"{x(t['at']):.1f},{y(v):.1f}" for t, v in values if v is not None)
+        pieces.append(svg.text(102, top + 24, title, "bar-name small", "end"))
         pieces.append(svg.tag("polyline", points=path, class_="reading"))
         pieces += [
-            svg.tag("circle", cx=x(t["n"]), cy=y(v), r=3.5, class_="hot") for t, v in values if v and t["throttled"]
+            svg.tag("circle", cx=x(t["at"]), cy=y(v), r=3.5, class_="hot") for t, v in values if v and t["throttled"]
         ]
         said = f"{extent['least']:.4g}–{extent['most']:.4g} {unit}"
-        pieces.append(svg.text(WIDTH - 84, top + 24, said, "bar-value small"))
+        pieces.append(svg.text(WIDTH - 106, top + 24, said, "bar-value small"))
     label = "; ".join(f"{n} {r['least']:.4g} to {r['most']:.4g}" for n, r in state["ranges"].items())
     return svg.picture(WIDTH, 14 + 54 * len(state["ranges"]), f"state of the device: {label}", *pieces)
