@@ -207,7 +207,7 @@ def _slice(trials: list[Row], knob: Row, shown: list[int], y: svg.Scale) -> Mark
     left, right = 46.0, SLICE_WIDTH - 6
     width = (right - left) / len(knob["values"])
     fastest = min((v["best"] for v in knob["values"] if v["best"]), default=None)
-    pieces = [svg.time_grid(y, left, right, 4)]
+    pieces, size = [svg.time_grid(y, left, right, 4)], _small(knob, width)
     for place, value in enumerate(knob["values"]):
         middle = left + (place + 0.5) * width
         own = [i for i in shown if repr(trials[i]["config"].get(knob["name"])) == repr(value["value"])]
@@ -222,7 +222,7 @@ def _slice(trials: list[Row], knob: Row, shown: list[int], y: svg.Scale) -> Mark
             kind = "top first" if value["best"] == fastest else "top"
             d = f"M{middle:.1f} {low - 5:.1f}l5 5l-5 5l-5 -5z"
             pieces.append(svg.tag("path", d=d, class_=kind))
-        pieces.append(_value(middle, y.start + 17, value["value"], width))
+        pieces.append(svg.text(middle, y.start + 17, words(value["value"]), "tick value", "middle", style=size))
         failed = value["tried"] - value["timed"]
         if failed:
             pieces.append(svg.text(middle, y.start + 32, f"{failed}×", "tick failed", "middle"))
@@ -233,11 +233,10 @@ def _slice(trials: list[Row], knob: Row, shown: list[int], y: svg.Scale) -> Mark
     return svg.picture(SLICE_WIDTH, SLICE_HEIGHT, label, *pieces, class_="points slice")
 
 
-def _value(x: float, y: float, value: object, room: float) -> Markup:
-    """A knob's value below its column, smaller where it would run into the next."""
-    said = words(value)
-    size = min(11.5, room / (0.6 * len(said)))
-    return svg.text(x, y, said, "tick value", "middle", style=f"font-size:{size:.1f}px" if size < 11.5 else None)
+def _small(knob: Row, room: float) -> str | None:
+    """The style of a knob's values below their columns, so that none runs into the next."""
+    size = room / (0.6 * max(len(words(value["value"])) for value in knob["values"]))
+    return f"font-size:{size:.1f}px" if size < 11.5 else None
 
 
 def words(value: object) -> str:
@@ -258,15 +257,20 @@ def pairs(problem: Row, part: Row) -> tuple[str, str, Markup] | None:
     best = min(map(min, cells.values()))
     left, top, right, bottom = 84.0, 26.0, SLICE_WIDTH - 6, SLICE_HEIGHT - 26
     w, h = (right - left) / len(across["values"]), (bottom - top) / len(down["values"])
+    size = _small(across, w)
     pieces = [svg.text(left - 8, top - 10, f"{down['name']} ↓", "tick", "end")]
     for j, value in enumerate(across["values"]):
-        pieces.append(_value(left + (j + 0.5) * w, bottom + 15, value["value"], w))
+        pieces.append(
+            svg.text(left + (j + 0.5) * w, bottom + 15, words(value["value"]), "tick value", "middle", style=size)
+        )
     for i, row in enumerate(down["values"]):
         pieces.append(svg.text(left - 8, top + (i + 0.5) * h + 4, words(row["value"]), "tick value", "end"))
         for j, column in enumerate(across["values"]):
             found = cells.get((repr(row["value"]), repr(column["value"])))
             pieces.append(_cell(left + j * w, top + i * h, w, h, found, best))
-    label = f"the fastest by {down['name']} and {across['name']}"
+    label = f"the fastest by {down['name']} and {across['name']}, as a multiple of the best: " + "; ".join(
+        f"{row} with {column} {min(found) / best:.2f}" for (row, column), found in cells.items()
+    )
     return down["name"], across["name"], svg.picture(SLICE_WIDTH, SLICE_HEIGHT, label, *pieces, class_="pairs")
 
 

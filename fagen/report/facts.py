@@ -215,7 +215,9 @@ def funnel(trials: list[Row]) -> list[Row]:
     stages: list[Row] = [{"gate": "tried", "count": len(left), "lost": {}}]
     gates = {
         "legal": lambda trial: trial["outcome"] == "constraint",
-        "compiled": lambda trial: trial["outcome"] in ("compile", "spill") or _never_built(trial),
+        "compiled": lambda trial: (
+            trial["outcome"] in ("compile", "spill") or (trial["outcome"] == "timeout" and not trial["built"])
+        ),  # the compiler's
         "right": lambda trial: trial["outcome"] not in ("ok",),
         "timed": lambda trial: trial["seconds"] is None,
     }
@@ -224,11 +226,6 @@ def funnel(trials: list[Row]) -> list[Row]:
         left = [trial for trial in left if not lost(trial)]
         stages.append({"gate": gate, "count": len(left), "lost": _count(trial["outcome"] for trial in gone)})
     return stages
-
-
-def _never_built(trial: Row) -> bool:
-    """A compiler that ran out of time leaves no facts of a binary."""
-    return trial["outcome"] == "timeout" and not trial["facts"] and not trial["source_hash"] and bool(trial["family"])
 
 
 def reasons(trials: list[Row]) -> list[Row]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fagen import env
+from fagen import env, families
 from fagen.errors import FagenError, UsageError
 from fagen.problem import INTERVAL_KINDS, Problem
 from fagen.tuner import journal
@@ -147,10 +147,10 @@ def candidate(row: Row) -> Row:
     """A line of trials.jsonl with every key there; times in seconds, None if there is none."""
     seconds = duration(row.get("seconds"))
     outcome = str(row.get("outcome") or ("ok" if seconds else "unknown"))
-    device = mapping(row.get("device"))
+    device, config = mapping(row.get("device")), mapping(row.get("config"))
     return {
-        "family": str(row.get("family") or ""),
-        "config": mapping(row.get("config")),
+        "family": str(row.get("family") or _family(config)),
+        "config": config,
         "outcome": outcome,
         "reason": str(row.get("reason") or ""),
         "seconds": seconds if outcome == "ok" else None,
@@ -159,10 +159,17 @@ def candidate(row: Row) -> Row:
         "error": number(row.get("error")),
         "facts": mapping(row.get("facts")),
         "source_hash": str(row.get("source_hash") or ""),
+        "built": "source_hash" not in row or bool(row["source_hash"]),  # unless it is known not to have been
         "device": device,
         "throttled": throttled(device),
         "when": moment(row.get("date")),
     }
+
+
+def _family(config: Row) -> str:
+    """The family whose knobs these are, for rows that do not name it."""
+    found = (f.name for f in families.all_families() if {knob.name for knob in f.knobs} == set(config))
+    return next(found, "")
 
 
 def throttled(device: Row) -> bool:

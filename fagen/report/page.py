@@ -32,16 +32,23 @@ def render(run: Row) -> str:
     }  # fmt: skip
     share = max(LEAST_POINTS, MOST_POINTS // max(1, len(run["problems"])))
     sections = [section(problem, place, share, run) for place, problem in enumerate(run["problems"], 1)]
-    many = len(run["problems"]) > 1
+    script, style = ((_HERE / name).read_text() for name in ("page.js", "page.css"))
     return environment.get_template("page.html.j2").render(
-        run=run, sections=sections, style=(_HERE / "page.css").read_text(), script=(_HERE / "page.js").read_text(),
-        data=_embedded([s["data"] for s in sections]), names=roofs.NAMES, wall=_date(run["begun"]),
-        reasons=facts.MOST_REASONS,
+        run=run, sections=sections, style=style, script=script, data=_embedded([s["data"] for s in sections]),
+        names=roofs.NAMES, wall=_date(run["begun"]), reasons=facts.MOST_REASONS, **_together(run),
         device=run["target"].get("device") or run["environment"].get("device") or run["run"],
-        speeds=bars.speeds(run["problems"], run["machine"]["tflops"]) if many else None,
-        roofline=roofs.roofline(run["problems"], run["machine"], candidates=False) if many else None,
-        funnel=bars.funnel(facts.funnel([t for p in run["problems"] for t in p["trials"]])) if many else None,
     )  # fmt: skip
+
+
+def _together(run: Row) -> Row:
+    """The pictures of all problems at once."""
+    problems = run["problems"] if len(run["problems"]) > 1 else []
+    trials = [trial for problem in problems for trial in problem["trials"]]
+    return {
+        "speeds": bars.speeds(problems, run["machine"]["tflops"]),
+        "roofline": roofs.roofline(problems, run["machine"], candidates=False),
+        "funnel": bars.funnel(facts.funnel(trials)) if trials else None,
+    }
 
 
 def section(problem: Row, place: int, most: int, run: Row) -> Row:

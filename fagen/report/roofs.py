@@ -70,7 +70,7 @@ def _across(x: svg.Scale, unit: str) -> Markup:
     pieces = [svg.line(LEFT, BOTTOM, RIGHT, BOTTOM, "axis"), svg.text(LEFT - 8, TOP - 10, unit, "tick", "middle")]
     for value in x.ticks(8):
         pieces.append(
-            svg.text(x(value), BOTTOM + 18, f"{value / 1e3:g}k" if value >= 1e4 else f"{value:g}", "tick", "middle")
+            svg.text(x(value), BOTTOM + 18, f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}", "tick", "middle")
         )
     name = "FLOP a byte of q, k, v and o"
     return svg.join([*pieces, svg.text((LEFT + RIGHT) / 2, BOTTOM + 38, name, "axis-name", "middle")])

@@ -28,6 +28,10 @@ _START = (
 )
 
 
+class DoesNotStart(Exception):
+    """There is such a program, and it is no browser that runs here."""
+
+
 def path() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
@@ -129,7 +133,11 @@ def browse(binary: str, profile: Path) -> Iterator[Page]:
     for fd in (*theirs, pipes[0][0], pipes[1][1]):
         os.close(fd)
     try:
-        yield Page(ours_out, ours_in)
+        try:
+            page = Page(ours_out, ours_in)
+        except (AssertionError, OSError) as error:
+            raise DoesNotStart(f"{binary} does not start: {error}") from error
+        yield page
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 9)
