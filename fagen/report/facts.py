@@ -257,4 +257,8 @@ def device(trials: list[Row]) -> Row | None:
             ranges[name] = {"least": min(values), "median": statistics.median(values), "most": max(values)}
     hot = [trial for trial in rows if trial["throttled"]]
     return {"samples": len(rows), "ranges": ranges, "throttled": len(hot),
-            "why": _count(str(trial["device"]["throttle"]) for trial in hot)}  # fmt: skip
+            "why": _count(_words(trial["device"]["throttle"]) for trial in hot)}  # fmt: skip
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is True else str(value)

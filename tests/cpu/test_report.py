@@ -211,6 +211,27 @@ def test_the_roof_is_what_the_run_measured_else_the_data_sheet_else_unknown(conf
     assert "No limit of this machine is known" in text
 
 
+@pytest.mark.parametrize(
+    ("throttle", "said"),
+    [
+        (["power", "heat"], "(power, heat 3)"),
+        ("power", "(power 3)"),
+        (True, "3 of 20 candidates, marked"),
+        (4, "(4 3)"),
+    ],
+)
+def test_throttling_is_said_whatever_its_form(configs, tmp_path, throttle, said):
+    rows = [
+        {**row, "device": {"clock_mhz": 1500 + i, "throttle": throttle if i < 3 else type(throttle)()}}
+        for i, row in enumerate(trials(configs, 20))
+    ]
+    found, text = made(keep(tmp_path, rows))
+    assert found["summary"]["throttled"] == found["problems"][0]["device"]["throttled"] == 3
+    assert found["problems"][0]["device"]["ranges"]["clock_mhz"] == {"least": 1500, "median": 1509.5, "most": 1519}
+    assert said in " ".join(text.split())
+    assert "No throttling" in made(keep(tmp_path, [{**row, "device": {"power_w": 9}} for row in rows]))[1]
+
+
 # ---- knobs ----------------------------------------------------------------------------------------------------------
 
 
