@@ -15,6 +15,7 @@ from fagen.errors import FagenError, MissingTool
 
 VERBS = {
     "tune": "find the fastest kernel for these problems on this machine",
+    "report": "write one page about a tuning run: what was tried, what mattered, who won",
     "bench": "measure against the other attention libraries that are installed here",
     "study": "tell a story in steps of a few knobs each, measured in one run",
     "explain": "say which kernel a problem gets here, and why no other",
