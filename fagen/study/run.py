@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ def _problem(problem: Problem, plans: list[Plan], built: Built, target: Target, 
     return result
 
 
-def _step(p: Plan, sets: list[Result], built: Built, device: str) -> tuple[Result, Any]:
+def _step(p: Plan, sets: Sequence[Result], built: Built, device: str) -> tuple[Result, Any]:
     """The step's facts so far, and a call of its best config if what that computes is right."""
     from fagen import kernel, measure, verify
 
