@@ -177,7 +177,8 @@ def test_rows_that_see_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("mask", ["none", "causal", "window", "intervals"])
 def test_no_keys_at_all(mask: str) -> None:
-    case = Case("tma_dynamic", mask=mask, window=(3, 5), intervals="both4" if mask == "intervals" else "")
+    window = (3, 5) if mask in ("window", "intervals") else (-1, -1)
+    case = Case("tma_dynamic", mask=mask, window=window, intervals="both4" if mask == "intervals" else "")
     q = torch.randn(2, 130, 4, 64, device="cuda").bfloat16()
     k, v = (torch.randn(2, 0, 4, 64, device="cuda").bfloat16() for _ in range(2))
     intervals = torch.zeros(2, 1, 0, 4, device="cuda", dtype=torch.int32) if mask == "intervals" else None
