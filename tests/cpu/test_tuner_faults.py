@@ -25,7 +25,7 @@ from fagen.tuner import journal, study, workers
 from fagen.tuner.candidate import Candidate, Result
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options
-from fagen.tuner.search import Search, open_storage
+from fagen.tuner.search import FIRST_SHARE, Search, open_storage
 
 DEFAULT = FAMILY.default(PROBLEM, host())
 
@@ -273,7 +273,7 @@ def test_a_problems_share_is_counted_from_its_beginning(monkeypatch):
     left = [100.0]
     share = study._Share(lambda: left[0], families=2)
     now[0], left[0] = 1030.0, 70.0  # a cold start of 30 s
-    assert share.deadline(0) == pytest.approx(1030 + study.SEARCH_SHARE * 70 / 2)
+    assert share.deadline(0) == pytest.approx(1030 + study.SEARCH_SHARE * 70 * FIRST_SHARE)
     now[0] = 1060.0
     assert share.deadline(1) == pytest.approx(1030 + study.SEARCH_SHARE * 70), "the last one has what is left"
     assert study._Share(lambda: math.inf, 1).deadline(0) == math.inf
