@@ -1,8 +1,6 @@
 """compute-sanitizer over a small set: no byte out of bounds, no shared-memory hazard.
 
-racecheck failed when it was last run over both families at once, after sm90_forward's producer began to tell the
-consumers through shared memory what comes next. The first suspect: all lanes of a warp read that mail, one lane counts
-them as done. Nothing is filtered or expected to fail: what is red here is to be looked into.
+Nothing is filtered or expected to fail: what is red here is to be looked into.
 """
 
 from __future__ import annotations
