@@ -7,7 +7,9 @@ out=${1:?folder for the files}; budget=${2:-9m}; shift $(( $# > 2 ? 2 : $# ))
 names=${*:-d128_full d128_causal_gqa d64_causal d256_causal d128_window d128_full_short d128_causal_short}
 mkdir -p "$out"
 until=$(( $(date +%s) + ${budget%m} * 60 ))
-common="--target gpu --family sm90_forward --dtype bf16 --fix overlap=true --fix rescale=deferred --fix section_mb=32"
+# GPUS=all: on all GPUs of the machine at once
+where="--target gpu"; [ -z "${GPUS:-}" ] || where="--gpus $GPUS"
+common="$where --family sm90_forward --dtype bf16 --fix overlap=true --fix rescale=deferred --fix section_mb=32"
 causal="--fix block_order=longest_first,sectioned"
 for name in $names; do
   left=$(( until - $(date +%s) ))

@@ -25,11 +25,17 @@ class Space:
     legal: tuple[Config, ...]
     removed: dict[str, int]
     total: int
+    added: Config | None = None  # the default, where a restriction left it out
 
     def with_default(self) -> Space:
         """The default among the legal ones, where a restriction leaves it out: a winner must be measured against it."""
         default = self.family.default(self.problem, self.target)
-        return self if default in self.legal else replace(self, legal=(*self.legal, default))
+        return self if default in self.legal else replace(self, legal=(*self.legal, default), added=default)
+
+    def of(self, problem: Problem) -> Space:
+        """The same for another problem of the static key, with its default."""
+        legal = tuple(config for config in self.legal if config != self.added) if self.added else self.legal
+        return replace(self, problem=problem, legal=legal, added=None).with_default()
 
 
 def restriction(words: Iterable[str], families: Iterable[Family]) -> dict[str, tuple[Value, ...]]:

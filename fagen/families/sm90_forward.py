@@ -140,10 +140,11 @@ _TILES = (
     (192, ((128, 128, 1, 1), (128, 112, 1, 1), (128, 96, 2, 1), (128, 80, 1, 1))),
     (256, ((128, 64, 1, 1), (128, 80, 1, 1), (128, 48, 1, 1), (128, 32, 1, 1))),
 )
-# (schedule, block_order, section_mb), the best first: where all rows are equally long, and where they are not.
-_EQUAL = (("balanced", "ascending", 32), ("dynamic", "ascending", 32))
-_UNEQUAL = (("dynamic", "sectioned", 32), ("dynamic", "sectioned", 16), ("dynamic", "sectioned", 64))
-_FEW_ROWS = ((64, 64, 1, 3), (64, 128, 1, 2), (128, 128, 1, 1))  # not enough to go round: a tile a block
+_LONG = {96: (192, 80, 1, 1)}  # the best tile of a head dim where there are many keys
+_SHORT = {64: (64, 64, 1, 3)}  # and where rows see few, of which each sees another number
+_FEW_ROWS = ((64, 128, 1, 2), (64, 64, 1, 3), (128, 128, 1, 1))  # not enough to go round: a tile a block
+_MANY_KEYS, _FEW_KEYS = 4096, 2048
+_WAVES = 2  # of blocks: with fewer tiles of rows than that, nothing is gained by dealing them out
 _SMALLEST = ((128, 64, 1, 1), (64, 32, 1, 1))  # with a single stage of k and v they fit every problem
 
 
@@ -158,14 +159,38 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
             }
         )  # fmt: skip
 
-    size = max(p.head_dim_padded, p.head_dim_v_padded)
-    tiles = next(tiles for limit, tiles in _TILES if size <= limit)
-    plans = _EQUAL if p.mask == "none" else _UNEQUAL
+    tiles, plans = _tiles(p), _plans(p)
     alone = ("single", "ascending" if p.mask == "none" else "longest_first", 32)
-    shaped = [config(tile, 2, *plan) for plan in plans for tile in tiles]
-    shaped += [config(tile, 2, *alone) for tile in _FEW_ROWS]
+    dealt = [config(tile, 2, *plan) for plan in plans for tile in tiles]
+    single = [config(tile, 2, *alone) for tile in _FEW_ROWS]
+    shaped = [c for c in single if _few(p, t, c)] + dealt + single
     shaped += [config(tile, 1, *plans[0]) for tile in _SMALLEST]
-    return [c for c in shaped if not any(k.check(p, t, c) for k in CONSTRAINTS)]
+    return [c for c in dict.fromkeys(shaped) if not any(k.check(p, t, c) for k in CONSTRAINTS)]
+
+
+def _tiles(p: Problem) -> list[tuple[int, int, int, int]]:
+    """(tile_m, tile_n, q_stages, blocks_per_sm), the best first."""
+    size = max(p.head_dim_padded, p.head_dim_v_padded)
+    limit, tiles = next((limit, tiles) for limit, tiles in _TILES if size <= limit)
+    first = _LONG.get(limit) if p.seqlen_k >= _MANY_KEYS else None
+    if p.mask != "none" and p.seqlen_k <= _FEW_KEYS:
+        first = _SHORT.get(limit)
+    return list(dict.fromkeys([first, *tiles] if first else tiles))
+
+
+def _plans(p: Problem) -> list[tuple[str, str, int]]:
+    """(schedule, block_order, section_mb), the best first."""
+    if p.mask == "none":
+        plans = [("balanced", "ascending", 32), ("dynamic", "ascending", 32)]
+        return plans if p.seqlen_k < _FEW_KEYS else plans[::-1]
+    sections = (16, 32, 64) if p.seqlen_k < _FEW_KEYS else (64, 32, 16) if p.head_dim_padded > 128 else (32, 64, 16)
+    return [("dynamic", "sectioned", megabytes) for megabytes in sections]
+
+
+def _few(p: Problem, t: Target, c: Config) -> bool:
+    """Whether each block takes a tile of rows or two."""
+    tiles = -(-p.seqlen_q // int(c.tile_m)) * p.heads * p.batch
+    return tiles <= _WAVES * t.units * int(c.blocks_per_sm)
 
 
 def _default(p: Problem, t: Target) -> Config:

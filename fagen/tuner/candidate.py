@@ -67,12 +67,23 @@ class CompileRequest:
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """A candidate that was timed already. Others are timed in turn with it and told in its seconds, since a GPU's
+    clock follows its power and temperature, and so differs from one minute of a run to the next."""
+
+    candidate: Candidate
+    artifact: Artifact
+    seconds: float
+
+
+@dataclass(frozen=True)
 class MeasureRequest:
     candidate: Candidate
     artifact: Artifact
     seed: int = 0
     best: float = math.inf  # seconds of the best so far
     device: int = 0
+    anchor: Anchor | None = None
 
     @property
     def target(self) -> Target:
@@ -215,7 +226,7 @@ def measure_one(request: MeasureRequest) -> Result:
         call, message = at_own_size(kernel, request)
         if message:
             return Result("wrong", message, error=error)
-        timing, state, again = _time(call, request)
+        timing, state, again = _time(call, request, _beside(request))
     except Damage as damage:
         return Result("wrong", str(damage), error=error, fatal=True)
     except LaunchError as problem:
@@ -231,7 +242,33 @@ def _load(candidate: Candidate, artifact: Artifact) -> Kernel:
     return kernel.load(artifact, families.get(candidate.family), candidate.problem, candidate.config)
 
 
-def _time(call: measure.InTurn, request: MeasureRequest) -> tuple[Timing, dict[str, Any], int]:
+Clock = Callable[..., Timing]  # of what is to be timed, with rounds and seconds as measure.time_calls takes them
+
+
+def _beside(request: MeasureRequest) -> Clock:
+    """A clock that goes by the anchor, where there is one."""
+    device, anchor = where(request.target), request.anchor
+    if anchor is None:
+        _anchored.cache_clear()  # with the inputs of another problem
+        return lambda call, **how: measure.time_calls({"it": call}, device=device, **how)["it"]
+    known = _anchored(anchor, request.seed)
+
+    def clock(call: measure.Call, **how: Any) -> Timing:
+        timings = measure.time_calls({"it": call, "anchor": known}, device=device, **how)
+        it, scale = timings["it"], anchor.seconds / timings["anchor"].median
+        return Timing(it.median * scale, it.spread * scale, it.samples)
+
+    return clock
+
+
+@functools.lru_cache(maxsize=1)
+def _anchored(anchor: Anchor, seed: int) -> measure.InTurn:
+    kernel = _load(anchor.candidate, anchor.artifact)
+    sets = timing_inputs(anchor.candidate.problem, anchor.candidate.target, seed)
+    return measure.InTurn([measure.launcher(kernel, inputs) for inputs in sets])
+
+
+def _time(call: measure.InTurn, request: MeasureRequest, clock: Clock) -> tuple[Timing, dict[str, Any], int]:
     """Staged: one call, a few, many; a candidate that falls behind is given up early."""
     device = where(request.target)
     once = measure.time_once(call, device=device)
@@ -239,19 +276,17 @@ def _time(call: measure.InTurn, request: MeasureRequest) -> tuple[Timing, dict[s
         once = min(once, measure.time_once(call, device=device))
     if once > HOPELESS * request.best:
         return Timing(once, 0.0, 1), {}, 0
-    few = measure.time_calls({"it": call}, device=device, rounds=3, max_seconds=1.0)["it"]
+    few = clock(call, rounds=3, max_seconds=1.0)
     if few.median > BEHIND * request.best:
         return few, {}, 0
-    return _steadily(call, request.target)
+    return _steadily(call, request.target, clock)
 
 
-def _steadily(call: Callable[[], object], target: Target) -> tuple[Timing, dict[str, Any], int]:
+def _steadily(call: Callable[[], object], target: Target, clock: Clock) -> tuple[Timing, dict[str, Any], int]:
     """Many calls, again where they scatter, and once more where the GPU was slowed down meanwhile; how it was."""
 
     def many() -> Timing:
-        return measure.time_calls({"it": call}, device=where(target), rounds=15, min_seconds=0.05, max_seconds=1.0)[
-            "it"
-        ]
+        return clock(call, rounds=15, min_seconds=0.05, max_seconds=1.0)
 
     timing, again = measure.quietest(many)
     state = _state(call, timing.median, target)

@@ -20,7 +20,17 @@ from fagen.errors import CacheError, FagenError, MissingTool
 from fagen.problem import Problem
 from fagen.target import Target
 from fagen.tuner import candidate as steps
-from fagen.tuner.candidate import Alive, Candidate, CompileRequest, Final, FinalRequest, MeasureRequest, Probe, Result
+from fagen.tuner.candidate import (
+    Alive,
+    Anchor,
+    Candidate,
+    CompileRequest,
+    Final,
+    FinalRequest,
+    MeasureRequest,
+    Probe,
+    Result,
+)
 from fagen.tuner.search import Pace, Search
 from fagen.tuner.workers import COMPILE_BYTES, Death, Worker, free_memory
 
@@ -75,10 +85,11 @@ class Pool:
         self.until = math.inf  # when the search that is under way ends; inf until something can be measured
         self.limits: dict[str, float] = {}  # what the machine can do at most, if it was measured
         self._allowed = workers  # compilers at a time: fewer after one was ended for want of memory
-        self._default: Config | None = None  # of the search that is under way
+        self._rank: Callable[[Config], int] = lambda config: 0  # which of those that are ready is measured first
         self._again: deque[Candidate] = deque()  # whose compiler was ended from outside
         self._retried: set[Candidate] = set()
         self._artifacts: dict[Candidate, Artifact] = {}
+        self._anchor: Anchor | None = None  # what times on a GPU go by; one for all devices, each at its own clock
         self.pace = Pace()
         self._turn = 0  # candidates handed to compilers since the last measurement, on the CPU
         self._compiled = 0  # answers of compilers in this search
@@ -110,17 +121,16 @@ class Pool:
 
         `deadline` is asked for once something can be measured: the wait for the first process and the first kernel
         is on nobody's account. A measurement that runs at the deadline is awaited; what is being compiled then is
-        forgotten. The default is measured before any other that is ready, and however short the time is: the winner
-        must beat it.
+        forgotten. The default and the incumbent are measured before any other that is ready, and however short the
+        time is: the winner must beat them.
         """
-        space, exhausted, self.until, self._compiled = search.space, False, math.inf, 0
+        exhausted, self.until, self._compiled, self._rank = False, math.inf, 0, search.rank
         self.ready.clear()
         self._again.clear()
-        self._default = space.family.default(space.problem, space.target)
         while not over():
             if self.until == math.inf and self._compiled and self._alive:
                 self.until = deadline()
-            late = time.monotonic() > self.until and self._default in search.seen
+            late = time.monotonic() > self.until and not search.lacking
             if not late:
                 exhausted = self._feed_compilers(search)
                 self._feed_measurers(search)
@@ -184,7 +194,7 @@ class Pool:
 
     def _too_late(self, search: Search) -> bool:
         """Whether even a quick compilation would end after the search."""
-        if self.quiet or not self._seconds or self._default not in search.seen:
+        if self.quiet or not self._seconds or search.lacking:
             return False
         quick = statistics.quantiles([*self._seconds, self._seconds[-1]], n=4)[0]
         return time.monotonic() + quick > self.until
@@ -203,9 +213,15 @@ class Pool:
         for worker, device in self.devices.items():
             if worker.busy or not self.ready:
                 continue
+            anchor = self._anchor_for(search.space.problem)
+            if self.target.is_gpu and anchor is None and self.measuring:  # the others wait for the first to be one
+                return
             item, artifact = self.ready.popleft()
-            request = MeasureRequest(item, artifact, self.seed, search.bar, device)
+            request = MeasureRequest(item, artifact, self.seed, search.bar, device, anchor)
             worker.send(request, self.run_timeout + self._estimate(item.problem, search.best), item)
+
+    def _anchor_for(self, problem: Problem) -> Anchor | None:
+        return self._anchor if self._anchor and self._anchor.candidate.problem == problem else None
 
     def _estimate(self, problem: Problem, best: float) -> float:
         """Seconds that a right but slow candidate may need."""
@@ -236,8 +252,8 @@ class Pool:
             self._allowed = max(1, min(self._allowed, len(self.compilers)) - 1)
             self.note(f"a compiler was ended from outside; at most {self._allowed} at a time from here on")
         elif result.outcome == "ok" and result.artifact:
-            put = self.ready.appendleft if item.config == self._default else self.ready.append
-            put((item, result.artifact))
+            before = sum(self._rank(other.config) <= self._rank(item.config) for other, _ in self.ready)
+            self.ready.insert(before, (item, result.artifact))
             self._artifacts[item] = result.artifact
         else:
             done(item, result)
@@ -256,6 +272,8 @@ class Pool:
         device = self.devices[worker]
         state = {**result.state, "gpu": device} if len(self.devices) > 1 else result.state
         result = replace(result, artifact=result.artifact or self._artifacts.get(job), state=state)
+        if result.state and result.timing and result.artifact and self._anchor_for(job.problem) is None:
+            self._anchor = Anchor(job, result.artifact, result.timing.median)  # on a GPU, and not cut short
         if result.fatal:
             self._probe(worker, _Probing((job, result)))
         else:

@@ -64,12 +64,14 @@ def open_storage(path: str) -> optuna.storages.BaseStorage:
 class Search:
     """Hands out candidates (`next`) and hears what became of them (`tell`). `limit`: how many it may hand out.
 
-    `whole`: each is measured in full, however slow it is. `rival`: seconds of another family's best.
+    `whole`: each is measured in full, however slow it is. `rival`: seconds of another family's best. `musts` and the
+    default are measured however short the time is: a winner must beat them.
     """
 
     def __init__(
         self, space: Space, storage: Any, *, seed: int, first: Iterable[Config], limit: int | None, exhaustive: bool,
         whole: bool = False, sampler: str = SAMPLERS[0], rival: float = math.inf,
+        musts: Iterable[Config] = (),  # beside the default
         name: str = "",  # of a study that others may have begun
     ) -> None:  # fmt: skip
         import optuna
@@ -81,6 +83,8 @@ class Search:
         self.best = math.inf
         self.rejected: dict[Config, tuple[str, str]] = {}  # illegal ones asked for: constraint and reason
         self._legal = frozenset(space.legal)
+        default = space.family.default(space.problem, space.target)
+        self._musts = [config for config in dict.fromkeys([default, *musts]) if config in self._legal]
         self._flight: dict[Config, list[optuna.Trial]] = {}
         self._random = random.Random(f"{seed}/{space.family.name}/{space.problem.key}")
         with warnings.catch_warnings():
@@ -116,6 +120,15 @@ class Search:
     def waiting(self) -> bool:
         """Whether more may come after `next` had none: from other processes that search with this one."""
         return False
+
+    def rank(self, config: Config) -> int:
+        """Its place among those that are measured first."""
+        return self._musts.index(config) if config in self._musts else len(self._musts)
+
+    @property
+    def lacking(self) -> bool:
+        """Whether one is missing that a winner must beat."""
+        return any(config not in self.seen for config in self._musts)
 
     @property
     def issued(self) -> int:

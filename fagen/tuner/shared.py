@@ -231,10 +231,9 @@ class SharedSearch(Search):
 
     @property
     def waiting(self) -> bool:
-        """Whether others have in hand what may yet come back; when this process has done its part, the default only."""
+        """Whether others have in hand what may yet come back; once this one has done its part, what must be."""
         elsewhere = [config for config, trials in self._flight.items() if not trials]
-        default = self.space.family.default(self.space.problem, self.space.target)
-        return default in elsewhere if self._full else bool(elsewhere)
+        return any(config in elsewhere for config in self._musts) if self._full else bool(elsewhere)
 
     def next(self) -> Config | None:
         while not self._full:

@@ -9,6 +9,7 @@ import hashlib
 import math
 import signal
 import socket
+import statistics
 import threading
 import time
 import uuid
@@ -35,7 +36,8 @@ from fagen.tuner.search import Search, open_storage, portion
 from fagen.tuner.shared import Board, SharedSearch
 from fagen.tuner.workers import compile_workers
 
-SEARCH_SHARE = 0.85  # of a problem's time; the rest is for the final round
+SEARCH_SHARE = 0.85  # of a problem's time, at most; the rest is for the final round
+SHORTEST_FINAL = 0.4  # seconds, however small the budget is
 NEIGHBOURS = 3
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -158,16 +160,20 @@ def _signals(progress: Progress) -> Iterator[threading.Event]:
 
 
 class _Share:
-    """A problem's part of the budget, counted from when it can first be measured; its families share what is left."""
+    """A problem's part of the budget, counted from when it can first be measured; its families share what is left.
 
-    def __init__(self, seconds: Callable[[], float], families: int) -> None:
-        self.seconds, self.families = seconds, families
+    `reserved` seconds are for its final round.
+    """
+
+    def __init__(self, seconds: Callable[[], float], families: int, reserved: float = 0.0) -> None:
+        self.seconds, self.families, self.reserved = seconds, families, reserved
         self.end: float | None = None
 
     def deadline(self, turn: int) -> float:
         now = time.monotonic()
         if self.end is None:
-            self.end = now + SEARCH_SHARE * self.seconds()
+            seconds = self.seconds()
+            self.end = now + max(0.0, min(SEARCH_SHARE * seconds, seconds - self.reserved))
         begun = portion(turn - 1, self.families) if turn else 0.0
         return now + max(0.0, self.end - now) * (portion(turn, self.families) - begun) / (1 - begun)
 
@@ -192,6 +198,7 @@ class _Tuner:
         self.environment = db.environment(target)
         self.started = time.monotonic()
         self.spaces: dict[str, list[Space]] = {}
+        self.finals: list[float] = []  # seconds that the final rounds took, all in all
 
     def all(self, problems: Sequence[Problem]) -> Report:
         report = Report(self.run.path, self.target)
@@ -221,7 +228,9 @@ class _Tuner:
         known: dict[Candidate, Known] = {}
         found = self._spaces(problem)
         seconds = functools.partial(self._seconds, 1 + len(to_come))
-        share, incumbent, left = _Share(seconds, len(found)), self._incumbent(problem), 0
+        planned = seconds()
+        took = statistics.median(self.finals[-5:]) if self.finals else 0.0
+        share, incumbent, left = _Share(seconds, len(found), took), self._incumbent(problem), 0
         for turn, space in enumerate(found):
             search = self._search(space, seconds() / len(found), known)
             self.pool.ahead = self._ahead([*found[turn + 1 :], *(self._spaces(to_come[0]) if to_come else [])])
@@ -245,9 +254,16 @@ class _Tuner:
         )  # fmt: skip
         if not self.interrupted.is_set():
             self.pool.build_ahead()
-        seconds_of_final = final.SECONDS / (3 if self.interrupted.is_set() else 1)
-        item = final.hold(self.pool, tuned, known, default, incumbent, seconds_of_final, self.progress.note)
+        begin = time.monotonic()
+        item = final.hold(self.pool, tuned, known, default, incumbent, self._final_seconds(planned), self.progress.note)
+        self.finals.append(time.monotonic() - begin)
         return tuned, final.record(tuned, item, len(known), self.environment) if item else None
+
+    def _final_seconds(self, planned: float) -> float:
+        """Of timing in the final round of a problem that was to take `planned` seconds."""
+        if self.interrupted.is_set():
+            return final.SECONDS / 3
+        return min(final.SECONDS, max(SHORTEST_FINAL, (1 - SEARCH_SHARE) * planned))
 
     def _seconds(self, problems: int) -> float:
         """Of the budget for each of the problems that are left."""
@@ -270,7 +286,8 @@ class _Tuner:
         """Counted in full once for each static key: constraints look at nothing else."""
         if problem.static_key not in self.spaces:
             self.spaces[problem.static_key] = spaces(problem, self.target, self.options.family, self.options.fixed)
-        return [dataclasses.replace(space, problem=problem) for space in self.spaces[problem.static_key]]
+        same = self.spaces[problem.static_key]  # but for the default, which may be another at another size
+        return [space.of(problem) for space in same]
 
     def _over(self, search: Search, known: dict[Candidate, Known]) -> bool:
         if isinstance(search, SharedSearch):
@@ -317,8 +334,9 @@ class _Tuner:
             if row["problem"] == problem.key and row["family"] == family.name and row["outcome"] != "constraint"
         ]  # fmt: skip
         search = self._new_search(
-            space, rows, first=first, exhaustive=self.options.exhaustive or len(space.legal) <= room, rival=rival
-        )
+            space, rows, first=first, exhaustive=self.options.exhaustive or len(space.legal) <= room, rival=rival,
+            musts=[] if self.options.cold else exact,
+        )  # fmt: skip
         for row in rows:
             self._remember(search, row, known)
         return search

@@ -1562,15 +1562,9 @@ __device__ __forceinline__ void store_zeros(const fagen_params& p) {
 }
 
 
+// ---- fagen/sm90/producer.cuh -----------------------------------------------------------------------------
+// The warp that feeds the others: it walks over the tiles, and one lane of it talks to the copy engine.
 
-// Every register of a fragment stays where it is, and is written, before what follows.
-template <class X, int kPieces>
-__device__ __forceinline__ void pin(X (&fragment)[kPieces][4]) {
-#pragma unroll
-  for (int i = 0; i < kPieces * 4; ++i) ptx::pin(fragment[i / 4][i % 4]);
-}
-
-// ---- the producer: one warp walks the tiles, one lane of it talks to the copy engine
 
 template <class C>
 struct Producer {
@@ -1665,8 +1659,15 @@ struct Producer {
   }
 };
 
-// ---- the consumers: what a warpgroup does
 
+// Every register of a fragment stays where it is, and is written, before what follows.
+template <class X, int kPieces>
+__device__ __forceinline__ void pin(X (&fragment)[kPieces][4]) {
+#pragma unroll
+  for (int i = 0; i < kPieces * 4; ++i) ptx::pin(fragment[i / 4][i % 4]);
+}
+
+// What a warpgroup that computes does.
 template <class C, class Element>
 struct Consumer {
   using S = Shape<C>;

@@ -1,7 +1,7 @@
 // An attention kernel made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  forward/bf16/d64/none, its config chosen for b4/h32-32/q4096-k4096
-// config:   tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=balanced block_order=ascending section_mb=32 (the family's default)
+// config:   tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=ascending section_mb=32 (the family's default)
 // made by:  fagen emit --arch sm_90 --dtype bf16 --head-dim 64 --mask none --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --config default --out DIR
 // build:    nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
@@ -11,7 +11,7 @@
 // Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
 // Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
 //
-// Config: tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=balanced block_order=ascending section_mb=32
+// Config: tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=ascending section_mb=32
 
 enum class Mask { none, causal, window, intervals };
 enum class Rescale { each, deferred };
@@ -38,7 +38,7 @@ struct Config {
   static constexpr Rescale kRescale = Rescale::deferred;  // when O follows a grown maximum
   static constexpr bool kPingPong = true;  // warpgroups take turns at starting products
   static constexpr int kBlocksPerSm = 1;  // blocks that share an SM
-  static constexpr Schedule kSchedule = Schedule::balanced;  // a block takes a tile of rows, a share, or what is next
+  static constexpr Schedule kSchedule = Schedule::dynamic;  // a block takes a tile of rows, a share, or what is next
   static constexpr BlockOrder kBlockOrder = BlockOrder::ascending;  // order of row tiles and heads
   static constexpr int kSectionMb = 32;  // megabytes of keys and values that a section of heads may have
 };
@@ -1562,15 +1562,9 @@ __device__ __forceinline__ void store_zeros(const fagen_params& p) {
 }
 
 
+// ---- fagen/sm90/producer.cuh -----------------------------------------------------------------------------
+// The warp that feeds the others: it walks over the tiles, and one lane of it talks to the copy engine.
 
-// Every register of a fragment stays where it is, and is written, before what follows.
-template <class X, int kPieces>
-__device__ __forceinline__ void pin(X (&fragment)[kPieces][4]) {
-#pragma unroll
-  for (int i = 0; i < kPieces * 4; ++i) ptx::pin(fragment[i / 4][i % 4]);
-}
-
-// ---- the producer: one warp walks the tiles, one lane of it talks to the copy engine
 
 template <class C>
 struct Producer {
@@ -1665,8 +1659,15 @@ struct Producer {
   }
 };
 
-// ---- the consumers: what a warpgroup does
 
+// Every register of a fragment stays where it is, and is written, before what follows.
+template <class X, int kPieces>
+__device__ __forceinline__ void pin(X (&fragment)[kPieces][4]) {
+#pragma unroll
+  for (int i = 0; i < kPieces * 4; ++i) ptx::pin(fragment[i / 4][i % 4]);
+}
+
+// What a warpgroup that computes does.
 template <class C, class Element>
 struct Consumer {
   using S = Shape<C>;

@@ -95,7 +95,9 @@ def test_a_killed_worker_costs_one_candidate(calm):
 
         def candidate(self, item, result, search):
             if len(search.seen) == 1:  # at rest: nobody's fault
-                os.kill(next(iter(self.pool.devices)).pid, signal.SIGKILL)
+                (worker,) = self.pool.devices
+                os.kill(worker.pid, signal.SIGKILL)
+                worker._process.join(30)
 
         def refresh(self):
             job = self.pool.measuring.get(0)
@@ -210,6 +212,16 @@ def test_only_failures_is_no_valid_candidate(fake, monkeypatch):
     assert db.Database.load().records == []
 
 
+def test_a_small_budget_leaves_the_incumbent_its_chance(calm):
+    """And no problem starves because those before it held their final rounds."""
+    best = {"style": "plain", "variant": 3}
+    problems = [PROBLEM, PROBLEM.replace(seqlen_q=96), PROBLEM.replace(seqlen_q=80)]
+    db.put([db.Record(p, "cpu", host().device, FAMILY.name, best, 1.0, 0.0, 1.0, 0.0, "hash") for p in problems])
+    report = study.tune(problems, host(), options(calm, trials=None, budget=0.01))
+    assert all(tuned.incumbent_seconds for tuned in report.results)
+    assert all(best in [r["config"] for r in rows(report.run) if r["problem"] == p.key] for p in problems)
+
+
 def test_a_budget_ends_the_search(calm):
     begin = time.monotonic()
     report = study.tune([PROBLEM], host(), options(calm, trials=None, budget=0.01))
@@ -225,12 +237,13 @@ def test_the_default_is_measured_first_whichever_is_built_first(fake):
     with Pool(
         host(), fake / "log", workers=1, seed=0, compile_timeout=60, run_timeout=2
     ) as pool:  # fmt: skip
-        pool._default = default
+        ranks = {default: 0, default.replace(variant=4): 1}  # the second: an incumbent
+        pool._rank = lambda config: ranks.get(config, 2)
         pool._replies = lambda workers: [(pool.compilers[0], built)]
-        for config in (default.replace(variant=2), default, default.replace(variant=3)):
-            pool.compilers[0].job = Candidate(FAMILY.name, PROBLEM, host(), config)
+        for variant in (2, 4, 1, 3):
+            pool.compilers[0].job = Candidate(FAMILY.name, PROBLEM, host(), default.replace(variant=variant))
             pool._collect(lambda *told: None)
-        assert [item.config.variant for item, _ in pool.ready] == [1, 2, 3]
+        assert [item.config.variant for item, _ in pool.ready] == [1, 4, 2, 3]
 
 
 def test_tune_record_dispatch_on_the_real_cpu_family(folders, capsys):

@@ -271,12 +271,14 @@ def test_a_problems_share_is_counted_from_its_beginning(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     left = [100.0]
-    share = study._Share(lambda: left[0], families=2)
+    share = study._Share(lambda: left[0], families=2, reserved=2.0)
     now[0], left[0] = 1030.0, 70.0  # a cold start of 30 s
     assert share.deadline(0) == pytest.approx(1030 + study.SEARCH_SHARE * 70 * FIRST_SHARE)
     now[0] = 1060.0
     assert share.deadline(1) == pytest.approx(1030 + study.SEARCH_SHARE * 70), "the last one has what is left"
     assert study._Share(lambda: math.inf, 1).deadline(0) == math.inf
+    assert study._Share(lambda: 10.0, 1, reserved=4.0).deadline(0) == pytest.approx(1060 + 6), "final rounds are long"
+    assert study._Share(lambda: 1.0, 1, reserved=4.0).deadline(0) == 1060
 
 
 def test_compilers_that_would_be_too_late_build_for_the_next_search(calm, monkeypatch):
@@ -284,7 +286,7 @@ def test_compilers_that_would_be_too_late_build_for_the_next_search(calm, monkey
     following = PROBLEM.replace(head_dim=8, head_dim_v=8)
     explored = Explored(calm, [DEFAULT])
     pool, search = explored.pool, explored.search
-    pool.quiet, pool._default = False, DEFAULT
+    pool.quiet = False
     pool._seconds.extend([10.0] * 4)
     pool.until = time.monotonic() + 5
     assert not pool._too_late(search), "not before the default was measured"

@@ -35,6 +35,7 @@ def clock(monkeypatch):
     return play
 
 
+CLOCK = candidate._beside(candidate.MeasureRequest(item(1), None))  # there is no anchor
 HOT, CAPPED = {"throttle": ["thermal"]}, {"throttle": ["power_cap"]}
 
 
@@ -49,9 +50,18 @@ HOT, CAPPED = {"throttle": ["thermal"]}, {"throttle": ["power_cap"]}
 )
 def test_what_was_timed_on_a_slowed_down_gpu_is_timed_again(clock, states, median, state, again):
     clock([Timing(1.0, 0.0, 15), Timing(1.2, 0.0, 15)], states)
-    timing, found, count = candidate._steadily(lambda: None, host())
+    timing, found, count = candidate._steadily(lambda: None, host(), CLOCK)
     assert (timing.median, found, count) == (median, state, again)
     assert set(HOT["throttle"]) <= nvml.SPOILING
+
+
+def test_a_candidate_is_told_in_the_seconds_of_the_anchor(clock, monkeypatch):
+    """The anchor took 2 s when it was timed; today everything takes 1.5 times as long."""
+    monkeypatch.setattr(candidate, "_anchored", lambda anchor, seed: lambda: None)
+    anchor = candidate.Anchor(item(1), None, 2.0)
+    clock([Timing(1.5, 0.15, 15), Timing(3.0, 0.3, 15)])
+    timing = candidate._beside(candidate.MeasureRequest(item(2), None, anchor=anchor))(lambda: None)
+    assert (timing.median, timing.samples) == (1.0, 15) and timing.spread == pytest.approx(0.1)
 
 
 def test_a_loud_final_round_is_held_again(clock, monkeypatch):
