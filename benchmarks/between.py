@@ -36,8 +36,8 @@ from fagen.tuner.workers import compile_workers
 
 GUESSES = 3  # of the family, beside its default
 SUITE = Path(__file__).parent / "problems" / "h200_between.toml"
-# what --fit tries: weights of waves, rows and sharing (keys count 1), and from how many waves on they no longer matter
-GRID = ((0.0, 0.5, 1.0, 2.0), (0.0, 0.25, 0.5, 1.0), (0.0, 0.25, 1.0), (4.0, 8.0, 16.0, 32.0))
+# what --fit tries: weights of waves and rows (keys count 1), and from how many waves on they no longer matter
+GRID = ((0.0, 0.5, 1.0, 2.0), (0.0, 0.25, 0.5, 1.0), (2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0))
 
 
 def neighbours(problem: Problem, target: Target, records: db.Database) -> list[db.Record]:
@@ -195,8 +195,8 @@ def cheapest(row: dict[str, Any], labels: list[str], target: Target) -> str | No
 def fit(rows: list[dict[str, Any]], units: int) -> list[dict[str, Any]]:
     """Every distance of the grid, the best first."""
     found = []
-    for waves, of_rows, sharing, most in itertools.product(*GRID):
-        weights = {"keys": 1.0, "waves": waves, "rows": of_rows, "sharing": sharing}
+    for waves, of_rows, most in itertools.product(*GRID):
+        weights = {"keys": 1.0, "waves": waves, "rows": of_rows}
         distance = weighted(units, weights, most)
         ratios = [ratio(row, next(iter(picked(row, distance)), None) or row["default"]) for row in rows]
         worst = max((value for value in ratios if value), default=math.inf)

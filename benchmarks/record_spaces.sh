@@ -32,6 +32,6 @@ for name in $names; do
     *) echo "unknown space $name" >&2; exit 2 ;;
   esac
   # shellcheck disable=SC2086
-  python -m fagen tune $common $flags --record "$out/h200_$name.jsonl.xz" --resume --budget "${left}s" --out "$out/db" \
+  "${PYTHON:-python}" -m fagen tune $common $flags --record "$out/h200_$name.jsonl.xz" --resume --budget "${left}s" --out "$out/db" \
     || echo "$name: exit $?" >&2
 done

@@ -24,8 +24,8 @@ from fagen.problem import Problem
 from fagen.target import Target
 
 SCHEMA = 1
-WEIGHTS = {"keys": 1.0, "waves": 1.0, "rows": 0.5, "sharing": 0.25}  # of the features of a size; see docs/database.md
-MOST_WAVES, _LEAST_WAVES = 16.0, 0.25  # beyond which their number no longer matters
+WEIGHTS = {"keys": 1.0, "waves": 1.0, "rows": 0.25}  # of the features of a size; see docs/database.md
+MOST_WAVES, _LEAST_WAVES = 4.0, 0.25  # beyond which their number no longer matters
 _WAVE_ROWS = 128  # of a block of rows, about
 
 
@@ -206,8 +206,7 @@ def features(problem: Problem, units: int, most_waves: float = MOST_WAVES) -> di
 
     `keys` that a row sees: the length of the inner loop, and how much of the keys and values a cache holds. `waves`:
     blocks of rows over the device's units; with few of them plain schedules and small tiles win, with many it no
-    longer matters how many. `rows` of a sequence: how much of the work lies at the diagonal. `sharing` of keys among
-    heads.
+    longer matters how many. `rows` of a sequence: how much of the work lies at the diagonal.
     """
     p = problem
     left, right = (p.seqlen_k if bound < 0 else bound for bound in (p.window_left, p.window_right))
@@ -217,7 +216,6 @@ def features(problem: Problem, units: int, most_waves: float = MOST_WAVES) -> di
         "keys": math.log2(keys),
         "waves": math.log2(min(max(waves, _LEAST_WAVES), most_waves)),
         "rows": math.log2(p.seqlen_q),
-        "sharing": math.log2(p.heads / p.kv_heads),
     }
 
 

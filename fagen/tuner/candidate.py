@@ -58,6 +58,7 @@ class Result:
     killed: bool = False  # its compiler was ended from outside: nothing is known of the candidate
     state: dict[str, Any] = field(default_factory=dict)  # of the GPU while it was timed, as nvml.py tells it
     remeasured: int = 0  # timings that were thrown away for their noise
+    whole: bool = False  # timed in full, not given up early
 
 
 @dataclass(frozen=True)
@@ -226,14 +227,13 @@ def measure_one(request: MeasureRequest) -> Result:
         call, message = at_own_size(kernel, request)
         if message:
             return Result("wrong", message, error=error)
-        timing, state, again = _time(call, request, _beside(request))
+        return replace(_time(call, request, _beside(request)), error=error)
     except Damage as damage:
         return Result("wrong", str(damage), error=error, fatal=True)
     except LaunchError as problem:
         return Result("crash", str(problem), fatal=candidate.target.is_gpu)
     except RuntimeError as problem:  # torch's, for whatever the device reported
         return Result("crash", str(problem).splitlines()[0], fatal=True)
-    return Result("ok", timing=timing, error=error, state=state, remeasured=again)
 
 
 def _load(candidate: Candidate, artifact: Artifact) -> Kernel:
@@ -268,18 +268,19 @@ def _anchored(anchor: Anchor, seed: int) -> measure.InTurn:
     return measure.InTurn([measure.launcher(kernel, inputs) for inputs in sets])
 
 
-def _time(call: measure.InTurn, request: MeasureRequest, clock: Clock) -> tuple[Timing, dict[str, Any], int]:
+def _time(call: measure.InTurn, request: MeasureRequest, clock: Clock) -> Result:
     """Staged: one call, a few, many; a candidate that falls behind is given up early."""
     device = where(request.target)
     once = measure.time_once(call, device=device)
     if once > HOPELESS * request.best:  # once more: the first may have been disturbed
         once = min(once, measure.time_once(call, device=device))
     if once > HOPELESS * request.best:
-        return Timing(once, 0.0, 1), {}, 0
+        return Result("ok", timing=Timing(once, 0.0, 1))
     few = clock(call, rounds=3, max_seconds=1.0)
     if few.median > BEHIND * request.best:
-        return few, {}, 0
-    return _steadily(call, request.target, clock)
+        return Result("ok", timing=few)
+    timing, state, again = _steadily(call, request.target, clock)
+    return Result("ok", timing=timing, state=state, remeasured=again, whole=True)
 
 
 def _steadily(call: Callable[[], object], target: Target, clock: Clock) -> tuple[Timing, dict[str, Any], int]:

@@ -269,11 +269,13 @@ class Pool:
             self.pace.measured(result.took)
         if job is None:
             return
+        artifact = self._artifacts.get(job)
+        if self.target.is_gpu and result.whole and artifact and self._anchor_for(job.problem) is None:
+            assert result.timing is not None
+            self._anchor = Anchor(job, artifact, result.timing.median)
         device = self.devices[worker]
         state = {**result.state, "gpu": device} if len(self.devices) > 1 else result.state
-        result = replace(result, artifact=result.artifact or self._artifacts.get(job), state=state)
-        if result.state and result.timing and result.artifact and self._anchor_for(job.problem) is None:
-            self._anchor = Anchor(job, result.artifact, result.timing.median)  # on a GPU, and not cut short
+        result = replace(result, artifact=result.artifact or artifact, state=state)
         if result.fatal:
             self._probe(worker, _Probing((job, result)))
         else:

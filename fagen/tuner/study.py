@@ -9,12 +9,11 @@ import hashlib
 import math
 import signal
 import socket
-import statistics
 import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,17 @@ from fagen.problem import Problem
 from fagen.space import Fixed, Space, enumerate_space
 from fagen.target import Target
 from fagen.tuner import final, journal
+from fagen.tuner.budget import Budget
 from fagen.tuner.candidate import OUTCOMES, Candidate, Result
 from fagen.tuner.final import Known
 from fagen.tuner.journal import Run
 from fagen.tuner.pool import Pool
 from fagen.tuner.progress import Progress
 from fagen.tuner.result import Options, Report, Tuned
-from fagen.tuner.search import Search, open_storage, portion
+from fagen.tuner.search import Search, open_storage
 from fagen.tuner.shared import Board, SharedSearch
 from fagen.tuner.workers import compile_workers
 
-SEARCH_SHARE = 0.85  # of a problem's time, at most; the rest is for the final round
-SHORTEST_FINAL = 0.4  # seconds, however small the budget is
 NEIGHBOURS = 3
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -159,25 +157,6 @@ def _signals(progress: Progress) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-class _Share:
-    """A problem's part of the budget, counted from when it can first be measured; its families share what is left.
-
-    `reserved` seconds are for its final round.
-    """
-
-    def __init__(self, seconds: Callable[[], float], families: int, reserved: float = 0.0) -> None:
-        self.seconds, self.families, self.reserved = seconds, families, reserved
-        self.end: float | None = None
-
-    def deadline(self, turn: int) -> float:
-        now = time.monotonic()
-        if self.end is None:
-            seconds = self.seconds()
-            self.end = now + max(0.0, min(SEARCH_SHARE * seconds, seconds - self.reserved))
-        begun = portion(turn - 1, self.families) if turn else 0.0
-        return now + max(0.0, self.end - now) * (portion(turn, self.families) - begun) / (1 - begun)
-
-
 class _Tuner:
     def __init__(
         self,
@@ -196,9 +175,8 @@ class _Tuner:
         self.rows = [row for row in run.rows(journal.TRIALS) if row.get("outcome") in OUTCOMES]
         self.finished = {t.key: t for t in (Tuned(**row) for row in run.rows(journal.WINNERS)) if t.complete}
         self.environment = db.environment(target)
-        self.started = time.monotonic()
+        self.budget = Budget(options.budget)
         self.spaces: dict[str, list[Space]] = {}
-        self.finals: list[float] = []  # seconds that the final rounds took, all in all
 
     def all(self, problems: Sequence[Problem]) -> Report:
         report = Report(self.run.path, self.target)
@@ -227,12 +205,11 @@ class _Tuner:
     ) -> tuple[Tuned, db.Record | None]:
         known: dict[Candidate, Known] = {}
         found = self._spaces(problem)
-        seconds = functools.partial(self._seconds, 1 + len(to_come))
-        planned = seconds()
-        took = statistics.median(self.finals[-5:]) if self.finals else 0.0
-        share, incumbent, left = _Share(seconds, len(found), took), self._incumbent(problem), 0
+        problems = 1 + len(to_come)
+        planned, share = self.budget.each(problems), self.budget.share(problems, len(found))
+        incumbent, left = self._incumbent(problem), 0
         for turn, space in enumerate(found):
-            search = self._search(space, seconds() / len(found), known)
+            search = self._search(space, self.budget.each(problems) / len(found), known)
             self.pool.ahead = self._ahead([*found[turn + 1 :], *(self._spaces(to_come[0]) if to_come else [])])
             self.progress.problem(problem, place, search, self.pool)
             deadline, done = functools.partial(share.deadline, turn), functools.partial(self._done, search, known)
@@ -255,21 +232,10 @@ class _Tuner:
         if not self.interrupted.is_set():
             self.pool.build_ahead()
         begin = time.monotonic()
-        item = final.hold(self.pool, tuned, known, default, incumbent, self._final_seconds(planned), self.progress.note)
-        self.finals.append(time.monotonic() - begin)
+        seconds = final.SECONDS / 3 if self.interrupted.is_set() else self.budget.of_final(planned)
+        item = final.hold(self.pool, tuned, known, default, incumbent, seconds, self.progress.note)
+        self.budget.finals.append(time.monotonic() - begin)
         return tuned, final.record(tuned, item, len(known), self.environment) if item else None
-
-    def _final_seconds(self, planned: float) -> float:
-        """Of timing in the final round of a problem that was to take `planned` seconds."""
-        if self.interrupted.is_set():
-            return final.SECONDS / 3
-        return min(final.SECONDS, max(SHORTEST_FINAL, (1 - SEARCH_SHARE) * planned))
-
-    def _seconds(self, problems: int) -> float:
-        """Of the budget for each of the problems that are left."""
-        if self.options.budget is None:
-            return math.inf
-        return max(0.0, self.options.budget - (time.monotonic() - self.started)) / problems
 
     def _ahead(self, spaces: list[Space]) -> deque[Candidate]:
         """What the next searches will ask for first."""

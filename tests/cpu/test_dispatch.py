@@ -162,11 +162,11 @@ def test_explain_says_where_a_winner_comes_from(tmp_path: Path) -> None:
     assert f"from     {db.path_of(tmp_path, 'cpu', HERE.device)} (yours)" in text
     assert f"with     fagen 0.0.9, torch 2.0.1, cxx 12.2.0 (here fagen {fagen.__version__}, torch 2." in text
     assert "python" not in text
-    assert "apart    1.50 weighted doublings: keys 1.00, rows 0.50" in text
+    assert "apart    1.25 weighted doublings: keys 1.00, rows 0.25" in text
     assert "source   current: " in text
     assert "not      database: database file" in text and "odd.json" in text
     facts = report.to_dict()["provenance_record"]
-    assert facts["distance"] == pytest.approx(1.5) and facts["source"] == "current" and facts["owner"] == "yours"
+    assert facts["distance"] == pytest.approx(1.25) and facts["source"] == "current" and facts["owner"] == "yours"
 
 
 def test_versions_are_told_shortly() -> None:

@@ -21,7 +21,7 @@ from fagen.errors import CacheError, DatabaseError, FagenError
 from fagen.families import Config
 from fagen.space import enumerate_space
 from fagen.target import host
-from fagen.tuner import journal, study, workers
+from fagen.tuner import budget, journal, study, workers
 from fagen.tuner.candidate import Candidate, Result
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options
@@ -271,14 +271,14 @@ def test_a_problems_share_is_counted_from_its_beginning(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     left = [100.0]
-    share = study._Share(lambda: left[0], families=2, reserved=2.0)
+    share = budget.Share(lambda: left[0], families=2, reserved=2.0)
     now[0], left[0] = 1030.0, 70.0  # a cold start of 30 s
-    assert share.deadline(0) == pytest.approx(1030 + study.SEARCH_SHARE * 70 * FIRST_SHARE)
+    assert share.deadline(0) == pytest.approx(1030 + budget.SEARCH_SHARE * 70 * FIRST_SHARE)
     now[0] = 1060.0
-    assert share.deadline(1) == pytest.approx(1030 + study.SEARCH_SHARE * 70), "the last one has what is left"
-    assert study._Share(lambda: math.inf, 1).deadline(0) == math.inf
-    assert study._Share(lambda: 10.0, 1, reserved=4.0).deadline(0) == pytest.approx(1060 + 6), "final rounds are long"
-    assert study._Share(lambda: 1.0, 1, reserved=4.0).deadline(0) == 1060
+    assert share.deadline(1) == pytest.approx(1030 + budget.SEARCH_SHARE * 70), "the last one has what is left"
+    assert budget.Share(lambda: math.inf, 1).deadline(0) == math.inf
+    assert budget.Share(lambda: 10.0, 1, reserved=4.0).deadline(0) == pytest.approx(1060 + 6), "final rounds are long"
+    assert budget.Share(lambda: 1.0, 1, reserved=4.0).deadline(0) == 1060
 
 
 def test_compilers_that_would_be_too_late_build_for_the_next_search(calm, monkeypatch):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 import statistics
+import types
 
 import pytest
 from fake_family import FAMILY, PROBLEM
 
 from fagen import families, measure, nvml
+from fagen.build import Artifact
 from fagen.families import Config
 from fagen.measure import Timing
-from fagen.target import host
+from fagen.target import host, known
 from fagen.tuner import candidate, final, result
-from fagen.tuner.candidate import TORCH, Candidate, Final, FinalRequest
+from fagen.tuner.candidate import TORCH, Candidate, Final, FinalRequest, Result
 from fagen.tuner.final import Known
+from fagen.tuner.pool import Pool
 from fagen.tuner.result import Tuned
 
 
@@ -132,3 +135,42 @@ def test_the_record_keeps_the_state_of_the_gpu(monkeypatch):
     assert kept.environment == {"torch": "x", "clock_mhz": "1755", "throttle": "power_cap"}
     tuned.device = {"throttle": []}
     assert final.record(tuned, item(1), 3, {}).environment == {}
+
+
+def test_all_gpus_go_by_one_anchor(tmp_path):
+    """The first candidate is measured alone; what comes after it is timed beside it, on whichever GPU."""
+
+    class Idle:
+        busy, job = False, None
+
+        def __init__(self) -> None:
+            self.sent = []
+
+        def send(self, request, seconds, job) -> None:
+            self.busy, self.job = True, job
+            self.sent.append(request)
+
+    gpu, built = known("sm_90"), Artifact(tmp_path / "kernel.so", "key", "hash")
+    pool = Pool(gpu, tmp_path / "log", workers=1, seed=0, compile_timeout=1, run_timeout=1)
+    one, two = Idle(), Idle()
+    pool.devices = {one: 0, two: 1}
+    asked = [Candidate("sm90_forward", PROBLEM, gpu, Config({"n": n})) for n in range(4)]
+    pool.ready.extend((item, built) for item in asked)
+    pool._artifacts.update((item, built) for item in asked)
+    search = types.SimpleNamespace(space=types.SimpleNamespace(problem=PROBLEM), bar=1.0, best=1.0)
+    pool._feed_measurers(search)
+    assert [request.anchor for request in one.sent] == [None] and not two.sent
+    ended = []
+    one.busy = False
+    cut_short = Result("ok", timing=Timing(9.0, 0.0, 1))
+    pool._hear_measurer(one, one.job, cut_short, lambda *told: ended.append(told))
+    pool._feed_measurers(search)
+    assert [request.anchor for request in one.sent] == [None, None] and not two.sent, "that one is no anchor"
+    one.busy = False
+    whole = Result("ok", timing=Timing(2.0, 0.0, 15), whole=True)
+    pool._hear_measurer(one, one.job, whole, lambda *told: ended.append(told))
+    pool._feed_measurers(search)
+    anchor = candidate.Anchor(asked[1], built, 2.0)
+    assert one.sent[-1].anchor == two.sent[-1].anchor == anchor
+    assert len(ended) == 2
+    assert pool._anchor_for(PROBLEM.replace(batch=7)) is None
