@@ -21,13 +21,13 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fagen import build, cliutil, db, env, families, kernel, measure, trust
+from fagen.bench.ahead import together
 from fagen.errors import FagenError
 from fagen.families import Config, Family
 from fagen.problem import Problem
@@ -86,8 +86,7 @@ def compile_all(work: Iterable[tuple[Family, Problem, Target, Config]]) -> None:
             print(f"{item[1].static_key} {item[3]}: {error.what}", flush=True)
 
     if missing:
-        with ThreadPoolExecutor(compile_workers(missing[0][2].is_gpu)) as pool:
-            list(pool.map(attempt, missing))
+        together(attempt, missing, compile_workers(missing[0][2].is_gpu))
 
 
 def measure_row(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fagen import __version__
-from fagen.errors import FagenError, MissingTool
+from fagen.errors import INTERRUPTED, FagenError, MissingTool
 
 VERBS = {
     "tune": "find the fastest kernel for these problems on this machine",
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("fagen: interrupted\n")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our stdout has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+INTERRUPTED = 130  # the exit code after Ctrl-C
+
 
 class FagenError(Exception):
     """Root of all errors raised on purpose. `exit_code` is what the command line returns for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from fagen.bench.peers import OURS, PEERS
@@ -138,14 +139,18 @@ def _label(name: str) -> str:
     return PEERS[name].label if name in PEERS else name
 
 
+def markdown_table(cells: Sequence[tuple[str, ...]], numbers: bool = True) -> str:
+    """The head and its rows; all but the first column are numbers, or words."""
+    rule = ("---", *(("---:" if numbers else "---") for _ in cells[0][1:]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:]))
+
+
 def markdown(result: Result) -> str:
     """Figures to be put into a document, with the command that made them."""
     names, tables = participants(result), []
     for cells in _by_bound(result):
         head = (cells[0][0], *(_label(name) for name in names), "ratio", "of limit")
-        rules = ("---", *("---:" for _ in head[1:]))
-        rows = (head, rules, *(_bold(row, len(names)) for row in cells[1:]))
-        tables += ["\n".join("| " + " | ".join(row) + " |" for row in rows), ""]
+        tables += [markdown_table([head, *(_bold(row, len(names)) for row in cells[1:])]), ""]
     facts = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
     extra = closing(result) + (host(result) if result["host"] else [])
     notes = [f"- {text}" for text in extra]

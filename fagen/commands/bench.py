@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from fagen import cliutil
 from fagen.bench import output
-from fagen.errors import UsageError
+from fagen.errors import INTERRUPTED, UsageError
 from fagen.target import Target
 
 if TYPE_CHECKING:
     from fagen.bench.rows import Row
 
-INTERRUPTED = 130
 _EXAMPLES = """examples:
   fagen bench                                      the suite `peers` against what is installed; on a CPU a small suite
   fagen bench --suite peers,masks --peers cudnn,fa3,fa4 --fa3 lib/_C.so --fa4 lib/fa4 --out bench.json --plot bench.svg

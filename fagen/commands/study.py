@@ -8,10 +8,9 @@ from typing import Any
 
 from fagen import cliutil
 from fagen.bench import output
-from fagen.errors import UsageError
+from fagen.errors import INTERRUPTED, UsageError
 from fagen.target import Target
 
-INTERRUPTED = 130
 _EXAMPLES = """examples:
   fagen study                                      the studies that ship
   fagen study fa1-fa2-fa3 --dry-run                its steps, and what this machine cannot run of them

@@ -25,7 +25,7 @@ _NAMES = {"torch": "PyTorch", "sdpa": "PyTorch", "cudnn": "cuDNN", "fa2": "Flash
 def of_run(path: Path) -> Row:
     meta, rows, winners = load.read(path)
     asked = [made for made in map(load.problem_of, meta.get("problems") or []) if made]
-    won = {load._key(row.get("problem")): row for row in winners if row.get("problem")}  # the last word counts
+    won = {load.key_of(row.get("problem")): row for row in winners if row.get("problem")}  # the last word counts
     tried = load.by_problem([*(problem.key for problem in asked), *won], rows, load.moment(meta.get("date")))
     known = {problem.key: problem for problem in asked}
     machine, target = limits.of_machine(meta), load.mapping(meta.get("target"))

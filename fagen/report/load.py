@@ -190,7 +190,7 @@ def by_problem(keys: Iterable[str], rows: list[Row], begun: float | None = None)
     for raw in rows:
         if "problem" not in raw:
             continue
-        key, row = _key(raw["problem"]), candidate(raw)
+        key, row = key_of(raw["problem"]), candidate(raw)
         illegal = row["outcome"] == "constraint"
         legal[key] = legal.get(key, 0) + (not illegal)
         row["n"] = row["at"] = None if illegal else legal[key]
@@ -221,6 +221,7 @@ def _between(rows: list[Row]) -> None:
         before, waiting = (row["n"] if row else before), []
 
 
-def _key(problem: Any) -> str:
+def key_of(problem: Any) -> str:
+    """Of a problem as a dict or as its key."""
     made = problem_of(problem) if isinstance(problem, dict) else None
     return made.key if made else str(problem)

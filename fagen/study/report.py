@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from fagen.bench.report import aligned, limit, speed
+from fagen.bench.report import aligned, limit, markdown_table, speed
 
 Result = dict[str, Any]
 _SIGNS = {"cannot": "–", "same": "=", "failed": "failed", "wrong": "wrong"}
@@ -79,11 +79,6 @@ def _stated(step: Result) -> str:
     return " ".join(words) or ("–" if not step["tuned"] else "all")
 
 
-def _markdown_table(cells: list[tuple[str, ...]], numbers: bool = True) -> str:
-    rule = ("---", *(("---:" if numbers else "---") for _ in cells[0][1:]))
-    return "\n".join("| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:]))
-
-
 def gains(result: Result) -> list[tuple[str, ...]]:
     """A line a step: its gain in each series, geometric mean over the lengths."""
     summed = result["summary"]
@@ -96,9 +91,9 @@ def gains(result: Result) -> list[tuple[str, ...]]:
 
 def markdown(result: Result) -> str:
     """To be put into a document: the steps, what each gains, then a table a series."""
-    parts = [_markdown_table([("step", "changes", "what that is"), *steps(result)], numbers=False)]
-    parts.append(_markdown_table(gains(result)))
-    parts += [_markdown_table(lines(result, title, problems)) for title, problems in of_series(result).items()]
+    parts = [markdown_table([("step", "changes", "what that is"), *steps(result)], numbers=False)]
+    parts.append(markdown_table(gains(result)))
+    parts += [markdown_table(lines(result, title, problems)) for title, problems in of_series(result).items()]
     parts.append("\n".join(f"- {text}" for text in closing(result)))
     return "\n\n".join(parts) + "\n"
 

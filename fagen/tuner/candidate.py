@@ -189,20 +189,10 @@ def probe(request: Probe) -> Alive:
         from fagen.bench.machine import Machine
 
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # a GPU that others use as well
-            limits["tflops"] = round(Machine(request.target).sample("start")["tflops"], 1)
-            limits["gbs"] = round(_copy_rate(), 1)
+            rates = Machine(request.target).sample("start")
+            limits = {"tflops": round(rates["tflops"], 1), "gbs": round(rates["gbps"], 1)}
         torch.cuda.empty_cache()
     return Alive(limits)
-
-
-def _copy_rate() -> float:
-    """GB/s read and written by a copy that no cache holds."""
-    import torch
-
-    a = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    seconds = measure.time_calls({"copy": lambda: b.copy_(a)}, device="cuda", rounds=9)["copy"].median
-    return 2 * a.numel() / seconds / 1e9
 
 
 @contextlib.contextmanager

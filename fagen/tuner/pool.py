@@ -162,7 +162,7 @@ class Pool:
         for worker in self.compilers:
             full = self._turn >= BATCH * len(self.compilers)
             if not self.quiet:
-                full = self.compiling + len(self.ready) >= self.pace.ahead(len(self.compilers))
+                full = self.compiling + len(self.ready) >= self.pace.ahead(len(self.compilers), len(self.devices))
             if worker.busy or full:
                 continue
             if not self._room():

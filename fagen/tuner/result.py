@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fagen import families, measure
-from fagen.errors import NoCandidate
+from fagen.errors import INTERRUPTED, NoCandidate
 from fagen.measure import Timing
 from fagen.problem import Problem
 from fagen.space import Fixed
@@ -80,7 +80,7 @@ class Report:
     @property
     def exit_code(self) -> int:
         if self.interrupted:
-            return 130
+            return INTERRUPTED
         return 0 if all(tuned.config for tuned in self.results) else NoCandidate.exit_code
 
     def to_dict(self) -> dict[str, Any]:

@@ -39,6 +39,31 @@ def test_defaults_compile_cleanly(problem: Problem) -> None:
     assert "serialized" not in facts, facts
 
 
+@pytest.mark.parametrize(
+    ("sizes", "default"),
+    [  # what an H200 showed to be the best of the guesses, or near it
+        ({"mask": "causal", "heads": 16, "seqlen_q": 512}, (64, "single", "longest_first")),
+        ({"mask": "causal", "batch": 32, "heads": 32, "seqlen_q": 512}, (64, "dynamic", "sectioned")),
+        ({"mask": "causal", "batch": 4, "heads": 32, "seqlen_q": 4096}, (192, "dynamic", "sectioned")),
+        ({"batch": 32, "heads": 32, "seqlen_q": 512}, (192, "balanced", "ascending")),
+        ({"batch": 4, "heads": 32, "seqlen_q": 4096}, (192, "dynamic", "ascending")),
+    ],
+)
+def test_the_default_knows_the_size(sizes: dict, default: tuple) -> None:
+    config = FAMILY.default(Problem(head_dim=64, **sizes), HOPPER)
+    assert (config.tile_m, config.schedule, config.block_order) == default
+
+
+def test_long_rows_have_other_tiles_and_sections() -> None:
+    def chosen(head_dim: int, length: int, name: str) -> object:
+        problem = Problem(head_dim=head_dim, mask="causal", batch=4, heads=16, seqlen_q=length)
+        return FAMILY.default(problem, HOPPER)[name]
+
+    assert [chosen(96, length, "tile_m") for length in (2048, 4096)] == [128, 192]
+    assert [chosen(d, 8192, "section_mb") for d in (128, 256)] == [32, 64]
+    assert chosen(128, 1024, "section_mb") == 16
+
+
 def test_every_legal_problem_has_a_legal_default() -> None:
     for d in range(16, 257, 16):
         for dv in (d, 16, 128, 256):

@@ -96,3 +96,30 @@ def test_the_fit_finds_a_distance_that_the_times_ask_for(between, monkeypatch):
     entries = between.fit(rows, 132)
     assert entries[0]["mean"] == pytest.approx(1.0) and entries[0]["weights"]["waves"] < 1
     assert entries[-1]["mean"] == pytest.approx(1.5)
+
+
+# ---- the other scripts whose figures stand in documents -------------------------------------------------------------
+
+
+def _script(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_what_documents_say_of_the_search_is_what_its_data_say():
+    noise = _script("search_noise")
+    data = json.loads((ROOT / "benchmarks" / "h200_search_noise.json").read_text())
+    told = [noise.tell("", run) for run in data.values()]
+    assert [text.split("final round ")[1].split(" over")[0] for text in told] == ["4.3%", "1.9%", "2.1%"]
+    assert [text.split("winner ")[1].split(",")[0] for text in told] == ["2.6%", "1.2%", "4.9%"]
+
+
+def test_dealing_counts_a_small_case_by_hand(monkeypatch):
+    dealing = _script("dealing")
+    monkeypatch.setattr(dealing, "BLOCKS", 2)
+    order = [4.0, 3.0, 2.0, 1.0]
+    assert dealing.late(order) == dealing.balanced(order) == 5.0
+    assert dealing.early(order) == 6.0  # whoever begins the longest takes the third
+    assert dealing.unseen(192, 192, 128) == pytest.approx(6 / 4 - 1)

@@ -65,6 +65,9 @@ def test_the_default_is_kept_however_a_space_is_restricted():
     (space,) = study.spaces(problem, H200, family.name, {"tile_n": (64,), "stages": (1,)})
     assert default in space.legal
     assert [c for c in space.legal if c.tile_n != 64 or c.stages != 1] == [default]
+    other = space.of(problem.replace(batch=32))  # its default is another, and takes the place of the first
+    (added,) = (c for c in other.legal if c.tile_n != 64 or c.stages != 1)
+    assert added == family.default(other.problem, H200) != default
     with pytest.raises(UsageError, match="no config of forward/bf16/d128/none is legal"):
         study.spaces(problem, H200, family.name, {"tile_m": (64,), "ping_pong": (True,)})
 
@@ -322,6 +325,7 @@ def test_as_many_are_on_their_way_as_keep_the_measurer_busy():
         pace.measured(0.25)
     assert pace.ahead(14) == math.ceil(1.2 * 2.0 / 0.25) + 3
     assert pace.ahead(4) == 9  # no more than two for each compiler and one
+    assert pace.ahead(46, 3) == math.ceil(3 * 1.2 * 2.0 / 0.25) + 7  # as many for each of three GPUs
     for _ in range(40):
         pace.measured(20.0)
     assert pace.ahead(14) == 4

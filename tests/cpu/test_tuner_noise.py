@@ -154,6 +154,10 @@ def test_all_gpus_go_by_one_anchor(tmp_path):
     pool = Pool(gpu, tmp_path / "log", workers=1, seed=0, compile_timeout=1, run_timeout=1)
     one, two = Idle(), Idle()
     pool.devices = {one: 0, two: 1}
+    asked_for = []
+    pool.pace.ahead = lambda workers, measurers: asked_for.append((workers, measurers)) or 0
+    pool._feed_compilers(types.SimpleNamespace(next=lambda: None))
+    assert asked_for == [(1, 2)], "as many on their way as keep both GPUs busy"
     asked = [Candidate("sm90_forward", PROBLEM, gpu, Config({"n": n})) for n in range(4)]
     pool.ready.extend((item, built) for item in asked)
     pool._artifacts.update((item, built) for item in asked)
