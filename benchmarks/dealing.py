@@ -4,8 +4,8 @@
 
 A ratio is the time until the last of 132 blocks is done over an even division. Sections are dealt one after the other,
 in each the longest tiles of rows first. Taken early: a block takes its next tile of rows when it begins the present
-one, as `sm90_forward` does; late: when it ends it. The last table counts visits that a warpgroup makes of tiles of keys that
-none of its own 64 rows sees, as a share of those that it must make.
+one, as `sm90_forward` does; late: when it ends it. The last table counts visits that a warpgroup makes of tiles of keys
+that none of its own 64 rows sees, as a share of those that it must make.
 """
 
 from __future__ import annotations
