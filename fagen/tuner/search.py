@@ -76,6 +76,8 @@ class Search:
     ) -> None:  # fmt: skip
         import optuna
 
+        from fagen.tuner.told import Told
+
         self.space, self.limit, self.exhaustive, self.whole, self.sampler = space, limit, exhaustive, whole, sampler
         self.rival = rival
         # every candidate handed out and told: its seconds, None if it failed
@@ -92,14 +94,15 @@ class Search:
             chooser = (
                 optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=STARTUP)
                 if sampler == "tpe"
-                else optuna.samplers.RandomSampler(seed=seed)  # it is told what to choose
+                else optuna.samplers.RandomSampler(seed=seed)  # which is always told what to choose
             )
+        self._told = Told(chooser)
         self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             name: optuna.distributions.CategoricalDistribution(values) for name, values in _used(space).items()
         }
         self._study = optuna.create_study(
             storage=storage,
-            sampler=chooser,
+            sampler=self._told,
             study_name=name or f"{space.family.name}:{space.problem.key}",
             load_if_exists=bool(name),
             direction="minimize",
@@ -169,8 +172,7 @@ class Search:
             chosen = self._from_queue() or self._from_model()
             if chosen is None and (self.sampler != "tpe" or misses >= MISSES):
                 chosen = self._nearest(asked)
-            if chosen is not None:
-                self._study.enqueue_trial(dict(chosen))
+            self._told.choice = chosen
             trial = self._study.ask(self._distributions)
             asked = self.space.family.config({name: trial.params[name] for name in self._distributions})
             if asked not in self._legal:

@@ -202,6 +202,26 @@ def test_two_searches_hand_out_each_config_once(tmp_path):
         each.close()
 
 
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "random"])
+def test_neither_is_handed_what_the_other_chose(tmp_path, monkeypatch, sampler):
+    wanted = [FAMILY.config({"style": "plain", "variant": 3}), FAMILY.config({"style": "slow", "variant": 2})]
+    boards = [board(f"sqlite:///{tmp_path / 's.db'}", name) for name in "ab"]
+    a, b = (search(each, seed=7, sampler=sampler, first=[one]) for each, one in zip(boards, wanted, strict=True))
+    ask, given = b._study.ask, []
+
+    def meanwhile(*arguments):  # between b's choice and its trial
+        given.append(a.next())
+        monkeypatch.undo()
+        return ask(*arguments)
+
+    monkeypatch.setattr(b._study, "ask", meanwhile)
+    given.append(b.next())
+    assert given == wanted
+    assert not a.rejected and not b.rejected
+    for each in boards:
+        each.close()
+
+
 def test_the_dead_ones_candidate_comes_back_after_the_grace_time(tmp_path):
     url = f"sqlite:///{tmp_path / 's.db'}"
     dead, alive = board(url, "dead"), board(url, "alive", grace=0.3)
