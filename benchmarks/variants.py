@@ -43,12 +43,16 @@ def all_rows(where: Target) -> dict[str, rows.Row]:
 # ---- render ---------------------------------------------------------------------------------------------------------
 
 
-def case(line: str, where: Target, family: Family) -> tuple[rows.Row, Config] | str:
-    """A row and a config; or why this checkout has none."""
+def case(
+    line: str, table: dict[str, rows.Row], where: Target, only: str | None
+) -> tuple[rows.Row, Family, Config] | str:
+    """A row, a family and a config; or why this checkout has none."""
     beginning, _, words = line.partition(":")
-    row = next((row for name, row in all_rows(where).items() if name.startswith(beginning.strip())), None)
+    row = next((row for name, row in table.items() if name.startswith(beginning.strip())), None)
     if row is None:
-        raise UsageError(f"no row begins with {beginning.strip()!r}", remedy=", ".join(all_rows(where)))
+        raise UsageError(f"no row begins with {beginning.strip()!r}", remedy=", ".join(table))
+    able, _ = families.candidates(row.problem, where)
+    family = families.get(only) if only else able[0]
     values = dict(family.default(row.problem, where))
     for word in words.split():
         name, _, value = word.partition("=")
@@ -58,21 +62,20 @@ def case(line: str, where: Target, family: Family) -> tuple[rows.Row, Config] | 
         values[name] = choices[value.lower()]
     config = family.config(values)
     broken = family.rejects(row.problem, where, config)
-    return f"{broken[0]}: {broken[1]}" if broken else (row, config)
+    return f"{broken[0]}: {broken[1]}" if broken else (row, family, config)
 
 
-def render_all(label: str, cases: Path, where: Target, name: str | None, out: Path) -> int:
+def render_all(label: str, cases: Path, where: Target, only: str | None, out: Path) -> int:
+    table, count = all_rows(where), 0
     known = json.loads(out.read_text()) if out.exists() else []
-    count = 0
     for line in filter(None, map(str.strip, cases.read_text().splitlines())):
         if line.startswith("#"):
             continue
-        family = families.get(name) if name else families.all_families()[0]
-        found = case(line, where, family)
+        found = case(line, table, where, only)
         if isinstance(found, str):
             print(f"left out: {line} ({found})")
             continue
-        row, config = found
+        row, family, config = found
         source = render.source(family, row.problem, where, config)
         known.append({"label": label, "row": row.name, "family": family.name, "config": dict(config), "source": source})
         count += 1
@@ -107,7 +110,9 @@ def participant(variant: dict[str, Any], artifact: build.Artifact) -> peers.Prep
 
 
 def race(request: dict[str, Any]) -> dict[str, Any]:
-    """A row's participants, verified and, if `timed`, timed in turn: the worker's job."""
+    """A row's participants, verified and, if `timed`, timed in turn with the peers: the worker's job."""
+    import torch
+
     where, row = request["target"], all_rows(request["target"])[request["row"]]
     entrants = {name: participant(*entry) for name, entry in request["entries"].items()}
     if not request["timed"]:
@@ -116,7 +121,8 @@ def race(request: dict[str, Any]) -> dict[str, Any]:
         return {name: run.prepared(prepare, row, inputs, device, name)[0] for name, prepare in entrants.items()}
     loaded, absent = peers.load(request["peers"], "cuda" if where.is_gpu else "cpu", request["paths"])
     others = {name: peer.prepare for name, peer in loaded.items()}
-    found = run._row(row, entrants | others, where, request["settings"], None)
+    with torch.no_grad():
+        found = run.time_row(row, entrants | others, where, request["settings"])
     return {**found["participants"], **{name: {"outcome": "absent", "reason": why} for name, why in absent.items()}}
 
 
@@ -215,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("label")
     one.add_argument("cases", type=Path)
     one.add_argument("--target", required=True)
-    one.add_argument("--family")
+    one.add_argument("--family", help="default: the first that can serve the row")
     one.add_argument("--out", type=Path, required=True)
     two = parts.add_parser("time")
     two.add_argument("variants", type=Path)

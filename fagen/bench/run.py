@@ -61,7 +61,7 @@ def bench(
         for number, row in enumerate(chosen):
             if number == len(chosen) // 2 and number:
                 on_sample(machine.sample("middle"))
-            found.append(_row(row, {OURS: ours, **others}, target, settings, held))
+            found.append(time_row(row, {OURS: ours, **others}, target, settings, held))
             _shares(found[-1], machine)
             on_row(found[-1])
         on_sample(machine.sample("end"))
@@ -78,7 +78,10 @@ def _shares(result: Result, machine: Machine) -> None:
             facts["share"] = least / facts["seconds"]
 
 
-def _row(row: Row, participants: Mapping[str, Prepare], target: Target, settings: Settings, held: str | None) -> Result:
+def time_row(
+    row: Row, participants: Mapping[str, Prepare], target: Target, settings: Settings, held: str | None = None
+) -> Result:
+    """Participants verified, then timed in turn."""
     from fagen import measure
 
     device = "cuda" if target.is_gpu else "cpu"

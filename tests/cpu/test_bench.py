@@ -534,7 +534,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(tmp_path, capsys, planted, monk
 
 @needs_cxx
 def test_an_interrupted_run_shows_what_it_had(tmp_path, capsys, monkeypatch):
-    one, seen = run._row, []
+    one, seen = run.time_row, []
 
     def interrupted(*args):
         seen.append(1)
@@ -542,7 +542,7 @@ def test_an_interrupted_run_shows_what_it_had(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return one(*args)
 
-    monkeypatch.setattr(run, "_row", interrupted)
+    monkeypatch.setattr(run, "time_row", interrupted)
     files = [tmp_path / "x.json", tmp_path / "x.md"]
     words = ["--peers", "sdpa", "--out", str(files[0]), "--markdown", str(files[1]), "--compare", str(files[0])]
     files[0].write_text(json.dumps(made({"fagen": 1}) | {"device": target.host().device}))
