@@ -26,7 +26,7 @@ from fagen.problem import Problem
 from fagen.space import enumerate_space
 from fagen.target import host, known
 from fagen.tuner import journal, progress, result, study, suite, workers
-from fagen.tuner.candidate import Candidate, Result
+from fagen.tuner.candidate import Candidate, MeasureRequest, Result
 from fagen.tuner.checks import check_problems
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options, Tuned
@@ -85,32 +85,37 @@ def test_the_incumbent_is_tried_and_kept_when_nothing_beats_it(calm):
     assert report.results[0].incumbent_seconds > 0
 
 
-def test_a_killed_worker_costs_one_candidate(calm):
-    class Killer(progress.Progress):
-        def __init__(self):
-            self.pool, self.killed = None, 0
+def test_a_killed_worker_costs_one_candidate(calm, monkeypatch):
+    """Killed at rest it costs none; with a candidate in hand, that one."""
+    send, killed = workers.Worker.send, []
 
+    def deadly(worker, request, seconds, job=None):
+        lives = worker._process is not None and worker._process.is_alive() and worker._ready
+        chosen = lives and isinstance(request, MeasureRequest) and request.candidate.config.style == "plain"
+        if killed or not chosen:
+            return send(worker, request, seconds, job)
+        killed.append(request.candidate.config)
+        os.kill(worker.pid, signal.SIGSTOP)  # it shall not answer before it dies
+        send(worker, request, seconds, job)
+        os.kill(worker.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(workers.Worker, "send", deadly)
+
+    class Killer(progress.Progress):
         def problem(self, problem, place, search, pool):
             self.pool = pool
 
         def candidate(self, item, result, search):
-            if len(search.seen) == 1:  # at rest: nobody's fault
+            if len(search.seen) == 1:
                 (worker,) = self.pool.devices
                 os.kill(worker.pid, signal.SIGKILL)
                 worker._process.join(30)
 
-        def refresh(self):
-            job = self.pool.measuring.get(0)
-            if not self.killed and job and job.config.style == "plain":
-                os.kill(next(iter(self.pool.devices)).pid, signal.SIGKILL)
-                self.killed += 1
-
-    report = study.tune([PROBLEM], host(), options(calm), killer := Killer())
-    ended = [(r["config"]["style"], r["outcome"], r["reason"]) for r in rows(report.run)]
-    assert killer.killed == 1
-    assert [o for s, o, _ in ended if s == "plain"].count("crash") == 1
-    assert [o for s, o, _ in ended if s == "plain"].count("ok") == 2
-    assert any("SIGKILL" in reason for _, _, reason in ended)
+    report = study.tune([PROBLEM], host(), options(calm), Killer())
+    ended = {Config(r["config"]): (r["outcome"], r["reason"]) for r in rows(report.run)}
+    assert len(ended) == len(rows(report.run)) == 8
+    assert ended[killed[0]] == ("crash", "the worker died: SIGKILL")
+    assert [outcome for outcome, _ in ended.values()].count("crash") == 1
     assert report.results[0].config["style"] == "plain"
 
 

@@ -62,7 +62,7 @@ class Explored:
         storage = open_storage(str(folder / "study"))
         self.search = Search(space, storage, seed=0, first=first, limit=len(first), exhaustive=False)
 
-    def run(self, watch=lambda pool: None) -> dict[Config, Result]:
+    def run(self, watch=lambda pool: None, begin=lambda: None) -> dict[Config, Result]:
         def done(item: Candidate, result: Result) -> None:
             assert item.config not in self.ended
             self.ended[item.config] = result
@@ -73,6 +73,7 @@ class Explored:
             return self.asked + 3600
 
         with self.pool:
+            begin()
             self.pool.explore(self.search, deadline, done, lambda: bool(watch(self.pool)))
         return self.ended
 
@@ -244,12 +245,16 @@ def test_several_devices_on_a_terminal(calm, monkeypatch):
 
 
 def test_two_devices_measure_at_once(calm):
-    explored = Explored(
-        calm, [DEFAULT.replace(style=s, variant=v) for s in ("slow", "plain") for v in (1, 2, 3)], devices=(0, 1)
-    )
+    configs = [DEFAULT.replace(style=s, variant=v) for s in ("slow", "plain") for v in (1, 2, 3)]
+    explored = Explored(calm, configs, devices=(0, 1))
     explored.pool.quiet = False
     together = []
-    ended = explored.run(lambda pool: together.append(len(pool.measuring)))
+
+    def ready() -> None:  # or one device might be done before the other one's process, or the next kernel, is there
+        explored.pool.built(Candidate(FAMILY.name, PROBLEM, host(), config) for config in configs)
+        runs.until(lambda: explored.pool._collect(lambda *told: None) or len(explored.pool._alive) == 2)
+
+    ended = explored.run(lambda pool: together.append(len(pool.measuring)), ready)
     assert max(together) == 2
     assert {r.state["gpu"] for r in ended.values()} == {0, 1}
     assert {r.outcome for r in ended.values()} == {"ok"}
