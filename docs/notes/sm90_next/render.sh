@@ -16,7 +16,7 @@ render() {  # under this label, the rows that begin so, with knobs as they are (
 }
 step() { (cd "$tree" && git apply "$here/$1.patch"); }
 
-new='=3 q_|pack_heads|cluster|shared_weights|d96'
+new='=3 q_|pack_heads|cluster|shared_weights|d96|d192'
 render before '.*' "$new"
 step 1-late && render late '.*' "$new"
 for tiles in 1 4; do  # of keys left when the next tile of rows is taken
