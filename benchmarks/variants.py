@@ -11,7 +11,8 @@ of the suites by the beginning of its name and knobs that differ from the family
 
 A case with a knob, or a value, that the checkout does not have is left out there. `time` builds all of it, lets each
 kernel answer once on each of its rows, and times those that were right against each other and the peers in one
-interleaved run a row. A kernel that hangs or crashes costs its process, and is told; the others go on.
+interleaved run a row. A kernel that hangs or crashes costs its process, and is told; the others go on, but for those
+of a label that has done so twice. What renders to the same source on a row is one kernel, under the first label.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,9 @@ from fagen.families import Config, Family
 from fagen.target import Target
 from fagen.tuner.workers import Death, Worker, compile_workers
 
-ANSWER_SECONDS = 60.0  # for a kernel's first call, inputs and verification
+ANSWER_SECONDS = 30.0  # for a kernel's first call, inputs and verification
 RACE_SECONDS = 300.0
+MOST_DEATHS = 2  # of a label
 
 
 def all_rows(where: Target) -> dict[str, rows.Row]:
@@ -133,8 +136,22 @@ def ask(worker: Worker, request: dict[str, Any], seconds: float) -> Any:
     return reply
 
 
+def distinct(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each kernel of a row once; which labels share one is told."""
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    shared: dict[tuple[str, str], list[str]] = {}
+    for variant in variants:
+        same = first.setdefault((variant["row"], variant["source"]), variant)
+        if same is not variant:
+            shared.setdefault((same["label"], variant["label"]), []).append(variant["row"])
+    for (one, other), where in shared.items():
+        print(f"{other} is {one}: {', '.join(where)}")
+    return list(first.values())
+
+
 def time_all(variants: list[dict[str, Any]], where: Target, args: argparse.Namespace) -> dict[str, Any]:
-    table = all_rows(where)
+    table, variants = all_rows(where), distinct(variants)
+    deaths: Counter[str] = Counter()
     artifacts: dict[int, build.Artifact] = {}
     result: dict[str, Any] = {"device": where.device, "rows": {}}
 
@@ -163,10 +180,14 @@ def time_all(variants: list[dict[str, Any]], where: Target, args: argparse.Names
             }
             facts = {}
             for label, entry in mine.items():
+                if deaths[entry[0]["label"]] >= MOST_DEATHS:
+                    facts[label] = {"outcome": "left out", "reason": f"{MOST_DEATHS} before it crashed"}
+                    continue
                 reply = ask(worker, request | {"entries": {label: entry}, "timed": False}, ANSWER_SECONDS)
                 facts[label] = told(reply, label)
                 if not isinstance(reply, dict):  # what it left behind may not be trusted
                     worker.kill()
+                    deaths[entry[0]["label"]] += 1
             right = {label: entry for label, entry in mine.items() if facts[label]["outcome"] == "ok"}
             reply = ask(worker, request | {"entries": right, "timed": True}, RACE_SECONDS)
             facts |= reply if isinstance(reply, dict) else {"all": told(reply, "all")}
