@@ -18,7 +18,7 @@ else
   PY := $(VENV)/bin/python
   READY := $(VENV)/.ready
 endif
-HEADERS = $(shell find templates -name '*.h' -o -name '*.cuh') $(wildcard fagen/csrc/*)
+HEADERS = $(shell find templates tests/emulator -name '*.h' -o -name '*.cuh') $(wildcard fagen/csrc/*)
 CLANG_FORMAT = $(shell command -v $(dir $(PY))clang-format || command -v clang-format)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 

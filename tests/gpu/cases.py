@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,13 +187,14 @@ def random_intervals(
 ) -> torch.Tensor:
     """Any vectors are legal; these are constant in runs of 90 keys, so that some tiles are empty and some are full."""
     count = {"lower1": 1, "lower2": 2, "both2": 2, "both4": 4}[kind]
-    bounds = torch.randint(0, rows + 1, (batch, heads, keys, count), device="cuda", generator=generator)
+    device = generator.device
+    bounds = torch.randint(0, rows + 1, (batch, heads, keys, count), device=device, generator=generator)
     bounds = bounds.sort(-1).values
     if kind == "both2":
         bounds = bounds.flip(-1)  # the lower interval begins where the upper one has ended
     if kind == "both4":
         bounds = bounds[..., [2, 3, 0, 1]]
-    return bounds[:, :, torch.arange(keys, device="cuda") // 90 * 90].to(torch.int32).contiguous()
+    return bounds[:, :, torch.arange(keys, device=device) // 90 * 90].to(torch.int32).contiguous()
 
 
 def run(
@@ -204,24 +206,26 @@ def run(
     batch: int = 2,
     layout: str = "bshd",
     intervals: torch.Tensor | None = None,
+    device: str = "cuda",
+    launch: Callable[..., Any] | None = None,
 ) -> verify.Verdict:
     """Launch on fresh random inputs (and intervals, if none are given) and poisoned outputs, and ask the oracle."""
-    g = torch.Generator("cuda").manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     dtype, d, dv = DTYPES[case.dtype], case.head_dim, case.head_dim_v or case.head_dim
     pad = 0 if case.aligned else 1
 
     def tensor(length: int, heads: int, size: int) -> torch.Tensor:
         shape = (batch, length, heads, size + pad) if layout == "bshd" else (batch, heads, length, size + pad)
-        values = torch.randn(shape, device="cuda", generator=g) * case.magnitude
+        values = torch.randn(shape, device=device, generator=g) * case.magnitude
         return values.to(dtype)[..., :size]
 
     q, k, v = tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv)
     out = torch.full_like(tensor(rows, case.heads, dv), torch.nan)
-    lse = torch.full((batch, case.heads, rows), torch.nan, device="cuda")
+    lse = torch.full((batch, case.heads, rows), torch.nan, device=device)
     if case.intervals and intervals is None:
         intervals = random_intervals(case.intervals, batch, case.kv_heads, rows, keys, g)
-    alibi = torch.rand(case.heads, device="cuda", generator=g) if case.alibi else None
+    alibi = torch.rand(case.heads, device=device, generator=g) if case.alibi else None
     options = {"intervals": intervals, "alibi_slopes": alibi, "window": case.band, "softcap": case.softcap}
-    kernel_of(case).launch(q, k, v, out, lse, layout=layout, **options)
+    (launch or kernel_of(case).launch)(q, k, v, out, lse, layout=layout, **options)
     semantics = verify.Semantics(window=case.band, kind=case.intervals, softcap=case.softcap)
     return verify.check(out, lse, q, k, v, semantics, intervals=intervals, alibi=alibi, layout=layout)

@@ -1,0 +1,146 @@
+"""The CUDA kernels run on the CPU: right by the oracle, and nobody waits for ever, whatever comes first.
+
+What a GPU has beyond the emulator (tests/emulator) is left to tests/gpu: rounding, fences, registers, time.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+
+from fagen import masks
+from fagen.families import Family
+from fagen.target import known
+from tests.gpu.cases import SCHEMES, SCHEMES_90, Case, run
+
+BANDS = {"none": (-1, -1), "causal": (-1, -1), "window": (70, 20), "intervals": (-1, -1)}
+KINDS = ("lower1", "lower2", "both2", "both4")
+SIZES = ((230, 230), (70, 300), (300, 130))
+
+
+def _arch(family: Family) -> str:
+    return family.name.partition("_")[0].replace("sm", "sm_")
+
+
+def _case(number: int, scheme: str) -> Case | None:
+    """Masks turn from scheme to scheme, past those that a scheme cannot serve."""
+    for turn in range(4):
+        mask = list(BANDS)[(number + turn) % 4]
+        kind = KINDS[number % 4] if mask == "intervals" else ""
+        dtype = ("bf16", "fp16")[number % 2]
+        case = Case(scheme, mask=mask, intervals=kind, window=BANDS[mask], dtype=dtype, heads=4, kv_heads=2)
+        if not case.family.rejects(case.problem, known(_arch(case.family)), case.config):
+            return case
+    return None
+
+
+def _shape(scheme: str, head_dim: int, head_dim_v: int = 0, **more) -> Case:
+    changes = {"tile_n": 64, "stages": 1} if head_dim > 128 else {}
+    changes = tuple(changes.items()) if scheme in SCHEMES_90 else ()
+    return Case(scheme, head_dim=head_dim, head_dim_v=head_dim_v, heads=2, kv_heads=1, changes=changes, **more)
+
+
+CASES = [case for number, scheme in enumerate((*SCHEMES_90, *SCHEMES)) if (case := _case(number, scheme))]
+CASES += [_shape("tma", d, dv) for d, dv in ((40, 0), (96, 0), (128, 0), (192, 128), (256, 0))]
+CASES += [_shape("tma", 64, softcap=15.0), _shape("tma_turns", 64, alibi=True), _shape("base", 80, alibi=True)]
+DOCUMENTS = [
+    Case(name, mask="intervals", intervals=kind, window=window, heads=4, kv_heads=2)
+    for name, kind, window in (("tma_dynamic", "lower1", (-1, 0)), ("tma_three_groups", "both2", (-1, -1)))
+]
+
+
+@functools.cache
+def _source(case: Case) -> str:
+    return emulated.source(case.family, case.problem, known(_arch(case.family)), case.config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("emulated")
+    emulated.build_all(map(_source, (*CASES, *DOCUMENTS)), path)
+    return path
+
+
+def check(case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, units: int = 3, text: str = "", **more):
+    library = emulated.build(text or _source(case), folder)
+    launch = functools.partial(emulated.launch, library, seed=seed, units=units)
+    return run(case, rows, keys, seed=seed, batch=1, device="cpu", launch=launch, **more)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
+    for seed, (rows, keys) in enumerate(SIZES):
+        verdict = check(case, folder, rows, keys, seed=seed, units=(3, 1, 2)[seed])
+        assert verdict, verdict.message
+
+
+@pytest.mark.parametrize("case", DOCUMENTS, ids=str)
+def test_packed_documents(case: Case, folder: Path) -> None:
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor((150, 17, 210, 90)))
+    bounds = masks.from_documents(ids[None], causal=case.window == (-1, 0)).to(torch.int32)
+    verdict = check(case, folder, 467, 467, intervals=bounds)
+    assert verdict, verdict.message
+
+
+def test_rows_that_see_no_keys(folder: Path) -> None:
+    case = next(case for case in CASES if case.scheme.startswith("tma") and case.mask == "causal")
+    for rows, keys in ((300, 1), (1, 300)):
+        verdict = check(case, folder, rows, keys)
+        assert verdict, verdict.message
+    q, k = torch.randn(1, 70, 4, 64, dtype=torch.bfloat16), torch.empty(1, 0, 2, 64, dtype=torch.bfloat16)
+    out, lse = torch.full_like(q, torch.nan), torch.full((1, 4, 70), torch.nan)
+    emulated.launch(emulated.build(_source(case), folder), q, k, k, out, lse, window=(-1, 0), layout="bshd")
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+# ---- what is wrong is found ------------------------------------------------------------------------------------------
+
+_BROKEN = Case("tma", mask="none", heads=4, kv_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("    rings.v.release();\n", ""),  # the producer waits for a place
+        ("      ring.announce();\n", ""),  # the consumers wait for a tile
+        ("    ring.advance();\n", ""),  # the letters are read out of turn
+    ],
+)
+def test_who_waits_for_ever_is_told(tmp_path, old, new):
+    text = _source(_BROKEN)
+    assert old in text
+    with pytest.raises(AssertionError, match="(?s)nothing can go on.*waits for barrier at|more arrive at a barrier"):
+        check(_BROKEN, tmp_path, 300, 300, text=text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("      ring.acquire();\n", ""),  # tiles are overwritten while they are read
+        ("    rings.k.wait();\n", ""),  # or read before they are there
+        ("ptx::wgmma_wait<kPending>();", ""),  # or given back before they are read
+    ],
+)
+def test_who_does_not_wait_is_wrong(tmp_path, old, new):
+    text = _source(_BROKEN)
+    assert old in text
+    text, found = text.replace(old, new), []
+    for seed in range(6):
+        try:
+            found.append(bool(check(_BROKEN, tmp_path, 300, 300, seed=seed, text=text)))
+        except AssertionError:
+            found.append(False)
+    assert not all(found)
+
+
+def test_lanes_at_different_places_are_told(tmp_path):
+    text = _source(_BROKEN)
+    old = "  ptx::start_next_kernel();\n"
+    assert old in text
+    new = "  if (threadIdx.x % 2) __syncwarp(); else __any_sync(~0u, true);\n"
+    with pytest.raises(AssertionError, match="the lanes of a warp are at different places"):
+        check(_BROKEN, tmp_path, 70, 0, text=text.replace(old, new))

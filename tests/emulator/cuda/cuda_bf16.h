@@ -1,0 +1,31 @@
+#pragma once
+#include "cuda_runtime.h"
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+namespace emulator {
+
+template <>
+inline float value<__nv_bfloat16>(uint16_t bits) {
+  const uint32_t whole = uint32_t(bits) << 16;
+  float f;
+  memcpy(&f, &whole, 4);
+  return f;
+}
+inline __nv_bfloat16 round_bfloat(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if (f != f) return {0x7fff};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+}  // namespace emulator
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
+  return {emulator::round_bfloat(a), emulator::round_bfloat(b)};
+}

@@ -1,0 +1,35 @@
+#pragma once
+#include "cuda_runtime.h"
+
+struct __half {
+  uint16_t bits;
+};
+struct __half2 {
+  __half x, y;
+};
+
+namespace emulator {
+
+template <>
+inline float value<__half>(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                     : exponent     ? ldexpf(float(fraction + 1024), exponent - 25)
+                                    : ldexpf(float(fraction), -24);
+  return bits >> 15 ? -size : size;
+}
+inline __half round_half(float f) {
+  const uint16_t sign = signbit(f) ? 0x8000 : 0;
+  const float size = fabsf(f);
+  if (f != f) return {0x7fff};
+  if (size >= 65520.f) return {uint16_t(sign | 0x7c00)};
+  int exponent;
+  frexpf(size, &exponent);
+  const int last = std::max(exponent - 11, -24);  // the place of the last bit that is kept
+  const unsigned kept = unsigned(nearbyintf(ldexpf(size, -last)));
+  return {uint16_t(sign | (kept < 1024 ? kept : (unsigned(last + 25) << 10) + kept - 1024))};
+}
+
+}  // namespace emulator
+
+inline __half2 __floats2half2_rn(float a, float b) { return {emulator::round_half(a), emulator::round_half(b)}; }
