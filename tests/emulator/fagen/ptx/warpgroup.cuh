@@ -102,6 +102,7 @@ inline void wgmma_commit() {
 template <int kPending>
 void wgmma_wait() {
   emulator::now->products.finish(kPending);
+  emulator::exchange(0, "wgmma_wait");  // no lane goes on before all have
 }
 inline void pin(float& x) { asm volatile("" : "+m"(x)::"memory"); }
 inline void pin(unsigned& x) { asm volatile("" : "+m"(x)::"memory"); }
