@@ -13,7 +13,7 @@ part() {  # NAME COMMAND...: as long as there is time; its last lines are shown
   local name=$1 left=$(( end - $(date +%s) )); shift
   timeout -s INT $(( left > 5 ? left : 5 )) "$@" > "$out/$name.log" 2>&1
   echo "== $name: exit $?, $(( end - $(date +%s) )) s left"
-  tail -n "${LINES_SHOWN:-12}" "$out/$name.log" | cut -c 1-300
+  tail -n 12 "$out/$name.log" | cut -c 1-300
 }
 
 case $piece in

@@ -83,9 +83,9 @@ def render(family: Family, problem: Problem, target: Target, config: Config) -> 
     )
 
 
-def fold(source: str, root: Path | None = None) -> str:
-    """Paste every `#include "fagen/..."` in, once each, in order."""
-    root = root or env.data_dir("templates") / "include"
+def fold(source: str, *before: Path) -> str:
+    """Paste every `#include "fagen/..."` in, once each, in order; from the folders `before` ours where they have it."""
+    roots = (*before, env.data_dir("templates") / "include")
     seen: set[str] = set()
 
     def paste(match: re.Match[str]) -> str:
@@ -94,7 +94,7 @@ def fold(source: str, root: Path | None = None) -> str:
             return ""
         seen.add(name)
         try:
-            text = (root / name).read_text()
+            text = next((root for root in roots if (root / name).exists()), roots[-1]).joinpath(name).read_text()
         except OSError as error:
             raise FagenError(f"header {name} cannot be read", str(error)) from error
         body = _INCLUDE.sub(paste, text.replace("#pragma once\n", ""))

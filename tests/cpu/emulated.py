@@ -6,12 +6,13 @@ import ctypes
 import re
 import subprocess
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen import env, render, toolchain
+from fagen import render, toolchain
+from fagen.bench.ahead import together
 from fagen.kernel import Library, make_params, workspace_tensor
+from fagen.tuner.workers import compile_workers
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from fagen.target import Target
 
 EMULATOR = Path(__file__).parents[1] / "emulator"
-_INCLUDE = re.compile(r'^#include "(fagen/[^"]+)"\s*$', re.MULTILINE)
 _WGMMA = re.compile(r"^namespace ptx \{\n.*?^\}  // namespace ptx\n", re.MULTILINE | re.DOTALL)  # rendered, no header
 _DYNAMIC = re.compile(r"extern __shared__ .*?unsigned char (\w+)\[\];")
 _STATIC = re.compile(r"__shared__ ([\w:]+) (\w+)(\[\w+\])?;")
@@ -29,18 +29,8 @@ _ELEMENTS = {"bf16": "__nv_bfloat16", "fp16": "__half"}
 
 
 def source(family: Family, problem: Problem, target: Target, config: Config) -> str:
-    """What a C++ compiler takes: our headers for those of fagen/ptx/, shared variables and launches by functions."""
-    headers, seen = env.data_dir("templates") / "include", set()
-
-    def paste(match: re.Match[str]) -> str:
-        name = match[1]
-        if name in seen:
-            return ""
-        seen.add(name)
-        path = EMULATOR / name if (EMULATOR / name).exists() else headers / name
-        return _INCLUDE.sub(paste, path.read_text().replace("#pragma once\n", ""))
-
-    text = _INCLUDE.sub(paste, _WGMMA.sub("", render.render(family, problem, target, config)))
+    """What a C++ compiler takes: the emulator's fagen/ptx/ for ours, shared variables and launches by functions."""
+    text = render.fold(_WGMMA.sub("", render.render(family, problem, target, config)), EMULATOR)
     base = 0x400 if re.search(r"extern __shared__ __align__\(1024\)", text) else 0x430  # aligned as little as may be
     text = _DYNAMIC.sub(r"unsigned char* \1 = emulator::dynamic_shared();", text)
     text = _STATIC.sub(lambda m: f'auto& {m[2]} = emulator::shared_variable<{m[1]}{m[3] or ""}>("{m[2]}");', text)
@@ -61,8 +51,7 @@ def build(text: str, folder: Path) -> Library:
 
 
 def build_all(texts: Iterable[str], folder: Path) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda text: build(text, folder), dict.fromkeys(texts)))
+    together(lambda text: build(text, folder), dict.fromkeys(texts), compile_workers(is_gpu=False))
 
 
 def launch(

@@ -107,7 +107,7 @@ inline jmp_buf scheduler;
 inline Fiber* now = nullptr;
 inline std::string report;  // of the last failure
 inline uint64_t chance_state = 1;
-inline int units = 3;  // SMs
+inline int units = 3;  // SMs; the device of that number has so many, since kernels ask a device only once
 
 inline uint32_t chance(uint32_t below) {
   chance_state = chance_state * 6364136223846793005u + 1442695040888963407u;
@@ -123,6 +123,9 @@ __attribute__((noinline)) inline void go_on(Fiber& fiber) {
   if (fiber.begun) _longjmp(fiber.place, 1);
   fiber.begun = true;
   setcontext(&fiber.context);
+}
+inline void pause() {  // others may come first
+  if (chance(2)) leave();
 }
 [[noreturn]] inline void fail(const std::string& why) {
   char where[96];
@@ -179,6 +182,9 @@ T of_bits(uint64_t bits) {
   memcpy(&x, &bits, sizeof(T));
   return x;
 }
+
+// Where the copy engine and the products find what lies at an address: 128-byte swizzle.
+inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70); }
 
 inline void arrive(Meeting& meeting, int threads) {
   if (++meeting.arrived == threads) meeting.arrived = 0, ++meeting.generation;
@@ -264,7 +270,7 @@ inline bool run(std::vector<std::unique_ptr<Team>>& teams) {
         fine = report.empty();
       }
     for (auto& team : teams)
-      while (!team->copies.empty() && (!moved || chance(2))) copy_one(*team), moved = true;
+      while (!team->copies.empty() && (!moved || !chance(8))) copy_one(*team), moved = true;
     if (!moved && fine) report = stuck(fibers), fine = false;
   }
   for (auto& fiber : fibers) stacks.push_back(fiber->stack);

@@ -38,8 +38,6 @@ inline CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, v
   return CUDA_SUCCESS;
 }
 
-inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70); }
-
 }  // namespace emulator
 
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, cudaDriverEntryPointFlags,

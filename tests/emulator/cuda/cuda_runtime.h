@@ -4,7 +4,6 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -110,9 +109,9 @@ enum cudaError_t {
 using cudaStream_t = void*;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
-  *value = what == cudaDevAttrMultiProcessorCount ? emulator::units : 50 << 20;
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulator::units, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int device) {
+  *value = what == cudaDevAttrMultiProcessorCount ? device : 50 << 20;
   return cudaSuccess;
 }
 template <class Kernel>
