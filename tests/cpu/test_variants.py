@@ -101,3 +101,4 @@ def test_the_changes_that_wait_still_apply(tmp_path):
         done = subprocess.run(["git", "apply", str(patch)], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{patch.name}: {done.stderr}"
     assert "cluster" in (tmp_path / "fagen/families/sm90_forward.py").read_text()
+    assert all(len(path.read_text().splitlines()) <= 400 for path in (tmp_path / "templates").rglob("*.cuh"))
