@@ -33,9 +33,11 @@ class Space:
         return self if default in self.legal else replace(self, legal=(*self.legal, default), added=default)
 
     def of(self, problem: Problem) -> Space:
-        """The same for another problem of the static key, with its default."""
-        legal = tuple(config for config in self.legal if config != self.added) if self.added else self.legal
-        return replace(self, problem=problem, legal=legal, added=None).with_default()
+        """The same for a problem of the static key: with its default, without what only repeats at its sizes."""
+        declared = [config for config in self.legal if config != self.added]
+        legal = tuple(config for config in declared if not self.family.repeats(problem, config))
+        removed = {**self.removed, **({"repeats": len(declared) - len(legal)} if len(legal) < len(declared) else {})}
+        return replace(self, problem=problem, legal=legal, removed=removed, added=None).with_default()
 
 
 def restriction(words: Iterable[str], families: Iterable[Family]) -> dict[str, tuple[Value, ...]]:

@@ -211,7 +211,7 @@ def _simulate(args: argparse.Namespace) -> int:
 def _dry_run(problems: list[Problem], target: Target, family: str | None, fixed: Fixed, as_json: bool) -> int:
     from fagen.tuner import progress, study
 
-    spaces = [space for problem in problems for space in study.spaces(problem, target, family, fixed)]
+    spaces = [space.of(problem) for problem in problems for space in study.spaces(problem, target, family, fixed)]
     if as_json:
         rows = [
             {"key": s.problem.key, "problem": s.problem.to_dict(), "family": s.family.name, "total": s.total,

@@ -69,6 +69,7 @@ class Knob:
     cpp: str
     choices: tuple[Value, ...]
     doc: str
+    before: Value | None = None  # what configs did that are older than the knob; None: there are none
 
     def literal(self, value: Value) -> tuple[str, str]:
         """C++ type and value."""
@@ -114,6 +115,8 @@ class Family:
     context: Callable[[Problem, Config], dict[str, Any]] = field(default=lambda problem, config: {})
     # configs worth trying first, best guess first (the default is always tried and need not be repeated)
     seeds: Callable[[Problem, Target], list[Config]] = field(default=lambda problem, target: [])
+    # whether a config only repeats another at a problem's sizes, which constraints do not look at: it is not searched
+    repeats: Callable[[Problem, Config], bool] = field(default=lambda problem, config: False)
     # about how many seconds a config will take, to order the first trials; only ratios between configs matter
     cost: Callable[[Problem, Target, Config], float] | None = None
     # knob values that cost resources, for the stable rule among ties: fewest first
@@ -126,14 +129,14 @@ class Family:
         raise InvalidConfig(f"{self.name} has no knob {name!r}", f"knobs: {', '.join(k.name for k in self.knobs)}")
 
     def config(self, values: Mapping[str, Value]) -> Config:
-        """A config from outside: every knob there, no other, each value among its choices."""
+        """A config from outside: every knob there, or older than it, no other, each value among its choices."""
         for name in values:
             self.knob(name)
         ordered: dict[str, Value] = {}
         for knob in self.knobs:
-            if knob.name not in values:
+            value = values.get(knob.name, knob.before)
+            if value is None:
                 raise InvalidConfig(f"{self.name}: the config lacks knob {knob.name!r}", f"it has: {dict(values)}")
-            value = values[knob.name]
             if not any(value == c and type(value) is type(c) for c in knob.choices):
                 raise InvalidConfig(f"{self.name}: {knob.name}={value!r} is no choice", f"choices: {knob.choices}")
             ordered[knob.name] = value

@@ -31,6 +31,9 @@ KNOBS = (
         "order of row tiles and heads",
     ),
     Knob("section_mb", "kSectionMb", (16, 32, 64), "megabytes of keys and values that a section of heads may have"),
+    Knob("cluster", "kCluster", (1, 2), "blocks that share each tile of keys and values", before=1),
+    Knob("shared_weights", "kSharedWeights", (False, True), "P goes by shared memory, not registers", before=False),
+    Knob("pack_heads", "kPackHeads", (False, True), "rows of heads that share keys go into one tile", before=False),
 )
 
 OTHER_REGISTERS = 24  # addresses, maxima and sums, loop state
@@ -48,19 +51,20 @@ def consumer_registers(p: Problem, c: Config) -> int:
     return min(240, ((groups + 1) * each - producer) // groups // 8 * 8)
 
 
-def _slabs(head_dim: int) -> int:
-    return -(-head_dim // 64)
+def _slabs(columns: int) -> int:
+    return -(-columns // 64)
 
 
 def smem_bytes(p: Problem, c: Config) -> int:
     slabs, slabs_v = _slabs(p.head_dim_padded), _slabs(p.head_dim_v_padded)
     tiles = c.q_stages * c.tile_m * slabs + c.stages * c.tile_n * (slabs + slabs_v)
+    tiles += c.tile_m * _slabs(int(c.tile_n)) if c.shared_weights else 0
     return tiles * 128 + 16 * (c.q_stages + 2 * c.stages) + 96 + 96 * c.stages + 1024
 
 
 def fragment_registers(p: Problem, c: Config) -> int:
-    """S, the weights on their way and those of the next tile, and O."""
-    return int(c.tile_n) // 2 + int(c.tile_n) // 4 + p.head_dim_v_padded // 2
+    """S, the weights on their way if they are held there, and O."""
+    return int(c.tile_n) // 2 + (0 if c.shared_weights else int(c.tile_n) // 4) + p.head_dim_v_padded // 2
 
 
 def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
@@ -91,7 +95,9 @@ def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
 
 def _product_fits(p: Problem, t: Target, c: Config) -> str | None:
     need, each = max(int(c.tile_n), p.head_dim_v_padded) // 2 + 30, registers_each(c)
-    return f"a product takes {need} > {each} registers that the block is compiled for" if need > each else None
+    if need > each or each <= 64:
+        return f"a product takes {max(need, 65)} > {each} registers that the block is compiled for"
+    return None
 
 
 def _single_has_one(p: Problem, t: Target, c: Config) -> str | None:
@@ -104,6 +110,34 @@ def _turns_need_others(p: Problem, t: Target, c: Config) -> str | None:
     if c.ping_pong and c.tile_m == 64:
         return "a lone warpgroup (tile_m=64) has nobody to take turns with"
     return None
+
+
+def _sharing_fits(p: Problem, t: Target, c: Config) -> str | None:
+    if c.cluster == 1:
+        return None
+    if p.mask != "none":
+        return f"blocks that share keys (cluster={c.cluster}) must see the same, mask={p.mask} lets each see others"
+    if c.schedule == "dynamic":
+        return f"blocks that share keys (cluster={c.cluster}) must agree on what comes next, schedule=dynamic"
+    if c.blocks_per_sm > 1:
+        return f"blocks that share keys (cluster={c.cluster}) have an SM each, blocks_per_sm={c.blocks_per_sm}"
+    return None
+
+
+def _packing_fits(p: Problem, t: Target, c: Config) -> str | None:
+    if c.pack_heads and (p.alibi or p.mask == "intervals"):
+        return f"{'alibi' if p.alibi else 'mask=intervals'} may differ from row to row of a tile with pack_heads"
+    return None
+
+
+def packed_heads(p: Problem) -> int:
+    """How many heads pack_heads packs: of those that share keys, as many as a tile of rows can hold evenly."""
+    group = p.heads // p.kv_heads
+    return min(group & -group, 64)
+
+
+def _repeats(p: Problem, c: Config) -> bool:
+    return bool(c.pack_heads) and packed_heads(p) == 1
 
 
 def _supports(p: Problem, t: Target) -> str | None:
@@ -123,13 +157,15 @@ def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
 
 
 CONSTRAINTS = (
-    Constraint("smem_fits", _smem_fits, ("tile_m", "tile_n", "stages", "q_stages", "blocks_per_sm")),
-    Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n", "blocks_per_sm")),
+    Constraint("smem_fits", _smem_fits, ("tile_m", "tile_n", "stages", "q_stages", "blocks_per_sm", "shared_weights")),
+    Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n", "blocks_per_sm", "shared_weights")),
     Constraint("product_fits", _product_fits, ("tile_m", "tile_n", "blocks_per_sm")),
     Constraint("single_has_one", _single_has_one, ("q_stages", "schedule")),
     Constraint("turns_need_others", _turns_need_others, ("tile_m", "ping_pong")),
     Constraint("order_matters", _order_matters, ("block_order",)),
     Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
+    Constraint("sharing_fits", _sharing_fits, ("blocks_per_sm", "schedule", "cluster")),
+    Constraint("packing_fits", _packing_fits, ("pack_heads",)),
 )
 
 # (tile_m, tile_n, q_stages, blocks_per_sm) by the larger head dim, the best first.
@@ -140,8 +176,10 @@ _TILES = (
     (192, ((128, 128, 1, 1), (128, 112, 1, 1), (128, 96, 2, 1), (128, 80, 1, 1))),
     (256, ((128, 64, 1, 1), (128, 80, 1, 1), (128, 48, 1, 1), (128, 32, 1, 1))),
 )
-_LONG = {96: (192, 80, 1, 1)}  # the best tile of a head dim where there are many keys
-_SHORT = {64: (64, 64, 1, 3)}  # and where rows see few, of which each sees another number
+_SHORT = {64: (64, 64, 1, 3)}  # the best tile of a head dim where rows see few keys, of which each sees another number
+# Three warpgroups whose weights find no room in registers: as many keys a tile as there is other room for. The best
+# where there are many keys.
+_SHARED = {96: ((192, 128, 1, 1),), 128: ((192, 128, 1, 1), (192, 96, 1, 1))}
 _FEW_ROWS = ((64, 128, 1, 2), (64, 64, 1, 3), (128, 128, 1, 1))  # not enough to go round: a tile a block
 _MANY_KEYS, _FEW_KEYS = 4096, 2048
 _WAVES = 2  # of blocks: with fewer tiles of rows than that, nothing is gained by dealing them out
@@ -155,33 +193,42 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
             {
                 "tile_m": m, "tile_n": n, "stages": stages, "q_stages": q_stages, "overlap": True,
                 "rescale": "deferred", "ping_pong": m > 64, "blocks_per_sm": blocks, "schedule": schedule,
-                "block_order": order, "section_mb": section,
+                "block_order": order, "section_mb": section, "cluster": 1, "shared_weights": False,
+                "pack_heads": False,
             }
         )  # fmt: skip
+
+    def legal(config: Config) -> bool:
+        return not any(constraint.check(p, t, config) for constraint in CONSTRAINTS)
 
     tiles, plans = _tiles(p), _plans(p)
     alone = ("single", "ascending" if p.mask == "none" else "longest_first", 32)
     dealt = [config(tile, 2, *plan) for plan in plans for tile in tiles]
+    shared = (config(tile, 2, *plans[0]).replace(shared_weights=True) for tile in _SHARED.get(p.head_dim_padded, ()))
+    third = next(filter(legal, shared), None)
+    if third:
+        dealt.insert(0 if p.seqlen_k >= (_FEW_KEYS if p.mask == "none" else _MANY_KEYS) else 1, third)
+    if packed_heads(p) > 1:
+        packed = [c.replace(pack_heads=True) for c in dealt[:2]]
+        dealt = packed + dealt if p.mask == "causal" and p.seqlen_k >= _FEW_KEYS else dealt + packed
     single = [config(tile, 2, *alone) for tile in _FEW_ROWS]
     shaped = [c for c in single if _few(p, t, c)] + dealt + single
     shaped += [config(tile, 1, *plans[0]) for tile in _SMALLEST]
-    return [c for c in dict.fromkeys(shaped) if not any(k.check(p, t, c) for k in CONSTRAINTS)]
+    return [c for c in dict.fromkeys(shaped) if legal(c)]
 
 
 def _tiles(p: Problem) -> list[tuple[int, int, int, int]]:
     """(tile_m, tile_n, q_stages, blocks_per_sm), the best first."""
     size = max(p.head_dim_padded, p.head_dim_v_padded)
     limit, tiles = next((limit, tiles) for limit, tiles in _TILES if size <= limit)
-    first = _LONG.get(limit) if p.seqlen_k >= _MANY_KEYS else None
-    if p.mask != "none" and p.seqlen_k <= _FEW_KEYS:
-        first = _SHORT.get(limit)
+    first = _SHORT.get(limit) if p.mask != "none" and p.seqlen_k <= _FEW_KEYS else None
     return list(dict.fromkeys([first, *tiles] if first else tiles))
 
 
 def _plans(p: Problem) -> list[tuple[str, str, int]]:
     """(schedule, block_order, section_mb), the best first."""
     if p.mask == "none":
-        plans = [("balanced", "ascending", 32), ("dynamic", "ascending", 32)]
+        plans = [("balanced", "ascending", 32), ("dynamic", "ascending", 32), ("dynamic", "sectioned", 32)]
         return plans if p.seqlen_k < _FEW_KEYS else plans[::-1]
     sections = (16, 32, 64) if p.seqlen_k < _FEW_KEYS else (64, 32, 16) if p.head_dim_padded > 128 else (32, 64, 16)
     return [("dynamic", "sectioned", megabytes) for megabytes in sections]
@@ -209,7 +256,8 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     """
     d, dv, n, blocks = p.head_dim_padded, p.head_dim_v_padded, int(c.tile_n), int(c.blocks_per_sm)
     groups = int(c.tile_m) // 64
-    products = max(n * d / 32, (64 + n) * d / 64) + n * dv / 32
+    values = max(n * dv / 32, (64 + dv) * n / 64) + n if c.shared_weights else n * dv / 32
+    products = max(n * d / 32, (64 + n) * d / 64) + values
     softmax = (6.5 if c.rescale == "deferred" else 6.5 + 0.5 * dv / n) * n
     slow, fast = max(products, softmax), min(products, softmax)
     if groups * blocks == 1:
@@ -217,19 +265,21 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     else:
         beside = 0.35 - 0.1 * c.ping_pong - 0.05 * (groups * blocks > 2) + 0.12 * (not c.overlap)
         visit = slow + beside * fast + 60
-    copies = n * (d + dv) * 2 / 48 + (600 / blocks if c.stages == 1 else 0)
+    copies = n * (d + dv) * 2 / (48 * int(c.cluster)) + (600 / blocks if c.stages == 1 else 0)
     visit = max(groups * visit, copies) + (500 / blocks if c.stages == 1 else 0)
     joined = c.schedule != "single"
     boundary = (1800 - 600 * joined - 300 * (c.q_stages - 1)) / (1 + 0.5 * (blocks - 1)) + 2.0 * dv * groups
-    seen = walk(p, int(c.tile_m), n)
-    heads = p.batch * p.heads
+    packed = packed_heads(p) if c.pack_heads else 1
+    seen = walk(p, max(1, int(c.tile_m) // packed), n)
+    heads = p.batch * p.heads // packed
     work = heads * (seen.visits * visit + seen.masked * 3 * n * groups + seen.row_tiles * boundary)
     longest = seen.most * visit + boundary
     uneven = seen.most * seen.row_tiles > seen.visits
     tail = 0.1 if not uneven or c.block_order in ("longest_first", "sectioned") else 0.6
-    total = makespan(work, longest, heads * seen.row_tiles, t.units, tail)
-    if uneven and c.schedule == "balanced":
-        total *= 1.12
+    teams, pieces = t.units // int(c.cluster), heads * -(-seen.row_tiles // int(c.cluster))
+    total = makespan(work / int(c.cluster), longest, pieces, teams, tail)
+    if c.schedule == "balanced":  # some SMs are a little slower than others
+        total *= 1.12 if uneven else 1.02
     if c.block_order == "longest_first" and key_bytes(p) > t.l2:
         total *= 1.06
     return total + (0 if c.schedule != "dynamic" or uneven else 1500)
@@ -249,9 +299,11 @@ FAMILY = Family(
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
         "shared_widths": [c.tile_n],
-        "register_widths": [p.head_dim_v_padded],
+        "column_widths": [p.head_dim_v_padded] if c.shared_weights else [],
+        "register_widths": [] if c.shared_weights else [p.head_dim_v_padded],
     },
     seeds=_guesses,
+    repeats=_repeats,
     cost=cost,
     resources=lambda p, t, c: (smem_bytes(p, c), int(c.tile_m), fragment_registers(p, c)),
 )

@@ -97,7 +97,8 @@ def _heads(meta: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Family]]:
     fixed = {name: tuple(values) for name, values in meta.get("fixed", {}).items()}
     for fields in meta["problems"]:
         problem = Problem.from_dict(fields)
-        for space in study.spaces(problem, target, meta.get("family"), fixed):
+        for every in study.spaces(problem, target, meta.get("family"), fixed):
+            space = every.of(problem)
             yield {
                 "format": FORMAT, "schema": SCHEMA, "key": problem.key, "family": space.family.name,
                 "problem": fields, "target": meta["target"], "fixed": meta.get("fixed", {}),
@@ -117,7 +118,8 @@ def _line(config: Config, row: dict[str, Any]) -> list[Any]:
 
 
 def read(path: Path) -> list[Recorded]:
-    """The spaces of a file. A knob that the family got since has its default's value; one that is gone is an error."""
+    """The spaces of a file. A knob that the family got since has what configs did before it, or its default's value;
+    one that is gone is an error."""
     found: list[Recorded] = []
     try:
         with _open(path, "r") as file:
@@ -154,7 +156,8 @@ def _put(space: Recorded, line: list[Any], where: str) -> None:
         raise UsageError(f"{where}: {len(line)} values for {len(knobs)} knobs and {len(columns)} columns")
     values = dict(zip(columns, line[len(knobs) :], strict=True))
     default = space.family.default(space.problem, space.target)
-    config = space.family.config({**default, **dict(zip(knobs, line, strict=False))})
+    since = {knob.name: default[knob.name] for knob in space.family.knobs if knob.before is None}
+    config = space.family.config({**since, **dict(zip(knobs, line, strict=False))})
     space.entries[config] = Entry(
         values["outcome"], values["seconds"], values["spread"] or 0.0,
         values["compile_seconds"] or 0.0, values["measure_seconds"] or 0.0,

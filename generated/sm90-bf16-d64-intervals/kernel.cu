@@ -1,7 +1,7 @@
 // An attention kernel made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  forward/bf16/d64/intervals-lower1, its config chosen for b4/h32-32/q4096-k4096
-// config:   tile_m=128 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=sectioned section_mb=32 (the family's default)
+// config:   tile_m=128 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=sectioned section_mb=32 cluster=1 shared_weights=False pack_heads=False (the family's default)
 // made by:  fagen emit --arch sm_90 --dtype bf16 --head-dim 64 --mask intervals --interval-kind lower1 --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --config default --out DIR
 // build:    nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
@@ -11,7 +11,7 @@
 // Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
 // Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
 //
-// Config: tile_m=128 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=sectioned section_mb=32
+// Config: tile_m=128 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=sectioned section_mb=32 cluster=1 shared_weights=False pack_heads=False
 
 enum class Mask { none, causal, window, intervals };
 enum class Rescale { each, deferred };
@@ -41,6 +41,9 @@ struct Config {
   static constexpr Schedule kSchedule = Schedule::dynamic;  // a block takes a tile of rows, a share, or what is next
   static constexpr BlockOrder kBlockOrder = BlockOrder::sectioned;  // order of row tiles and heads
   static constexpr int kSectionMb = 32;  // megabytes of keys and values that a section of heads may have
+  static constexpr int kCluster = 1;  // blocks that share each tile of keys and values
+  static constexpr bool kSharedWeights = false;  // P goes by shared memory, not registers
+  static constexpr bool kPackHeads = false;  // rows of heads that share keys go into one tile
 };
 
 // What fagen derived from the config before compiling; the kernel asserts that it agrees.
@@ -175,6 +178,19 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// At the barrier that lies at the same place in another block of the cluster, or in this one. What it speaks for are
+// reads of shared memory that are over: nothing is released to the whole cluster, which would cost a fence.
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, int block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
+
 // Arrive, and let the phase wait for so many bytes of copies as well.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -223,10 +239,31 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, ui
       : "memory");
 }
 
+// The same box to the same place of several blocks of the cluster, a bit of `blocks` each; the barrier of each learns
+// of it.
+__device__ __forceinline__ void tma_load_to_all(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column,
+                                                int row, int head, int batch, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "h"(blocks)
+      : "memory");
+}
+
+// One box of a 5-dimensional tensor, whose second dimension is taken whole.
+__device__ __forceinline__ void tma_load_packed(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column,
+                                                int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %7, %4, %5, %6}], "
+      "[%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(0)
+      : "memory");
+}
+
 }  // namespace ptx
 
 // ---- fagen/ptx/warpgroup.cuh -----------------------------------------------------------------------------
-// What Hopper adds beside copies and products: registers by role, turns, kernels that overlap (sm_90a).
+// What Hopper adds beside copies and products: registers by role, turns, tiles stored, kernels that overlap (sm_90a).
 
 namespace ptx {
 
@@ -244,6 +281,20 @@ __device__ __forceinline__ void fewer_registers() {
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+
+// All threads of the cluster's blocks; what each wrote before is seen by all after.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// A warp's four 8 x 8 tiles of 16 bits from registers (ldmatrix's order) to the rows that its lanes name.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+// What this thread wrote to shared memory is there for products, and for the copy engine.
+__device__ __forceinline__ void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Before the first product of a group, and after ordinary code has touched its registers.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -271,7 +322,10 @@ namespace ptx {
 // Both operands in shared memory, each row 16 elements long in k.
 template <int kColumns>
 __device__ __forceinline__ void wgmma_shared(float (&c)[kColumns / 8][4], uint64_t a, uint64_t b, bool more);
-// a in registers (the accumulator's order), b in shared memory with its columns side by side.
+// b with its columns side by side, 16 rows deep in k.
+template <int kColumns>
+__device__ __forceinline__ void wgmma_shared_columns(float (&c)[kColumns / 8][4], uint64_t a, uint64_t b);
+// The same, a in registers (the accumulator's order).
 template <int kColumns>
 __device__ __forceinline__ void wgmma_registers(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b);
 
@@ -859,11 +913,13 @@ struct Shape {
   static constexpr int kSlabs = (C::kHeadDim + 63) / 64, kSlabsV = (C::kHeadDimV + 63) / 64;
   static constexpr int kQBytes = C::kTileM * 128 * kSlabs;
   static constexpr int kKBytes = C::kTileN * 128 * kSlabs, kVBytes = C::kTileN * 128 * kSlabsV;
+  static constexpr int kWeightSlab = 64 * 128;  // of a warpgroup's 64 rows
+  static constexpr int kWeightBytes = C::kSharedWeights ? (C::kTileN + 63) / 64 * kWeightSlab : 0;
 
-  // in this order: tiles of q, of k, of v, a full and an empty barrier for each, the mail with its own,
-  // and what is told of each tile of k
+  // in this order: tiles of q, of k, of v, of each warpgroup's weights, a full and an empty barrier for each, the mail
+  // with its own, and what is told of each tile of k
   static constexpr int kQ = 0, kK = kQ + C::kQStages * kQBytes, kV = kK + C::kStages * kKBytes;
-  static constexpr int kBarriers = kV + C::kStages * kVBytes;
+  static constexpr int kWeights = kV + C::kStages * kVBytes, kBarriers = kWeights + kGroups * kWeightBytes;
   static constexpr int kMail = kBarriers + 16 * (C::kQStages + 2 * C::kStages);
   static constexpr int kTold = kMail + 96;
   static constexpr int kSmemBytes = kTold + 96 * C::kStages + 1024;  // and room to align
@@ -887,30 +943,34 @@ struct Operand {
   uint32_t low, high;
 
   static constexpr uint32_t kSwizzle128 = 1u << 30, kGroupOf8Rows = 1024 >> 4;
+  static constexpr uint32_t kOwn = 0x3ffff;  // of an address: without the block's rank in its cluster, which is above
 
   // 16 elements of k lie in a row (q, k); slabs are separate operands
   static __device__ __forceinline__ Operand of_rows(uint32_t address) {
-    return {address >> 4 | 1u << 16, kSwizzle128 | kGroupOf8Rows};
+    return {(address & kOwn) >> 4 | 1u << 16, kSwizzle128 | kGroupOf8Rows};
   }
   // columns lie in a row, 16 rows deep in k (v); slabs `slab_bytes` apart
   static __device__ __forceinline__ Operand of_columns(uint32_t address, int slab_bytes) {
-    return {address >> 4 | uint32_t(slab_bytes >> 4) << 16, kSwizzle128 | kGroupOf8Rows};
+    return {(address & kOwn) >> 4 | uint32_t(slab_bytes >> 4) << 16, kSwizzle128 | kGroupOf8Rows};
   }
   // the one that begins so many bytes later
   __device__ __forceinline__ uint64_t at(int bytes) const { return uint64_t(high) << 32 | (low + (bytes >> 4)); }
 };
 
 // A ring of tiles, each with a barrier that says it is full and one that says it is empty. The producer and the
-// consumers each step through it on their own.
-template <int kStages, int kBytes>
+// consumers each step through it on their own. Blocks of a cluster that share tiles each load a part of all: then the
+// place of a tile is free when the consumers of all of them have read it.
+template <int kStages, int kBytes, int kSharers = 1>
 struct Ring {
   uint32_t tiles, barriers;  // of stage 0; the empty barrier lies behind the full one
   int stage = 0, phase = 0;
 
+  static constexpr int kBlocks = kSharers;
+
   __device__ __forceinline__ void init(int consumers) const {
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(barriers + s * 16, 1);
-      ptx::mbarrier_init(barriers + s * 16 + 8, consumers);
+      ptx::mbarrier_init(barriers + s * 16 + 8, consumers * kSharers);
     }
   }
   __device__ __forceinline__ uint32_t tile() const { return tiles + stage * kBytes; }
@@ -926,7 +986,11 @@ struct Ring {
   // for consumers: the tile is there; and has been read by this warp
   __device__ __forceinline__ void wait() const { ptx::mbarrier_wait(full(), phase); }
   __device__ __forceinline__ void release() {
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty());
+    if constexpr (kSharers == 1) {
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty());
+    } else {
+      if (threadIdx.x % 32 < kSharers) ptx::mbarrier_arrive_at(empty(), threadIdx.x % 32);
+    }
     advance();
   }
 };
@@ -971,8 +1035,8 @@ template <class C>
 struct Rings {
   using S = Shape<C>;
   Ring<C::kQStages, S::kQBytes> q;
-  Ring<C::kStages, S::kKBytes> k;
-  Ring<C::kStages, S::kVBytes> v;
+  Ring<C::kStages, S::kKBytes, C::kCluster> k;
+  Ring<C::kStages, S::kVBytes, C::kCluster> v;
   Mail<C::kMask == Mask::intervals> mail;
   uint32_t told;  // places for what is told: two a stage of k, so that one outlives its tile until the softmax is done
 
@@ -985,12 +1049,12 @@ struct Rings {
 
   __device__ __forceinline__ uint32_t told_place() const { return told + (k.stage + k.phase * C::kStages) * 48; }
 
-  // Consumers give a tile back with one arrival a warp.
+  // A tile, or a letter, is given back with one arrival a warp.
   __device__ __forceinline__ void init() const {
     q.init(S::kGroups * 4);
     k.init(S::kGroups * 4);
     v.init(S::kGroups * 4);
-    mail.ring.init(S::kGroups * 4);
+    mail.ring.init(S::kGroups * 4 + 1);  // the warp that loads values hears as well
     ptx::fence_mbarrier_init();
   }
 };
@@ -1344,15 +1408,25 @@ __device__ __forceinline__ bool needs_mask(const IntervalWalk<Config>& walk, con
 
 struct Launch {
   CUtensorMap q, k, v;
+  int packed;                // log2 of the heads of q whose rows lie side by side in a tile
   int row_tiles, key_tiles;  // tiles of a head
   int tiles;                 // tiles of rows in all
   int heads_at_once;         // sectioned order
   Extent* extents;           // of the intervals, tile by tile
   Span* spans;               // of each mask head, by tile of rows: the tiles of keys it sees,
-  unsigned* counted;         // how many blocks have found theirs,
   int* order;                // and which tile of rows sees the most, the next most, ...
   unsigned* taken;           // dynamic schedule: tiles of rows that blocks have come for, beside each one's first
 };
+
+// Blocks of a cluster are a team: they take neighbouring tiles of rows together, which count as one.
+template <class C>
+__device__ __forceinline__ int team() {
+  return blockIdx.x / C::kCluster;
+}
+template <class C>
+__device__ __forceinline__ int teams() {
+  return gridDim.x / C::kCluster;
+}
 
 // Which tile of rows a block takes after its first: none, every so many-th of the order, turning at its ends so that
 // all blocks get as much of what is long as of what is short; or the next that nobody has taken.
@@ -1365,10 +1439,11 @@ struct Share {
       return launch.tiles;
     } else if constexpr (C::kSchedule == Schedule::balanced) {
       ++round;
-      return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+      return round * teams<C>() + (round % 2 ? teams<C>() - 1 - team<C>() : team<C>());
     } else {
-      if (round++ == 0) ptx::wait_for_previous_kernel();  // which sets the counter to zero
-      return gridDim.x + (threadIdx.x % 32 == 0 ? atomicAdd(launch.taken, 1) : 0);
+      if (launch.tiles <= teams<C>()) return launch.tiles;  // there is no counter
+      if (round++ == 0) ptx::wait_for_previous_kernel();   // which sets it to zero
+      return teams<C>() + (threadIdx.x % 32 == 0 ? atomicAdd(launch.taken, 1) : 0);
     }
   }
 };
@@ -1394,10 +1469,34 @@ __device__ __forceinline__ Intervals<C> intervals_of(const fagen_params& p, cons
   return intervals;
 }
 
+// Heads of q that share keys may be packed: 2^n of them count as one head, with as many rows to a row of q. That many
+// of the last bits of a row are its head's.
+template <class C>
+struct Packing {
+  int log2;
+
+  __device__ __forceinline__ explicit Packing(const Launch& launch) : log2(C::kPackHeads ? launch.packed : 0) {}
+  __device__ __forceinline__ int heads(int heads) const { return heads >> log2; }
+  __device__ __forceinline__ int rows(int rows) const { return rows << log2; }
+  // of a packed head and row: which they are in q
+  __device__ __forceinline__ int head(int head, int m) const { return head << log2 | (m & ((1 << log2) - 1)); }
+  __device__ __forceinline__ int row(int m) const { return m >> log2; }
+  // the tiles of keys that packed rows [m0, m1) see
+  __device__ __forceinline__ TileRange range(const Band& band, int m0, int m1) const {
+    if constexpr (C::kMask == Mask::none)
+      return {0, (band.seqlen_k + C::kTileN - 1) / C::kTileN, 0, band.seqlen_k / C::kTileN};
+    TileRange range = TileRange::of<C::kTileN>(band, row(m0), row(m1 - 1) + 1);
+    if (C::kMask == Mask::causal) range.begin = range.full_begin = 0;
+    return range;
+  }
+};
+
 // The `index`-th tile of rows in the order of work.
 template <class C>
 __device__ __forceinline__ Work take(const fagen_params& p, const Launch& launch, int index) {
-  Work work = take_work<C::kBlockOrder>(p, index, launch.row_tiles, launch.heads_at_once);
+  fagen_params grid;
+  grid.batch = p.batch, grid.heads = Packing<C>(launch).heads(p.heads);
+  Work work = take_work<C::kBlockOrder>(grid, index, launch.row_tiles, launch.heads_at_once);
   if constexpr (kRanked<C>) {
     const int* order = launch.order + mask_plane(p, work.batch, work.head / (p.heads / p.kv_heads)) * launch.row_tiles;
     work.row_tile = order[launch.row_tiles - 1 - work.row_tile];
@@ -1426,15 +1525,17 @@ struct Rows {
   Rows() = default;
   __device__ __forceinline__ Rows(const fagen_params& p, const Launch& launch, const Band& band, const Work& work)
       : work(work) {
-    kv_head = work.head / (p.heads / p.kv_heads);
+    const Packing<C> packing(launch);
+    kv_head = work.head / packing.heads(p.heads / p.kv_heads);
     if constexpr (C::kMask == Mask::intervals) {
       const int64_t plane = mask_plane(p, work.batch, kv_head);
       intervals = intervals_of<C>(p, launch, work.batch, mask_head(p, kv_head));
       span = launch.spans[plane * launch.row_tiles + max(work.row_tile, 0)];
       m0 = span.m0, m1 = span.m1;
     } else {
-      m0 = work.row_tile * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
-      range = TileRange::of<C::kTileN>(band, m0, m1);
+      m0 = (work.row_tile * C::kCluster + blockIdx.x % C::kCluster) * C::kTileM,
+      m1 = min(m0 + C::kTileM, packing.rows(p.seqlen_q));
+      range = packing.range(band, m0, m1);
     }
   }
 
@@ -1443,6 +1544,13 @@ struct Rows {
       return span.first < span.end;
     else
       return range.begin < range.end;
+  }
+  // tiles of keys
+  __device__ __forceinline__ int count() const {
+    if constexpr (C::kMask == Mask::intervals)
+      return span.cut + span.whole;
+    else
+      return range.end - range.begin;
   }
   // for the producer, at the first one
   __device__ __forceinline__ auto tiles(const Band& band) const {
@@ -1502,20 +1610,22 @@ struct Done {
 // The 64 rows of a warpgroup: two of a thread's. Lanes of a quad hold two columns each of pieces of 8; neighbours trade
 // until each has four of one piece, so that a quad writes 32 whole bytes at once.
 template <class C, class Element, class State>
-__device__ __forceinline__ void store_rows(const fagen_params& p, State& state, const Done& done, int group) {
+__device__ __forceinline__ void store_rows(const fagen_params& p, const Packing<C>& packing, State& state,
+                                           const Done& done, int group) {
   const Lane lane;
   const bool odd = lane.id % 2;
+  const int end = C::kMask == Mask::intervals ? done.m1 : min(done.m0 + C::kTileM, packing.rows(p.seqlen_q));
   const int first = done.m0 + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
   const int column = odd * 8 + lane.id % 4 / 2 * 4;  // of two pieces
-  Element* out = static_cast<Element*>(p.o) + done.batch * p.o_stride[0] + done.head * p.o_stride[2];
+  Element* out = static_cast<Element*>(p.o) + done.batch * p.o_stride[0];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int m = first + r * 8;
+    const int m = first + r * 8, row_of_q = packing.row(m), head = packing.head(done.head, m);
     const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
-    if (p.lse && lane.id % 4 == 0 && m < done.m1)
-      p.lse[(int64_t(done.batch) * p.heads + done.head) * p.seqlen_q + m] = state.softmax.lse(r, row_sum);
-    Element* row = out + m * p.o_stride[1] + column;
-    const int columns = m < done.m1 ? p.head_dim_v - column : 0;
+    if (p.lse && lane.id % 4 == 0 && m < end)
+      p.lse[(int64_t(done.batch) * p.heads + head) * p.seqlen_q + row_of_q] = state.softmax.lse(r, row_sum);
+    Element* row = out + row_of_q * p.o_stride[1] + head * p.o_stride[2] + column;
+    const int columns = m < end ? p.head_dim_v - column : 0;
     const auto word = [&](int n) {
       return pack<Element>(state.o[0][n][r * 2] * inverse, state.o[0][n][r * 2 + 1] * inverse);
     };
@@ -1533,18 +1643,20 @@ __device__ __forceinline__ void store_rows(const fagen_params& p, State& state, 
 template <class C, class Element>
 __device__ __forceinline__ void store_nothing(const fagen_params& p, const Launch& launch) {
   const Band band(p);
+  const Packing<C> packing(launch);
   if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
   for (int index = blockIdx.x; index < launch.tiles; index += gridDim.x) {
     const Work work = take<C>(p, launch, index);
     const Rows<C> rows(p, launch, band, work);
     if (rows.see_any()) continue;
-    Element* out = static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + work.head * p.o_stride[2];
-    const int pieces = p.head_dim_v / 8;
-    for (int i = threadIdx.x % 32; i < (rows.m1 - rows.m0) * pieces; i += 32)
-      *reinterpret_cast<uint4*>(out + (rows.m0 + i / pieces) * p.o_stride[1] + i % pieces * 8) = make_uint4(0, 0, 0, 0);
-    if (p.lse)
-      for (int m = rows.m0 + threadIdx.x % 32; m < rows.m1; m += 32)
-        p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m] = -INFINITY;
+    for (int m = rows.m0; m < rows.m1; ++m) {
+      const int row = packing.row(m), head = packing.head(work.head, m);
+      Element* out =
+          static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + row * p.o_stride[1] + head * p.o_stride[2];
+      for (int column = threadIdx.x % 32 * 8; column < p.head_dim_v; column += 256)
+        *reinterpret_cast<uint4*>(out + column) = make_uint4(0, 0, 0, 0);
+      if (p.lse && threadIdx.x % 32 == 0) p.lse[(int64_t(work.batch) * p.heads + head) * p.seqlen_q + row] = -INFINITY;
+    }
   }
 }
 
@@ -1563,42 +1675,55 @@ __device__ __forceinline__ void store_zeros(const fagen_params& p) {
 
 
 // ---- fagen/sm90/producer.cuh -----------------------------------------------------------------------------
-// The warp that feeds the others: it walks over the tiles, and one lane of it talks to the copy engine.
+// The warps that feed the others: each walks over the tiles, and one lane of it talks to the copy engine.
 
 
 template <class C>
 struct Producer {
+  static constexpr int kLate = 2;  // tiles of keys that are left when the next tile of rows is taken
+
   const fagen_params& p;
   const Launch& launch;
   Rings<C> rings;
   const Band band;
   Share<C> share;
 
-  // One tile of `kSlabs` slabs, `kRows` rows each; note() is called when its place is free.
-  template <int kSlabs, int kRows, class Ring, class Note>
+  // One tile of `kSlabs` slabs, `kRows` rows each, or this block's part of it, to all that share it; note() is called
+  // when its place is free.
+  template <int kSlabs, int kRows, bool kPacked = false, class Ring, class Note>
   __device__ __forceinline__ void load(const CUtensorMap& map, Ring& ring, int row, int head, int batch,
                                        Note note) const {
     if (threadIdx.x % 32 == 0) {
       ring.acquire();
       note();
       ring.announce();
-      for (int slab = 0; slab < kSlabs; ++slab)
-        ptx::tma_load(ring.tile() + slab * kRows * 128, &map, ring.full(), slab * 64, row, head, batch);
+      constexpr int kPart = kRows / Ring::kBlocks;
+      const int part = Ring::kBlocks > 1 ? blockIdx.x % Ring::kBlocks * kPart : 0;
+      for (int slab = 0; slab < kSlabs; ++slab) {
+        const uint32_t to = ring.tile() + (slab * kRows + part) * 128;
+        if constexpr (Ring::kBlocks > 1)
+          ptx::tma_load_to_all(to, &map, ring.full(), slab * 64, row + part, head, batch, (1 << Ring::kBlocks) - 1);
+        else if constexpr (kPacked)
+          ptx::tma_load_packed(to, &map, ring.full(), slab * 64, row, head, batch);
+        else
+          ptx::tma_load(to, &map, ring.full(), slab * 64, row, head, batch);
+      }
     }
     ring.advance();
   }
   __device__ __forceinline__ void load_q(const Rows<C>& rows) {
-    load<Shape<C>::kSlabs, C::kTileM>(launch.q, rings.q, rows.m0, rows.work.head, rows.work.batch, [] {});
+    load<Shape<C>::kSlabs, C::kTileM, C::kPackHeads>(launch.q, rings.q, Packing<C>(launch).row(rows.m0), rows.work.head,
+                                                     rows.work.batch, [] {});
   }
-  __device__ __forceinline__ void load_v(int key, int kv_head, int batch) {
-    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, key, kv_head, batch, [] {});
+  __device__ __forceinline__ void load_v(const Rows<C>& rows, int key) {
+    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, key, rows.kv_head, rows.work.batch, [] {});
   }
-  // The walk's present tile, whose first key is returned; the walk goes on.
+  // The walk's present tile of keys. The consumers are told of it.
   template <class Tiles>
-  __device__ __forceinline__ int load_k(const Rows<C>& rows, Tiles& tiles) {
-    const int key = tiles.key();
+  __device__ __forceinline__ void load_k(const Rows<C>& rows, const Tiles& tiles) {
     const auto load = [&](auto note) {
-      this->template load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, key, rows.kv_head, rows.work.batch, note);
+      this->template load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, tiles.key(), rows.kv_head, rows.work.batch,
+                                                       note);
     };
     if constexpr (C::kMask == Mask::intervals) {
       const Telling<C> telling(tiles);
@@ -1606,59 +1731,72 @@ struct Producer {
     } else {
       load([] {});
     }
-    tiles.advance();
-    return key;
   }
 
-  // The next tile of rows that sees any key; row_tile is -1 if there is none. The consumers are told.
+  // The next tile of rows that sees any key; row_tile is -1 if there is none.
   __device__ __forceinline__ Work find(int next) {
     for (;;) {
       const int index = __shfl_sync(~0u, next, 0);
-      Letter letter = {{-1, 0, 0}, 0, 0, 0, 0};
-      bool found = true;
-      if (index < launch.tiles) {
-        const Rows<C> rows(p, launch, band, take<C>(p, launch, index));
-        letter = {rows.work, rows.m0, rows.m1, rows.span.cut, rows.span.whole};
-        found = rows.see_any();
-      }
-      if (found) {
-        rings.mail.send(letter);
-        return letter.work;
-      }
+      if (index >= launch.tiles) return {-1, 0, 0};
+      const Rows<C> rows(p, launch, band, take<C>(p, launch, index));
+      if (rows.see_any()) return rows.work;
       next = share.next(launch);
     }
   }
+  __device__ __forceinline__ void tell(const Work& work) {
+    const Rows<C> rows(p, launch, band, work);
+    rings.mail.send({work, rows.m0, rows.m1, rows.span.cut, rows.span.whole});
+  }
 
-  // Keys run one tile ahead of values, as they are needed, from one tile of rows to the next as well. That one is
-  // looked for, and its first tile of keys, while the rings are full.
-  __device__ __forceinline__ void run() {
+  // One warp takes tiles of rows, and loads q and keys. The next is taken and looked for when few keys of the present
+  // one are left, so that who is done first gets what is next, and yet while the rings are full. The others hear of the
+  // first when its q and first keys are on their way, since values would only delay those.
+  __device__ __forceinline__ void run_keys() {
     if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
-    Work work = find(blockIdx.x);
-    if (work.row_tile < 0) return;
-    Rows<C> rows(p, launch, band, work);
-    auto tiles = rows.tiles(band);
-    int key = -1, kv_head = 0, batch = 0;  // of the keys whose values are next
-    const auto step = [&] {
-      const int more = load_k(rows, tiles);
-      if (key >= 0) load_v(key, kv_head, batch);
-      key = more, kv_head = rows.kv_head, batch = rows.work.batch;
-    };
-    for (;;) {
-      const int next = share.next(launch);
-      step();
-      load_q(rows);
-      if (tiles.valid()) step();
-      work = find(next);
-      const Rows<C> next_rows(p, launch, band, work);
-      const auto next_tiles = next_rows.tiles(band);
-      while (tiles.valid()) step();
-      if (work.row_tile < 0) break;
-      rows = next_rows, tiles = next_tiles;
+    Work work = find(team<C>());
+    bool told = false;
+    while (work.row_tile >= 0) {
+      const Rows<C> rows(p, launch, band, work);
+      auto tiles = rows.tiles(band);
+      bool first = true;
+#pragma unroll 1
+      for (int left = rows.count() - 1; left >= 0; --left) {
+        load_k(rows, tiles);
+        tiles.advance();
+        if (first) load_q(rows);
+        if (!told) tell(work);
+        told = true;
+        if (left == kLate || (first && left < kLate)) {
+          work = find(share.next(launch));
+          tell(work);
+        }
+        first = false;
+      }
     }
-    load_v(key, kv_head, batch);
+    if (!told) tell(work);
+  }
+
+  // Another hears of them and loads values. They have a warp of their own since their places become free at other
+  // times than those of keys.
+  __device__ __forceinline__ void run_values() {
+    if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
+    for (;;) {
+      const Letter letter = rings.mail.receive();
+      if (letter.work.row_tile < 0) return;
+      const Rows<C> rows(p, launch, band, letter.work);
+      auto tiles = rows.tiles(band);
+#pragma unroll 1
+      for (int left = rows.count(); left > 0; --left) {
+        load_v(rows, tiles.key());
+        tiles.advance();
+      }
+    }
   }
 };
 
+
+// ---- fagen/sm90/weights.cuh ------------------------------------------------------------------------------
+// The weights P as the first operand of O += P V: in registers, or in shared memory, in a tile of the warpgroup's own.
 
 // Every register of a fragment stays where it is, and is written, before what follows.
 template <class X, int kPieces>
@@ -1667,13 +1805,57 @@ __device__ __forceinline__ void pin(X (&fragment)[kPieces][4]) {
   for (int i = 0; i < kPieces * 4; ++i) ptx::pin(fragment[i / 4][i % 4]);
 }
 
+template <class C>
+struct WeightOperand {
+  static constexpr int kSteps = C::kTileN / 16;  // of 16 keys
+  static constexpr int kSlab = Shape<C>::kWeightSlab;
+
+  uint32_t tile;  // if they go through shared memory
+  uint32_t kept[kSteps][4];
+
+  // word(n, i): what register i of a thread holds of 16 keys. Registers may not change while any product is under way.
+  template <class Word>
+  __device__ __forceinline__ void put(Word word) {
+    if constexpr (C::kSharedWeights) {
+      // a lane's row, one of the 16 that its warp stores and multiplies, and the swizzled place of its half of 16 keys
+      const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+      const uint32_t place = tile + row * 128 + ((lane / 16 ^ lane % 8) << 4);
+#pragma unroll
+      for (int n = 0; n < kSteps; ++n)
+        ptx::stmatrix_x4((place ^ n % 4 * 32) + n / 4 * kSlab, {word(n, 0), word(n, 1), word(n, 2), word(n, 3)});
+      ptx::fence_shared_writes();
+      __syncwarp();
+    } else {
+#pragma unroll
+      for (int n = 0; n < kSteps; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) kept[n][i] = word(n, i);
+    }
+  }
+  // o += P v, started
+  template <class O>
+  __device__ __forceinline__ void start_product(O& o, const Operand& v) {
+    if constexpr (C::kSharedWeights) {
+      const Operand own = Operand::of_rows(tile);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int n = 0; n < kSteps; ++n)
+        ptx::wgmma_shared_columns<C::kHeadDimV>(o, own.at(n / 4 * kSlab + n % 4 * 32), v.at(n * 2048));
+    } else {
+      pin(kept);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int n = 0; n < kSteps; ++n) ptx::wgmma_registers<C::kHeadDimV>(o, kept[n], v.at(n * 2048));
+    }
+  }
+};
+
 // What a warpgroup that computes does.
 template <class C, class Element>
 struct Consumer {
   using S = Shape<C>;
   using State = Attend<C, 1, C::kTileN, C::kHeadDimV, Element, void, void, void>;
-  using Scores = typename State::Scores;    // [1][keys / 8][4]
-  using Weights = typename State::Weights;  // [keys / 16][1][4]
+  using Scores = typename State::Scores;  // [1][keys / 8][4]
 
   static constexpr int kPieces = C::kTileN / 8;  // of 8 keys
 
@@ -1681,15 +1863,19 @@ struct Consumer {
   const Launch& launch;
   Rings<C> rings;
   const Band band;
+  const Packing<C> packing;
   const int group;  // of warps, from 0
   Rows<C> rows;
-  Told told;  // intervals: about the tile of keys whose scores are under way
+  int unseen;  // tiles of values to let pass
+  Told told;   // intervals: about the tile of keys whose scores are under way
   State state;
   Scores s_acc;
-  Weights p_frag;
+  WeightOperand<C> weights;
 
   __device__ __forceinline__ Consumer(const fagen_params& p, const Launch& launch, uint32_t smem, int group)
-      : p(p), launch(launch), rings(smem), band(p), group(group), state(p) {}
+      : p(p), launch(launch), rings(smem), band(p), packing(launch), group(group), state(p) {
+    weights.tile = smem + S::kWeights + group * S::kWeightBytes;
+  }
 
   // Before the first keys of a tile of rows.
   __device__ __forceinline__ void clear() {
@@ -1723,12 +1909,7 @@ struct Consumer {
   __device__ __forceinline__ void start_values() {
     const Operand v = Operand::of_columns(rings.v.tile(), C::kTileN * 128);
     pin(state.o[0]);
-#pragma unroll
-    for (auto& piece : p_frag) pin(piece);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int n = 0; n < C::kTileN / 16; ++n)
-      ptx::wgmma_registers<C::kHeadDimV>(state.o[0], p_frag[n][0], v.at(n * 2048));
+    weights.start_product(state.o[0], v);
   }
   // Either is there, while up to kPending younger products go on; its tile may be overwritten.
   template <int kPending>
@@ -1753,10 +1934,11 @@ struct Consumer {
     const Lane lane;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = row0 + r * 8 + lane.row, first = key + lane.column;
+      const int row = packing.row(row0 + r * 8 + lane.row), first = key + lane.column;
       // of the thread's columns, how many lie before x
       const auto before = [&](int x) { return x <= 0 ? 0 : x / 8 * 2 + min(x % 8, 2); };
-      const int begin = before(band.begin(row) - first), end = before(band.end(row) - first);
+      const int begin = before(band.begin(row) - first);
+      const int end = before((C::kMask == Mask::none ? band.seqlen_k : band.end(row)) - first);
 #pragma unroll
       for (int w = 0; w < kSeenWords; ++w) {
         const auto bits = [&](int n) { return n <= w * 32 ? 0u : n >= w * 32 + 32 ? ~0u : (1u << (n - w * 32)) - 1u; };
@@ -1838,15 +2020,12 @@ struct Consumer {
         state.softmax.sum[i / 2] += x;
       }
   }
-  // The weights as an operand. Registers of an operand may not change while any product is under way.
+  // The weights as an operand.
   __device__ __forceinline__ void pack_weights() {
-#pragma unroll
-    for (int n = 0; n < C::kTileN / 16; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = &s_acc[0][2 * n + i / 2][i % 2 * 2];
-        p_frag[n][0][i] = pack<Element>(pair[0], pair[1]);
-      }
+    weights.put([&](int n, int i) {
+      const float* pair = &s_acc[0][2 * n + i / 2][i % 2 * 2];
+      return pack<Element>(pair[0], pair[1]);
+    });
   }
 
   // S of a tile of rows' first keys, started
@@ -1858,11 +2037,43 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
+  // What this warpgroup's rows see of the keys that the block walks over. The last tiles may lie behind all of it.
+  static constexpr bool kNarrows = S::kGroups > 1 && (C::kMask == Mask::causal || C::kMask == Mask::window);
+
+  __device__ __forceinline__ void narrow() {
+    if constexpr (kNarrows) {
+      const int first_row = rows.m0 + group * 64;
+      const TileRange block = rows.range, mine = packing.range(band, first_row, first_row + 64);
+      const int end = max(block.begin + 1, min(mine.end, block.end));
+      rows.range = {block.begin, end, max(mine.full_begin, block.begin), min(mine.full_end, end)};
+      unseen = block.end - end;
+    }
+  }
+  // It lets those pass as if it visited them, the keys of one and the values of the one before, so that their places
+  // become free. The first one's turn may have been used already.
+  __device__ __forceinline__ void let_pass(bool turn_used) {
+    if constexpr (kNarrows)
+      for (int i = 0; i < unseen; ++i) {
+        if (i > 0 || !turn_used) {
+          await_turn();
+          pass_turn();
+        }
+        if (i > 0) pass_values();
+        rings.k.wait();
+        rings.k.release();
+      }
+  }
+  __device__ __forceinline__ void pass_values() {
+    rings.v.wait();
+    rings.v.release();
+  }
+
   // The next tile of rows, if there is one.
   __device__ __forceinline__ bool next() {
     const Letter letter = rings.mail.receive();
     if (letter.work.row_tile < 0) return false;
     rows = Rows<C>(p, launch, band, letter.work);
+    narrow();
     if constexpr (C::kMask == Mask::intervals)
       rows.m0 = letter.m0, rows.m1 = letter.m1, rows.span.cut = letter.cut, rows.span.whole = letter.whole;
     return true;
@@ -1906,6 +2117,7 @@ struct Consumer {
     observe(factor);  // O is still zero: nothing to rescale
     weigh();
     pack_weights();
+    if (kNarrows && unseen > 0) pass_values();  // of the last tile that was let pass
     keys.advance();
     keys.visit_rest([&](bool partial) {
       await_turn();
@@ -1930,11 +2142,26 @@ struct Consumer {
   }
 
   // Tile of rows by tile of rows: the last product of one, its way out, and the first scores of the next go together.
+  // They do not where the next rows' first tile of keys is not seen: then that tile's turn is the last product's.
   __device__ __forceinline__ void run() {
     if (C::kPingPong && group == S::kGroups - 1) pass_turn();  // the first warpgroup begins
     bool begun = false;
     Done done;
-    while (next()) {
+    for (;;) {
+      const bool more = !(C::kSchedule == Schedule::single && begun) && next();
+      const bool apart = begun && (!more || (kNarrows && unseen > 0));
+      if (apart) {
+        await_turn();
+        rings.v.wait();
+        start_values();
+        ptx::wgmma_commit();
+        pass_turn();
+        wait_values<0>();
+        store_rows<C, Element>(p, packing, state, done, group);
+        begun = false;
+      }
+      if (!more) return;
+      let_pass(apart);
       await_turn();
       if (begun) {
         rings.v.wait();
@@ -1943,7 +2170,7 @@ struct Consumer {
         start_first_scores();
         pass_turn();
         wait_values<1>();
-        store_rows<C, Element>(p, state, done, group);
+        store_rows<C, Element>(p, packing, state, done, group);
         wait_scores<0>();
       } else {
         start_first_scores();
@@ -1953,16 +2180,7 @@ struct Consumer {
       attend();
       done = {rows.m0, rows.m1, rows.work.head, rows.work.batch};
       begun = true;
-      if (C::kSchedule == Schedule::single) break;
     }
-    if (!begun) return;
-    await_turn();
-    rings.v.wait();
-    start_values();
-    ptx::wgmma_commit();
-    pass_turn();
-    wait_values<0>();
-    store_rows<C, Element>(p, state, done, group);
   }
 };
 
@@ -1977,16 +2195,18 @@ __device__ __forceinline__ void attend(const fagen_params& p, const Launch& laun
     ptx::prefetch_map(&launch.v);
     Rings<C>(smem).init();
   }
-  __syncthreads();
+  C::kCluster > 1 ? ptx::cluster_sync() : __syncthreads();
   if (group == S::kGroups) {
     ptx::fewer_registers<S::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
-    if (warp == 0) Producer<C>{p, launch, Rings<C>(smem), Band(p)}.run();
-    if (warp == 1 && C::kMask != Mask::none) store_nothing<C, Element>(p, launch);
+    if (warp == 0) Producer<C>{p, launch, Rings<C>(smem), Band(p)}.run_keys();
+    if (warp == 1) Producer<C>{p, launch, Rings<C>(smem), Band(p)}.run_values();
+    if (warp == 2 && C::kMask != Mask::none) store_nothing<C, Element>(p, launch);
   } else {
     ptx::more_registers<S::kConsumerRegisters>();
     Consumer<C, Element>(p, launch, smem, group).run();
   }
+  if (C::kCluster > 1) ptx::cluster_sync();  // none ends while another fills its tiles or arrives at its barriers
 }
 
 // ---- fagen/sm90/host.cuh ---------------------------------------------------------------------------------
@@ -1997,21 +2217,55 @@ __device__ __forceinline__ void attend(const fagen_params& p, const Launch& laun
 
 
 // ---- fagen/sm90/plan.cuh ---------------------------------------------------------------------------------
-// What small kernels find out before the forward one, where it needs anything: extents of the intervals, the order of
-// the tiles of rows, a counter at zero. Each starts beside the one before and waits for its end.
+// What a small kernel finds out before the forward one, where it needs anything: a counter at zero, or for intervals
+// their extents, what each tile of rows sees, and the order of these. The forward kernel starts beside it and waits for
+// its end.
 
 
-// A block's work: the tiles of rows by how many tiles of keys they see, the most first, later rows first among equals.
+// One block's work, without intervals.
+template <class C, class Element>
+__device__ __forceinline__ void begin(const fagen_params& p, const Launch& launch) {
+  ptx::start_next_kernel();
+  if (p.seqlen_k == 0) return store_zeros<Element>(p);
+  if (threadIdx.x == 0) *launch.taken = 0;
+}
+
+// A mask head is planned by a cluster of blocks, whose warps share out the tiles of keys, then those of rows.
+constexpr int kPlanners = 8, kPlannerThreads = 1024;
+
+// The minima and maxima of the bounds in each tile of keys: one pass over the vectors, a warp a tile.
+template <class C>
+__device__ __forceinline__ void find_key_extents(const Intervals<C>& intervals, Extent* extents, int key_tiles,
+                                                 int warp, int warps) {
+  const int lane = threadIdx.x % 32;
+  for (int tile = warp; tile < key_tiles; tile += warps)
+#pragma unroll
+    for (int c = 0; c < C::kIntervalColumns; ++c) {
+      int low = INT_MAX, high = INT_MIN;
+#pragma unroll
+      for (int i = lane; i < C::kTileN; i += 32) {
+        const int key = min(tile * C::kTileN + i, intervals.last_key);
+        const int value = intervals.bounds[key * intervals.stride + c];
+        low = min(low, value), high = max(high, value);
+      }
+      low = __reduce_min_sync(~0u, low), high = __reduce_max_sync(~0u, high);
+      if (lane == 0) extents[tile * C::kIntervalColumns + c] = {low, high};
+    }
+}
+
+// The tiles of rows by how many tiles of keys they see, the most first, later rows first among equals: where each of
+// a block's threads finds its own. Blocks take every so many-th.
 __device__ __forceinline__ void put_in_order(const Span* spans, int* order, int row_tiles) {
   constexpr int kAtOnce = 1024;
   __shared__ int seen[kAtOnce];
   const auto count = [&](int i) { return i < row_tiles ? __ldcg(&spans[i].cut) + __ldcg(&spans[i].whole) : -1; };
-  for (int first = 0; first < row_tiles; first += blockDim.x) {
-    const int mine = first + threadIdx.x, my_count = count(mine);
+  const int part = blockIdx.x % kPlanners;
+  for (int first = part; first < row_tiles; first += kPlannerThreads * kPlanners) {
+    const int mine = first + threadIdx.x * kPlanners, my_count = count(mine);
     int before = 0;
     for (int some = 0; some < row_tiles; some += kAtOnce) {
       __syncthreads();
-      for (int i = threadIdx.x; i < kAtOnce; i += blockDim.x) seen[i] = count(some + i);
+      for (int i = threadIdx.x; i < kAtOnce; i += kPlannerThreads) seen[i] = count(some + i);
       __syncthreads();
       const int end = min(kAtOnce, row_tiles - some);
 #pragma unroll 8
@@ -2021,60 +2275,54 @@ __device__ __forceinline__ void put_in_order(const Span* spans, int* order, int 
   }
 }
 
-template <class C, class Element>
-__device__ __forceinline__ void begin(const fagen_params& p, const Launch& launch) {
-  ptx::start_next_kernel();
-  if (p.seqlen_k == 0) return store_zeros<Element>(p);
-  const int thread = blockIdx.x * blockDim.x + threadIdx.x;
-  if (C::kSchedule == Schedule::dynamic && thread == 0) *launch.taken = 0;
-  if constexpr (C::kMask == Mask::intervals) {
-    if (thread < p.batch * p.mask_heads) launch.counted[thread] = 0;
-    find_extents<C>(p, launch.extents, launch.key_tiles);
-  }
-}
-
-// A warp for each tile of rows of a mask head: what it sees. Whichever block of a head comes last puts them in order.
 template <class C>
-__device__ __forceinline__ void rank(const fagen_params& p, const Launch& launch) {
-  constexpr int kWarps = 8;
-  ptx::start_next_kernel();
-  ptx::wait_for_previous_kernel();
-  const int blocks = (launch.row_tiles + kWarps - 1) / kWarps, plane = blockIdx.x / blocks;
-  const int row_tile = blockIdx.x % blocks * kWarps + threadIdx.x / 32;
-  Span* spans = launch.spans + int64_t(plane) * launch.row_tiles;
+__device__ __forceinline__ void plan(const fagen_params& p, const Launch& launch) {
+  constexpr int kWarps = kPlannerThreads / 32;
+  const int plane = blockIdx.x / kPlanners, warp = blockIdx.x % kPlanners * kWarps + threadIdx.x / 32;
   const auto intervals = intervals_of<C>(p, launch, plane / p.mask_heads, plane % p.mask_heads);
+  Span* spans = launch.spans + int64_t(plane) * launch.row_tiles;
+
+  ptx::start_next_kernel();
+  if (C::kSchedule == Schedule::dynamic && blockIdx.x == 0 && threadIdx.x == 0) *launch.taken = 0;
+  find_key_extents(intervals, const_cast<Extent*>(intervals.extents), launch.key_tiles, warp, kPlanners * kWarps);
+  ptx::cluster_sync();
+
   __shared__ Borders borders;
   borders.find(intervals, p.seqlen_q);
-  if (row_tile < launch.row_tiles) {
+  for (int row_tile = warp; row_tile < launch.row_tiles; row_tile += kPlanners * kWarps) {
     const int2 rows = borders.rows<C::kTileM>(row_tile, launch.row_tiles, p.seqlen_q);
     Span span = {0, 0, 0, 0, 0, 0};
     if (rows.x < rows.y) span = find_span<C>(intervals, Band(p), rows.x, rows.y);
     if (threadIdx.x % 32 == 0) spans[row_tile] = span;
   }
   if constexpr (kRanked<C>) {
-    __shared__ bool last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(&launch.counted[plane], 1) == blocks - 1;
-    __syncthreads();
-    __threadfence();
-    if (last) put_in_order(spans, launch.order + int64_t(plane) * launch.row_tiles, launch.row_tiles);
+    ptx::cluster_sync();
+    put_in_order(spans, launch.order + int64_t(plane) * launch.row_tiles, launch.row_tiles);
   }
+}
+
+// With heads packed, log2 of how many: of those that share keys, as many as a tile of rows can hold evenly.
+template <class C>
+static int packed_heads(const fagen_params& p) {
+  int log2 = 0;
+  while (C::kPackHeads && log2 < 6 && p.heads / p.kv_heads % (2 << log2) == 0) ++log2;
+  return log2;
+}
+
+// Tiles of rows of a head, or of heads that are packed; what a cluster takes together is one. With intervals, some may
+// end early where a document does: there is room for some more of them.
+template <class C>
+static int count_row_tiles(const fagen_params& p) {
+  const int rows = p.seqlen_q << packed_heads<C>(p), each = C::kTileM * C::kCluster, tiles = (rows + each - 1) / each;
+  return C::kMask == Mask::intervals ? tiles + tiles / 8 + 1 : tiles;
 }
 
 // The workspace: a counter; and for intervals their extents, what the tiles of rows see of them, and in which order
 // these are taken.
-// With intervals, tiles of rows may end early where a document does: there is room for some more of them.
-template <class C>
-static int count_row_tiles(const fagen_params& p) {
-  const int tiles = (p.seqlen_q + C::kTileM - 1) / C::kTileM;
-  return C::kMask == Mask::intervals ? tiles + tiles / 8 + 1 : tiles;
-}
-
 template <class C>
 struct Workspace {
   static constexpr bool kCounter = C::kSchedule == Schedule::dynamic, kExtents = C::kMask == Mask::intervals;
-  uint64_t extents, spans, counted, order, end;  // where each begins
+  uint64_t extents, spans, order, end;  // where each begins
 
   explicit Workspace(const fagen_params& p) {
     const auto tiles = [](int length, int tile) { return uint64_t(length + tile - 1) / tile; };
@@ -2083,8 +2331,7 @@ struct Workspace {
     const uint64_t rows = planes * count_row_tiles<C>(p);
     extents = kCounter ? 256 : 0;
     spans = next(extents, planes * tiles(p.seqlen_k, C::kTileN) * C::kIntervalColumns * sizeof(Extent));
-    counted = next(spans, rows * sizeof(Span));
-    order = next(counted, planes * sizeof(unsigned));
+    order = next(spans, rows * sizeof(Span));
     end = next(order, rows * sizeof(int));
   }
 };
@@ -2100,25 +2347,55 @@ static PFN_cuTensorMapEncodeTiled_v12000 map_encoder() {
   return found;
 }
 
-// (column, row, head, batch) of q, k or v, in boxes of 64 columns and `rows` rows.
-static cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const void* base, const int64_t (&stride)[3],
-                            int cols, int rows, int heads, int batch, int box_rows) {
+// A dimension of a tensor map: its size, the elements from one to the next, and how many of it are in a box.
+struct Dimension {
+  int size;
+  int64_t stride;
+  int box;
+};
+
+// A tensor of rows of `columns` elements, in boxes of 64 of them.
+template <int kDimensions>
+static cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const void* base, int columns,
+                            const Dimension (&dimensions)[kDimensions]) {
   const auto encode = map_encoder();
   if (!encode) return cudaErrorNotSupported;
-  const cuuint64_t size[4] = {cuuint64_t(cols), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)};
-  // a dimension of one never steps, and its stride may be anything; the map wants one that is legal
-  const auto bytes = [](int64_t elements, int count) { return cuuint64_t(count > 1 ? elements * 2 : 16); };
-  const cuuint64_t strides[3] = {bytes(stride[1], rows), bytes(stride[2], heads), bytes(stride[0], batch)};
-  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult result =
-      encode(map, type, 4, const_cast<void*>(base), size, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  cuuint64_t size[kDimensions + 1] = {cuuint64_t(columns)}, strides[kDimensions];
+  cuuint32_t box[kDimensions + 1] = {64}, steps[kDimensions + 1] = {1};
+  for (int i = 0; i < kDimensions; ++i) {
+    const Dimension& d = dimensions[i];
+    size[i + 1] = d.size, box[i + 1] = d.box, steps[i + 1] = 1;
+    // a dimension of one never steps, and its stride may be anything; the map wants one that is legal
+    strides[i] = d.size > 1 ? d.stride * 2 : 16;
+  }
+  const CUresult result = encode(map, type, kDimensions + 1, const_cast<void*>(base), size, strides, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// The number of SMs; and, once a device, more shared memory than the default.
+// The maps of q, k and v.
+template <class C>
+static cudaError_t make_maps(const fagen_params& p, CUtensorMapDataType type, Launch& launch) {
+  const auto keys = [&](CUtensorMap* map, const void* base, const int64_t (&stride)[3], int columns) {
+    const Dimension rows = {p.seqlen_k, stride[1], C::kTileN / C::kCluster}, heads = {p.kv_heads, stride[2], 1};
+    return make_map(map, type, base, columns, {rows, heads, {p.batch, stride[0], 1}});
+  };
+  if (const cudaError_t e = keys(&launch.k, p.k, p.k_stride, p.head_dim)) return e;
+  if (const cudaError_t e = keys(&launch.v, p.v, p.v_stride, p.head_dim_v)) return e;
+  const int packed = 1 << launch.packed;
+  const Dimension rows = {p.seqlen_q, p.q_stride[1], C::kTileM / packed};
+  const Dimension heads = {p.heads / packed, p.q_stride[2] * packed, 1}, batch = {p.batch, p.q_stride[0], 1};
+  if constexpr (C::kPackHeads)
+    return make_map(&launch.q, type, p.q, p.head_dim, {{packed, p.q_stride[2], packed}, rows, heads, batch});
+  else
+    return make_map(&launch.q, type, p.q, p.head_dim, {rows, heads, batch});
+}
+
+// How many blocks, or clusters of them, run at once; found out once a device, which is given more shared memory than
+// the default as well. Clusters may be fewer than the SMs suggest, since those of one lie close together.
 template <class C, class Forward>
-static cudaError_t prepare(Forward forward, int* sms) {
+static cudaError_t prepare(Forward forward, int* teams) {
   constexpr int kDevices = 64;
   static int known[kDevices];
   static volatile bool ready[kDevices];
@@ -2126,13 +2403,24 @@ static cudaError_t prepare(Forward forward, int* sms) {
   if (const cudaError_t e = cudaGetDevice(&index)) return e;
   if (index >= kDevices) return cudaErrorInvalidDevice;
   if (!ready[index]) {  // two threads may both come here; both write the same
-    if (const cudaError_t e = cudaDeviceGetAttribute(&known[index], cudaDevAttrMultiProcessorCount, index)) return e;
+    int sms;
+    if (const cudaError_t e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index)) return e;
     if (const cudaError_t e =
             cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<C>::kSmemBytes))
       return e;
+    known[index] = sms * C::kBlocksPerSm;
+    if (C::kCluster > 1) {
+      cudaLaunchAttribute cluster;
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {C::kCluster, 1, 1};
+      const cudaLaunchConfig_t config = {
+          dim3(C::kCluster), dim3(Shape<C>::kThreads), Shape<C>::kSmemBytes, nullptr, &cluster, 1};
+      if (const cudaError_t e = cudaOccupancyMaxActiveClusters(&known[index], forward, &config)) return e;
+      if (known[index] == 0) return cudaErrorInvalidConfiguration;
+    }
     ready[index] = true;
   }
-  *sms = known[index];
+  *teams = known[index];
   return cudaSuccess;
 }
 
@@ -2149,43 +2437,42 @@ static int section(int heads, int group, int64_t fit) {
   return best * group;
 }
 
-// Start a kernel; it may begin before the last one of this launch has ended, and waits for that itself.
-template <class... Parameters, class... Arguments>
+// Start a kernel; if `early`, it may begin before the last one of this launch has ended, and waits for that itself.
+template <int kCluster = 1, class... Parameters, class... Arguments>
 static cudaError_t start(void (*kernel)(Parameters...), int blocks, int threads, int smem, cudaStream_t stream,
                          bool early, const Arguments&... arguments) {
-  cudaLaunchAttribute overlap = {cudaLaunchAttributeProgrammaticStreamSerialization};
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem), stream};
-  config.attrs = &overlap;
-  config.numAttrs = early;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem), stream, attributes, 0};
+  if (early) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (kCluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {kCluster, 1, 1};
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 using Body = void (*)(fagen_params, Launch);  // of a kernel
 
 template <class C, class Element>
-static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMapDataType type, Body begin, Body rank,
+static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMapDataType type, Body begin, Body plan,
                           Body forward) {
-  int sms;
-  if (const cudaError_t e = prepare<C>(forward, &sms)) return e;
+  int resident;  // blocks, or clusters
+  if (const cudaError_t e = prepare<C>(forward, &resident)) return e;
   Launch launch;
   if (p.batch == 0 || p.seqlen_q == 0) return cudaSuccess;
-  if (p.seqlen_k == 0) return start(begin, sms, 256, 0, stream, false, p, launch);
-  if (const cudaError_t e =
-          make_map(&launch.q, type, p.q, p.q_stride, p.head_dim, p.seqlen_q, p.heads, p.batch, C::kTileM))
-    return e;
-  if (const cudaError_t e =
-          make_map(&launch.k, type, p.k, p.k_stride, p.head_dim, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
-    return e;
-  if (const cudaError_t e =
-          make_map(&launch.v, type, p.v, p.v_stride, p.head_dim_v, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
-    return e;
-  const int heads = p.heads * p.batch, planes = p.batch * p.mask_heads;
+  if (p.seqlen_k == 0) return start(begin, resident, 256, 0, stream, false, p, launch);
+  launch.packed = packed_heads<C>(p);
+  if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
+  const int heads = (p.heads >> launch.packed) * p.batch, planes = p.batch * p.mask_heads;
   launch.row_tiles = count_row_tiles<C>(p);
   launch.tiles = launch.row_tiles * heads;
   launch.key_tiles = (p.seqlen_k + C::kTileN - 1) / C::kTileN;
   const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
-  launch.heads_at_once = section(heads, p.heads / p.kv_heads, (int64_t(C::kSectionMb) << 20) / head_bytes);
+  launch.heads_at_once =
+      section(heads, (p.heads / p.kv_heads) >> launch.packed, (int64_t(C::kSectionMb) << 20) / head_bytes);
 
   using W = Workspace<C>;
   const W places(p);
@@ -2193,20 +2480,17 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   launch.taken = reinterpret_cast<unsigned*>(workspace);
   launch.extents = reinterpret_cast<Extent*>(workspace + places.extents);
   launch.spans = reinterpret_cast<Span*>(workspace + places.spans);
-  launch.counted = reinterpret_cast<unsigned*>(workspace + places.counted);
   launch.order = reinterpret_cast<int*>(workspace + places.order);
-  if (W::kCounter || W::kExtents) {
-    const int64_t warps = W::kExtents ? int64_t(launch.key_tiles) * planes : 1;
-    if (const cudaError_t e = start(begin, int((warps + 7) / 8), 256, 0, stream, false, p, launch)) return e;
-  }
-  if (W::kExtents)
-    if (const cudaError_t e = start(rank, planes * ((launch.row_tiles + 7) / 8), 256, 0, stream, true, p, launch))
+  const bool prepared = W::kExtents || (W::kCounter && launch.tiles > resident);
+  if (prepared)
+    if (const cudaError_t e =
+            W::kExtents ? start<kPlanners>(plan, kPlanners * planes, kPlannerThreads, 0, stream, false, p, launch)
+                        : start(begin, 1, 32, 0, stream, false, p, launch))
       return e;
 
-  const int resident = sms * C::kBlocksPerSm;
-  const int blocks = C::kSchedule == Schedule::single || launch.tiles < resident ? launch.tiles : resident;
-  return start(forward, blocks, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream, W::kCounter || W::kExtents, p,
-               launch);
+  const int teams = C::kSchedule == Schedule::single || launch.tiles < resident ? launch.tiles : resident;
+  return start<C::kCluster>(forward, teams * C::kCluster, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream, prepared, p,
+                            launch);
 }
 
 using Element = bfloat_t;
@@ -2225,8 +2509,8 @@ __global__ void begin_kernel(const __grid_constant__ fagen_params p, const __gri
   begin<Kernel, Element>(p, launch);
 }
 
-__global__ void rank_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
-  rank<Kernel>(p, launch);
+__global__ void plan_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
+  plan<Kernel>(p, launch);
 }
 
 extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
@@ -2237,5 +2521,5 @@ extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_
 
 extern "C" int fagen_launch(const fagen_params* p, void* stream) {
   return launch_forward<Kernel, Element>(*p, static_cast<cudaStream_t>(stream), kMapType, begin_kernel,
-                                         rank_kernel, forward_kernel);
+                                         plan_kernel, forward_kernel);
 }

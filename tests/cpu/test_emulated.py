@@ -44,6 +44,7 @@ def _shape(scheme: str, head_dim: int, head_dim_v: int = 0, **more) -> Case:
 
 CASES = [case for number, scheme in enumerate((*SCHEMES_90, *SCHEMES)) if (case := _case(number, scheme))]
 CASES += [_shape("tma", d, dv) for d, dv in ((40, 0), (96, 0), (128, 0), (192, 128), (256, 0))]
+CASES += [_shape("tma_pair", 128, mask="none"), _shape("tma_shared_weights", 96)]
 CASES += [_shape("tma", 64, softcap=15.0), _shape("tma_turns", 64, alibi=True), _shape("base", 80, alibi=True)]
 DOCUMENTS = [
     Case(name, mask="intervals", intervals=kind, window=window, heads=4, kv_heads=2)

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from fagen import families, target
-from fagen.families import Config, Family, sm80_forward
+from fagen.errors import InvalidConfig
+from fagen.families import Config, Family, sm80_forward, sm90_forward
 from fagen.problem import Problem
 from fagen.space import enumerate_space
 
@@ -83,3 +84,31 @@ def test_a_constraint_of_sm80_says_no_with_its_numbers(name: str, says: str, cha
 
 def test_every_constraint_of_sm80_is_among_them() -> None:
     assert {name for name, *_ in REJECTED} == {constraint.name for constraint in FAMILY.constraints}
+
+
+def test_a_config_older_than_a_knob_is_read_as_what_it_did() -> None:
+    family = sm90_forward.FAMILY
+    now = family.default(Problem(head_dim=128), target.known("sm_90"))
+    older = {name: value for name, value in now.items() if name not in ("cluster", "shared_weights", "pack_heads")}
+    assert family.config(older) == now.replace(cluster=1, shared_weights=False, pack_heads=False)
+    older.pop("tile_m")
+    with pytest.raises(InvalidConfig, match="lacks knob 'tile_m'"):
+        family.config(older)
+
+
+def test_what_only_repeats_at_its_sizes_is_not_searched() -> None:
+    family, where = sm90_forward.FAMILY, target.known("sm_90")
+    grouped = Problem(head_dim=128, mask="causal", heads=32, kv_heads=8, seqlen_q=1024)
+    alone = Problem(head_dim=128, mask="causal", heads=32, seqlen_q=1024)
+    every = enumerate_space(family, grouped, where)
+    assert every.of(grouped).legal == every.legal
+    fewer = every.of(alone)
+    assert {config.pack_heads for config in fewer.legal} == {False}
+    assert len(fewer.legal) + sum(fewer.removed.values()) == fewer.total
+    assert fewer.removed["repeats"] == len(every.legal) - len(fewer.legal) > 0
+    assert set(family.seeds(grouped, where)) - set(family.seeds(alone, where)), "only grouped heads are packed"
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "packed"), [(8, 8, 1), (32, 8, 4), (12, 2, 2), (128, 1, 64), (15, 5, 1)])
+def test_heads_are_packed_as_a_tile_holds_them(heads: int, kv_heads: int, packed: int) -> None:
+    assert sm90_forward.packed_heads(Problem(heads=heads, kv_heads=kv_heads)) == packed

@@ -141,9 +141,12 @@ void wait(const char* what, uint32_t which, Condition condition) {
   leave();
 }
 
+// An address is an offset, and above it the block's rank in the cluster.
+inline uint32_t offset_of(uint32_t address) { return (address & 0xffffff) - kSharedBase; }
+
 inline unsigned char* Block::at(uint32_t address, int bytes) {
-  const uint32_t offset = address - kSharedBase;
-  if (address < kSharedBase || offset + bytes > shared.size())
+  const uint32_t offset = offset_of(address);
+  if (offset >= shared.size() || offset + bytes > shared.size())
     fail("shared memory is left at " + std::to_string(offset));
   if (address % bytes) fail("shared memory is not aligned at " + std::to_string(offset));
   return shared.data() + offset;

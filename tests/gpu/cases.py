@@ -60,24 +60,33 @@ HOPPER = sm90_forward.FAMILY
 BASE_90: dict[str, Any] = {
     "tile_m": 128, "tile_n": 64, "stages": 2, "q_stages": 1, "overlap": True, "rescale": "deferred", "ping_pong": False,
     "blocks_per_sm": 1, "schedule": "balanced", "block_order": "ascending", "section_mb": 32,
+    "cluster": 1, "shared_weights": False, "pack_heads": False,
 }  # fmt: skip
 
 # Values in the order of BASE_90: whatever two of them can go together do so in some line.
 _MIXED = (
-    (64, 32, 3, 1, True, "each", False, 3, "balanced", "descending", 32),
-    (64, 80, 1, 1, True, "each", False, 3, "single", "sectioned", 32),
-    (64, 48, 2, 1, False, "deferred", False, 3, "dynamic", "longest_first", 32),
-    (64, 64, 1, 2, False, "deferred", False, 3, "dynamic", "ascending", 32),
-    (64, 96, 2, 1, False, "deferred", False, 2, "balanced", "descending", 32),
-    (64, 128, 4, 1, False, "each", False, 1, "single", "longest_first", 32),
-    (128, 48, 2, 2, True, "each", False, 2, "balanced", "longest_first", 32),
-    (128, 32, 3, 1, False, "each", True, 2, "dynamic", "sectioned", 16),
-    (128, 32, 2, 1, True, "deferred", True, 2, "single", "ascending", 32),
-    (128, 112, 2, 2, True, "deferred", True, 1, "dynamic", "descending", 32),
-    (192, 96, 2, 1, True, "deferred", True, 1, "single", "descending", 32),
-    (192, 64, 3, 2, False, "deferred", False, 1, "balanced", "sectioned", 64),
-    (192, 80, 2, 2, False, "each", True, 1, "balanced", "ascending", 32),
-    (192, 128, 1, 1, False, "deferred", True, 1, "dynamic", "longest_first", 32),
+    (64, 32, 3, 1, True, "each", False, 3, "balanced", "descending", 32, 1, True, True),
+    (64, 80, 1, 1, True, "each", False, 3, "single", "sectioned", 32, 1, True, False),
+    (64, 48, 2, 1, False, "deferred", False, 3, "dynamic", "longest_first", 32, 1, False, False),
+    (64, 64, 1, 2, False, "deferred", False, 3, "dynamic", "ascending", 32, 1, True, True),
+    (64, 96, 2, 1, False, "deferred", False, 2, "balanced", "descending", 32, 1, True, True),
+    (64, 128, 4, 1, False, "each", False, 1, "single", "longest_first", 32, 1, True, False),
+    (128, 48, 2, 2, True, "each", False, 2, "balanced", "longest_first", 32, 1, True, True),
+    (128, 32, 3, 1, False, "each", True, 2, "dynamic", "sectioned", 16, 1, True, False),
+    (128, 32, 2, 1, True, "deferred", True, 2, "single", "ascending", 32, 1, True, True),
+    (128, 112, 2, 2, True, "deferred", True, 1, "dynamic", "descending", 32, 1, False, False),
+    (128, 80, 2, 2, True, "deferred", True, 1, "dynamic", "sectioned", 32, 1, False, True),
+    (192, 96, 2, 1, True, "deferred", True, 1, "single", "descending", 32, 1, True, True),
+    (192, 64, 3, 2, False, "deferred", False, 1, "balanced", "sectioned", 64, 1, False, False),
+    (192, 80, 2, 2, False, "each", True, 1, "balanced", "ascending", 32, 1, False, False),
+    (192, 128, 1, 1, False, "deferred", True, 1, "dynamic", "longest_first", 32, 1, True, True),
+    (64, 96, 2, 1, True, "deferred", False, 1, "single", "ascending", 32, 2, False, True),
+    (64, 64, 2, 2, False, "each", False, 1, "balanced", "sectioned", 32, 2, True, False),
+    (128, 112, 2, 1, True, "each", True, 1, "single", "sectioned", 32, 2, False, False),
+    (128, 80, 2, 2, False, "deferred", True, 1, "balanced", "ascending", 32, 2, False, True),
+    (192, 64, 2, 2, True, "deferred", True, 1, "balanced", "ascending", 32, 2, True, False),
+    (192, 80, 1, 1, False, "each", False, 1, "single", "sectioned", 16, 2, True, True),
+    (64, 32, 1, 1, True, "deferred", False, 3, "dynamic", "ascending", 32, 1, True, False),
 )
 
 
@@ -87,7 +96,8 @@ def config_90(**changes: Any) -> Config:
 
 def _mixed_90() -> dict[str, Config]:
     configs = (config_90(**dict(zip(BASE_90, values, strict=True))) for values in _MIXED)
-    return {f"tma_{c.schedule}_{c.block_order}_{c.tile_m}x{c.blocks_per_sm}": c for c in configs}
+    pair = {1: "", 2: "_pair"}
+    return {f"tma_{c.schedule}_{c.block_order}_{c.tile_m}x{c.blocks_per_sm}{pair[c.cluster]}": c for c in configs}
 
 
 SCHEMES_90 = {
@@ -106,6 +116,9 @@ SCHEMES_90 = {
     "tma_descending": config_90(block_order="descending"),
     "tma_longest_first": config_90(block_order="longest_first"),
     "tma_sectioned": config_90(block_order="sectioned"),
+    "tma_pair": config_90(cluster=2),
+    "tma_shared_weights": config_90(shared_weights=True, tile_m=192, tile_n=80),
+    "tma_packed": config_90(pack_heads=True),
     **{f"tma_n{n}": config_90(tile_n=n) for n in (112, 144, 160, 176, 192, 208)},
     **_mixed_90(),
 }

@@ -27,8 +27,9 @@ print("all right")
 """
 WGMMA = """
 from tests.gpu.cases import Case, run
-for name in ("tma", "tma_one_group", "tma_three_groups", "tma_serial", "tma_three_stages"):
+for name in ("tma", "tma_one_group", "tma_three_groups", "tma_serial", "tma_shared_weights", "tma_packed"):
     assert run(Case(name), 270, 299)
+assert run(Case("tma_three_stages"), 270, 299) and run(Case("tma_pair", mask="none", head_dim=128), 270, 299)
 assert run(Case("tma", mask="intervals", intervals="both4"), 70, 299)
 assert run(Case("tma", head_dim=80, mask="none"), 70, 99)
 print("all right")

@@ -30,19 +30,27 @@ def _tile_edges(config: Config) -> tuple[tuple[int, int], ...]:
     )  # fmt: skip
 
 
-_TRIMMED = ("descending", "longest_first")  # orders that repeat another without a mask
+def _legal(name: str, mask: str) -> bool:
+    return not HOPPER.rejects(Problem(head_dim=64, mask=mask), target.known("sm_90"), SCHEMES_90[name])
+
+
+def _mask(name: str) -> str:
+    """One that the scheme serves."""
+    return "causal" if _legal(name, "causal") else "none"
+
+
 SCHEME_CASES = [
     Case(name, mask=mask, sizes=(*EDGES, *_tile_edges(scheme)))
     for name, scheme in SCHEMES_90.items()
     for mask in ("causal", "none")
-    if mask == "causal" or scheme.block_order not in _TRIMMED
+    if _legal(name, mask)
 ]
 _MANY = {"causal": ((1300, 1300), (1300, 500), (700, 900)), "none": ((1300, 200),)}
 MANY_CASES = [
     Case(name, mask=mask, heads=16, kv_heads=4, sizes=_MANY[mask])
-    for name, scheme in SCHEMES_90.items()
+    for name in SCHEMES_90
     for mask in ("causal", "none")
-    if mask == "causal" or scheme.block_order not in _TRIMMED
+    if _legal(name, mask)
 ]
 DYNAMIC = [name for name, scheme in SCHEMES_90.items() if scheme.schedule == "dynamic"]
 _TAKES_TURNS = "tma_dynamic_descending_128x1"  # with two tiles of q
@@ -50,9 +58,10 @@ WALKS = (
     "tma", "tma_one_group", "tma_three_groups", "tma_one_stage", "tma_serial", _TAKES_TURNS,
     "tma_dynamic_longest_first_64x3",
 )  # fmt: skip
+PACKED = ("tma_packed", "tma_dynamic_sectioned_128x1")
 WINDOW_CASES = [
     Case(name, mask="window", window=window, sizes=((300, 300), (300, 200), (100, 400), (700, 120)))
-    for name in WALKS
+    for name in (*WALKS, *PACKED)
     for window in ((50, 20), (10, 0), (70, -1), (-1, 5), (0, 0))
 ]
 INTERVAL_CASES = [
@@ -77,6 +86,11 @@ GQA_CASES = [
     Case(name, mask="causal", heads=h, kv_heads=hk, sizes=((130, 190), (300, 100)))
     for name in ("tma", "tma_sectioned", "tma_dynamic_sectioned_128x2", "tma_balanced_sectioned_192x1")
     for h, hk in ((8, 8), (8, 1), (6, 3), (12, 4))
+]
+GQA_CASES += [
+    Case(name, mask=mask, heads=h, kv_heads=hk, head_dim=d, sizes=((1, 300), (5, 90), (130, 190), (300, 100)))
+    for name, mask in ((PACKED[0], "causal"), (PACKED[1], "causal"), ("tma_balanced_ascending_128x1_pair", "none"))
+    for h, hk, d in ((4, 4, 64), (64, 1, 64), (128, 1, 128), (12, 2, 128), (15, 5, 64), (56, 7, 40))
 ]
 SCORE_CASES = [
     Case("tma", softcap=20.0, mask="none"),
@@ -104,7 +118,7 @@ ALL = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    cases.build_all([*ALL, Case("base")])
+    cases.build_all([*ALL, Case("base"), Case("base", mask="none")])
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
@@ -124,8 +138,15 @@ def test_more_tiles_of_rows_than_blocks(case: Case) -> None:
         assert verdict, f"{rows}x{keys}: {verdict.message}"
 
 
-@pytest.mark.parametrize("name", [name for name, scheme in SCHEMES_90.items() if scheme.block_order == "sectioned"])
-@pytest.mark.parametrize("mask", ["causal", "none"])
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        (name, mask)
+        for name, scheme in SCHEMES_90.items()
+        for mask in ("causal", "none")
+        if scheme.block_order == "sectioned" and _legal(name, mask)
+    ],
+)
 def test_sections_of_uneven_sizes(name: str, mask: str) -> None:
     """5 MB of keys and values a head, 7 heads of them: sections of 2, 2, 2, 1, or of 4 and 3, or one of all."""
     verdict = run(Case(name, mask=mask, heads=14, kv_heads=7), 2600, 20000, batch=1)
@@ -140,7 +161,10 @@ def test_every_value_of_every_knob_is_run() -> None:
         assert {scheme[knob.name] for scheme in SCHEMES_90.values()} == set(knob.choices), knob.name
 
 
-_PAIRED = ("tile_m", "q_stages", "overlap", "rescale", "ping_pong", "blocks_per_sm", "schedule", "block_order")
+_PAIRED = (
+    "tile_m", "q_stages", "overlap", "rescale", "ping_pong", "blocks_per_sm", "schedule", "block_order", "cluster",
+    "shared_weights", "pack_heads",
+)  # fmt: skip
 
 
 def _pairs(config: Config) -> Iterator[tuple[tuple[str, object], ...]]:
@@ -149,14 +173,14 @@ def _pairs(config: Config) -> Iterator[tuple[tuple[str, object], ...]]:
 
 def test_every_legal_pair_of_values_is_run() -> None:
     """Of all knobs but those of sizes."""
-    problem, where = Problem(head_dim=64, mask="causal"), target.known("sm_90")
+    problems, where = [Problem(head_dim=64, mask=mask) for mask in ("causal", "none")], target.known("sm_90")
     choices = (knob.choices for knob in HOPPER.knobs if knob.name in _PAIRED)
     names = [knob.name for knob in HOPPER.knobs if knob.name in _PAIRED]
     small = cases.config_90(tile_n=32, stages=1)
     wanted: set[tuple[tuple[str, object], ...]] = set()
     for values in itertools.product(*choices):
         config = small.replace(**dict(zip(names, values, strict=True)))
-        if not HOPPER.rejects(problem, where, config):
+        if not all(HOPPER.rejects(problem, where, config) for problem in problems):
             wanted.update(_pairs(config))
     ran = {pair for scheme in SCHEMES_90.values() for pair in _pairs(scheme)}
     assert not wanted - ran, sorted(map(str, wanted - ran))
@@ -236,20 +260,20 @@ def _poisoned(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.full_like(q, torch.nan), torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.nan, device="cuda")
 
 
-def _launched(name: str, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _launched(name: str, inputs: list[torch.Tensor], mask: str = "causal") -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = _poisoned(inputs[0])
-    cases.kernel_of(Case(name)).launch(*inputs, out, lse, layout="bshd")
+    cases.kernel_of(Case(name, mask=mask)).launch(*inputs, out, lse, layout="bshd", window=Case(name, mask=mask).band)
     return out, lse
 
 
 @pytest.mark.parametrize("name", list(SCHEMES_90))
 def test_twenty_runs_are_equal_and_near_the_other_family(name: str) -> None:
-    inputs = _inputs(3)
-    out, lse = _launched(name, inputs)
+    inputs, mask = _inputs(3), _mask(name)
+    out, lse = _launched(name, inputs, mask)
     for _ in range(19):
-        again = _launched(name, inputs)
+        again = _launched(name, inputs, mask)
         assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
-    other, other_lse = _launched("base", inputs)
+    other, other_lse = _launched("base", inputs, mask)
     assert (out.float() - other.float()).abs().max() <= 2 * torch.finfo(out.dtype).eps * other.abs().max()
     assert (lse - other_lse).abs().max() <= 1e-4
 

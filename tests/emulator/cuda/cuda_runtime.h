@@ -102,6 +102,7 @@ inline int __reduce_max_sync(unsigned, int x) {
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDevice = 101,
   cudaErrorLaunchTimeout = 702,
   cudaErrorNotSupported = 801
@@ -166,6 +167,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     }
     if (!run(teams)) return cudaErrorLaunchTimeout;
   }
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
+  *clusters = std::max(1u, 2 * emulator::units / config->attrs[0].val.clusterDim.x);
   return cudaSuccess;
 }
 

@@ -1,4 +1,4 @@
-// What Hopper adds beside copies and products: registers by role, turns, kernels that overlap (sm_90a).
+// What Hopper adds beside copies and products: registers by role, turns, tiles stored, kernels that overlap (sm_90a).
 #pragma once
 
 namespace ptx {
@@ -17,6 +17,20 @@ __device__ __forceinline__ void fewer_registers() {
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+
+// All threads of the cluster's blocks; what each wrote before is seen by all after.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// A warp's four 8 x 8 tiles of 16 bits from registers (ldmatrix's order) to the rows that its lanes name.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+// What this thread wrote to shared memory is there for products, and for the copy engine.
+__device__ __forceinline__ void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Before the first product of a group, and after ordinary code has touched its registers.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

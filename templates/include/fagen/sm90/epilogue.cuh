@@ -10,20 +10,22 @@ struct Done {
 // The 64 rows of a warpgroup: two of a thread's. Lanes of a quad hold two columns each of pieces of 8; neighbours trade
 // until each has four of one piece, so that a quad writes 32 whole bytes at once.
 template <class C, class Element, class State>
-__device__ __forceinline__ void store_rows(const fagen_params& p, State& state, const Done& done, int group) {
+__device__ __forceinline__ void store_rows(const fagen_params& p, const Packing<C>& packing, State& state,
+                                           const Done& done, int group) {
   const Lane lane;
   const bool odd = lane.id % 2;
+  const int end = C::kMask == Mask::intervals ? done.m1 : min(done.m0 + C::kTileM, packing.rows(p.seqlen_q));
   const int first = done.m0 + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
   const int column = odd * 8 + lane.id % 4 / 2 * 4;  // of two pieces
-  Element* out = static_cast<Element*>(p.o) + done.batch * p.o_stride[0] + done.head * p.o_stride[2];
+  Element* out = static_cast<Element*>(p.o) + done.batch * p.o_stride[0];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int m = first + r * 8;
+    const int m = first + r * 8, row_of_q = packing.row(m), head = packing.head(done.head, m);
     const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
-    if (p.lse && lane.id % 4 == 0 && m < done.m1)
-      p.lse[(int64_t(done.batch) * p.heads + done.head) * p.seqlen_q + m] = state.softmax.lse(r, row_sum);
-    Element* row = out + m * p.o_stride[1] + column;
-    const int columns = m < done.m1 ? p.head_dim_v - column : 0;
+    if (p.lse && lane.id % 4 == 0 && m < end)
+      p.lse[(int64_t(done.batch) * p.heads + head) * p.seqlen_q + row_of_q] = state.softmax.lse(r, row_sum);
+    Element* row = out + row_of_q * p.o_stride[1] + head * p.o_stride[2] + column;
+    const int columns = m < end ? p.head_dim_v - column : 0;
     const auto word = [&](int n) {
       return pack<Element>(state.o[0][n][r * 2] * inverse, state.o[0][n][r * 2 + 1] * inverse);
     };
@@ -41,18 +43,20 @@ __device__ __forceinline__ void store_rows(const fagen_params& p, State& state, 
 template <class C, class Element>
 __device__ __forceinline__ void store_nothing(const fagen_params& p, const Launch& launch) {
   const Band band(p);
+  const Packing<C> packing(launch);
   if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
   for (int index = blockIdx.x; index < launch.tiles; index += gridDim.x) {
     const Work work = take<C>(p, launch, index);
     const Rows<C> rows(p, launch, band, work);
     if (rows.see_any()) continue;
-    Element* out = static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + work.head * p.o_stride[2];
-    const int pieces = p.head_dim_v / 8;
-    for (int i = threadIdx.x % 32; i < (rows.m1 - rows.m0) * pieces; i += 32)
-      *reinterpret_cast<uint4*>(out + (rows.m0 + i / pieces) * p.o_stride[1] + i % pieces * 8) = make_uint4(0, 0, 0, 0);
-    if (p.lse)
-      for (int m = rows.m0 + threadIdx.x % 32; m < rows.m1; m += 32)
-        p.lse[(int64_t(work.batch) * p.heads + work.head) * p.seqlen_q + m] = -INFINITY;
+    for (int m = rows.m0; m < rows.m1; ++m) {
+      const int row = packing.row(m), head = packing.head(work.head, m);
+      Element* out =
+          static_cast<Element*>(p.o) + work.batch * p.o_stride[0] + row * p.o_stride[1] + head * p.o_stride[2];
+      for (int column = threadIdx.x % 32 * 8; column < p.head_dim_v; column += 256)
+        *reinterpret_cast<uint4*>(out + column) = make_uint4(0, 0, 0, 0);
+      if (p.lse && threadIdx.x % 32 == 0) p.lse[(int64_t(work.batch) * p.heads + head) * p.seqlen_q + row] = -INFINITY;
+    }
   }
 }
 

@@ -7,21 +7,14 @@
 #include "fagen/sm90/layout.cuh"
 #include "fagen/sm90/producer.cuh"
 #include "fagen/sm90/rows.cuh"
-
-// Every register of a fragment stays where it is, and is written, before what follows.
-template <class X, int kPieces>
-__device__ __forceinline__ void pin(X (&fragment)[kPieces][4]) {
-#pragma unroll
-  for (int i = 0; i < kPieces * 4; ++i) ptx::pin(fragment[i / 4][i % 4]);
-}
+#include "fagen/sm90/weights.cuh"
 
 // What a warpgroup that computes does.
 template <class C, class Element>
 struct Consumer {
   using S = Shape<C>;
   using State = Attend<C, 1, C::kTileN, C::kHeadDimV, Element, void, void, void>;
-  using Scores = typename State::Scores;    // [1][keys / 8][4]
-  using Weights = typename State::Weights;  // [keys / 16][1][4]
+  using Scores = typename State::Scores;  // [1][keys / 8][4]
 
   static constexpr int kPieces = C::kTileN / 8;  // of 8 keys
 
@@ -29,15 +22,19 @@ struct Consumer {
   const Launch& launch;
   Rings<C> rings;
   const Band band;
+  const Packing<C> packing;
   const int group;  // of warps, from 0
   Rows<C> rows;
-  Told told;  // intervals: about the tile of keys whose scores are under way
+  int unseen;  // tiles of values to let pass
+  Told told;   // intervals: about the tile of keys whose scores are under way
   State state;
   Scores s_acc;
-  Weights p_frag;
+  WeightOperand<C> weights;
 
   __device__ __forceinline__ Consumer(const fagen_params& p, const Launch& launch, uint32_t smem, int group)
-      : p(p), launch(launch), rings(smem), band(p), group(group), state(p) {}
+      : p(p), launch(launch), rings(smem), band(p), packing(launch), group(group), state(p) {
+    weights.tile = smem + S::kWeights + group * S::kWeightBytes;
+  }
 
   // Before the first keys of a tile of rows.
   __device__ __forceinline__ void clear() {
@@ -71,12 +68,7 @@ struct Consumer {
   __device__ __forceinline__ void start_values() {
     const Operand v = Operand::of_columns(rings.v.tile(), C::kTileN * 128);
     pin(state.o[0]);
-#pragma unroll
-    for (auto& piece : p_frag) pin(piece);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int n = 0; n < C::kTileN / 16; ++n)
-      ptx::wgmma_registers<C::kHeadDimV>(state.o[0], p_frag[n][0], v.at(n * 2048));
+    weights.start_product(state.o[0], v);
   }
   // Either is there, while up to kPending younger products go on; its tile may be overwritten.
   template <int kPending>
@@ -101,10 +93,11 @@ struct Consumer {
     const Lane lane;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = row0 + r * 8 + lane.row, first = key + lane.column;
+      const int row = packing.row(row0 + r * 8 + lane.row), first = key + lane.column;
       // of the thread's columns, how many lie before x
       const auto before = [&](int x) { return x <= 0 ? 0 : x / 8 * 2 + min(x % 8, 2); };
-      const int begin = before(band.begin(row) - first), end = before(band.end(row) - first);
+      const int begin = before(band.begin(row) - first);
+      const int end = before((C::kMask == Mask::none ? band.seqlen_k : band.end(row)) - first);
 #pragma unroll
       for (int w = 0; w < kSeenWords; ++w) {
         const auto bits = [&](int n) { return n <= w * 32 ? 0u : n >= w * 32 + 32 ? ~0u : (1u << (n - w * 32)) - 1u; };
@@ -186,15 +179,12 @@ struct Consumer {
         state.softmax.sum[i / 2] += x;
       }
   }
-  // The weights as an operand. Registers of an operand may not change while any product is under way.
+  // The weights as an operand.
   __device__ __forceinline__ void pack_weights() {
-#pragma unroll
-    for (int n = 0; n < C::kTileN / 16; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = &s_acc[0][2 * n + i / 2][i % 2 * 2];
-        p_frag[n][0][i] = pack<Element>(pair[0], pair[1]);
-      }
+    weights.put([&](int n, int i) {
+      const float* pair = &s_acc[0][2 * n + i / 2][i % 2 * 2];
+      return pack<Element>(pair[0], pair[1]);
+    });
   }
 
   // S of a tile of rows' first keys, started
@@ -206,11 +196,43 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
+  // What this warpgroup's rows see of the keys that the block walks over. The last tiles may lie behind all of it.
+  static constexpr bool kNarrows = S::kGroups > 1 && (C::kMask == Mask::causal || C::kMask == Mask::window);
+
+  __device__ __forceinline__ void narrow() {
+    if constexpr (kNarrows) {
+      const int first_row = rows.m0 + group * 64;
+      const TileRange block = rows.range, mine = packing.range(band, first_row, first_row + 64);
+      const int end = max(block.begin + 1, min(mine.end, block.end));
+      rows.range = {block.begin, end, max(mine.full_begin, block.begin), min(mine.full_end, end)};
+      unseen = block.end - end;
+    }
+  }
+  // It lets those pass as if it visited them, the keys of one and the values of the one before, so that their places
+  // become free. The first one's turn may have been used already.
+  __device__ __forceinline__ void let_pass(bool turn_used) {
+    if constexpr (kNarrows)
+      for (int i = 0; i < unseen; ++i) {
+        if (i > 0 || !turn_used) {
+          await_turn();
+          pass_turn();
+        }
+        if (i > 0) pass_values();
+        rings.k.wait();
+        rings.k.release();
+      }
+  }
+  __device__ __forceinline__ void pass_values() {
+    rings.v.wait();
+    rings.v.release();
+  }
+
   // The next tile of rows, if there is one.
   __device__ __forceinline__ bool next() {
     const Letter letter = rings.mail.receive();
     if (letter.work.row_tile < 0) return false;
     rows = Rows<C>(p, launch, band, letter.work);
+    narrow();
     if constexpr (C::kMask == Mask::intervals)
       rows.m0 = letter.m0, rows.m1 = letter.m1, rows.span.cut = letter.cut, rows.span.whole = letter.whole;
     return true;
@@ -254,6 +276,7 @@ struct Consumer {
     observe(factor);  // O is still zero: nothing to rescale
     weigh();
     pack_weights();
+    if (kNarrows && unseen > 0) pass_values();  // of the last tile that was let pass
     keys.advance();
     keys.visit_rest([&](bool partial) {
       await_turn();
@@ -278,11 +301,26 @@ struct Consumer {
   }
 
   // Tile of rows by tile of rows: the last product of one, its way out, and the first scores of the next go together.
+  // They do not where the next rows' first tile of keys is not seen: then that tile's turn is the last product's.
   __device__ __forceinline__ void run() {
     if (C::kPingPong && group == S::kGroups - 1) pass_turn();  // the first warpgroup begins
     bool begun = false;
     Done done;
-    while (next()) {
+    for (;;) {
+      const bool more = !(C::kSchedule == Schedule::single && begun) && next();
+      const bool apart = begun && (!more || (kNarrows && unseen > 0));
+      if (apart) {
+        await_turn();
+        rings.v.wait();
+        start_values();
+        ptx::wgmma_commit();
+        pass_turn();
+        wait_values<0>();
+        store_rows<C, Element>(p, packing, state, done, group);
+        begun = false;
+      }
+      if (!more) return;
+      let_pass(apart);
       await_turn();
       if (begun) {
         rings.v.wait();
@@ -291,7 +329,7 @@ struct Consumer {
         start_first_scores();
         pass_turn();
         wait_values<1>();
-        store_rows<C, Element>(p, state, done, group);
+        store_rows<C, Element>(p, packing, state, done, group);
         wait_scores<0>();
       } else {
         start_first_scores();
@@ -301,16 +339,7 @@ struct Consumer {
       attend();
       done = {rows.m0, rows.m1, rows.work.head, rows.work.batch};
       begun = true;
-      if (C::kSchedule == Schedule::single) break;
     }
-    if (!begun) return;
-    await_turn();
-    rings.v.wait();
-    start_values();
-    ptx::wgmma_commit();
-    pass_turn();
-    wait_values<0>();
-    store_rows<C, Element>(p, state, done, group);
   }
 };
 
@@ -325,14 +354,16 @@ __device__ __forceinline__ void attend(const fagen_params& p, const Launch& laun
     ptx::prefetch_map(&launch.v);
     Rings<C>(smem).init();
   }
-  __syncthreads();
+  C::kCluster > 1 ? ptx::cluster_sync() : __syncthreads();
   if (group == S::kGroups) {
     ptx::fewer_registers<S::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
-    if (warp == 0) Producer<C>{p, launch, Rings<C>(smem), Band(p)}.run();
-    if (warp == 1 && C::kMask != Mask::none) store_nothing<C, Element>(p, launch);
+    if (warp == 0) Producer<C>{p, launch, Rings<C>(smem), Band(p)}.run_keys();
+    if (warp == 1) Producer<C>{p, launch, Rings<C>(smem), Band(p)}.run_values();
+    if (warp == 2 && C::kMask != Mask::none) store_nothing<C, Element>(p, launch);
   } else {
     ptx::more_registers<S::kConsumerRegisters>();
     Consumer<C, Element>(p, launch, smem, group).run();
   }
+  if (C::kCluster > 1) ptx::cluster_sync();  // none ends while another fills its tiles or arrives at its barriers
 }

@@ -7,19 +7,28 @@
 #include "fagen/sm90/forward.cuh"
 #include "fagen/sm90/plan.cuh"
 
-// The workspace: a counter; and for intervals their extents, what the tiles of rows see of them, and in which order
-// these are taken.
-// With intervals, tiles of rows may end early where a document does: there is room for some more of them.
+// With heads packed, log2 of how many: of those that share keys, as many as a tile of rows can hold evenly.
+template <class C>
+static int packed_heads(const fagen_params& p) {
+  int log2 = 0;
+  while (C::kPackHeads && log2 < 6 && p.heads / p.kv_heads % (2 << log2) == 0) ++log2;
+  return log2;
+}
+
+// Tiles of rows of a head, or of heads that are packed; what a cluster takes together is one. With intervals, some may
+// end early where a document does: there is room for some more of them.
 template <class C>
 static int count_row_tiles(const fagen_params& p) {
-  const int tiles = (p.seqlen_q + C::kTileM - 1) / C::kTileM;
+  const int rows = p.seqlen_q << packed_heads<C>(p), each = C::kTileM * C::kCluster, tiles = (rows + each - 1) / each;
   return C::kMask == Mask::intervals ? tiles + tiles / 8 + 1 : tiles;
 }
 
+// The workspace: a counter; and for intervals their extents, what the tiles of rows see of them, and in which order
+// these are taken.
 template <class C>
 struct Workspace {
   static constexpr bool kCounter = C::kSchedule == Schedule::dynamic, kExtents = C::kMask == Mask::intervals;
-  uint64_t extents, spans, counted, order, end;  // where each begins
+  uint64_t extents, spans, order, end;  // where each begins
 
   explicit Workspace(const fagen_params& p) {
     const auto tiles = [](int length, int tile) { return uint64_t(length + tile - 1) / tile; };
@@ -28,8 +37,7 @@ struct Workspace {
     const uint64_t rows = planes * count_row_tiles<C>(p);
     extents = kCounter ? 256 : 0;
     spans = next(extents, planes * tiles(p.seqlen_k, C::kTileN) * C::kIntervalColumns * sizeof(Extent));
-    counted = next(spans, rows * sizeof(Span));
-    order = next(counted, planes * sizeof(unsigned));
+    order = next(spans, rows * sizeof(Span));
     end = next(order, rows * sizeof(int));
   }
 };
@@ -45,25 +53,55 @@ static PFN_cuTensorMapEncodeTiled_v12000 map_encoder() {
   return found;
 }
 
-// (column, row, head, batch) of q, k or v, in boxes of 64 columns and `rows` rows.
-static cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const void* base, const int64_t (&stride)[3],
-                            int cols, int rows, int heads, int batch, int box_rows) {
+// A dimension of a tensor map: its size, the elements from one to the next, and how many of it are in a box.
+struct Dimension {
+  int size;
+  int64_t stride;
+  int box;
+};
+
+// A tensor of rows of `columns` elements, in boxes of 64 of them.
+template <int kDimensions>
+static cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const void* base, int columns,
+                            const Dimension (&dimensions)[kDimensions]) {
   const auto encode = map_encoder();
   if (!encode) return cudaErrorNotSupported;
-  const cuuint64_t size[4] = {cuuint64_t(cols), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)};
-  // a dimension of one never steps, and its stride may be anything; the map wants one that is legal
-  const auto bytes = [](int64_t elements, int count) { return cuuint64_t(count > 1 ? elements * 2 : 16); };
-  const cuuint64_t strides[3] = {bytes(stride[1], rows), bytes(stride[2], heads), bytes(stride[0], batch)};
-  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult result =
-      encode(map, type, 4, const_cast<void*>(base), size, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  cuuint64_t size[kDimensions + 1] = {cuuint64_t(columns)}, strides[kDimensions];
+  cuuint32_t box[kDimensions + 1] = {64}, steps[kDimensions + 1] = {1};
+  for (int i = 0; i < kDimensions; ++i) {
+    const Dimension& d = dimensions[i];
+    size[i + 1] = d.size, box[i + 1] = d.box, steps[i + 1] = 1;
+    // a dimension of one never steps, and its stride may be anything; the map wants one that is legal
+    strides[i] = d.size > 1 ? d.stride * 2 : 16;
+  }
+  const CUresult result = encode(map, type, kDimensions + 1, const_cast<void*>(base), size, strides, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// The number of SMs; and, once a device, more shared memory than the default.
+// The maps of q, k and v.
+template <class C>
+static cudaError_t make_maps(const fagen_params& p, CUtensorMapDataType type, Launch& launch) {
+  const auto keys = [&](CUtensorMap* map, const void* base, const int64_t (&stride)[3], int columns) {
+    const Dimension rows = {p.seqlen_k, stride[1], C::kTileN / C::kCluster}, heads = {p.kv_heads, stride[2], 1};
+    return make_map(map, type, base, columns, {rows, heads, {p.batch, stride[0], 1}});
+  };
+  if (const cudaError_t e = keys(&launch.k, p.k, p.k_stride, p.head_dim)) return e;
+  if (const cudaError_t e = keys(&launch.v, p.v, p.v_stride, p.head_dim_v)) return e;
+  const int packed = 1 << launch.packed;
+  const Dimension rows = {p.seqlen_q, p.q_stride[1], C::kTileM / packed};
+  const Dimension heads = {p.heads / packed, p.q_stride[2] * packed, 1}, batch = {p.batch, p.q_stride[0], 1};
+  if constexpr (C::kPackHeads)
+    return make_map(&launch.q, type, p.q, p.head_dim, {{packed, p.q_stride[2], packed}, rows, heads, batch});
+  else
+    return make_map(&launch.q, type, p.q, p.head_dim, {rows, heads, batch});
+}
+
+// How many blocks, or clusters of them, run at once; found out once a device, which is given more shared memory than
+// the default as well. Clusters may be fewer than the SMs suggest, since those of one lie close together.
 template <class C, class Forward>
-static cudaError_t prepare(Forward forward, int* sms) {
+static cudaError_t prepare(Forward forward, int* teams) {
   constexpr int kDevices = 64;
   static int known[kDevices];
   static volatile bool ready[kDevices];
@@ -71,13 +109,24 @@ static cudaError_t prepare(Forward forward, int* sms) {
   if (const cudaError_t e = cudaGetDevice(&index)) return e;
   if (index >= kDevices) return cudaErrorInvalidDevice;
   if (!ready[index]) {  // two threads may both come here; both write the same
-    if (const cudaError_t e = cudaDeviceGetAttribute(&known[index], cudaDevAttrMultiProcessorCount, index)) return e;
+    int sms;
+    if (const cudaError_t e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index)) return e;
     if (const cudaError_t e =
             cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<C>::kSmemBytes))
       return e;
+    known[index] = sms * C::kBlocksPerSm;
+    if (C::kCluster > 1) {
+      cudaLaunchAttribute cluster;
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {C::kCluster, 1, 1};
+      const cudaLaunchConfig_t config = {
+          dim3(C::kCluster), dim3(Shape<C>::kThreads), Shape<C>::kSmemBytes, nullptr, &cluster, 1};
+      if (const cudaError_t e = cudaOccupancyMaxActiveClusters(&known[index], forward, &config)) return e;
+      if (known[index] == 0) return cudaErrorInvalidConfiguration;
+    }
     ready[index] = true;
   }
-  *sms = known[index];
+  *teams = known[index];
   return cudaSuccess;
 }
 
@@ -94,43 +143,42 @@ static int section(int heads, int group, int64_t fit) {
   return best * group;
 }
 
-// Start a kernel; it may begin before the last one of this launch has ended, and waits for that itself.
-template <class... Parameters, class... Arguments>
+// Start a kernel; if `early`, it may begin before the last one of this launch has ended, and waits for that itself.
+template <int kCluster = 1, class... Parameters, class... Arguments>
 static cudaError_t start(void (*kernel)(Parameters...), int blocks, int threads, int smem, cudaStream_t stream,
                          bool early, const Arguments&... arguments) {
-  cudaLaunchAttribute overlap = {cudaLaunchAttributeProgrammaticStreamSerialization};
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem), stream};
-  config.attrs = &overlap;
-  config.numAttrs = early;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem), stream, attributes, 0};
+  if (early) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (kCluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {kCluster, 1, 1};
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 using Body = void (*)(fagen_params, Launch);  // of a kernel
 
 template <class C, class Element>
-static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMapDataType type, Body begin, Body rank,
+static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMapDataType type, Body begin, Body plan,
                           Body forward) {
-  int sms;
-  if (const cudaError_t e = prepare<C>(forward, &sms)) return e;
+  int resident;  // blocks, or clusters
+  if (const cudaError_t e = prepare<C>(forward, &resident)) return e;
   Launch launch;
   if (p.batch == 0 || p.seqlen_q == 0) return cudaSuccess;
-  if (p.seqlen_k == 0) return start(begin, sms, 256, 0, stream, false, p, launch);
-  if (const cudaError_t e =
-          make_map(&launch.q, type, p.q, p.q_stride, p.head_dim, p.seqlen_q, p.heads, p.batch, C::kTileM))
-    return e;
-  if (const cudaError_t e =
-          make_map(&launch.k, type, p.k, p.k_stride, p.head_dim, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
-    return e;
-  if (const cudaError_t e =
-          make_map(&launch.v, type, p.v, p.v_stride, p.head_dim_v, p.seqlen_k, p.kv_heads, p.batch, C::kTileN))
-    return e;
-  const int heads = p.heads * p.batch, planes = p.batch * p.mask_heads;
+  if (p.seqlen_k == 0) return start(begin, resident, 256, 0, stream, false, p, launch);
+  launch.packed = packed_heads<C>(p);
+  if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
+  const int heads = (p.heads >> launch.packed) * p.batch, planes = p.batch * p.mask_heads;
   launch.row_tiles = count_row_tiles<C>(p);
   launch.tiles = launch.row_tiles * heads;
   launch.key_tiles = (p.seqlen_k + C::kTileN - 1) / C::kTileN;
   const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
-  launch.heads_at_once = section(heads, p.heads / p.kv_heads, (int64_t(C::kSectionMb) << 20) / head_bytes);
+  launch.heads_at_once =
+      section(heads, (p.heads / p.kv_heads) >> launch.packed, (int64_t(C::kSectionMb) << 20) / head_bytes);
 
   using W = Workspace<C>;
   const W places(p);
@@ -138,18 +186,15 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   launch.taken = reinterpret_cast<unsigned*>(workspace);
   launch.extents = reinterpret_cast<Extent*>(workspace + places.extents);
   launch.spans = reinterpret_cast<Span*>(workspace + places.spans);
-  launch.counted = reinterpret_cast<unsigned*>(workspace + places.counted);
   launch.order = reinterpret_cast<int*>(workspace + places.order);
-  if (W::kCounter || W::kExtents) {
-    const int64_t warps = W::kExtents ? int64_t(launch.key_tiles) * planes : 1;
-    if (const cudaError_t e = start(begin, int((warps + 7) / 8), 256, 0, stream, false, p, launch)) return e;
-  }
-  if (W::kExtents)
-    if (const cudaError_t e = start(rank, planes * ((launch.row_tiles + 7) / 8), 256, 0, stream, true, p, launch))
+  const bool prepared = W::kExtents || (W::kCounter && launch.tiles > resident);
+  if (prepared)
+    if (const cudaError_t e =
+            W::kExtents ? start<kPlanners>(plan, kPlanners * planes, kPlannerThreads, 0, stream, false, p, launch)
+                        : start(begin, 1, 32, 0, stream, false, p, launch))
       return e;
 
-  const int resident = sms * C::kBlocksPerSm;
-  const int blocks = C::kSchedule == Schedule::single || launch.tiles < resident ? launch.tiles : resident;
-  return start(forward, blocks, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream, W::kCounter || W::kExtents, p,
-               launch);
+  const int teams = C::kSchedule == Schedule::single || launch.tiles < resident ? launch.tiles : resident;
+  return start<C::kCluster>(forward, teams * C::kCluster, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream, prepared, p,
+                            launch);
 }

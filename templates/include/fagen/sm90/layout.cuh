@@ -11,11 +11,13 @@ struct Shape {
   static constexpr int kSlabs = (C::kHeadDim + 63) / 64, kSlabsV = (C::kHeadDimV + 63) / 64;
   static constexpr int kQBytes = C::kTileM * 128 * kSlabs;
   static constexpr int kKBytes = C::kTileN * 128 * kSlabs, kVBytes = C::kTileN * 128 * kSlabsV;
+  static constexpr int kWeightSlab = 64 * 128;  // of a warpgroup's 64 rows
+  static constexpr int kWeightBytes = C::kSharedWeights ? (C::kTileN + 63) / 64 * kWeightSlab : 0;
 
-  // in this order: tiles of q, of k, of v, a full and an empty barrier for each, the mail with its own,
-  // and what is told of each tile of k
+  // in this order: tiles of q, of k, of v, of each warpgroup's weights, a full and an empty barrier for each, the mail
+  // with its own, and what is told of each tile of k
   static constexpr int kQ = 0, kK = kQ + C::kQStages * kQBytes, kV = kK + C::kStages * kKBytes;
-  static constexpr int kBarriers = kV + C::kStages * kVBytes;
+  static constexpr int kWeights = kV + C::kStages * kVBytes, kBarriers = kWeights + kGroups * kWeightBytes;
   static constexpr int kMail = kBarriers + 16 * (C::kQStages + 2 * C::kStages);
   static constexpr int kTold = kMail + 96;
   static constexpr int kSmemBytes = kTold + 96 * C::kStages + 1024;  // and room to align
@@ -39,30 +41,34 @@ struct Operand {
   uint32_t low, high;
 
   static constexpr uint32_t kSwizzle128 = 1u << 30, kGroupOf8Rows = 1024 >> 4;
+  static constexpr uint32_t kOwn = 0x3ffff;  // of an address: without the block's rank in its cluster, which is above
 
   // 16 elements of k lie in a row (q, k); slabs are separate operands
   static __device__ __forceinline__ Operand of_rows(uint32_t address) {
-    return {address >> 4 | 1u << 16, kSwizzle128 | kGroupOf8Rows};
+    return {(address & kOwn) >> 4 | 1u << 16, kSwizzle128 | kGroupOf8Rows};
   }
   // columns lie in a row, 16 rows deep in k (v); slabs `slab_bytes` apart
   static __device__ __forceinline__ Operand of_columns(uint32_t address, int slab_bytes) {
-    return {address >> 4 | uint32_t(slab_bytes >> 4) << 16, kSwizzle128 | kGroupOf8Rows};
+    return {(address & kOwn) >> 4 | uint32_t(slab_bytes >> 4) << 16, kSwizzle128 | kGroupOf8Rows};
   }
   // the one that begins so many bytes later
   __device__ __forceinline__ uint64_t at(int bytes) const { return uint64_t(high) << 32 | (low + (bytes >> 4)); }
 };
 
 // A ring of tiles, each with a barrier that says it is full and one that says it is empty. The producer and the
-// consumers each step through it on their own.
-template <int kStages, int kBytes>
+// consumers each step through it on their own. Blocks of a cluster that share tiles each load a part of all: then the
+// place of a tile is free when the consumers of all of them have read it.
+template <int kStages, int kBytes, int kSharers = 1>
 struct Ring {
   uint32_t tiles, barriers;  // of stage 0; the empty barrier lies behind the full one
   int stage = 0, phase = 0;
 
+  static constexpr int kBlocks = kSharers;
+
   __device__ __forceinline__ void init(int consumers) const {
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(barriers + s * 16, 1);
-      ptx::mbarrier_init(barriers + s * 16 + 8, consumers);
+      ptx::mbarrier_init(barriers + s * 16 + 8, consumers * kSharers);
     }
   }
   __device__ __forceinline__ uint32_t tile() const { return tiles + stage * kBytes; }
@@ -78,7 +84,11 @@ struct Ring {
   // for consumers: the tile is there; and has been read by this warp
   __device__ __forceinline__ void wait() const { ptx::mbarrier_wait(full(), phase); }
   __device__ __forceinline__ void release() {
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty());
+    if constexpr (kSharers == 1) {
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty());
+    } else {
+      if (threadIdx.x % 32 < kSharers) ptx::mbarrier_arrive_at(empty(), threadIdx.x % 32);
+    }
     advance();
   }
 };
@@ -123,8 +133,8 @@ template <class C>
 struct Rings {
   using S = Shape<C>;
   Ring<C::kQStages, S::kQBytes> q;
-  Ring<C::kStages, S::kKBytes> k;
-  Ring<C::kStages, S::kVBytes> v;
+  Ring<C::kStages, S::kKBytes, C::kCluster> k;
+  Ring<C::kStages, S::kVBytes, C::kCluster> v;
   Mail<C::kMask == Mask::intervals> mail;
   uint32_t told;  // places for what is told: two a stage of k, so that one outlives its tile until the softmax is done
 
@@ -137,12 +147,12 @@ struct Rings {
 
   __device__ __forceinline__ uint32_t told_place() const { return told + (k.stage + k.phase * C::kStages) * 48; }
 
-  // Consumers give a tile back with one arrival a warp.
+  // A tile, or a letter, is given back with one arrival a warp.
   __device__ __forceinline__ void init() const {
     q.init(S::kGroups * 4);
     k.init(S::kGroups * 4);
     v.init(S::kGroups * 4);
-    mail.ring.init(S::kGroups * 4);
+    mail.ring.init(S::kGroups * 4 + 1);  // the warp that loads values hears as well
     ptx::fence_mbarrier_init();
   }
 };

@@ -1,20 +1,54 @@
-// What small kernels find out before the forward one, where it needs anything: extents of the intervals, the order of
-// the tiles of rows, a counter at zero. Each starts beside the one before and waits for its end.
+// What a small kernel finds out before the forward one, where it needs anything: a counter at zero, or for intervals
+// their extents, what each tile of rows sees, and the order of these. The forward kernel starts beside it and waits for
+// its end.
 #pragma once
 #include "fagen/sm90/epilogue.cuh"
 #include "fagen/sm90/rows.cuh"
 
-// A block's work: the tiles of rows by how many tiles of keys they see, the most first, later rows first among equals.
+// One block's work, without intervals.
+template <class C, class Element>
+__device__ __forceinline__ void begin(const fagen_params& p, const Launch& launch) {
+  ptx::start_next_kernel();
+  if (p.seqlen_k == 0) return store_zeros<Element>(p);
+  if (threadIdx.x == 0) *launch.taken = 0;
+}
+
+// A mask head is planned by a cluster of blocks, whose warps share out the tiles of keys, then those of rows.
+constexpr int kPlanners = 8, kPlannerThreads = 1024;
+
+// The minima and maxima of the bounds in each tile of keys: one pass over the vectors, a warp a tile.
+template <class C>
+__device__ __forceinline__ void find_key_extents(const Intervals<C>& intervals, Extent* extents, int key_tiles,
+                                                 int warp, int warps) {
+  const int lane = threadIdx.x % 32;
+  for (int tile = warp; tile < key_tiles; tile += warps)
+#pragma unroll
+    for (int c = 0; c < C::kIntervalColumns; ++c) {
+      int low = INT_MAX, high = INT_MIN;
+#pragma unroll
+      for (int i = lane; i < C::kTileN; i += 32) {
+        const int key = min(tile * C::kTileN + i, intervals.last_key);
+        const int value = intervals.bounds[key * intervals.stride + c];
+        low = min(low, value), high = max(high, value);
+      }
+      low = __reduce_min_sync(~0u, low), high = __reduce_max_sync(~0u, high);
+      if (lane == 0) extents[tile * C::kIntervalColumns + c] = {low, high};
+    }
+}
+
+// The tiles of rows by how many tiles of keys they see, the most first, later rows first among equals: where each of
+// a block's threads finds its own. Blocks take every so many-th.
 __device__ __forceinline__ void put_in_order(const Span* spans, int* order, int row_tiles) {
   constexpr int kAtOnce = 1024;
   __shared__ int seen[kAtOnce];
   const auto count = [&](int i) { return i < row_tiles ? __ldcg(&spans[i].cut) + __ldcg(&spans[i].whole) : -1; };
-  for (int first = 0; first < row_tiles; first += blockDim.x) {
-    const int mine = first + threadIdx.x, my_count = count(mine);
+  const int part = blockIdx.x % kPlanners;
+  for (int first = part; first < row_tiles; first += kPlannerThreads * kPlanners) {
+    const int mine = first + threadIdx.x * kPlanners, my_count = count(mine);
     int before = 0;
     for (int some = 0; some < row_tiles; some += kAtOnce) {
       __syncthreads();
-      for (int i = threadIdx.x; i < kAtOnce; i += blockDim.x) seen[i] = count(some + i);
+      for (int i = threadIdx.x; i < kAtOnce; i += kPlannerThreads) seen[i] = count(some + i);
       __syncthreads();
       const int end = min(kAtOnce, row_tiles - some);
 #pragma unroll 8
@@ -24,43 +58,28 @@ __device__ __forceinline__ void put_in_order(const Span* spans, int* order, int 
   }
 }
 
-template <class C, class Element>
-__device__ __forceinline__ void begin(const fagen_params& p, const Launch& launch) {
-  ptx::start_next_kernel();
-  if (p.seqlen_k == 0) return store_zeros<Element>(p);
-  const int thread = blockIdx.x * blockDim.x + threadIdx.x;
-  if (C::kSchedule == Schedule::dynamic && thread == 0) *launch.taken = 0;
-  if constexpr (C::kMask == Mask::intervals) {
-    if (thread < p.batch * p.mask_heads) launch.counted[thread] = 0;
-    find_extents<C>(p, launch.extents, launch.key_tiles);
-  }
-}
-
-// A warp for each tile of rows of a mask head: what it sees. Whichever block of a head comes last puts them in order.
 template <class C>
-__device__ __forceinline__ void rank(const fagen_params& p, const Launch& launch) {
-  constexpr int kWarps = 8;
-  ptx::start_next_kernel();
-  ptx::wait_for_previous_kernel();
-  const int blocks = (launch.row_tiles + kWarps - 1) / kWarps, plane = blockIdx.x / blocks;
-  const int row_tile = blockIdx.x % blocks * kWarps + threadIdx.x / 32;
-  Span* spans = launch.spans + int64_t(plane) * launch.row_tiles;
+__device__ __forceinline__ void plan(const fagen_params& p, const Launch& launch) {
+  constexpr int kWarps = kPlannerThreads / 32;
+  const int plane = blockIdx.x / kPlanners, warp = blockIdx.x % kPlanners * kWarps + threadIdx.x / 32;
   const auto intervals = intervals_of<C>(p, launch, plane / p.mask_heads, plane % p.mask_heads);
+  Span* spans = launch.spans + int64_t(plane) * launch.row_tiles;
+
+  ptx::start_next_kernel();
+  if (C::kSchedule == Schedule::dynamic && blockIdx.x == 0 && threadIdx.x == 0) *launch.taken = 0;
+  find_key_extents(intervals, const_cast<Extent*>(intervals.extents), launch.key_tiles, warp, kPlanners * kWarps);
+  ptx::cluster_sync();
+
   __shared__ Borders borders;
   borders.find(intervals, p.seqlen_q);
-  if (row_tile < launch.row_tiles) {
+  for (int row_tile = warp; row_tile < launch.row_tiles; row_tile += kPlanners * kWarps) {
     const int2 rows = borders.rows<C::kTileM>(row_tile, launch.row_tiles, p.seqlen_q);
     Span span = {0, 0, 0, 0, 0, 0};
     if (rows.x < rows.y) span = find_span<C>(intervals, Band(p), rows.x, rows.y);
     if (threadIdx.x % 32 == 0) spans[row_tile] = span;
   }
   if constexpr (kRanked<C>) {
-    __shared__ bool last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(&launch.counted[plane], 1) == blocks - 1;
-    __syncthreads();
-    __threadfence();
-    if (last) put_in_order(spans, launch.order + int64_t(plane) * launch.row_tiles, launch.row_tiles);
+    ptx::cluster_sync();
+    put_in_order(spans, launch.order + int64_t(plane) * launch.row_tiles, launch.row_tiles);
   }
 }

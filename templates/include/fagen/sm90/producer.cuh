@@ -1,41 +1,54 @@
-// The warp that feeds the others: it walks over the tiles, and one lane of it talks to the copy engine.
+// The warps that feed the others: each walks over the tiles, and one lane of it talks to the copy engine.
 #pragma once
 #include "fagen/sm90/layout.cuh"
 #include "fagen/sm90/rows.cuh"
 
 template <class C>
 struct Producer {
+  static constexpr int kLate = 2;  // tiles of keys that are left when the next tile of rows is taken
+
   const fagen_params& p;
   const Launch& launch;
   Rings<C> rings;
   const Band band;
   Share<C> share;
 
-  // One tile of `kSlabs` slabs, `kRows` rows each; note() is called when its place is free.
-  template <int kSlabs, int kRows, class Ring, class Note>
+  // One tile of `kSlabs` slabs, `kRows` rows each, or this block's part of it, to all that share it; note() is called
+  // when its place is free.
+  template <int kSlabs, int kRows, bool kPacked = false, class Ring, class Note>
   __device__ __forceinline__ void load(const CUtensorMap& map, Ring& ring, int row, int head, int batch,
                                        Note note) const {
     if (threadIdx.x % 32 == 0) {
       ring.acquire();
       note();
       ring.announce();
-      for (int slab = 0; slab < kSlabs; ++slab)
-        ptx::tma_load(ring.tile() + slab * kRows * 128, &map, ring.full(), slab * 64, row, head, batch);
+      constexpr int kPart = kRows / Ring::kBlocks;
+      const int part = Ring::kBlocks > 1 ? blockIdx.x % Ring::kBlocks * kPart : 0;
+      for (int slab = 0; slab < kSlabs; ++slab) {
+        const uint32_t to = ring.tile() + (slab * kRows + part) * 128;
+        if constexpr (Ring::kBlocks > 1)
+          ptx::tma_load_to_all(to, &map, ring.full(), slab * 64, row + part, head, batch, (1 << Ring::kBlocks) - 1);
+        else if constexpr (kPacked)
+          ptx::tma_load_packed(to, &map, ring.full(), slab * 64, row, head, batch);
+        else
+          ptx::tma_load(to, &map, ring.full(), slab * 64, row, head, batch);
+      }
     }
     ring.advance();
   }
   __device__ __forceinline__ void load_q(const Rows<C>& rows) {
-    load<Shape<C>::kSlabs, C::kTileM>(launch.q, rings.q, rows.m0, rows.work.head, rows.work.batch, [] {});
+    load<Shape<C>::kSlabs, C::kTileM, C::kPackHeads>(launch.q, rings.q, Packing<C>(launch).row(rows.m0), rows.work.head,
+                                                     rows.work.batch, [] {});
   }
-  __device__ __forceinline__ void load_v(int key, int kv_head, int batch) {
-    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, key, kv_head, batch, [] {});
+  __device__ __forceinline__ void load_v(const Rows<C>& rows, int key) {
+    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, key, rows.kv_head, rows.work.batch, [] {});
   }
-  // The walk's present tile, whose first key is returned; the walk goes on.
+  // The walk's present tile of keys. The consumers are told of it.
   template <class Tiles>
-  __device__ __forceinline__ int load_k(const Rows<C>& rows, Tiles& tiles) {
-    const int key = tiles.key();
+  __device__ __forceinline__ void load_k(const Rows<C>& rows, const Tiles& tiles) {
     const auto load = [&](auto note) {
-      this->template load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, key, rows.kv_head, rows.work.batch, note);
+      this->template load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, tiles.key(), rows.kv_head, rows.work.batch,
+                                                       note);
     };
     if constexpr (C::kMask == Mask::intervals) {
       const Telling<C> telling(tiles);
@@ -43,55 +56,65 @@ struct Producer {
     } else {
       load([] {});
     }
-    tiles.advance();
-    return key;
   }
 
-  // The next tile of rows that sees any key; row_tile is -1 if there is none. The consumers are told.
+  // The next tile of rows that sees any key; row_tile is -1 if there is none.
   __device__ __forceinline__ Work find(int next) {
     for (;;) {
       const int index = __shfl_sync(~0u, next, 0);
-      Letter letter = {{-1, 0, 0}, 0, 0, 0, 0};
-      bool found = true;
-      if (index < launch.tiles) {
-        const Rows<C> rows(p, launch, band, take<C>(p, launch, index));
-        letter = {rows.work, rows.m0, rows.m1, rows.span.cut, rows.span.whole};
-        found = rows.see_any();
-      }
-      if (found) {
-        rings.mail.send(letter);
-        return letter.work;
-      }
+      if (index >= launch.tiles) return {-1, 0, 0};
+      const Rows<C> rows(p, launch, band, take<C>(p, launch, index));
+      if (rows.see_any()) return rows.work;
       next = share.next(launch);
     }
   }
+  __device__ __forceinline__ void tell(const Work& work) {
+    const Rows<C> rows(p, launch, band, work);
+    rings.mail.send({work, rows.m0, rows.m1, rows.span.cut, rows.span.whole});
+  }
 
-  // Keys run one tile ahead of values, as they are needed, from one tile of rows to the next as well. That one is
-  // looked for, and its first tile of keys, while the rings are full.
-  __device__ __forceinline__ void run() {
+  // One warp takes tiles of rows, and loads q and keys. The next is taken and looked for when few keys of the present
+  // one are left, so that who is done first gets what is next, and yet while the rings are full. The others hear of the
+  // first when its q and first keys are on their way, since values would only delay those.
+  __device__ __forceinline__ void run_keys() {
     if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
-    Work work = find(blockIdx.x);
-    if (work.row_tile < 0) return;
-    Rows<C> rows(p, launch, band, work);
-    auto tiles = rows.tiles(band);
-    int key = -1, kv_head = 0, batch = 0;  // of the keys whose values are next
-    const auto step = [&] {
-      const int more = load_k(rows, tiles);
-      if (key >= 0) load_v(key, kv_head, batch);
-      key = more, kv_head = rows.kv_head, batch = rows.work.batch;
-    };
-    for (;;) {
-      const int next = share.next(launch);
-      step();
-      load_q(rows);
-      if (tiles.valid()) step();
-      work = find(next);
-      const Rows<C> next_rows(p, launch, band, work);
-      const auto next_tiles = next_rows.tiles(band);
-      while (tiles.valid()) step();
-      if (work.row_tile < 0) break;
-      rows = next_rows, tiles = next_tiles;
+    Work work = find(team<C>());
+    bool told = false;
+    while (work.row_tile >= 0) {
+      const Rows<C> rows(p, launch, band, work);
+      auto tiles = rows.tiles(band);
+      bool first = true;
+#pragma unroll 1
+      for (int left = rows.count() - 1; left >= 0; --left) {
+        load_k(rows, tiles);
+        tiles.advance();
+        if (first) load_q(rows);
+        if (!told) tell(work);
+        told = true;
+        if (left == kLate || (first && left < kLate)) {
+          work = find(share.next(launch));
+          tell(work);
+        }
+        first = false;
+      }
     }
-    load_v(key, kv_head, batch);
+    if (!told) tell(work);
+  }
+
+  // Another hears of them and loads values. They have a warp of their own since their places become free at other
+  // times than those of keys.
+  __device__ __forceinline__ void run_values() {
+    if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
+    for (;;) {
+      const Letter letter = rings.mail.receive();
+      if (letter.work.row_tile < 0) return;
+      const Rows<C> rows(p, launch, band, letter.work);
+      auto tiles = rows.tiles(band);
+#pragma unroll 1
+      for (int left = rows.count(); left > 0; --left) {
+        load_v(rows, tiles.key());
+        tiles.advance();
+      }
+    }
   }
 };

@@ -8,15 +8,25 @@
 
 struct Launch {
   CUtensorMap q, k, v;
+  int packed;                // log2 of the heads of q whose rows lie side by side in a tile
   int row_tiles, key_tiles;  // tiles of a head
   int tiles;                 // tiles of rows in all
   int heads_at_once;         // sectioned order
   Extent* extents;           // of the intervals, tile by tile
   Span* spans;               // of each mask head, by tile of rows: the tiles of keys it sees,
-  unsigned* counted;         // how many blocks have found theirs,
   int* order;                // and which tile of rows sees the most, the next most, ...
   unsigned* taken;           // dynamic schedule: tiles of rows that blocks have come for, beside each one's first
 };
+
+// Blocks of a cluster are a team: they take neighbouring tiles of rows together, which count as one.
+template <class C>
+__device__ __forceinline__ int team() {
+  return blockIdx.x / C::kCluster;
+}
+template <class C>
+__device__ __forceinline__ int teams() {
+  return gridDim.x / C::kCluster;
+}
 
 // Which tile of rows a block takes after its first: none, every so many-th of the order, turning at its ends so that
 // all blocks get as much of what is long as of what is short; or the next that nobody has taken.
@@ -29,10 +39,11 @@ struct Share {
       return launch.tiles;
     } else if constexpr (C::kSchedule == Schedule::balanced) {
       ++round;
-      return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+      return round * teams<C>() + (round % 2 ? teams<C>() - 1 - team<C>() : team<C>());
     } else {
-      if (round++ == 0) ptx::wait_for_previous_kernel();  // which sets the counter to zero
-      return gridDim.x + (threadIdx.x % 32 == 0 ? atomicAdd(launch.taken, 1) : 0);
+      if (launch.tiles <= teams<C>()) return launch.tiles;  // there is no counter
+      if (round++ == 0) ptx::wait_for_previous_kernel();   // which sets it to zero
+      return teams<C>() + (threadIdx.x % 32 == 0 ? atomicAdd(launch.taken, 1) : 0);
     }
   }
 };
@@ -58,10 +69,34 @@ __device__ __forceinline__ Intervals<C> intervals_of(const fagen_params& p, cons
   return intervals;
 }
 
+// Heads of q that share keys may be packed: 2^n of them count as one head, with as many rows to a row of q. That many
+// of the last bits of a row are its head's.
+template <class C>
+struct Packing {
+  int log2;
+
+  __device__ __forceinline__ explicit Packing(const Launch& launch) : log2(C::kPackHeads ? launch.packed : 0) {}
+  __device__ __forceinline__ int heads(int heads) const { return heads >> log2; }
+  __device__ __forceinline__ int rows(int rows) const { return rows << log2; }
+  // of a packed head and row: which they are in q
+  __device__ __forceinline__ int head(int head, int m) const { return head << log2 | (m & ((1 << log2) - 1)); }
+  __device__ __forceinline__ int row(int m) const { return m >> log2; }
+  // the tiles of keys that packed rows [m0, m1) see
+  __device__ __forceinline__ TileRange range(const Band& band, int m0, int m1) const {
+    if constexpr (C::kMask == Mask::none)
+      return {0, (band.seqlen_k + C::kTileN - 1) / C::kTileN, 0, band.seqlen_k / C::kTileN};
+    TileRange range = TileRange::of<C::kTileN>(band, row(m0), row(m1 - 1) + 1);
+    if (C::kMask == Mask::causal) range.begin = range.full_begin = 0;
+    return range;
+  }
+};
+
 // The `index`-th tile of rows in the order of work.
 template <class C>
 __device__ __forceinline__ Work take(const fagen_params& p, const Launch& launch, int index) {
-  Work work = take_work<C::kBlockOrder>(p, index, launch.row_tiles, launch.heads_at_once);
+  fagen_params grid;
+  grid.batch = p.batch, grid.heads = Packing<C>(launch).heads(p.heads);
+  Work work = take_work<C::kBlockOrder>(grid, index, launch.row_tiles, launch.heads_at_once);
   if constexpr (kRanked<C>) {
     const int* order = launch.order + mask_plane(p, work.batch, work.head / (p.heads / p.kv_heads)) * launch.row_tiles;
     work.row_tile = order[launch.row_tiles - 1 - work.row_tile];
@@ -90,15 +125,17 @@ struct Rows {
   Rows() = default;
   __device__ __forceinline__ Rows(const fagen_params& p, const Launch& launch, const Band& band, const Work& work)
       : work(work) {
-    kv_head = work.head / (p.heads / p.kv_heads);
+    const Packing<C> packing(launch);
+    kv_head = work.head / packing.heads(p.heads / p.kv_heads);
     if constexpr (C::kMask == Mask::intervals) {
       const int64_t plane = mask_plane(p, work.batch, kv_head);
       intervals = intervals_of<C>(p, launch, work.batch, mask_head(p, kv_head));
       span = launch.spans[plane * launch.row_tiles + max(work.row_tile, 0)];
       m0 = span.m0, m1 = span.m1;
     } else {
-      m0 = work.row_tile * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
-      range = TileRange::of<C::kTileN>(band, m0, m1);
+      m0 = (work.row_tile * C::kCluster + blockIdx.x % C::kCluster) * C::kTileM,
+      m1 = min(m0 + C::kTileM, packing.rows(p.seqlen_q));
+      range = packing.range(band, m0, m1);
     }
   }
 
@@ -107,6 +144,13 @@ struct Rows {
       return span.first < span.end;
     else
       return range.begin < range.end;
+  }
+  // tiles of keys
+  __device__ __forceinline__ int count() const {
+    if constexpr (C::kMask == Mask::intervals)
+      return span.cut + span.whole;
+    else
+      return range.end - range.begin;
   }
   // for the producer, at the first one
   __device__ __forceinline__ auto tiles(const Band& band) const {

@@ -4,7 +4,8 @@
 namespace ptx {
 
 inline uint32_t shared_address(const void* pointer) {
-  return uint32_t(static_cast<const unsigned char*>(pointer) - emulator::dynamic_shared()) + emulator::kSharedBase;
+  const uint32_t offset = static_cast<const unsigned char*>(pointer) - emulator::dynamic_shared();
+  return emulator::now->block->rank << 24 | (offset + emulator::kSharedBase);
 }
 inline void cp_async_16(uint32_t to, const void* from, bool valid) {
   uint4* place = &emulator::shared_at<uint4>(to);

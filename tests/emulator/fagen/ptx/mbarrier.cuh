@@ -4,8 +4,8 @@
 namespace emulator {
 
 inline Barrier& barrier(uint32_t address, Block* block = now->block) {
-  const auto found = block->barriers.find(address);
-  if (found == block->barriers.end()) fail("there is no barrier at " + std::to_string(address - kSharedBase));
+  const auto found = block->barriers.find(offset_of(address));
+  if (found == block->barriers.end()) fail("there is no barrier at " + std::to_string(offset_of(address)));
   return found->second;
 }
 inline void arrive_at(Barrier& barrier) {
@@ -20,17 +20,20 @@ namespace ptx {
 
 inline void mbarrier_init(uint32_t barrier, int arrivals) {
   emulator::now->block->at(barrier, 8);
-  emulator::now->block->barriers[barrier] = {arrivals, arrivals, 0, 0};
+  emulator::now->block->barriers[emulator::offset_of(barrier)] = {arrivals, arrivals, 0, 0};
 }
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(uint32_t barrier) { emulator::arrive_at(emulator::barrier(barrier)); }
+inline void mbarrier_arrive_at(uint32_t barrier, int block) {
+  emulator::arrive_at(emulator::barrier(barrier, emulator::now->block->team->blocks[block].get()));
+}
 inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
   emulator::barrier(barrier).bytes += bytes;
   mbarrier_arrive(barrier);
 }
 inline void mbarrier_wait(uint32_t barrier, int parity) {
   const emulator::Barrier& found = emulator::barrier(barrier);
-  emulator::wait("barrier at", barrier - emulator::kSharedBase,
+  emulator::wait("barrier at", emulator::offset_of(barrier),
                  [&found, parity] { return int(found.phase % 2) != parity; });
 }
 inline uint32_t ld_shared_4(uint32_t from) { return emulator::shared_at<uint32_t>(from); }

@@ -35,7 +35,7 @@ inline void copy(uint32_t to, const CUtensorMap* map, uint32_t barrier_address, 
             const int64_t index = begin[0] + int64_t(column);
             uint16_t element = 0;
             if (inside && index >= 0 && uint64_t(index) < m.size[0]) memcpy(&element, from + index * 2, 2);
-            memcpy(block->shared.data() + (swizzled(to + row * 128 + column * 2) - kSharedBase), &element, 2);
+            memcpy(block->shared.data() + offset_of(swizzled(to + row * 128 + column * 2)), &element, 2);
           }
         }
         told->bytes -= int64_t(rows) * m.box[0] * 2;
@@ -51,6 +51,14 @@ namespace ptx {
 inline void prefetch_map(const CUtensorMap*) {}
 inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row, int head, int batch) {
   emulator::copy(to, map, barrier, {column, row, head, batch}, 0);
+}
+inline void tma_load_to_all(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row, int head,
+                            int batch, uint16_t blocks) {
+  emulator::copy(to, map, barrier, {column, row, head, batch}, blocks);
+}
+inline void tma_load_packed(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row, int head,
+                            int batch) {
+  emulator::copy(to, map, barrier, {column, 0, row, head, batch}, 0);
 }
 
 }  // namespace ptx

@@ -84,6 +84,16 @@ inline void barrier_arrive(int id, int threads) {
   auto& meeting = emulator::now->block->meetings[id];
   emulator::arrive(meeting, threads);
 }
+inline void cluster_sync() {
+  emulator::Team& team = *emulator::now->block->team;
+  emulator::meet(team.meeting, team.threads, "all of the cluster", 0);
+}
+inline void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  const uint64_t* rows = emulator::exchange(address, "stmatrix");
+  const int lane = emulator::now->thread.x % 32;
+  for (int i = 0; i < 4; ++i) emulator::shared_at<uint32_t>(uint32_t(rows[i * 8 + lane / 4]) + lane % 4 * 4) = r[i];
+}
+inline void fence_shared_writes() {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
   emulator::now->products.commit();
@@ -103,6 +113,10 @@ inline void wait_for_previous_kernel() {}
 template <int kColumns>
 void wgmma_shared(float (&c)[kColumns / 8][4], uint64_t a, uint64_t b, bool more) {
   emulator::add_product<kColumns, true>(c, b, more, emulator::rows_at(a));
+}
+template <int kColumns>
+void wgmma_shared_columns(float (&c)[kColumns / 8][4], uint64_t a, uint64_t b) {
+  emulator::add_product<kColumns, false>(c, b, true, emulator::rows_at(a));
 }
 template <int kColumns>
 void wgmma_registers(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b) {
