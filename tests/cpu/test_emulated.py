@@ -6,6 +6,8 @@ What a GPU has beyond the emulator (tests/emulator) is left to tests/gpu: roundi
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import emulated
@@ -13,8 +15,10 @@ import pytest
 import torch
 
 from fagen import masks
+from fagen.families import Config
+from fagen.problem import Problem
 from fagen.target import Target, known
-from tests.gpu.cases import HOPPER, SCHEMES, SCHEMES_90, Case, run
+from tests.gpu.cases import HOPPER, SCHEMES, SCHEMES_90, Case, config_90, run
 
 BANDS = {"none": (-1, -1), "causal": (-1, -1), "window": (70, 20), "intervals": (-1, -1)}
 KINDS = ("lower1", "lower2", "both2", "both4")
@@ -144,3 +148,36 @@ def test_lanes_at_different_places_are_told(tmp_path):
     new = "  if (threadIdx.x % 2) __syncwarp(); else __any_sync(~0u, true);\n"
     with pytest.raises(AssertionError, match="the lanes of a warp are at different places"):
         check(_BROKEN, tmp_path, 70, 0, text=text.replace(old, new))
+
+
+# ---- what the schemes here and in tests/gpu cover --------------------------------------------------------------------
+
+
+def test_every_value_of_every_knob_is_run() -> None:
+    for knob in HOPPER.knobs:
+        assert {scheme[knob.name] for scheme in SCHEMES_90.values()} == set(knob.choices), knob.name
+
+
+_PAIRED = (
+    "tile_m", "q_stages", "overlap", "rescale", "ping_pong", "blocks_per_sm", "schedule", "block_order", "cluster",
+    "shared_weights", "pack_heads",
+)  # fmt: skip
+
+
+def _pairs(config: Config) -> Iterator[tuple[tuple[str, object], ...]]:
+    return itertools.combinations([(name, config[name]) for name in _PAIRED], 2)
+
+
+def test_every_legal_pair_of_values_is_run() -> None:
+    """Of all knobs but those of sizes."""
+    problems, where = [Problem(head_dim=64, mask=mask) for mask in ("causal", "none")], known("sm_90")
+    choices = (knob.choices for knob in HOPPER.knobs if knob.name in _PAIRED)
+    names = [knob.name for knob in HOPPER.knobs if knob.name in _PAIRED]
+    small = config_90(tile_n=32, stages=1)
+    wanted: set[tuple[tuple[str, object], ...]] = set()
+    for values in itertools.product(*choices):
+        config = small.replace(**dict(zip(names, values, strict=True)))
+        if not all(HOPPER.rejects(problem, where, config) for problem in problems):
+            wanted.update(_pairs(config))
+    ran = {pair for scheme in SCHEMES_90.values() for pair in _pairs(scheme)}
+    assert not wanted - ran, sorted(map(str, wanted - ran))

@@ -86,7 +86,7 @@ _MIXED = (
     (128, 80, 2, 2, False, "deferred", True, 1, "balanced", "ascending", 32, 2, False, True),
     (192, 64, 2, 2, True, "deferred", True, 1, "balanced", "ascending", 32, 2, True, False),
     (192, 80, 1, 1, False, "each", False, 1, "single", "sectioned", 16, 2, True, True),
-    (64, 32, 1, 1, True, "deferred", False, 3, "dynamic", "ascending", 32, 1, True, False),
+    (64, 32, 1, 2, True, "deferred", False, 3, "dynamic", "ascending", 32, 1, True, False),
 )
 
 

@@ -30,8 +30,12 @@ from tests.gpu.cases import Case, run
 for name in ("tma", "tma_one_group", "tma_three_groups", "tma_serial", "tma_shared_weights", "tma_packed"):
     assert run(Case(name), 270, 299)
 assert run(Case("tma_three_stages"), 270, 299) and run(Case("tma_pair", mask="none", head_dim=128), 270, 299)
-assert run(Case("tma", mask="intervals", intervals="both4"), 70, 299)
 assert run(Case("tma", head_dim=80, mask="none"), 70, 99)
+print("all right")
+"""
+INTERVALS = """
+from tests.gpu.cases import Case, run
+assert run(Case("tma", mask="intervals", intervals="both4"), 70, 299)
 print("all right")
 """
 
@@ -48,13 +52,17 @@ def _hopper() -> bool:
         ("racecheck", MMA_SYNC),
         ("memcheck", WGMMA),
         ("racecheck", WGMMA),
+        ("memcheck", INTERVALS),
+        ("racecheck", INTERVALS),
     ],
-    ids=["sm80-memcheck", "sm80-racecheck", "sm90-memcheck", "sm90-racecheck"],
+    ids=lambda x: {MMA_SYNC: "sm80", WGMMA: "sm90", INTERVALS: "sm90-intervals"}.get(x, x),
 )
 def test_sanitizer(check: str, kernels: str) -> None:
-    if kernels is WGMMA and not _hopper():
+    if kernels is not MMA_SYNC and not _hopper():
         pytest.skip("needs Hopper")
-    options = f"--tool {check} --error-exitcode 9 --kernel-regex kns=forward_kernel"
+    # With intervals all kernels: racecheck fails of itself where of two that overlap it follows the second only.
+    only = "" if kernels is INTERVALS else "--kernel-regex kns=forward_kernel"
+    options = f"--tool {check} --error-exitcode 9 {only}"
     command = [TOOL, *options.split(), sys.executable, "-c", kernels]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=Path(__file__).parents[2])
     assert done.returncode == 0 and "all right" in done.stdout, (done.stdout + done.stderr)[-3000:]

@@ -3,9 +3,6 @@ blocks that take many tiles of rows, launches at once, graphs."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -151,39 +148,6 @@ def test_sections_of_uneven_sizes(name: str, mask: str) -> None:
     """5 MB of keys and values a head, 7 heads of them: sections of 2, 2, 2, 1, or of 4 and 3, or one of all."""
     verdict = run(Case(name, mask=mask, heads=14, kv_heads=7), 2600, 20000, batch=1)
     assert verdict, verdict.message
-
-
-# ---- what is run covers the knobs --------------------------------------------------------------------------------
-
-
-def test_every_value_of_every_knob_is_run() -> None:
-    for knob in HOPPER.knobs:
-        assert {scheme[knob.name] for scheme in SCHEMES_90.values()} == set(knob.choices), knob.name
-
-
-_PAIRED = (
-    "tile_m", "q_stages", "overlap", "rescale", "ping_pong", "blocks_per_sm", "schedule", "block_order", "cluster",
-    "shared_weights", "pack_heads",
-)  # fmt: skip
-
-
-def _pairs(config: Config) -> Iterator[tuple[tuple[str, object], ...]]:
-    return itertools.combinations([(name, config[name]) for name in _PAIRED], 2)
-
-
-def test_every_legal_pair_of_values_is_run() -> None:
-    """Of all knobs but those of sizes."""
-    problems, where = [Problem(head_dim=64, mask=mask) for mask in ("causal", "none")], target.known("sm_90")
-    choices = (knob.choices for knob in HOPPER.knobs if knob.name in _PAIRED)
-    names = [knob.name for knob in HOPPER.knobs if knob.name in _PAIRED]
-    small = cases.config_90(tile_n=32, stages=1)
-    wanted: set[tuple[tuple[str, object], ...]] = set()
-    for values in itertools.product(*choices):
-        config = small.replace(**dict(zip(names, values, strict=True)))
-        if not all(HOPPER.rejects(problem, where, config) for problem in problems):
-            wanted.update(_pairs(config))
-    ran = {pair for scheme in SCHEMES_90.values() for pair in _pairs(scheme)}
-    assert not wanted - ran, sorted(map(str, wanted - ran))
 
 
 # ---- rows that see nothing ---------------------------------------------------------------------------------------
