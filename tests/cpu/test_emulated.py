@@ -150,6 +150,19 @@ def test_lanes_at_different_places_are_told(tmp_path):
         check(_BROKEN, tmp_path, 70, 0, text=text.replace(old, new))
 
 
+def test_extents_may_promise_what_no_key_shows(folder: Path) -> None:
+    """Keys that nobody sees, for two reasons in turn: their tiles look as if some rows saw them."""
+    rows = keys = 330
+    bounds = torch.tensor([rows, 0], dtype=torch.int32).repeat(
+        1, 1, keys, 1
+    )  # rows from the first on, below the second
+    for first, end in ((0, 150), (300, 330)):
+        bounds[0, 0, first:end:2], bounds[0, 0, first + 1 : end : 2] = 0, rows
+    for case in DOCUMENTS[1:]:
+        verdict = check(case, folder, rows, keys, intervals=bounds)
+        assert verdict, verdict.message
+
+
 # ---- what the schemes here and in tests/gpu cover --------------------------------------------------------------------
 
 

@@ -21,6 +21,8 @@ step 1-short-plan && render plan 'doc8'
 step 2-two-tiles-first && render two-tiles 'doc8|.*causal|window|small|bert'
 step 3-begin-early && render early '.*'
 step 4-lean-producers && render lean 'doc8'
+step 5-nothing-hidden && render unmasked 'doc8'
+step 6-idle-groups && render idle '.*'
 # and beyond, where producers spill: is 192 x 128 worth that they be made leaner?
 sed -i 's/Mask::intervals ? 56/Mask::intervals \&\& kGroups < 3 ? 56/' "$headers/layout.cuh"
 sed -i 's/56 if p.mask == "intervals" else/56 if p.mask == "intervals" and groups < 3 else/' \
