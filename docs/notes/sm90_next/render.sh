@@ -24,8 +24,8 @@ step 4-lean-producers && render lean 'doc8'
 step 5-nothing-hidden && render unmasked 'doc8'
 step 6-idle-groups && render idle '.*'
 # and beyond, where producers spill: is 192 x 128 worth that they be made leaner?
-sed -i 's/Mask::intervals ? 56/Mask::intervals \&\& kGroups < 3 ? 56/' "$headers/layout.cuh"
-sed -i 's/56 if p.mask == "intervals" else/56 if p.mask == "intervals" and groups < 3 else/' \
+sed -i 's/(kEach <= 128 ? 56 : 72)/(kGroups == 3 ? 32 : kEach <= 128 ? 56 : 72)/' "$headers/layout.cuh"
+sed -i 's/(56 if each <= 128 else 72)/(32 if groups == 3 else 56 if each <= 128 else 72)/' \
   "$tree/fagen/families/sm90_forward.py"
 render leanest 'doc8-[a-z]*: tile_m=192'
 (cd "$tree" && git checkout -q . && for patch in "$here"/*.patch; do git apply "$patch"; done)
