@@ -1,4 +1,4 @@
-"""Forward for Hopper: copies by the copy engine (TMA), products by warpgroups (wgmma), a warp that only feeds them."""
+"""Forward for Hopper: copies by the copy engine (TMA), products by warpgroups (wgmma), warps that only feed them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ KNOBS = (
 )
 
 OTHER_REGISTERS = 24  # addresses, maxima and sums, loop state
+FEWEST_REGISTERS = 64  # that are too few for any product
 
 
 def registers_each(c: Config) -> int:
@@ -95,9 +96,9 @@ def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
 
 def _product_fits(p: Problem, t: Target, c: Config) -> str | None:
     need, each = max(int(c.tile_n), p.head_dim_v_padded) // 2 + 30, registers_each(c)
-    if need > each or each <= 64:
-        return f"a product takes {max(need, 65)} > {each} registers that the block is compiled for"
-    return None
+    if each <= FEWEST_REGISTERS:
+        return f"compiled for {each} <= {FEWEST_REGISTERS} registers a thread, ptxas makes products wait for each other"
+    return f"a product takes {need} > {each} registers that the block is compiled for" if need > each else None
 
 
 def _single_has_one(p: Problem, t: Target, c: Config) -> str | None:

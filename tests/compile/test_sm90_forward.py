@@ -107,9 +107,8 @@ def test_other_knobs_compile_cleanly(problem: Problem, changes: dict[str, object
 # ---- registers ---------------------------------------------------------------------------------------------------
 
 _CAUSAL, _INTERVALS = Problem(head_dim=16, mask="causal"), Problem(head_dim=16, mask="intervals", intervals="lower1")
-SHARES = [
-    (_CAUSAL, m, blocks) for m in (64, 128, 192) for blocks in (1, 2, 3) if m * blocks < 384
-]  # fewer registers are too few for a product
+# with more threads than these an SM has too few registers for a product
+SHARES = [(_CAUSAL, m, blocks) for m in (64, 128, 192) for blocks in (1, 2, 3) if m * blocks < 384]
 SHARES += [(_INTERVALS, 128, 1), (_INTERVALS, 192, 1)]
 
 
@@ -150,6 +149,11 @@ def test_disagreement_is_a_compile_error(what: str) -> None:
             Problem(head_dim=128),
             {"tile_m": 64, "tile_n": 32, "stages": 1, "blocks_per_sm": 3},
             "a product takes 94 > 80",
+        ),
+        (
+            Problem(head_dim=64),
+            {"tile_m": 192, "tile_n": 32, "blocks_per_sm": 2, "stages": 1, "shared_weights": True},
+            "64 <= 64",
         ),
         (Problem(head_dim=64), {"schedule": "single", "q_stages": 2}, "no second one to load"),
         (Problem(head_dim=64), {"tile_m": 64, "ping_pong": True}, "nobody to take turns with"),
