@@ -45,10 +45,10 @@ def registers_each(c: Config) -> int:
     return 65536 // (int(c.blocks_per_sm) * (2 * int(c.tile_m) + 128)) // 8 * 8
 
 
-def consumer_registers(p: Problem, c: Config) -> int:
+def consumer_registers(c: Config) -> int:
     """Of a thread that computes: what the producing warpgroup leaves of the block's part of the SM."""
     groups, each = int(c.tile_m) // 64, registers_each(c)
-    producer = (56 if each < 128 else 72) if p.mask == "intervals" else 32 if groups == 3 else 40
+    producer = 32 if groups == 3 else 40
     return min(240, ((groups + 1) * each - producer) // groups // 8 * 8)
 
 
@@ -90,7 +90,7 @@ def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
 
 
 def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
-    need, limit = fragment_registers(p, c) + OTHER_REGISTERS, consumer_registers(p, c)
+    need, limit = fragment_registers(p, c) + OTHER_REGISTERS, consumer_registers(c)
     return f"about {need} > {limit} registers a thread" if need > limit else None
 
 
@@ -154,7 +154,7 @@ def _supports(p: Problem, t: Target) -> str | None:
 
 
 def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
-    return {"threads": 2 * int(c.tile_m) + 128, "smem_bytes": smem_bytes(p, c), "registers": consumer_registers(p, c)}
+    return {"threads": 2 * int(c.tile_m) + 128, "smem_bytes": smem_bytes(p, c), "registers": consumer_registers(c)}
 
 
 CONSTRAINTS = (
@@ -182,7 +182,7 @@ _SHORT = {64: (64, 64, 1, 3)}  # the best tile of a head dim where rows see few 
 # where there are many keys.
 _SHARED = {96: ((192, 128, 1, 1),), 128: ((192, 128, 1, 1), (192, 96, 1, 1))}
 _FEW_ROWS = ((64, 128, 1, 2), (64, 64, 1, 3), (128, 128, 1, 1))  # not enough to go round: a tile a block
-_MANY_KEYS, _FEW_KEYS = 4096, 2048
+_FEW_KEYS = 2048
 _WAVES = 2  # of blocks: with fewer tiles of rows than that, nothing is gained by dealing them out
 _SMALLEST = ((128, 64, 1, 1), (64, 32, 1, 1))  # with a single stage of k and v they fit every problem
 
@@ -208,7 +208,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     shared = (config(tile, 2, *plans[0]).replace(shared_weights=True) for tile in _SHARED.get(p.head_dim_padded, ()))
     third = next(filter(legal, shared), None)
     if third:
-        dealt.insert(0 if p.seqlen_k >= (_FEW_KEYS if p.mask == "none" else _MANY_KEYS) else 1, third)
+        dealt.insert(0 if p.seqlen_k >= _FEW_KEYS else 1, third)
     if packed_heads(p) > 1:
         packed = [c.replace(pack_heads=True) for c in dealt[:2]]
         dealt = packed + dealt if p.mask == "causal" and p.seqlen_k >= _FEW_KEYS else dealt + packed
@@ -242,10 +242,10 @@ def _few(p: Problem, t: Target, c: Config) -> bool:
 
 
 def _default(p: Problem, t: Target) -> Config:
-    """The first guess with registers to spare where masks or score changes take more than usual."""
-    spare = OTHER_REGISTERS + (42 if p.mask == "intervals" or p.softcap or p.alibi else 0)
+    """The first guess with registers to spare where slopes take more than usual."""
+    spare = OTHER_REGISTERS + (16 if p.alibi else 0)
     guesses = _guesses(p, t)
-    roomy = (c for c in guesses if fragment_registers(p, c) + spare <= consumer_registers(p, c))
+    roomy = (c for c in guesses if fragment_registers(p, c) + spare <= consumer_registers(c))
     return next(roomy, guesses[-1])
 
 

@@ -926,9 +926,7 @@ struct Shape {
 
   // Registers of a thread: what the block is compiled for, and how the roles divide them.
   static constexpr int kEach = 65536 / (C::kBlocksPerSm * kThreads) / 8 * 8;
-  static constexpr int kProducerRegisters = C::kMask == Mask::intervals ? (kEach < 128 ? 56 : 72)
-                                            : kGroups == 3              ? 32
-                                                                        : 40;
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
   static constexpr int kShare = ((kGroups + 1) * kEach - kProducerRegisters) / kGroups / 8 * 8;
   static constexpr int kConsumerRegisters = kShare > 240 ? 240 : kShare;
 
@@ -967,9 +965,9 @@ struct Ring {
 
   static constexpr int kBlocks = kSharers;
 
-  __device__ __forceinline__ void init(int consumers) const {
+  __device__ __forceinline__ void init(int consumers, int producers = 1) const {
     for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(barriers + s * 16, 1);
+      ptx::mbarrier_init(barriers + s * 16, producers);
       ptx::mbarrier_init(barriers + s * 16 + 8, consumers * kSharers);
     }
   }
@@ -995,39 +993,52 @@ struct Ring {
   }
 };
 
-// Which tile of rows comes next: the producer tells the consumers. A row_tile of -1 is the end. With intervals, also
-// which rows these are and how many tiles of keys they see.
-struct Letter {
-  Work work;
+// With intervals: rows [m0, m1). Of so many tiles of keys that they see, something is hidden of `cut` and nothing of
+// `whole`.
+struct alignas(16) Span {
   int m0, m1, cut, whole;
 };
 
+// Which tile of rows comes next: the warp that finds it tells the others. A row_tile of -1 is the end.
+struct Letter {
+  Work work;
+  int kv_head;
+  Span span;
+};
+
+// A ring of two.
 template <bool kIntervals>
 struct Mail {
-  Ring<2, 32> ring;
+  uint32_t places, barriers;
+  int count = 0;  // of letters so far, which says all: some that hear them have no register to spare
+
+  __device__ __forceinline__ Ring<2, 32> ring() const { return {places, barriers, count % 2, count / 2 % 2}; }
 
   __device__ __forceinline__ void send(const Letter& letter) {
     if (threadIdx.x % 32 == 0) {
-      ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
-      ptx::st_shared_16(ring.tile(), make_uint4(letter.work.row_tile, letter.work.head, letter.work.batch, 0));
-      if (kIntervals) ptx::st_shared_16(ring.tile() + 16, make_uint4(letter.m0, letter.m1, letter.cut, letter.whole));
-      ptx::mbarrier_arrive(ring.full());
+      const auto place = ring();
+      place.acquire();
+      ptx::st_shared_16(place.tile(),
+                        make_uint4(letter.work.row_tile, letter.work.head, letter.work.batch, letter.kv_head));
+      const Span& span = letter.span;
+      if (kIntervals) ptx::st_shared_16(place.tile() + 16, make_uint4(span.m0, span.m1, span.cut, span.whole));
+      ptx::mbarrier_arrive(place.full());
     }
-    ring.advance();
+    ++count;
   }
   __device__ __forceinline__ Letter receive() {
-    ring.wait();
-    const uint4 work = ptx::ld_shared_16(ring.tile());
-    const uint4 seen = kIntervals ? ptx::ld_shared_16(ring.tile() + 16) : make_uint4(0, 0, 0, 0);
+    auto place = ring();
+    place.wait();
+    const uint4 work = ptx::ld_shared_16(place.tile());
+    const uint4 seen = kIntervals ? ptx::ld_shared_16(place.tile() + 16) : make_uint4(0, 0, 0, 0);
     __syncwarp();  // every lane has read before the first one gives the place back
-    ring.release();
+    place.release();
+    ++count;
     // broadcast, so that the compiler as well knows it to be the same in all lanes
     const auto uniform = [](uint32_t x) { return int(__shfl_sync(~0u, x, 0)); };
     return {{uniform(work.x), uniform(work.y), uniform(work.z)},
-            uniform(seen.x),
-            uniform(seen.y),
-            uniform(seen.z),
-            uniform(seen.w)};
+            uniform(work.w),
+            {uniform(seen.x), uniform(seen.y), uniform(seen.z), uniform(seen.w)}};
   }
 };
 
@@ -1044,23 +1055,25 @@ struct Rings {
       : q{smem + S::kQ, smem + S::kBarriers},
         k{smem + S::kK, smem + S::kBarriers + 16 * C::kQStages},
         v{smem + S::kV, smem + S::kBarriers + 16 * (C::kQStages + C::kStages)},
-        mail{{smem + S::kMail, smem + S::kMail + 64}},
+        mail{smem + S::kMail, smem + S::kMail + 64},
         told(smem + S::kTold) {}
 
   __device__ __forceinline__ uint32_t told_place() const { return told + (k.stage + k.phase * C::kStages) * 48; }
 
-  // A tile, or a letter, is given back with one arrival a warp.
+  // A tile, or a letter, is given back with one arrival a warp. With intervals there is a warp that tells of tiles of
+  // keys. It hears of tiles of rows, as the one does that loads values.
   __device__ __forceinline__ void init() const {
+    constexpr bool kTold = C::kMask == Mask::intervals;
     q.init(S::kGroups * 4);
-    k.init(S::kGroups * 4);
+    k.init(S::kGroups * 4, 1 + kTold);
     v.init(S::kGroups * 4);
-    mail.ring.init(S::kGroups * 4 + 1);  // the warp that loads values hears as well
+    mail.ring().init(S::kGroups * 4 + 1 + kTold);
     ptx::fence_mbarrier_init();
   }
 };
 
 // ---- fagen/sm90/forward.cuh ------------------------------------------------------------------------------
-// The forward kernel for Hopper: one warp feeds the copy engine, one to three warpgroups compute 64 rows of q each.
+// The forward kernel for Hopper: two warps feed the copy engine, one to three warpgroups compute 64 rows of q each.
 //
 // A block works through tiles of rows without a pause: the product that ends one tile, its O on the way to memory, and
 // the first scores of the next are under way together.
@@ -1069,31 +1082,26 @@ struct Rings {
 // ---- fagen/sm90/rows.cuh ---------------------------------------------------------------------------------
 // The tiles of rows that a block works through, and the keys that each of them sees.
 
-
 // ---- fagen/sm90/intervals.cuh ----------------------------------------------------------------------------
-// FlashMask's intervals: which tiles of keys a tile of rows sees, in which order it visits them, and what the producer
-// tells the consumers of each. Here a tile of keys may begin anywhere: a tile of rows begins with the first key it
-// sees.
+// FlashMask's intervals: which tiles of keys a tile of rows sees, in which order it visits them, and what consumers are
+// told of each. Here a tile of keys may begin anywhere: a tile of rows begins with the first key it sees.
 
 
-// A tile of rows is [m0, m1). The keys that it sees lie in [first, end). Taken in tiles from the first on, something is
-// hidden of `cut` of them and nothing of `whole`; others it does not see.
-struct Span {
-  int m0, m1, first, end, cut, whole;
-};
-
-// A key is hidden from all rows [m0, m1), by one of its two intervals.
+// A key is hidden from all of rows [m0, m1), by one of its two intervals.
 __device__ __forceinline__ bool hides_all(const Hidden& hidden, int m0, int m1) {
   return (m0 >= hidden.ls && m1 <= hidden.le) || (m0 >= hidden.us && m1 <= hidden.ue);
+}
+
+__device__ __forceinline__ bool alike(const Hidden& a, const Hidden& b) {
+  return a.ls == b.ls && a.le == b.le && a.us == b.us && a.ue == b.ue;
 }
 
 // One tile of keys against one of rows.
 template <class C>
 struct IntervalTile {
   Extent ls, le, us, ue;  // of its keys' bounds; from two tiles of the extents where it lies across them
-  int first;              // key
 
-  __device__ __forceinline__ IntervalTile(const Intervals<C>& intervals, int first) : first(first) {
+  __device__ __forceinline__ IntervalTile(const Intervals<C>& intervals, int first) {
     const int tile = first / C::kTileN, next = min((first + C::kTileN - 1) / C::kTileN, intervals.last_key / C::kTileN);
     const auto both = [](Extent a, Extent b) { return Extent{min(a.low, b.low), max(a.high, b.high)}; };
     ls = both(intervals.template extent<C::kLTS>(tile, kFar), intervals.template extent<C::kLTS>(next, kFar));
@@ -1101,73 +1109,43 @@ struct IntervalTile {
     us = both(intervals.template extent<C::kUTS>(tile, -kFar), intervals.template extent<C::kUTS>(next, -kFar));
     ue = both(intervals.template extent<C::kUTE>(tile, -kFar), intervals.template extent<C::kUTE>(next, -kFar));
   }
-  // all is hidden from rows [m0, m1); any may be; or all keys have the same bounds
+  // all is hidden from rows [m0, m1); or any may be
   __device__ __forceinline__ bool empty(int m0, int m1) const {
     return (m0 >= ls.high && m1 <= le.low) || (m0 >= us.high && m1 <= ue.low);
   }
   __device__ __forceinline__ bool touched(int m0, int m1) const {
     return (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
   }
-  __device__ __forceinline__ bool same() const {
-    return ls.low == ls.high && le.low == le.high && us.low == us.high && ue.low == ue.high;
-  }
-  // the band hides something of it
-  __device__ __forceinline__ bool banded(const Band& band, int m0, int m1) const {
-    return first + C::kTileN > band.end(m0) || first < band.begin(m1 - 1);
-  }
 };
 
-// The tiles of keys that rows [m0, m1) see, the cut ones first and then the whole ones, so that the consumers have a
-// loop for each; either from the last to the first. The lanes of a warp look at 32 at once.
+// A part of a walk: of 32 neighbouring tiles of keys those of a kind, a bit each. A tile is cut by the band, at least;
+// by intervals only; or whole.
+struct Part {
+  uint32_t word;  // the first key of the 32, the kind
+  uint32_t tiles;
+
+  enum Kind { kBanded, kCut, kWhole, kKinds };
+
+  __device__ __forceinline__ int key() const { return word >> 2; }
+  __device__ __forceinline__ Kind kind() const { return Kind(word & 3); }
+};
+
+// The tiles of keys that a tile of rows sees, kind by kind, so that the consumers have a loop for the cut ones and one
+// for the whole ones; those of a kind from the last to the first.
 template <class C>
 struct IntervalTiles {
-  Intervals<C> intervals;
-  Band band;
-  int m0, m1, first, count;  // of all tiles: the first key, and how many
-  int group;                 // tiles [group, group + 32) were looked at
-  uint32_t seen;             // bits of those still to visit
-  bool cut;                  // whether these are the cut ones
-  int tile;                  // the present one, or -1
+  const Part* parts;
+  unsigned next;  // of them
+  Part part;  // the present one, and which tiles of it are still to visit
+  int key;  // the present tile's first
 
-  __device__ __forceinline__ IntervalTiles(const Intervals<C>& intervals, const Band& band, Span span)
-      : intervals(intervals),
-        band(band),
-        m0(span.m0),
-        m1(span.m1),
-        first(span.first),
-        count((span.end - span.first + C::kTileN - 1) / C::kTileN),
-        group(count),
-        seen(0),
-        cut(true) {}
+  __device__ __forceinline__ IntervalTiles(const Part* parts, unsigned first) : parts(parts), next(first), part{0, 0} {}
 
-  // Bits of the tiles [group, group + 32) that are cut, or whole.
-  __device__ __forceinline__ uint32_t look(int group, bool cut) const {
-    const int mine = group + int(threadIdx.x % 32);
-    bool mask = false;
-    if (mine >= 0 && mine < count) {
-      const IntervalTile<C> tile(intervals, first + mine * C::kTileN);
-      mask = !tile.empty(m0, m1) && (tile.touched(m0, m1) || tile.banded(band, m0, m1)) == cut;
-    }
-    return __ballot_sync(~0u, mask);
-  }
-
-  __device__ __forceinline__ bool valid() const { return tile >= 0; }
-  __device__ __forceinline__ int key() const { return first + tile * C::kTileN; }
   __device__ __forceinline__ void advance() {
-    while (seen == 0) {
-      if (group <= 0) {
-        if (!cut) {
-          tile = -1;
-          return;
-        }
-        cut = false, group = count;
-      }
-      group -= 32;
-      seen = look(group, cut);
-    }
-    const int bit = 31 - __clz(seen);
-    seen ^= 1u << bit;
-    tile = group + bit;
+    while (part.tiles == 0) part = parts[next++];
+    const int tile = 31 - __clz(part.tiles);
+    part.tiles ^= 1u << tile;
+    key = part.key() + tile * C::kTileN;
   }
 };
 
@@ -1217,14 +1195,16 @@ struct Borders {
   }
 };
 
-// A warp finds out what rows [m0, m1) see.
+// A warp finds out what rows [m0, m1) see, and writes down their walk. The code is short rather than fast: it comes
+// from memory each time, and that is what most of the time goes to.
 template <class C>
-__device__ __forceinline__ Span find_span(const Intervals<C>& intervals, const Band& band, int m0, int m1) {
+__device__ __forceinline__ Span find_span(const Intervals<C>& intervals, const Band& band, int m0, int m1,
+                                          Part* parts) {
   const int lane = threadIdx.x % 32;
   const int begin = band.begin(m0), end = band.end(m1 - 1);
   const int tiles_end = (end + C::kTileN - 1) / C::kTileN;
   int first = -1, last = -1;  // tiles of the extents
-#pragma unroll 4
+#pragma unroll 1
   for (int group = begin / C::kTileN; group < tiles_end; group += 32) {
     const int mine = group + lane;
     const bool some = mine < tiles_end && !IntervalTile<C>(intervals, mine * C::kTileN).empty(m0, m1);
@@ -1232,29 +1212,43 @@ __device__ __forceinline__ Span find_span(const Intervals<C>& intervals, const B
     if (seen && first < 0) first = group + __ffs(seen) - 1;
     if (seen) last = group + 31 - __clz(seen);
   }
-  Span span = {m0, m1, 0, 0, 0, 0};
+  Span span = {m0, m1, 0, 0};
   if (first < 0) return span;
-  // and the first and last keys in those tiles
-  const auto column_seen = [&](int key) {
-    const Hidden hidden = intervals.at(min(key, intervals.last_key));
-    return key >= begin && key < end && !hides_all(hidden, m0, m1);
-  };
-  span.first = first * C::kTileN, span.end = min((last + 1) * C::kTileN, end);
+  // and the first and last keys in those tiles, if any of theirs is seen after all
+  int first_key = first * C::kTileN, last_key = min((last + 1) * C::kTileN, end) - 1;
+#pragma unroll 1
+  for (const bool ahead : {true, false}) {
+    const int key0 = (ahead ? first : last) * C::kTileN;
+    int low = INT_MAX, high = -1;
 #pragma unroll
-  for (int i = (C::kTileN - 1) / 32; i >= 0; --i) {
-    const uint32_t seen = __ballot_sync(~0u, column_seen(first * C::kTileN + i * 32 + lane));
-    if (seen) span.first = first * C::kTileN + i * 32 + __ffs(seen) - 1;
+    for (int i = 0; i < C::kTileN; i += 32) {
+      const int key = key0 + i + lane;
+      const Hidden hidden = intervals.at(min(key, intervals.last_key));
+      // no && before the load, or each load would wait for the one before
+      const bool seen = (i + lane < C::kTileN) & (key >= begin) & (key < end) & !hides_all(hidden, m0, m1);
+      low = min(low, seen ? key : INT_MAX), high = seen ? key : high;
+    }
+    low = __reduce_min_sync(~0u, low), high = __reduce_max_sync(~0u, high);
+    if (high >= 0) (ahead ? first_key : last_key) = ahead ? low : high;
   }
-#pragma unroll
-  for (int i = 0; i <= (C::kTileN - 1) / 32; ++i) {
-    const uint32_t seen = __ballot_sync(~0u, column_seen(last * C::kTileN + i * 32 + lane));
-    if (seen) span.end = last * C::kTileN + i * 32 + 32 - __clz(seen);
-  }
-  const IntervalTiles<C> tiles(intervals, band, span);
-#pragma unroll 4
-  for (int group = 0; group < tiles.count; group += 32) {
-    span.cut += __popc(tiles.look(group, true));
-    span.whole += __popc(tiles.look(group, false));
+  // the walk's tiles begin with the first key; the lanes look at 32 of them at once
+  constexpr int kGroup = 32 * C::kTileN;
+  const int groups = (last_key - first_key) / kGroup + 1;
+#pragma unroll 1
+  for (int group = groups - 1; group >= 0; --group, ++parts) {
+    const int key0 = first_key + group * kGroup, key = key0 + lane * C::kTileN;
+    int kind = Part::kKinds;
+    if (key <= last_key) {
+      const IntervalTile<C> tile(intervals, key);
+      const bool banded = key + C::kTileN > band.end(m0) || key < band.begin(m1 - 1);
+      if (!tile.empty(m0, m1)) kind = banded ? Part::kBanded : tile.touched(m0, m1) ? Part::kCut : Part::kWhole;
+    }
+#pragma unroll 1
+    for (int i = 0; i < Part::kKinds; ++i) {
+      const uint32_t tiles = __ballot_sync(~0u, kind == i);
+      (i == Part::kWhole ? span.whole : span.cut) += __popc(tiles);
+      if (lane == 0) parts[i * groups] = {uint32_t(key0 << 2 | i), tiles};
+    }
   }
   return span;
 }
@@ -1276,6 +1270,7 @@ struct Told {
   }
   __device__ __forceinline__ int key() const { return word >> 3; }
   __device__ __forceinline__ bool banded() const { return word & 4; }
+  __device__ __forceinline__ bool hides_nothing() const { return (word & 7) == kNothing; }
   __device__ __forceinline__ Cut cut() const { return Cut(word & 3); }
   // the rows that are hidden
   __device__ __forceinline__ Hidden rows() const {
@@ -1289,53 +1284,110 @@ struct Told {
   }
 };
 
-// The producer's side: a warp finds out together, one lane says it.
+// The other side: a warp finds out and says it together.
 template <class C>
 struct Telling {
   static constexpr int kWords = (C::kTileN + 127) / 128 * 4;
   uint32_t word;
-  uint32_t words[kWords];  // hidden rows, or seen columns
+  uint32_t mine;  // of the words that the cut needs, hidden rows or seen columns, one a lane
 
-  __device__ __forceinline__ explicit Telling(const IntervalTiles<C>& tiles) {
-    const int m0 = tiles.m0, m1 = tiles.m1;
-    const IntervalTile<C> tile(tiles.intervals, tiles.key());
-    Cut cut = kNothing;
-    if (tile.touched(m0, m1)) {
-      if (tile.same()) {
-        cut = kRows;
-        words[0] = tile.ls.low, words[1] = tile.le.low, words[2] = tile.us.low, words[3] = tile.ue.low;
-      } else {
-        cut = columns(tiles.intervals, tile.first, m0, m1) ? kColumns : kCells;
-      }
-    }
-    word = tile.first << 3 | tile.banded(tiles.band, m0, m1) << 2 | cut;
+  // Of the tile of keys from `key` on.
+  __device__ __forceinline__ Telling(const Intervals<C>& intervals, int m0, int m1, int key, Part::Kind kind)
+      : word(key << 3), mine(0) {
+    if (kind == Part::kWhole) return;
+    word |= find(intervals, m0, m1, key) | (kind == Part::kBanded ? 4 : 0);
   }
 
-  // Which columns any of the rows sees; false if one of them is seen by some rows only.
-  __device__ __forceinline__ bool columns(const Intervals<C>& intervals, int first, int m0, int m1) {
-    const int lane = threadIdx.x % 32;
-    bool mixed = false;
-#pragma unroll
+  // A column is hidden from all rows, from some, or from none. Those that are hidden from some must all have the same
+  // bounds, or the consumers look for themselves. Nothing may be hidden at all: the walk knows extents only.
+  __device__ __forceinline__ Cut find(const Intervals<C>& intervals, int m0, int m1, int key) {
+    const int lane = threadIdx.x % 32, lane_column = lane / 2 * 8 + lane % 2;
+    const Hidden first = intervals.at(key);
+    enum { kSome = 1, kMixed = 2, kDiffer = 4 };
+    unsigned found = 0;
+#pragma unroll 1
     for (int i = 0; i < kWords; ++i) {
-      const int column = (i / 4 * 16 + lane / 2) * 8 + i % 4 * 2 + lane % 2;
-      const Hidden hidden = intervals.at(min(first + column, intervals.last_key));
+      const int column = i / 4 * 128 + i % 4 * 2 + lane_column;
+      const Hidden hidden = intervals.at(min(key + column, intervals.last_key));
       const bool all = hides_all(hidden, m0, m1);
       const bool any = (m0 < hidden.le && m1 > hidden.ls) || (m0 < hidden.ue && m1 > hidden.us);
-      mixed |= any != all && column < C::kTileN;
-      words[i] = __ballot_sync(~0u, !all);
+      if (column < C::kTileN)
+        found |= (any ? kSome : 0) | (any != all ? kMixed : 0) | (alike(hidden, first) ? 0 : kDiffer);
+      const uint32_t seen = __ballot_sync(~0u, !all);
+      mine = lane == i ? seen : mine;
     }
-    return !__any_sync(~0u, mixed);
+    found = __reduce_or_sync(~0u, found);
+    if (!(found & kSome)) return kNothing;
+    if (!(found & kMixed)) return kColumns;
+    if (found & kDiffer) return kCells;
+    mine = lane == 0 ? first.ls : lane == 1 ? first.le : lane == 2 ? first.us : first.ue;
+    return kRows;
   }
 
   __device__ __forceinline__ void say(uint32_t place) const {
-    const Cut cut = Cut(word & 3);
-    if (cut == kRows || cut == kColumns)
-      for (int i = 0; i < kWords; i += 4)
-        ptx::st_shared_16(place + i * 4, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
-    ptx::st_shared_4(place + Told::kWord, word);
+    const int lane = threadIdx.x % 32;
+    if (lane < kWords) ptx::st_shared_4(place + lane * 4, mine);
+    if (lane == 0) ptx::st_shared_4(place + Told::kWord, word);
+    __syncwarp();
   }
 };
 
+
+// ---- fagen/sm90/order.cuh --------------------------------------------------------------------------------
+// In which order the tiles of rows are worked through. It is on the way to each next tile of rows, so that nothing is
+// divided on it.
+#include <stdint.h>
+
+
+// Division by what is known before a launch, as a product and a shift, of a number below 2^31.
+struct Divisor {
+  uint32_t by, shift, factor;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t by) : by(by), shift(31) {
+    while (1ull << (shift - 31) < by) ++shift;
+    factor = uint32_t(((1ull << shift) + by - 1) / by);
+  }
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const { return uint64_t(n) * factor >> shift; }
+  __device__ __forceinline__ uint32_t rest(uint32_t n, uint32_t quotient) const { return n - quotient * by; }
+};
+
+struct Order {
+  Divisor heads, row_tiles;       // of a batch, of a head
+  Divisor section, last_section;  // heads of a section, of the last one
+  Divisor section_tiles;          // tiles of rows of a section
+  uint32_t last;                  // the first one of the last section
+
+  Order() = default;
+  // `heads_at_once` (sectioned order): as many as have their keys and values in L2 together.
+  template <BlockOrder kOrder>
+  static Order of(int row_tiles, int heads, int batch, int heads_at_once) {
+    const uint32_t all = heads * batch, section = kOrder == BlockOrder::sectioned ? heads_at_once : all;
+    const uint32_t before = (all - 1) / section * section;  // the last section
+    Order order;
+    order.heads = Divisor(heads), order.row_tiles = Divisor(row_tiles);
+    order.section = Divisor(section), order.last_section = Divisor(all - before);
+    order.section_tiles = Divisor(section * row_tiles), order.last = before * row_tiles;
+    return order;
+  }
+
+  template <BlockOrder kOrder>
+  __device__ __forceinline__ Work take(uint32_t index) const {
+    uint32_t row, head;
+    if constexpr (kOrder == BlockOrder::ascending || kOrder == BlockOrder::descending) {
+      head = row_tiles.quotient(index), row = row_tiles.rest(index, head);
+      if (kOrder == BlockOrder::descending) row = row_tiles.by - 1 - row;
+    } else {  // longest rows of all heads first, section of heads by section
+      const uint32_t whole = section_tiles.quotient(index), rest = section_tiles.rest(index, whole);
+      const Divisor& here = index < last ? section : last_section;
+      const uint32_t turn = here.quotient(rest);
+      head = whole * section.by + here.rest(rest, turn);
+      row = row_tiles.by - 1 - turn;
+    }
+    const uint32_t batch = heads.quotient(head);
+    return {int(row), int(heads.rest(head, batch)), int(batch)};
+  }
+};
 
 // ---- fagen/walk.cuh --------------------------------------------------------------------------------------
 // The tiles of keys that a tile of rows visits, from the last to the first, and which of them need mask arithmetic.
@@ -1411,10 +1463,12 @@ struct Launch {
   int packed;                // log2 of the heads of q whose rows lie side by side in a tile
   int row_tiles, key_tiles;  // tiles of a head
   int tiles;                 // tiles of rows in all
-  int heads_at_once;         // sectioned order
+  Order order;               // in which they are taken
+  Divisor sharers;           // heads of q that share keys
   Extent* extents;           // of the intervals, tile by tile
-  Span* spans;               // of each mask head, by tile of rows: the tiles of keys it sees,
-  int* order;                // and which tile of rows sees the most, the next most, ...
+  Span* spans;               // of each mask head, by tile of rows: how many tiles of keys it sees,
+  Part* parts;               // which,
+  int* ranks;                // and which tile of rows sees the most, the next most, ...
   unsigned* taken;           // dynamic schedule: tiles of rows that blocks have come for, beside each one's first
 };
 
@@ -1426,6 +1480,12 @@ __device__ __forceinline__ int team() {
 template <class C>
 __device__ __forceinline__ int teams() {
   return gridDim.x / C::kCluster;
+}
+
+// Whether a small kernel runs before this one. It begins when all kernels before it have ended.
+template <class C>
+__device__ __forceinline__ bool prepared(const Launch& launch) {
+  return C::kMask == Mask::intervals || (C::kSchedule == Schedule::dynamic && launch.tiles > teams<C>());
 }
 
 // Which tile of rows a block takes after its first: none, every so many-th of the order, turning at its ends so that
@@ -1441,8 +1501,8 @@ struct Share {
       ++round;
       return round * teams<C>() + (round % 2 ? teams<C>() - 1 - team<C>() : team<C>());
     } else {
-      if (launch.tiles <= teams<C>()) return launch.tiles;  // there is no counter
-      if (round++ == 0) ptx::wait_for_previous_kernel();   // which sets it to zero
+      if (!prepared<C>(launch)) return launch.tiles;      // there is no counter
+      if (round++ == 0) ptx::wait_for_previous_kernel();  // which sets it to zero
       return teams<C>() + (threadIdx.x % 32 == 0 ? atomicAdd(launch.taken, 1) : 0);
     }
   }
@@ -1457,6 +1517,14 @@ constexpr bool kRanked = C::kMask == Mask::intervals &&
 __device__ __forceinline__ int mask_head(const fagen_params& p, int kv_head) { return p.mask_heads == 1 ? 0 : kv_head; }
 __device__ __forceinline__ int64_t mask_plane(const fagen_params& p, int batch, int kv_head) {
   return int64_t(batch) * p.mask_heads + mask_head(p, kv_head);
+}
+
+// Which of all that were planned a tile of rows is, and where the walk of one begins.
+__device__ __forceinline__ int planned(const fagen_params& p, const Launch& launch, int batch, int kv_head, int tile) {
+  return mask_plane(p, batch, kv_head) * launch.row_tiles + tile;
+}
+__device__ __forceinline__ unsigned walk(const Launch& launch, int planned) {
+  return unsigned(planned) * Part::kKinds * ((launch.key_tiles + 31) / 32);
 }
 
 template <class C>
@@ -1476,7 +1544,6 @@ struct Packing {
   int log2;
 
   __device__ __forceinline__ explicit Packing(const Launch& launch) : log2(C::kPackHeads ? launch.packed : 0) {}
-  __device__ __forceinline__ int heads(int heads) const { return heads >> log2; }
   __device__ __forceinline__ int rows(int rows) const { return rows << log2; }
   // of a packed head and row: which they are in q
   __device__ __forceinline__ int head(int head, int m) const { return head << log2 | (m & ((1 << log2) - 1)); }
@@ -1491,26 +1558,25 @@ struct Packing {
   }
 };
 
-// The `index`-th tile of rows in the order of work.
+// The `index`-th tile of rows in the order of work, and what there is to say of it.
 template <class C>
-__device__ __forceinline__ Work take(const fagen_params& p, const Launch& launch, int index) {
-  fagen_params grid;
-  grid.batch = p.batch, grid.heads = Packing<C>(launch).heads(p.heads);
-  Work work = take_work<C::kBlockOrder>(grid, index, launch.row_tiles, launch.heads_at_once);
-  if constexpr (kRanked<C>) {
-    const int* order = launch.order + mask_plane(p, work.batch, work.head / (p.heads / p.kv_heads)) * launch.row_tiles;
-    work.row_tile = order[launch.row_tiles - 1 - work.row_tile];
+__device__ __forceinline__ Letter take(const fagen_params& p, const Launch& launch, int index) {
+  Letter letter;
+  Work& work = letter.work = launch.order.take<C::kBlockOrder>(index);
+  letter.kv_head = launch.sharers.quotient(work.head);
+  if constexpr (C::kMask == Mask::intervals) {
+    const int first = planned(p, launch, work.batch, letter.kv_head, 0);
+    if constexpr (kRanked<C>) work.row_tile = launch.ranks[first + launch.row_tiles - 1 - work.row_tile];
+    letter.span = launch.spans[first + work.row_tile];
   }
-  return work;
+  return letter;
 }
 
 // The tiles of keys that a band shows to a tile of rows, from the last to the first.
 template <class C>
 struct BandTiles {
-  int tile, begin;
-  __device__ __forceinline__ bool valid() const { return tile >= begin; }
-  __device__ __forceinline__ int key() const { return tile * C::kTileN; }
-  __device__ __forceinline__ void advance() { --tile; }
+  int key;  // the present tile's first
+  __device__ __forceinline__ void advance() { key -= C::kTileN; }
 };
 
 // One tile of rows: [m0, m1) of a head, and its walk over tiles of keys.
@@ -1519,48 +1585,39 @@ struct Rows {
   Work work;
   int m0, m1, kv_head;
   TileRange range;
-  Span span;
+  // with intervals
+  int cut, whole;
+  const Part* parts;
+  unsigned walk_begin;
   Intervals<C> intervals;
 
   Rows() = default;
-  __device__ __forceinline__ Rows(const fagen_params& p, const Launch& launch, const Band& band, const Work& work)
-      : work(work) {
+  __device__ __forceinline__ Rows(const fagen_params& p, const Launch& launch, const Band& band, const Letter& letter)
+      : work(letter.work), kv_head(letter.kv_head) {
     const Packing<C> packing(launch);
-    kv_head = work.head / packing.heads(p.heads / p.kv_heads);
     if constexpr (C::kMask == Mask::intervals) {
-      const int64_t plane = mask_plane(p, work.batch, kv_head);
+      m0 = letter.span.m0, m1 = letter.span.m1, cut = letter.span.cut, whole = letter.span.whole;
+      parts = launch.parts, walk_begin = walk(launch, planned(p, launch, work.batch, kv_head, work.row_tile));
       intervals = intervals_of<C>(p, launch, work.batch, mask_head(p, kv_head));
-      span = launch.spans[plane * launch.row_tiles + max(work.row_tile, 0)];
-      m0 = span.m0, m1 = span.m1;
     } else {
       m0 = (work.row_tile * C::kCluster + blockIdx.x % C::kCluster) * C::kTileM,
       m1 = min(m0 + C::kTileM, packing.rows(p.seqlen_q));
       range = packing.range(band, m0, m1);
     }
   }
-
-  __device__ __forceinline__ bool see_any() const {
-    if constexpr (C::kMask == Mask::intervals)
-      return span.first < span.end;
-    else
-      return range.begin < range.end;
-  }
   // tiles of keys
   __device__ __forceinline__ int count() const {
     if constexpr (C::kMask == Mask::intervals)
-      return span.cut + span.whole;
+      return cut + whole;
     else
       return range.end - range.begin;
   }
-  // for the producer, at the first one
-  __device__ __forceinline__ auto tiles(const Band& band) const {
-    if constexpr (C::kMask == Mask::intervals) {
-      IntervalTiles<C> tiles(intervals, band, span);
-      tiles.advance();
-      return tiles;
-    } else {
-      return BandTiles<C>{range.end - 1, range.begin};
-    }
+  // for those that load them, before the first one
+  __device__ __forceinline__ auto tiles() const {
+    if constexpr (C::kMask == Mask::intervals)
+      return IntervalTiles<C>(parts, walk_begin);
+    else
+      return BandTiles<C>{range.end * C::kTileN};
   }
 };
 
@@ -1585,12 +1642,12 @@ struct Keys {
   }
 };
 
-// Of intervals they know only how many are left; which they are, the producer tells.
+// Of intervals they know only how many are left; which they are, they are told.
 template <class C>
 struct Keys<C, true> {
   int cut, whole;
 
-  __device__ __forceinline__ explicit Keys(const Rows<C>& rows) : cut(rows.span.cut), whole(rows.span.whole) {}
+  __device__ __forceinline__ explicit Keys(const Rows<C>& rows) : cut(rows.cut), whole(rows.whole) {}
   __device__ __forceinline__ bool last() const { return cut + whole == 1; }
   __device__ __forceinline__ bool partial() const { return cut > 0; }
   __device__ __forceinline__ void advance() { partial() ? --cut : --whole; }
@@ -1646,9 +1703,9 @@ __device__ __forceinline__ void store_nothing(const fagen_params& p, const Launc
   const Packing<C> packing(launch);
   if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
   for (int index = blockIdx.x; index < launch.tiles; index += gridDim.x) {
-    const Work work = take<C>(p, launch, index);
-    const Rows<C> rows(p, launch, band, work);
-    if (rows.see_any()) continue;
+    const Rows<C> rows(p, launch, band, take<C>(p, launch, index));
+    const Work& work = rows.work;
+    if (rows.count() > 0) continue;
     for (int m = rows.m0; m < rows.m1; ++m) {
       const int row = packing.row(m), head = packing.head(work.head, m);
       Element* out =
@@ -1675,7 +1732,8 @@ __device__ __forceinline__ void store_zeros(const fagen_params& p) {
 
 
 // ---- fagen/sm90/producer.cuh -----------------------------------------------------------------------------
-// The warps that feed the others: each walks over the tiles, and one lane of it talks to the copy engine.
+// The warps that feed the others: each walks over the tiles on its own, and loads keys, or values, or tells of them.
+// One lane of it talks to the copy engine.
 
 
 template <class C>
@@ -1688,14 +1746,11 @@ struct Producer {
   const Band band;
   Share<C> share;
 
-  // One tile of `kSlabs` slabs, `kRows` rows each, or this block's part of it, to all that share it; note() is called
-  // when its place is free.
-  template <int kSlabs, int kRows, bool kPacked = false, class Ring, class Note>
-  __device__ __forceinline__ void load(const CUtensorMap& map, Ring& ring, int row, int head, int batch,
-                                       Note note) const {
+  // One tile of `kSlabs` slabs, `kRows` rows each, or this block's part of it, to all that share it.
+  template <int kSlabs, int kRows, bool kPacked = false, class Ring>
+  __device__ __forceinline__ void load(const CUtensorMap& map, Ring& ring, int row, int head, int batch) const {
     if (threadIdx.x % 32 == 0) {
       ring.acquire();
-      note();
       ring.announce();
       constexpr int kPart = kRows / Ring::kBlocks;
       const int part = Ring::kBlocks > 1 ? blockIdx.x % Ring::kBlocks * kPart : 0;
@@ -1713,39 +1768,24 @@ struct Producer {
   }
   __device__ __forceinline__ void load_q(const Rows<C>& rows) {
     load<Shape<C>::kSlabs, C::kTileM, C::kPackHeads>(launch.q, rings.q, Packing<C>(launch).row(rows.m0), rows.work.head,
-                                                     rows.work.batch, [] {});
+                                                     rows.work.batch);
+  }
+  __device__ __forceinline__ void load_k(const Rows<C>& rows, int key) {
+    load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, key, rows.kv_head, rows.work.batch);
   }
   __device__ __forceinline__ void load_v(const Rows<C>& rows, int key) {
-    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, key, rows.kv_head, rows.work.batch, [] {});
-  }
-  // The walk's present tile of keys. The consumers are told of it.
-  template <class Tiles>
-  __device__ __forceinline__ void load_k(const Rows<C>& rows, const Tiles& tiles) {
-    const auto load = [&](auto note) {
-      this->template load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, tiles.key(), rows.kv_head, rows.work.batch,
-                                                       note);
-    };
-    if constexpr (C::kMask == Mask::intervals) {
-      const Telling<C> telling(tiles);
-      load([&] { telling.say(rings.told_place()); });
-    } else {
-      load([] {});
-    }
+    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, key, rows.kv_head, rows.work.batch);
   }
 
   // The next tile of rows that sees any key; row_tile is -1 if there is none.
-  __device__ __forceinline__ Work find(int next) {
+  __device__ __forceinline__ Letter find(int next) {
     for (;;) {
       const int index = __shfl_sync(~0u, next, 0);
-      if (index >= launch.tiles) return {-1, 0, 0};
-      const Rows<C> rows(p, launch, band, take<C>(p, launch, index));
-      if (rows.see_any()) return rows.work;
+      if (index >= launch.tiles) return {{-1, 0, 0}, 0, {0, 0, 0, 0}};
+      const Letter letter = take<C>(p, launch, index);
+      if (Rows<C>(p, launch, band, letter).count() > 0) return letter;
       next = share.next(launch);
     }
-  }
-  __device__ __forceinline__ void tell(const Work& work) {
-    const Rows<C> rows(p, launch, band, work);
-    rings.mail.send({work, rows.m0, rows.m1, rows.span.cut, rows.span.whole});
   }
 
   // One warp takes tiles of rows, and loads q and keys. The next is taken and looked for when few keys of the present
@@ -1753,44 +1793,63 @@ struct Producer {
   // first when its q and first keys are on their way, since values would only delay those.
   __device__ __forceinline__ void run_keys() {
     if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
-    Work work = find(team<C>());
+    Letter letter = find(team<C>());
     bool told = false;
-    while (work.row_tile >= 0) {
-      const Rows<C> rows(p, launch, band, work);
-      auto tiles = rows.tiles(band);
-      bool first = true;
-#pragma unroll 1
-      for (int left = rows.count() - 1; left >= 0; --left) {
-        load_k(rows, tiles);
+    while (letter.work.row_tile >= 0) {
+      const Rows<C> rows(p, launch, band, letter);
+      auto tiles = rows.tiles();
+      const auto load_next = [&] {
         tiles.advance();
-        if (first) load_q(rows);
-        if (!told) tell(work);
-        told = true;
-        if (left == kLate || (first && left < kLate)) {
-          work = find(share.next(launch));
-          tell(work);
+        load_k(rows, tiles.key);
+      };
+      load_next();
+      load_q(rows);
+      if (!told) rings.mail.send(letter);
+      told = true;
+      int left = rows.count() - 1;
+#pragma unroll 1
+      for (bool found = false; left > 0 || !found;) {
+        if (left > 0) load_next(), --left;
+        if (!found && left <= kLate) {
+          letter = find(share.next(launch));
+          rings.mail.send(letter);
+          found = true;
         }
-        first = false;
       }
     }
-    if (!told) tell(work);
+    if (!told) rings.mail.send(letter);
   }
 
-  // Another hears of them and loads values. They have a warp of their own since their places become free at other
-  // times than those of keys.
-  __device__ __forceinline__ void run_values() {
+  // Others hear of them, and visit the same tiles of keys.
+  template <class Visit>
+  __device__ __forceinline__ void follow(Visit visit) {
     if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
     for (;;) {
       const Letter letter = rings.mail.receive();
       if (letter.work.row_tile < 0) return;
-      const Rows<C> rows(p, launch, band, letter.work);
-      auto tiles = rows.tiles(band);
+      const Rows<C> rows(p, launch, band, letter);
+      auto tiles = rows.tiles();
 #pragma unroll 1
       for (int left = rows.count(); left > 0; --left) {
-        load_v(rows, tiles.key());
         tiles.advance();
+        visit(rows, tiles);
       }
     }
+  }
+  // One loads values, whose places become free at other times than those of keys.
+  __device__ __forceinline__ void run_values() {
+    follow([&](const Rows<C>& rows, const auto& tiles) { load_v(rows, tiles.key); });
+  }
+  // And with intervals one tells the consumers which keys these are, and what is hidden of them.
+  __device__ __forceinline__ void run_telling() {
+    if constexpr (C::kMask == Mask::intervals)
+      follow([&](const Rows<C>& rows, const auto& tiles) {
+        const Telling<C> telling(rows.intervals, rows.m0, rows.m1, tiles.key, tiles.part.kind());
+        rings.k.acquire();
+        telling.say(rings.told_place());
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(rings.k.full());
+        rings.k.advance();
+      });
   }
 };
 
@@ -1866,7 +1925,7 @@ struct Consumer {
   const Packing<C> packing;
   const int group;  // of warps, from 0
   Rows<C> rows;
-  int unseen;  // tiles of values to let pass
+  int unseen;  // tiles of keys to let pass
   Told told;   // intervals: about the tile of keys whose scores are under way
   State state;
   Scores s_acc;
@@ -2037,11 +2096,17 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // What this warpgroup's rows see of the keys that the block walks over. The last tiles may lie behind all of it.
+  // What this warpgroup's rows see of the keys that the block walks over. The last tiles may lie behind all of it. And
+  // of the last rows there may be none left for it.
   static constexpr bool kNarrows = S::kGroups > 1 && (C::kMask == Mask::causal || C::kMask == Mask::window);
+  static constexpr bool kIdles = S::kGroups > 1;
+
+  __device__ __forceinline__ bool idle() const { return kIdles && rows.m0 + group * 64 >= rows.m1; }
 
   __device__ __forceinline__ void narrow() {
+    unseen = idle() ? rows.count() : 0;
     if constexpr (kNarrows) {
+      if (idle()) return;
       const int first_row = rows.m0 + group * 64;
       const TileRange block = rows.range, mine = packing.range(band, first_row, first_row + 64);
       const int end = max(block.begin + 1, min(mine.end, block.end));
@@ -2052,7 +2117,8 @@ struct Consumer {
   // It lets those pass as if it visited them, the keys of one and the values of the one before, so that their places
   // become free. The first one's turn may have been used already.
   __device__ __forceinline__ void let_pass(bool turn_used) {
-    if constexpr (kNarrows)
+    if constexpr (kIdles)
+#pragma unroll 1
       for (int i = 0; i < unseen; ++i) {
         if (i > 0 || !turn_used) {
           await_turn();
@@ -2072,14 +2138,12 @@ struct Consumer {
   __device__ __forceinline__ bool next() {
     const Letter letter = rings.mail.receive();
     if (letter.work.row_tile < 0) return false;
-    rows = Rows<C>(p, launch, band, letter.work);
+    rows = Rows<C>(p, launch, band, letter);
     narrow();
-    if constexpr (C::kMask == Mask::intervals)
-      rows.m0 = letter.m0, rows.m1 = letter.m1, rows.span.cut = letter.cut, rows.span.whole = letter.whole;
     return true;
   }
 
-  // What the producer says of a tile of k that is there, where anybody asks.
+  // What is told of a tile of k that is there, where anybody asks.
   __device__ __forceinline__ void hear(bool partial) {
     if constexpr (C::kMask == Mask::intervals)
       if (partial || ScoreMod<C>::kActive) told = Told::hear(rings.told_place());
@@ -2094,7 +2158,7 @@ struct Consumer {
     else
       key = keys.tile * C::kTileN;
     if constexpr (ScoreMod<C>::kActive) state.template modify<false>(s_acc, mod, band, rows.intervals, row0, key);
-    if (!partial) return;
+    if (!partial || (kIntervals && told.hides_nothing())) return;
     Seen seen;
     if (kIntervals && !told.banded())
       for (auto& row : seen)
@@ -2142,14 +2206,15 @@ struct Consumer {
   }
 
   // Tile of rows by tile of rows: the last product of one, its way out, and the first scores of the next go together.
-  // They do not where the next rows' first tile of keys is not seen: then that tile's turn is the last product's.
+  // They do not where the next rows' first tile of keys is not seen: then that tile's turn is the last product's. A
+  // turn is also taken where there is no product, so that all warpgroups take as many.
   __device__ __forceinline__ void run() {
     if (C::kPingPong && group == S::kGroups - 1) pass_turn();  // the first warpgroup begins
-    bool begun = false;
+    bool begun = false, idled = false;
     Done done;
     for (;;) {
-      const bool more = !(C::kSchedule == Schedule::single && begun) && next();
-      const bool apart = begun && (!more || (kNarrows && unseen > 0));
+      const bool more = !(C::kSchedule == Schedule::single && (begun || idled)) && next();
+      const bool apart = begun && (!more || (kIdles && unseen > 0));
       if (apart) {
         await_turn();
         rings.v.wait();
@@ -2160,8 +2225,18 @@ struct Consumer {
         store_rows<C, Element>(p, packing, state, done, group);
         begun = false;
       }
-      if (!more) return;
+      if (!more) {
+        if (idled) await_turn(), pass_turn();
+        return;
+      }
       let_pass(apart);
+      idled = idle();
+      if (idled) {
+        pass_values();
+        rings.q.wait();
+        rings.q.release();
+        continue;
+      }
       await_turn();
       if (begun) {
         rings.v.wait();
@@ -2196,12 +2271,24 @@ __device__ __forceinline__ void attend(const fagen_params& p, const Launch& laun
     Rings<C>(smem).init();
   }
   C::kCluster > 1 ? ptx::cluster_sync() : __syncthreads();
+  ptx::start_next_kernel();
+  if (!prepared<C>(launch)) ptx::wait_for_previous_kernel();
   if (group == S::kGroups) {
     ptx::fewer_registers<S::kProducerRegisters>();
-    const int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
-    if (warp == 0) Producer<C>{p, launch, Rings<C>(smem), Band(p)}.run_keys();
-    if (warp == 1) Producer<C>{p, launch, Rings<C>(smem), Band(p)}.run_values();
-    if (warp == 2 && C::kMask != Mask::none) store_nothing<C, Element>(p, launch);
+    Producer<C> producer{p, launch, Rings<C>(smem), Band(p)};
+    switch (__shfl_sync(~0u, threadIdx.x % 128 / 32, 0)) {
+      case 0:
+        producer.run_keys();
+        break;
+      case 1:
+        producer.run_values();
+        break;
+      case 2:
+        producer.run_telling();
+        break;
+      default:
+        if (C::kMask != Mask::none) store_nothing<C, Element>(p, launch);
+    }
   } else {
     ptx::more_registers<S::kConsumerRegisters>();
     Consumer<C, Element>(p, launch, smem, group).run();
@@ -2225,19 +2312,21 @@ __device__ __forceinline__ void attend(const fagen_params& p, const Launch& laun
 // One block's work, without intervals.
 template <class C, class Element>
 __device__ __forceinline__ void begin(const fagen_params& p, const Launch& launch) {
+  ptx::wait_for_previous_kernel();
   ptx::start_next_kernel();
   if (p.seqlen_k == 0) return store_zeros<Element>(p);
   if (threadIdx.x == 0) *launch.taken = 0;
 }
 
 // A mask head is planned by a cluster of blocks, whose warps share out the tiles of keys, then those of rows.
-constexpr int kPlanners = 8, kPlannerThreads = 1024;
+constexpr int kPlanners = 8, kPlannerThreads = 512;
 
 // The minima and maxima of the bounds in each tile of keys: one pass over the vectors, a warp a tile.
 template <class C>
 __device__ __forceinline__ void find_key_extents(const Intervals<C>& intervals, Extent* extents, int key_tiles,
                                                  int warp, int warps) {
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int tile = warp; tile < key_tiles; tile += warps)
 #pragma unroll
     for (int c = 0; c < C::kIntervalColumns; ++c) {
@@ -2253,25 +2342,29 @@ __device__ __forceinline__ void find_key_extents(const Intervals<C>& intervals, 
     }
 }
 
-// The tiles of rows by how many tiles of keys they see, the most first, later rows first among equals: where each of
-// a block's threads finds its own. Blocks take every so many-th.
-__device__ __forceinline__ void put_in_order(const Span* spans, int* order, int row_tiles) {
-  constexpr int kAtOnce = 1024;
-  __shared__ int seen[kAtOnce];
-  const auto count = [&](int i) { return i < row_tiles ? __ldcg(&spans[i].cut) + __ldcg(&spans[i].whole) : -1; };
-  const int part = blockIdx.x % kPlanners;
-  for (int first = part; first < row_tiles; first += kPlannerThreads * kPlanners) {
-    const int mine = first + threadIdx.x * kPlanners, my_count = count(mine);
+// The tiles of rows by how many tiles of keys they see, the most first, later rows first among equals. A warp finds the
+// place of a tile by counting those before it.
+__device__ __forceinline__ void put_in_order(const Span* spans, int* order, int row_tiles, int warp, int warps) {
+  constexpr int kAtOnce = 8;  // of a lane's loads
+  const auto count = [&](int i) {
+    if (i >= row_tiles) return -1;
+    const int2 seen = __ldcg(reinterpret_cast<const int2*>(&spans[i].cut));
+    return seen.x + seen.y;
+  };
+  for (int mine = warp; mine < row_tiles; mine += warps) {
+    const int my_count = count(mine);
     int before = 0;
-    for (int some = 0; some < row_tiles; some += kAtOnce) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < kAtOnce; i += kPlannerThreads) seen[i] = count(some + i);
-      __syncthreads();
-      const int end = min(kAtOnce, row_tiles - some);
-#pragma unroll 8
-      for (int i = 0; i < end; ++i) before += seen[i] > my_count || (seen[i] == my_count && some + i > mine);
+#pragma unroll 1
+    for (int some = threadIdx.x % 32; some < row_tiles; some += 32 * kAtOnce) {
+      int counts[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) counts[i] = count(some + i * 32);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        before += counts[i] > my_count || (counts[i] == my_count && some + i * 32 > mine);
     }
-    if (mine < row_tiles) order[before] = mine;
+    before = __reduce_add_sync(~0u, before);
+    if (threadIdx.x % 32 == 0) order[before] = mine;
   }
 }
 
@@ -2280,8 +2373,8 @@ __device__ __forceinline__ void plan(const fagen_params& p, const Launch& launch
   constexpr int kWarps = kPlannerThreads / 32;
   const int plane = blockIdx.x / kPlanners, warp = blockIdx.x % kPlanners * kWarps + threadIdx.x / 32;
   const auto intervals = intervals_of<C>(p, launch, plane / p.mask_heads, plane % p.mask_heads);
-  Span* spans = launch.spans + int64_t(plane) * launch.row_tiles;
 
+  ptx::wait_for_previous_kernel();
   ptx::start_next_kernel();
   if (C::kSchedule == Schedule::dynamic && blockIdx.x == 0 && threadIdx.x == 0) *launch.taken = 0;
   find_key_extents(intervals, const_cast<Extent*>(intervals.extents), launch.key_tiles, warp, kPlanners * kWarps);
@@ -2291,13 +2384,15 @@ __device__ __forceinline__ void plan(const fagen_params& p, const Launch& launch
   borders.find(intervals, p.seqlen_q);
   for (int row_tile = warp; row_tile < launch.row_tiles; row_tile += kPlanners * kWarps) {
     const int2 rows = borders.rows<C::kTileM>(row_tile, launch.row_tiles, p.seqlen_q);
-    Span span = {0, 0, 0, 0, 0, 0};
-    if (rows.x < rows.y) span = find_span<C>(intervals, Band(p), rows.x, rows.y);
-    if (threadIdx.x % 32 == 0) spans[row_tile] = span;
+    const int index = plane * launch.row_tiles + row_tile;
+    Span span = {0, 0, 0, 0};
+    if (rows.x < rows.y) span = find_span<C>(intervals, Band(p), rows.x, rows.y, launch.parts + walk(launch, index));
+    if (threadIdx.x % 32 == 0) launch.spans[index] = span;
   }
   if constexpr (kRanked<C>) {
     ptx::cluster_sync();
-    put_in_order(spans, launch.order + int64_t(plane) * launch.row_tiles, launch.row_tiles);
+    const int first = plane * launch.row_tiles;
+    put_in_order(launch.spans + first, launch.ranks + first, launch.row_tiles, warp, kPlanners * kWarps);
   }
 }
 
@@ -2322,7 +2417,7 @@ static int count_row_tiles(const fagen_params& p) {
 template <class C>
 struct Workspace {
   static constexpr bool kCounter = C::kSchedule == Schedule::dynamic, kExtents = C::kMask == Mask::intervals;
-  uint64_t extents, spans, order, end;  // where each begins
+  uint64_t extents, spans, parts, ranks, end;  // where each begins
 
   explicit Workspace(const fagen_params& p) {
     const auto tiles = [](int length, int tile) { return uint64_t(length + tile - 1) / tile; };
@@ -2331,8 +2426,9 @@ struct Workspace {
     const uint64_t rows = planes * count_row_tiles<C>(p);
     extents = kCounter ? 256 : 0;
     spans = next(extents, planes * tiles(p.seqlen_k, C::kTileN) * C::kIntervalColumns * sizeof(Extent));
-    order = next(spans, rows * sizeof(Span));
-    end = next(order, rows * sizeof(int));
+    parts = next(spans, rows * sizeof(Span));
+    ranks = next(parts, rows * Part::kKinds * tiles(p.seqlen_k, 32 * C::kTileN) * sizeof(Part));
+    end = next(ranks, rows * sizeof(int));
   }
 };
 
@@ -2437,20 +2533,17 @@ static int section(int heads, int group, int64_t fit) {
   return best * group;
 }
 
-// Start a kernel; if `early`, it may begin before the last one of this launch has ended, and waits for that itself.
-template <int kCluster = 1, class... Parameters, class... Arguments>
+// Start a kernel, which may begin before the last one of the stream has ended, ours or not, and waits for that itself.
+template <int kCluster = 1, bool kEarly = true, class... Parameters, class... Arguments>
 static cudaError_t start(void (*kernel)(Parameters...), int blocks, int threads, int smem, cudaStream_t stream,
-                         bool early, const Arguments&... arguments) {
+                         const Arguments&... arguments) {
   cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem), stream, attributes, 0};
-  if (early) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (kCluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {kCluster, 1, 1};
-  }
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = kEarly;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {kCluster, 1, 1};
+  const cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem),
+                                     stream,       attributes,    kCluster > 1 ? 2u : 1u};
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -2463,7 +2556,7 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   if (const cudaError_t e = prepare<C>(forward, &resident)) return e;
   Launch launch;
   if (p.batch == 0 || p.seqlen_q == 0) return cudaSuccess;
-  if (p.seqlen_k == 0) return start(begin, resident, 256, 0, stream, false, p, launch);
+  if (p.seqlen_k == 0) return start(begin, resident, 256, 0, stream, p, launch);
   launch.packed = packed_heads<C>(p);
   if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
   const int heads = (p.heads >> launch.packed) * p.batch, planes = p.batch * p.mask_heads;
@@ -2471,8 +2564,10 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   launch.tiles = launch.row_tiles * heads;
   launch.key_tiles = (p.seqlen_k + C::kTileN - 1) / C::kTileN;
   const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
-  launch.heads_at_once =
-      section(heads, (p.heads / p.kv_heads) >> launch.packed, (int64_t(C::kSectionMb) << 20) / head_bytes);
+  const int sharers = (p.heads / p.kv_heads) >> launch.packed;
+  const int heads_at_once = section(heads, sharers, (int64_t(C::kSectionMb) << 20) / head_bytes);
+  launch.order = Order::of<C::kBlockOrder>(launch.row_tiles, p.heads >> launch.packed, p.batch, heads_at_once);
+  launch.sharers = Divisor(sharers);
 
   using W = Workspace<C>;
   const W places(p);
@@ -2480,17 +2575,19 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   launch.taken = reinterpret_cast<unsigned*>(workspace);
   launch.extents = reinterpret_cast<Extent*>(workspace + places.extents);
   launch.spans = reinterpret_cast<Span*>(workspace + places.spans);
-  launch.order = reinterpret_cast<int*>(workspace + places.order);
-  const bool prepared = W::kExtents || (W::kCounter && launch.tiles > resident);
-  if (prepared)
-    if (const cudaError_t e =
-            W::kExtents ? start<kPlanners>(plan, kPlanners * planes, kPlannerThreads, 0, stream, false, p, launch)
-                        : start(begin, 1, 32, 0, stream, false, p, launch))
+  launch.parts = reinterpret_cast<Part*>(workspace + places.parts);
+  launch.ranks = reinterpret_cast<int*>(workspace + places.ranks);
+  if (W::kExtents || (W::kCounter && launch.tiles > resident))
+    if (const cudaError_t e = W::kExtents
+                                  ? start<kPlanners>(plan, kPlanners * planes, kPlannerThreads, 0, stream, p, launch)
+                                  : start(begin, 1, 32, 0, stream, p, launch))
       return e;
 
-  const int teams = C::kSchedule == Schedule::single || launch.tiles < resident ? launch.tiles : resident;
-  return start<C::kCluster>(forward, teams * C::kCluster, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream, prepared, p,
-                            launch);
+  constexpr bool kSingle = C::kSchedule == Schedule::single;
+  constexpr bool kEarly = W::kExtents || !kSingle;  // many short blocks are not the faster for it
+  const int teams = kSingle || launch.tiles < resident ? launch.tiles : resident;
+  return start<C::kCluster, kEarly>(forward, teams * C::kCluster, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream, p,
+                                    launch);
 }
 
 using Element = bfloat_t;

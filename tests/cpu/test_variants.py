@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from fagen import target
 from fagen.errors import UsageError
-from fagen.families import sm90_forward
 
 ROOT = Path(__file__).parents[2]
-FOLDER, WAITING = ROOT / "benchmarks", ROOT / "docs" / "notes" / "sm90_next"
+FOLDER = ROOT / "benchmarks"
 ROW = "fp32/d64/causal/b1/h8-8/q512-k512"
 
 
@@ -77,28 +74,3 @@ def test_two_checkouts_are_timed_and_the_bad_ones_told(variants, tmp_path, monke
 def test_a_row_that_is_not_there_is_said(variants, tmp_path):
     with pytest.raises(UsageError, match="no row begins with 'd17 full'"):
         rendered(variants, tmp_path, "x", "d17 full: tile_m=32")
-
-
-def test_the_cases_that_wait_are_rows_and_configs(variants, tmp_path, capsys):
-    out = tmp_path / "variants.json"
-    assert variants.main(["render", "x", str(WAITING / "cases.txt"), "--target", "sm_90", "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
-    assert {variant["family"] for variant in found} == {sm90_forward.FAMILY.name}
-    lines = [line for line in (WAITING / "cases.txt").read_text().splitlines() if not line.startswith("#")]
-    left = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
-    assert len(found) + len(left) == len(lines) and len(found) >= 20
-    assert all("registers_fit" in line for line in left), "what the patches make room for"
-
-
-@pytest.mark.skipif(not shutil.which("git"), reason="no git")
-def test_the_changes_that_wait_still_apply(tmp_path):
-    for name in ("fagen", "templates", "tests", "docs", "CONTRIBUTING.md"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
-    patches = sorted(WAITING.glob("*.patch"))
-    assert patches
-    for patch in patches:
-        done = subprocess.run(["git", "apply", str(patch)], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, f"{patch.name}: {done.stderr}"
-    assert "kPlannerThreads = 512" in (tmp_path / "templates/include/fagen/sm90/plan.cuh").read_text()
-    assert all(len(path.read_text().splitlines()) <= 400 for path in (tmp_path / "templates").rglob("*.cuh"))

@@ -91,6 +91,17 @@ inline int __reduce_min_sync(unsigned, int x) {
   for (int lane = 0; lane < 32; ++lane) x = min(x, emulator::of_bits<int>(all[lane]));
   return x;
 }
+inline int __reduce_add_sync(unsigned, int x) {
+  const uint64_t* all = emulator::exchange(emulator::bits_of(x), "__reduce_add_sync");
+  x = 0;
+  for (int lane = 0; lane < 32; ++lane) x += emulator::of_bits<int>(all[lane]);
+  return x;
+}
+inline unsigned __reduce_or_sync(unsigned, unsigned x) {
+  const uint64_t* all = emulator::exchange(x, "__reduce_or_sync");
+  for (int lane = 0; lane < 32; ++lane) x |= unsigned(all[lane]);
+  return x;
+}
 inline int __reduce_max_sync(unsigned, int x) {
   const uint64_t* all = emulator::exchange(emulator::bits_of(x), "__reduce_max_sync");
   for (int lane = 0; lane < 32; ++lane) x = max(x, emulator::of_bits<int>(all[lane]));

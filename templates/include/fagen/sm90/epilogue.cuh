@@ -46,9 +46,9 @@ __device__ __forceinline__ void store_nothing(const fagen_params& p, const Launc
   const Packing<C> packing(launch);
   if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
   for (int index = blockIdx.x; index < launch.tiles; index += gridDim.x) {
-    const Work work = take<C>(p, launch, index);
-    const Rows<C> rows(p, launch, band, work);
-    if (rows.see_any()) continue;
+    const Rows<C> rows(p, launch, band, take<C>(p, launch, index));
+    const Work& work = rows.work;
+    if (rows.count() > 0) continue;
     for (int m = rows.m0; m < rows.m1; ++m) {
       const int row = packing.row(m), head = packing.head(work.head, m);
       Element* out =

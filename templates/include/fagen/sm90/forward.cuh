@@ -1,4 +1,4 @@
-// The forward kernel for Hopper: one warp feeds the copy engine, one to three warpgroups compute 64 rows of q each.
+// The forward kernel for Hopper: two warps feed the copy engine, one to three warpgroups compute 64 rows of q each.
 //
 // A block works through tiles of rows without a pause: the product that ends one tile, its O on the way to memory, and
 // the first scores of the next are under way together.
@@ -25,7 +25,7 @@ struct Consumer {
   const Packing<C> packing;
   const int group;  // of warps, from 0
   Rows<C> rows;
-  int unseen;  // tiles of values to let pass
+  int unseen;  // tiles of keys to let pass
   Told told;   // intervals: about the tile of keys whose scores are under way
   State state;
   Scores s_acc;
@@ -196,11 +196,17 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // What this warpgroup's rows see of the keys that the block walks over. The last tiles may lie behind all of it.
+  // What this warpgroup's rows see of the keys that the block walks over. The last tiles may lie behind all of it. And
+  // of the last rows there may be none left for it.
   static constexpr bool kNarrows = S::kGroups > 1 && (C::kMask == Mask::causal || C::kMask == Mask::window);
+  static constexpr bool kIdles = S::kGroups > 1;
+
+  __device__ __forceinline__ bool idle() const { return kIdles && rows.m0 + group * 64 >= rows.m1; }
 
   __device__ __forceinline__ void narrow() {
+    unseen = idle() ? rows.count() : 0;
     if constexpr (kNarrows) {
+      if (idle()) return;
       const int first_row = rows.m0 + group * 64;
       const TileRange block = rows.range, mine = packing.range(band, first_row, first_row + 64);
       const int end = max(block.begin + 1, min(mine.end, block.end));
@@ -211,7 +217,8 @@ struct Consumer {
   // It lets those pass as if it visited them, the keys of one and the values of the one before, so that their places
   // become free. The first one's turn may have been used already.
   __device__ __forceinline__ void let_pass(bool turn_used) {
-    if constexpr (kNarrows)
+    if constexpr (kIdles)
+#pragma unroll 1
       for (int i = 0; i < unseen; ++i) {
         if (i > 0 || !turn_used) {
           await_turn();
@@ -231,14 +238,12 @@ struct Consumer {
   __device__ __forceinline__ bool next() {
     const Letter letter = rings.mail.receive();
     if (letter.work.row_tile < 0) return false;
-    rows = Rows<C>(p, launch, band, letter.work);
+    rows = Rows<C>(p, launch, band, letter);
     narrow();
-    if constexpr (C::kMask == Mask::intervals)
-      rows.m0 = letter.m0, rows.m1 = letter.m1, rows.span.cut = letter.cut, rows.span.whole = letter.whole;
     return true;
   }
 
-  // What the producer says of a tile of k that is there, where anybody asks.
+  // What is told of a tile of k that is there, where anybody asks.
   __device__ __forceinline__ void hear(bool partial) {
     if constexpr (C::kMask == Mask::intervals)
       if (partial || ScoreMod<C>::kActive) told = Told::hear(rings.told_place());
@@ -253,7 +258,7 @@ struct Consumer {
     else
       key = keys.tile * C::kTileN;
     if constexpr (ScoreMod<C>::kActive) state.template modify<false>(s_acc, mod, band, rows.intervals, row0, key);
-    if (!partial) return;
+    if (!partial || (kIntervals && told.hides_nothing())) return;
     Seen seen;
     if (kIntervals && !told.banded())
       for (auto& row : seen)
@@ -301,14 +306,15 @@ struct Consumer {
   }
 
   // Tile of rows by tile of rows: the last product of one, its way out, and the first scores of the next go together.
-  // They do not where the next rows' first tile of keys is not seen: then that tile's turn is the last product's.
+  // They do not where the next rows' first tile of keys is not seen: then that tile's turn is the last product's. A
+  // turn is also taken where there is no product, so that all warpgroups take as many.
   __device__ __forceinline__ void run() {
     if (C::kPingPong && group == S::kGroups - 1) pass_turn();  // the first warpgroup begins
-    bool begun = false;
+    bool begun = false, idled = false;
     Done done;
     for (;;) {
-      const bool more = !(C::kSchedule == Schedule::single && begun) && next();
-      const bool apart = begun && (!more || (kNarrows && unseen > 0));
+      const bool more = !(C::kSchedule == Schedule::single && (begun || idled)) && next();
+      const bool apart = begun && (!more || (kIdles && unseen > 0));
       if (apart) {
         await_turn();
         rings.v.wait();
@@ -319,8 +325,18 @@ struct Consumer {
         store_rows<C, Element>(p, packing, state, done, group);
         begun = false;
       }
-      if (!more) return;
+      if (!more) {
+        if (idled) await_turn(), pass_turn();
+        return;
+      }
       let_pass(apart);
+      idled = idle();
+      if (idled) {
+        pass_values();
+        rings.q.wait();
+        rings.q.release();
+        continue;
+      }
       await_turn();
       if (begun) {
         rings.v.wait();
@@ -355,12 +371,24 @@ __device__ __forceinline__ void attend(const fagen_params& p, const Launch& laun
     Rings<C>(smem).init();
   }
   C::kCluster > 1 ? ptx::cluster_sync() : __syncthreads();
+  ptx::start_next_kernel();
+  if (!prepared<C>(launch)) ptx::wait_for_previous_kernel();
   if (group == S::kGroups) {
     ptx::fewer_registers<S::kProducerRegisters>();
-    const int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
-    if (warp == 0) Producer<C>{p, launch, Rings<C>(smem), Band(p)}.run_keys();
-    if (warp == 1) Producer<C>{p, launch, Rings<C>(smem), Band(p)}.run_values();
-    if (warp == 2 && C::kMask != Mask::none) store_nothing<C, Element>(p, launch);
+    Producer<C> producer{p, launch, Rings<C>(smem), Band(p)};
+    switch (__shfl_sync(~0u, threadIdx.x % 128 / 32, 0)) {
+      case 0:
+        producer.run_keys();
+        break;
+      case 1:
+        producer.run_values();
+        break;
+      case 2:
+        producer.run_telling();
+        break;
+      default:
+        if (C::kMask != Mask::none) store_nothing<C, Element>(p, launch);
+    }
   } else {
     ptx::more_registers<S::kConsumerRegisters>();
     Consumer<C, Element>(p, launch, smem, group).run();

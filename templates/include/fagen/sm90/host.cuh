@@ -28,7 +28,7 @@ static int count_row_tiles(const fagen_params& p) {
 template <class C>
 struct Workspace {
   static constexpr bool kCounter = C::kSchedule == Schedule::dynamic, kExtents = C::kMask == Mask::intervals;
-  uint64_t extents, spans, order, end;  // where each begins
+  uint64_t extents, spans, parts, ranks, end;  // where each begins
 
   explicit Workspace(const fagen_params& p) {
     const auto tiles = [](int length, int tile) { return uint64_t(length + tile - 1) / tile; };
@@ -37,8 +37,9 @@ struct Workspace {
     const uint64_t rows = planes * count_row_tiles<C>(p);
     extents = kCounter ? 256 : 0;
     spans = next(extents, planes * tiles(p.seqlen_k, C::kTileN) * C::kIntervalColumns * sizeof(Extent));
-    order = next(spans, rows * sizeof(Span));
-    end = next(order, rows * sizeof(int));
+    parts = next(spans, rows * sizeof(Span));
+    ranks = next(parts, rows * Part::kKinds * tiles(p.seqlen_k, 32 * C::kTileN) * sizeof(Part));
+    end = next(ranks, rows * sizeof(int));
   }
 };
 
@@ -143,20 +144,17 @@ static int section(int heads, int group, int64_t fit) {
   return best * group;
 }
 
-// Start a kernel; if `early`, it may begin before the last one of this launch has ended, and waits for that itself.
-template <int kCluster = 1, class... Parameters, class... Arguments>
+// Start a kernel, which may begin before the last one of the stream has ended, ours or not, and waits for that itself.
+template <int kCluster = 1, bool kEarly = true, class... Parameters, class... Arguments>
 static cudaError_t start(void (*kernel)(Parameters...), int blocks, int threads, int smem, cudaStream_t stream,
-                         bool early, const Arguments&... arguments) {
+                         const Arguments&... arguments) {
   cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem), stream, attributes, 0};
-  if (early) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (kCluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {kCluster, 1, 1};
-  }
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = kEarly;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {kCluster, 1, 1};
+  const cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem),
+                                     stream,       attributes,    kCluster > 1 ? 2u : 1u};
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -169,7 +167,7 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   if (const cudaError_t e = prepare<C>(forward, &resident)) return e;
   Launch launch;
   if (p.batch == 0 || p.seqlen_q == 0) return cudaSuccess;
-  if (p.seqlen_k == 0) return start(begin, resident, 256, 0, stream, false, p, launch);
+  if (p.seqlen_k == 0) return start(begin, resident, 256, 0, stream, p, launch);
   launch.packed = packed_heads<C>(p);
   if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
   const int heads = (p.heads >> launch.packed) * p.batch, planes = p.batch * p.mask_heads;
@@ -177,8 +175,10 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   launch.tiles = launch.row_tiles * heads;
   launch.key_tiles = (p.seqlen_k + C::kTileN - 1) / C::kTileN;
   const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
-  launch.heads_at_once =
-      section(heads, (p.heads / p.kv_heads) >> launch.packed, (int64_t(C::kSectionMb) << 20) / head_bytes);
+  const int sharers = (p.heads / p.kv_heads) >> launch.packed;
+  const int heads_at_once = section(heads, sharers, (int64_t(C::kSectionMb) << 20) / head_bytes);
+  launch.order = Order::of<C::kBlockOrder>(launch.row_tiles, p.heads >> launch.packed, p.batch, heads_at_once);
+  launch.sharers = Divisor(sharers);
 
   using W = Workspace<C>;
   const W places(p);
@@ -186,15 +186,17 @@ static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMa
   launch.taken = reinterpret_cast<unsigned*>(workspace);
   launch.extents = reinterpret_cast<Extent*>(workspace + places.extents);
   launch.spans = reinterpret_cast<Span*>(workspace + places.spans);
-  launch.order = reinterpret_cast<int*>(workspace + places.order);
-  const bool prepared = W::kExtents || (W::kCounter && launch.tiles > resident);
-  if (prepared)
-    if (const cudaError_t e =
-            W::kExtents ? start<kPlanners>(plan, kPlanners * planes, kPlannerThreads, 0, stream, false, p, launch)
-                        : start(begin, 1, 32, 0, stream, false, p, launch))
+  launch.parts = reinterpret_cast<Part*>(workspace + places.parts);
+  launch.ranks = reinterpret_cast<int*>(workspace + places.ranks);
+  if (W::kExtents || (W::kCounter && launch.tiles > resident))
+    if (const cudaError_t e = W::kExtents
+                                  ? start<kPlanners>(plan, kPlanners * planes, kPlannerThreads, 0, stream, p, launch)
+                                  : start(begin, 1, 32, 0, stream, p, launch))
       return e;
 
-  const int teams = C::kSchedule == Schedule::single || launch.tiles < resident ? launch.tiles : resident;
-  return start<C::kCluster>(forward, teams * C::kCluster, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream, prepared, p,
-                            launch);
+  constexpr bool kSingle = C::kSchedule == Schedule::single;
+  constexpr bool kEarly = W::kExtents || !kSingle;  // many short blocks are not the faster for it
+  const int teams = kSingle || launch.tiles < resident ? launch.tiles : resident;
+  return start<C::kCluster, kEarly>(forward, teams * C::kCluster, Shape<C>::kThreads, Shape<C>::kSmemBytes, stream, p,
+                                    launch);
 }

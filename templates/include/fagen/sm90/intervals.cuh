@@ -1,28 +1,24 @@
-// FlashMask's intervals: which tiles of keys a tile of rows sees, in which order it visits them, and what the producer
-// tells the consumers of each. Here a tile of keys may begin anywhere: a tile of rows begins with the first key it
-// sees.
+// FlashMask's intervals: which tiles of keys a tile of rows sees, in which order it visits them, and what consumers are
+// told of each. Here a tile of keys may begin anywhere: a tile of rows begins with the first key it sees.
 #pragma once
 #include "fagen/mask.cuh"
 #include "fagen/sm90/layout.cuh"
 
-// A tile of rows is [m0, m1). The keys that it sees lie in [first, end). Taken in tiles from the first on, something is
-// hidden of `cut` of them and nothing of `whole`; others it does not see.
-struct Span {
-  int m0, m1, first, end, cut, whole;
-};
-
-// A key is hidden from all rows [m0, m1), by one of its two intervals.
+// A key is hidden from all of rows [m0, m1), by one of its two intervals.
 __device__ __forceinline__ bool hides_all(const Hidden& hidden, int m0, int m1) {
   return (m0 >= hidden.ls && m1 <= hidden.le) || (m0 >= hidden.us && m1 <= hidden.ue);
+}
+
+__device__ __forceinline__ bool alike(const Hidden& a, const Hidden& b) {
+  return a.ls == b.ls && a.le == b.le && a.us == b.us && a.ue == b.ue;
 }
 
 // One tile of keys against one of rows.
 template <class C>
 struct IntervalTile {
   Extent ls, le, us, ue;  // of its keys' bounds; from two tiles of the extents where it lies across them
-  int first;              // key
 
-  __device__ __forceinline__ IntervalTile(const Intervals<C>& intervals, int first) : first(first) {
+  __device__ __forceinline__ IntervalTile(const Intervals<C>& intervals, int first) {
     const int tile = first / C::kTileN, next = min((first + C::kTileN - 1) / C::kTileN, intervals.last_key / C::kTileN);
     const auto both = [](Extent a, Extent b) { return Extent{min(a.low, b.low), max(a.high, b.high)}; };
     ls = both(intervals.template extent<C::kLTS>(tile, kFar), intervals.template extent<C::kLTS>(next, kFar));
@@ -30,73 +26,43 @@ struct IntervalTile {
     us = both(intervals.template extent<C::kUTS>(tile, -kFar), intervals.template extent<C::kUTS>(next, -kFar));
     ue = both(intervals.template extent<C::kUTE>(tile, -kFar), intervals.template extent<C::kUTE>(next, -kFar));
   }
-  // all is hidden from rows [m0, m1); any may be; or all keys have the same bounds
+  // all is hidden from rows [m0, m1); or any may be
   __device__ __forceinline__ bool empty(int m0, int m1) const {
     return (m0 >= ls.high && m1 <= le.low) || (m0 >= us.high && m1 <= ue.low);
   }
   __device__ __forceinline__ bool touched(int m0, int m1) const {
     return (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
   }
-  __device__ __forceinline__ bool same() const {
-    return ls.low == ls.high && le.low == le.high && us.low == us.high && ue.low == ue.high;
-  }
-  // the band hides something of it
-  __device__ __forceinline__ bool banded(const Band& band, int m0, int m1) const {
-    return first + C::kTileN > band.end(m0) || first < band.begin(m1 - 1);
-  }
 };
 
-// The tiles of keys that rows [m0, m1) see, the cut ones first and then the whole ones, so that the consumers have a
-// loop for each; either from the last to the first. The lanes of a warp look at 32 at once.
+// A part of a walk: of 32 neighbouring tiles of keys those of a kind, a bit each. A tile is cut by the band, at least;
+// by intervals only; or whole.
+struct Part {
+  uint32_t word;  // the first key of the 32, the kind
+  uint32_t tiles;
+
+  enum Kind { kBanded, kCut, kWhole, kKinds };
+
+  __device__ __forceinline__ int key() const { return word >> 2; }
+  __device__ __forceinline__ Kind kind() const { return Kind(word & 3); }
+};
+
+// The tiles of keys that a tile of rows sees, kind by kind, so that the consumers have a loop for the cut ones and one
+// for the whole ones; those of a kind from the last to the first.
 template <class C>
 struct IntervalTiles {
-  Intervals<C> intervals;
-  Band band;
-  int m0, m1, first, count;  // of all tiles: the first key, and how many
-  int group;                 // tiles [group, group + 32) were looked at
-  uint32_t seen;             // bits of those still to visit
-  bool cut;                  // whether these are the cut ones
-  int tile;                  // the present one, or -1
+  const Part* parts;
+  unsigned next;  // of them
+  Part part;  // the present one, and which tiles of it are still to visit
+  int key;  // the present tile's first
 
-  __device__ __forceinline__ IntervalTiles(const Intervals<C>& intervals, const Band& band, Span span)
-      : intervals(intervals),
-        band(band),
-        m0(span.m0),
-        m1(span.m1),
-        first(span.first),
-        count((span.end - span.first + C::kTileN - 1) / C::kTileN),
-        group(count),
-        seen(0),
-        cut(true) {}
+  __device__ __forceinline__ IntervalTiles(const Part* parts, unsigned first) : parts(parts), next(first), part{0, 0} {}
 
-  // Bits of the tiles [group, group + 32) that are cut, or whole.
-  __device__ __forceinline__ uint32_t look(int group, bool cut) const {
-    const int mine = group + int(threadIdx.x % 32);
-    bool mask = false;
-    if (mine >= 0 && mine < count) {
-      const IntervalTile<C> tile(intervals, first + mine * C::kTileN);
-      mask = !tile.empty(m0, m1) && (tile.touched(m0, m1) || tile.banded(band, m0, m1)) == cut;
-    }
-    return __ballot_sync(~0u, mask);
-  }
-
-  __device__ __forceinline__ bool valid() const { return tile >= 0; }
-  __device__ __forceinline__ int key() const { return first + tile * C::kTileN; }
   __device__ __forceinline__ void advance() {
-    while (seen == 0) {
-      if (group <= 0) {
-        if (!cut) {
-          tile = -1;
-          return;
-        }
-        cut = false, group = count;
-      }
-      group -= 32;
-      seen = look(group, cut);
-    }
-    const int bit = 31 - __clz(seen);
-    seen ^= 1u << bit;
-    tile = group + bit;
+    while (part.tiles == 0) part = parts[next++];
+    const int tile = 31 - __clz(part.tiles);
+    part.tiles ^= 1u << tile;
+    key = part.key() + tile * C::kTileN;
   }
 };
 
@@ -146,14 +112,16 @@ struct Borders {
   }
 };
 
-// A warp finds out what rows [m0, m1) see.
+// A warp finds out what rows [m0, m1) see, and writes down their walk. The code is short rather than fast: it comes
+// from memory each time, and that is what most of the time goes to.
 template <class C>
-__device__ __forceinline__ Span find_span(const Intervals<C>& intervals, const Band& band, int m0, int m1) {
+__device__ __forceinline__ Span find_span(const Intervals<C>& intervals, const Band& band, int m0, int m1,
+                                          Part* parts) {
   const int lane = threadIdx.x % 32;
   const int begin = band.begin(m0), end = band.end(m1 - 1);
   const int tiles_end = (end + C::kTileN - 1) / C::kTileN;
   int first = -1, last = -1;  // tiles of the extents
-#pragma unroll 4
+#pragma unroll 1
   for (int group = begin / C::kTileN; group < tiles_end; group += 32) {
     const int mine = group + lane;
     const bool some = mine < tiles_end && !IntervalTile<C>(intervals, mine * C::kTileN).empty(m0, m1);
@@ -161,29 +129,43 @@ __device__ __forceinline__ Span find_span(const Intervals<C>& intervals, const B
     if (seen && first < 0) first = group + __ffs(seen) - 1;
     if (seen) last = group + 31 - __clz(seen);
   }
-  Span span = {m0, m1, 0, 0, 0, 0};
+  Span span = {m0, m1, 0, 0};
   if (first < 0) return span;
-  // and the first and last keys in those tiles
-  const auto column_seen = [&](int key) {
-    const Hidden hidden = intervals.at(min(key, intervals.last_key));
-    return key >= begin && key < end && !hides_all(hidden, m0, m1);
-  };
-  span.first = first * C::kTileN, span.end = min((last + 1) * C::kTileN, end);
+  // and the first and last keys in those tiles, if any of theirs is seen after all
+  int first_key = first * C::kTileN, last_key = min((last + 1) * C::kTileN, end) - 1;
+#pragma unroll 1
+  for (const bool ahead : {true, false}) {
+    const int key0 = (ahead ? first : last) * C::kTileN;
+    int low = INT_MAX, high = -1;
 #pragma unroll
-  for (int i = (C::kTileN - 1) / 32; i >= 0; --i) {
-    const uint32_t seen = __ballot_sync(~0u, column_seen(first * C::kTileN + i * 32 + lane));
-    if (seen) span.first = first * C::kTileN + i * 32 + __ffs(seen) - 1;
+    for (int i = 0; i < C::kTileN; i += 32) {
+      const int key = key0 + i + lane;
+      const Hidden hidden = intervals.at(min(key, intervals.last_key));
+      // no && before the load, or each load would wait for the one before
+      const bool seen = (i + lane < C::kTileN) & (key >= begin) & (key < end) & !hides_all(hidden, m0, m1);
+      low = min(low, seen ? key : INT_MAX), high = seen ? key : high;
+    }
+    low = __reduce_min_sync(~0u, low), high = __reduce_max_sync(~0u, high);
+    if (high >= 0) (ahead ? first_key : last_key) = ahead ? low : high;
   }
-#pragma unroll
-  for (int i = 0; i <= (C::kTileN - 1) / 32; ++i) {
-    const uint32_t seen = __ballot_sync(~0u, column_seen(last * C::kTileN + i * 32 + lane));
-    if (seen) span.end = last * C::kTileN + i * 32 + 32 - __clz(seen);
-  }
-  const IntervalTiles<C> tiles(intervals, band, span);
-#pragma unroll 4
-  for (int group = 0; group < tiles.count; group += 32) {
-    span.cut += __popc(tiles.look(group, true));
-    span.whole += __popc(tiles.look(group, false));
+  // the walk's tiles begin with the first key; the lanes look at 32 of them at once
+  constexpr int kGroup = 32 * C::kTileN;
+  const int groups = (last_key - first_key) / kGroup + 1;
+#pragma unroll 1
+  for (int group = groups - 1; group >= 0; --group, ++parts) {
+    const int key0 = first_key + group * kGroup, key = key0 + lane * C::kTileN;
+    int kind = Part::kKinds;
+    if (key <= last_key) {
+      const IntervalTile<C> tile(intervals, key);
+      const bool banded = key + C::kTileN > band.end(m0) || key < band.begin(m1 - 1);
+      if (!tile.empty(m0, m1)) kind = banded ? Part::kBanded : tile.touched(m0, m1) ? Part::kCut : Part::kWhole;
+    }
+#pragma unroll 1
+    for (int i = 0; i < Part::kKinds; ++i) {
+      const uint32_t tiles = __ballot_sync(~0u, kind == i);
+      (i == Part::kWhole ? span.whole : span.cut) += __popc(tiles);
+      if (lane == 0) parts[i * groups] = {uint32_t(key0 << 2 | i), tiles};
+    }
   }
   return span;
 }
@@ -205,6 +187,7 @@ struct Told {
   }
   __device__ __forceinline__ int key() const { return word >> 3; }
   __device__ __forceinline__ bool banded() const { return word & 4; }
+  __device__ __forceinline__ bool hides_nothing() const { return (word & 7) == kNothing; }
   __device__ __forceinline__ Cut cut() const { return Cut(word & 3); }
   // the rows that are hidden
   __device__ __forceinline__ Hidden rows() const {
@@ -218,49 +201,50 @@ struct Told {
   }
 };
 
-// The producer's side: a warp finds out together, one lane says it.
+// The other side: a warp finds out and says it together.
 template <class C>
 struct Telling {
   static constexpr int kWords = (C::kTileN + 127) / 128 * 4;
   uint32_t word;
-  uint32_t words[kWords];  // hidden rows, or seen columns
+  uint32_t mine;  // of the words that the cut needs, hidden rows or seen columns, one a lane
 
-  __device__ __forceinline__ explicit Telling(const IntervalTiles<C>& tiles) {
-    const int m0 = tiles.m0, m1 = tiles.m1;
-    const IntervalTile<C> tile(tiles.intervals, tiles.key());
-    Cut cut = kNothing;
-    if (tile.touched(m0, m1)) {
-      if (tile.same()) {
-        cut = kRows;
-        words[0] = tile.ls.low, words[1] = tile.le.low, words[2] = tile.us.low, words[3] = tile.ue.low;
-      } else {
-        cut = columns(tiles.intervals, tile.first, m0, m1) ? kColumns : kCells;
-      }
-    }
-    word = tile.first << 3 | tile.banded(tiles.band, m0, m1) << 2 | cut;
+  // Of the tile of keys from `key` on.
+  __device__ __forceinline__ Telling(const Intervals<C>& intervals, int m0, int m1, int key, Part::Kind kind)
+      : word(key << 3), mine(0) {
+    if (kind == Part::kWhole) return;
+    word |= find(intervals, m0, m1, key) | (kind == Part::kBanded ? 4 : 0);
   }
 
-  // Which columns any of the rows sees; false if one of them is seen by some rows only.
-  __device__ __forceinline__ bool columns(const Intervals<C>& intervals, int first, int m0, int m1) {
-    const int lane = threadIdx.x % 32;
-    bool mixed = false;
-#pragma unroll
+  // A column is hidden from all rows, from some, or from none. Those that are hidden from some must all have the same
+  // bounds, or the consumers look for themselves. Nothing may be hidden at all: the walk knows extents only.
+  __device__ __forceinline__ Cut find(const Intervals<C>& intervals, int m0, int m1, int key) {
+    const int lane = threadIdx.x % 32, lane_column = lane / 2 * 8 + lane % 2;
+    const Hidden first = intervals.at(key);
+    enum { kSome = 1, kMixed = 2, kDiffer = 4 };
+    unsigned found = 0;
+#pragma unroll 1
     for (int i = 0; i < kWords; ++i) {
-      const int column = (i / 4 * 16 + lane / 2) * 8 + i % 4 * 2 + lane % 2;
-      const Hidden hidden = intervals.at(min(first + column, intervals.last_key));
+      const int column = i / 4 * 128 + i % 4 * 2 + lane_column;
+      const Hidden hidden = intervals.at(min(key + column, intervals.last_key));
       const bool all = hides_all(hidden, m0, m1);
       const bool any = (m0 < hidden.le && m1 > hidden.ls) || (m0 < hidden.ue && m1 > hidden.us);
-      mixed |= any != all && column < C::kTileN;
-      words[i] = __ballot_sync(~0u, !all);
+      if (column < C::kTileN)
+        found |= (any ? kSome : 0) | (any != all ? kMixed : 0) | (alike(hidden, first) ? 0 : kDiffer);
+      const uint32_t seen = __ballot_sync(~0u, !all);
+      mine = lane == i ? seen : mine;
     }
-    return !__any_sync(~0u, mixed);
+    found = __reduce_or_sync(~0u, found);
+    if (!(found & kSome)) return kNothing;
+    if (!(found & kMixed)) return kColumns;
+    if (found & kDiffer) return kCells;
+    mine = lane == 0 ? first.ls : lane == 1 ? first.le : lane == 2 ? first.us : first.ue;
+    return kRows;
   }
 
   __device__ __forceinline__ void say(uint32_t place) const {
-    const Cut cut = Cut(word & 3);
-    if (cut == kRows || cut == kColumns)
-      for (int i = 0; i < kWords; i += 4)
-        ptx::st_shared_16(place + i * 4, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
-    ptx::st_shared_4(place + Told::kWord, word);
+    const int lane = threadIdx.x % 32;
+    if (lane < kWords) ptx::st_shared_4(place + lane * 4, mine);
+    if (lane == 0) ptx::st_shared_4(place + Told::kWord, word);
+    __syncwarp();
   }
 };

@@ -24,9 +24,7 @@ struct Shape {
 
   // Registers of a thread: what the block is compiled for, and how the roles divide them.
   static constexpr int kEach = 65536 / (C::kBlocksPerSm * kThreads) / 8 * 8;
-  static constexpr int kProducerRegisters = C::kMask == Mask::intervals ? (kEach < 128 ? 56 : 72)
-                                            : kGroups == 3              ? 32
-                                                                        : 40;
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
   static constexpr int kShare = ((kGroups + 1) * kEach - kProducerRegisters) / kGroups / 8 * 8;
   static constexpr int kConsumerRegisters = kShare > 240 ? 240 : kShare;
 
@@ -65,9 +63,9 @@ struct Ring {
 
   static constexpr int kBlocks = kSharers;
 
-  __device__ __forceinline__ void init(int consumers) const {
+  __device__ __forceinline__ void init(int consumers, int producers = 1) const {
     for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(barriers + s * 16, 1);
+      ptx::mbarrier_init(barriers + s * 16, producers);
       ptx::mbarrier_init(barriers + s * 16 + 8, consumers * kSharers);
     }
   }
@@ -93,39 +91,52 @@ struct Ring {
   }
 };
 
-// Which tile of rows comes next: the producer tells the consumers. A row_tile of -1 is the end. With intervals, also
-// which rows these are and how many tiles of keys they see.
-struct Letter {
-  Work work;
+// With intervals: rows [m0, m1). Of so many tiles of keys that they see, something is hidden of `cut` and nothing of
+// `whole`.
+struct alignas(16) Span {
   int m0, m1, cut, whole;
 };
 
+// Which tile of rows comes next: the warp that finds it tells the others. A row_tile of -1 is the end.
+struct Letter {
+  Work work;
+  int kv_head;
+  Span span;
+};
+
+// A ring of two.
 template <bool kIntervals>
 struct Mail {
-  Ring<2, 32> ring;
+  uint32_t places, barriers;
+  int count = 0;  // of letters so far, which says all: some that hear them have no register to spare
+
+  __device__ __forceinline__ Ring<2, 32> ring() const { return {places, barriers, count % 2, count / 2 % 2}; }
 
   __device__ __forceinline__ void send(const Letter& letter) {
     if (threadIdx.x % 32 == 0) {
-      ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
-      ptx::st_shared_16(ring.tile(), make_uint4(letter.work.row_tile, letter.work.head, letter.work.batch, 0));
-      if (kIntervals) ptx::st_shared_16(ring.tile() + 16, make_uint4(letter.m0, letter.m1, letter.cut, letter.whole));
-      ptx::mbarrier_arrive(ring.full());
+      const auto place = ring();
+      place.acquire();
+      ptx::st_shared_16(place.tile(),
+                        make_uint4(letter.work.row_tile, letter.work.head, letter.work.batch, letter.kv_head));
+      const Span& span = letter.span;
+      if (kIntervals) ptx::st_shared_16(place.tile() + 16, make_uint4(span.m0, span.m1, span.cut, span.whole));
+      ptx::mbarrier_arrive(place.full());
     }
-    ring.advance();
+    ++count;
   }
   __device__ __forceinline__ Letter receive() {
-    ring.wait();
-    const uint4 work = ptx::ld_shared_16(ring.tile());
-    const uint4 seen = kIntervals ? ptx::ld_shared_16(ring.tile() + 16) : make_uint4(0, 0, 0, 0);
+    auto place = ring();
+    place.wait();
+    const uint4 work = ptx::ld_shared_16(place.tile());
+    const uint4 seen = kIntervals ? ptx::ld_shared_16(place.tile() + 16) : make_uint4(0, 0, 0, 0);
     __syncwarp();  // every lane has read before the first one gives the place back
-    ring.release();
+    place.release();
+    ++count;
     // broadcast, so that the compiler as well knows it to be the same in all lanes
     const auto uniform = [](uint32_t x) { return int(__shfl_sync(~0u, x, 0)); };
     return {{uniform(work.x), uniform(work.y), uniform(work.z)},
-            uniform(seen.x),
-            uniform(seen.y),
-            uniform(seen.z),
-            uniform(seen.w)};
+            uniform(work.w),
+            {uniform(seen.x), uniform(seen.y), uniform(seen.z), uniform(seen.w)}};
   }
 };
 
@@ -142,17 +153,19 @@ struct Rings {
       : q{smem + S::kQ, smem + S::kBarriers},
         k{smem + S::kK, smem + S::kBarriers + 16 * C::kQStages},
         v{smem + S::kV, smem + S::kBarriers + 16 * (C::kQStages + C::kStages)},
-        mail{{smem + S::kMail, smem + S::kMail + 64}},
+        mail{smem + S::kMail, smem + S::kMail + 64},
         told(smem + S::kTold) {}
 
   __device__ __forceinline__ uint32_t told_place() const { return told + (k.stage + k.phase * C::kStages) * 48; }
 
-  // A tile, or a letter, is given back with one arrival a warp.
+  // A tile, or a letter, is given back with one arrival a warp. With intervals there is a warp that tells of tiles of
+  // keys. It hears of tiles of rows, as the one does that loads values.
   __device__ __forceinline__ void init() const {
+    constexpr bool kTold = C::kMask == Mask::intervals;
     q.init(S::kGroups * 4);
-    k.init(S::kGroups * 4);
+    k.init(S::kGroups * 4, 1 + kTold);
     v.init(S::kGroups * 4);
-    mail.ring.init(S::kGroups * 4 + 1);  // the warp that loads values hears as well
+    mail.ring().init(S::kGroups * 4 + 1 + kTold);
     ptx::fence_mbarrier_init();
   }
 };

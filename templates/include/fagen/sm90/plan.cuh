@@ -8,19 +8,21 @@
 // One block's work, without intervals.
 template <class C, class Element>
 __device__ __forceinline__ void begin(const fagen_params& p, const Launch& launch) {
+  ptx::wait_for_previous_kernel();
   ptx::start_next_kernel();
   if (p.seqlen_k == 0) return store_zeros<Element>(p);
   if (threadIdx.x == 0) *launch.taken = 0;
 }
 
 // A mask head is planned by a cluster of blocks, whose warps share out the tiles of keys, then those of rows.
-constexpr int kPlanners = 8, kPlannerThreads = 1024;
+constexpr int kPlanners = 8, kPlannerThreads = 512;
 
 // The minima and maxima of the bounds in each tile of keys: one pass over the vectors, a warp a tile.
 template <class C>
 __device__ __forceinline__ void find_key_extents(const Intervals<C>& intervals, Extent* extents, int key_tiles,
                                                  int warp, int warps) {
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int tile = warp; tile < key_tiles; tile += warps)
 #pragma unroll
     for (int c = 0; c < C::kIntervalColumns; ++c) {
@@ -36,25 +38,29 @@ __device__ __forceinline__ void find_key_extents(const Intervals<C>& intervals, 
     }
 }
 
-// The tiles of rows by how many tiles of keys they see, the most first, later rows first among equals: where each of
-// a block's threads finds its own. Blocks take every so many-th.
-__device__ __forceinline__ void put_in_order(const Span* spans, int* order, int row_tiles) {
-  constexpr int kAtOnce = 1024;
-  __shared__ int seen[kAtOnce];
-  const auto count = [&](int i) { return i < row_tiles ? __ldcg(&spans[i].cut) + __ldcg(&spans[i].whole) : -1; };
-  const int part = blockIdx.x % kPlanners;
-  for (int first = part; first < row_tiles; first += kPlannerThreads * kPlanners) {
-    const int mine = first + threadIdx.x * kPlanners, my_count = count(mine);
+// The tiles of rows by how many tiles of keys they see, the most first, later rows first among equals. A warp finds the
+// place of a tile by counting those before it.
+__device__ __forceinline__ void put_in_order(const Span* spans, int* order, int row_tiles, int warp, int warps) {
+  constexpr int kAtOnce = 8;  // of a lane's loads
+  const auto count = [&](int i) {
+    if (i >= row_tiles) return -1;
+    const int2 seen = __ldcg(reinterpret_cast<const int2*>(&spans[i].cut));
+    return seen.x + seen.y;
+  };
+  for (int mine = warp; mine < row_tiles; mine += warps) {
+    const int my_count = count(mine);
     int before = 0;
-    for (int some = 0; some < row_tiles; some += kAtOnce) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < kAtOnce; i += kPlannerThreads) seen[i] = count(some + i);
-      __syncthreads();
-      const int end = min(kAtOnce, row_tiles - some);
-#pragma unroll 8
-      for (int i = 0; i < end; ++i) before += seen[i] > my_count || (seen[i] == my_count && some + i > mine);
+#pragma unroll 1
+    for (int some = threadIdx.x % 32; some < row_tiles; some += 32 * kAtOnce) {
+      int counts[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) counts[i] = count(some + i * 32);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        before += counts[i] > my_count || (counts[i] == my_count && some + i * 32 > mine);
     }
-    if (mine < row_tiles) order[before] = mine;
+    before = __reduce_add_sync(~0u, before);
+    if (threadIdx.x % 32 == 0) order[before] = mine;
   }
 }
 
@@ -63,8 +69,8 @@ __device__ __forceinline__ void plan(const fagen_params& p, const Launch& launch
   constexpr int kWarps = kPlannerThreads / 32;
   const int plane = blockIdx.x / kPlanners, warp = blockIdx.x % kPlanners * kWarps + threadIdx.x / 32;
   const auto intervals = intervals_of<C>(p, launch, plane / p.mask_heads, plane % p.mask_heads);
-  Span* spans = launch.spans + int64_t(plane) * launch.row_tiles;
 
+  ptx::wait_for_previous_kernel();
   ptx::start_next_kernel();
   if (C::kSchedule == Schedule::dynamic && blockIdx.x == 0 && threadIdx.x == 0) *launch.taken = 0;
   find_key_extents(intervals, const_cast<Extent*>(intervals.extents), launch.key_tiles, warp, kPlanners * kWarps);
@@ -74,12 +80,14 @@ __device__ __forceinline__ void plan(const fagen_params& p, const Launch& launch
   borders.find(intervals, p.seqlen_q);
   for (int row_tile = warp; row_tile < launch.row_tiles; row_tile += kPlanners * kWarps) {
     const int2 rows = borders.rows<C::kTileM>(row_tile, launch.row_tiles, p.seqlen_q);
-    Span span = {0, 0, 0, 0, 0, 0};
-    if (rows.x < rows.y) span = find_span<C>(intervals, Band(p), rows.x, rows.y);
-    if (threadIdx.x % 32 == 0) spans[row_tile] = span;
+    const int index = plane * launch.row_tiles + row_tile;
+    Span span = {0, 0, 0, 0};
+    if (rows.x < rows.y) span = find_span<C>(intervals, Band(p), rows.x, rows.y, launch.parts + walk(launch, index));
+    if (threadIdx.x % 32 == 0) launch.spans[index] = span;
   }
   if constexpr (kRanked<C>) {
     ptx::cluster_sync();
-    put_in_order(spans, launch.order + int64_t(plane) * launch.row_tiles, launch.row_tiles);
+    const int first = plane * launch.row_tiles;
+    put_in_order(launch.spans + first, launch.ranks + first, launch.row_tiles, warp, kPlanners * kWarps);
   }
 }

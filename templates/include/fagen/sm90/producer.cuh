@@ -1,4 +1,5 @@
-// The warps that feed the others: each walks over the tiles, and one lane of it talks to the copy engine.
+// The warps that feed the others: each walks over the tiles on its own, and loads keys, or values, or tells of them.
+// One lane of it talks to the copy engine.
 #pragma once
 #include "fagen/sm90/layout.cuh"
 #include "fagen/sm90/rows.cuh"
@@ -13,14 +14,11 @@ struct Producer {
   const Band band;
   Share<C> share;
 
-  // One tile of `kSlabs` slabs, `kRows` rows each, or this block's part of it, to all that share it; note() is called
-  // when its place is free.
-  template <int kSlabs, int kRows, bool kPacked = false, class Ring, class Note>
-  __device__ __forceinline__ void load(const CUtensorMap& map, Ring& ring, int row, int head, int batch,
-                                       Note note) const {
+  // One tile of `kSlabs` slabs, `kRows` rows each, or this block's part of it, to all that share it.
+  template <int kSlabs, int kRows, bool kPacked = false, class Ring>
+  __device__ __forceinline__ void load(const CUtensorMap& map, Ring& ring, int row, int head, int batch) const {
     if (threadIdx.x % 32 == 0) {
       ring.acquire();
-      note();
       ring.announce();
       constexpr int kPart = kRows / Ring::kBlocks;
       const int part = Ring::kBlocks > 1 ? blockIdx.x % Ring::kBlocks * kPart : 0;
@@ -38,39 +36,24 @@ struct Producer {
   }
   __device__ __forceinline__ void load_q(const Rows<C>& rows) {
     load<Shape<C>::kSlabs, C::kTileM, C::kPackHeads>(launch.q, rings.q, Packing<C>(launch).row(rows.m0), rows.work.head,
-                                                     rows.work.batch, [] {});
+                                                     rows.work.batch);
+  }
+  __device__ __forceinline__ void load_k(const Rows<C>& rows, int key) {
+    load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, key, rows.kv_head, rows.work.batch);
   }
   __device__ __forceinline__ void load_v(const Rows<C>& rows, int key) {
-    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, key, rows.kv_head, rows.work.batch, [] {});
-  }
-  // The walk's present tile of keys. The consumers are told of it.
-  template <class Tiles>
-  __device__ __forceinline__ void load_k(const Rows<C>& rows, const Tiles& tiles) {
-    const auto load = [&](auto note) {
-      this->template load<Shape<C>::kSlabs, C::kTileN>(launch.k, rings.k, tiles.key(), rows.kv_head, rows.work.batch,
-                                                       note);
-    };
-    if constexpr (C::kMask == Mask::intervals) {
-      const Telling<C> telling(tiles);
-      load([&] { telling.say(rings.told_place()); });
-    } else {
-      load([] {});
-    }
+    load<Shape<C>::kSlabsV, C::kTileN>(launch.v, rings.v, key, rows.kv_head, rows.work.batch);
   }
 
   // The next tile of rows that sees any key; row_tile is -1 if there is none.
-  __device__ __forceinline__ Work find(int next) {
+  __device__ __forceinline__ Letter find(int next) {
     for (;;) {
       const int index = __shfl_sync(~0u, next, 0);
-      if (index >= launch.tiles) return {-1, 0, 0};
-      const Rows<C> rows(p, launch, band, take<C>(p, launch, index));
-      if (rows.see_any()) return rows.work;
+      if (index >= launch.tiles) return {{-1, 0, 0}, 0, {0, 0, 0, 0}};
+      const Letter letter = take<C>(p, launch, index);
+      if (Rows<C>(p, launch, band, letter).count() > 0) return letter;
       next = share.next(launch);
     }
-  }
-  __device__ __forceinline__ void tell(const Work& work) {
-    const Rows<C> rows(p, launch, band, work);
-    rings.mail.send({work, rows.m0, rows.m1, rows.span.cut, rows.span.whole});
   }
 
   // One warp takes tiles of rows, and loads q and keys. The next is taken and looked for when few keys of the present
@@ -78,43 +61,62 @@ struct Producer {
   // first when its q and first keys are on their way, since values would only delay those.
   __device__ __forceinline__ void run_keys() {
     if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
-    Work work = find(team<C>());
+    Letter letter = find(team<C>());
     bool told = false;
-    while (work.row_tile >= 0) {
-      const Rows<C> rows(p, launch, band, work);
-      auto tiles = rows.tiles(band);
-      bool first = true;
-#pragma unroll 1
-      for (int left = rows.count() - 1; left >= 0; --left) {
-        load_k(rows, tiles);
+    while (letter.work.row_tile >= 0) {
+      const Rows<C> rows(p, launch, band, letter);
+      auto tiles = rows.tiles();
+      const auto load_next = [&] {
         tiles.advance();
-        if (first) load_q(rows);
-        if (!told) tell(work);
-        told = true;
-        if (left == kLate || (first && left < kLate)) {
-          work = find(share.next(launch));
-          tell(work);
+        load_k(rows, tiles.key);
+      };
+      load_next();
+      load_q(rows);
+      if (!told) rings.mail.send(letter);
+      told = true;
+      int left = rows.count() - 1;
+#pragma unroll 1
+      for (bool found = false; left > 0 || !found;) {
+        if (left > 0) load_next(), --left;
+        if (!found && left <= kLate) {
+          letter = find(share.next(launch));
+          rings.mail.send(letter);
+          found = true;
         }
-        first = false;
       }
     }
-    if (!told) tell(work);
+    if (!told) rings.mail.send(letter);
   }
 
-  // Another hears of them and loads values. They have a warp of their own since their places become free at other
-  // times than those of keys.
-  __device__ __forceinline__ void run_values() {
+  // Others hear of them, and visit the same tiles of keys.
+  template <class Visit>
+  __device__ __forceinline__ void follow(Visit visit) {
     if (C::kMask == Mask::intervals) ptx::wait_for_previous_kernel();
     for (;;) {
       const Letter letter = rings.mail.receive();
       if (letter.work.row_tile < 0) return;
-      const Rows<C> rows(p, launch, band, letter.work);
-      auto tiles = rows.tiles(band);
+      const Rows<C> rows(p, launch, band, letter);
+      auto tiles = rows.tiles();
 #pragma unroll 1
       for (int left = rows.count(); left > 0; --left) {
-        load_v(rows, tiles.key());
         tiles.advance();
+        visit(rows, tiles);
       }
     }
+  }
+  // One loads values, whose places become free at other times than those of keys.
+  __device__ __forceinline__ void run_values() {
+    follow([&](const Rows<C>& rows, const auto& tiles) { load_v(rows, tiles.key); });
+  }
+  // And with intervals one tells the consumers which keys these are, and what is hidden of them.
+  __device__ __forceinline__ void run_telling() {
+    if constexpr (C::kMask == Mask::intervals)
+      follow([&](const Rows<C>& rows, const auto& tiles) {
+        const Telling<C> telling(rows.intervals, rows.m0, rows.m1, tiles.key, tiles.part.kind());
+        rings.k.acquire();
+        telling.say(rings.told_place());
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(rings.k.full());
+        rings.k.advance();
+      });
   }
 };

@@ -1,9 +1,9 @@
 // The tiles of rows that a block works through, and the keys that each of them sees.
 #pragma once
 #include "fagen/mask.cuh"
-#include "fagen/schedule.cuh"
 #include "fagen/sm90/intervals.cuh"
 #include "fagen/sm90/layout.cuh"
+#include "fagen/sm90/order.cuh"
 #include "fagen/walk.cuh"
 
 struct Launch {
@@ -11,10 +11,12 @@ struct Launch {
   int packed;                // log2 of the heads of q whose rows lie side by side in a tile
   int row_tiles, key_tiles;  // tiles of a head
   int tiles;                 // tiles of rows in all
-  int heads_at_once;         // sectioned order
+  Order order;               // in which they are taken
+  Divisor sharers;           // heads of q that share keys
   Extent* extents;           // of the intervals, tile by tile
-  Span* spans;               // of each mask head, by tile of rows: the tiles of keys it sees,
-  int* order;                // and which tile of rows sees the most, the next most, ...
+  Span* spans;               // of each mask head, by tile of rows: how many tiles of keys it sees,
+  Part* parts;               // which,
+  int* ranks;                // and which tile of rows sees the most, the next most, ...
   unsigned* taken;           // dynamic schedule: tiles of rows that blocks have come for, beside each one's first
 };
 
@@ -26,6 +28,12 @@ __device__ __forceinline__ int team() {
 template <class C>
 __device__ __forceinline__ int teams() {
   return gridDim.x / C::kCluster;
+}
+
+// Whether a small kernel runs before this one. It begins when all kernels before it have ended.
+template <class C>
+__device__ __forceinline__ bool prepared(const Launch& launch) {
+  return C::kMask == Mask::intervals || (C::kSchedule == Schedule::dynamic && launch.tiles > teams<C>());
 }
 
 // Which tile of rows a block takes after its first: none, every so many-th of the order, turning at its ends so that
@@ -41,8 +49,8 @@ struct Share {
       ++round;
       return round * teams<C>() + (round % 2 ? teams<C>() - 1 - team<C>() : team<C>());
     } else {
-      if (launch.tiles <= teams<C>()) return launch.tiles;  // there is no counter
-      if (round++ == 0) ptx::wait_for_previous_kernel();   // which sets it to zero
+      if (!prepared<C>(launch)) return launch.tiles;      // there is no counter
+      if (round++ == 0) ptx::wait_for_previous_kernel();  // which sets it to zero
       return teams<C>() + (threadIdx.x % 32 == 0 ? atomicAdd(launch.taken, 1) : 0);
     }
   }
@@ -57,6 +65,14 @@ constexpr bool kRanked = C::kMask == Mask::intervals &&
 __device__ __forceinline__ int mask_head(const fagen_params& p, int kv_head) { return p.mask_heads == 1 ? 0 : kv_head; }
 __device__ __forceinline__ int64_t mask_plane(const fagen_params& p, int batch, int kv_head) {
   return int64_t(batch) * p.mask_heads + mask_head(p, kv_head);
+}
+
+// Which of all that were planned a tile of rows is, and where the walk of one begins.
+__device__ __forceinline__ int planned(const fagen_params& p, const Launch& launch, int batch, int kv_head, int tile) {
+  return mask_plane(p, batch, kv_head) * launch.row_tiles + tile;
+}
+__device__ __forceinline__ unsigned walk(const Launch& launch, int planned) {
+  return unsigned(planned) * Part::kKinds * ((launch.key_tiles + 31) / 32);
 }
 
 template <class C>
@@ -76,7 +92,6 @@ struct Packing {
   int log2;
 
   __device__ __forceinline__ explicit Packing(const Launch& launch) : log2(C::kPackHeads ? launch.packed : 0) {}
-  __device__ __forceinline__ int heads(int heads) const { return heads >> log2; }
   __device__ __forceinline__ int rows(int rows) const { return rows << log2; }
   // of a packed head and row: which they are in q
   __device__ __forceinline__ int head(int head, int m) const { return head << log2 | (m & ((1 << log2) - 1)); }
@@ -91,26 +106,25 @@ struct Packing {
   }
 };
 
-// The `index`-th tile of rows in the order of work.
+// The `index`-th tile of rows in the order of work, and what there is to say of it.
 template <class C>
-__device__ __forceinline__ Work take(const fagen_params& p, const Launch& launch, int index) {
-  fagen_params grid;
-  grid.batch = p.batch, grid.heads = Packing<C>(launch).heads(p.heads);
-  Work work = take_work<C::kBlockOrder>(grid, index, launch.row_tiles, launch.heads_at_once);
-  if constexpr (kRanked<C>) {
-    const int* order = launch.order + mask_plane(p, work.batch, work.head / (p.heads / p.kv_heads)) * launch.row_tiles;
-    work.row_tile = order[launch.row_tiles - 1 - work.row_tile];
+__device__ __forceinline__ Letter take(const fagen_params& p, const Launch& launch, int index) {
+  Letter letter;
+  Work& work = letter.work = launch.order.take<C::kBlockOrder>(index);
+  letter.kv_head = launch.sharers.quotient(work.head);
+  if constexpr (C::kMask == Mask::intervals) {
+    const int first = planned(p, launch, work.batch, letter.kv_head, 0);
+    if constexpr (kRanked<C>) work.row_tile = launch.ranks[first + launch.row_tiles - 1 - work.row_tile];
+    letter.span = launch.spans[first + work.row_tile];
   }
-  return work;
+  return letter;
 }
 
 // The tiles of keys that a band shows to a tile of rows, from the last to the first.
 template <class C>
 struct BandTiles {
-  int tile, begin;
-  __device__ __forceinline__ bool valid() const { return tile >= begin; }
-  __device__ __forceinline__ int key() const { return tile * C::kTileN; }
-  __device__ __forceinline__ void advance() { --tile; }
+  int key;  // the present tile's first
+  __device__ __forceinline__ void advance() { key -= C::kTileN; }
 };
 
 // One tile of rows: [m0, m1) of a head, and its walk over tiles of keys.
@@ -119,48 +133,39 @@ struct Rows {
   Work work;
   int m0, m1, kv_head;
   TileRange range;
-  Span span;
+  // with intervals
+  int cut, whole;
+  const Part* parts;
+  unsigned walk_begin;
   Intervals<C> intervals;
 
   Rows() = default;
-  __device__ __forceinline__ Rows(const fagen_params& p, const Launch& launch, const Band& band, const Work& work)
-      : work(work) {
+  __device__ __forceinline__ Rows(const fagen_params& p, const Launch& launch, const Band& band, const Letter& letter)
+      : work(letter.work), kv_head(letter.kv_head) {
     const Packing<C> packing(launch);
-    kv_head = work.head / packing.heads(p.heads / p.kv_heads);
     if constexpr (C::kMask == Mask::intervals) {
-      const int64_t plane = mask_plane(p, work.batch, kv_head);
+      m0 = letter.span.m0, m1 = letter.span.m1, cut = letter.span.cut, whole = letter.span.whole;
+      parts = launch.parts, walk_begin = walk(launch, planned(p, launch, work.batch, kv_head, work.row_tile));
       intervals = intervals_of<C>(p, launch, work.batch, mask_head(p, kv_head));
-      span = launch.spans[plane * launch.row_tiles + max(work.row_tile, 0)];
-      m0 = span.m0, m1 = span.m1;
     } else {
       m0 = (work.row_tile * C::kCluster + blockIdx.x % C::kCluster) * C::kTileM,
       m1 = min(m0 + C::kTileM, packing.rows(p.seqlen_q));
       range = packing.range(band, m0, m1);
     }
   }
-
-  __device__ __forceinline__ bool see_any() const {
-    if constexpr (C::kMask == Mask::intervals)
-      return span.first < span.end;
-    else
-      return range.begin < range.end;
-  }
   // tiles of keys
   __device__ __forceinline__ int count() const {
     if constexpr (C::kMask == Mask::intervals)
-      return span.cut + span.whole;
+      return cut + whole;
     else
       return range.end - range.begin;
   }
-  // for the producer, at the first one
-  __device__ __forceinline__ auto tiles(const Band& band) const {
-    if constexpr (C::kMask == Mask::intervals) {
-      IntervalTiles<C> tiles(intervals, band, span);
-      tiles.advance();
-      return tiles;
-    } else {
-      return BandTiles<C>{range.end - 1, range.begin};
-    }
+  // for those that load them, before the first one
+  __device__ __forceinline__ auto tiles() const {
+    if constexpr (C::kMask == Mask::intervals)
+      return IntervalTiles<C>(parts, walk_begin);
+    else
+      return BandTiles<C>{range.end * C::kTileN};
   }
 };
 
@@ -185,12 +190,12 @@ struct Keys {
   }
 };
 
-// Of intervals they know only how many are left; which they are, the producer tells.
+// Of intervals they know only how many are left; which they are, they are told.
 template <class C>
 struct Keys<C, true> {
   int cut, whole;
 
-  __device__ __forceinline__ explicit Keys(const Rows<C>& rows) : cut(rows.span.cut), whole(rows.span.whole) {}
+  __device__ __forceinline__ explicit Keys(const Rows<C>& rows) : cut(rows.cut), whole(rows.whole) {}
   __device__ __forceinline__ bool last() const { return cut + whole == 1; }
   __device__ __forceinline__ bool partial() const { return cut > 0; }
   __device__ __forceinline__ void advance() { partial() ? --cut : --whole; }
