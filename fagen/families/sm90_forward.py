@@ -178,12 +178,11 @@ _TILES = (
     (256, ((128, 64, 1, 1), (128, 80, 1, 1), (128, 48, 1, 1), (128, 32, 1, 1))),
 )
 _SHORT = {64: (64, 64, 1, 3)}  # the best tile of a head dim where rows see few keys, of which each sees another number
-# Three warpgroups whose weights find no room in registers: as many keys a tile as there is other room for. The best
-# where there are many keys.
-_SHARED = {96: ((192, 128, 1, 1),), 128: ((192, 128, 1, 1), (192, 96, 1, 1))}
+# Three warpgroups, the best where there are many keys; P by shared memory where registers have no room for it.
+_THREE = {96: (((192, 128, 1, 1), True),), 128: (((192, 128, 1, 1), True), ((192, 96, 1, 1), True))}
+_THREE_FULL = _THREE | {96: (((192, 112, 2, 1), False),)}
 _FEW_ROWS = ((64, 128, 1, 2), (64, 64, 1, 3), (128, 128, 1, 1))  # not enough to go round: a tile a block
 _FEW_KEYS = 2048
-_WAVES = 2  # of blocks: with fewer tiles of rows than that, nothing is gained by dealing them out
 _SMALLEST = ((128, 64, 1, 1), (64, 32, 1, 1))  # with a single stage of k and v they fit every problem
 
 
@@ -205,8 +204,8 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     tiles, plans = _tiles(p), _plans(p)
     alone = ("single", "ascending" if p.mask == "none" else "longest_first", 32)
     dealt = [config(tile, 2, *plan) for plan in plans for tile in tiles]
-    shared = (config(tile, 2, *plans[0]).replace(shared_weights=True) for tile in _SHARED.get(p.head_dim_padded, ()))
-    third = next(filter(legal, shared), None)
+    three = (_THREE_FULL if p.mask == "none" else _THREE).get(p.head_dim_padded, ())
+    third = next(filter(legal, (config(tile, 2, *plans[0]).replace(shared_weights=by) for tile, by in three)), None)
     if third:
         dealt.insert(0 if p.seqlen_k >= _FEW_KEYS else 1, third)
     if packed_heads(p) > 1:
@@ -222,23 +221,22 @@ def _tiles(p: Problem) -> list[tuple[int, int, int, int]]:
     """(tile_m, tile_n, q_stages, blocks_per_sm), the best first."""
     size = max(p.head_dim_padded, p.head_dim_v_padded)
     limit, tiles = next((limit, tiles) for limit, tiles in _TILES if size <= limit)
-    first = _SHORT.get(limit) if p.mask != "none" and p.seqlen_k <= _FEW_KEYS else None
+    first = _SHORT.get(limit) if p.mask != "none" and p.seqlen_k < _FEW_KEYS else None
     return list(dict.fromkeys([first, *tiles] if first else tiles))
 
 
 def _plans(p: Problem) -> list[tuple[str, str, int]]:
     """(schedule, block_order, section_mb), the best first."""
     if p.mask == "none":
-        plans = [("balanced", "ascending", 32), ("dynamic", "ascending", 32), ("dynamic", "sectioned", 32)]
-        return plans if p.seqlen_k < _FEW_KEYS else plans[::-1]
-    sections = (16, 32, 64) if p.seqlen_k < _FEW_KEYS else (64, 32, 16) if p.head_dim_padded > 128 else (32, 64, 16)
+        return [("dynamic", "ascending", 32), ("dynamic", "sectioned", 32), ("balanced", "ascending", 32)]
+    small, large = ((32, 64, 16), (64, 32, 16)) if p.head_dim_padded > 128 else ((16, 32, 64), (32, 64, 16))
+    sections = small if p.seqlen_k < _FEW_KEYS else large
     return [("dynamic", "sectioned", megabytes) for megabytes in sections]
 
 
 def _few(p: Problem, t: Target, c: Config) -> bool:
-    """Whether each block takes a tile of rows or two."""
-    tiles = -(-p.seqlen_q // int(c.tile_m)) * p.heads * p.batch
-    return tiles <= _WAVES * t.units * int(c.blocks_per_sm)
+    """Whether there is a block for each tile of rows."""
+    return -(-p.seqlen_q // int(c.tile_m)) * p.heads * p.batch <= t.units * int(c.blocks_per_sm)
 
 
 def _default(p: Problem, t: Target) -> Config:

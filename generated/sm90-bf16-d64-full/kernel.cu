@@ -1,7 +1,7 @@
 // An attention kernel made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  forward/bf16/d64/none, its config chosen for b4/h32-32/q4096-k4096
-// config:   tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=sectioned section_mb=32 cluster=1 shared_weights=False pack_heads=False (the family's default)
+// config:   tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=ascending section_mb=32 cluster=1 shared_weights=False pack_heads=False (the family's default)
 // made by:  fagen emit --arch sm_90 --dtype bf16 --head-dim 64 --mask none --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --config default --out DIR
 // build:    nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
@@ -11,7 +11,7 @@
 // Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
 // Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
 //
-// Config: tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=sectioned section_mb=32 cluster=1 shared_weights=False pack_heads=False
+// Config: tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=ascending section_mb=32 cluster=1 shared_weights=False pack_heads=False
 
 enum class Mask { none, causal, window, intervals };
 enum class Rescale { each, deferred };
@@ -39,7 +39,7 @@ struct Config {
   static constexpr bool kPingPong = true;  // warpgroups take turns at starting products
   static constexpr int kBlocksPerSm = 1;  // blocks that share an SM
   static constexpr Schedule kSchedule = Schedule::dynamic;  // a block takes a tile of rows, a share, or what is next
-  static constexpr BlockOrder kBlockOrder = BlockOrder::sectioned;  // order of row tiles and heads
+  static constexpr BlockOrder kBlockOrder = BlockOrder::ascending;  // order of row tiles and heads
   static constexpr int kSectionMb = 32;  // megabytes of keys and values that a section of heads may have
   static constexpr int kCluster = 1;  // blocks that share each tile of keys and values
   static constexpr bool kSharedWeights = false;  // P goes by shared memory, not registers
@@ -1284,7 +1284,7 @@ struct Told {
   }
 };
 
-// The other side: a warp finds out and says it together.
+// The other side: a warp finds out together, one lane says it.
 template <class C>
 struct Telling {
   static constexpr int kWords = (C::kTileN + 127) / 128 * 4;
@@ -1325,10 +1325,14 @@ struct Telling {
   }
 
   __device__ __forceinline__ void say(uint32_t place) const {
-    const int lane = threadIdx.x % 32;
-    if (lane < kWords) ptx::st_shared_4(place + lane * 4, mine);
-    if (lane == 0) ptx::st_shared_4(place + Told::kWord, word);
-    __syncwarp();
+    const bool speaks = threadIdx.x % 32 == 0;
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const auto of = [&](int lane) { return __shfl_sync(~0u, mine, i + lane); };
+      const uint4 four = make_uint4(of(0), of(1), of(2), of(3));
+      if (speaks) ptx::st_shared_16(place + i * 4, four);
+    }
+    if (speaks) ptx::st_shared_4(place + Told::kWord, word);
   }
 };
 

@@ -41,8 +41,8 @@ def test_defaults_compile_cleanly(problem: Problem) -> None:
         ({"mask": "causal", "heads": 16, "seqlen_q": 512}, (64, "single", "longest_first")),
         ({"mask": "causal", "batch": 32, "heads": 32, "seqlen_q": 512}, (64, "dynamic", "sectioned")),
         ({"mask": "causal", "batch": 4, "heads": 32, "seqlen_q": 4096}, (192, "dynamic", "sectioned")),
-        ({"batch": 32, "heads": 32, "seqlen_q": 512}, (192, "balanced", "ascending")),
-        ({"batch": 4, "heads": 32, "seqlen_q": 4096}, (192, "dynamic", "sectioned")),
+        ({"batch": 32, "heads": 32, "seqlen_q": 512}, (192, "dynamic", "ascending")),
+        ({"batch": 4, "heads": 32, "seqlen_q": 4096}, (192, "dynamic", "ascending")),
     ],
 )
 def test_the_default_knows_the_size(sizes: dict, default: tuple) -> None:

@@ -201,7 +201,7 @@ struct Told {
   }
 };
 
-// The other side: a warp finds out and says it together.
+// The other side: a warp finds out together, one lane says it.
 template <class C>
 struct Telling {
   static constexpr int kWords = (C::kTileN + 127) / 128 * 4;
@@ -242,9 +242,13 @@ struct Telling {
   }
 
   __device__ __forceinline__ void say(uint32_t place) const {
-    const int lane = threadIdx.x % 32;
-    if (lane < kWords) ptx::st_shared_4(place + lane * 4, mine);
-    if (lane == 0) ptx::st_shared_4(place + Told::kWord, word);
-    __syncwarp();
+    const bool speaks = threadIdx.x % 32 == 0;
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const auto of = [&](int lane) { return __shfl_sync(~0u, mine, i + lane); };
+      const uint4 four = make_uint4(of(0), of(1), of(2), of(3));
+      if (speaks) ptx::st_shared_16(place + i * 4, four);
+    }
+    if (speaks) ptx::st_shared_4(place + Told::kWord, word);
   }
 };
