@@ -148,6 +148,29 @@ def measured_hopper() -> str:
     )
 
 
+def measured_masks() -> str:
+    """Ours over each peer, mask by mask."""
+    data = json.loads((FOLDER.parent / "benchmarks" / "h200_masks.json").read_text())
+    names = {"fa3": "FlashAttention 3", "flex": "FlexAttention"}
+
+    def against(row: dict[str, Any], peer: str) -> str:
+        ours, other = (row["participants"].get(name, {}).get("tflops") for name in ("fagen", peer))
+        return f"{other:.0f} ({ours / other:.2f}x)" if other else "–"
+
+    table = _table(
+        ("mask", "fagen", *(names[peer] for peer in data["peers"])),
+        [
+            (row["name"], f"{row['participants']['fagen']['tflops']:.0f}", *(against(row, p) for p in data["peers"]))
+            for row in data["rows"]
+        ],
+    )
+    return (
+        f"**Masks**, on an {data['device']}, in TFLOP/s of the cells that are seen, and ours as a ratio to each:\n"
+        "a window of 1024, eight packed documents of unequal lengths (FlashAttention 3: varlen), a prefix.\n"
+        f"d128, 16k tokens ({_where(data, 'torch', 'driver')}).\n\n{table}"
+    )
+
+
 def measured_cpu() -> str:
     data, figures = _results("cpu_vs_sdpa.json", lambda row: (row["gflops_best"], row["gflops_sdpa"]))
     device, default = data["environment"]["device"], data["geometric_mean"]["default_over_sdpa"]
@@ -179,7 +202,9 @@ def study() -> str:
 
 def readme() -> str:
     """The README with its measured figures filled in."""
-    return _filled(FOLDER.parent / "README.md", f"{measured_gpu()}\n{measured_hopper()}\n{measured_cpu()}")
+    return _filled(
+        FOLDER.parent / "README.md", f"{measured_gpu()}\n{measured_hopper()}\n{measured_masks()}\n{measured_cpu()}"
+    )
 
 
 def _filled(page: Path, text: str) -> str:

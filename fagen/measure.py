@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import truediv
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -362,4 +363,16 @@ def time_calls(
             break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             samples[name].append(samplers[name].sample())
-    return {name: Timing.of(values) for name, values in samples.items()}
+    return against_each_other(samples)
+
+
+def against_each_other(samples: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
+    """The timings of calls that took turns. What slowed all of a round, as a clock that drifts, is not their noise."""
+    several = len(samples)
+    if several == 1:
+        return {name: Timing.of(values) for name, values in samples.items()}
+    medians = [statistics.median(values) for values in samples.values()]
+    level = [statistics.median(map(truediv, times, medians)) for times in zip(*samples.values(), strict=True)]
+    own = math.sqrt(several / (several - 1))  # each has a part in the level
+    steady = {name: Timing.of(list(map(truediv, values, level))) for name, values in samples.items()}
+    return {name: dataclasses.replace(timing, spread=own * timing.spread) for name, timing in steady.items()}

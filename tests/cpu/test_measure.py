@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from random import Random
 
 import pytest
 import torch
@@ -28,6 +29,28 @@ def test_faster_means_by_more_than_the_noise():
     assert not beats(Timing(1.0, 0.0, 30), Timing(1.004, 0.0, 30))  # below what counts, however quiet
     assert not beats(Timing(1.1, quiet, 30), Timing(1.0, quiet, 30))
     assert not beats(Timing(1.0, 0.0, 30), Timing(1.0, 0.0, 30))
+
+
+def test_what_slows_all_of_a_round_is_nobodys_noise():
+    draw = Random(7)
+    clock = [draw.uniform(0.8, 1.2) for _ in range(30)]
+    times = {"a": 1.0, "b": 1.03, "c": 2.0, "d": 5.0}
+    seconds = {name: [time * level * draw.uniform(0.99, 1.01) for level in clock] for name, time in times.items()}
+    apart = {name: Timing.of(values) for name, values in seconds.items()}
+    assert not beats(apart["a"], apart["b"])
+    together = measure.against_each_other(seconds)
+    assert beats(together["a"], together["b"])
+    ratio = together["b"].median / together["a"].median
+    assert ratio == pytest.approx(1.03, abs=0.01)
+    for name, timing in together.items():  # its own noise stays, half of an interquartile range of a hundredth
+        assert timing.spread / timing.median == pytest.approx(0.005, rel=0.6)
+        assert timing.median == pytest.approx(apart[name].median, rel=0.05)
+
+
+def test_one_call_alone_keeps_all_of_its_noise():
+    assert measure.against_each_other({"a": [1.0, 2.0, 3.0]}) == {"a": Timing.of([1.0, 2.0, 3.0])}
+    two = measure.against_each_other({"a": [1.0, 1.0, 1.1, 1.1], "b": [1.0, 1.0, 1.0, 1.0]})
+    assert two["a"].spread > 0.02
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "window"])
