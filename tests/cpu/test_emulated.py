@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import emulated
 import pytest
 import torch
 
-from fagen import masks
+from fagen import env, masks, toolchain
 from fagen.families import Config
 from fagen.problem import Problem
 from fagen.target import Target, known
@@ -194,3 +195,71 @@ def test_every_legal_pair_of_values_is_run() -> None:
             wanted.update(_pairs(config))
     ran = {pair for scheme in SCHEMES_90.values() for pair in _pairs(scheme)}
     assert not wanted - ran, sorted(map(str, wanted - ran))
+
+
+ORDER = """
+#include <algorithm>
+#include <cstdint>
+#define __device__
+#define __forceinline__ inline
+using std::min;
+enum class BlockOrder { ascending, descending, longest_first, sectioned };
+#include "fagen/sm90/order.cuh"
+
+static int divisors() {
+  const uint32_t most = (1u << 31) - 1, some[] = {1, 2, 3, 7, 64, 127, 132, 641, 65535, 65536, 1000003, most - 1, most};
+  for (uint32_t by : some)
+    for (uint32_t n : some)
+      for (int64_t off = -3; off <= 3; ++off) {
+        const int64_t near = int64_t(n) / by * by + off, at[] = {near, most - 3 + off, off};
+        for (int64_t x : at)
+          if (x >= 0 && x <= most && Divisor(by).quotient(uint32_t(x)) != x / by) return 1;
+      }
+  return 0;
+}
+
+// every tile of every head once, and the longest rows of a section first
+template <BlockOrder kOrder>
+static int orders() {
+  for (int row_tiles : {1, 3, 8})
+    for (int heads : {1, 4, 6})
+      for (int batch : {1, 3})
+        for (int at_once = 1; at_once <= heads * batch; ++at_once) {
+          const Order order = Order::of<kOrder>(row_tiles, heads, batch, at_once);
+          static bool seen[8 * 6 * 3];
+          for (bool& one : seen) one = false;
+          int last_row = -1, last_section = -1;
+          for (int index = 0; index < row_tiles * heads * batch; ++index) {
+            const Work work = order.take<kOrder>(index);
+            const int head = work.batch * heads + work.head, section = head / at_once;
+            if (work.row_tile < 0 || work.row_tile >= row_tiles || work.head >= heads || work.batch >= batch) return 2;
+            bool& one = seen[head * row_tiles + work.row_tile];
+            if (one) return 3;
+            one = true;
+            if (kOrder != BlockOrder::sectioned) continue;
+            if (section < last_section || (section == last_section && work.row_tile > last_row)) return 4;
+            last_row = work.row_tile, last_section = section;
+          }
+        }
+  return 0;
+}
+
+int main() {
+  if (const int wrong = divisors()) return wrong;
+  if (const int wrong = orders<BlockOrder::ascending>()) return 10 + wrong;
+  if (const int wrong = orders<BlockOrder::descending>()) return 20 + wrong;
+  if (const int wrong = orders<BlockOrder::longest_first>()) return 30 + wrong;
+  return orders<BlockOrder::sectioned>() ? 40 : 0;
+}
+"""
+
+
+def test_division_is_exact_and_orders_are_permutations(tmp_path):
+    """What a launch knows is divided by as a product and a shift, up to the last number below 2^31."""
+    source, program = tmp_path / "order.cpp", tmp_path / "order"
+    source.write_text(ORDER)
+    headers = str(env.data_dir("templates") / "include")
+    command = [str(toolchain.require_cxx()), "-std=c++17", "-O1", "-w", "-I", headers, str(source), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    assert subprocess.run([str(program)]).returncode == 0
