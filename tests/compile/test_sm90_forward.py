@@ -39,6 +39,8 @@ def test_defaults_compile_cleanly(problem: Problem) -> None:
     ("sizes", "default"),
     [  # what an H200 showed to be the best of the guesses, or near it
         ({"mask": "causal", "heads": 16, "seqlen_q": 512}, (64, "single", "longest_first")),
+        ({"mask": "causal", "batch": 32, "heads": 12, "seqlen_q": 128}, (64, "dynamic", "sectioned")),
+        ({"mask": "causal", "batch": 8, "heads": 32, "seqlen_q": 2048}, (192, "dynamic", "sectioned")),
         ({"mask": "causal", "batch": 32, "heads": 32, "seqlen_q": 512}, (64, "dynamic", "sectioned")),
         ({"mask": "causal", "batch": 4, "heads": 32, "seqlen_q": 4096}, (192, "dynamic", "sectioned")),
         ({"batch": 32, "heads": 32, "seqlen_q": 512}, (192, "dynamic", "ascending")),
@@ -56,8 +58,21 @@ def test_long_rows_have_other_tiles_and_sections() -> None:
         return FAMILY.default(problem, HOPPER)[name]
 
     assert [chosen(96, length, "tile_m") for length in (1024, 2048)] == [128, 192]
+    assert [chosen(128, length, "shared_weights") for length in (1024, 2048)] == [False, True]
     assert [chosen(d, 8192, "section_mb") for d in (128, 256)] == [32, 64]
     assert chosen(128, 1024, "section_mb") == 16
+
+
+def test_a_default_leaves_registers_to_what_takes_more() -> None:
+    def tile(**features: object) -> tuple[object, ...]:
+        config = FAMILY.default(Problem(head_dim=128, batch=4, heads=16, seqlen_q=8192, **features), HOPPER)
+        return config.tile_m, config.tile_n, config.shared_weights
+
+    three = (192, 128, True)
+    assert tile(mask="causal", softcap=True) == tile(mask="intervals", intervals="both4") == three
+    assert tile(mask="causal", alibi=True) == (128, 128, False)  # three warpgroups spill there
+    full = FAMILY.default(Problem(head_dim=96, batch=4, heads=16, seqlen_q=8192), HOPPER)
+    assert (full.tile_m, full.tile_n, full.shared_weights) == (192, 112, False)
 
 
 def test_every_legal_problem_has_a_legal_default() -> None:

@@ -154,9 +154,8 @@ def test_lanes_at_different_places_are_told(tmp_path):
 def test_extents_may_promise_what_no_key_shows(folder: Path) -> None:
     """Keys that nobody sees, for two reasons in turn: their tiles look as if some rows saw them."""
     rows = keys = 330
-    bounds = torch.tensor([rows, 0], dtype=torch.int32).repeat(
-        1, 1, keys, 1
-    )  # rows from the first on, below the second
+    # hidden: rows from the first bound on, and below the second
+    bounds = torch.tensor([rows, 0], dtype=torch.int32).repeat(1, 1, keys, 1)
     for first, end in ((0, 150), (300, 330)):
         bounds[0, 0, first:end:2], bounds[0, 0, first + 1 : end : 2] = 0, rows
     for case in DOCUMENTS[1:]:
@@ -218,7 +217,7 @@ static int divisors() {
   return 0;
 }
 
-// every tile of every head once, and the longest rows of a section first
+// every tile of every head once: head by head, or the longest rows of a section first
 template <BlockOrder kOrder>
 static int orders() {
   for (int row_tiles : {1, 3, 8})
@@ -231,12 +230,18 @@ static int orders() {
           int last_row = -1, last_section = -1;
           for (int index = 0; index < row_tiles * heads * batch; ++index) {
             const Work work = order.take<kOrder>(index);
-            const int head = work.batch * heads + work.head, section = head / at_once;
+            const int head = work.batch * heads + work.head;
+            const int section = kOrder == BlockOrder::sectioned ? head / at_once : 0;
             if (work.row_tile < 0 || work.row_tile >= row_tiles || work.head >= heads || work.batch >= batch) return 2;
             bool& one = seen[head * row_tiles + work.row_tile];
             if (one) return 3;
             one = true;
-            if (kOrder != BlockOrder::sectioned) continue;
+            if (kOrder == BlockOrder::ascending || kOrder == BlockOrder::descending) {
+              const int place = index % row_tiles;
+              if (work.row_tile != (kOrder == BlockOrder::ascending ? place : row_tiles - 1 - place)) return 5;
+              if (head != index / row_tiles) return 6;
+              continue;
+            }
             if (section < last_section || (section == last_section && work.row_tile > last_row)) return 4;
             last_row = work.row_tile, last_section = section;
           }
