@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from fagen import binding, build, dispatch, env, fallback, kernel
-from fagen.errors import FagenError, InvalidArgument, LaunchError
-from fagen.families import Config, Family
+from fagen import binding, dispatch, fallback, kernel
+from fagen.errors import InvalidArgument
 from fagen.masks import interval_kind
+from fagen.plan import TORCH, answer_words
 from fagen.problem import MAX_HEAD_DIM, TORCH_DTYPES, Problem
+from fagen.resolve import answer, kernel_for, plan_words
 from fagen.target import Target
 from fagen.verify import Semantics
 
@@ -88,9 +89,10 @@ def _attention(
     if reason:
         fallback.warn(reason)
         return _finish(fallback.attend(q, k, v, want_lse=return_lse, **options), return_lse, out)
-    if not _ops_ready():
-        if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        if not _ops_registered():
             return _finish(fallback.attend(q, k, v, want_lse=return_lse, **options), return_lse, out)
+    elif not (_ops_ready() or (not _plain(q, k, v, intervals, alibi_slopes, out) and _ops_registered())):
         return _without_binding(q, k, v, options, return_lse, out)
     args = (q, k, v, intervals, alibi_slopes, layout == "bhsd", causal, left, right, float(softcap), scale)
     if out is not None:
@@ -102,16 +104,32 @@ def _attention(
 
 
 def _ops_ready() -> bool:
-    """Whether the ops are registered; makes them so if that can be. torch.compile runs this while it traces."""
+    """Whether the ops are registered; a call does not wait until they are built."""
+    return _take(binding.ready())
+
+
+def _ops_registered() -> bool:
+    """Whether they are after waiting for that. torch.compile runs this while it traces: a graph needs the ops."""
+    return _take(binding.load())
+
+
+def _take(module: Any) -> bool:
     global _fast
-    if _fast is None:
-        module = binding.load()
-        _fast = module.attention if module is not None else None
-    return _fast is not None
+    if module is not None:
+        _fast = module.attention
+    return module is not None
 
 
 # what torch.compiler.assume_constant_result sets, without the second that importing torch._dynamo for it takes
-vars(_ops_ready)["_dynamo_marked_constant"] = True
+vars(_ops_registered)["_dynamo_marked_constant"] = True
+
+
+def _plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether a kernel may be handed their addresses: no subclass, mode or transform that wants to see an op."""
+    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors if t is not None):
+        return False
+    stacks = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+    return stacks == 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _finish(result: tuple[torch.Tensor, torch.Tensor], return_lse: bool, out: torch.Tensor | None) -> Any:
@@ -315,52 +333,44 @@ def _unservable(
 
 def resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> kernel.Kernel | None:
     """The kernel for a call, built and loaded; None (and a warning) where PyTorch computes."""
+    call = _describe_quietly(q, k, v, **options)
+    if call.refusal:
+        return None
+    assert call.problem is not None and call.target is not None
+    with _on_device(q):
+        return kernel_for(call.problem, call.target)
+
+
+def resolve_words(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> list[int]:
+    """The same for the C++ table: what serves this call, and the plan of its static key where there is one."""
+    call = _describe_quietly(q, k, v, **options)
+    if call.refusal:
+        return answer_words(TORCH)
+    assert call.problem is not None and call.target is not None
+    with _on_device(q):
+        found = answer(call.problem, call.target)
+    return [*answer_words(found), *plan_words(call.problem, call.target)]
+
+
+def _describe_quietly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Call:
     with torch.no_grad():  # whether gradients are needed was decided before
         call = describe(q, k, v, **options)
     if call.refusal:
         fallback.warn(call.refusal)
-        return None
-    assert call.problem is not None and call.target is not None
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise LaunchError(
-            f"a CUDA graph capture met a kernel that is not loaded: {call.problem}",
-            "nothing is compiled or loaded during a capture",
-            "make the same call once before capturing (compile ahead of that with: fagen build)",
-        )
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # where a stale kernel is verified
-        return kernel_for(call.problem, call.target)
+    return call
 
 
-def kernel_for(problem: Problem, target: Target) -> kernel.Kernel | None:
-    """The chosen kernel, compiled now if need be; None (and a warning) where PyTorch computes."""
-    choice = dispatch.choose(problem, target, check=True)
-    if choice.family is None or choice.config is None:
-        fallback.warn("; ".join(choice.reasons) or "no family serves the problem")
-        return None
-    try:
-        return built(choice.family, problem, target, choice.config)
-    except FagenError as error:
-        if env.flag("FAGEN_DISABLE_JIT"):
-            raise
-        fallback.warn(" ".join(str(error).splitlines()))
-        return None
-
-
-def built(family: Family, problem: Problem, target: Target, config: Config) -> kernel.Kernel:
-    """Loaded, and compiled before that if need be, which is said."""
-    job = build.job(family, problem, target, config)
-    artifact = build.find(job)
-    if artifact is None:
-        binding.say(f"compiling {job.name} (about {build.expected_seconds(family, target):.0f} s, once)")
-        artifact = build.make(job)
-    return kernel.load(artifact, family, problem, config)
+def _on_device(q: torch.Tensor) -> Any:
+    """Where a stale kernel is verified."""
+    return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
 
 def _without_binding(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any], return_lse: bool, out: Any
 ) -> Any:
-    """No C++ ops: a kernel that is already built is called through ctypes, everything else by PyTorch."""
+    """No C++ ops yet, or none at all: kernels are called through ctypes."""
     found = resolve(q, k, v, out=out, **options)
+    binding.start()  # after the kernel, which this call waited for
     if found is None:
         return _finish(fallback.attend(q, k, v, want_lse=return_lse, **options), return_lse, out)
     layout = options["layout"]
@@ -370,12 +380,3 @@ def _without_binding(
     names = ("intervals", "alibi_slopes", "window", "scale", "softcap")
     found.launch(q, k, v, result, lse, layout=layout, **{name: options[name] for name in names})
     return (result, lse) if return_lse else result
-
-
-def warmup(problems: list[Problem], target: Target | None = None) -> None:
-    """Compile what these problems need, and the binding, ahead of the first call."""
-    from fagen.target import detect
-
-    binding.load()
-    for problem in problems:
-        kernel_for(problem, target or detect())

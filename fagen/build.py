@@ -183,11 +183,11 @@ def make(job: Job, *, timeout: float | None = None) -> Artifact:
     found = read_entry(folder, key)
     if found:
         return found
-    if env.flag("FAGEN_DISABLE_JIT"):
+    if env.build_mode() == "never":
         raise BuildError(
-            f"{job.name} is not built, and FAGEN_DISABLE_JIT forbids to compile",
+            f"{job.name} is not built, and FAGEN_BUILD=never forbids to compile",
             f"looked in {folder}",
-            "build it ahead: FAGEN_DISABLE_JIT=0 fagen build ...",
+            "build it ahead: FAGEN_BUILD=wait FAGEN_DISABLE_JIT=0 fagen build ...",
         )
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
     private = _private_folder()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fagen import families, trust
@@ -68,25 +68,52 @@ def choose(problem: Problem, target: Target, *, check: bool = False, stale: str 
         return Choice("torch", "none", reasons=reasons)
     skipped = wrong = 0
     for record, provenance in Database.load().candidates(problem, target):
-        family = next((f for f in able if f.name == record.family), None)
-        config, told = None, None
-        if family is None:
-            reason = refusals.get(record.family, "no such family")
-        else:
-            config, reason = _legal(record, family, problem, target)
-        if family is not None and config is not None:
-            told = trust.judge(record, family, problem, target, config, check=check, stale=stale)
-            reason = "" if told.usable else told.text
-            wrong += told.state == "wrong"
-            if wrong == _MOST_WRONG:  # something is amiss with the template: others would cost a compilation each
-                stale = "refuse"
+        choice, reason = by_record(record, provenance, problem, target, able, refusals, check=check, stale=stale)
         if not reason:
             _say_runners_up(reasons, problem, provenance, skipped)
-            return Choice("family", provenance, family, config, record, reasons, told)
+            return replace(choice, reasons=[*reasons, *choice.reasons])
+        wrong += choice.trust is not None and choice.trust.state == "wrong"
+        if wrong == _MOST_WRONG:  # something is amiss with the template: others would cost a compilation each
+            stale = "refuse"
         skipped += 1
         if skipped <= _MAX_REASONS:
             reasons.append(f"{provenance} record {record.key} ({record.family}): {reason}")
     _say_runners_up(reasons, problem, "default", skipped)
+    return by_default(problem, target, able, reasons)
+
+
+def by_record(
+    record: Record, provenance: str, problem: Problem, target: Target, able: list[Family], refusals: dict[str, str],
+    *, check: bool = False, stale: str = "",
+) -> tuple[Choice, str]:  # fmt: skip
+    """What a record makes of the problem, and why it may not serve, "" if it may. No size decides that."""
+    family = next((f for f in able if f.name == record.family), None)
+    if family is None:
+        return Choice("torch", provenance, record=record), refusals.get(record.family, "no such family")
+    config, reason = _legal(record, family, problem, target)
+    if config is None:
+        return Choice("torch", provenance, family, record=record), reason
+    if slower_than_torch(record):
+        return Choice(
+            "torch", provenance, record=record, reasons=[f"PyTorch was faster than all kernels of {record.key}"]
+        ), ""
+    told = trust.judge(record, family, problem, target, config, check=check, stale=stale)
+    return Choice("family", provenance, family, config, record, trust=told), "" if told.usable else told.text
+
+
+def known_only() -> str:
+    """For `stale`: a call that must not wait verifies nothing."""
+    return trust.KNOWN if trust.mode() == "verify" else ""
+
+
+def slower_than_torch(record: Record) -> bool:
+    """Whether PyTorch was faster, by more than the noise, when the winner was measured."""
+    theirs = getattr(record, "torch_seconds", None) or 0.0  # records that are older do not know
+    return 0 < theirs < record.seconds - record.spread
+
+
+def by_default(problem: Problem, target: Target, able: list[Family], reasons: list[str]) -> Choice:
+    """The default of the first family whose default fits; `reasons` grow."""
     for family in able:
         try:
             config = family.require(problem, target, family.default(problem, target))

@@ -207,14 +207,15 @@ def test_attention_runs_the_recorded_winner(monkeypatch: pytest.MonkeyPatch) -> 
     from fagen import api
 
     used = []
-    resolve = api.resolve
-    monkeypatch.setattr(api, "resolve", lambda *args, **named: used.append(resolve(*args, **named)) or used[-1])
+    answer = api.answer
+    monkeypatch.setattr(api, "answer", lambda *args: used.append(answer(*args)) or used[-1])
+    assert api._ops_registered()
     q, k, v = (torch.randn(1, 64, 2, 16) for _ in range(3))
     before = fagen.attention(q, k, v, causal=True)
     db.put([record()])
     binding.forget()
     after = fagen.attention(q, k, v, causal=True)
-    assert used[-1].config == other_config()
+    assert used[-1].kernel.config == other_config()
     for out in (before, after):
         assert verify.check(out, None, q, k, v, verify.Semantics((-1, 0)), layout="bshd")
     assert fagen.explain(q, k, v, causal=True).built is True
