@@ -12,7 +12,7 @@ import torch
 from fagen import binding, dispatch, fallback, kernel
 from fagen.errors import InvalidArgument
 from fagen.masks import interval_kind
-from fagen.plan import TORCH, answer_words
+from fagen.plan import TORCH
 from fagen.problem import MAX_HEAD_DIM, TORCH_DTYPES, Problem
 from fagen.resolve import answer, kernel_for, plan_words
 from fagen.target import Target
@@ -345,11 +345,11 @@ def resolve_words(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: 
     """The same for the C++ table: what serves this call, and the plan of its static key where there is one."""
     call = _describe_quietly(q, k, v, **options)
     if call.refusal:
-        return answer_words(TORCH)
+        return list(TORCH.words)
     assert call.problem is not None and call.target is not None
     with _on_device(q):
         found = answer(call.problem, call.target)
-    return [*answer_words(found), *plan_words(call.problem, call.target)]
+    return [*found.words, *plan_words(call.problem, call.target)]
 
 
 def _describe_quietly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Call:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fagen import families, trust
+from fagen import env, families, trust
 from fagen.errors import FagenError
 from fagen.problem import Problem
 from fagen.target import Target, gpu, host
@@ -24,7 +24,13 @@ PROVENANCES = {
     "nearest": "tuned on this device for the nearest size",
     "arch": "tuned on another device of this architecture",
     "default": "never tuned: the family's default",
+    "built": "built already; it serves while the kernel of the choice is compiled",
     "none": "no kernel of ours",
+}
+_NOT_BUILT = {
+    "wait": "not yet: the first call compiles it",
+    "background": "not yet: the first call starts that, and does not wait",
+    "never": "no, and FAGEN_BUILD=never forbids it: a call is an error",
 }
 _MOST_WRONG = 2  # winners of a changed source that one call verifies in vain
 _MAX_REASONS = 4  # of records that were passed over; a database has thousands
@@ -177,6 +183,7 @@ class Report:
     choice: Choice
     built: bool | None  # None: not known, or nothing to build
     facts: dict[str, Any] = field(default_factory=dict)
+    meanwhile: Choice | None = None  # what serves until it is built, where calls do not wait for that
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -187,6 +194,7 @@ class Report:
             "provenance_record": self.record_facts(),
             "built": self.built,
             "facts": self.facts,
+            "meanwhile": self.meanwhile.to_dict() if self.meanwhile else None,
         }
 
     def record_facts(self) -> dict[str, Any] | None:
@@ -244,7 +252,10 @@ class Report:
             lines.append(f"config   {choice.config}")
         lines += self._record_lines()
         if self.built is not None:
-            lines.append(f"built    {'yes' if self.built else 'not yet: the first call compiles it'}")
+            lines.append(f"built    {'yes' if self.built else _NOT_BUILT[env.build_mode()]}")
+        if self.meanwhile is not None:
+            kernel = f"{self.meanwhile.family.name}: {self.meanwhile.config}" if self.meanwhile.family else "PyTorch"
+            lines.append(f"until    {kernel} (FAGEN_BUILD=background)")
         lines += [f"not      {reason}" for reason in choice.reasons]
         return "\n".join(lines)
 
@@ -260,7 +271,8 @@ def explain_problem(problem: Problem, target: Target) -> Report:
     from fagen import build
     from fagen.db import Database
 
-    choice = choose(problem, target)
+    waits = env.build_mode() != "background"
+    choice = choose(problem, target, stale="" if waits else known_only())
     choice.reasons.extend(f"database: {warning}" for warning in Database.load().warnings)
     if choice.kind == "torch":
         return Report(problem, target, choice, None)
@@ -270,7 +282,17 @@ def explain_problem(problem: Problem, target: Target) -> Report:
     except FagenError as error:  # no compiler: then nothing is built either
         choice.reasons.append(f"{choice.family.name}: cannot be built here: {error.what}")
         return Report(problem, target, choice, False)
-    return Report(problem, target, choice, artifact is not None, artifact.facts if artifact else {})
+    meanwhile = None if waits or artifact is not None else _meanwhile(problem, target)
+    return Report(problem, target, choice, artifact is not None, artifact.facts if artifact else {}, meanwhile)
+
+
+def _meanwhile(problem: Problem, target: Target) -> Choice:
+    from fagen import resolve
+
+    found = resolve.stand_in(problem, target)
+    if found is None:
+        return Choice("torch", "none", reasons=["no kernel of the static key is built"])
+    return Choice("family", "built", found.family, found.config)
 
 
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Report:

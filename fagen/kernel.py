@@ -111,7 +111,8 @@ def make_params(
         params.intervals_stride = _Strides(batch if intervals.shape[0] > 1 else 0, head, key)
     if alibi_slopes is not None:
         params.alibi_slopes = alibi_slopes.data_ptr()
-        params.alibi_stride = alibi_slopes.stride(0) if alibi_slopes.dim() == 2 else 0
+        several = alibi_slopes.dim() == 2 and alibi_slopes.shape[0] > 1
+        params.alibi_stride = alibi_slopes.stride(0) if several else 0
     _, row, head = order
     params.batch, params.seqlen_q, params.heads = q.shape[0], q.shape[row], q.shape[head]
     params.seqlen_k, params.kv_heads = k.shape[row], k.shape[head]

@@ -6,6 +6,7 @@ of `csrc/table.h` is given the same plan as words and does the same.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,13 @@ class Answer:
 
     known: bool
     kernel: Kernel | None = None
+
+    @functools.cached_property
+    def words(self) -> tuple[int, ...]:
+        """For the table in C++: `answer_of` there."""
+        if self.kernel is None:
+            return int(self.known), 0, 0, 0
+        return (int(self.known), *(self.kernel.library.address(name) for name in binding.FUNCTIONS))
 
 
 ASK, TORCH = Answer(False), Answer(True)
@@ -80,15 +88,9 @@ class Plan:
         """For the table in C++, which reads them in `plan_of`."""
         alike = all(family.default_reads is families.nothing for family in self.families)
         otherwise = self.instead or (next(iter(self.defaults.values()), ASK) if alike else ASK)
-        words = [self.target.units, int(self.windowed), *answer_words(otherwise)]
+        words = [self.target.units, int(self.windowed), *otherwise.words]
         for row in self.rows:
             p = row.record.problem
             sizes = p.batch, p.heads, p.kv_heads, p.seqlen_q, p.seqlen_k, p.window_left, p.window_right
-            words += [int(row.elsewhere), *sizes, *answer_words(row.answer)]
+            words += [int(row.elsewhere), *sizes, *row.answer.words]
         return words
-
-
-def answer_words(answer: Answer) -> list[int]:
-    if answer.kernel is None:
-        return [int(answer.known), 0, 0, 0]
-    return [1, *(answer.kernel.library.address(name) for name in binding.FUNCTIONS)]

@@ -44,6 +44,12 @@ def forget() -> None:
         known.clear()
 
 
+def renew() -> None:
+    """Make every plan anew when it is next asked for, of what is loaded by then."""
+    _plans.clear()
+    binding.forget_table()
+
+
 def _key(family: Family, problem: Problem, target: Target, config: Config) -> _Key:
     return family.name, problem.static_key, target, config
 
@@ -148,6 +154,7 @@ def _in_capture(problem: Problem, target: Target) -> Answer:
 
 def _decide(problem: Problem, target: Target) -> Answer:
     """Choose, build or load, and make the plan of the static key anew."""
+    background.warn_told()
     waits = env.build_mode() != "background"
     choice = dispatch.choose(problem, target, check=waits, stale="" if waits else dispatch.known_only())
     if choice.family is None or choice.config is None:

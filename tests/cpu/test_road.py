@@ -14,10 +14,10 @@ import fagen
 from fagen import api, binding, build, fallback, families, kernel
 from fagen.errors import BuildError, LaunchError, MissingTool
 from fagen.families import Config
-from fagen.plan import TORCH, Answer, answer_words
+from fagen.plan import TORCH, Answer
 from fagen.problem import Problem
 
-NOTHING = answer_words(TORCH)  # an answer without a plan
+NOTHING = list(TORCH.words)  # an answer without a plan
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_a_failed_launch_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> No
     )
     artifact = build.make(build.Job("unlucky", source, ".cpp", (), (), "cpu"))
     broken = kernel.load(artifact, families.get("cpu_forward"), Problem(), Config({}))
-    monkeypatch.setattr(api, "resolve_words", lambda *args, **named: answer_words(Answer(True, broken)))
+    monkeypatch.setattr(api, "resolve_words", lambda *args, **named: list(Answer(True, broken).words))
     binding.forget()
     case = example()
     with pytest.raises(LaunchError, match="out of luck"):
