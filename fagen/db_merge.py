@@ -195,6 +195,14 @@ def _locked(path: Path) -> Iterator[None]:
         ) from error
 
 
+def write_new(path: Path, records: list[Record]) -> None:
+    """These records of one device as a file, in the place of what is there if that is a database file of the device."""
+    arch, device = records[0].arch, records[0].device
+    with _locked(path):
+        _to_rewrite(path, arch, device, backup=True)
+        write_file(path, arch, device, records)
+
+
 def write_file(path: Path, arch: str, device: str, records: Iterable[Record]) -> None:
     """All or nothing: a reader sees the old file or the new one."""
     rows = [r.to_dict() for r in sorted(records, key=lambda r: (r.key, r.family))]
