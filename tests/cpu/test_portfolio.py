@@ -214,7 +214,7 @@ def test_the_shipped_spaces_and_runs_can_be_read(capsys: pytest.CaptureFixture) 
     assert all(t.seconds for times in found.values() for t in times)
     shipped = str(ROOT / "tuning_db" / "sm_90" / "nvidia-h200.json")
     assert main(["db", "portfolio", "d128/causal", "--from", shipped, "--times", *map(str, paths)]) == 0
-    assert "kernels for 11 sizes" in capsys.readouterr().err
+    assert "forward/bf16/d128/causal on sm_90 (nvidia-h200): " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
