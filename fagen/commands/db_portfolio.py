@@ -12,7 +12,7 @@ from fagen.errors import UsageError
 
 
 def add(verb: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-    text = "the fewest configs that keep every recorded size within 1 % of its winner, by what was measured"
+    text = "the fewest configs that keep every recorded size near its winner, by what was measured"
     parser = verb("portfolio", text, "portfolio d128/causal --times benchmarks/spaces/h200_d128_causal_gqa.jsonl.xz")
     parser.add_argument("key", nargs="?", default="", metavar="KEY", help="a static key or a part of it (default: all)")
     parser.add_argument(
