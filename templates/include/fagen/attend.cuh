@@ -185,6 +185,22 @@ struct Attend {
     }
   }
 
+  // The references as the exponentials want them. Of scores too large for that the warp takes them at once; score mods
+  // leave a scale of 1, by which no product rounds.
+  __device__ __forceinline__ void settle(Scores& s_acc) {
+    softmax.settle();
+    if constexpr (!ScoreMod<Config>::kActive)
+      if (__any_sync(~0u, softmax.too_large())) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const float reference = softmax.finite_reference(r);
+          softmax.offset[r] = 0.f;
+#pragma unroll
+          for (auto& piece : s_acc[r / 2]) piece[r % 2 * 2] -= reference, piece[r % 2 * 2 + 1] -= reference;
+        }
+      }
+  }
+
   // One register of P = exp(S - reference): two columns of row i % 2 of piece 2 n + i / 2. The accumulator of S is
   // already in the order of P's operand.
   __device__ __forceinline__ void weigh(const Scores& s_acc, Weights& p_frag, int s, int n, int i) {
@@ -210,9 +226,9 @@ struct Attend {
   }
 
   // The whole softmax and second product of a tile.
-  __device__ __forceinline__ void values(const Scores& s_acc, uint32_t v_tile, int first_key) {
+  __device__ __forceinline__ void values(Scores& s_acc, uint32_t v_tile, int first_key) {
     observe(s_acc);
-    softmax.settle();
+    settle(s_acc);
     const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
     Weights p_frag;
 #pragma unroll

@@ -17,10 +17,16 @@ __device__ __forceinline__ float quad_sum(float x) {
 // Scores come in raw; `scale_log2` takes them to the base-2 logarithm inside the exponential's one FMA.
 // `reference` is what is subtracted before the exponential: the rows' maximum, or one that is near enough below it.
 // The sum stays per thread until the end. Any reference gives the same O / sum, so keeping an old one is exact.
+//
+// The FMA subtracts reference * scale as rounded to float32. The rounding multiplies all weights of a row alike and
+// cancels in O / sum, unless it is of whole powers of two: from |reference * scale| = 2^24 on. `too_large` tells of that
+// long before; then the caller takes the reference from the scores first, which is exact near it.
 template <int kRows, bool kDeferred>
 struct OnlineSoftmax {
   // a weight may grow to 2^8 before a deferred reference moves: exact in float32, safe in 16 bits
   static constexpr float kSlack_log2 = 8.f;
+  // an offset up to here rounds by no more than 2^-10
+  static constexpr float kLargest_log2 = 16384.f;
 
   float reference[kRows], sum[kRows], offset[kRows];
   float scale_log2, slack;
@@ -35,7 +41,7 @@ struct OnlineSoftmax {
   __device__ __forceinline__ bool outgrown(const float (&tile_max)[kRows]) const {
     bool grown = !kDeferred;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > reference[r] + slack;
+    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] - reference[r] > slack;  // NaN where neither has seen a key
     return grown;
   }
 
@@ -51,10 +57,20 @@ struct OnlineSoftmax {
     }
   }
 
-  // What is added to the scaled scores: finite even where nothing has been seen yet.
+  // The reference, or 0 where no key has been seen yet: finite as long as the scores are.
+  __device__ __forceinline__ float finite_reference(int r) const {
+    return reference[r] == -INFINITY ? 0.f : reference[r];
+  }
+  // What is added to the scaled scores.
   __device__ __forceinline__ void settle() {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) offset[r] = reference[r] == -INFINITY ? 0.f : -reference[r] * scale_log2;
+    for (int r = 0; r < kRows; ++r) offset[r] = -finite_reference(r) * scale_log2;
+  }
+  __device__ __forceinline__ bool too_large() const {
+    bool large = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) large |= fabsf(offset[r]) > kLargest_log2;
+    return large;
   }
   __device__ __forceinline__ float weight(float score, int r) const {
     return ptx::ex2(fmaf(score, scale_log2, offset[r]));

@@ -47,9 +47,9 @@ struct Pair {
   }
 
   // Softmax of this warp's half of the keys, O += P V of all of them for its half of the columns.
-  __device__ __forceinline__ void values(State& state, const typename State::Scores& s_acc, uint32_t v_tile) const {
+  __device__ __forceinline__ void values(State& state, typename State::Scores& s_acc, uint32_t v_tile) const {
     observe(state, s_acc);  // its barrier also tells that the partner has read the weights of the tile before
-    state.softmax.settle();
+    state.settle(s_acc);
     typename State::Weights p_mine;
 #pragma unroll
     for (int n = 0; n < kPieces; ++n)

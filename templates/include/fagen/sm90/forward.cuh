@@ -165,7 +165,7 @@ struct Consumer {
       for (float& x : row_max) x = quad_max(x);
       state.softmax.move(row_max, factor);
     }
-    state.softmax.settle();
+    state.settle(s_acc);
     return moved;
   }
   // S becomes the weights.
