@@ -359,10 +359,16 @@ __device__ __forceinline__ float quad_sum(float x) {
 // Scores come in raw; `scale_log2` takes them to the base-2 logarithm inside the exponential's one FMA.
 // `reference` is what is subtracted before the exponential: the rows' maximum, or one that is near enough below it.
 // The sum stays per thread until the end. Any reference gives the same O / sum, so keeping an old one is exact.
+//
+// The FMA subtracts reference * scale as rounded to float32. The rounding multiplies all weights of a row alike and
+// cancels in O / sum, unless it is of whole powers of two: from |reference * scale| = 2^24 on. `too_large` tells of that
+// long before; then the caller takes the reference from the scores first, which is exact near it.
 template <int kRows, bool kDeferred>
 struct OnlineSoftmax {
   // a weight may grow to 2^8 before a deferred reference moves: exact in float32, safe in 16 bits
   static constexpr float kSlack_log2 = 8.f;
+  // an offset up to here rounds by no more than 2^-10
+  static constexpr float kLargest_log2 = 16384.f;
 
   float reference[kRows], sum[kRows], offset[kRows];
   float scale_log2, slack;
@@ -377,7 +383,7 @@ struct OnlineSoftmax {
   __device__ __forceinline__ bool outgrown(const float (&tile_max)[kRows]) const {
     bool grown = !kDeferred;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > reference[r] + slack;
+    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] - reference[r] > slack;  // NaN where neither has seen a key
     return grown;
   }
 
@@ -393,10 +399,20 @@ struct OnlineSoftmax {
     }
   }
 
-  // What is added to the scaled scores: finite even where nothing has been seen yet.
+  // The reference, or 0 where no key has been seen yet: finite as long as the scores are.
+  __device__ __forceinline__ float finite_reference(int r) const {
+    return reference[r] == -INFINITY ? 0.f : reference[r];
+  }
+  // What is added to the scaled scores.
   __device__ __forceinline__ void settle() {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) offset[r] = reference[r] == -INFINITY ? 0.f : -reference[r] * scale_log2;
+    for (int r = 0; r < kRows; ++r) offset[r] = -finite_reference(r) * scale_log2;
+  }
+  __device__ __forceinline__ bool too_large() const {
+    bool large = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) large |= fabsf(offset[r]) > kLargest_log2;
+    return large;
   }
   __device__ __forceinline__ float weight(float score, int r) const {
     return ptx::ex2(fmaf(score, scale_log2, offset[r]));
@@ -586,6 +602,22 @@ struct Attend {
     }
   }
 
+  // The references as the exponentials want them. Of scores too large for that the warp takes them at once; score mods
+  // leave a scale of 1, by which no product rounds.
+  __device__ __forceinline__ void settle(Scores& s_acc) {
+    softmax.settle();
+    if constexpr (!ScoreMod<Config>::kActive)
+      if (__any_sync(~0u, softmax.too_large())) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const float reference = softmax.finite_reference(r);
+          softmax.offset[r] = 0.f;
+#pragma unroll
+          for (auto& piece : s_acc[r / 2]) piece[r % 2 * 2] -= reference, piece[r % 2 * 2 + 1] -= reference;
+        }
+      }
+  }
+
   // One register of P = exp(S - reference): two columns of row i % 2 of piece 2 n + i / 2. The accumulator of S is
   // already in the order of P's operand.
   __device__ __forceinline__ void weigh(const Scores& s_acc, Weights& p_frag, int s, int n, int i) {
@@ -611,9 +643,9 @@ struct Attend {
   }
 
   // The whole softmax and second product of a tile.
-  __device__ __forceinline__ void values(const Scores& s_acc, uint32_t v_tile, int first_key) {
+  __device__ __forceinline__ void values(Scores& s_acc, uint32_t v_tile, int first_key) {
     observe(s_acc);
-    softmax.settle();
+    settle(s_acc);
     const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
     Weights p_frag;
 #pragma unroll
@@ -1045,9 +1077,9 @@ struct Pair {
   }
 
   // Softmax of this warp's half of the keys, O += P V of all of them for its half of the columns.
-  __device__ __forceinline__ void values(State& state, const typename State::Scores& s_acc, uint32_t v_tile) const {
+  __device__ __forceinline__ void values(State& state, typename State::Scores& s_acc, uint32_t v_tile) const {
     observe(state, s_acc);  // its barrier also tells that the partner has read the weights of the tile before
-    state.softmax.settle();
+    state.settle(s_acc);
     typename State::Weights p_mine;
 #pragma unroll
     for (int n = 0; n < kPieces; ++n)
@@ -1321,7 +1353,7 @@ __device__ __forceinline__ void attend_q_outer_overlapped(const Block<C, Element
   const auto visit = [&](int tile, auto masked) {
     const int next = next_stage<C>(stage);
     state.observe(s_acc);
-    state.softmax.settle();
+    state.settle(s_acc);
     block.template arrive<C::kStages - 2>();
     load_next();
     Scores s_next;
