@@ -173,31 +173,34 @@ struct Attend {
     }
   }
 
-  // Take a new tile's maxima into the reference; O follows.
-  __device__ __forceinline__ void observe(const Scores& s_acc) {
+  // Take a new tile's maxima into the softmax; O follows.
+  __device__ __forceinline__ void observe(Scores& s_acc) {
     float tile_max[kRows], factor[kRows];
     tile_maxima(s_acc, tile_max);
     if (__any_sync(~0u, softmax.outgrown(tile_max))) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) tile_max[r] = quad_max(tile_max[r]);
-      softmax.move(tile_max, factor);
+      move(s_acc, tile_max, factor);
       rescale(factor);
+    } else {
+      softmax.settle();
     }
   }
 
-  // The references as the exponentials want them. Of scores too large for that the warp takes them at once; score mods
-  // leave a scale of 1, by which no product rounds.
-  __device__ __forceinline__ void settle(Scores& s_acc) {
+  // Move the references to the rows' maxima. Those too large for the exponential's FMA are taken from the warp's scores
+  // here; score mods leave a scale of 1, by which no product rounds.
+  __device__ __forceinline__ void move(Scores& s_acc, const float (&row_max)[kRows], float (&factor)[kRows]) {
+    softmax.move(row_max, factor);
     softmax.settle();
     if constexpr (!ScoreMod<Config>::kActive)
       if (__any_sync(~0u, softmax.too_large())) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const float reference = softmax.finite_reference(r);
-          softmax.offset[r] = 0.f;
 #pragma unroll
           for (auto& piece : s_acc[r / 2]) piece[r % 2 * 2] -= reference, piece[r % 2 * 2 + 1] -= reference;
         }
+        softmax.settle_taken();
       }
   }
 
@@ -228,7 +231,6 @@ struct Attend {
   // The whole softmax and second product of a tile.
   __device__ __forceinline__ void values(Scores& s_acc, uint32_t v_tile, int first_key) {
     observe(s_acc);
-    settle(s_acc);
     const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
     Weights p_frag;
 #pragma unroll

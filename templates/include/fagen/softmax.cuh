@@ -20,7 +20,8 @@ __device__ __forceinline__ float quad_sum(float x) {
 //
 // The FMA subtracts reference * scale as rounded to float32. The rounding multiplies all weights of a row alike and
 // cancels in O / sum, unless it is of whole powers of two: from |reference * scale| = 2^24 on. `too_large` tells of that
-// long before; then the caller takes the reference from the scores first, which is exact near it.
+// long before. From then on the reference is taken from the scores first, which is exact near it, with no offset left
+// for the FMA; and a slack that every tile outgrows brings each of them to where that is done.
 template <int kRows, bool kDeferred>
 struct OnlineSoftmax {
   // a weight may grow to 2^8 before a deferred reference moves: exact in float32, safe in 16 bits
@@ -31,17 +32,20 @@ struct OnlineSoftmax {
   float reference[kRows], sum[kRows], offset[kRows];
   float scale_log2, slack;
 
-  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2)
-      : scale_log2(scale_log2), slack(kSlack_log2 / scale_log2) {
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) { begin(); }
+
+  // Rows that have seen no key yet.
+  __device__ __forceinline__ void begin() {
+    slack = kSlack_log2 / scale_log2;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
   }
 
-  // Whether a row of this thread has outgrown its reference by more than the slack.
+  // Whether a row of this thread has outgrown its reference by the slack.
   __device__ __forceinline__ bool outgrown(const float (&tile_max)[kRows]) const {
     bool grown = !kDeferred;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] - reference[r] > slack;  // NaN where neither has seen a key
+    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] - reference[r] >= slack;  // no: NaN, where both are -inf
     return grown;
   }
 
@@ -57,7 +61,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // The reference, or 0 where no key has been seen yet: finite as long as the scores are.
+  // The reference, or 0 where no key has been seen yet.
   __device__ __forceinline__ float finite_reference(int r) const {
     return reference[r] == -INFINITY ? 0.f : reference[r];
   }
@@ -66,14 +70,21 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) offset[r] = -finite_reference(r) * scale_log2;
   }
+  __device__ __forceinline__ float weight(float score, int r) const {
+    return ptx::ex2(fmaf(score, scale_log2, offset[r]));
+  }
+
   __device__ __forceinline__ bool too_large() const {
     bool large = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) large |= fabsf(offset[r]) > kLargest_log2;
     return large;
   }
-  __device__ __forceinline__ float weight(float score, int r) const {
-    return ptx::ex2(fmaf(score, scale_log2, offset[r]));
+  // Instead of `settle`, where references are taken from the scores themselves.
+  __device__ __forceinline__ void settle_taken() {
+    slack = -INFINITY;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) offset[r] = 0.f;
   }
 
   // log sum exp of row r in natural logarithm, given the whole row's sum
