@@ -183,24 +183,23 @@ struct Attend {
       move(s_acc, tile_max, factor);
       rescale(factor);
     } else {
-      softmax.settle();
+      softmax.set_offsets();
     }
   }
 
-  // Move the references to the rows' maxima. Those too large for the exponential's FMA are taken from the warp's scores
-  // here; score mods leave a scale of 1, by which no product rounds.
+  // Move the references to the rows' maxima, and subtract those from the scores that are too large for the
+  // exponential's FMA. Score mods leave a scale of 1, by which no product rounds.
   __device__ __forceinline__ void move(Scores& s_acc, const float (&row_max)[kRows], float (&factor)[kRows]) {
     softmax.move(row_max, factor);
-    softmax.settle();
     if constexpr (!ScoreMod<Config>::kActive)
-      if (__any_sync(~0u, softmax.too_large())) {
+      while (__any_sync(~0u, softmax.too_large())) {  // once; as a loop it stays out of the common tile's way
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          const float reference = softmax.finite_reference(r);
 #pragma unroll
-          for (auto& piece : s_acc[r / 2]) piece[r % 2 * 2] -= reference, piece[r % 2 * 2 + 1] -= reference;
+          for (auto& piece : s_acc[r / 2])
+            piece[r % 2 * 2] -= softmax.reference[r], piece[r % 2 * 2 + 1] -= softmax.reference[r];
+          softmax.offset[r] = 0.f;
         }
-        softmax.settle_taken();
       }
   }
 

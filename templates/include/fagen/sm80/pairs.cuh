@@ -44,7 +44,7 @@ struct Pair {
       state.move(s_acc, row_max, factor);
       state.rescale(factor);
     } else {
-      state.softmax.settle();
+      state.softmax.set_offsets();
     }
   }
 

@@ -164,7 +164,7 @@ struct Consumer {
       for (float& x : row_max) x = quad_max(x);
       state.move(s_acc, row_max, factor);
     } else {
-      state.softmax.settle();
+      state.softmax.set_offsets();
     }
     return moved;
   }
