@@ -1,4 +1,4 @@
-"""What else this machine is doing: its load, other programs on the GPU, what holds the clocks back. Read, never changed.
+"""What else this machine is doing: its load, other programs on the GPU, low clocks. Read, never changed.
 
 On a busy machine times are uncertain and everything takes longer: time limits grow with `Slowdown`, and people are told
 by `note`.
@@ -65,12 +65,17 @@ def note(target: Target, index: int = 0) -> str:
 
 
 def throttled(state: dict[str, Any], *, under_load: bool) -> str:
-    """Why a GPU does not run at its highest clock; idle ones never do. `state` is as nvml.py tells it."""
-    reasons, now, most = state.get("throttle") or [], state.get("clock_mhz"), state.get("clock_max_mhz")
-    if not reasons and not (under_load and now and most and now < _LOW_CLOCK * most):
+    """Why a GPU does not run at its highest clock, where that is worth telling; `state` is as nvml.py tells it.
+
+    Idle ones never do, and under load the power limit is what most of them meet.
+    """
+    reasons, now, most = set(state.get("throttle") or ()), state.get("clock_mhz"), state.get("clock_max_mhz")
+    low = bool(under_load and now and most and now < _LOW_CLOCK * most and not reasons)
+    told = sorted(reasons & nvml.SPOILING if under_load else reasons)
+    if not told and not low:
         return ""
     at = f"at {now:.0f} of {most:.0f} MHz" if now and most else "at a lowered clock"
-    return f"GPU {at}" + (f", {', '.join(reasons)}" if reasons else "")
+    return ", ".join([f"GPU {at}", *told])
 
 
 def described(state: dict[str, Any]) -> str:

@@ -85,6 +85,11 @@ def beats(a: Timing, b: Timing) -> bool:
     return b.median - a.median > max(noise, LEAST_GAIN * b.median)
 
 
+def lost(seconds: float, spread: float, other: float) -> bool:
+    """Whether a time that was kept is longer than another of the same round, beyond its noise; 0: there is no other."""
+    return 0 < other < seconds - max(spread, LEAST_GAIN * seconds)
+
+
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 

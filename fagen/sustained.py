@@ -1,10 +1,10 @@
 """Times in the state in which people run: hot, and for longer than a clock needs to follow its load.
 
-A GPU at its power limit runs each kernel at the clock that this kernel's own power allows, and takes milliseconds to get
-there. Short calls that take turns are all timed at the clock of the mixture, and each at what the one before it left:
-a kernel that follows a cool one looks faster than it is. Here every call runs in bouts of its own, the first half of
-which only brings the clock to where it stays, with a bout of one common reference before and after it. What counts is
-the ratio to those two in each round: a clock that drifts falls on all three. The spread of these ratios is the noise.
+A GPU at its power limit runs each kernel at the clock that this kernel's own power allows, and takes milliseconds to
+get there. Short calls that take turns are all timed at the clock of the mixture, and each at what the one before it
+left: a kernel that follows a cool one looks faster than it is. Here every call runs in bouts of its own, the first half
+of which only brings the clock to where it stays, with a bout of one common reference before and after it. What counts
+is the ratio to those two in each round: a clock that drifts falls on all three. The spread of the ratios is the noise.
 """
 
 from __future__ import annotations

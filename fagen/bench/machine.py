@@ -30,6 +30,7 @@ class Machine:
         self._a, self._b = (torch.randn(shape, device=self.device).to(dtype) for _ in range(2))
         self._c = torch.empty_like(self._a)
         self.samples: list[dict[str, Any]] = []
+        self.state: dict[str, Any] = {}  # of the GPU under load, as nvml.py tells it
 
     def _product(self) -> torch.Tensor:
         import torch
@@ -60,9 +61,9 @@ class Machine:
 
         for _ in range(_UNDER_LOAD):
             self._product()
-        found = nvml()
+        self.state = nvml_of.current()
         torch.cuda.synchronize()
-        return found
+        return _ours(self.state)
 
     @property
     def what(self) -> str:
@@ -84,7 +85,6 @@ _NAMES = {"clock_mhz": "sm_mhz", "memory_mhz": "memory_mhz", "power_w": "power_w
 _NAMES |= {"power_limit_w": "power_limit_w", "temp_c": "temperature_c"}
 
 
-def nvml() -> dict[str, float]:
-    """Readings of the current GPU by the driver's library; what it does not tell is left out. Nothing is changed."""
-    facts = nvml_of.current()
+def _ours(facts: dict[str, Any]) -> dict[str, float]:
+    """Readings of the driver's library; what it does not tell is left out."""
     return {name: facts[theirs] for theirs, name in _NAMES.items() if theirs in facts}

@@ -121,5 +121,5 @@ def record(tuned: Tuned, item: Candidate, trials: int, environment: dict[str, st
         config=dict(item.config), seconds=tuned.seconds or 0.0, spread=tuned.spread or 0.0,
         default_seconds=tuned.default_seconds or 0.0, error=tuned.error or 0.0,
         source_hash=render.source_hash(text), environment=environment | {k: v for k, v in state.items() if v},
-        date=db.now(), trials=trials,
+        date=db.now(), trials=trials, torch_seconds=tuned.torch_seconds or 0.0,
     )  # fmt: skip

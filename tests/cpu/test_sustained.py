@@ -66,8 +66,7 @@ def winners(monkeypatch):
         ours = [name for name in calls if name != "torch"]
         configs = [Config({"style": "plain", "variant": n}) for n, _ in enumerate(ours, 1)]
         labels = {
-            name: Candidate("fake_forward", PROBLEM, host(), config)
-            for name, config in zip(ours, configs, strict=True)
+            name: Candidate("fake_forward", PROBLEM, host(), config) for name, config in zip(ours, configs, strict=True)
         }
         old = measure.time_calls(calls, device="cuda", rounds=30, min_seconds=seconds / 2, max_seconds=seconds)
         new = sustained.time_calls(calls, "default", device="cuda", seconds=seconds)

@@ -9,7 +9,7 @@ import types
 import pytest
 from fake_family import FAMILY, PROBLEM
 
-from fagen import families, measure, nvml
+from fagen import families, measure, nvml, sustained
 from fagen.build import Artifact
 from fagen.families import Config
 from fagen.measure import Timing
@@ -32,6 +32,7 @@ def clock(monkeypatch):
     def play(timings, states=()):
         timings, states = iter(timings), iter(states)
         monkeypatch.setattr(measure, "time_calls", lambda calls, **how: {name: next(timings) for name in calls})
+        monkeypatch.setattr(sustained, "time_calls", lambda calls, by, **how: {name: next(timings) for name in calls})
         monkeypatch.setattr(candidate, "_state", lambda call, seconds, target: next(states, {}))
         monkeypatch.setattr(candidate, "_COOLING_SECONDS", 0.0)
 
