@@ -279,7 +279,7 @@ def test_live_calls_pick_up_a_new_winner(calm, monkeypatch):
     k = torch.randn(1, 192, 1, 16)
     asked = []
     kernel_for = api.kernel_for
-    monkeypatch.setattr(api, "kernel_for", lambda p, t: asked.append(k := kernel_for(p, t)) or k)
+    monkeypatch.setattr(api, "kernel_for", lambda *p, **how: asked.append(k := kernel_for(*p, **how)) or k)
     for _ in range(2):
         fagen.attention(q, k, k, causal=True)
     assert [kernel.config.style for kernel in asked] == ["slow"]

@@ -134,7 +134,9 @@ def test_the_record_keeps_the_state_of_the_gpu(monkeypatch):
     tuned = Tuned(PROBLEM.to_dict(), True, {}, seconds=1.0, device={"clock_mhz": 1755.0, "throttle": ["power_cap"]})
     kept = final.record(tuned, item(1), 3, {"torch": "x"})
     assert kept.environment == {"torch": "x", "clock_mhz": "1755", "throttle": "power_cap"}
-    tuned.device = {"throttle": []}
+    assert kept.torch_seconds == 0.0
+    tuned.device, tuned.torch_seconds = {"throttle": []}, 0.5
+    assert final.record(tuned, item(1), 3, {}).torch_seconds == 0.5
     assert final.record(tuned, item(1), 3, {}).environment == {}
 
 
