@@ -53,10 +53,14 @@ class Slowdown:
         return self._factor
 
 
-def note(target: Target, index: int = 0) -> str:
-    """What is off with this machine before a run begins, in one line; empty if nothing is."""
+def note(target: Target, index: int | None = None) -> str:
+    """What is off with this machine before a run begins, in one line; empty if nothing is.
+
+    `index`: the GPU as torch calls it, its current one if not given.
+    """
     found = [f"load {average():.1f} on {cores()} cores"] if average() > _BUSY * cores() else []
     if target.is_gpu:
+        index = nvml.current_index() if index is None else index
         others = nvml.others(index)
         found += [f"{others} other process{'es' if others > 1 else ''} on the GPU"] if others else []
         found += [throttled(nvml.of(index), under_load=False)]

@@ -52,9 +52,14 @@ def read(uuid: str) -> dict[str, Any]:
 
 def current() -> dict[str, Any]:
     """Of torch's current device; nothing where torch has none."""
+    return of(current_index())
+
+
+def current_index() -> int:
+    """Of torch's current device; -1 where it has none."""
     import torch
 
-    return of(torch.cuda.current_device()) if torch.cuda.is_available() else {}
+    return torch.cuda.current_device() if torch.cuda.is_available() else -1
 
 
 def of(index: int) -> dict[str, Any]:

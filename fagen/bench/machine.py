@@ -6,6 +6,7 @@ import functools
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from fagen import load
 from fagen import nvml as nvml_of
 from fagen.target import Target
 
@@ -30,7 +31,6 @@ class Machine:
         self._a, self._b = (torch.randn(shape, device=self.device).to(dtype) for _ in range(2))
         self._c = torch.empty_like(self._a)
         self.samples: list[dict[str, Any]] = []
-        self.state: dict[str, Any] = {}  # of the GPU under load, as nvml.py tells it
 
     def _product(self) -> torch.Tensor:
         import torch
@@ -61,9 +61,10 @@ class Machine:
 
         for _ in range(_UNDER_LOAD):
             self._product()
-        self.state = nvml_of.current()
+        state = nvml_of.current()
         torch.cuda.synchronize()
-        return _ours(self.state)
+        said = load.throttled(state, under_load=True)
+        return _ours(state) | ({"throttled": said} if said else {})
 
     @property
     def what(self) -> str:
@@ -85,6 +86,6 @@ _NAMES = {"clock_mhz": "sm_mhz", "memory_mhz": "memory_mhz", "power_w": "power_w
 _NAMES |= {"power_limit_w": "power_limit_w", "temp_c": "temperature_c"}
 
 
-def _ours(facts: dict[str, Any]) -> dict[str, float]:
+def _ours(facts: dict[str, Any]) -> dict[str, Any]:
     """Readings of the driver's library; what it does not tell is left out."""
     return {name: facts[theirs] for theirs, name in _NAMES.items() if theirs in facts}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fagen import families, load, measure, nvml, sustained
+from fagen import families, measure, nvml, sustained
 from fagen.errors import BuildError, CacheError, LaunchError
 from fagen.families import Config
 from fagen.measure import Timing
@@ -190,9 +190,8 @@ def probe(request: Probe) -> Alive:
         from fagen.bench.machine import Machine
 
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # a GPU that others use as well
-            machine = Machine(request.target)
-            rates = machine.sample("start")
-            throttled = load.throttled(machine.state, under_load=True)
+            rates = Machine(request.target).sample("start")
+            throttled = rates.get("throttled", "")
             limits = {"tflops": round(rates["tflops"], 1), "gbs": round(rates["gbps"], 1)}
         torch.cuda.empty_cache()
     return Alive(limits, throttled)

@@ -191,7 +191,8 @@ def table(report: Report) -> str:
         if not tuned.config:
             lines.append(f"    nothing  {tuned.why}")
             continue
-        lines.append(f"    winner   {_words(tuned.config)}  ({tuned.gain}: {tuned.why})")
+        plain = tuned.speedup and tuned.speedup >= 1.005
+        lines.append(f"    winner   {_words(tuned.config)}" + ("" if plain else f"  ({tuned.gain}: {tuned.why})"))
         if tuned.config != tuned.default_config:
             lines.append(f"    default  {_words(tuned.default_config)}")
     return "\n".join(lines)

@@ -382,9 +382,11 @@ def test_the_command_that_resumes(words, command):
 def test_what_is_off_with_the_machine(monkeypatch, target: Target, average, others, state, words):
     monkeypatch.setattr(load, "average", lambda: average)
     monkeypatch.setattr(load, "cores", lambda: 2)
-    monkeypatch.setattr(nvml, "others", lambda index: others)
+    monkeypatch.setattr(nvml, "others", lambda index: others if index == 1 else 99)
     monkeypatch.setattr(nvml, "of", lambda index: state)
+    monkeypatch.setattr(nvml, "current_index", lambda: 1)
     said = load.note(target)
+    assert said == load.note(target, 1)
     assert words in said and bool(said) == bool(words) and "\n" not in said
 
 
