@@ -124,8 +124,9 @@ class Budget:
         return max(0.0, self._end - time.monotonic()) / problems
 
     def share(self, problems: int, families: int) -> Share:
-        """Of the next problem, beside its final round."""
-        took = statistics.median(self.finals[-_RECENT:]) if self.finals else 0.0
+        """Of the next problem, beside its final round: about as long as recent ones, or as the plan says."""
+        planned = next((need.final for need in self.needs.values()), 0.0)
+        took = statistics.median(self.finals[-_RECENT:]) if self.finals else planned
         return Share(lambda: self.each(problems), families, took)
 
     def of_final(self, planned: float) -> float:
