@@ -132,7 +132,7 @@ def warmup(problems: Iterable[Problem], target: Target | None = None, *, max_seq
     asked = list(problems) if max_seqlen is None else all_sizes(problems, target, max_seqlen)
     kernels = {}
     for problem in asked:
-        choice = dispatch.choose(problem, target)
+        choice = dispatch.choose(problem, target, ours=True)
         if choice.family is not None and choice.config is not None:
             kernels[choice.family.name, problem.static_key, choice.config] = (
                 choice.family,
@@ -154,5 +154,5 @@ def warmup(problems: Iterable[Problem], target: Target | None = None, *, max_seq
             job.result()
     resolve.renew()
     for problem in asked:  # says what could not be built, and tells the plans what is
-        resolve.answer(problem, target)
+        resolve.answer(problem, target, ours=True)
     return len(kernels)

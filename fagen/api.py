@@ -338,7 +338,7 @@ def resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -
         return None
     assert call.problem is not None and call.target is not None
     with _on_device(q):
-        return kernel_for(call.problem, call.target)
+        return kernel_for(call.problem, call.target, ours=bool(options.get("return_lse")))
 
 
 def resolve_words(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> list[int]:
@@ -347,9 +347,10 @@ def resolve_words(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: 
     if call.refusal:
         return list(TORCH.words)
     assert call.problem is not None and call.target is not None
+    ours = bool(options.get("return_lse"))
     with _on_device(q):
-        found = answer(call.problem, call.target)
-    return [*found.words, *plan_words(call.problem, call.target)]
+        found = answer(call.problem, call.target, ours=ours)
+    return [*found.words, *plan_words(call.problem, call.target, ours=ours)]
 
 
 def _describe_quietly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Call:
@@ -369,7 +370,7 @@ def _without_binding(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any], return_lse: bool, out: Any
 ) -> Any:
     """No C++ ops yet, or none at all: kernels are called through ctypes."""
-    found = resolve(q, k, v, out=out, **options)
+    found = resolve(q, k, v, out=out, return_lse=return_lse, **options)
     binding.start()  # after the kernel, which this call waited for
     if found is None:
         return _finish(fallback.attend(q, k, v, want_lse=return_lse, **options), return_lse, out)

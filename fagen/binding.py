@@ -186,13 +186,13 @@ def _resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> l
     """What serves a call that the table does not know, and the plan for other sizes of its kind."""
     from fagen import api
 
-    return api.resolve_words(q, k, v, out=args[-1], **_named(args[:-1]))
+    return api.resolve_words(q, k, v, out=args[-2], return_lse=args[-1], **_named(args[:-2]))
 
 
 def _fallback(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     from fagen import fallback
 
-    return fallback.attend(q, k, v, **_named(args))
+    return fallback.attend(q, k, v, want_lse=args[-1], **_named(args[:-1]))
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:

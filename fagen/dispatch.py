@@ -60,11 +60,12 @@ class Choice:
         }
 
 
-def choose(problem: Problem, target: Target, *, check: bool = False, stale: str = "") -> Choice:
+def choose(problem: Problem, target: Target, *, check: bool = False, stale: str = "", ours: bool = False) -> Choice:
     """An exact record, the nearest, one of the same arch, the first able family's default, the next one's, PyTorch.
 
-    `check` verifies a record whose kernel source has changed since it was tuned, if nobody has yet; that builds and
-    runs it. `stale` stands for FAGEN_STALE.
+    PyTorch comes first where it was faster than the record's kernel when that was tuned, unless a kernel of `ours` is
+    wanted in any case. `check` verifies a record whose kernel source has changed since it was tuned, if nobody has yet;
+    that builds and runs it. `stale` stands for FAGEN_STALE.
     """
     from fagen.db import Database
 
@@ -73,8 +74,17 @@ def choose(problem: Problem, target: Target, *, check: bool = False, stale: str 
     if not able:
         return Choice("torch", "none", reasons=reasons)
     skipped = wrong = 0
+    beaten: tuple[Record, str] | None = None
     for record, provenance in Database.load().candidates(problem, target):
-        choice, reason = by_record(record, provenance, problem, target, able, refusals, check=check, stale=stale)
+        if beaten and not beats_torch(record, beaten[0]):
+            continue
+        torch_first = not ours and not beaten and lost(record, provenance) and torch_serves(problem)
+        choice, reason = by_record(
+            record, provenance, problem, target, able, refusals, check=check and not torch_first, stale=stale
+        )
+        if torch_first and not reason:
+            beaten = record, provenance
+            continue
         if not reason:
             _say_runners_up(reasons, problem, provenance, skipped)
             return replace(choice, reasons=[*reasons, *choice.reasons])
@@ -84,6 +94,8 @@ def choose(problem: Problem, target: Target, *, check: bool = False, stale: str 
         skipped += 1
         if skipped <= _MAX_REASONS:
             reasons.append(f"{provenance} record {record.key} ({record.family}): {reason}")
+    if beaten:
+        return _by_torch(*beaten, problem, skipped, reasons)
     _say_runners_up(reasons, problem, "default", skipped)
     return by_default(problem, target, able, reasons)
 
@@ -99,10 +111,6 @@ def by_record(
     config, reason = _legal(record, family, problem, target)
     if config is None:
         return Choice("torch", provenance, family, record=record), reason
-    if slower_than_torch(record):
-        return Choice(
-            "torch", provenance, record=record, reasons=[f"PyTorch was faster than all kernels of {record.key}"]
-        ), ""
     told = trust.judge(record, family, problem, target, config, check=check, stale=stale)
     return Choice("family", provenance, family, config, record, trust=told), "" if told.usable else told.text
 
@@ -110,12 +118,6 @@ def by_record(
 def known_only() -> str:
     """For `stale`: a call that must not wait verifies nothing."""
     return trust.KNOWN if trust.mode() == "verify" else ""
-
-
-def slower_than_torch(record: Record) -> bool:
-    """Whether PyTorch was faster, by more than the noise, when the winner was measured."""
-    theirs = getattr(record, "torch_seconds", None) or 0.0  # records that are older do not know
-    return 0 < theirs < record.seconds - record.spread
 
 
 def by_default(problem: Problem, target: Target, able: list[Family], reasons: list[str]) -> Choice:
@@ -138,6 +140,32 @@ def _legal(record: Record, family: Family, problem: Problem, target: Target) -> 
         return None, error.what
     reason = ": ".join(family.rejects(problem, target, config) or ())
     return (None, reason) if reason else (config, "")
+
+
+def lost(record: Record, provenance: str) -> bool:
+    """Whether PyTorch was faster than this kernel on this device, where it can be asked as it was then."""
+    from fagen import measure  # what it imports takes milliseconds
+
+    slower = provenance != "arch" and measure.lost(record.seconds, record.spread, record.torch_seconds)
+    return slower and torch_serves(record.problem)
+
+
+def torch_serves(p: Problem) -> bool:
+    """Whether SDPA computes this without a mask tensor: as `fallback` asks it. `Plan::find` in C++ asks the same."""
+    return p.mask in ("none", *(["causal"] if p.seqlen_q == p.seqlen_k else [])) and not (p.softcap or p.alibi)
+
+
+def beats_torch(record: Record, beaten: Record) -> bool:
+    """Whether another family's record of the same size is known to be faster than what beat this one."""
+    same = (record.key, record.device) == (beaten.key, beaten.device)
+    return same and record.seconds < (record.torch_seconds or beaten.torch_seconds)
+
+
+def _by_torch(record: Record, provenance: str, problem: Problem, skipped: int, reasons: list[str]) -> Choice:
+    times = f"{record.torch_seconds * 1e3:.4g} ms against {record.seconds * 1e3:.4g} ms"
+    _say_runners_up(reasons, problem, provenance, skipped)
+    told = f"{record.family}: PyTorch was faster when tuned: {times} ({provenance} record {record.key})"
+    return Choice("torch", provenance, record=record, reasons=[told, *reasons])
 
 
 def _say_runners_up(reasons: list[str], problem: Problem, provenance: str, skipped: int) -> None:
@@ -202,22 +230,32 @@ class Report:
         from fagen import db
 
         record, told = self.choice.record, self.choice.trust
-        if record is None or self.problem is None or self.target is None or told is None:
+        if record is None or self.problem is None or self.target is None:
             return None
         apart = db.differences(self.problem, record.problem, self.target.units)
         origin = db.Database.load().origin(record)
         here = db.environment(self.target)
-        names = ("device", "seconds", "spread", "default_seconds", "speedup", "error", "trials", "date", "environment")
+        names = (
+            "device",
+            "seconds",
+            "spread",
+            "default_seconds",
+            "torch_seconds",
+            "speedup",
+            "error",
+            "trials",
+            "date",
+        )
         return {
             "key": record.key,
             "file": str(origin),
             "owner": db.owner(origin),
-            **{name: getattr(record, name) for name in names},
+            **{name: getattr(record, name) for name in (*names, "environment")},
             "here": {n: here[n] for n, was in record.environment.items() if here.get(n, was) != was and n != "python"},
             "distance": sum(apart.values()),
             "apart": apart,
-            "source": told.state,
-            "source_text": told.text,
+            "source": told.state if told else "",
+            "source_text": told.text if told else "",
         }
 
     def _record_lines(self) -> list[str]:
@@ -238,14 +276,15 @@ class Report:
         if facts["distance"]:
             parts = ", ".join(f"{name} {value:.2f}" for name, value in facts["apart"].items() if value)
             lines.append(f"apart    {facts['distance']:.2f} weighted doublings: {parts}")
-        return [*lines, f"source   {facts['source']}: {facts['source_text']}"]
+        return [*lines, *([f"source   {facts['source']}: {facts['source_text']}"] if facts["source"] else [])]
 
     def __str__(self) -> str:
         choice = self.choice
         lines = [f"problem  {self.problem.key}"] if self.problem else []
         lines += [f"target   {self.target}"] if self.target else []
         if choice.kind == "torch":
-            lines.append("picked   PyTorch (fallback)")
+            faster = f"{choice.provenance}: faster than our kernel when tuned" if choice.record else "fallback"
+            lines.append(f"picked   PyTorch ({faster})")
         else:
             assert choice.family is not None
             lines.append(f"picked   {choice.family.name} ({choice.provenance}: {PROVENANCES[choice.provenance]})")
@@ -266,13 +305,13 @@ def _version(text: str) -> str:
     return found[-1] if found else text
 
 
-def explain_problem(problem: Problem, target: Target) -> Report:
+def explain_problem(problem: Problem, target: Target, *, ours: bool = False) -> Report:
     """What serves the problem; nothing is compiled."""
     from fagen import build
     from fagen.db import Database
 
     waits = env.build_mode() != "background"
-    choice = choose(problem, target, stale="" if waits else known_only())
+    choice = choose(problem, target, stale="" if waits else known_only(), ours=ours)
     choice.reasons.extend(f"database: {warning}" for warning in Database.load().warnings)
     if choice.kind == "torch":
         return Report(problem, target, choice, None)
@@ -304,4 +343,4 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -
         target = target_of(q.device)
         return Report(call.problem, target, Choice("torch", "none", reasons=[call.refusal]), None)
     assert call.problem is not None and call.target is not None
-    return explain_problem(call.problem, call.target)
+    return explain_problem(call.problem, call.target, ours=bool(options.get("return_lse")))

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen import binding, db, families
+from fagen import binding, db, dispatch, families
 from fagen.problem import Problem
 from fagen.target import Target
 
@@ -47,24 +47,28 @@ class Row:
     elsewhere: bool  # tuned on another device
     features: tuple[float, ...]
     answer: Answer
+    where_torch_may: Answer | None = None  # what is faster than its kernel where PyTorch can be asked; None: nothing
 
 
 @dataclass
 class Plan:
     """What is known of a static key on a target. Rows lie in the order in which ties are settled."""
 
+    problem: Problem  # any of the static key
     target: Target
-    windowed: bool
     rows: tuple[Row, ...]
-    families: tuple[Family, ...]  # whose defaults serve where there are no rows
-    instead: Answer | None = None  # what serves all sizes meanwhile, where no row can
+    families: tuple[Family, ...] = ()  # whose defaults serve where there are no rows
+    meanwhile: Answer | None = None  # what serves all sizes until something is built, where no row can
     defaults: dict[Hashable, Answer] = field(default_factory=dict)
 
-    def find(self, problem: Problem) -> Answer:
+    def find(self, problem: Problem, ours: bool) -> Answer:
+        """`ours`: a kernel also where PyTorch is faster."""
         row = self.nearest(problem)
-        if row is not None:
-            return row.answer
-        return self.instead or self.defaults.get(self.reads(problem), ASK)
+        if row is None:
+            return self.meanwhile or self.defaults.get(self.reads(problem), ASK)
+        if row.where_torch_may is not None and not ours and dispatch.torch_serves(problem):
+            return row.where_torch_may
+        return row.answer
 
     def nearest(self, problem: Problem) -> Row | None:
         """As `db.Database.candidates` orders them, and `Plan::nearest` of the table does."""
@@ -84,13 +88,21 @@ class Plan:
         """All that the families' defaults look at."""
         return tuple(family.default_reads(problem, self.target) for family in self.families)
 
-    def words(self) -> list[int]:
+    @functools.cached_property
+    def _where_torch_may(self) -> int:
+        """Nowhere, everywhere, or at sizes with as many rows as keys: 0, 1, 2."""
+        square, oblong = (self.problem.replace(seqlen_q=8, seqlen_k=keys) for keys in (8, 16))
+        return 0 if not dispatch.torch_serves(square) else 1 if dispatch.torch_serves(oblong) else 2
+
+    def words(self, ours: bool) -> list[int]:
         """For the table in C++, which reads them in `plan_of`."""
+        windowed = self.problem.mask in ("window", "intervals")
+        torch = 0 if ours else self._where_torch_may
         alike = all(family.default_reads is families.nothing for family in self.families)
-        otherwise = self.instead or (next(iter(self.defaults.values()), ASK) if alike else ASK)
-        words = [self.target.units, int(self.windowed), *otherwise.words]
+        otherwise = self.meanwhile or (next(iter(self.defaults.values()), ASK) if alike else ASK)
+        words = [self.target.units, int(windowed), torch, *otherwise.words]
         for row in self.rows:
             p = row.record.problem
             sizes = p.batch, p.heads, p.kv_heads, p.seqlen_q, p.seqlen_k, p.window_left, p.window_right
-            words += [int(row.elsewhere), *sizes, *row.answer.words]
+            words += [int(row.elsewhere), *sizes, *row.answer.words, *(row.where_torch_may or row.answer).words]
         return words

@@ -11,6 +11,7 @@ kernel is built, else by any kernel of the static key that is loaded, else by Py
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -116,26 +117,30 @@ def _prime(found: Kernel, target: Target) -> None:
 # ---- a problem's kernel ---------------------------------------------------------------------------------------------
 
 
-def kernel_for(problem: Problem, target: Target) -> Kernel | None:
-    """What serves the problem now, compiled before if calls wait; None (and a warning) where PyTorch computes."""
-    return answer(problem, target).kernel
+def kernel_for(problem: Problem, target: Target, *, ours: bool = False) -> Kernel | None:
+    """What serves the problem now, compiled before if calls wait; None where PyTorch computes, with a warning unless it
+    is faster.
+
+    `ours`: a kernel all the same where PyTorch is faster, as for the LSE, which it does not give.
+    """
+    return answer(problem, target, ours=ours).kernel
 
 
-def answer(problem: Problem, target: Target) -> Answer:
+def answer(problem: Problem, target: Target, *, ours: bool = False) -> Answer:
     """The same; `known` is False where it holds for this call alone."""
     plan = _plans.get((problem.static_key, target))
-    found = plan.find(problem) if plan is not None else ASK
+    found = plan.find(problem, ours) if plan is not None else ASK
     if found.known:
         return found
     if _capturing(target):
         return _in_capture(problem, target)
-    return _decide(problem, target)
+    return _decide(problem, target, ours)
 
 
-def plan_words(problem: Problem, target: Target) -> list[int]:
+def plan_words(problem: Problem, target: Target, *, ours: bool = False) -> list[int]:
     """The plan of the problem's static key for the table; none before something was decided."""
     plan = _plans.get((problem.static_key, target))
-    return plan.words() if plan is not None else []
+    return plan.words(ours) if plan is not None else []
 
 
 def _in_capture(problem: Problem, target: Target) -> Answer:
@@ -152,11 +157,11 @@ def _in_capture(problem: Problem, target: Target) -> Answer:
     return Answer(False, found)
 
 
-def _decide(problem: Problem, target: Target) -> Answer:
+def _decide(problem: Problem, target: Target, ours: bool) -> Answer:
     """Choose, build or load, and make the plan of the static key anew."""
     background.warn_told()
     waits = env.build_mode() != "background"
-    choice = dispatch.choose(problem, target, check=waits, stale="" if waits else dispatch.known_only())
+    choice = dispatch.choose(problem, target, check=waits, stale="" if waits else dispatch.known_only(), ours=ours)
     if choice.family is None or choice.config is None:
         if choice.record is None:  # else PyTorch was the faster one, which `explain` says
             fallback.warn("; ".join(choice.reasons) or "no family serves the problem")
@@ -168,7 +173,7 @@ def _decide(problem: Problem, target: Target) -> Answer:
     _pass_over(problem, target, choice)
     plan = _plans[problem.static_key, target] = _make_plan(problem, target)
     if choice.record is not None and not plan.rows:
-        plan.instead = found
+        plan.meanwhile = found
     if choice.provenance in ("default", "none") and len(plan.defaults) < _MOST_DEFAULTS:
         plan.defaults[plan.reads(problem)] = found
     return found
@@ -245,13 +250,21 @@ def _any_loaded(problem: Problem, target: Target) -> Kernel | None:
 
 def _make_plan(problem: Problem, target: Target) -> Plan:
     able, _ = families.candidates(problem, target)
-    rows = list(_rows(problem, target))
-    rows.sort(key=lambda row: (row.elsewhere, row.record.key, row.record.seconds))
+    rows = sorted(_rows(problem, target), key=lambda row: (row.elsewhere, row.record.key, row.record.seconds))
+    rows = [_where_torch_may(row, rows[index + 1 :]) for index, row in enumerate(rows)]
     old = _plans.get((problem.static_key, target))
-    plan = Plan(target, problem.mask in ("window", "intervals"), tuple(rows), tuple(able))
+    plan = Plan(problem, target, tuple(rows), tuple(able))
     if old is not None and old.families == plan.families:
         plan.defaults.update(old.defaults)
     return plan
+
+
+def _where_torch_may(row: Row, behind: list[Row]) -> Row:
+    """With what `dispatch.choose` takes in the place of a kernel that lost to PyTorch."""
+    if not dispatch.lost(row.record, "arch" if row.elsewhere else "nearest"):
+        return row
+    better = next((r.answer for r in behind if dispatch.beats_torch(r.record, row.record)), TORCH)
+    return dataclasses.replace(row, where_torch_may=better)
 
 
 def _rows(problem: Problem, target: Target) -> Iterator[Row]:
@@ -296,7 +309,8 @@ def _name(record: Record) -> tuple[str, str, str, str]:
 
 def _pass_over(problem: Problem, target: Target, choice: Choice) -> None:
     """Records nearer than the chosen one will not serve either when another size comes: their reasons know no size."""
-    for record, _ in db.Database.load().candidates(problem, target):
+    for record, provenance in db.Database.load().candidates(problem, target):
         if record == choice.record:
             break
-        _passed_over.add(_name(record))
+        if not dispatch.lost(record, provenance):  # of those one may serve the sizes that PyTorch cannot
+            _passed_over.add(_name(record))

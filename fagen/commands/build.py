@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     work: dict[Any, tuple[Problem, Choice]] = {}  # many size points share a kernel
     rows: list[dict[str, Any]] = []
     for problem in problems:
-        choice = dispatch.choose(problem, target)
+        choice = dispatch.choose(problem, target, ours=True)
         if choice.family is None:
             say(f"{problem}: PyTorch serves it, nothing to build: {'; '.join(choice.reasons)}")
             rows.append({"problem": problem.key, "outcome": "torch", "reasons": choice.reasons})
@@ -86,7 +86,7 @@ def _of_all_sizes(problems: list[Problem], target: Target, most: int) -> list[Pr
     problems = ahead.all_sizes(problems, target, most)
     kernels: dict[str, set[Any]] = {}
     for problem in problems:
-        choice = dispatch.choose(problem, target)
+        choice = dispatch.choose(problem, target, ours=True)
         kernels.setdefault(problem.static_key, set()).add((choice.family and choice.family.name, choice.config))
     for key, some in kernels.items():
         count = sum(family is not None for family, _ in some)
@@ -101,9 +101,9 @@ def _instead(doubtful: list[Problem], target: Target, built: Collection[Any]) ->
 
     more: dict[Any, tuple[Problem, Choice]] = {}
     for problem in doubtful:
-        choice = dispatch.choose(problem, target, check=True)
+        choice = dispatch.choose(problem, target, check=True, ours=True)
         if choice.trust and choice.trust.state == "unverified":
-            choice = dispatch.choose(problem, target, stale="refuse")
+            choice = dispatch.choose(problem, target, stale="refuse", ours=True)
         if choice.family is not None:
             key = choice.family.name, problem.static_key, choice.config
             if key not in built:

@@ -62,7 +62,8 @@ struct Call {
 
 using Forward = Tensor(FAGEN_PARAMS);
 using ForwardLse = std::tuple<Tensor, Tensor>(FAGEN_PARAMS);
-using Resolve = std::vector<int64_t>(FAGEN_PARAMS, const MaybeTensor&);
+using Fallback = std::tuple<Tensor, Tensor>(FAGEN_PARAMS, bool);
+using Resolve = std::vector<int64_t>(FAGEN_PARAMS, const MaybeTensor&, bool);
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> handle(const char* name) {
@@ -107,7 +108,7 @@ bool rows_aligned(const Tensor& t) {
 }
 
 // Everything that decides whether the call is legal and which kernel serves it; false if the ranks alone are wrong.
-bool facts_of(const Call& c, const Tensor* out, Facts& facts) {
+bool facts_of(const Call& c, const Tensor* out, bool want_lse, Facts& facts) {
   if (c.q.dim() != 4 || c.k.dim() != 4 || c.v.dim() != 4 || (out && out->dim() != 4)) return false;
   if (c.intervals && c.intervals->dim() != 4) return false;
   if (c.alibi_slopes && c.alibi_slopes->dim() != 1 && c.alibi_slopes->dim() != 2) return false;
@@ -119,7 +120,8 @@ bool facts_of(const Call& c, const Tensor* out, Facts& facts) {
   const bool out_aligned = out ? rows_aligned(*out) : c.v.size(3) * c.q.element_size() % kAlignment == 0;
   const bool aligned = out_aligned && rows_aligned(c.q) && rows_aligned(c.k) && rows_aligned(c.v);
   const int64_t capped = c.softcap == 0 ? 0 : c.softcap > 0 ? 1 : 2;
-  facts.words[20] = (capped << 3) | (aligned << 2) | (c.bhsd << 1) | static_cast<int64_t>(c.causal);
+  facts.words[20] = (static_cast<int64_t>(want_lse) << 5) | (capped << 3) | (aligned << 2) | (c.bhsd << 1) |
+                    static_cast<int64_t>(c.causal);
   facts.words[21] = c.window_left;
   facts.words[22] = c.right();
   if (c.alibi_slopes) facts.put(23, *c.alibi_slopes);
@@ -178,12 +180,14 @@ struct Row {
   Sizes sizes;
   Features features;
   Answer answer;
+  Answer where_torch_may;  // the same, or what is faster than its kernel where PyTorch can be asked: itself, or another
 };
 
 // What is known of static facts. Rows lie in the order in which ties are settled.
 struct Plan {
   int64_t units = 1;
   bool windowed = false;  // whether a window's bounds are part of a size
+  int64_t torch = 0;  // whether PyTorch can be asked in the place of a slower kernel: 1 always, 2 for square sizes
   Answer otherwise;  // where there are no rows
   std::vector<Row> rows;
 
@@ -203,10 +207,17 @@ struct Plan {
     }
     return best;
   }
+
+  const Answer& find(const Sizes& sizes) const {
+    const int64_t row = nearest(sizes);
+    if (row < 0) return otherwise;
+    const bool may = torch == 1 || (torch == 2 && sizes.seqlen_q == sizes.seqlen_k);
+    return may ? rows[row].where_torch_may : rows[row].answer;
+  }
 };
 
-// Plans and answers come from Python as words; fagen/resolve.py writes them.
-constexpr size_t kAnswerWords = 4, kPlanWords = 2 + kAnswerWords, kRowWords = 8 + kAnswerWords;
+// Plans and answers come from Python as words; fagen/plan.py writes them.
+constexpr size_t kAnswerWords = 4, kPlanWords = 3 + kAnswerWords, kRowWords = 8 + 2 * kAnswerWords;
 
 Answer answer_of(const int64_t* words) {
   Answer answer;
@@ -221,11 +232,13 @@ Plan plan_of(const int64_t* words, size_t count) {
   Plan plan;
   plan.units = words[0];
   plan.windowed = words[1] != 0;
-  plan.otherwise = answer_of(words + 2);
+  plan.torch = words[2];
+  plan.otherwise = answer_of(words + 3);
   for (size_t at = kPlanWords; at + kRowWords <= count; at += kRowWords) {
     const int64_t* w = words + at;
     const Sizes sizes{w[1], w[2], w[3], w[4], w[5], w[6], w[7]};
-    plan.rows.push_back(Row{w[0] != 0, sizes, Features(sizes, plan.units), answer_of(w + 8)});
+    const Answer answer = answer_of(w + 8), where_torch_may = answer_of(w + 8 + kAnswerWords);
+    plan.rows.push_back(Row{w[0] != 0, sizes, Features(sizes, plan.units), answer, where_torch_may});
   }
   return plan;
 }
@@ -294,14 +307,15 @@ void remember(const Facts& facts, const Entry& entry) {
   table()[facts] = entry;
 }
 
-Entry ask_python(const Call& c, const Tensor* out, const Facts* facts) {
+Entry ask_python(const Call& c, const Tensor* out, bool want_lse, const Facts* facts) {
   static const auto op = handle<Resolve>("fagen::resolve");
   uint64_t before;
   {
     std::lock_guard<std::mutex> guard(table_lock);
     before = generation;
   }
-  const auto words = op.call(FAGEN_FIELDS(c), out ? MaybeTensor(*out) : MaybeTensor());  // may compile: no lock held
+  // may compile: no lock is held
+  const auto words = op.call(FAGEN_FIELDS(c), out ? MaybeTensor(*out) : MaybeTensor(), want_lse);
   const Answer answer = answer_of(words.data());
   std::lock_guard<std::mutex> guard(table_lock);
   if (!facts || generation != before || !answer.known) return answer.entry;
@@ -313,25 +327,23 @@ Entry ask_python(const Call& c, const Tensor* out, const Facts* facts) {
   return answer.entry;
 }
 
-Entry find(const Call& c, const Tensor* out) {
+Entry find(const Call& c, const Tensor* out, bool want_lse) {
   Facts facts;
-  if (!facts_of(c, out, facts)) return ask_python(c, out, nullptr);  // which raises the fitting error
+  if (!facts_of(c, out, want_lse, facts)) return ask_python(c, out, want_lse, nullptr);  // which raises the error
   {
     std::lock_guard<std::mutex> guard(table_lock);
     const auto found = table().find(facts);
     if (found != table().end()) return found->second;
     const auto known = plans().find(static_of(facts));
     if (known != plans().end() && sizes_agree(c, out)) {
-      const Plan& plan = known->second;
-      const int64_t row = plan.nearest(sizes_of(c));
-      const Answer& answer = row < 0 ? plan.otherwise : plan.rows[row].answer;
+      const Answer& answer = known->second.find(sizes_of(c));
       if (answer.known) {
         remember(facts, answer.entry);
         return answer.entry;
       }
     }
   }
-  return ask_python(c, out, &facts);
+  return ask_python(c, out, want_lse, &facts);
 }
 
 void forget() {

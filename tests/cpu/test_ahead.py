@@ -38,12 +38,16 @@ def test_no_size_asks_for_more(model: str, shipped: None) -> None:
         most = 131072
         sizes = ahead.sizes(problem, H200, most)
         assert all(max(p.seqlen_q, p.seqlen_k) <= most and p.static_key == problem.static_key for p in sizes)
-        kernels = {dispatch.choose(size, H200).config for size in sizes}
+        kernels = {dispatch.choose(size, H200, ours=True).config for size in sizes}
         plan = resolve._make_plan(problem, H200)
         for _ in range(1500):
             size = asked(draw, problem, most)
             row = plan.nearest(size)
-            got = FAMILY_OF[row.record.family].config(row.record.config) if row else dispatch.choose(size, H200).config
+            got = (
+                FAMILY_OF[row.record.family].config(row.record.config)
+                if row
+                else dispatch.choose(size, H200, ours=True).config
+            )
             assert got in kernels, size.key
 
 
@@ -52,7 +56,9 @@ FAMILY_OF = {family.name: family for family in families.all_families()}
 
 def test_a_small_bound_asks_for_less(shipped: None) -> None:
     (problem,) = cliutil.expand({"preset": "llama3-8b"}, H200)
-    few, many = ({dispatch.choose(p, H200).config for p in ahead.sizes(problem, H200, n)} for n in (512, 131072))
+    few, many = (
+        {dispatch.choose(p, H200, ours=True).config for p in ahead.sizes(problem, H200, n)} for n in (512, 131072)
+    )
     assert len(few) < len(many)
 
 

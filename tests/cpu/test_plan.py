@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,10 +60,8 @@ def configs(count: int) -> list[Config]:
 def plan_of(records: list[db.Record], where: target.Target) -> Plan:
     rows = sorted(records, key=lambda r: (r.device != where.device, r.key, r.seconds))
     features = [tuple(db.features(r.problem, where.units).values()) for r in rows]
-    answer = Answer(True)
-    windowed = records[0].problem.mask in ("window", "intervals")
-    made = (Row(r, r.device != where.device, f, answer) for r, f in zip(rows, features, strict=True))
-    return Plan(where, windowed, tuple(made), ())
+    made = (Row(r, r.device != where.device, f, Answer(True)) for r, f in zip(rows, features, strict=True))
+    return Plan(records[0].problem, where, tuple(made))
 
 
 def size(draw: random.Random, mask: str) -> dict[str, int]:
@@ -95,7 +94,7 @@ def test_plans_pick_the_record_that_dispatch_picks(mask: str, overlay: Path) -> 
     for records in (database.records, [r for r in database.records if r.device != H200.device]):
         few = types.SimpleNamespace(records=records)
         plan = plan_of(few.records, H200)
-        words = plan.words()
+        words = plan.words(ours=True)
         device_only = db.Database()
         device_only._by_static = {("sm_90", static.static_key): sorted(records, key=lambda r: (r.key, r.seconds))}
         asked = [static.replace(**size(draw, mask)) for _ in range(1000)] + known
@@ -192,33 +191,58 @@ def test_a_new_size_gets_its_nearest_kernel_without_python(
 def test_a_size_nearer_to_a_record_that_lost_to_pytorch_is_pytorchs(
     asked: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lost = {256}
-    monkeypatch.setattr(dispatch, "slower_than_torch", lambda r: r.problem.seqlen_k in lost)
-    db.put([record(PROBLEM.replace(seqlen_q=s, seqlen_k=s), c) for s, c in zip((32, 256), configs(2), strict=True)])
+    """As choose says, in C++ and in Python: unless the LSE is wanted, or SDPA cannot be asked for the size."""
+    near, far = configs(2)
+    lost = {"torch_seconds": 5e-4}
+    db.put([record(PROBLEM.replace(seqlen_q=32, seqlen_k=32), near)])
+    db.put([record(PROBLEM.replace(seqlen_q=256, seqlen_k=256), far, **lost)])
     torched = []
     attend = fallback.attend
     monkeypatch.setattr(fallback, "attend", lambda *a, **k: torched.append(a[0].shape[1]) or attend(*a, **k))
+    warnings.simplefilter("error", fallback.FallbackWarning)  # it is no loss
     for length in (30, 34, 240, 250, 28, 260):
         attend_well(length)
+    assert torched == [240, 250, 260] and len(asked) == 1
+    q, k = torch.randn(1, 240, 2, 16), torch.randn(1, 250, 2, 16)
+    out, lse = fagen.attention(k, k, k, causal=True, return_lse=True)
+    assert verify.check(out, lse, k, k, k, verify.Semantics((-1, 0)), layout="bshd")
+    out = fagen.attention(q, k, k, causal=True)
+    assert verify.check(out, None, q, k, k, verify.Semantics((-1, 0)), layout="bshd")
     assert torched == [240, 250, 260]
-    assert resolve.kernel_for(PROBLEM.replace(seqlen_q=251, seqlen_k=251), HERE) is None
-    choice = dispatch.choose(PROBLEM.replace(seqlen_q=250, seqlen_k=250), HERE)
-    assert "PyTorch was faster" in choice.reasons[-1]
-    assert (choice.kind, choice.provenance) == ("torch", "nearest") and choice.record is not None
+    for length, keys, ours in itertools.product((30, 240, 250), (30, 240, 250), (False, True)):
+        problem = PROBLEM.replace(seqlen_q=length, seqlen_k=keys)
+        choice, served = dispatch.choose(problem, HERE, ours=ours), resolve.kernel_for(problem, HERE, ours=ours)
+        assert (served.config if served else None) == choice.config, problem.key
+
+
+@pytest.mark.parametrize("other", [3e-4, 9e-4])
+def test_what_beats_pytorch_serves_in_the_place_of_what_lost(other: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another family's record of the same size; here one that could not serve before it."""
+    import dataclasses
+
+    near, far = configs(2)
+    second = dataclasses.replace(FAMILY, name="second")
+    monkeypatch.setattr(families, "all_families", lambda: (FAMILY, second))
+    beaten, better = record(PROBLEM, near, torch_seconds=5e-4), record(PROBLEM, far, seconds=other, family="second")
+    rows = [Row(r, False, (6.0, 0.0, 6.0), Answer(True, r)) for r in (beaten, better)]  # type: ignore[arg-type]
+    made = resolve._where_torch_may(rows[0], rows[1:])
+    assert made.where_torch_may == (Answer(True, better) if other < 5e-4 else Answer(True))  # type: ignore[arg-type]
+    assert resolve._where_torch_may(rows[1], []) is rows[1]
+    plan = Plan(PROBLEM, HERE, (made,))
+    assert plan.find(PROBLEM, ours=True).kernel is beaten
+    assert plan.find(PROBLEM, ours=False) == made.where_torch_may
+    assert plan.find(PROBLEM.replace(seqlen_k=99), ours=False).kernel is beaten
+    assert [Plan(p, HERE, ()).words(False)[2] for p in (PROBLEM, PROBLEM.replace(mask="none", window_right=-1))] == [
+        2,
+        1,
+    ]
+    assert Plan(PROBLEM.replace(softcap=True), HERE, ()).words(False)[2] == Plan(PROBLEM, HERE, ()).words(True)[2] == 0
 
 
 def attend_well(length: int) -> None:
     q = torch.randn(1, length, 2, 16)
     out = fagen.attention(q, q, q, causal=True)
     assert verify.check(out, None, q, q, q, verify.Semantics((-1, 0)), layout="bshd")
-
-
-def test_an_older_record_knows_no_time_of_pytorch() -> None:
-    one = record(PROBLEM, configs(1)[0])
-    assert not dispatch.slower_than_torch(one)
-    for seconds, slower in ((9e-4, True), (9.95e-4, False), (2e-3, False), (0.0, False), (None, False)):
-        told = types.SimpleNamespace(seconds=1e-3, spread=1e-5, torch_seconds=seconds)
-        assert dispatch.slower_than_torch(told) is slower, seconds
 
 
 # What a size may have wrong, for static facts that are known.
