@@ -187,6 +187,7 @@ def _list_presets(as_json: bool) -> int:
 def _simulate(args: argparse.Namespace) -> int:
     """Replay, show, and compare with what is expected."""
     from fagen.tuner import record, simulate
+    from fagen.tuner.shared import hidden
 
     if args.expect:
         simulate.expectation(args.expect)  # before minutes are spent
@@ -203,7 +204,7 @@ def _simulate(args: argparse.Namespace) -> int:
     for line in missed:
         cliutil.say(f"missed: {line}")
     if args.json:
-        command = shlex.join(["fagen", *sys.argv[1:]])
+        command = shlex.join(["fagen", *(hidden(word) if "://" in word else word for word in sys.argv[1:])])
         cliutil.emit_json({"command": command, "summaries": [s.to_dict() for s in summaries], "missed": missed})
     return 1 if missed else 0
 

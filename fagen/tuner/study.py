@@ -139,7 +139,8 @@ def _open_run(problems: Sequence[Problem], target: Target, options: Options, pro
 
 @contextlib.contextmanager
 def _signals(progress: Progress) -> Iterator[threading.Event]:
-    """An event that the first SIGINT, SIGTERM or lost terminal sets; the second one raises."""
+    """An event that the first SIGINT, SIGTERM or lost terminal sets; the second one raises. Those that this process
+    was told to ignore, as by nohup, stay ignored."""
     event, before = threading.Event(), {}
 
     def handle(number: int, frame: object) -> None:
@@ -149,7 +150,8 @@ def _signals(progress: Progress) -> Iterator[threading.Event]:
         progress.note(f"{signal.Signals(number).name}: saving what was found; once more to stop at once")
 
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handle) for number in _ENDING}
+        heard = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield event
     finally:
