@@ -373,7 +373,7 @@ def _address(url: str) -> tuple[URL, dict[str, Any]]:
 def _shown(address: URL) -> str:
     """With the settings that are known to hold no secret, and the names of the others."""
     query = {name: value if name in _HARMLESS else "***" for name, value in address.query.items()}
-    return address.set(query=query).render_as_string(hide_password=True)
+    return address.set(query=query).render_as_string(hide_password=True).replace("%2A", "*")
 
 
 def _secrets(address: URL) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ from fagen.errors import FagenError, MissingTool, UsageError
 from fagen.families import Config
 from fagen.space import enumerate_space
 from fagen.target import host
-from fagen.tuner import study
+from fagen.tuner import shared, study
 from fagen.tuner.result import Options
 from fagen.tuner.shared import Board, SharedSearch
 
@@ -283,6 +285,11 @@ def test_limits_are_each_processes_own(tmp_path):
         ("sqlite:////nowhere/at/all/study.db", FagenError, "cannot be used"),
         ("no url", UsageError, "no URL of a database"),
         ("oracle9://me:hush@there/x", UsageError, "unknown kind of database"),
+        ("oracle9://there/x?password=hush", UsageError, "unknown kind of database"),
+        ("postgresql+psycopg://me@127.0.0.1:1/none?password=hush&sslpassword=hush", FagenError, "cannot be used"),
+        ("postgresql+psycopg://me@127.0.0.1:1/none?secret=hush", FagenError, "cannot be used"),
+        ("host=there password=hush", UsageError, "no URL of a database"),
+        ("postgresql://me@there:hush/x?password=hush", UsageError, "no URL of a database"),
     ],
 )
 def test_a_storage_that_cannot_be_used_is_said_and_nothing_is_begun(calm, address, error, said):
@@ -296,6 +303,30 @@ def test_a_storage_that_cannot_be_used_is_said_and_nothing_is_begun(calm, addres
     assert "hush" not in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
     assert not (calm / "runs").exists()
+
+
+def test_of_a_storages_url_only_what_is_no_secret_is_shown():
+    from sqlalchemy.engine import make_url
+
+    url = "postgresql://me:hush1@there:5/x?host=a&host=b&sslmode=require&password=hush2&passfile=/hush3&options=-hush4"
+    shown = shared._shown(make_url(url))
+    assert "hush" not in shown
+    for part in ("me:***@there:5/x", "host=a&host=b", "sslmode=require", "password=***", "passfile=***", "options=***"):
+        assert part in shown
+
+
+def test_the_replays_command_shows_no_password(tmp_path, capsys, monkeypatch):
+    from fagen.commands import tune
+    from fagen.tuner import record, simulate
+
+    monkeypatch.setattr(sys, "argv", ["fagen", "tune", "--storage", "postgresql://me:hush@there/x?a=hush", "--json"])
+    monkeypatch.setattr(record, "read", lambda path: [])
+    monkeypatch.setattr(simulate, "simulate", lambda *arguments, **named: [])
+    args = argparse.Namespace(simulate=[], expect=None, sampler=None, workers=None, seeds=1, trials=1, cold=False)
+    args.jobs, args.json = 1, True
+    assert tune._simulate(args) == 0
+    said = json.loads(capsys.readouterr().out)["command"]
+    assert "--storage" in said and "hush" not in said
 
 
 def test_a_wrong_password_is_said(server):
