@@ -67,13 +67,20 @@ def guard_root() -> Path:
     root = env.cache_dir()
     real = Path(os.path.realpath(root))
     guard(real, folder=True)
-    for parent in real.parents:
-        mode = os.lstat(parent).st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+    for path in dict.fromkeys([root, *root.parents, *real.parents]):
+        facts = os.lstat(path)
+        mode = facts.st_mode
+        if stat.S_ISLNK(mode) and facts.st_uid not in (os.geteuid(), 0):
+            raise CacheError(
+                f"another user may replace the cache {root}: no kernel is loaded from there",
+                f"the link {path} belongs to {facts.st_uid}, this process runs as {os.geteuid()}",
+                "set FAGEN_CACHE_DIR to where the folder is",
+            )
+        if not stat.S_ISLNK(mode) and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             raise CacheError(
                 f"anybody may replace the cache {root}: no kernel is loaded from there",
-                f"{parent} has mode {stat.S_IMODE(mode):04o}, without the sticky bit",
-                f"chmod o-w {shlex.quote(str(parent))}, or set FAGEN_CACHE_DIR to a folder elsewhere",
+                f"{path} has mode {stat.S_IMODE(mode):04o}, without the sticky bit",
+                f"chmod o-w {shlex.quote(str(path))}, or set FAGEN_CACHE_DIR to a folder elsewhere",
             )
     return root
 
@@ -90,11 +97,12 @@ def guard_entry(path: Path) -> None:
 
 def _has_mark(folder: Path) -> bool:
     try:
-        descriptor = os.open(folder / MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.lstat(folder / MARK).st_mode):
+            return False
+        with open(folder / MARK, "rb") as file:
+            return file.read(len(_MARK_TEXT)) == _MARK_TEXT
     except OSError:
         return False
-    with open(descriptor, "rb") as file:
-        return file.read(len(_MARK_TEXT)) == _MARK_TEXT
 
 
 def _require_own(root: Path) -> None:

@@ -187,8 +187,9 @@ def _list_presets(as_json: bool) -> int:
 def _simulate(args: argparse.Namespace) -> int:
     """Replay, show, and compare with what is expected."""
     from fagen.tuner import record, simulate
-    from fagen.tuner.shared import hidden
 
+    if args.storage:  # a password in it would stand in the command that --json repeats
+        raise UsageError("--storage is of a search, and a simulation runs none", remedy="drop --storage")
     if args.expect:
         simulate.expectation(args.expect)  # before minutes are spent
     spaces = [space for path in args.simulate for space in record.read(path)]
@@ -204,7 +205,7 @@ def _simulate(args: argparse.Namespace) -> int:
     for line in missed:
         cliutil.say(f"missed: {line}")
     if args.json:
-        command = shlex.join(["fagen", *(hidden(word) if "://" in word else word for word in sys.argv[1:])])
+        command = shlex.join(["fagen", *sys.argv[1:]])
         cliutil.emit_json({"command": command, "summaries": [s.to_dict() for s in summaries], "missed": missed})
     return 1 if missed else 0
 

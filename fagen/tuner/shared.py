@@ -356,7 +356,7 @@ def _address(url: str) -> tuple[URL, dict[str, Any]]:
             f"--storage: unknown kind of database {address.drivername!r}", "known: postgresql, sqlite"
         ) from error
     except (exc.ArgumentError, ValueError) as error:
-        what = f"--storage {hidden(url)} is no URL of a database"
+        what = f"--storage {_hidden(url)} is no URL of a database"
         raise UsageError(what, remedy="one is like postgresql://user:password@host/database") from error
     except ImportError as error:
         raise MissingTool(f"--storage needs a driver for {address.drivername}", str(error), _DRIVER_REMEDY) from error
@@ -385,7 +385,7 @@ def _secrets(address: URL) -> list[str]:
     return sorted(filter(None, found), key=len, reverse=True)
 
 
-def hidden(url: str) -> str:
-    """Of what may be a URL no more than its kind: where else a password stands is not known."""
+def _hidden(url: str) -> str:
+    """No more than its kind of what may be a URL: where a password stands in the rest is not known."""
     kind, mark, _ = url.partition("://")
-    return f"{kind}://***" if mark else "***"
+    return f"{kind}://***" if mark and kind.replace("+", "").isalnum() else "***"

@@ -144,6 +144,18 @@ def test_the_cache_itself_may_be_reached_through_a_link(cache: Path, tmp_path: P
     assert build.find(job()) is not None and len(cachectl.entries()) == 1
 
 
+def test_a_link_of_another_user_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """He could point it elsewhere between the check and the load."""
+    if os.geteuid() != 0:
+        pytest.skip("needs to be root")
+    entry()
+    (tmp_path / "link").symlink_to(tmp_path)
+    give_away(tmp_path / "link", monkeypatch)
+    monkeypatch.setenv("FAGEN_CACHE_DIR", str(tmp_path / "link" / "cache"))
+    with pytest.raises(CacheError, match="another user may replace"):
+        build.find(job())
+
+
 def test_a_folder_that_anybody_may_replace_is_refused(tmp_path: Path) -> None:
     entry()
     tmp_path.chmod(0o777)
@@ -287,14 +299,12 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
 
 def test_only_marked_folders_of_this_user_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     temporary = Path(tempfile.gettempdir())
-    unmarked, named, link, given = (
-        temporary / name for name in ("fagen-0123456789ab", "fagen-mine", "fagen-0123456789ac", "fagen-0123456789ad")
-    )
-    outside = tmp_path / "outside"
-    for path in (unmarked, named, given, outside):
+    unmarked, marked_by_another, link, given = (temporary / f"fagen-0123456789a{letter}" for letter in "abcd")
+    named, outside = temporary / "fagen-mine", tmp_path / "outside"
+    for path in (unmarked, marked_by_another, named, given, outside):
         path.mkdir()
         if path != unmarked:
-            (path / cachedir.MARK).write_bytes(cachedir._MARK_TEXT)
+            (path / cachedir.MARK).write_bytes(cachedir._MARK_TEXT if path != marked_by_another else b"Signature: ...")
     link.symlink_to(outside)
     cachedir.sweep(tmp_path / "nowhere")
     give_away(given, monkeypatch)

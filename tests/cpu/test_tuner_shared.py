@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import runs
 from fake_family import FAMILY, PROBLEM
 
+from fagen.cli import main
 from fagen.errors import FagenError, MissingTool, UsageError
 from fagen.families import Config
 from fagen.space import enumerate_space
@@ -289,6 +288,7 @@ def test_limits_are_each_processes_own(tmp_path):
         ("postgresql+psycopg://me@127.0.0.1:1/none?password=hush&sslpassword=hush", FagenError, "cannot be used"),
         ("postgresql+psycopg://me@127.0.0.1:1/none?secret=hush", FagenError, "cannot be used"),
         ("host=there password=hush", UsageError, "no URL of a database"),
+        ("password=hush://there", UsageError, "no URL of a database"),
         ("postgresql://me@there:hush/x?password=hush", UsageError, "no URL of a database"),
     ],
 )
@@ -315,18 +315,12 @@ def test_of_a_storages_url_only_what_is_no_secret_is_shown():
         assert part in shown
 
 
-def test_the_replays_command_shows_no_password(tmp_path, capsys, monkeypatch):
-    from fagen.commands import tune
-    from fagen.tuner import record, simulate
-
-    monkeypatch.setattr(sys, "argv", ["fagen", "tune", "--storage", "postgresql://me:hush@there/x?a=hush", "--json"])
-    monkeypatch.setattr(record, "read", lambda path: [])
-    monkeypatch.setattr(simulate, "simulate", lambda *arguments, **named: [])
-    args = argparse.Namespace(simulate=[], expect=None, sampler=None, workers=None, seeds=1, trials=1, cold=False)
-    args.jobs, args.json = 1, True
-    assert tune._simulate(args) == 0
-    said = json.loads(capsys.readouterr().out)["command"]
-    assert "--storage" in said and "hush" not in said
+def test_a_simulation_takes_no_storage(tmp_path, capsys):
+    """Its --json repeats the command line, where a password would be."""
+    command = ["tune", "--simulate", str(tmp_path), "--storage", "postgresql://me:hush@there/x", "--json"]
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert "--storage" in err and "hush" not in out + err
 
 
 def test_a_wrong_password_is_said(server):
