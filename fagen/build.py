@@ -43,9 +43,7 @@ LIBRARY = "kernel.so"
 LOG = "build.log"
 SOURCES = ("kernel.cpp", "kernel.cu")
 DEFAULT_TIMEOUT = 900.0
-
-
-_LISTINGS = [{source, LIBRARY, LOG} for source in SOURCES]
+_LISTINGS = [{source, LIBRARY, LOG} for source in SOURCES]  # the files of an entry, its manifest aside
 
 
 @dataclass(frozen=True)
