@@ -349,11 +349,11 @@ def kernel_for(problem: Problem, target: Target) -> kernel.Kernel | None:
 def built(family: Family, problem: Problem, target: Target, config: Config) -> kernel.Kernel:
     """Loaded, and compiled before that if need be, which is said."""
     job = build.job(family, problem, target, config)
-    artifact = build.find(job)
-    if artifact is None:
+
+    def tell() -> None:
         binding.say(f"compiling {job.name} (about {build.expected_seconds(family, target):.0f} s, once)")
-        artifact = build.make(job)
-    return kernel.load(artifact, family, problem, config)
+
+    return kernel.load(build.make(job, tell=tell), family, problem, config)
 
 
 def _without_binding(

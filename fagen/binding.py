@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
@@ -25,6 +26,15 @@ _lock = threading.RLock()
 _module: Any = None
 _failure: FagenError | None = None
 _libraries: list[Any] = []  # torch unregisters what is collected
+
+
+def _after_fork() -> None:
+    """In the child: a thread of the parent may have held the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def job() -> build.Job:
@@ -56,12 +66,7 @@ def load() -> Any:
 
 
 def _build() -> Artifact:
-    this = job()
-    found = build.find(this)
-    if found:
-        return found
-    say("compiling the PyTorch binding (about 20 s, once)")
-    return build.make(this)
+    return build.make(job(), tell=lambda: say("compiling the PyTorch binding (about 20 s, once)"))
 
 
 def say(text: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fagen import presets
+from fagen import flags, presets
 from fagen.errors import InvalidArgument, MissingTool, UsageError
 from fagen.problem import DTYPES, INTERVAL_KINDS, MASKS, Problem
 from fagen.target import ARCHS, Target
@@ -25,10 +25,12 @@ SETTINGS = {
     "dtype": "fp16, bf16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)",
     "head_dim": "64,128, or 192-128 when q/k and v differ (default: 128)",
     "mask": f"{', '.join(MASKS)} (default: none)",
-    "window": "L,R: keys visible left and right of the diagonal, 'none' for unbounded: 1024,0 or none,0",
+    "window": "L,R: keys visible left and right of the diagonal, 'none' for unbounded: 1024,0 or none,0; "
+    "with mask intervals as well",
     "interval_kind": f"bounds a key column carries: {', '.join(INTERVAL_KINDS)} (default: lower1)",
     "softcap": "with a cap on the scores",
     "alibi": "with ALiBi slopes",
+    "unaligned": "of tensors whose rows do not start at multiples of 16 bytes",
     "seqlen": "length of queries and keys: 1k,4k (default: 1k)",
     "seqlen_q": "length of the queries alone",
     "seqlen_k": "length of the keys alone",
@@ -36,7 +38,7 @@ SETTINGS = {
     "heads": "heads of q (default: 16)",
     "kv_heads": "heads of k and v (default: as many as of q)",
 }
-_SWITCHES = ("softcap", "alibi")
+_SWITCHES = ("softcap", "alibi", "unaligned")
 
 
 # ---- output ------------------------------------------------------------------------------------------------------
@@ -117,12 +119,12 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
         return _expand_presets(settings, target)
     masks = settings.get("mask")
     if masks is None:
-        masks = "window" if "window" in settings else "intervals" if "interval_kind" in settings else "none"
+        masks = "intervals" if "interval_kind" in settings else "window" if "window" in settings else "none"
     masks = _choices("mask", masks, MASKS)
-    for name, mask in (("window", "window"), ("interval_kind", "intervals")):
-        if name in settings and mask not in masks:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} needs mask {mask!r}", f"the masks are {', '.join(masks)}")
+    for name, able in (("window", ("window", "intervals")), ("interval_kind", ("intervals",))):
+        if name in settings and not set(able) & set(masks):
+            flag, needs = "--" + name.replace("_", "-"), " or ".join(map(repr, able))
+            raise UsageError(f"{flag} needs mask {needs}", f"the masks are {', '.join(masks)}")
     if "window" in masks and "window" not in settings:
         raise UsageError("mask 'window' needs its width", remedy="add --window LEFT,RIGHT, like --window 1024,0")
     default_dtype = "fp32" if target is not None and not target.is_gpu else "bf16"
@@ -139,7 +141,8 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
     bounds = window(settings["window"]) if "window" in settings else (-1, -1)
     switches: dict[str, Any] = {name: bool(settings.get(name, False)) for name in _SWITCHES}
     problems = [
-        _problem(dict(zip(axes, point, strict=True)), bounds, switches) for point in itertools.product(*axes.values())
+        _problem(dict(zip(axes, point, strict=True)), bounds, dict(switches))
+        for point in itertools.product(*axes.values())
     ]
     return list(dict.fromkeys(problems))
 
@@ -173,16 +176,15 @@ def _lengths(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 def _problem(point: dict[str, Any], bounds: tuple[int, int], switches: dict[str, Any]) -> Problem:
     (qk, v), (seqlen_q, seqlen_k), mask = point["head_dim"], point["seqlen"], point["mask"]
-    left, right = bounds if mask == "window" else (-1, -1)
-    itemsize = DTYPES[point["dtype"]]
+    left, right = bounds if mask in ("window", "intervals") else (-1, -1)
+    unaligned = switches.pop("unaligned")
     return Problem(
         dtype=point["dtype"],
         head_dim=qk,
         head_dim_v=v,
         mask=mask,
         intervals=point["interval_kind"] if mask == "intervals" else "",
-        # contiguous tensors, whose rows are whole 16-byte pieces when their sizes are
-        aligned=qk * itemsize % 16 == 0 and v * itemsize % 16 == 0,
+        aligned=not unaligned and flags.aligned(point["dtype"], qk, v),
         batch=point["batch"],
         heads=point["heads"],
         kv_heads=point["kv_heads"],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fagen import __version__, build, env, render, toolchain
+from fagen import __version__, build, env, flags, render, toolchain
 from fagen.errors import BuildError, FagenError
 from fagen.families import Config, Family, candidates
 from fagen.problem import INTERVAL_KINDS, Problem
@@ -68,24 +68,7 @@ class Kernel:
 def command(kernel: Kernel) -> str:
     """The `fagen emit` that makes the same kernel again, whatever the database says then."""
     p = kernel.problem
-    words = ["fagen", "emit", "--arch", kernel.target.arch, "--dtype", p.dtype]
-    words += ["--head-dim", str(p.head_dim) if p.head_dim == p.head_dim_v else f"{p.head_dim}-{p.head_dim_v}"]
-    words += ["--mask", p.mask]
-    if p.mask == "window":
-        words += [
-            "--window",
-            ",".join("none" if bound < 0 else str(bound) for bound in (p.window_left, p.window_right)),
-        ]
-    if p.intervals:
-        words += ["--interval-kind", p.intervals]
-    words += [flag for flag, on in (("--softcap", p.softcap), ("--alibi", p.alibi)) if on]
-    lengths = (p.seqlen_q, p.seqlen_k)
-    words += (
-        ["--seqlen", str(p.seqlen_q)]
-        if len(set(lengths)) == 1
-        else [f"--seqlen-q={lengths[0]}", f"--seqlen-k={lengths[1]}"]
-    )
-    words += ["--batch", str(p.batch), "--heads", str(p.heads), "--kv-heads", str(p.kv_heads)]
+    words = ["fagen", "emit", "--arch", kernel.target.arch, *flags.of(p)]
     if kernel.family.name != candidates(p, kernel.target)[0][0].name:
         words += ["--family", kernel.family.name]
     words += ["--config", "default" if kernel.is_default else kernel.config.to_json(), "--out", "DIR"]

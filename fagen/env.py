@@ -29,7 +29,7 @@ def flag(name: str) -> bool:
 
 
 def cache_dir() -> Path:
-    return Path(get("FAGEN_CACHE_DIR") or platformdirs.user_cache_dir("fagen"))
+    return Path(get("FAGEN_CACHE_DIR") or platformdirs.user_cache_dir("fagen")).absolute()
 
 
 def user_db_dir() -> Path:

@@ -68,7 +68,8 @@ def _rebuild_build_error(what: str, numbers: str, remedy: str, log: str, killed:
 
 
 class CacheError(BuildError):
-    """A built kernel cannot be kept: the disk is full, or the folder cannot be written. No fault of the kernel."""
+    """A built kernel cannot be kept or may not be loaded: a full disk, a folder that others may write. No fault of
+    the kernel."""
 
     def __reduce__(self) -> tuple:
         return type(self), (self.what, self.numbers, self.remedy)

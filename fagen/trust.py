@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen import env
-from fagen.errors import BuildError, FagenError, LaunchError, UsageError
+from fagen import cachedir, env, flags
+from fagen.errors import BuildError, CacheError, FagenError, LaunchError, UsageError
 
 if TYPE_CHECKING:
     from fagen.db import Record
@@ -34,6 +34,15 @@ _LOCK_SECONDS = 60.0
 _hashes: dict[tuple[Any, ...], str] = {}
 _verdicts: dict[Path, Verdict] = {}  # of this process
 _one_at_a_time = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In the child: a thread of the parent may have held the lock."""
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ def judge(
     path = env.cache_dir() / "verified" / f"{today}-{_slug(target)}.json"
     found = _verdicts.get(path) or _read(path)
     if found is None and env.flag("FAGEN_DISABLE_JIT"):
-        remedy = "fagen build verifies it ahead"
+        remedy = f"this verifies it ahead: FAGEN_DISABLE_JIT=0 {flags.build_command(problem, target.arch)}"
         return Trust("refused", f"{changed} and was not verified; FAGEN_DISABLE_JIT forbids to do it now; {remedy}")
     if found is None and (not check or not _device_is_ready(target)):
         return Trust("unverified", f"{changed}; its first use verifies it")
@@ -228,13 +237,13 @@ def _alone(path: Path) -> Iterator[bool]:
 
     lock = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path.with_suffix(".lock"))
+        cachedir.folder(path.parent.name)
+        lock = filelock.FileLock(path.with_suffix(".lock"), mode=0o600)
         lock.acquire(timeout=_LOCK_SECONDS)
     except filelock.Timeout:
         yield False
         return
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError, CacheError):
         lock = None
     try:
         yield True
@@ -249,10 +258,14 @@ def _begun(path: Path) -> Path:
 
 
 def _read(path: Path) -> Verdict | None:
+    """A verdict that another user could have written is none."""
     try:
+        cachedir.guard_root()
+        cachedir.guard(path.parent, folder=True)
+        cachedir.guard(path)
         fields = json.loads(path.read_bytes())
         return Verdict(bool(fields["ok"]), str(fields["reason"]), float(fields["error"]), str(fields["date"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, CacheError):
         return None
 
 
@@ -266,8 +279,5 @@ def _keep(path: Path, found: Verdict, lasts: bool) -> Verdict:
 
 def _write(path: Path, fields: dict[str, Any]) -> None:
     """Whole or not at all; a cache that cannot be written only costs the next process a second."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(fields))
-        os.replace(temporary, path)
+    with contextlib.suppress(OSError, CacheError):
+        cachedir.write(cachedir.folder(path.parent.name) / path.name, json.dumps(fields).encode())

@@ -188,6 +188,8 @@ def _simulate(args: argparse.Namespace) -> int:
     """Replay, show, and compare with what is expected."""
     from fagen.tuner import record, simulate
 
+    if args.storage:  # a password in it would stand in the command that --json repeats
+        raise UsageError("--storage is of a search, and a simulation runs none", remedy="drop --storage")
     if args.expect:
         simulate.expectation(args.expect)  # before minutes are spent
     spaces = [space for path in args.simulate for space in record.read(path)]

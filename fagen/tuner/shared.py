@@ -33,6 +33,7 @@ EVERY = 1.0  # seconds between looks at what the others did
 GRACE = 60.0  # seconds without a beat after which an owner counts as dead
 _PATIENCE = (1.0, 2.0, 4.0, 8.0)  # seconds between tries to reach a database that was there before
 _DRIVERS = ("psycopg", "psycopg2", "pg8000")  # for PostgreSQL, the first that is installed
+_HARMLESS = ("host", "port", "user", "dbname", "service", "sslmode", "connect_timeout", "application_name")
 _DRIVER_REMEDY = "pip install 'fagen[postgres]'"
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class Board:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.owner, self.grace = owner, grace
         address, connect = _address(url)
-        self.shown = address.render_as_string(hide_password=True)
+        self.shown, self._secrets = _shown(address), _secrets(address)
         options: dict[str, Any] = {"connect_args": connect, "pool_pre_ping": True}
         self._engine = sql.create_engine(address, **options)
         text = sql.Text
@@ -94,6 +95,8 @@ class Board:
 
     def _unreachable(self, error: Exception) -> FagenError:
         cause = str(getattr(error, "orig", None) or error.__cause__ or error).strip()
+        for secret in self._secrets:
+            cause = cause.replace(secret, "***")
         why = " ".join(cause.split())[:300]
         return FagenError(
             f"storage {self.shown} cannot be used", why, "is the server running, and are host, user and password right?"
@@ -353,8 +356,8 @@ def _address(url: str) -> tuple[URL, dict[str, Any]]:
             f"--storage: unknown kind of database {address.drivername!r}", "known: postgresql, sqlite"
         ) from error
     except (exc.ArgumentError, ValueError) as error:
-        raise UsageError(f"--storage {_hidden(url)} is no URL of a database", str(error).replace(url, _hidden(url)),
-                         "one is like postgresql://user:password@host/database") from error  # fmt: skip
+        what = f"--storage {_hidden(url)} is no URL of a database"
+        raise UsageError(what, remedy="one is like postgresql://user:password@host/database") from error
     except ImportError as error:
         raise MissingTool(f"--storage needs a driver for {address.drivername}", str(error), _DRIVER_REMEDY) from error
     utf8 = {"client_encoding": "utf8"}  # whatever the database was made with
@@ -367,7 +370,22 @@ def _address(url: str) -> tuple[URL, dict[str, Any]]:
     return address, how.get(address.get_driver_name(), {})
 
 
+def _shown(address: URL) -> str:
+    """With the settings that are known to hold no secret, and the names of the others."""
+    query = {name: value if name in _HARMLESS else "***" for name, value in address.query.items()}
+    return address.set(query=query).render_as_string(hide_password=True).replace("%2A", "*")
+
+
+def _secrets(address: URL) -> list[str]:
+    """What an error of a driver may repeat, and a person must not see; the longest first."""
+    found = [str(address.password or "")]
+    for name, value in address.query.items():
+        if name not in _HARMLESS:
+            found += [value] if isinstance(value, str) else value
+    return sorted(filter(None, found), key=len, reverse=True)
+
+
 def _hidden(url: str) -> str:
-    """Without what may be a password."""
-    head, at, tail = url.rpartition("@")
-    return f"***@{tail}" if at and head else url
+    """No more than its kind of what may be a URL: where a password stands in the rest is not known."""
+    kind, mark, _ = url.partition("://")
+    return f"{kind}://***" if mark and kind.replace("+", "").isalnum() else "***"

@@ -37,7 +37,7 @@ from fagen.tuner.shared import Board, SharedSearch
 from fagen.tuner.workers import compile_workers
 
 NEIGHBOURS = 3
-_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def spaces(problem: Problem, target: Target, only: str | None = None, fixed: Fixed | None = None) -> list[Space]:
@@ -139,7 +139,8 @@ def _open_run(problems: Sequence[Problem], target: Target, options: Options, pro
 
 @contextlib.contextmanager
 def _signals(progress: Progress) -> Iterator[threading.Event]:
-    """An event that the first SIGINT, SIGTERM or lost terminal sets; the second one raises."""
+    """An event that the first SIGINT, SIGTERM or lost terminal sets; the second one raises. Under nohup a lost
+    terminal stays ignored."""
     event, before = threading.Event(), {}
 
     def handle(number: int, frame: object) -> None:
@@ -149,7 +150,8 @@ def _signals(progress: Progress) -> Iterator[threading.Event]:
         progress.note(f"{signal.Signals(number).name}: saving what was found; once more to stop at once")
 
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handle) for number in _ENDING}
+        nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        before = {number: signal.signal(number, handle) for number in _ENDING if number not in nohup}
     try:
         yield event
     finally:

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fagen import build, compile, toolchain
+from fagen import build, cachedir, compile, flags, toolchain
 from fagen.errors import BuildError, MissingTool
+from fagen.problem import Problem
 
 # a source whose compilation outlasts every limit of these tests
 ENDLESS = "#define A(x) x x x x x x x x x x\nint f() { int a = 0; A(A(A(A(A(A(A(++a;))))))) return a; }\n"
@@ -97,6 +99,18 @@ def test_a_name_does_not_change_the_key() -> None:
     assert job(name="other", about={"a": 1}).key() == job().key()
 
 
+def test_the_version_of_torch_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes milliseconds, and every call of a new size asks for a key."""
+    import importlib.metadata
+
+    asked: list[str] = []
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: asked.append(name) or "1.0")
+    toolchain.torch_version.cache_clear()
+    assert job(1).key() == job(1).key() != job(2).key()
+    toolchain.torch_version.cache_clear()
+    assert asked == ["torch"]
+
+
 def test_native_code_is_keyed_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     from fagen import target
 
@@ -147,6 +161,31 @@ def _odd_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text('["not", "an", "object"]')
 
 
+def _relist(folder: Path, change: Callable[[dict], dict]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": change(manifest["files"])}))
+
+
+def _no_files(folder: Path) -> None:
+    _relist(folder, lambda files: {})
+
+
+def _no_library(folder: Path) -> None:
+    _relist(folder, lambda files: {name: facts for name, facts in files.items() if name != "kernel.so"})
+
+
+def _a_file_elsewhere(folder: Path) -> None:
+    _relist(folder, lambda files: files | {f"../{folder.name}/kernel.so": files["kernel.so"]})
+
+
+def _another_size(folder: Path) -> None:
+    _relist(folder, lambda files: files | {"kernel.so": files["kernel.so"] | {"bytes": 1}})
+
+
+def _deep_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[" * 100_000)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -155,6 +194,11 @@ def _odd_manifest(folder: Path) -> None:
         _torn_manifest,
         _other_key,
         _odd_manifest,
+        _no_files,
+        _no_library,
+        _a_file_elsewhere,
+        _another_size,
+        _deep_manifest,
         lambda folder: (folder / "manifest.json").unlink(),
         lambda folder: (folder / "kernel.so").unlink(),
     ],
@@ -173,16 +217,6 @@ def test_a_file_where_the_entry_should_be_is_replaced() -> None:
     folder.parent.mkdir(parents=True)
     folder.write_text("in the way")
     assert number_of(build.make(job(4))) == 4
-
-
-def test_what_killed_builds_left_is_swept(cache: Path) -> None:
-    old, young = cache / "tmp" / "1-old", cache / "tmp" / "2-young"
-    for folder in (old, young):
-        folder.mkdir(parents=True)
-        (folder / "kernel.cpp").touch()
-    os.utime(old, (1, 1))
-    build.make(job(5))
-    assert not old.exists() and young.exists()
 
 
 # ---- failures -----------------------------------------------------------------------------------------------------
@@ -209,16 +243,15 @@ def test_a_build_past_its_time_is_killed_with_all_its_processes(cache: Path) -> 
 
 
 def _compilers_of(cache: Path) -> list[str]:
-    """Command lines of running processes that name the cache, patient with those that are just ending."""
+    """Command lines of running processes that work in the cache, patient with those that are just ending."""
     for _ in range(50):
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+                if entry.name.isdigit() and os.readlink(entry / "cwd").startswith(str(cache)):
+                    found.append((entry / "cmdline").read_text(errors="replace"))
             except OSError:
                 continue
-            if str(cache).encode() in command:
-                found.append(command.decode(errors="replace"))
         if not found:
             return []
         time.sleep(0.1)
@@ -251,14 +284,14 @@ def test_a_full_disk_at_the_compiler(compiler: Path) -> None:
     assert "fagen cache clear" in str(caught.value) and len(str(caught.value).splitlines()) <= 3
 
 
-@pytest.mark.parametrize("where", ["mkdir", "write_text", "rename"])
-def test_a_full_disk_on_our_side(where: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+@pytest.mark.parametrize("where", [(os, "mkdir"), (cachedir, "write"), (os, "rename")], ids=lambda where: where[1])
+def test_a_full_disk_on_our_side(where: tuple, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     def full(*args: object, **named: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     build.make(job())
     with monkeypatch.context() as patch:
-        patch.setattr(os if where == "rename" else Path, where, full)
+        patch.setattr(*where, full)
         with pytest.raises(BuildError, match="(?i)no space left") as caught:
             build.make(job(9))
     assert "FAGEN_CACHE_DIR" in str(caught.value) and len(str(caught.value).splitlines()) <= 3
@@ -268,18 +301,41 @@ def test_a_full_disk_on_our_side(where: str, monkeypatch: pytest.MonkeyPatch, ca
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
 def test_a_read_only_cache_serves_hits_and_builds_for_this_process(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     hit = build.make(job(1))
-    real = Path.mkdir
+    real = os.mkdir
 
     def refuse(path: Path, *args: object, **named: object) -> None:
         if str(path).startswith(os.environ["FAGEN_CACHE_DIR"]):
             raise OSError(code, os.strerror(code))
         real(path, *args, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse)
     assert build.make(job(1)) == hit
     with pytest.warns(UserWarning, match="cannot be written"):
         made = build.make(job(2))
     assert number_of(made) == 2 and build.find(job(2)) is None
+
+
+def test_what_is_built_for_this_process_is_removed_by_it_alone(tmp_path: Path) -> None:
+    code = """
+import os, warnings
+from pathlib import Path
+from test_build import build, job
+warnings.simplefilter("ignore")
+made = build.make(job(16))
+child = os.fork()
+if child == 0:
+    raise SystemExit  # runs what was registered with atexit
+os.waitpid(child, 0)
+print(made.path.exists(), made.path.parents[1], flush=True)
+"""
+    (tmp_path / "file").touch()
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {"FAGEN_CACHE_DIR": str(tmp_path / "file"), "TMPDIR": str(tmp_path / "temporary")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    exists, folder = done.stdout.split()
+    assert exists == "True", done.stderr
+    assert Path(folder).parent == tmp_path / "temporary" and not list((tmp_path / "temporary").glob("fagen-*"))
 
 
 def test_a_cache_that_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,9 +359,13 @@ def test_a_lock_held_by_somebody_else_delays_but_never_stops(cache: Path) -> Non
 def test_compiling_may_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     build.make(job(1))
     monkeypatch.setenv("FAGEN_DISABLE_JIT", "1")
-    build.make(job(1))
-    with pytest.raises(BuildError, match="fagen build"):
-        build.make(job(2))
+    said: list[str] = []
+    build.make(job(1), tell=lambda: said.append("compiling"))
+    problem = Problem(dtype="fp32", head_dim=72, mask="causal", heads=6, kv_heads=3, seqlen_q=5)
+    with pytest.raises(BuildError) as caught:
+        build.make(job(2, about={"problem": problem.to_dict()}), tell=lambda: said.append("compiling"))
+    assert caught.value.remedy == f"build it ahead: FAGEN_DISABLE_JIT=0 {flags.build_command(problem, 'cpu')}"
+    assert not said, "nothing is compiled, so nothing says so"
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -364,7 +424,7 @@ def test_two_processes_without_locks_both_end_well(cache: Path, compiler: Path, 
 def test_a_killed_process_leaves_no_compiler_and_no_lock(cache: Path) -> None:
     process = _start(1, ", source=ENDLESS")
     for _ in range(600):
-        if list(cache.glob("tmp/*/build.ninja")):
+        if list(cache.glob("tmp/*/build/build.ninja")):
             break
         time.sleep(0.1)
     time.sleep(0.3)

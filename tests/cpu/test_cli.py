@@ -12,6 +12,7 @@ import types
 import pytest
 
 from fagen import cli, cliutil, errors
+from fagen import flags as flags_of
 from fagen.errors import FagenError, UsageError
 from fagen.problem import Problem
 from fagen.target import known
@@ -154,6 +155,28 @@ def test_every_setting_reaches_the_problem():
     assert (problem.mask, problem.intervals) == ("intervals", "both2")
 
 
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(),
+        Problem(dtype="fp16", head_dim=192, head_dim_v=128, mask="causal", batch=3, heads=8, kv_heads=2, seqlen_q=5),
+        Problem(mask="window", window_left=128, window_right=-1, softcap=True, alibi=True, seqlen_q=7, seqlen_k=4096),
+        Problem(mask="window", window_left=-1, window_right=-1),
+        Problem(mask="intervals", intervals="both4"),
+        Problem(mask="intervals", intervals="lower2", window_left=-1, window_right=0, aligned=False),
+        Problem(dtype="bf16", head_dim=100, aligned=False),
+        Problem(dtype="fp32", head_dim=2, head_dim_v=4, aligned=False),
+    ],
+    ids=lambda problem: problem.key.replace("/", "-"),
+)
+def test_a_problems_flags_give_it_back(problem):
+    words = flags_of.of(problem)
+    assert cliutil.problems_from(flags(*words)) == [problem]
+    command = flags_of.build_command(problem, "cpu")
+    assert command.startswith("fagen build --dtype") and command.endswith("--target cpu")
+    assert all(word in command for word in words)
+
+
 def test_rows_that_are_not_whole_pieces_are_not_aligned():
     aligned = {p.head_dim: p.aligned for p in cliutil.expand({"dtype": "bf16", "head_dim": "64,72,100"})}
     assert aligned == {64: True, 72: True, 100: False}
@@ -174,7 +197,7 @@ def test_the_default_dtype_is_the_targets():
         ({"head_dim": "x"}, "'x'"),
         ({"mask": "diagonal"}, "diagonal"),
         ({"mask": "window"}, "--window"),
-        ({"mask": "causal", "window": "3,0"}, "needs mask 'window'"),
+        ({"mask": "causal", "window": "3,0"}, "needs mask 'window' or 'intervals'"),
         ({"window": "3"}, "LEFT,RIGHT"),
         ({"window": "a,b"}, "LEFT,RIGHT"),
         ({"dtype": "fp8"}, "fp8"),

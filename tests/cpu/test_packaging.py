@@ -122,3 +122,10 @@ def test_the_op_works_installed(run):
     done = run("python", "-c", program)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-5
+
+
+def test_what_needs_a_checkout_says_so(run):
+    for words in ((), ("verify",)):
+        done = run("python", "-m", "fagen.generated", *words)
+        assert done.returncode == 4
+        assert "checkout" in done.stderr and len(done.stderr.splitlines()) == 3

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -201,6 +202,24 @@ def test_a_signal_saves_what_was_found(calm, number):
     assert not winner["complete"]
     assert len(db.Database.load([calm / "db"]).records) == 1
     assert number.name in said.decode()
+
+
+@pytest.mark.parametrize(("how", "ends"), [('trap "" HUP; exec "$@"', False), ('exec "$@"', True)])
+def test_a_lost_terminal_ends_a_run_unless_it_is_ignored(how, ends):
+    """As nohup starts it."""
+    code = """
+import os, signal
+from fagen.tuner import progress, study
+with study._signals(progress.Progress()) as event:
+    os.kill(os.getpid(), signal.SIGHUP)
+    hung_up = event.is_set()
+    os.kill(os.getpid(), signal.SIGTERM) if not hung_up else None
+    print(hung_up, event.is_set())
+"""
+    command = ["sh", "-c", how, "sh", sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == [str(ends), "True"], done.stderr
 
 
 def test_only_failures_is_no_valid_candidate(fake, monkeypatch):

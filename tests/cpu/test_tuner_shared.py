@@ -12,11 +12,12 @@ import pytest
 import runs
 from fake_family import FAMILY, PROBLEM
 
+from fagen.cli import main
 from fagen.errors import FagenError, MissingTool, UsageError
 from fagen.families import Config
 from fagen.space import enumerate_space
 from fagen.target import host
-from fagen.tuner import study
+from fagen.tuner import shared, study
 from fagen.tuner.result import Options
 from fagen.tuner.shared import Board, SharedSearch
 
@@ -283,6 +284,12 @@ def test_limits_are_each_processes_own(tmp_path):
         ("sqlite:////nowhere/at/all/study.db", FagenError, "cannot be used"),
         ("no url", UsageError, "no URL of a database"),
         ("oracle9://me:hush@there/x", UsageError, "unknown kind of database"),
+        ("oracle9://there/x?password=hush", UsageError, "unknown kind of database"),
+        ("postgresql+psycopg://me@127.0.0.1:1/none?password=hush&sslpassword=hush", FagenError, "cannot be used"),
+        ("postgresql+psycopg://me@127.0.0.1:1/none?secret=hush", FagenError, "cannot be used"),
+        ("host=there password=hush", UsageError, "no URL of a database"),
+        ("password=hush://there", UsageError, "no URL of a database"),
+        ("postgresql://me@there:hush/x?password=hush", UsageError, "no URL of a database"),
     ],
 )
 def test_a_storage_that_cannot_be_used_is_said_and_nothing_is_begun(calm, address, error, said):
@@ -296,6 +303,24 @@ def test_a_storage_that_cannot_be_used_is_said_and_nothing_is_begun(calm, addres
     assert "hush" not in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
     assert not (calm / "runs").exists()
+
+
+def test_of_a_storages_url_only_what_is_no_secret_is_shown():
+    from sqlalchemy.engine import make_url
+
+    url = "postgresql://me:hush1@there:5/x?host=a&host=b&sslmode=require&password=hush2&passfile=/hush3&options=-hush4"
+    shown = shared._shown(make_url(url))
+    assert "hush" not in shown
+    for part in ("me:***@there:5/x", "host=a&host=b", "sslmode=require", "password=***", "passfile=***", "options=***"):
+        assert part in shown
+
+
+def test_a_simulation_takes_no_storage(tmp_path, capsys):
+    """Its --json repeats the command line, where a password would be."""
+    command = ["tune", "--simulate", str(tmp_path), "--storage", "postgresql://me:hush@there/x", "--json"]
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert "--storage" in err and "hush" not in out + err
 
 
 def test_a_wrong_password_is_said(server):
