@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen import families, measure, trust
+from fagen import families, trust
 from fagen.errors import FagenError
 from fagen.problem import Problem
 from fagen.target import Target, gpu, host
@@ -118,6 +118,8 @@ def _legal(record: Record, family: Family, problem: Problem, target: Target) -> 
 
 def _lost(record: Record, provenance: str, problem: Problem) -> bool:
     """Whether PyTorch was faster than this kernel on this device, and is asked for this problem as it was then."""
+    from fagen import measure  # what it imports takes milliseconds
+
     slower = provenance != "arch" and measure.lost(record.seconds, record.spread, record.torch_seconds)
     return slower and _sdpa_serves(record.problem) and _sdpa_serves(problem)
 
