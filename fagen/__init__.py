@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "attention": "fagen.api",
     "warmup": "fagen.api",
+    "tune": "fagen.tuner.call",
     "flash_attn_func": "fagen.compat.flash_attn",
     "sdpa": "fagen.compat.sdpa",
     "explain": "fagen.dispatch",

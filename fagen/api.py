@@ -328,14 +328,18 @@ def resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -
             "make the same call once before capturing (compile ahead of that with: fagen build)",
         )
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # where a stale kernel is verified
-        return kernel_for(call.problem, call.target)
+        return kernel_for(call.problem, call.target, ours=bool(options.get("return_lse")))
 
 
-def kernel_for(problem: Problem, target: Target) -> kernel.Kernel | None:
-    """The chosen kernel, compiled now if need be; None (and a warning) where PyTorch computes."""
-    choice = dispatch.choose(problem, target, check=True)
+def kernel_for(problem: Problem, target: Target, *, ours: bool = False) -> kernel.Kernel | None:
+    """The chosen kernel, compiled now if need be; None where PyTorch computes, with a warning unless it is faster.
+
+    `ours`: a kernel all the same where PyTorch is faster, as for the LSE, which it does not give.
+    """
+    choice = dispatch.choose(problem, target, check=True, ours=ours)
     if choice.family is None or choice.config is None:
-        fallback.warn("; ".join(choice.reasons) or "no family serves the problem")
+        if choice.record is None:
+            fallback.warn("; ".join(choice.reasons) or "no family serves the problem")
         return None
     try:
         return built(choice.family, problem, target, choice.config)
@@ -360,7 +364,7 @@ def _without_binding(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any], return_lse: bool, out: Any
 ) -> Any:
     """No C++ ops: a kernel that is already built is called through ctypes, everything else by PyTorch."""
-    found = resolve(q, k, v, out=out, **options)
+    found = resolve(q, k, v, out=out, return_lse=return_lse, **options)
     if found is None:
         return _finish(fallback.attend(q, k, v, want_lse=return_lse, **options), return_lse, out)
     layout = options["layout"]

@@ -130,7 +130,7 @@ def _resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> l
     """The functions of the kernel for a call that the table does not know; none where PyTorch computes."""
     from fagen import api
 
-    kernel = api.resolve(q, k, v, out=args[-1], **_named(args[:-1]))
+    kernel = api.resolve(q, k, v, out=args[-2], return_lse=args[-1], **_named(args[:-2]))
     if kernel is None:
         return []
     return [kernel.library.address(name) for name in _FUNCTIONS]
@@ -139,7 +139,7 @@ def _resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> l
 def _fallback(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     from fagen import fallback
 
-    return fallback.attend(q, k, v, **_named(args))
+    return fallback.attend(q, k, v, want_lse=args[-1], **_named(args[:-1]))
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:

@@ -55,6 +55,7 @@ class Record:
     environment: dict[str, str] = field(default_factory=dict)
     date: str = ""
     trials: int = 0
+    torch_seconds: float = 0.0  # of PyTorch's own attention in the same round; 0: not measured
 
     @property
     def key(self) -> str:
@@ -76,7 +77,7 @@ class Record:
         if not isinstance(fields, dict):
             raise DatabaseError("a record is no JSON object")
         known = {f.name for f in dataclasses.fields(cls)} - {"arch", "device"}
-        required = known - {"environment", "date", "trials"}
+        required = known - {"environment", "date", "trials", "torch_seconds"}
         if not required <= set(fields) <= known:
             odd = sorted((required - set(fields)) | (set(fields) - known))
             raise DatabaseError("a record lacks a field or has one too many", ", ".join(odd))
@@ -91,7 +92,7 @@ class Record:
     def _check(self) -> None:
         if not isinstance(self.config, dict) or not isinstance(self.family, str):
             raise DatabaseError(f"record {self.key}: family or config has the wrong type")
-        for name in ("seconds", "spread", "default_seconds", "error"):
+        for name in ("seconds", "spread", "default_seconds", "error", "torch_seconds"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise DatabaseError(f"record {self.key}: {name}={value!r} is no time or error")

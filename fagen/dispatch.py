@@ -54,11 +54,12 @@ class Choice:
         }
 
 
-def choose(problem: Problem, target: Target, *, check: bool = False, stale: str = "") -> Choice:
+def choose(problem: Problem, target: Target, *, check: bool = False, stale: str = "", ours: bool = False) -> Choice:
     """An exact record, the nearest, one of the same arch, the first able family's default, the next one's, PyTorch.
 
-    `check` verifies a record whose kernel source has changed since it was tuned, if nobody has yet; that builds and
-    runs it. `stale` stands for FAGEN_STALE.
+    PyTorch comes first where it was faster than the record's kernel when that was tuned, unless a kernel of `ours` is
+    wanted in any case. `check` verifies a record whose kernel source has changed since it was tuned, if nobody has yet;
+    that builds and runs it. `stale` stands for FAGEN_STALE.
     """
     from fagen.db import Database
 
@@ -67,13 +68,19 @@ def choose(problem: Problem, target: Target, *, check: bool = False, stale: str 
     if not able:
         return Choice("torch", "none", reasons=reasons)
     skipped = wrong = 0
+    beaten: tuple[Record, str] | None = None
     for record, provenance in Database.load().candidates(problem, target):
+        if beaten and not _beats_torch(record, beaten[0]):
+            continue
         family = next((f for f in able if f.name == record.family), None)
         config, told = None, None
         if family is None:
             reason = refusals.get(record.family, "no such family")
         else:
             config, reason = _legal(record, family, problem, target)
+        if config is not None and not ours and not beaten and _lost(record, provenance, problem):
+            beaten = record, provenance
+            continue
         if family is not None and config is not None:
             told = trust.judge(record, family, problem, target, config, check=check, stale=stale)
             reason = "" if told.usable else told.text
@@ -86,6 +93,8 @@ def choose(problem: Problem, target: Target, *, check: bool = False, stale: str 
         skipped += 1
         if skipped <= _MAX_REASONS:
             reasons.append(f"{provenance} record {record.key} ({record.family}): {reason}")
+    if beaten:
+        return _by_torch(*beaten, problem, skipped, reasons)
     _say_runners_up(reasons, problem, "default", skipped)
     for family in able:
         try:
@@ -105,6 +114,32 @@ def _legal(record: Record, family: Family, problem: Problem, target: Target) -> 
         return None, error.what
     reason = ": ".join(family.rejects(problem, target, config) or ())
     return (None, reason) if reason else (config, "")
+
+
+def _lost(record: Record, provenance: str, problem: Problem) -> bool:
+    """Whether PyTorch was faster than this kernel on this device, and is asked for this problem as it was then."""
+    from fagen import measure  # what it imports takes milliseconds
+
+    slower = provenance != "arch" and measure.lost(record.seconds, record.spread, record.torch_seconds)
+    return slower and _sdpa_serves(record.problem) and _sdpa_serves(problem)
+
+
+def _sdpa_serves(p: Problem) -> bool:
+    """Whether SDPA computes this without a mask tensor: as `fallback` asks it."""
+    return p.mask in ("none", *(["causal"] if p.seqlen_q == p.seqlen_k else [])) and not (p.softcap or p.alibi)
+
+
+def _beats_torch(record: Record, beaten: Record) -> bool:
+    """Whether another family's record of the same size is known to be faster than what beat this one."""
+    same = (record.key, record.device) == (beaten.key, beaten.device)
+    return same and record.seconds < (record.torch_seconds or beaten.torch_seconds)
+
+
+def _by_torch(record: Record, provenance: str, problem: Problem, skipped: int, reasons: list[str]) -> Choice:
+    times = f"{record.torch_seconds * 1e3:.4g} ms against {record.seconds * 1e3:.4g} ms"
+    _say_runners_up(reasons, problem, provenance, skipped)
+    told = f"{record.family}: PyTorch was faster when tuned: {times} ({provenance} record {record.key})"
+    return Choice("torch", provenance, record=record, reasons=[told, *reasons])
 
 
 def _say_runners_up(reasons: list[str], problem: Problem, provenance: str, skipped: int) -> None:
@@ -167,22 +202,32 @@ class Report:
         from fagen import db
 
         record, told = self.choice.record, self.choice.trust
-        if record is None or self.problem is None or self.target is None or told is None:
+        if record is None or self.problem is None or self.target is None:
             return None
         apart = db.differences(self.problem, record.problem, self.target.units)
         origin = db.Database.load().origin(record)
         here = db.environment(self.target)
-        names = ("device", "seconds", "spread", "default_seconds", "speedup", "error", "trials", "date", "environment")
+        names = (
+            "device",
+            "seconds",
+            "spread",
+            "default_seconds",
+            "torch_seconds",
+            "speedup",
+            "error",
+            "trials",
+            "date",
+        )
         return {
             "key": record.key,
             "file": str(origin),
             "owner": db.owner(origin),
-            **{name: getattr(record, name) for name in names},
+            **{name: getattr(record, name) for name in (*names, "environment")},
             "here": {n: here[n] for n, was in record.environment.items() if here.get(n, was) != was and n != "python"},
             "distance": sum(apart.values()),
             "apart": apart,
-            "source": told.state,
-            "source_text": told.text,
+            "source": told.state if told else "",
+            "source_text": told.text if told else "",
         }
 
     def _record_lines(self) -> list[str]:
@@ -203,14 +248,15 @@ class Report:
         if facts["distance"]:
             parts = ", ".join(f"{name} {value:.2f}" for name, value in facts["apart"].items() if value)
             lines.append(f"apart    {facts['distance']:.2f} weighted doublings: {parts}")
-        return [*lines, f"source   {facts['source']}: {facts['source_text']}"]
+        return [*lines, *([f"source   {facts['source']}: {facts['source_text']}"] if facts["source"] else [])]
 
     def __str__(self) -> str:
         choice = self.choice
         lines = [f"problem  {self.problem.key}"] if self.problem else []
         lines += [f"target   {self.target}"] if self.target else []
         if choice.kind == "torch":
-            lines.append("picked   PyTorch (fallback)")
+            faster = f"{choice.provenance}: faster than our kernel when tuned" if choice.record else "fallback"
+            lines.append(f"picked   PyTorch ({faster})")
         else:
             assert choice.family is not None
             lines.append(f"picked   {choice.family.name} ({choice.provenance}: {PROVENANCES[choice.provenance]})")
@@ -228,12 +274,12 @@ def _version(text: str) -> str:
     return found[-1] if found else text
 
 
-def explain_problem(problem: Problem, target: Target) -> Report:
+def explain_problem(problem: Problem, target: Target, *, ours: bool = False) -> Report:
     """What serves the problem; nothing is compiled."""
     from fagen import build
     from fagen.db import Database
 
-    choice = choose(problem, target)
+    choice = choose(problem, target, ours=ours)
     choice.reasons.extend(f"database: {warning}" for warning in Database.load().warnings)
     if choice.kind == "torch":
         return Report(problem, target, choice, None)
@@ -255,4 +301,4 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -
         target = target_of(q.device)
         return Report(call.problem, target, Choice("torch", "none", reasons=[call.refusal]), None)
     assert call.problem is not None and call.target is not None
-    return explain_problem(call.problem, call.target)
+    return explain_problem(call.problem, call.target, ours=bool(options.get("return_lse")))

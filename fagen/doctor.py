@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,22 @@ def _torch() -> Iterator[Finding]:
             "see that nvidia-smi works, and that torch's CUDA is no newer than the driver's",
         )
         yield Finding("gpu", "problem", "there is a driver, and torch sees no GPU", cost, remedy)
+
+
+def _load() -> Iterator[Finding]:
+    """Whether times that are taken now would tell anything."""
+    from fagen import load, target
+
+    devices = 0
+    with suppress(ImportError, OSError):  # without torch there still is a CPU
+        devices = target.count()
+    for index in range(max(1, devices)):
+        found = (target.gpu(index) if devices else None) or target.host()
+        said = load.note(found, index)
+        name = f"load of gpu {index}" if found.is_gpu else "load"
+        cost = "what is tuned or measured now may not hold" if said else ""
+        quiet = f"{load.average():.1f} on {load.cores()} cores"
+        yield Finding(name, "note" if said else "ok", said or quiet, cost, "wait until it is idle" if said else "")
 
 
 def _driver() -> Iterator[Finding]:
@@ -275,5 +292,5 @@ def _guarded(check: Callable[[], Iterator[Finding]]) -> Callable[[], list[Findin
 
 CHECKS = [
     _guarded(check)
-    for check in (_python, _torch, _driver, _compilers, _ninja, _data, _cache, _temporary, _database, _variables)
+    for check in (_python, _torch, _load, _driver, _compilers, _ninja, _data, _cache, _temporary, _database, _variables)
 ]

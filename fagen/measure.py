@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import truediv
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fagen import masks, verify
 from fagen.problem import INTERVAL_KINDS, TORCH_DTYPES, Problem
@@ -83,6 +83,11 @@ def beats(a: Timing, b: Timing) -> bool:
     """Whether a is faster than b by more than the noise of both."""
     noise = 2 * math.hypot(a.uncertainty, b.uncertainty)
     return b.median - a.median > max(noise, LEAST_GAIN * b.median)
+
+
+def lost(seconds: float, spread: float, other: float) -> bool:
+    """Whether a time that was kept is longer than another of the same round, beyond its noise; 0: there is no other."""
+    return 0 < other < seconds - max(spread, LEAST_GAIN * seconds)
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
@@ -268,6 +273,14 @@ class InTurn:
 # ---- the clock ------------------------------------------------------------------------------------------------------
 
 
+class Sampler(Protocol):
+    """Takes the seconds of one call, out of `calls` of them."""
+
+    calls: int
+
+    def sample(self) -> float: ...
+
+
 class _CpuSampler:
     def __init__(self, call: Call) -> None:
         self.call, self.calls = call, 1
@@ -321,7 +334,7 @@ class _GpuSampler:
 
 def time_once(call: Call, *, device: torch.device | str) -> float:
     """Seconds of one call, roughly. Short calls of a GPU are captured, so that the host's time does not count."""
-    sampler = _sampler(call, device)
+    sampler = sampler_of(call, device)
     seconds = sampler.sample()
     if isinstance(sampler, _GpuSampler) and seconds < _SAMPLE_SECONDS["cuda"]:
         sampler.calls = max(getattr(call, "count", 1), _FEW_CALLS)
@@ -330,8 +343,22 @@ def time_once(call: Call, *, device: torch.device | str) -> float:
     return seconds
 
 
-def _sampler(call: Call, device: torch.device | str) -> _CpuSampler | _GpuSampler:
+def sampler_of(call: Call, device: torch.device | str) -> Sampler:
     return _GpuSampler(call) if str(device).startswith("cuda") else _CpuSampler(call)
+
+
+def prepared(calls: Mapping[str, Call], device: torch.device | str) -> dict[str, Sampler]:
+    """What times each of these calls: warm, and of so many calls a sample that it lasts long enough."""
+    least = _SAMPLE_SECONDS["cuda" if str(device).startswith("cuda") else "cpu"]
+    samplers = {name: sampler_of(call, device) for name, call in calls.items()}
+    for name, sampler in samplers.items():
+        sampler.sample()  # warm
+        wanted = math.ceil(least / max(sampler.sample(), 1e-9))
+        sampler.calls = max(getattr(calls[name], "count", 1), min(_MOST_CALLS, wanted))
+        if isinstance(sampler, _GpuSampler):
+            sampler.capture()
+            sampler.sample()
+    return samplers
 
 
 def time_calls(
@@ -346,15 +373,7 @@ def time_calls(
 
     `max_seconds` ends it earlier, but not before three rounds.
     """
-    least = _SAMPLE_SECONDS["cuda" if str(device).startswith("cuda") else "cpu"]
-    samplers = {name: _sampler(call, device) for name, call in calls.items()}
-    for sampler in samplers.values():
-        sampler.sample()  # warm
-        wanted = math.ceil(least / max(sampler.sample(), 1e-9))
-        sampler.calls = max(getattr(sampler.call, "count", 1), min(_MOST_CALLS, wanted))
-        if isinstance(sampler, _GpuSampler):
-            sampler.capture()
-            sampler.sample()
+    samplers = prepared(calls, device)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names, start = list(calls), time.perf_counter()
     for turn in itertools.count():

@@ -101,7 +101,7 @@ def _measure(
     args: argparse.Namespace, target: Target, chosen: list[Row], names: list[str], result: dict[str, Any]
 ) -> None:
     """Fills the result, row by row."""
-    from fagen import db
+    from fagen import db, load
     from fagen.bench import ahead, peers, report, run
 
     paths = {name: getattr(args, name) for name in ("fa3", "fa4") if getattr(args, name)}
@@ -119,6 +119,8 @@ def _measure(
         "summary": run.summary([]),
     }  # fmt: skip
     cliutil.say(f"{target}: {len(chosen)} rows, {', '.join([peers.OURS, *here])}")
+    if busy := load.note(target):
+        cliutil.say(f"note     {busy}")
     for text in report.absent(result["peers"]):
         cliutil.say(text)
     ahead.build(chosen, target, cliutil.say, args.family)
@@ -132,6 +134,8 @@ def _measure(
     def on_sample(sample: dict[str, Any]) -> None:
         result["limit"]["samples"].append(sample)
         cliutil.say(f"limit    {report.rates(sample)}")
+        if sample.get("throttled"):
+            cliutil.say(f"note     {sample['throttled']}")
 
     prepares = {name: loaded.prepare for name, loaded in here.items()}
     hooks: dict[str, Any] = {"on_row": on_row, "on_sample": on_sample}

@@ -80,7 +80,7 @@ def choose(problem: Problem, target: Target, config: str, only: str | None = Non
         raise UsageError("--family goes with --config default or with knobs as JSON")
     from fagen import dispatch
 
-    choice = dispatch.choose(problem, target)
+    choice = dispatch.choose(problem, target, ours=True)
     if choice.family is None or choice.config is None:
         raise UnsupportedProblem(f"no kernel serves {problem.static_key} on {target.arch}", "; ".join(choice.reasons))
     words = f"tuned on {choice.record.device}, {choice.provenance}" if choice.record else "the family's default"

@@ -98,15 +98,15 @@ Tensor new_lse(const Call& c) {
   return at::empty({c.q.size(0), c.q.size(c.head()), c.q.size(c.row())}, c.q.options().dtype(at::kFloat));
 }
 
-std::tuple<Tensor, Tensor> by_torch(const Call& c) {
-  static const auto op = handle<ForwardLse>("fagen::fallback");
-  return op.call(FAGEN_FIELDS(c));
+std::tuple<Tensor, Tensor> by_torch(const Call& c, bool want_lse) {
+  static const auto op = handle<Fallback>("fagen::fallback");
+  return op.call(FAGEN_FIELDS(c), want_lse);
 }
 
 Tensor forward(FAGEN_PARAMS) {
   const Call c{FAGEN_ARGS};
-  const Entry entry = find(c, nullptr);
-  if (!entry.launch) return std::get<0>(by_torch(c));
+  const Entry entry = find(c, nullptr, false);
+  if (!entry.launch) return std::get<0>(by_torch(c, false));
   Tensor out = new_out(c);
   launch(entry, c, out, nullptr);
   return out;
@@ -114,8 +114,8 @@ Tensor forward(FAGEN_PARAMS) {
 
 std::tuple<Tensor, Tensor> forward_lse(FAGEN_PARAMS) {
   const Call c{FAGEN_ARGS};
-  const Entry entry = find(c, nullptr);
-  if (!entry.launch) return by_torch(c);
+  const Entry entry = find(c, nullptr, true);
+  if (!entry.launch) return by_torch(c, true);
   Tensor out = new_out(c), lse = new_lse(c);
   launch(entry, c, out, &lse);
   return {out, lse};
@@ -124,9 +124,9 @@ std::tuple<Tensor, Tensor> forward_lse(FAGEN_PARAMS) {
 // Fills `out`; returns the LSE, or an empty tensor if it is not wanted.
 Tensor forward_out(FAGEN_PARAMS, bool want_lse, Tensor& out) {
   const Call c{FAGEN_ARGS};
-  const Entry entry = find(c, &out);
+  const Entry entry = find(c, &out, want_lse);
   if (!entry.launch) {
-    auto [result, lse] = by_torch(c);
+    auto [result, lse] = by_torch(c, want_lse);
     out.copy_(result);
     return want_lse ? lse : at::empty({0}, lse.options());
   }
@@ -144,14 +144,14 @@ bool needs_grad(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTe
 
 Tensor forward_autograd(FAGEN_PARAMS) {
   static const auto op = handle<Forward>("fagen::forward");
-  if (needs_grad(q, k, v, alibi_slopes)) return std::get<0>(by_torch(Call{FAGEN_ARGS}));
+  if (needs_grad(q, k, v, alibi_slopes)) return std::get<0>(by_torch(Call{FAGEN_ARGS}, false));
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(FAGEN_ARGS);
 }
 
 std::tuple<Tensor, Tensor> forward_lse_autograd(FAGEN_PARAMS) {
   static const auto op = handle<ForwardLse>("fagen::forward_lse");
-  if (needs_grad(q, k, v, alibi_slopes)) return by_torch(Call{FAGEN_ARGS});
+  if (needs_grad(q, k, v, alibi_slopes)) return by_torch(Call{FAGEN_ARGS}, true);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(FAGEN_ARGS);
 }
@@ -254,8 +254,8 @@ TORCH_LIBRARY(fagen, m) {
   m.def("forward_lse(" FAGEN_SCHEMA ") -> (Tensor, Tensor)");
   m.def("forward_out(" FAGEN_SCHEMA ", bool want_lse, Tensor(a!) out) -> Tensor");
   // implemented in Python
-  m.def("resolve(" FAGEN_SCHEMA ", Tensor? out) -> int[]");
-  m.def("fallback(" FAGEN_SCHEMA ") -> (Tensor, Tensor)");
+  m.def("resolve(" FAGEN_SCHEMA ", Tensor? out, bool want_lse) -> int[]");
+  m.def("fallback(" FAGEN_SCHEMA ", bool want_lse) -> (Tensor, Tensor)");
   m.def("fail(str what, str numbers) -> ()");
 }
 

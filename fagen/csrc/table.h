@@ -58,7 +58,8 @@ struct Call {
 
 using Forward = Tensor(FAGEN_PARAMS);
 using ForwardLse = std::tuple<Tensor, Tensor>(FAGEN_PARAMS);
-using Resolve = std::vector<int64_t>(FAGEN_PARAMS, const MaybeTensor&);
+using Fallback = std::tuple<Tensor, Tensor>(FAGEN_PARAMS, bool);
+using Resolve = std::vector<int64_t>(FAGEN_PARAMS, const MaybeTensor&, bool);
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> handle(const char* name) {
@@ -103,7 +104,7 @@ bool rows_aligned(const Tensor& t) {
 }
 
 // Everything that decides whether the call is legal and which kernel serves it; false if the ranks alone are wrong.
-bool facts_of(const Call& c, const Tensor* out, Facts& facts) {
+bool facts_of(const Call& c, const Tensor* out, bool want_lse, Facts& facts) {
   if (c.q.dim() != 4 || c.k.dim() != 4 || c.v.dim() != 4 || (out && out->dim() != 4)) return false;
   if (c.intervals && c.intervals->dim() != 4) return false;
   if (c.alibi_slopes && c.alibi_slopes->dim() != 1 && c.alibi_slopes->dim() != 2) return false;
@@ -115,7 +116,8 @@ bool facts_of(const Call& c, const Tensor* out, Facts& facts) {
   const bool out_aligned = out ? rows_aligned(*out) : c.v.size(3) * c.q.element_size() % kAlignment == 0;
   const bool aligned = out_aligned && rows_aligned(c.q) && rows_aligned(c.k) && rows_aligned(c.v);
   const int64_t capped = c.softcap == 0 ? 0 : c.softcap > 0 ? 1 : 2;
-  facts.words[20] = (capped << 3) | (aligned << 2) | (c.bhsd << 1) | static_cast<int64_t>(c.causal);
+  facts.words[20] = (static_cast<int64_t>(want_lse) << 5) | (capped << 3) | (aligned << 2) | (c.bhsd << 1) |
+                    static_cast<int64_t>(c.causal);
   facts.words[21] = c.window_left;
   facts.words[22] = c.right();
   if (c.alibi_slopes) facts.put(23, *c.alibi_slopes);
@@ -136,9 +138,9 @@ std::unordered_map<Facts, Entry, HashFacts>& table() {
   return *entries;
 }
 
-Entry ask_python(const Call& c, const Tensor* out) {
+Entry ask_python(const Call& c, const Tensor* out, bool want_lse) {
   static const auto op = handle<Resolve>("fagen::resolve");
-  const auto addresses = op.call(FAGEN_FIELDS(c), out ? MaybeTensor(*out) : MaybeTensor());
+  const auto addresses = op.call(FAGEN_FIELDS(c), out ? MaybeTensor(*out) : MaybeTensor(), want_lse);
   Entry entry;
   if (addresses.size() == 3) {
     entry.launch = reinterpret_cast<decltype(entry.launch)>(addresses[0]);
@@ -148,15 +150,15 @@ Entry ask_python(const Call& c, const Tensor* out) {
   return entry;
 }
 
-Entry find(const Call& c, const Tensor* out) {
+Entry find(const Call& c, const Tensor* out, bool want_lse) {
   Facts facts;
-  if (!facts_of(c, out, facts)) return ask_python(c, out);  // which raises the fitting error
+  if (!facts_of(c, out, want_lse, facts)) return ask_python(c, out, want_lse);  // which raises the fitting error
   {
     std::lock_guard<std::mutex> guard(table_lock);
     const auto found = table().find(facts);
     if (found != table().end()) return found->second;
   }
-  const Entry entry = ask_python(c, out);  // may compile: never under the lock
+  const Entry entry = ask_python(c, out, want_lse);  // may compile: never under the lock
   std::lock_guard<std::mutex> guard(table_lock);
   if (table().size() >= kMaxEntries) table().clear();
   table()[facts] = entry;

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fagen import families, measure, nvml
+from fagen import families, measure, nvml, sustained
 from fagen.errors import BuildError, CacheError, LaunchError
 from fagen.families import Config
 from fagen.measure import Timing
@@ -103,11 +103,12 @@ class Probe:
 @dataclass(frozen=True)
 class Alive:
     limits: dict[str, float] = field(default_factory=dict)
+    throttled: str = ""  # what holds the GPU back under load
 
 
 @dataclass(frozen=True)
 class FinalRequest:
-    """Finalists of one problem under labels."""
+    """Finalists of one problem under labels; the first is what all are timed beside."""
 
     entries: dict[str, tuple[Candidate, Artifact]]
     seed: int = 0
@@ -184,15 +185,16 @@ def probe(request: Probe) -> Alive:
     ones = torch.ones(64, 64, device=where(request.target))
     if float((ones @ ones).sum()) != 64.0**3:
         raise RuntimeError("the device multiplies ones wrongly")
-    limits: dict[str, float] = {}
+    limits, throttled = dict[str, float](), ""
     if request.limits and request.target.is_gpu:
         from fagen.bench.machine import Machine
 
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # a GPU that others use as well
             rates = Machine(request.target).sample("start")
+            throttled = rates.get("throttled", "")
             limits = {"tflops": round(rates["tflops"], 1), "gbs": round(rates["gbps"], 1)}
         torch.cuda.empty_cache()
-    return Alive(limits)
+    return Alive(limits, throttled)
 
 
 @contextlib.contextmanager
@@ -306,7 +308,7 @@ def _state(call: Callable[[], object], seconds: float, target: Target) -> dict[s
 
 
 def final_round(request: FinalRequest) -> Final:
-    """Finalists and PyTorch's SDPA, interleaved in this process."""
+    """Finalists and PyTorch's SDPA, each in bouts beside the first finalist, in this process."""
     first = next(iter(request.entries.values()))[0]
     sets = timing_inputs(first.problem, first.target, request.seed)
     calls: dict[str, measure.Call] = {}
@@ -322,8 +324,8 @@ def final_round(request: FinalRequest) -> Final:
             how = str(error).splitlines()[0]
     rounds: list[tuple[float, dict[str, Timing], dict[str, Any]]] = []
     while not rounds or (min(rounds, key=_noise)[0] > measure.LOUD and len(rounds) < _FINAL_TRIES):
-        timings = measure.time_calls(
-            calls, device=where(first.target), rounds=30, min_seconds=request.seconds / 2, max_seconds=request.seconds
+        timings = sustained.time_calls(
+            calls, next(iter(calls)), device=where(first.target), seconds=request.seconds, seed=len(rounds)
         )
         ours = [timing for label, timing in timings.items() if label != TORCH]
         noise = statistics.median(timing.spread / timing.median for timing in ours)

@@ -48,6 +48,21 @@ def test_what_is_put_is_found_again(tmp_path):
     assert one.speedup == 2.0
 
 
+def test_pytorchs_time_is_kept_and_need_not_be_there(tmp_path):
+    one = record(Problem(head_dim=64, seqlen_q=1024), torch_seconds=1.5e-3)
+    (path,) = db.put([one], tmp_path)
+    assert Database.load([tmp_path]).records == [one]
+    content = json.loads(path.read_text())
+    del content["records"][0]["torch_seconds"]
+    path.write_text(json.dumps(content))
+    assert [r.torch_seconds for r in Database.load([tmp_path]).records] == [0.0]
+    for odd in ("fast", None, True, -1.0, float("inf"), float("nan")):
+        content["records"][0]["torch_seconds"] = odd
+        path.write_text(json.dumps(content))
+        found, wrong = db.read_file(path)
+        assert not found and "torch_seconds" in wrong[0]
+
+
 def test_the_overlay_wins_and_shipped_records_stay(folders):
     shipped, user = folders
     a, b = Problem(seqlen_q=1024), Problem(seqlen_q=2048)

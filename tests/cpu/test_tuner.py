@@ -17,7 +17,7 @@ import runs
 from fake_family import ENDS, FAMILY, PROBLEM, misbehave
 from runs import rows
 
-from fagen import binding, db, families, measure
+from fagen import binding, db, families, load, measure
 from fagen.build import Artifact
 from fagen.cli import main
 from fagen.errors import FagenError, UsageError
@@ -26,7 +26,7 @@ from fagen.measure import Timing
 from fagen.problem import Problem
 from fagen.space import enumerate_space
 from fagen.target import host, known
-from fagen.tuner import journal, progress, result, study, suite, workers
+from fagen.tuner import budget, journal, progress, result, study, suite, workers
 from fagen.tuner.candidate import Candidate, MeasureRequest, Result
 from fagen.tuner.checks import check_problems
 from fagen.tuner.pool import Pool
@@ -41,7 +41,8 @@ def options(folder: Path, **changes) -> Options:
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
 
-def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake, capsys):
+def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake, capsys, monkeypatch):
+    monkeypatch.setattr(load, "MOST", 2.0)  # a busy machine shall not wait long for the one that hangs
     report = study.tune([PROBLEM], host(), options(fake, run_timeout=5.0), progress.Lines())
     ended = {(r["config"]["style"], r["config"]["variant"]): r["outcome"] for r in rows(report.run)}
     assert len(ended) == len(rows(report.run)) == 6 + len(ENDS)  # 3 variants of the 2 right styles, one of each other
@@ -236,23 +237,16 @@ def test_only_failures_is_no_valid_candidate(fake, monkeypatch):
     assert db.Database.load().records == []
 
 
-def test_a_small_budget_leaves_the_incumbent_its_chance(calm):
+def test_a_small_share_leaves_the_incumbent_its_chance(calm, monkeypatch):
     """And no problem starves because those before it held their final rounds."""
+    monkeypatch.setattr(budget.Budget, "each", lambda self, problems: 0.01)
     best = {"style": "plain", "variant": 3}
     problems = [PROBLEM, PROBLEM.replace(seqlen_q=96), PROBLEM.replace(seqlen_q=80)]
     db.put([db.Record(p, "cpu", host().device, FAMILY.name, best, 1.0, 0.0, 1.0, 0.0, "hash") for p in problems])
-    report = study.tune(problems, host(), options(calm, trials=None, budget=0.01))
-    assert all(tuned.incumbent_seconds for tuned in report.results)
+    report = study.tune(problems, host(), options(calm, trials=None, budget=3600))
+    assert len(report.results) == 3 and all(tuned.incumbent_seconds for tuned in report.results)
     assert all(best in [r["config"] for r in rows(report.run) if r["problem"] == p.key] for p in problems)
-
-
-def test_a_budget_ends_the_search(calm):
-    begin = time.monotonic()
-    report = study.tune([PROBLEM], host(), options(calm, trials=None, budget=0.01))
-    assert time.monotonic() - begin < 60
-    (measured,) = [r for r in rows(report.run) if r["outcome"] != "compile"]
-    assert measured["config"] == dict(FAMILY.default(PROBLEM, host()))
-    assert report.results[0].default_seconds is not None
+    assert len(rows(report.run)) < 24, "no more than was under way"
 
 
 def test_the_default_is_measured_first_whichever_is_built_first(fake):
@@ -281,10 +275,11 @@ def test_tune_record_dispatch_on_the_real_cpu_family(folders, capsys):
     (tuned,) = told["results"]
     assert sum(tuned["outcomes"].values()) >= 3
     problem = Problem.from_dict(tuned["problem"])
-    choice = dispatch.choose(problem, host())
+    choice = dispatch.choose(problem, host(), ours=True)  # PyTorch may have been faster
     assert (choice.kind, choice.provenance) == ("family", "exact")
     assert dict(choice.config) == tuned["config"]
-    assert dispatch.choose(problem.replace(seqlen_q=50, seqlen_k=50), host()).provenance == "nearest"
+    near = problem.replace(seqlen_q=50, seqlen_k=50)
+    assert dispatch.choose(near, host(), ours=True).provenance == "nearest"
     built = kernel.get(choice.family, problem, host(), choice.config)
     inputs = measure.make_inputs(problem, host())
     q, k, v, out = (inputs[name] for name in ("q", "k", "v", "out"))
@@ -304,12 +299,12 @@ def test_live_calls_pick_up_a_new_winner(calm, monkeypatch):
     k = torch.randn(1, 192, 1, 16)
     asked = []
     kernel_for = api.kernel_for
-    monkeypatch.setattr(api, "kernel_for", lambda p, t: asked.append(k := kernel_for(p, t)) or k)
+    monkeypatch.setattr(api, "kernel_for", lambda *p, **how: asked.append(k := kernel_for(*p, **how)) or k)
     for _ in range(2):
-        fagen.attention(q, k, k, causal=True)
+        fagen.attention(q, k, k, causal=True, return_lse=True)  # or PyTorch would be asked, which is faster
     assert [kernel.config.style for kernel in asked] == ["slow"]
     study.tune([PROBLEM], host(), options(calm, trials=9))
-    fagen.attention(q, k, k, causal=True)
+    fagen.attention(q, k, k, causal=True, return_lse=True)
     assert [kernel.config.style for kernel in asked] == ["slow", "plain"]
     binding.forget()
 
