@@ -13,7 +13,7 @@ from typing import Any
 
 from fagen import __version__, build, env, render, toolchain
 from fagen.errors import BuildError, FagenError
-from fagen.families import Config, Family, candidates
+from fagen.families import Config, Family
 from fagen.problem import INTERVAL_KINDS, Problem
 from fagen.target import Target
 
@@ -60,15 +60,11 @@ class Kernel:
     def source(self) -> str:
         return render.source(self.family, self.problem, self.target, self.config)
 
-    @property
-    def is_default(self) -> bool:
-        return self.config == self.family.default(self.problem, self.target)
-
 
 def command(kernel: Kernel) -> str:
-    """The `fagen emit` that makes the same kernel again, whatever the database says then."""
+    """The `fagen emit` that makes the same kernel again, whatever the database and the defaults say then."""
     p = kernel.problem
-    words = ["fagen", "emit", "--arch", kernel.target.arch, "--dtype", p.dtype]
+    words = ["fagen", "emit", "--target", kernel.target.arch, "--dtype", p.dtype]
     words += ["--head-dim", str(p.head_dim) if p.head_dim == p.head_dim_v else f"{p.head_dim}-{p.head_dim_v}"]
     words += ["--mask", p.mask]
     if p.mask == "window":
@@ -86,9 +82,7 @@ def command(kernel: Kernel) -> str:
         else [f"--seqlen-q={lengths[0]}", f"--seqlen-k={lengths[1]}"]
     )
     words += ["--batch", str(p.batch), "--heads", str(p.heads), "--kv-heads", str(p.kv_heads)]
-    if kernel.family.name != candidates(p, kernel.target)[0][0].name:
-        words += ["--family", kernel.family.name]
-    words += ["--config", "default" if kernel.is_default else kernel.config.to_json(), "--out", "DIR"]
+    words += ["--family", kernel.family.name, "--config", kernel.config.to_json(), "--out", "DIR"]
     return shlex.join(words)
 
 

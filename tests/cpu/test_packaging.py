@@ -96,7 +96,7 @@ def test_help(run):
 
 
 def test_emit_from_another_folder(run, tmp_path):
-    words = "--arch sm_80 --head-dim 64 --dtype bf16 --mask causal --out out --example --json"
+    words = "--target sm_80 --head-dim 64 --dtype bf16 --mask causal --out out --example --json"
     done = run("fagen", "emit", *words.split())
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["family"] == "sm80_forward"
