@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -78,6 +82,66 @@ def test_metadata(wheel):
     assert "fagen = fagen.cli:main" in text["entry_points.txt"]
     for package in ("torch", "jinja2", "ninja", "optuna", "filelock", "platformdirs", "rich"):
         assert f"Requires-Dist: {package}" in text["METADATA"]
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel) -> email.message.Message:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    return email.message_from_string(archive.read(name).decode())
+
+
+def links(text: str) -> list[str]:
+    """Where a Markdown document leads, pictures among them, as a renderer finds them."""
+    from markdown_it import MarkdownIt
+
+    tokens = [
+        t for block in MarkdownIt("commonmark").enable("table").parse(text) for t in (block, *(block.children or ()))
+    ]
+    found = [t.attrs.get("href") or t.attrs.get("src") for t in tokens if t.type in ("link_open", "image")]
+    inside = [
+        word for t in tokens if t.type.startswith("html") for word in re.findall(r'(?:src|href)="([^"]*)"', t.content)
+    ]
+    return [str(link) for link in [*found, *inside] if link]
+
+
+def test_the_readme_of_the_wheel_has_no_relative_link(metadata):
+    """It stands alone on the page of an index. All it links to is in the repository."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    repository = project["tool"]["hatch"]["metadata"]["hooks"]["custom"]["repository"]
+    text = metadata.get_payload()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    here, there = links((ROOT / "README.md").read_text()), links(text)
+    assert len(here) == len(there) > 20
+    assert any(link.endswith(".svg") for link in there)
+    for link, was in zip(there, here, strict=True):
+        assert link.startswith("https://"), link
+        if was.startswith("https://"):
+            assert link == was
+            continue
+        kind = "raw" if was.endswith((".svg", ".png")) else "blob"
+        assert link == f"{repository}/{kind}/HEAD/{was}"
+        assert (ROOT / was.partition("#")[0]).exists(), was
+
+
+def test_code_and_absolute_links_of_a_readme_stay():
+    absolute = runpy.run_path(str(ROOT / "hatch_build.py"))["absolute"]
+    stays = "[a](https://a.b/c) [d](#e) [f](mailto:g@h.i)\n\n```cpp\n[&](int) ![j](k.png)\n```\n"
+    assert absolute(stays, "R") == stays
+    assert absolute("[a [b]](c.md#d) ![e](f.svg)", "R") == "[a [b]](R/blob/HEAD/c.md#d) ![e](R/raw/HEAD/f.svg)"
+    assert absolute("[![a](b.svg)](c.md)", "R") == "[![a](R/raw/HEAD/b.svg)](R/blob/HEAD/c.md)"
+
+
+def test_urls_and_classifiers(metadata):
+    urls = dict(url.split(", ") for url in metadata.get_all("Project-URL"))
+    assert urls.keys() == {"Repository", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    others = [
+        p for p in ROOT.rglob("*") if p.suffix in (".md", ".py", ".toml", ".yml") and p.parts[len(ROOT.parts)][0] != "."
+    ]
+    naming = [p.relative_to(ROOT).as_posix() for p in others if urls["Repository"] in p.read_text(errors="replace")]
+    assert naming == ["pyproject.toml"], "the repository is named in one place"
 
 
 def test_it_is_the_installed_one_and_it_finds_its_data(run, installed):
