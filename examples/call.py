@@ -1,4 +1,4 @@
-"""Call fagen.attention, compare it with PyTorch, and ask which kernel serves the call. A GPU is used if there is one."""
+"""Call fagen.attention, compare it with PyTorch, and ask which kernel serves the call. It uses a GPU if it can."""
 
 import torch
 

@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -122,6 +123,17 @@ def test_the_readme_of_the_wheel_has_no_relative_link(metadata):
         kind = "raw" if was.endswith((".svg", ".png")) else "blob"
         assert link == f"{repository}/{kind}/HEAD/{was}"
         assert (ROOT / was.partition("#")[0]).exists(), was
+
+
+def test_an_sdist_has_what_a_wheel_is_built_from(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"hatch_build.py", "README.md", "LICENSE", "pyproject.toml", "fagen/py.typed"} <= names
+    assert any(name.startswith("templates/") for name in names)
 
 
 def test_code_and_absolute_links_of_a_readme_stay():
