@@ -1,6 +1,7 @@
 # make tune   find the fastest kernels for this machine        make check      format, lint, types, docs
 # make test   all tests that this machine can run              make generated  render generated/ anew
 # make docs   the tables in docs/ from the code                make format     let the formatters rewrite
+# make docs-site   the pages as a site in dist/site
 #
 # Both make their own environment in .venv. On a machine whose Python has torch and the rest already, name it
 # instead and nothing is installed:   make test PYTHON=python3
@@ -22,7 +23,7 @@ HEADERS = $(shell find templates tests/emulator -name '*.h' -o -name '*.cuh') $(
 CLANG_FORMAT = $(shell command -v $(dir $(PY))clang-format || command -v clang-format)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: tune test check format generated docs clean
+.PHONY: tune test check format generated docs docs-site clean
 .DEFAULT_GOAL := help
 
 help:
@@ -52,6 +53,9 @@ generated: $(READY)
 
 docs: $(READY)
 	$(PY) docs/tables.py
+
+docs-site: $(READY)
+	$(PY) docs/site.py dist/site
 
 $(VENV)/.ready: pyproject.toml
 	@python=; for p in python3 python3.14 python3.13 python3.12 python3.11; do \

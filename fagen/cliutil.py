@@ -50,8 +50,13 @@ def say(text: str = "") -> None:
 
 
 def emit_json(value: Any) -> None:
-    """Data for the next program; the only writer to stdout."""
-    print(json.dumps(value, indent=2, default=str), flush=True)
+    """Data for the next program."""
+    emit_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def emit_text(text: str) -> None:
+    """The only writer to stdout."""
+    print(text, end="", flush=True)
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------
@@ -264,8 +269,9 @@ def one_problem(args: argparse.Namespace, target: Target | None = None) -> Probl
 def add_target_flag(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(ARCHS)
     parser.add_argument(
-        "--target", metavar="T", help=f"cpu, gpu, gpu:1 or one of {names} (default: the GPU, else the CPU)"
+        "--target", metavar="T", help=f"cpu, gpu, gpu:1 (or cuda:1), or one of {names} (default: the GPU, else the CPU)"
     )
+    parser.add_argument("--arch", dest="target", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its old name
 
 
 def target_from(name: str | None) -> Target:
@@ -277,9 +283,9 @@ def target_from(name: str | None) -> Target:
     if name == "cpu":
         return target.host()
     word, _, index = name.partition(":")
-    if word != "gpu":
+    if word not in ("gpu", "cuda"):
         return target.known(name)
-    if index and not index.isdigit():
+    if index and not index.isdecimal():
         raise UsageError(f"unknown target {name!r}", "a GPU is named gpu, gpu:0, gpu:1, ...")
     found = target.gpu(int(index or 0))
     if found is None:

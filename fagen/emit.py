@@ -13,7 +13,7 @@ from typing import Any
 
 from fagen import __version__, build, env, flags, render, toolchain
 from fagen.errors import BuildError, FagenError
-from fagen.families import Config, Family, candidates
+from fagen.families import Config, Family
 from fagen.problem import INTERVAL_KINDS, Problem
 from fagen.target import Target
 
@@ -60,18 +60,12 @@ class Kernel:
     def source(self) -> str:
         return render.source(self.family, self.problem, self.target, self.config)
 
-    @property
-    def is_default(self) -> bool:
-        return self.config == self.family.default(self.problem, self.target)
-
 
 def command(kernel: Kernel) -> str:
-    """The `fagen emit` that makes the same kernel again, whatever the database says then."""
+    """The `fagen emit` that makes the same kernel again, whatever the database and the defaults say then."""
     p = kernel.problem
-    words = ["fagen", "emit", "--arch", kernel.target.arch, *flags.of(p)]
-    if kernel.family.name != candidates(p, kernel.target)[0][0].name:
-        words += ["--family", kernel.family.name]
-    words += ["--config", "default" if kernel.is_default else kernel.config.to_json(), "--out", "DIR"]
+    words = ["fagen", "emit", "--target", kernel.target.arch, *flags.of(p)]
+    words += ["--family", kernel.family.name, "--config", kernel.config.to_json(), "--out", "DIR"]
     return shlex.join(words)
 
 

@@ -61,8 +61,8 @@ def test_help_imports_nothing_heavy(words):
     ("words", "says"),
     [
         (["tuen"], "did you mean tune?"),
-        (["emit", "--arch", "sm_90"], "--out"),
-        (["emit", "--arch", "sm_1", "--out", "x"], "sm_1"),
+        (["emit", "--target", "sm_90"], "--out"),
+        (["emit", "--target", "sm_1", "--out", "x"], "sm_1"),
         (["cache", "empty"], "empty"),
         (["explain", "--head-dim", "64", "--frobnicate"], "--frobnicate"),
         (["explain", "--target", "cpu", "--head-dim", "0"], "head_dim=0"),
@@ -83,6 +83,45 @@ def test_wrong_usage_is_two_with_at_most_three_lines(words, says):
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 3
     assert "Traceback" not in done.stderr
+
+
+def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """A parser and those below it."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *(deeper for action in below for child in action.choices.values() for deeper in parsers(child))]
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_target_has_one_name(verb):
+    """It is --target wherever one is named; --arch is its old name and shown nowhere."""
+    for parser in parsers(cli._parser(verb)):
+        names = parser._option_string_actions
+        assert ("--target" in names) == ("--arch" in names), parser.prog
+        assert "--arch" not in parser.format_help()
+        if "--target" in names:
+            assert names["--arch"].dest == names["--target"].dest == "target"
+            others = [action for action in parser._actions if action.required]
+            words = [choice for action in others for choice in (*action.option_strings, "x")[-2:]]
+            for flag in ("--target", "--arch"):
+                assert parser.parse_args([*words, flag, "sm_80"]).target == "sm_80"
+            assert parser.parse_args(words).target is None
+
+
+def test_the_verbs_that_name_a_target():
+    able = {verb for verb in cli.VERBS for p in parsers(cli._parser(verb)) if "--target" in p._option_string_actions}
+    assert able == {"tune", "bench", "study", "explain", "build", "emit", "db"}
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("gpu", 0), ("gpu:1", 1), ("cuda", 0), ("cuda:1", 1)], ids=lambda value: str(value)
+)
+def test_a_device_is_a_target(monkeypatch, name, index):
+    monkeypatch.setattr("fagen.target.gpu", lambda number=0: known("sm_90") if number == index else None)
+    assert cliutil.target_from(name) == known("sm_90")
+    with pytest.raises(errors.MissingTool, match="no GPU answers"):
+        cliutil.target_from("gpu:7")
+    with pytest.raises(UsageError):
+        cliutil.target_from("cuda:x")
 
 
 def test_no_verb_shows_help_and_is_wrong_usage():
