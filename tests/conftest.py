@@ -42,7 +42,9 @@ def load() -> float:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers() -> int:
-    return cores()
+    """As many processes as cores and memory bear: torch, and a compiler beside it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores(), memory // (3 << 30)))
 
 
 @pytest.hookimpl(tryfirst=True)

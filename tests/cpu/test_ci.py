@@ -16,14 +16,14 @@ from tests import conftest
 ROOT = Path(__file__).parents[2]
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 HOOKS = ROOT / ".pre-commit-config.yaml"
+BARE = {"PATH": os.environ["PATH"]}  # a make around us hands its flags on, otherwise
 TEMPLATES = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md"))
 
 
-def recipe(target: str) -> list[str]:
+def recipe(*targets: str) -> list[str]:
     """The commands of a target, as make would run them where an environment is there already."""
-    command = ["make", "--dry-run", "--always-make", "PYTHON=python3", target]
-    environment = {"PATH": os.environ["PATH"]}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
+    command = ["make", "--dry-run", "--always-make", "PYTHON=python3", *targets]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=BARE)
     return done.stdout.splitlines()
 
 
@@ -61,12 +61,27 @@ def test_what_the_hooks_run_is_a_part_of_make_check():
         assert any(tool in command for command in whole), tool
 
 
-def test_quick_is_a_part_of_test_and_the_gpu_is_used_by_one():
+def test_quick_is_a_part_of_test():
     (quick,) = (line for line in recipe("quick") if "-m pytest" in line)
     assert "-m 'not slow and not gpu'" in quick
-    whole = [line for line in recipe("test") if "-m pytest" in line]
-    assert not any("slow" in line for line in whole)
-    assert len(whole) == 1 or ("--ignore=tests/gpu" in whole[0] and " -n " not in whole[1])
+    (without,) = (line for line in recipe("test", "GPU=") if "-m pytest" in line)
+    assert "slow" not in without and "tests/gpu" not in without
+
+
+def test_the_gpus_tests_run_alone_and_whatever_failed_before(tmp_path):
+    """Through a Python that writes down what it is asked for."""
+    python, said = tmp_path / "python3", tmp_path / "said"
+    for first, second, fine in ((0, 0, True), (0, 5, True), (1, 0, False), (0, 1, False), (1, 5, False)):
+        said.write_text("")
+        python.write_text(
+            f'#!/bin/sh\n[ "$1" = -c ] && exit\necho "$@" >> {said}\n'
+            f'case "$*" in *--ignore*) exit {first} ;; esac\nexit {second}\n'
+        )
+        python.chmod(0o755)
+        done = subprocess.run(["make", "test", "GPU=yes", f"PYTHON={python}"], cwd=ROOT, env=BARE, capture_output=True)
+        assert (done.returncode == 0) == fine, (first, second)
+        both = ["-m pytest -n auto --dist loadgroup --ignore=tests/gpu", "-m pytest tests/gpu"]
+        assert said.read_text().splitlines() == both
 
 
 def test_a_tests_time_out_grows_with_the_load(monkeypatch):
