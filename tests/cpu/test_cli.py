@@ -6,7 +6,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -31,26 +30,24 @@ def flags(*words: str) -> argparse.Namespace:
 # ---- help and errors ------------------------------------------------------------------------------------------------
 
 
-def test_help_is_quick_and_lists_every_verb():
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        done = fagen("--help")
-        seconds.append(time.perf_counter() - start)
+def test_help_lists_every_verb():
+    done = fagen("--help")
     assert done.returncode == 0
     for verb, text in cli.VERBS.items():
         assert verb in done.stdout
         assert text in done.stdout
-    assert min(seconds) < 0.3, seconds
 
 
 @pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in cli.VERBS)], ids=" ".join)
-def test_help_imports_nothing_heavy(words):
+def test_help_is_quick_since_it_imports_little(words):
+    """Modules are counted, not seconds: 80 for the verbs' list, 140 for a verb."""
+    most = 80 if len(words) == 1 else 140
     program = (
-        "import sys\nfrom fagen.cli import main\n"
+        "import sys\nbefore = len(sys.modules)\nfrom fagen.cli import main\n"
         f"try: code = main({words!r})\nexcept SystemExit as end: code = end.code\n"
         "heavy = {'torch', 'optuna', 'jinja2', 'rich', 'numpy'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else code)"
+        "count = len(sys.modules) - before\n"
+        f"sys.exit(f'imported {{heavy}}, {{count}} modules' if heavy or count > {most} else code)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

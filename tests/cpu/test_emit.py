@@ -77,6 +77,7 @@ def test_the_example_fails_a_kernel_that_computes_something_else(tmp_path, there
 
 @needs_nvcc
 @pytest.mark.nvcc
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -225,7 +224,7 @@ def test_neither_is_handed_what_the_other_chose(tmp_path, monkeypatch, sampler):
 
 def test_the_dead_ones_candidate_comes_back_after_the_grace_time(tmp_path):
     url = f"sqlite:///{tmp_path / 's.db'}"
-    dead, alive = board(url, "dead"), board(url, "alive", grace=0.3)
+    dead, alive = board(url, "dead"), board(url, "alive", grace=3600)
     a, b = search(dead), search(alive)
     lost = a.next()
     given = []
@@ -236,7 +235,7 @@ def test_the_dead_ones_candidate_comes_back_after_the_grace_time(tmp_path):
     hear(b)
     assert b.waiting, "it may yet come"
     assert b.next() is None
-    time.sleep(0.4)
+    alive.grace = 0.0  # it is over
     hear(b)
     assert b.next() == lost
     assert not report(a, lost, 1.0), "too late"
@@ -296,10 +295,8 @@ def test_a_storage_that_cannot_be_used_is_said_and_nothing_is_begun(calm, addres
     if "psycopg" in address:
         pytest.importorskip("psycopg", reason="no PostgreSQL driver (pip install 'psycopg[binary]')")
     options = Options(trials=2, runs=calm / "runs", storage=address)
-    start = time.monotonic()
     with pytest.raises(error, match=said) as caught:
         study.tune([PROBLEM], host(), options)
-    assert time.monotonic() - start < 30
     assert "hush" not in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
     assert not (calm / "runs").exists()
