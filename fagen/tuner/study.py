@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fagen import binding, db, env, families
+from fagen import binding, db, db_merge, env, families
 from fagen.errors import FagenError, UnsupportedProblem, UsageError
 from fagen.families import Config, Family
 from fagen.measure import Timing
@@ -85,7 +85,7 @@ def tune(problems: Sequence[Problem], target: Target, options: Options, progress
             able = families.candidates(problem, target)[0]
             if options.fixed or not any(options.family in (None, family.name) for family in able):
                 spaces(problem, target, options.family, options.fixed)  # raises the reasons, before anything runs
-        db.require_writable(db.path_of(options.out or env.user_db_dir(), target.arch, target.device))
+        db_merge.require_writable(options.out or env.user_db_dir(), target.arch, target.device)
         if options.storage:  # before a run is begun
             Board(options.storage, "").close()
         with contextlib.closing(_open_run(problems, target, options, progress)) as run:

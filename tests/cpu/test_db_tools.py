@@ -79,7 +79,7 @@ def test_among_equals_the_one_of_fewer_resources_whoever_comes_first(tmp_path):
 
 @pytest.mark.parametrize("policy", ["newer", "faster"])
 def test_what_todays_templates_make_stays_before_what_they_do_not(tmp_path, policy):
-    stale = {"source_hash": "0ld", "date": "2026-03-01", "seconds": 1e-4}
+    stale = {"source_hash": "01d", "date": "2026-03-01", "seconds": 1e-4}
     assert merge(record(), record(**stale), policy, tmp_path / "a").action == "kept"
     assert merge(record(**stale), record(), policy, tmp_path / "b").action == "replaced"
     bad = dataclasses.replace(record(), config={"colour": 1}, date="2026-03-01", seconds=1e-4)
@@ -198,7 +198,7 @@ def spoil(path: Path) -> None:
     too_large = {**LEAN, "tile_m": 192, "tile_n": 208, "stages": 4}
     rows = [
         record(),
-        record(PROBLEM.replace(batch=2), source_hash="0ld"),
+        record(PROBLEM.replace(batch=2), source_hash="01d"),
         dataclasses.replace(record(PROBLEM.replace(batch=3)), config=too_large),
         dataclasses.replace(record(PROBLEM.replace(batch=4)), family="sm42_forward"),
         record(PROBLEM.replace(batch=5)),
@@ -230,11 +230,11 @@ def test_validate_finds_each_kind(folders, tmp_path, capsys):
 
 
 def test_stale_is_no_fault_unless_asked(folders, capsys):
-    db.put([record(source_hash="0ld")])
+    db.put([record(source_hash="01d")])
     assert main(["db", "validate"]) == 0
     assert "1 of another kernel source" in capsys.readouterr().err
     assert main(["db", "validate", "--strict"]) == 1
-    assert "its kernel source was 0ld, today it is " in capsys.readouterr().err
+    assert "its kernel source was 01d, today it is " in capsys.readouterr().err
 
 
 def test_what_ships_is_valid():
@@ -247,7 +247,7 @@ def test_what_ships_is_valid():
 def test_prune(folders, tmp_path, capsys):
     shipped, user = folders
     spoil(db.path_of(user, "sm_90", "NVIDIA H200"))
-    (kept,) = db.put([record(source_hash="0ld")], shipped)
+    (kept,) = db.put([record(source_hash="01d")], shipped)
     path = db.path_of(user, "sm_90", "NVIDIA H200")
     before = path.read_bytes()
     assert main(["db", "prune"]) == 0
@@ -306,7 +306,7 @@ def check_metadata(path: Path) -> dict:
 
 def test_export_of_winners(folders, tmp_path, capsys):
     shipped, _ = folders
-    db.put([record(), record(Problem(mask="none"), GUESSES[0], source_hash="0ld")], shipped)
+    db.put([record(), record(Problem(mask="none"), GUESSES[0], source_hash="01d")], shipped)
     assert main(["db", "export"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["key"] for row in rows} == {PROBLEM.key, Problem().key}

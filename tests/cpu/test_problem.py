@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fagen import target
@@ -86,6 +86,7 @@ def test_refusals(fields: dict, words: str) -> None:
     assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 3
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(-1, 12), st.integers(-1, 12))
 def test_visible_counts_the_cells_of_the_mask(sq: int, sk: int, left: int, right: int) -> None:
     p = Problem(mask="window", seqlen_q=sq, seqlen_k=sk, window_left=left, window_right=right)
