@@ -19,7 +19,9 @@ _ARCH = re.compile(r"cpu|sm_[0-9]{2,3}[af]?")
 _HASH = re.compile(r"[0-9a-f]{1,64}")
 _CHOICE = re.compile(r"[A-Za-z0-9_.+-]{1,64}")  # of a knob, as a word
 _FACT = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?")
+_DATE = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
+)
 
 
 def shown(value: Any) -> str:

@@ -103,6 +103,18 @@ def gpu(index: int = 0) -> Target | None:
     return Target(arch, name, props.multi_processor_count, per_block, per_unit, props.L2_cache_size)
 
 
+def memory(target: Target, index: int = 0) -> int:
+    """Bytes that this machine's device of the target has, or this machine itself; 0 if that is not known."""
+    if target.is_gpu:
+        import torch
+
+        return torch.cuda.get_device_properties(index).total_memory if torch.cuda.is_available() else 0
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
 def detect() -> Target:
     """The GPU if there is one, else the CPU."""
     return gpu() or host()

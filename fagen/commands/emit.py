@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.cliutil import add_problem_flags, add_verb, emit_json, one_problem, say
+from fagen.cliutil import add_problem_flags, add_verb, emit_json, gib, one_problem, say
 from fagen.errors import InvalidConfig, UnsupportedProblem, UsageError
-from fagen.target import ARCHS, known
+from fagen.target import ARCHS, host, known, memory
 
 if TYPE_CHECKING:
     from fagen.emit import Kernel
@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from fagen import emit
 
     target = known(args.arch)
-    kernel = choose(one_problem(args, target), target, args.config, args.family)
+    problem = one_problem(args, target)
+    kernel = choose(problem, target, args.config, args.family)
     manifest = emit.write(kernel, args.out, example=args.example)
     if args.build:
         manifest = emit.compile_all(kernel, args.out, manifest, example=args.example)
@@ -55,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
     if manifest["facts"]:
         say("facts: " + ", ".join(f"{name} {value}" for name, value in manifest["facts"].items()))
     if args.example:
+        if 0 < memory(host()) < problem.bytes():
+            have = f"this machine has {gib(memory(host()))}"
+            say(f"note: the example's tensors take {gib(problem.bytes())}, {have}; a shorter --seqlen makes it smaller")
         say(f"build and run the example: cd {args.out} && {manifest['example']} && ./example")
     if args.json:
         emit_json({"folder": str(args.out), **manifest})

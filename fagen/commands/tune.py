@@ -113,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(problems, target, args.family, fixed, args.json)
     devices = chosen or (int((name or "").partition(":")[2] or 0),)
-    return _tune(problems, _present(name, target), devices, fixed, args)
+    target = _present(name, target)
+    cliutil.require_memory(problems, target, devices[0])
+    return _tune(problems, target, devices, fixed, args)
 
 
 def _fixed(args: argparse.Namespace, problems: list[Problem], target: Target) -> Fixed:

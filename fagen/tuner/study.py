@@ -24,7 +24,7 @@ from fagen.measure import Timing
 from fagen.problem import Problem
 from fagen.space import Fixed, Space, enumerate_space
 from fagen.target import Target
-from fagen.tuner import final, journal
+from fagen.tuner import final, journal, resumed
 from fagen.tuner.budget import Budget
 from fagen.tuner.candidate import OUTCOMES, Candidate, Result
 from fagen.tuner.final import Known
@@ -172,8 +172,8 @@ class _Tuner:
         self.run, self.target, self.options = run, target, options
         self.pool, self.progress, self.interrupted = pool, progress, interrupted
         self.storage = board.storage if board else open_storage(str(run.path / journal.STUDY))
-        self.rows = [row for row in run.rows(journal.TRIALS) if row.get("outcome") in OUTCOMES]
-        self.finished = {t.key: t for t in (Tuned(**row) for row in run.rows(journal.WINNERS)) if t.complete}
+        self.rows = resumed.candidates(run.rows(journal.TRIALS), progress.note)
+        self.finished = {t.key: t for t in resumed.winners(run.rows(journal.WINNERS), progress.note) if t.complete}
         self.environment = db.environment(target)
         self.budget = Budget(options.budget)
         self.spaces: dict[str, list[Space]] = {}

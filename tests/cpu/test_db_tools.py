@@ -324,6 +324,33 @@ def test_export_of_winners(folders, tmp_path, capsys):
     check_metadata(tmp_path / "metadata.json")
 
 
+def test_a_run_is_exported_by_the_names_that_report_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(env, "runs_dir", lambda: tmp_path)
+    row = {"problem": PROBLEM.key, "family": FAMILY.name, "config": dict(LEAN), "outcome": "compile"}
+    for name in ("20260101-000000-cpu", "20260102-000000-cpu"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trials.jsonl").write_text(json.dumps(row | {"reason": name}) + "\n")
+    said = {}
+    for word in ("20260101-000000-cpu", "latest", str(tmp_path / "20260101-000000-cpu" / "trials.jsonl")):
+        assert main(["db", "export", "--format", "t4", "--run", word]) == 0
+        said[word] = {m["name"]: m["value"] for r in check_t4(capsys.readouterr().out) for m in r["measurements"]}
+    assert [words["reason"] for words in said.values()] == [f"2026010{day}-000000-cpu" for day in (1, 2, 1)]
+    assert main(["db", "export", "--format", "t4", "--run", "none"]) == 2
+    assert "there is no run none" in capsys.readouterr().err
+
+
+def test_strange_lines_of_a_run_are_exported_as_far_as_they_are_understood(tmp_path, capsys):
+    good = {"problem": PROBLEM.key, "family": FAMILY.name, "config": dict(LEAN), "outcome": "ok", "seconds": 2e-3}
+    odd = [
+        {"facts": [1]}, {"facts": {"compile_seconds": "long"}}, {"config": [1]}, {"outcome": [1]}, {"seconds": "2"},
+        {"seconds": 10**400}, {"spread": float("nan")}, {"date": None}, {"problem": {"batch": 10**400}}, {"error": {}},
+    ]  # fmt: skip
+    path = tmp_path / "trials.jsonl"
+    path.write_text("\n".join(json.dumps(good | change) for change in odd) + "\n" + "[" * 100_000 + "\n")
+    assert main(["db", "export", "--format", "t4", "--run", str(path)]) == 0
+    assert len(check_t4(capsys.readouterr().out)) == len(odd)
+
+
 def test_export_of_a_run_has_every_candidate(tmp_path, capsys):
     words = {
         "ok": "correct", "constraint": "constraints", "compile": "compile", "spill": "compile", "wrong": "correctness",
@@ -351,5 +378,5 @@ def test_export_of_a_run_has_every_candidate(tmp_path, capsys):
     assert check_metadata(tmp_path / "t4-metadata.json")["hardware"]["hardware_description"][0]["arch"] == "sm_90"
     capsys.readouterr()
     assert main(["db", "export", "--format", "t4", "--run", str(tmp_path)]) == 2
-    assert "holds no tuning run" in capsys.readouterr().err
+    assert "is no run of fagen tune" in capsys.readouterr().err
     assert main(["db", "export", "--format", "csv", "--run", str(run)]) == 2
