@@ -153,7 +153,7 @@ class Problem:
         return float(end - (before(shift - self.window_left) if self.window_left >= 0 else 0))
 
     def bytes(self) -> int:
-        """Memory of a call's inputs and outputs: q, k, v, O, the LSE, intervals and slopes."""
+        """Memory of a call's inputs and outputs: q, k, v, O, the LSE, intervals of each head, slopes."""
         dims = self.head_dim + self.head_dim_v
         of_rows = self.batch * self.heads * self.seqlen_q * (dims * self.itemsize + 4)
         bounds = 4 * len(INTERVAL_KINDS.get(self.intervals, ()))
