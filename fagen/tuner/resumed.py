@@ -22,7 +22,7 @@ _CANDIDATE = {
     "problem": str, "family": str, "config": dict[str, Any], "outcome": str, "reason": str,
     "seconds": float | None, "spread": float | None, "samples": int, "error": float | None,
 }  # fmt: skip
-_MAYBE = {"host": str, "device": dict[str, Any] | None, "facts": dict[str, Any] | None}
+_MAYBE = {"host": str, "device": dict[str, Any] | None, "facts": dict[str, Any]}
 
 
 def candidates(rows: Iterable[Any], note: Callable[[str], None]) -> list[Row]:
