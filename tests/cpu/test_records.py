@@ -247,6 +247,13 @@ def test_a_file_whose_folder_is_called_newer_fagen_is_damaged_like_others(tmp_pa
     assert db.put([record()], tmp_path / "newer fagen") == [path]
 
 
+@pytest.mark.parametrize("make", ["pipe", "folder", "device"])
+def test_only_regular_files_are_read(tmp_path: Path, make: str) -> None:
+    STRANGE[make](tmp_path / "it.json")
+    with pytest.raises(DatabaseError, match="is no regular file"):
+        db.read_file(tmp_path / "it.json")
+
+
 def test_a_search_that_could_not_keep_its_winner_does_not_begin(tmp_path: Path) -> None:
     (path,) = db.put([record(device="NVIDIA-H200")], tmp_path)
     with pytest.raises(DatabaseError, match="of another device"):
@@ -287,7 +294,8 @@ def test_a_comment_holds_any_text(text: str, tmp_path: Path) -> None:
     assert rest == kernel.source
     assert re.fullmatch(r"(//[^\n]*\n)*//[^\n]*", banner) and len(banner.splitlines()) == banner.count("\n") + 1
     assert all(c.isprintable() for c in banner.replace("\n", ""))
-    assert not re.search(r"(\\|\?\?/)\s*$", banner, re.MULTILINE)
+    for lines in (banner, emit._comment([text, f"tuned on {text}"])):
+        assert not re.search(r"(\\|\?\?/)\s*$", lines, re.MULTILINE), "the next line would be of the comment, too"
     assert json.loads((tmp_path / emit.MANIFEST).read_text())["provenance"] == manifest["provenance"]
 
 
