@@ -129,7 +129,14 @@ def example_text(kernel: Kernel) -> str:
 
 
 def _comment(lines: Iterable[str]) -> str:
-    return "".join(f"// {line}".rstrip() + "\n" for line in lines)
+    """Lines of a C comment, whatever they hold: each is one line of its own, and none goes on in the next."""
+    return "".join(f"// {_one_line(line)}".rstrip() + "\n" for line in lines)
+
+
+def _one_line(text: str) -> str:
+    """Escaped where it does not print; a compiler would join what ends in a backslash (or its trigraph) to the code."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text).rstrip()
+    return text + "." if text.endswith(("\\", "??/")) else text
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -158,7 +165,7 @@ def write(kernel: Kernel, folder: Path, *, example: bool = False) -> dict[str, A
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8")
         _write_manifest(folder, manifest)
     except OSError as error:
         raise FagenError(f"cannot write to {folder}", str(error), "give another folder to --out") from error

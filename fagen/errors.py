@@ -85,3 +85,7 @@ class WrongResult(FagenError):
 
 class DatabaseError(FagenError):
     """A tuning database file cannot be used; the message names the file."""
+
+
+class NewerDatabase(DatabaseError):
+    """A tuning database file of a newer fagen: it is neither read nor replaced."""

@@ -80,6 +80,7 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
     from fagen.bench import rows, suites
 
     problems = cliutil.problems_from(args, target)
+    cliutil.require_memory(problems, target, int((args.target or "").partition(":")[2] or 0))
     words = args.suite.split(",") if args.suite else [] if problems else [suites.default(target)]
     found: list[Row] = []
     for word in words:

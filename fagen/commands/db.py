@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -68,7 +69,9 @@ def _add_exchange(verb: Callable[[str, str, str], argparse.ArgumentParser]) -> N
     export = verb("export", "winners for other programs", "export --format csv --out winners.csv")
     text = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
     export.add_argument("--format", choices=tuple(FORMATS), default="json", help=f"{text} (default: json)")
-    export.add_argument("--run", type=Path, metavar="RUN", help="export the candidates of a tuning run instead (t4)")
+    export.add_argument(
+        "--run", metavar="RUN", help="export the candidates of a tuning run instead (t4): its name, folder or `latest`"
+    )
     export.add_argument(
         "--out", type=Path, metavar="FILE", help="file to write (default: stdout); t4 writes its metadata beside it"
     )
@@ -82,10 +85,10 @@ def run(args: argparse.Namespace) -> int:
     return verbs[args.db_verb](args)
 
 
-def _load() -> Any:
+def _load(paths: list[Path] | None = None) -> Any:
     from fagen.db import Database
 
-    database = Database.load()
+    database = Database.load(paths)
     for warning in database.warnings:
         cliutil.say(f"warning: {warning}")
     return database
@@ -107,9 +110,17 @@ def _list(args: argparse.Namespace) -> int:
     if args.json:
         cliutil.emit_json([{**full(r), "origin": str(database.origin(r))} for r in records])
         return 0
+    rows = [("arch", "device", "family", "time", "gain", "whose", "problem")] if records else []
     for r in records:
         gain = f"{r.speedup:.2f}x" if r.speedup else "-"
-        cliutil.say(f"{r.arch:<7}{r.device:<18} {r.seconds * 1e3:9.3f} ms {gain:>6}  {_where(database, r):<8}{r.key}")
+        time = f"{r.seconds * 1e3:.3f} ms"
+        rows.append((r.arch, r.device, r.family, time, gain, _where(database, r), r.key))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            text.rjust(w) if i in (3, 4) else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        cliutil.say("  ".join(cells).rstrip())
     cliutil.say(f"{len(records)} winners" + ("" if records else "; fagen tune makes some"))
     return 0
 
@@ -127,6 +138,9 @@ def _show(args: argparse.Namespace) -> int:
         cliutil.say(f"  config   {r.family}: {' '.join(f'{k}={v}' for k, v in r.config.items())}")
         gain = f", {r.speedup:.2f}x the default ({r.default_seconds * 1e3:.4g} ms)" if r.speedup else ""
         cliutil.say(f"  time     {r.seconds * 1e3:.4g} ms +- {r.spread / r.seconds:.1%}{gain}")
+        if r.torch_seconds:
+            ratio = f"{r.torch_seconds / r.seconds:.2f}x the winner's time"
+            cliutil.say(f"  PyTorch  {r.torch_seconds * 1e3:.4g} ms, {ratio}")
         state, why = audit.state(r)
         cliutil.say(f"  error    {r.error:.2g}, {r.trials} candidates, {r.date}")
         cliutil.say(f"  source   {state}: {why or r.source_hash}")
@@ -168,8 +182,8 @@ def _files(paths: list[Path]) -> list[Path]:
 
     found: list[Path] = []
     for path in paths:
-        below = db.files(path) if path.is_dir() else [path]
-        if not below or not path.exists():
+        below = db.files(path) if os.path.isdir(path) else [path] if os.path.lexists(path) else []
+        if not below:
             raise UsageError(f"{path} holds no database file", "expected FILE.json, or a folder with ARCH/DEVICE.json")
         found += below
     return found
@@ -225,10 +239,10 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _side(word: str) -> list[Any]:
     """The records of a file, of a folder, or of one of the two in use."""
-    from fagen.db import Database, default_paths
+    from fagen.db import default_paths
 
-    if word in ("yours", "shipped") and not Path(word).exists():
-        return Database.load([default_paths()[word == "yours"]]).records
+    if word in ("yours", "shipped") and not os.path.lexists(word):
+        return _load([default_paths()[word == "yours"]]).records
     return _read([Path(word)])[0]
 
 
@@ -334,9 +348,9 @@ def _export(args: argparse.Namespace) -> int:
         return 0
     out, beside = db_export.t4_paths(args.out) if metadata else (args.out, None)
     try:
-        out.write_text(text + "\n")
+        out.write_text(text + "\n", encoding="utf-8")
         if beside is not None:
-            beside.write_text(metadata + "\n")
+            beside.write_text(metadata + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{out} cannot be written", str(error)) from error
     cliutil.say(f"written: {out}" + (f" and {beside}" if beside else ""))

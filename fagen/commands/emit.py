@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.cliutil import add_problem_flags, add_target_flag, add_verb, emit_json, one_problem, say, target_from
+from fagen.cliutil import add_problem_flags, add_target_flag, add_verb, emit_json, gib, one_problem, say, target_from
 from fagen.errors import InvalidConfig, UnsupportedProblem, UsageError
+from fagen.target import host, memory
 
 if TYPE_CHECKING:
     from fagen.emit import Kernel
@@ -53,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     if manifest["facts"]:
         say("facts: " + ", ".join(f"{name} {value}" for name, value in manifest["facts"].items()))
     if args.example:
+        if 0 < memory(host()) < problem.bytes():
+            have = f"this machine has {gib(memory(host()))}"
+            say(f"note: the example's tensors take {gib(problem.bytes())}, {have}; a shorter --seqlen makes it smaller")
         say(f"build and run the example: cd {args.out} && {manifest['example']} && ./example")
     if args.json:
         emit_json({"folder": str(args.out), **manifest})

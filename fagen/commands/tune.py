@@ -119,7 +119,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(problems, target, args.family, fixed, args.json)
     devices = chosen or (int((name or "").partition(":")[2] or 0),)
-    return _tune(problems, _present(name, target), devices, fixed, begun, args)
+    target = _present(name, target)
+    cliutil.require_memory(problems, target, devices[0])
+    return _tune(problems, target, devices, fixed, begun, args)
 
 
 def resuming(words: list[str], run: Path) -> str:

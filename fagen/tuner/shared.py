@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fagen.errors import FagenError, MissingTool, UsageError
 from fagen.families import Config
+from fagen.tuner import resumed
 from fagen.tuner.search import Search
 
 if TYPE_CHECKING:
@@ -187,16 +188,20 @@ class Board:
 
         return self.patiently(act)
 
-    def _row(self, study: str, config: str) -> dict[str, Any]:
+    def _row(self, study: str, config: str) -> Any:
+        """As it was written; None if that is no JSON."""
         import sqlalchemy as sql
 
         query = sql.select(self._table.c.row).where(self._table.c.id == _hash(study + config))
 
-        def act() -> dict[str, Any]:
+        def act() -> str:
             with self._engine.connect() as connection:
-                return json.loads(connection.execute(query).scalar() or "{}")
+                return connection.execute(query).scalar() or "null"
 
-        return self.patiently(act)
+        try:
+            return json.loads(self.patiently(act))
+        except (ValueError, RecursionError):
+            return None
 
     row = _row
 
@@ -299,17 +304,32 @@ class SharedSearch(Search):
             self._board.beat()
         rows, there = [], set()
         for claim in self._board.claims(self._name):
-            config = self.space.family.config(json.loads(claim.config))
+            config = self._config(claim)
+            if config is None:
+                continue
             there.add(config)
             if config in self.seen or config in self._mine:
                 continue
             if claim.done:
-                rows.append(self._board.row(self._name, claim.config))
+                row = self._board.row(self._name, claim.config)
+                if resumed.is_candidate(row, self.space.family) and row["config"] == dict(config):
+                    rows.append(row)
+                else:
+                    self.tell(config, None, "what its owner wrote of it cannot be understood")
             elif not self._gone(claim, config):
                 self._flight.setdefault(config, [])
         for config in [c for c, trials in self._flight.items() if not trials and c not in there]:
             del self._flight[config]  # given back by its owner
         return rows
+
+    def _config(self, claim: Claim) -> Config | None:
+        """A claim's config, None if this search has no such."""
+        with contextlib.suppress(
+            ValueError, AttributeError, RecursionError, FagenError
+        ):  # not JSON, no object, no knobs
+            config = self.space.family.config(json.loads(claim.config))
+            return config if config in self._legal else None
+        return None
 
     def _gone(self, claim: Claim, config: Config) -> bool:
         """Whether its owner is dead, and the candidate free again; this process will ask for it next."""

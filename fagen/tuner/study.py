@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fagen import binding, db, env, families, load
+from fagen import binding, db, db_merge, env, families, load
 from fagen.errors import FagenError, UnsupportedProblem, UsageError
 from fagen.families import Config, Family
 from fagen.problem import Problem
 from fagen.space import Fixed, Space, enumerate_space
 from fagen.target import Target
-from fagen.tuner import final, journal
+from fagen.tuner import final, journal, resumed
 from fagen.tuner.budget import SHORTEST_FINAL, Budget
 from fagen.tuner.candidate import OUTCOMES, Candidate, Result
 from fagen.tuner.final import Known
@@ -87,7 +87,7 @@ def tune(problems: Sequence[Problem], target: Target, options: Options, progress
             able = families.candidates(problem, target)[0]
             if options.fixed or not any(options.family in (None, family.name) for family in able):
                 spaces(problem, target, options.family, options.fixed)  # raises the reasons, before anything runs
-        db.require_writable(db.path_of(options.out or env.user_db_dir(), target.arch, target.device))
+        db_merge.require_writable(options.out or env.user_db_dir(), target.arch, target.device)
         if options.storage:  # before a run is begun
             Board(options.storage, "").close()
         with contextlib.closing(_open_run(problems, target, options, progress)) as run:
@@ -178,13 +178,13 @@ class _Tuner:
         self.run, self.target, self.options = run, target, options
         self.pool, self.progress, self.interrupted = pool, progress, interrupted
         self.storage = board.storage if board else open_storage(str(run.path / journal.STUDY))
-        self.finished = {t.key: t for t in (Tuned(**row) for row in run.rows(journal.WINNERS)) if t.complete}
-        failed = {key for key, tuned in self.finished.items() if not tuned.config}  # these are tried again
+        last = {t.key: t for t in resumed.winners(run.rows(journal.WINNERS), progress.note) if t.complete}
+        failed = {key for key, tuned in last.items() if not tuned.config}  # these are tried again
+        self.finished = {key: tuned for key, tuned in last.items() if key not in failed}
         self.rows = [
-            row for row in run.rows(journal.TRIALS)
-            if row.get("outcome") in OUTCOMES and not (row["outcome"] in RETRIED and row.get("problem") in failed)
+            row for row in resumed.candidates(run.rows(journal.TRIALS), progress.note)
+            if not (row["outcome"] in RETRIED and row.get("problem") in failed)
         ]  # fmt: skip
-        self.finished = {key: tuned for key, tuned in self.finished.items() if key not in failed}
         self.environment = db.environment(target)
         self.budget = Budget(options.budget, options.begun)
         self.spaces: dict[str, list[Space]] = {}

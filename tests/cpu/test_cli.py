@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from fagen import cli, cliutil, errors
+from fagen import cli, cliutil, errors, target
 from fagen import flags as flags_of
 from fagen.errors import FagenError, UsageError
 from fagen.problem import Problem
@@ -248,6 +248,51 @@ def test_settings_that_cannot_be_understood(settings, says):
         cliutil.expand(settings)
     assert says in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "1e12", "1000000000000", "2m1", "4 k", "3000m", "²", "٣", "9" * 5000, "k"])
+def test_words_that_are_no_sizes(word):
+    for setting in ("seqlen", "batch", "heads"):
+        with pytest.raises(UsageError, match="is no size") as caught:
+            cliutil.expand({setting: word})
+        assert len(str(caught.value)) < 300
+    with pytest.raises(argparse.ArgumentTypeError):
+        cliutil.count(word)
+
+
+def test_sizes():
+    assert cliutil.sizes("4096,4k,1M, 2147483647") == [4096, 4096, 1 << 20, 2**31 - 1]
+
+
+@pytest.mark.parametrize("value", ["false", "no", 1, 30.0, []])
+def test_a_switch_of_a_file_is_a_bool(value):
+    with pytest.raises(UsageError, match="softcap is true or false"):
+        cliutil.expand({"softcap": value})
+
+
+@pytest.mark.parametrize("verb", ["tune", "bench"])
+def test_a_problem_beyond_memory_is_refused_before_anything_runs(monkeypatch, capsys, verb):
+    from fagen import build
+
+    monkeypatch.setattr("fagen.target.memory", lambda target, index=0: 1 << 30)
+    monkeypatch.setattr(build, "make", lambda *words, **named: pytest.fail("it compiled"))
+    words = [verb, "--target", "cpu", "--dtype", "fp32", "--head-dim", "64", "--heads", "16", "--seqlen", "64k"]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "b1/h16-16/q65536-k65536 does not fit into memory" in said
+    assert "its inputs and outputs take 1 GiB" in said and "has 1 GiB" in said
+
+
+def test_an_example_beyond_memory_is_said(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("fagen.commands.emit.memory", lambda target: 1 << 20)
+    words = ["emit", "--arch", "cpu", "--dtype", "fp32", "--head-dim", "64", "--out", str(tmp_path), "--example"]
+    assert cli.main(words) == 0
+    assert "the example's tensors take 0.0157 GiB, this machine has 0.000977 GiB" in capsys.readouterr().err
+
+
+def test_this_machine_has_memory():
+    assert target.memory(target.host()) > 1 << 28
+    assert target.memory(known("sm_90")) >= 0
 
 
 def test_problem_files_and_flags_say_the_same(tmp_path):

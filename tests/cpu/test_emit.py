@@ -296,7 +296,7 @@ def test_best_is_what_was_tuned(tmp_path, monkeypatch):
     assert "default" in kernel.provenance
     knobs = dict(kernel.config)
     name, value = next((k.name, c) for k in _family().knobs for c in k.choices if _legal(knobs, k.name, c))
-    put([Record(problem, "cpu", target.device, "cpu_forward", {**knobs, name: value}, 1e-3, 1e-6, 2e-3, 0.0, "x")])
+    put([Record(problem, "cpu", target.device, "cpu_forward", {**knobs, name: value}, 1e-3, 1e-6, 2e-3, 0.0, "0f")])
     tuned = choose(problem, target, "best")
     assert tuned.config[name] == value
     assert target.device in tuned.provenance

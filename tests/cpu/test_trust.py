@@ -50,7 +50,7 @@ def config(style: str = "plain", variant: int = 1) -> Config:
     return Config({"style": style, "variant": variant})
 
 
-def record(style: str = "plain", variant: int = 1, *, seqlen: int = 192, source_hash: str = "0ld") -> db.Record:
+def record(style: str = "plain", variant: int = 1, *, seqlen: int = 192, source_hash: str = "01d") -> db.Record:
     return db.Record(
         problem=PROBLEM.replace(seqlen_q=seqlen, seqlen_k=seqlen), arch="cpu", device=HERE.device, family=FAMILY.name,
         config=dict(config(style, variant)), seconds=1e-3, spread=1e-5, default_seconds=2e-3, error=1e-6,
@@ -94,7 +94,7 @@ def test_a_changed_source_is_verified_once_a_machine(monkeypatch, capfd):
     choice = dispatch.choose(PROBLEM, HERE)
     assert choice.trust.state == "verified" and "verified here 20" in choice.trust.text
     assert len(runs) == 1
-    db.put([record(source_hash="0lder")])  # what counts is today's source, not what it was
+    db.put([record(source_hash="01de7")])  # what counts is today's source, not what it was
     assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
     assert len(runs) == 1
 
@@ -296,7 +296,7 @@ def test_attention_verifies_on_its_first_call_alone(monkeypatch):
     for out in outs:
         assert verify.check(out, None, q, k, v, verify.Semantics((-1, 0)), layout="bshd")
     text = str(fagen.explain(q, k, v, causal=True))
-    assert "source   verified: the source has changed since it was tuned (0ld, now " in text
+    assert "source   verified: the source has changed since it was tuned (01d, now " in text
 
 
 def test_build_verifies_ahead_and_builds_what_else_may_serve(monkeypatch, tmp_path, capsys):

@@ -79,7 +79,7 @@ def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake
 
 def test_the_incumbent_is_tried_and_kept_when_nothing_beats_it(calm):
     best = {"style": "plain", "variant": 2}
-    db.put([db.Record(PROBLEM, "cpu", host().device, FAMILY.name, best, 1.0, 0.0, 1.0, 0.0, "hash")])
+    db.put([db.Record(PROBLEM, "cpu", host().device, FAMILY.name, best, 1.0, 0.0, 1.0, 0.0, "0a54")])
     report = study.tune([PROBLEM], host(), options(calm, trials=3))
     assert best in [r["config"] for r in rows(report.run)]
     assert report.results[0].config["style"] == "plain"
@@ -161,7 +161,7 @@ def test_a_winner_is_in_the_database_before_its_problem_counts_as_done(calm, mon
         raise KeyboardInterrupt
 
     won = Tuned(PROBLEM.to_dict(), True, {"ok": 1}, "fake_forward", {"style": "plain", "variant": 1}, 1.0)
-    record = db.Record(PROBLEM, "cpu", host().device, FAMILY.name, won.config, 1.0, 0.0, 1.0, 0.0, "hash")
+    record = db.Record(PROBLEM, "cpu", host().device, FAMILY.name, won.config, 1.0, 0.0, 1.0, 0.0, "0a54")
     monkeypatch.setattr(study._Tuner, "one", lambda *words: (won, record))
     monkeypatch.setattr(db, "put", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -241,7 +241,7 @@ def test_a_small_share_leaves_the_incumbent_its_chance(calm, monkeypatch):
     monkeypatch.setattr(budget.Budget, "each", lambda self, problems: 0.01)
     best = {"style": "plain", "variant": 3}
     problems = [PROBLEM, PROBLEM.replace(seqlen_q=96), PROBLEM.replace(seqlen_q=80)]
-    db.put([db.Record(p, "cpu", host().device, FAMILY.name, best, 1.0, 0.0, 1.0, 0.0, "hash") for p in problems])
+    db.put([db.Record(p, "cpu", host().device, FAMILY.name, best, 1.0, 0.0, 1.0, 0.0, "0a54") for p in problems])
     report = study.tune(problems, host(), options(calm, trials=None, budget=3600))
     assert len(report.results) == 3 and all(tuned.incumbent_seconds for tuned in report.results)
     assert all(best in [r["config"] for r in rows(report.run) if r["problem"] == p.key] for p in problems)

@@ -160,7 +160,11 @@ def search(b: Board, name: str = STUDY, **changes) -> SharedSearch:
 
 
 def row(config: Config, seconds: float | None) -> dict:
-    return {"config": dict(config), "seconds": seconds}
+    good = seconds is not None
+    return {
+        "problem": PROBLEM.key, "family": FAMILY.name, "config": dict(config), "outcome": "ok" if good else "crash",
+        "reason": "", "seconds": seconds, "spread": 0.0 if good else None, "samples": int(good), "error": 0.0,
+    }  # fmt: skip
 
 
 def report(s: SharedSearch, config: Config, seconds: float | None) -> bool:
@@ -246,6 +250,26 @@ def test_the_dead_ones_candidate_comes_back_after_the_grace_time(tmp_path):
     assert states.count("COMPLETE") == 1 and "RUNNING" not in states
     dead.close()
     alive.close()
+
+
+def test_what_another_wrote_and_makes_no_sense_is_no_candidate(tmp_path):
+    """It counts as failed, so that nobody waits for it; a claim of no config of this search counts as nothing."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    other, mine = board(url, "other"), board(url, "mine")
+    b = search(mine)
+    legal = sorted(b.space.legal, key=str)
+    strange = ["text", [1], {}, row(legal[3], 1.0), {**row(legal[4], 1.0), "seconds": "fast"},
+               {**row(legal[5], 1.0), "samples": 0}, {**row(legal[6], 1.0), "family": "another"}]  # fmt: skip
+    for config, said in zip(legal[:3] + [legal[2 + 5]] + legal[4:7], strange, strict=True):
+        assert other.publish(STUDY, config.to_json(), said)
+    for number, claim in enumerate(["[", "[1]", '{"style": "none", "variant": 1}', "[" * 100_000]):
+        assert other.claim(STUDY, claim, 100 + number)
+    assert b.news(now=True) == []
+    assert set(b.seen.values()) == {None} and len(b.seen) == len(strange)
+    assert not b.waiting
+    assert b.next() not in b.seen
+    other.close()
+    mine.close()
 
 
 def test_what_was_claimed_and_not_measured_is_given_back(tmp_path):

@@ -25,7 +25,7 @@ def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torc
     config = family.default(call.problem, call.target)
     record = db.Record(
         problem=call.problem, arch=call.target.arch, device=call.target.device, family=family.name,
-        config=dict(config), seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash="0ld",
+        config=dict(config), seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash="01d",
     )  # fmt: skip
     db.put([record])
     api.built(family, call.problem, call.target, config)
