@@ -58,6 +58,10 @@ class Recorded:
     def best(self) -> float:
         return min((e.seconds for e in self.entries.values() if e.seconds), default=math.inf)
 
+    def of_chance(self) -> Recorded:
+        """Without what was recorded for another reason than that it was drawn."""
+        return dataclasses.replace(self, entries={c: e for c, e in self.entries.items() if e.drawn})
+
     @property
     def complete(self) -> bool:
         return len(self.entries) >= self.head["legal"]
