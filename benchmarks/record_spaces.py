@@ -53,6 +53,7 @@ FIRST = 4  # problems that come before the others
 UNIT, FIRST_UNIT = 8, 2  # configs of a translation unit; of the first ones, so that there is soon something to measure
 TURN = 128  # configs of a problem before the next problem has its turn
 COMPILE_SECONDS, MEASURE_SECONDS = 300.0, 20.0  # that a unit, a config may take
+MOST_WAITING = 256  # compiled configs that wait to be measured
 ENDING = 30.0  # seconds before the end from which on no unit is begun
 BROKEN = 12  # crashes in a row after which it is the device that is broken
 _FUNCTIONS = re.compile(r"\b(fagen_(?:launch|error|workspace_bytes|params_size))\(")
@@ -124,6 +125,8 @@ def _run_compiler(jobs: list[build.Job], folder: Path) -> subprocess.CompletedPr
     if done.returncode:
         return done
     linked = subprocess.run([cxx, "-shared", thing, "-o", library, *jobs[0].link_flags], **told)
+    for name in (source, thing):  # thousands of them would fill a small disk
+        Path(name).unlink()
     return linked if linked.returncode else done
 
 
@@ -237,7 +240,8 @@ def plan(work: tuple[Problem, Target, int]) -> Plan:
     chance = random.Random(f"record/{problem.key}")
     drawn = chance.sample(space.legal, min(count, len(space.legal)))
     first = [family.default(problem, target), *family.seeds(problem, target)]
-    configs = tuple(c for c in dict.fromkeys([*first, *drawn]) if c in set(space.legal))
+    legal = set(space.legal)
+    configs = tuple(c for c in dict.fromkeys([*first, *drawn]) if c in legal)
     return Plan(problem, target, family.name, len(space.legal), configs, frozenset(drawn))
 
 
@@ -359,7 +363,7 @@ class Recorder:
 
     def _feed_compilers(self) -> None:
         for worker in self.compilers:
-            if worker.busy or not self.more:
+            if worker.busy or not self.more or sum(map(len, self.ready.values())) >= MOST_WAITING:
                 continue
             file, size = self.left[0][0], UNIT if self.defaults else FIRST_UNIT
             unit = []

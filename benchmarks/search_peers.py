@@ -47,8 +47,8 @@ TRIALS = 160
 WITHIN, AFTER = (0.02, 0.01), (20, 40, 80, 160)
 STRATEGIES = (
     "hybrid_vndx", "adaptive_tabu_greywolf", "bayes_opt", "genetic_algorithm", "diff_evo", "simulated_annealing",
-    "greedy_ils",
 )  # fmt: skip
+_IDLE = 5000  # requests of a strategy for nothing new, after which it is taken for ended
 Tried = Sequence[Config]  # in order, each once
 
 
@@ -107,13 +107,18 @@ def kernel_tuner(space: Recorded, seed: int, strategy: str) -> Tried:
     cache = json.loads(db_export.kernel_tuner(shuffled))
     by_key = dict(zip(cache["cache"], configs, strict=True))
     tried: dict[str, None] = {}
+    idle = [0]  # requests since the last new config
     run = SimulationRunner.run
 
     def listening(self: Any, elements: Iterable[Any], options: Any) -> list[Any]:
         elements = list(elements)
         results: list[Any] = run(self, elements, options)
+        before = len(tried)
         keys = (",".join(str(value) for value in element) for element in elements)
         tried.update((key, None) for key, result in zip(keys, results, strict=True) if result and key in by_key)
+        idle[0] = 0 if len(tried) > before else idle[0] + 1
+        if idle[0] > _IDLE:
+            raise kt.util.StopCriterionReached("it asks for nothing new")
         return results
 
     def only_recorded(*args: Any, **options: Any) -> Searchspace:
