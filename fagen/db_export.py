@@ -12,15 +12,19 @@ import json
 import platform
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fagen.db import Record
 from fagen.errors import UsageError
+
+if TYPE_CHECKING:
+    from fagen.tuner.record import Recorded
 
 FORMATS = {
     "json": "every field of every record",
     "csv": "a line a record: where, problem, config, times",
     "t4": "the open format of autotuning results (a measured configuration each, times in ms)",
+    "kernel_tuner": "a recorded space (--space) as the cache of Kernel Tuner, which its simulation mode replays",
 }
 T4_VERSION = "1.0.0"
 # how a candidate ended, in the six words of T4; what it does not know ended while it ran
@@ -146,6 +150,40 @@ def _metadata(where: Iterable[dict[str, str]]) -> str:
         },
         indent=1,
     )
+
+
+# ---- Kernel Tuner ----------------------------------------------------------------------------------------------------
+
+
+_FAILED = {"compile": "CompilationFailedConfig", "spill": "CompilationFailedConfig"}  # others failed while they ran
+
+
+def kernel_tuner(space: Recorded) -> str:
+    """The cache of a space: keyed by the knobs' values, times in ms."""
+    knobs = [knob.name for knob in space.family.knobs]
+    cache = {}
+    for config, entry in space.entries.items():
+        found: dict[str, Any] = dict(config)
+        if entry.outcome == "ok" and entry.seconds is not None:
+            found |= {"time": entry.seconds * 1e3, "times": [entry.seconds * 1e3]}
+        else:
+            found["__error__"] = _FAILED.get(entry.outcome, "RuntimeFailedConfig")
+        spent = {"compile_time": entry.compile_seconds * 1e3, "benchmark_time": entry.measure_seconds * 1e3}
+        found |= {**spent, "verification_time": 0.0, "strategy_time": 0.0, "framework_time": 0.0}
+        cache[",".join(str(config[name]) for name in knobs)] = found
+    p = space.problem
+    return json.dumps(
+        {
+            "device_name": space.target.device, "kernel_name": space.family.name,
+            "problem_size": [p.batch, p.heads, p.seqlen_q], "tune_params_keys": knobs,
+            "tune_params": {
+                knob.name: [c for c in knob.choices if any(config[knob.name] == c for config in space.entries)]
+                for knob in space.family.knobs
+            },
+            "objective": "time", "cache": cache,
+        },
+        indent=1,
+    )  # fmt: skip
 
 
 def t4_paths(out: Path) -> tuple[Path, Path]:

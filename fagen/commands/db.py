@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   fagen db diff yours theirs/tuning_db
   fagen db export --format csv --out winners.csv
   fagen db export --format t4 --run RUN --out results.json
+  fagen db export --format kernel_tuner --space benchmarks/spaces/h200_d64_causal.jsonl.xz --out cache.json
   fagen db validate
   fagen db prune --stale
 """
@@ -71,6 +72,9 @@ def _add_exchange(verb: Callable[[str, str, str], argparse.ArgumentParser]) -> N
     export.add_argument("--format", choices=tuple(FORMATS), default="json", help=f"{text} (default: json)")
     export.add_argument(
         "--run", metavar="RUN", help="export the candidates of a tuning run instead (t4): its name, folder or `latest`"
+    )
+    export.add_argument(
+        "--space", type=Path, metavar="FILE", help="export a space that fagen tune --record wrote (kernel_tuner)"
     )
     export.add_argument(
         "--out", type=Path, metavar="FILE", help="file to write (default: stdout); t4 writes its metadata beside it"
@@ -332,14 +336,27 @@ def _prune(args: argparse.Namespace) -> int:
 # ---- export ---------------------------------------------------------------------------------------------------------
 
 
+def _one_space(path: Path) -> Any:
+    from fagen.tuner import record
+
+    spaces = record.read(path)
+    if len(spaces) > 1:
+        raise UsageError(f"{path} holds {len(spaces)} spaces", "a cache of Kernel Tuner holds one")
+    return spaces[0]
+
+
 def _export(args: argparse.Namespace) -> int:
     from fagen import db_export
 
     if args.run and args.format != "t4":
         raise UsageError("--run goes with --format t4", remedy="trials.jsonl in the run's folder is JSON already")
-    records = [] if args.run else _sorted(_load().records)
+    if bool(args.space) != (args.format == "kernel_tuner"):
+        raise UsageError("--space goes with --format kernel_tuner, and no other with it")
+    records = [] if args.run or args.space else _sorted(_load().records)
     metadata = ""
-    if args.format == "t4":
+    if args.space:
+        text = db_export.kernel_tuner(_one_space(args.space))
+    elif args.format == "t4":
         text, metadata = db_export.t4_run(args.run) if args.run else db_export.t4_winners(records)
     else:
         text = db_export.as_json(records) if args.format == "json" else db_export.as_csv(records)

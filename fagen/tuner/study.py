@@ -33,7 +33,7 @@ from fagen.tuner.pool import Pool
 from fagen.tuner.progress import Progress
 from fagen.tuner.result import Options, Report, Tuned
 from fagen.tuner.rows import known_of, row_of
-from fagen.tuner.search import Search, open_storage
+from fagen.tuner.search import Search, guesses, open_storage
 from fagen.tuner.shared import Board, SharedSearch
 from fagen.tuner.workers import compile_workers
 
@@ -269,7 +269,7 @@ class _Tuner:
         for space in spaces:
             family, problem = space.family, space.problem
             incumbent = self._incumbent(problem)
-            first = [family.default(problem, self.target), *family.seeds(problem, self.target)]
+            first = guesses(family, problem, self.target, self.options.sampler)
             found += [Candidate(family.name, problem, self.target, config) for config in first]
             found += [incumbent] if incumbent else []
         return deque(dict.fromkeys(found))
@@ -316,9 +316,9 @@ class _Tuner:
         records = [r for r, _ in self._database().candidates(problem, self.target) if r.family == family.name]
         winners = [(r, _legal(r, problem, self.target)) for r in records[: NEIGHBOURS + 1]]
         exact = [config for record, config in winners if config and record.key == problem.key]
-        first = [family.default(problem, self.target), *exact, *family.seeds(problem, self.target)]
-        first += [config for _, config in winners if config]
-        first = first[:1] if self.options.cold else first
+        default, *others = guesses(family, problem, self.target, self.options.sampler)
+        near = [config for _, config in winners if config]
+        first = [default] if self.options.cold else [default, *exact, *others, *near]
         room = self.options.trials if self.options.trials is not None else seconds  # a second a candidate, about
         rival = min((k.timing.median for k in known.values() if k.timing), default=math.inf)  # of other families
         rows = [
