@@ -14,13 +14,68 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
 
 #include "table.h"  // pasted in by binding.py
 
 namespace fagen {
+
+using Overlap = void(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&);
+using ForwardOut = Tensor(FAGEN_PARAMS, bool, Tensor&);
+
+// ---- what a kernel cannot be asked --------------------------------------------------------------------------------
+
+constexpr int64_t kLongest = 1 << 29;  // rows or keys: what a kernel takes for "without bound" lies there
+constexpr double kLeast = std::numeric_limits<float>::min();  // as in fagen/arguments.py
+constexpr double kLargest = 2.3e38;
+
+bool finite(double number) { return number >= -kLargest && number <= kLargest; }
+
+// Sizes and numbers that 32 bits do not hold. Python refuses them before; a traced or a direct call is seen only here.
+void refuse_beyond_32_bits(const Call& c) {
+  static const auto refuse = handle<void(c10::string_view, c10::string_view)>("fagen::refuse");
+  for (const Tensor* t : {&c.q, &c.k, &c.v}) {
+    for (const int64_t size : t->sizes())
+      if (size > INT32_MAX) refuse.call("a size is beyond 2^31 - 1", std::to_string(size));
+  }
+  if (!finite(c.softcap) || !finite(c.scale.value_or(1)))
+    refuse.call("softcap and scale must be finite", std::to_string(c.softcap) + " " + std::to_string(c.scale.value_or(1)));
+}
+
+bool shares_no_memory(const Tensor& a, const Tensor& b) {
+  const auto span = [](const Tensor& t) {
+    int64_t last = t.numel() ? 1 : 0;
+    for (int64_t i = 0; t.numel() && i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    return std::pair(begin, begin + last * t.element_size());
+  };
+  const auto [a_begin, a_end] = span(a);
+  const auto [b_begin, b_end] = span(b);
+  return a_end <= b_begin || b_end <= a_begin;
+}
+
+// What lies in one buffer, one beside the other, Python looks at more closely.
+void refuse_overlap(const Call& c, const Tensor& out) {
+  static const auto look = handle<Overlap>("fagen::refuse_overlap");
+  const bool apart = out.is_non_overlapping_and_dense() && shares_no_memory(out, c.q) && shares_no_memory(out, c.k) &&
+                     shares_no_memory(out, c.v) && (!c.intervals || shares_no_memory(out, *c.intervals)) &&
+                     (!c.alibi_slopes || shares_no_memory(out, *c.alibi_slopes));
+  if (!apart) look.call(c.q, c.k, c.v, c.intervals, c.alibi_slopes, out);
+}
+
+// The kernel's functions, or none where PyTorch shall compute.
+Entry entry_for(const Call& c, const Tensor* out) {
+  refuse_beyond_32_bits(c);
+  if (c.scale && !(*c.scale >= kLeast)) return {};  // the kernels take the maximum before they scale
+  if (c.q.dim() == 4 && c.k.dim() == 4 && std::max(c.q.size(c.row()), c.k.size(c.row())) > kLongest) return {};
+  return find(c, out);
+}
 
 // ---- launching ------------------------------------------------------------------------------------------------------
 
@@ -60,8 +115,9 @@ fagen_params params_of(const Call& c, const Tensor& out, const Tensor* lse) {
   p.kv_heads = static_cast<int32_t>(c.k.size(c.head()));
   p.head_dim = static_cast<int32_t>(c.q.size(3));
   p.head_dim_v = static_cast<int32_t>(c.v.size(3));
-  p.window_left = static_cast<int32_t>(c.window_left);
-  p.window_right = static_cast<int32_t>(c.right());
+  // a wider band shows no more, and its sum with a row would leave 32 bits
+  p.window_left = static_cast<int32_t>(std::min<int64_t>(c.window_left, p.seqlen_k));
+  p.window_right = static_cast<int32_t>(std::min<int64_t>(c.right(), p.seqlen_q));
   p.scale = static_cast<float>(c.scale ? *c.scale : 1.0 / std::sqrt(static_cast<double>(c.q.size(3))));
   p.softcap = static_cast<float>(c.softcap);
   return p;
@@ -105,7 +161,7 @@ std::tuple<Tensor, Tensor> by_torch(const Call& c) {
 
 Tensor forward(FAGEN_PARAMS) {
   const Call c{FAGEN_ARGS};
-  const Entry entry = find(c, nullptr);
+  const Entry entry = entry_for(c, nullptr);
   if (!entry.launch) return std::get<0>(by_torch(c));
   Tensor out = new_out(c);
   launch(entry, c, out, nullptr);
@@ -114,7 +170,7 @@ Tensor forward(FAGEN_PARAMS) {
 
 std::tuple<Tensor, Tensor> forward_lse(FAGEN_PARAMS) {
   const Call c{FAGEN_ARGS};
-  const Entry entry = find(c, nullptr);
+  const Entry entry = entry_for(c, nullptr);
   if (!entry.launch) return by_torch(c);
   Tensor out = new_out(c), lse = new_lse(c);
   launch(entry, c, out, &lse);
@@ -124,7 +180,8 @@ std::tuple<Tensor, Tensor> forward_lse(FAGEN_PARAMS) {
 // Fills `out`; returns the LSE, or an empty tensor if it is not wanted.
 Tensor forward_out(FAGEN_PARAMS, bool want_lse, Tensor& out) {
   const Call c{FAGEN_ARGS};
-  const Entry entry = find(c, &out);
+  refuse_overlap(c, out);
+  const Entry entry = entry_for(c, &out);
   if (!entry.launch) {
     auto [result, lse] = by_torch(c);
     out.copy_(result);
@@ -137,29 +194,56 @@ Tensor forward_out(FAGEN_PARAMS, bool want_lse, Tensor& out) {
 
 // ---- gradients ------------------------------------------------------------------------------------------------------
 
-bool needs_grad(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& alibi_slopes) {
-  return at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad() ||
-                                        (alibi_slopes && alibi_slopes->requires_grad()));
+// Of an output, with gradients on; or of a tangent that forward mode put on an input.
+bool differentiated(const Tensor& t) {
+  return (at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
+}
+
+bool differentiated(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& alibi_slopes) {
+  return differentiated(q) || differentiated(k) || differentiated(v) || (alibi_slopes && differentiated(*alibi_slopes));
 }
 
 Tensor forward_autograd(FAGEN_PARAMS) {
   static const auto op = handle<Forward>("fagen::forward");
-  if (needs_grad(q, k, v, alibi_slopes)) return std::get<0>(by_torch(Call{FAGEN_ARGS}));
+  if (differentiated(q, k, v, alibi_slopes)) return std::get<0>(by_torch(Call{FAGEN_ARGS}));
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(FAGEN_ARGS);
 }
 
 std::tuple<Tensor, Tensor> forward_lse_autograd(FAGEN_PARAMS) {
   static const auto op = handle<ForwardLse>("fagen::forward_lse");
-  if (needs_grad(q, k, v, alibi_slopes)) return by_torch(Call{FAGEN_ARGS});
+  if (differentiated(q, k, v, alibi_slopes)) return by_torch(Call{FAGEN_ARGS});
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(FAGEN_ARGS);
 }
 
+Tensor forward_out_autograd(FAGEN_PARAMS, bool want_lse, Tensor& out) {
+  static const auto op = handle<ForwardOut>("fagen::forward_out");
+  if (differentiated(q, k, v, alibi_slopes) || differentiated(out)) {
+    auto [result, lse] = by_torch(Call{FAGEN_ARGS});
+    out.copy_(result);
+    return want_lse ? lse : at::empty({0}, lse.options());
+  }
+  const at::AutoDispatchBelowAutograd guard;
+  return op.call(FAGEN_ARGS, want_lse, out);
+}
+
+// Whoever saved `out` for a gradient must learn that it has changed.
+Tensor forward_out_in_place(FAGEN_PARAMS, bool want_lse, Tensor& out) {
+  static const auto op = handle<ForwardOut>("fagen::forward_out");
+  out.unsafeGetTensorImpl()->bump_version();
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(FAGEN_ARGS, want_lse, out);
+}
+
 // ---- from Python ----------------------------------------------------------------------------------------------------
 
-// A plain tensor: no subclass whose __torch_function__ would want to see the call.
-bool plain(PyObject* object) { return THPVariable_CheckExact(object); }
+// A plain, dense tensor: no subclass whose __torch_function__ would want to see the call.
+bool plain(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return false;
+  const Tensor& t = THPVariable_Unpack(object);
+  return t.layout() == at::kStrided && !t.is_nested() && !t.is_quantized();
+}
 
 // One that has kernels; the dispatcher would send a mixture to whichever device it ranks highest.
 bool one_device(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& a, const MaybeTensor& b) {
@@ -198,7 +282,7 @@ PyObject* fast_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
-  if (!(scale > 0)) Py_RETURN_NONE;
+  if (!(scale >= kLeast && scale <= kLargest && softcap >= 0 && softcap <= kLargest)) Py_RETURN_NONE;
   MaybeTensor intervals, alibi_slopes;
   if (args[6] != Py_None) {
     if (!plain(args[6])) Py_RETURN_NONE;
@@ -210,7 +294,7 @@ PyObject* fast_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   if (!PyBool_Check(args[10])) Py_RETURN_NONE;
   const Tensor &q = THPVariable_Unpack(args[0]), &k = THPVariable_Unpack(args[1]), &v = THPVariable_Unpack(args[2]);
-  if (!one_device(q, k, v, intervals, alibi_slopes) || needs_grad(q, k, v, alibi_slopes)) Py_RETURN_NONE;
+  if (!one_device(q, k, v, intervals, alibi_slopes) || differentiated(q, k, v, alibi_slopes)) Py_RETURN_NONE;
   if (at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
   const auto maybe_scale = args[9] == Py_None ? std::nullopt : std::optional<double>(scale);
   const bool causal = args[4] == Py_True;
@@ -257,6 +341,8 @@ TORCH_LIBRARY(fagen, m) {
   m.def("resolve(" FAGEN_SCHEMA ", Tensor? out) -> int[]");
   m.def("fallback(" FAGEN_SCHEMA ") -> (Tensor, Tensor)");
   m.def("fail(str what, str numbers) -> ()");
+  m.def("refuse(str what, str numbers) -> ()");
+  m.def("refuse_overlap(Tensor q, Tensor k, Tensor v, Tensor? intervals, Tensor? alibi_slopes, Tensor out) -> ()");
 }
 
 #define FAGEN_REGISTER(m)                     \
@@ -269,7 +355,8 @@ TORCH_LIBRARY_IMPL(fagen, CUDA, m) { FAGEN_REGISTER(m); }
 TORCH_LIBRARY_IMPL(fagen, Autograd, m) {
   m.impl("forward", &fagen::forward_autograd);
   m.impl("forward_lse", &fagen::forward_lse_autograd);
-  m.impl("forward_out", torch::CppFunction::makeFallthrough());
+  m.impl("forward_out", &fagen::forward_out_autograd);
 }
+TORCH_LIBRARY_IMPL(fagen, ADInplaceOrView, m) { m.impl("forward_out", &fagen::forward_out_in_place); }
 
 PyMODINIT_FUNC PyInit_kernel() { return PyModule_Create(&fagen::module); }
