@@ -35,7 +35,7 @@ def differentiated(*tensors: torch.Tensor | None) -> bool:
     """Whether a derivative is wanted, reverse or forward. For torch.func's own tensors the op answers that."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    if not _is_forward():
+    if not in_forward_mode():
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return any(
@@ -43,7 +43,7 @@ def differentiated(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def _is_forward() -> bool:
+def in_forward_mode() -> bool:
     """Whether dual numbers may be about: PyTorch's own attention kernels have no forward derivative."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
@@ -88,7 +88,7 @@ def _sdpa_serves(q: torch.Tensor, k: torch.Tensor, semantics: Semantics) -> bool
     if semantics.softcap or (scale is not None and not scale > 0):  # SDPA's own GPU kernels give NaN there
         return False
     square = window == (-1, 0) and q.shape[2] == k.shape[2]
-    return (window == (-1, -1) or square) and not _is_forward()
+    return (window == (-1, -1) or square) and not in_forward_mode()
 
 
 def _by_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, semantics: Semantics) -> torch.Tensor:

@@ -25,7 +25,7 @@ def sdpa(
     Obeys autocast. The output lies in memory as the query does, as PyTorch's own.
     """
     for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, torch.Tensor):
+        if not isinstance(t, torch.Tensor) or (t.layout != torch.strided and not t.is_nested):
             arguments.dense(name, t)
     if dropout_p != 0:
         dropout_p = arguments.probability("dropout_p", dropout_p)
@@ -92,6 +92,7 @@ def _why_torch(
     heads_agree = shape[1] == of_keys[1] == of_values[1]
     if shape[0] != of_keys[0] or of_keys[:3] != of_values[:3] or not (heads_agree or enable_gqa):
         return "sdpa was given tensors that broadcast"
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    wants_grad = query.requires_grad or key.requires_grad or value.requires_grad
+    if wants_grad and torch.is_grad_enabled() and not fallback.in_forward_mode():
         return fallback.NO_BACKWARD
     return ""
