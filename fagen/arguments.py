@@ -219,6 +219,8 @@ def _check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor) -> No
     if tuple(out.shape) != shape or out.dtype != q.dtype or out.device != q.device:
         have = f"it is {out.dtype} {tuple(out.shape)} on {out.device}"
         raise InvalidArgument(f"out must be {q.dtype} {shape} on {q.device}", have)
+    if not torch.compiler.is_compiling() and out.is_inference() and not torch.is_inference_mode_enabled():
+        raise InvalidArgument("out is an inference tensor, and this is not inference mode", "", "pass out.clone()")
     if out.requires_grad and torch.is_grad_enabled():
         raise InvalidArgument("out requires a gradient", "", "pass out.detach(), or no out")
 

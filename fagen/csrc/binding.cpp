@@ -35,7 +35,11 @@ constexpr int64_t kLongest = 1 << 29;  // rows or keys: what a kernel takes for 
 constexpr double kLeast = std::numeric_limits<float>::min();  // as in fagen/arguments.py
 constexpr double kLargest = 2.3e38;
 
-bool finite(double number) { return number >= -kLargest && number <= kLargest; }
+// Whether a kernel's float32 holds them, and their quotient.
+bool held(double softcap, double scale) {
+  const double least = std::max(kLeast, std::abs(scale) / kLargest);
+  return std::abs(scale) <= kLargest && (softcap == 0 || (softcap >= least && softcap <= kLargest));
+}
 
 // Sizes and numbers that 32 bits do not hold. Python refuses them before; a traced or a direct call is seen only here.
 void refuse_beyond_32_bits(const Call& c) {
@@ -44,8 +48,8 @@ void refuse_beyond_32_bits(const Call& c) {
     for (const int64_t size : t->sizes())
       if (size > INT32_MAX) refuse.call("a size is beyond 2^31 - 1", std::to_string(size));
   }
-  if (!finite(c.softcap) || !finite(c.scale.value_or(1)))
-    refuse.call("softcap and scale must be finite", std::to_string(c.softcap) + " " + std::to_string(c.scale.value_or(1)));
+  if (!held(c.softcap, c.scale.value_or(1)))
+    refuse.call("softcap and scale must be finite and of float32's range, softcap not negative", "");
 }
 
 bool shares_no_memory(const Tensor& a, const Tensor& b) {
@@ -282,7 +286,7 @@ PyObject* fast_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
-  if (!(scale >= kLeast && scale <= kLargest && softcap >= 0 && softcap <= kLargest)) Py_RETURN_NONE;
+  if (!(scale >= kLeast) || !held(softcap, scale)) Py_RETURN_NONE;
   MaybeTensor intervals, alibi_slopes;
   if (args[6] != Py_None) {
     if (!plain(args[6])) Py_RETURN_NONE;
