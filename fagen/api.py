@@ -87,6 +87,8 @@ def _attention(
         "alibi_slopes": alibi_slopes, "scale": scale,
     }  # fmt: skip
     reason = _refusal(q, k, v, alibi_slopes, scale)
+    if reason:
+        fallback.warn(reason)
     if reason or not _ops_ready():
         return _without_ops(q, k, v, options, return_lse, out, reason)
     args = (q, k, v, intervals, alibi_slopes, layout == "bhsd", causal, *window, softcap, scale)
@@ -264,8 +266,6 @@ def _without_ops(
     plain = not torch.compiler.is_compiling() and all(_has_memory(t) for t in (*tensors.values(), out) if t is not None)
     if plain and out is not None:
         arguments.refuse_overlap(out, **tensors)
-    if reason:
-        fallback.warn(reason)
     found = resolve(q, k, v, out=out, **options) if plain and not reason else None
     if found is None:
         value, lse = fallback.attend(q, k, v, want_lse=return_lse, **options)
@@ -274,12 +274,12 @@ def _without_ops(
     layout = options["layout"]
     row, head = (1, 2) if layout == "bshd" else (2, 1)
     result = q.new_empty((*q.shape[:3], v.shape[3])) if out is None else out
-    lse = q.new_empty((q.shape[0], q.shape[head], q.shape[row]), dtype=torch.float32) if return_lse else None
+    rows_lse = q.new_empty((q.shape[0], q.shape[head], q.shape[row]), dtype=torch.float32) if return_lse else None
     names = ("intervals", "alibi_slopes", "window", "scale", "softcap")
     if out is not None:
         torch.autograd.graph.increment_version(out)
-    found.launch(q, k, v, result, lse, layout=layout, **{name: options[name] for name in names})
-    return (result, lse) if return_lse else result
+    found.launch(q, k, v, result, rows_lse, layout=layout, **{name: options[name] for name in names})
+    return (result, rows_lse) if return_lse else result
 
 
 def _has_memory(t: torch.Tensor) -> bool:

@@ -33,14 +33,13 @@ def warn(reason: str) -> None:
 
 def differentiated(*tensors: torch.Tensor | None) -> bool:
     """Whether a derivative is wanted, reverse or forward. For torch.func's own tensors the op answers that."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    some = [t for t in tensors if isinstance(t, torch.Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in some):
         return True
     if not in_forward_mode():
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return any(
-        t is not None and not wrapped(t) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
+    return any(not wrapped(t) and forward_ad.unpack_dual(t).tangent is not None for t in some)
 
 
 def in_forward_mode() -> bool:

@@ -3,8 +3,8 @@
 A record keeps the hash of the source that was verified and timed. When today's templates make another source of the
 same config, that source was never seen to be right on this device. Before it serves a first call it is verified as
 the tuner does it, on small shapes and at the call's own size; the verdict is kept in the cache, by source and device,
-so that it costs a machine a second once. A kernel that is wrong, or that took its process along, is not tried again. Nothing is verified where
-nothing may be compiled, or while a CUDA graph is being captured.
+so that it costs a machine a second once. A kernel that is wrong, or that took its process along, is not tried again.
+Nothing is verified where nothing may be compiled, or while a CUDA graph is being captured.
 """
 
 from __future__ import annotations

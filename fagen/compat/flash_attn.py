@@ -29,15 +29,15 @@ def flash_attn_func(
     if dropout_p != 0 and arguments.probability("dropout_p", dropout_p) > 0:
         raise UnsupportedProblem("dropout is not supported", f"dropout_p={dropout_p}", "pass dropout_p=0.0")
     want_probs = arguments.flag("return_attn_probs", return_attn_probs)
-    # PyTorch's own attention adds up gradients in any order, but it knows no LSE: asked for one, `fallback` goes without
+    # PyTorch's own attention adds up gradients in any order, but has no LSE: asked for one, `fallback` does without it
     same_bits = arguments.flag("deterministic", deterministic) and fallback.differentiated(q, k, v, alibi_slopes)
     result = api.attention(
         q, k, v, causal=causal, window=_window(window_size), softcap=softcap, alibi_slopes=alibi_slopes,
         scale=softmax_scale, return_lse=want_probs or same_bits,
     )  # fmt: skip
-    if want_probs:
-        return (*result, None)
-    return result[0] if same_bits else result
+    if isinstance(result, torch.Tensor):
+        return result
+    return (*result, None) if want_probs else result[0]
 
 
 def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:

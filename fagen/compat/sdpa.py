@@ -27,6 +27,7 @@ def sdpa(
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, torch.Tensor) or (t.layout != torch.strided and not t.is_nested):
             arguments.dense(name, t)
+    is_causal = arguments.flag("is_causal", is_causal)
     if dropout_p != 0:
         dropout_p = arguments.probability("dropout_p", dropout_p)
     reason = _why_torch(query, key, value, attn_mask, dropout_p, enable_gqa)

@@ -26,7 +26,8 @@
 
 namespace fagen {
 
-using Overlap = void(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&);
+using Overlap = void(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&,
+                     const Tensor&);
 using ForwardOut = Tensor(FAGEN_PARAMS, bool, Tensor&);
 
 // ---- what a kernel cannot be asked --------------------------------------------------------------------------------

@@ -91,9 +91,7 @@ def test_a_call_of_the_op_itself_is_refused_too() -> None:
     buffer, case = packed()
     assert binding.load() is not None
     with pytest.raises(InvalidArgument, match="out shares memory with v"):
-        torch.ops.fagen.forward_out(
-            case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, case.v
-        )
+        torch.ops.fagen.forward_out(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, case.v)
 
 
 def addresses(t: torch.Tensor) -> list[int]:
@@ -108,7 +106,10 @@ def test_overlap_is_what_a_list_of_all_addresses_says() -> None:
     for _ in range(2000):
         pair = []
         for _ in range(2):
-            sizes, strides = [draw.choice((1, 2, 3, 4)) for _ in range(3)], [draw.choice((0, 1, 2, 3, 4, 8, 12)) for _ in "abc"]
+            sizes, strides = (
+                [draw.choice((1, 2, 3, 4)) for _ in range(3)],
+                [draw.choice((0, 1, 2, 3, 4, 8, 12)) for _ in "abc"],
+            )
             flat = memory if draw.random() < 0.7 else memory.view(torch.int16)
             pair.append(flat.as_strided(sizes, strides, draw.randrange(60)))
         want = not set(addresses(pair[0])).isdisjoint(addresses(pair[1]))
