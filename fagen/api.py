@@ -22,6 +22,7 @@ _DTYPES = {getattr(torch, theirs): ours for ours, theirs in TORCH_DTYPES.items()
 _LONGEST = 1 << 29  # rows or keys: what a kernel takes for "without bound" lies there
 
 _fast: Callable[..., Any] | None = None  # the C++ road, once it is loaded
+_fast_sdpa: Callable[..., Any] | None = None
 
 
 def attention(
@@ -56,8 +57,8 @@ def attention(
 
     Derivatives, forward and reverse, are PyTorch's. A row that sees no key gives 0, and -inf in lse.
     """
-    if not torch.compiler.is_compiling() and _fast is not None and out is None:
-        answer = _fast(q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse)
+    if not torch.compiler.is_compiling() and _fast is not None:
+        answer = _fast(q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out)
         if answer is not None:
             return answer
     return _attention(q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out)
@@ -102,10 +103,11 @@ def _attention(
 
 def _ops_ready() -> bool:
     """Whether the ops are registered; makes them so if that can be. torch.compile runs this while it traces."""
-    global _fast
+    global _fast, _fast_sdpa
     if _fast is None:
         module = binding.load()
-        _fast = module.attention if module is not None else None
+        if module is not None:
+            _fast, _fast_sdpa = module.attention, module.sdpa
     return _fast is not None
 
 

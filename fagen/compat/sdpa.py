@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from fagen import arguments, fallback
-from fagen.api import attention
+from fagen import api, arguments, fallback
 
 
 def sdpa(
@@ -24,8 +23,9 @@ def sdpa(
 
     Obeys autocast. The output lies in memory as the query does, as PyTorch's own.
     """
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, torch.Tensor) or (t.layout != torch.strided and not t.is_nested):
+    named = (("query", query), ("key", key), ("value", value))
+    if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
+        for name, t in named:
             arguments.dense(name, t)
     is_causal = arguments.flag("is_causal", is_causal)
     if dropout_p != 0:
@@ -38,21 +38,35 @@ def sdpa(
         )
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (_autocast(t) for t in (query, key, value))
-    rows, keys = query.shape[2], key.shape[2]
-    how: dict[str, Any] = {"scale": scale}
-    if not is_causal or rows == keys:
-        how["causal"] = is_causal
-    else:
+    rows, keys, right = query.shape[2], key.shape[2], None
+    if is_causal and rows != keys:
         if rows < keys:  # top-left: no row sees a key behind the last row
             key, value = key[:, :, :rows], value[:, :, :rows]
         # the diagonal that starts top-left lies this far right of the one that ends bottom-right
-        how["window"] = (None, max(0, rows - keys))
-    batches, heads, apart = query.stride()[:3]
-    if batches >= heads >= apart:
-        return attention(query, key, value, layout="bhsd", **how)  # type: ignore[return-value]
+        right, is_causal = max(0, rows - keys), False
+    if api._fast_sdpa is not None and not torch.compiler.is_compiling():
+        answer: torch.Tensor | None = api._fast_sdpa(
+            query, key, value, "bhsd", is_causal, (None, right), None, 0.0, None, scale, False, None
+        )
+        if answer is not None:
+            return answer
+    for name, t in named:
+        arguments.dense(name, t)
+    return _in_order(query, key, value, causal=is_causal, window=(None, right), scale=scale)
+
+
+def _in_order(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
+    """With batches, heads and rows one inside the other in memory as the query's are; an expanded query's, as named."""
+    strides = query.stride()[:3]
+    batches, heads, rows = strides
+    if batches >= heads >= rows:
+        return api.attention(query, key, value, layout="bhsd", **how)  # type: ignore[return-value]
     tensors = (t.transpose(1, 2) for t in (query, key, value))
-    result = attention(*tensors, **how).transpose(1, 2)  # type: ignore[union-attr]
-    return result if batches >= apart >= heads else _in_order_of(query, result)
+    result = api.attention(*tensors, **how).transpose(1, 2)  # type: ignore[union-attr]
+    if batches >= rows >= heads:
+        return result
+    order = sorted(range(3), key=lambda i: -strides[i]) if 0 not in strides else [0, 1, 2]
+    return result.permute(*order, 3).contiguous().permute(*(order.index(i) for i in range(3)), 3)
 
 
 def _autocast(t: torch.Tensor) -> torch.Tensor:
@@ -60,13 +74,6 @@ def _autocast(t: torch.Tensor) -> torch.Tensor:
     if not t.dtype.is_floating_point or t.dtype == torch.float64:
         return t
     return t.to(torch.get_autocast_dtype(t.device.type))
-
-
-def _in_order_of(query: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """Batches, heads and rows one inside the other in memory as the query's are; in their order if it is expanded."""
-    strides = query.stride()
-    order = sorted(range(3), key=lambda i: -strides[i]) if 0 not in strides[:3] else [0, 1, 2]
-    return result.permute(*order, 3).contiguous().permute(*(order.index(i) for i in range(3)), 3)
 
 
 def _why_torch(

@@ -10,7 +10,9 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
@@ -38,17 +40,17 @@ constexpr double kLargest = 2.3e38;
 
 // Whether a kernel's float32 holds them, and their quotient.
 bool held(double softcap, double scale) {
-  const double least = std::max(kLeast, std::abs(scale) / kLargest);
-  return std::abs(scale) <= kLargest && (softcap == 0 || (softcap >= least && softcap <= kLargest));
+  if (softcap == 0) return std::abs(scale) <= kLargest;
+  return softcap >= std::max(kLeast, std::abs(scale) / kLargest) && std::max(softcap, std::abs(scale)) <= kLargest;
 }
 
 // Sizes and numbers that 32 bits do not hold. Python refuses them before; a traced or a direct call is seen only here.
 void refuse_beyond_32_bits(const Call& c) {
   static const auto refuse = handle<void(c10::string_view, c10::string_view)>("fagen::refuse");
-  for (const Tensor* t : {&c.q, &c.k, &c.v}) {
-    for (const int64_t size : t->sizes())
-      if (size > INT32_MAX) refuse.call("a size is beyond 2^31 - 1", std::to_string(size));
-  }
+  int64_t bits = 0;  // of all sizes
+  for (const Tensor* t : {&c.q, &c.k, &c.v})
+    for (const int64_t size : t->sizes()) bits |= size;
+  if (bits > INT32_MAX) refuse.call("a size is beyond 2^31 - 1", "");
   if (!held(c.softcap, c.scale.value_or(1)))
     refuse.call("softcap and scale must be finite and of float32's range, softcap not negative", "");
 }
@@ -199,13 +201,14 @@ Tensor forward_out(FAGEN_PARAMS, bool want_lse, Tensor& out) {
 
 // ---- gradients ------------------------------------------------------------------------------------------------------
 
-// Of an output, with gradients on; or of a tangent that forward mode put on an input.
-bool differentiated(const Tensor& t) {
-  return (at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
-}
-
-bool differentiated(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& alibi_slopes) {
-  return differentiated(q) || differentiated(k) || differentiated(v) || (alibi_slopes && differentiated(*alibi_slopes));
+// Whether a gradient is wanted of the output, or forward mode put a tangent on an input.
+bool differentiated(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& alibi_slopes,
+                    const Tensor* out = nullptr) {
+  const bool grad = at::GradMode::is_enabled();
+  const auto wanted = [grad](const Tensor& t) {
+    return (grad && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
+  };
+  return wanted(q) || wanted(k) || wanted(v) || (alibi_slopes && wanted(*alibi_slopes)) || (out && wanted(*out));
 }
 
 Tensor forward_autograd(FAGEN_PARAMS) {
@@ -224,7 +227,7 @@ std::tuple<Tensor, Tensor> forward_lse_autograd(FAGEN_PARAMS) {
 
 Tensor forward_out_autograd(FAGEN_PARAMS, bool want_lse, Tensor& out) {
   static const auto op = handle<ForwardOut>("fagen::forward_out");
-  if (differentiated(q, k, v, alibi_slopes) || differentiated(out)) {
+  if (differentiated(q, k, v, alibi_slopes, &out)) {
     auto [result, lse] = by_torch(Call{FAGEN_ARGS});
     out.copy_(result);
     return want_lse ? lse : at::empty({0}, lse.options());
@@ -271,13 +274,77 @@ bool number(PyObject* object, double& value) {
   return false;
 }
 
-// attention(q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse) of the usual kind;
-// None for everything else, which the caller then handles at leisure.
-PyObject* fast_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// An output of sdpa lies in memory as its query does: batches, heads and rows one inside the other in the same order.
+// None where the query is expanded, or torch.func's, whose outputs are no memory of their own.
+std::optional<Tensor> out_like_query(const Tensor& q, const Tensor& v) {
+  if (q.dim() != 4 || v.dim() != 4) return std::nullopt;
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return std::nullopt;
+  std::array<int64_t, 4> sizes = {q.size(0), q.size(1), q.size(2), v.size(3)}, strides = {0, 0, 0, 1};
+  std::array<int, 3> order = {0, 1, 2};
+  std::stable_sort(order.begin(), order.end(), [&q](int a, int b) { return q.stride(a) < q.stride(b); });
+  int64_t reach = sizes[3];
+  for (const int i : order) {
+    if (q.stride(i) == 0) return std::nullopt;
+    strides[i] = reach;
+    reach *= sizes[i];
+  }
+  return at::empty_strided(sizes, strides, q.options());
+}
+
+bool maybe_tensor(PyObject* object, MaybeTensor& t) {
+  if (object == Py_None) return true;
+  if (!plain(object)) return false;
+  t = THPVariable_Unpack(object);
+  return true;
+}
+
+bool may_be_filled(const Tensor& out, const Tensor& q) {
+  return out.device() == q.device() && (!out.is_inference() || c10::InferenceMode::is_enabled());
+}
+
+PyObject* pair(Tensor&& a, Tensor&& b) {
+  THPObjectPtr first(THPVariable_Wrap(std::move(a))), second(THPVariable_Wrap(std::move(b)));
+  return PyTuple_Pack(2, first.get(), second.get());
+}
+
+// The call with its GIL released, by the op that fits what is wanted back.
+PyObject* answer(const Call& c, bool want_lse) {
+  static const auto op = handle<Forward>("fagen::forward");
+  static const auto op_lse = handle<ForwardLse>("fagen::forward_lse");
+  if (want_lse) {
+    std::tuple<Tensor, Tensor> both;
+    {
+      const pybind11::gil_scoped_release release;
+      both = op_lse.call(FAGEN_FIELDS(c));
+    }
+    return pair(std::move(std::get<0>(both)), std::move(std::get<1>(both)));
+  }
+  Tensor out;
+  {
+    const pybind11::gil_scoped_release release;
+    out = op.call(FAGEN_FIELDS(c));
+  }
+  return THPVariable_Wrap(std::move(out));
+}
+
+PyObject* answer_into(const Call& c, bool want_lse, Tensor out) {
+  static const auto op = handle<ForwardOut>("fagen::forward_out");
+  Tensor lse;
+  {
+    const pybind11::gil_scoped_release release;
+    lse = op.call(FAGEN_FIELDS(c), want_lse, out);
+  }
+  return want_lse ? pair(std::move(out), std::move(lse)) : THPVariable_Wrap(std::move(out));
+}
+
+// attention(q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out) of the usual
+// kind; None for everything else, which the caller then handles at leisure. `like_query`: the output lies in memory as
+// q does.
+PyObject* fast_call(PyObject* const* args, Py_ssize_t count, bool like_query) {
   HANDLE_TH_ERRORS
-  if (count != 11 || !plain(args[0]) || !plain(args[1]) || !plain(args[2])) Py_RETURN_NONE;
-  const bool bhsd = PyUnicode_Check(args[3]) && PyUnicode_CompareWithASCIIString(args[3], "bhsd") == 0;
-  if (!bhsd && !(PyUnicode_Check(args[3]) && PyUnicode_CompareWithASCIIString(args[3], "bshd") == 0)) Py_RETURN_NONE;
+  if (count != 12 || !plain(args[0]) || !plain(args[1]) || !plain(args[2]) || !PyUnicode_Check(args[3])) Py_RETURN_NONE;
+  const bool bhsd = PyUnicode_CompareWithASCIIString(args[3], "bhsd") == 0;
+  if (!bhsd && PyUnicode_CompareWithASCIIString(args[3], "bshd") != 0) Py_RETURN_NONE;
   if (!PyBool_Check(args[4]) || !PyTuple_CheckExact(args[5]) || PyTuple_GET_SIZE(args[5]) != 2) Py_RETURN_NONE;
   int64_t left = -1, right = -1;
   if (!window_bound(PyTuple_GET_ITEM(args[5], 0), left) || !window_bound(PyTuple_GET_ITEM(args[5], 1), right))
@@ -289,40 +356,25 @@ PyObject* fast_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   if (!(scale >= kLeast) || !held(softcap, scale)) Py_RETURN_NONE;
   MaybeTensor intervals, alibi_slopes;
-  if (args[6] != Py_None) {
-    if (!plain(args[6])) Py_RETURN_NONE;
-    intervals = THPVariable_Unpack(args[6]);
-  }
-  if (args[8] != Py_None) {
-    if (!plain(args[8])) Py_RETURN_NONE;
-    alibi_slopes = THPVariable_Unpack(args[8]);
-  }
-  if (!PyBool_Check(args[10])) Py_RETURN_NONE;
+  if (!maybe_tensor(args[6], intervals) || !maybe_tensor(args[8], alibi_slopes)) Py_RETURN_NONE;
+  if (!PyBool_Check(args[10]) || (args[11] != Py_None && !plain(args[11]))) Py_RETURN_NONE;
   const Tensor &q = THPVariable_Unpack(args[0]), &k = THPVariable_Unpack(args[1]), &v = THPVariable_Unpack(args[2]);
-  if (!one_device(q, k, v, intervals, alibi_slopes) || differentiated(q, k, v, alibi_slopes)) Py_RETURN_NONE;
-  if (at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
+  const Tensor* out = args[11] == Py_None ? nullptr : &THPVariable_Unpack(args[11]);
+  if (!one_device(q, k, v, intervals, alibi_slopes) || differentiated(q, k, v, alibi_slopes, out)) Py_RETURN_NONE;
+  if ((out && !may_be_filled(*out, q)) || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
   const auto maybe_scale = args[9] == Py_None ? std::nullopt : std::optional<double>(scale);
-  const bool causal = args[4] == Py_True;
-  if (args[10] == Py_True) {
-    static const auto op = handle<ForwardLse>("fagen::forward_lse");
-    std::tuple<Tensor, Tensor> both;
-    {
-      const pybind11::gil_scoped_release release;
-      both = op.call(q, k, v, intervals, alibi_slopes, bhsd, causal, left, right, softcap, maybe_scale);
-    }
-    THPObjectPtr out(THPVariable_Wrap(std::move(std::get<0>(both)))),
-        lse(THPVariable_Wrap(std::move(std::get<1>(both))));
-    return PyTuple_Pack(2, out.get(), lse.get());
-  }
-  static const auto op = handle<Forward>("fagen::forward");
-  Tensor out;
-  {
-    const pybind11::gil_scoped_release release;
-    out = op.call(q, k, v, intervals, alibi_slopes, bhsd, causal, left, right, softcap, maybe_scale);
-  }
-  return THPVariable_Wrap(std::move(out));
+  const Call call{q, k, v, intervals, alibi_slopes, bhsd, args[4] == Py_True, left, right, softcap, maybe_scale};
+  if (out) return answer_into(call, args[10] == Py_True, *out);
+  const bool as_named = q.dim() == 4 && q.stride(0) >= q.stride(1) && q.stride(1) >= q.stride(2);
+  if (!like_query || as_named) return answer(call, args[10] == Py_True);
+  auto room = out_like_query(q, v);
+  if (!room) Py_RETURN_NONE;
+  return answer_into(call, args[10] == Py_True, std::move(*room));
   END_HANDLE_TH_ERRORS
 }
+
+PyObject* fast_attention(PyObject*, PyObject* const* args, Py_ssize_t count) { return fast_call(args, count, false); }
+PyObject* fast_sdpa(PyObject*, PyObject* const* args, Py_ssize_t count) { return fast_call(args, count, true); }
 
 PyObject* forget_all(PyObject*, PyObject*) {
   forget();
@@ -331,6 +383,7 @@ PyObject* forget_all(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {
     {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast_attention)), METH_FASTCALL, nullptr},
+    {"sdpa", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast_sdpa)), METH_FASTCALL, nullptr},
     {"forget", forget_all, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

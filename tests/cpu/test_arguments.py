@@ -305,6 +305,17 @@ def test_dropout_is_a_probability(call: Callable, value: Any) -> None:
         call(*[torch.zeros(1, 2, 2, 16)] * 3, dropout_p=value)
 
 
+def test_lazily_negated_tensors_count_as_what_they_are(road: dict) -> None:
+    """Their memory holds the opposite: it must not be read as it is."""
+    case = example()
+    negated = torch.complex(torch.zeros_like(case.k), case.k).conj().imag
+    assert negated.is_neg()
+    want = attend(Case(case.q, -case.k, case.v, {}), **road)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(fagen.attention(case.q, negated, case.v, **road), want, atol=1e-5, rtol=1e-5)
+
+
 # ---- sizes that 32 bits do not hold -------------------------------------------------------------------------------
 
 HUGE = 2**31

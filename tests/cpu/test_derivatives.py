@@ -24,6 +24,7 @@ def _roads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param == "ctypes":
         monkeypatch.setattr(api, "_ops_ready", lambda: False)
         monkeypatch.setattr(api, "_fast", None)
+        monkeypatch.setattr(api, "_fast_sdpa", None)
 
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
