@@ -1,4 +1,4 @@
-"""Builds and loads the C++ ops once, and answers what they ask of Python: resolve, fallback, fail."""
+"""Builds and loads the C++ ops once, and answers what they ask of Python: resolve, fallback, fail, refuse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen import build, env
-from fagen.errors import BuildError, FagenError, LaunchError
+from fagen.errors import BuildError, FagenError, InvalidArgument, LaunchError
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,8 @@ def _register() -> None:
     library.impl("resolve", _resolve, "CompositeExplicitAutograd")
     library.impl("fallback", _fallback, "CompositeImplicitAutograd")
     library.impl("fail", _fail, "CompositeExplicitAutograd")
+    library.impl("refuse", _refuse, "CompositeExplicitAutograd")
+    library.impl("refuse_overlap", _refuse_overlap, "CompositeExplicitAutograd")
     _libraries.append(library)
     for name, fake in (("forward", _fake), ("forward_lse", _fake_lse), ("forward_out", _fake_out)):
         torch.library.register_fake(f"fagen::{name}", fake)
@@ -107,6 +109,16 @@ def _register() -> None:
 
 def _fail(what: str, numbers: str) -> None:
     raise LaunchError(what, numbers)
+
+
+def _refuse(what: str, numbers: str) -> None:
+    raise InvalidArgument(what, numbers)
+
+
+def _refuse_overlap(q: Any, k: Any, v: Any, intervals: Any, alibi_slopes: Any, out: torch.Tensor) -> None:
+    from fagen import arguments
+
+    arguments.refuse_overlap(out, q=q, k=k, v=v, intervals=intervals, alibi_slopes=alibi_slopes)
 
 
 _Args = tuple[Any, ...]

@@ -18,10 +18,17 @@ class FagenError(Exception):
         return type(self), (self.what, self.numbers, self.remedy)
 
 
-class InvalidArgument(FagenError, ValueError):
-    """A call's arguments contradict each other or fall outside what attention is defined for."""
+class InvalidArgument(FagenError, ValueError, RuntimeError):
+    """A call's arguments contradict each other or fall outside what attention is defined for.
+
+    Also a RuntimeError, which is what PyTorch's own attention raises.
+    """
 
     exit_code = 2
+
+
+class InvalidType(InvalidArgument, TypeError):
+    """An argument is not of the kind that is asked for: a list instead of a tensor, a word instead of a number."""
 
 
 class UsageError(FagenError):

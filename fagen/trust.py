@@ -2,9 +2,9 @@
 
 A record keeps the hash of the source that was verified and timed. When today's templates make another source of the
 same config, that source was never seen to be right on this device. Before it serves a first call it is verified as
-the tuner does it, on small shapes; the verdict is kept in the cache, by source and device, so that it costs a machine
-a second once. A kernel that is wrong, or that took its process along, is not tried again. Nothing is verified where
-nothing may be compiled, or while a CUDA graph is being captured.
+the tuner does it, on small shapes and at the call's own size; the verdict is kept in the cache, by source and device,
+so that it costs a machine a second once. A kernel that is wrong, or that took its process along, is not tried again.
+Nothing is verified where nothing may be compiled, or while a CUDA graph is being captured.
 """
 
 from __future__ import annotations
@@ -211,23 +211,28 @@ def _of_device(error: Exception) -> bool:
 
 
 def compare(kernel: Any, problem: Problem, target: Target) -> tuple[float, str]:
-    """The largest error, and what is wrong, if anything. Leaves the caller's random numbers and modes as they were."""
+    """The largest error, and what is wrong, if anything, by the tuner's own checks.
+
+    Leaves the caller's random numbers and modes as they were.
+    """
     import torch
 
-    from fagen import measure
-    from fagen.tuner.checks import check_problems
+    from fagen.tuner import checks
 
-    where, worst = "cuda" if target.is_gpu else "cpu", 0.0
-    problems = check_problems(problem, target)
+    where = checks.where(target)
+
+    def own() -> Any:
+        try:
+            return checks.make_inputs(problem, where, False)
+        except torch.OutOfMemoryError:  # the caller's own tensors leave no room: the small sizes have to do
+            return None
+
     with torch.no_grad(), torch.autocast(where, enabled=False), torch.device("cpu"):
-        for small in problems:
-            inputs = measure.make_inputs(small, where, seed=1, varied=small is not problems[-1])
-            measure.launcher(kernel, inputs, lse=True)()
-            verdict = measure.check(inputs)
-            worst = max(worst, verdict.error)
-            if not verdict:
-                return worst, f"wrong at {small.size_key}: {verdict.message}"
-    return worst, ""
+        try:
+            error, message = checks.verify(kernel, problem, target, own)
+        except checks.Damage as damage:
+            error, message = 0.0, str(damage)
+    return error, f"wrong at {message}" if message else ""
 
 
 @contextlib.contextmanager
