@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import time
@@ -20,22 +19,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fagen.errors import FagenError, MissingTool, UsageError
+from fagen.errors import FagenError
 from fagen.families import Config
-from fagen.tuner import resumed
+from fagen.tuner import address, resumed
 from fagen.tuner.search import Search
 
 if TYPE_CHECKING:
     import optuna
-    from sqlalchemy.engine import URL
 
-CONNECT_SECONDS = 10
 EVERY = 1.0  # seconds between looks at what the others did
 GRACE = 60.0  # seconds without a beat after which an owner counts as dead
 _PATIENCE = (1.0, 2.0, 4.0, 8.0)  # seconds between tries to reach a database that was there before
-_DRIVERS = ("psycopg", "psycopg2", "pg8000")  # for PostgreSQL, the first that is installed
-_HARMLESS = ("host", "port", "user", "dbname", "service", "sslmode", "connect_timeout", "application_name")
-_DRIVER_REMEDY = "pip install 'fagen[postgres]'"
 
 T = TypeVar("T")
 
@@ -60,10 +54,10 @@ class Board:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.owner, self.grace = owner, grace
-        address, connect = _address(url)
-        self.shown, self._secrets = _shown(address), _secrets(address)
+        where, connect = address.parse(url)
+        self.shown, self._secrets = address.shown(where), address.secrets(where)
         options: dict[str, Any] = {"connect_args": connect, "pool_pre_ping": True}
-        self._engine = sql.create_engine(address, **options)
+        self._engine = sql.create_engine(where, **options)
         text = sql.Text
         self._table = sql.Table(
             "fagen_candidates", sql.MetaData(), sql.Column("id", sql.String(64), primary_key=True),
@@ -76,7 +70,7 @@ class Board:
         except sql.exc.SQLAlchemyError as error:
             raise self._unreachable(error) from error
         self.storage: optuna.storages.BaseStorage = self._made(
-            lambda: optuna.storages.RDBStorage(address.render_as_string(hide_password=False), engine_kwargs=options)
+            lambda: optuna.storages.RDBStorage(where.render_as_string(hide_password=False), engine_kwargs=options)
         )
         self._made(lambda: self._table.metadata.create_all(self._engine))
 
@@ -354,58 +348,3 @@ class SharedSearch(Search):
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _address(url: str) -> tuple[URL, dict[str, Any]]:
-    """The URL with a driver that is installed, and how to connect quickly or not at all."""
-    from sqlalchemy import exc
-    from sqlalchemy.engine import make_url
-
-    try:
-        address = make_url(url)
-        kind, _, driver = address.drivername.partition("+")
-        if kind in ("postgresql", "postgres"):
-            driver = driver or next((name for name in _DRIVERS if importlib.util.find_spec(name)), "")
-            if not driver:
-                what = f"no PostgreSQL driver is installed ({', '.join(_DRIVERS)})"
-                raise MissingTool("--storage needs a driver for its database", what, _DRIVER_REMEDY)
-            address = address.set(drivername=f"postgresql+{driver}")
-        address.get_dialect().import_dbapi()
-    except exc.NoSuchModuleError as error:
-        raise UsageError(
-            f"--storage: unknown kind of database {address.drivername!r}", "known: postgresql, sqlite"
-        ) from error
-    except (exc.ArgumentError, ValueError) as error:
-        what = f"--storage {_hidden(url)} is no URL of a database"
-        raise UsageError(what, remedy="one is like postgresql://user:password@host/database") from error
-    except ImportError as error:
-        raise MissingTool(f"--storage needs a driver for {address.drivername}", str(error), _DRIVER_REMEDY) from error
-    utf8 = {"client_encoding": "utf8"}  # whatever the database was made with
-    how: dict[str, dict[str, Any]] = {
-        "psycopg": {"connect_timeout": CONNECT_SECONDS, **utf8},
-        "psycopg2": {"connect_timeout": CONNECT_SECONDS, **utf8},
-        "pg8000": {"timeout": CONNECT_SECONDS},
-        "pysqlite": {"timeout": CONNECT_SECONDS},
-    }
-    return address, how.get(address.get_driver_name(), {})
-
-
-def _shown(address: URL) -> str:
-    """With the settings that are known to hold no secret, and the names of the others."""
-    query = {name: value if name in _HARMLESS else "***" for name, value in address.query.items()}
-    return address.set(query=query).render_as_string(hide_password=True).replace("%2A", "*")
-
-
-def _secrets(address: URL) -> list[str]:
-    """What an error of a driver may repeat, and a person must not see; the longest first."""
-    found = [str(address.password or "")]
-    for name, value in address.query.items():
-        if name not in _HARMLESS:
-            found += [value] if isinstance(value, str) else value
-    return sorted(filter(None, found), key=len, reverse=True)
-
-
-def _hidden(url: str) -> str:
-    """No more than its kind of what may be a URL: where a password stands in the rest is not known."""
-    kind, mark, _ = url.partition("://")
-    return f"{kind}://***" if mark and kind.replace("+", "").isalnum() else "***"

@@ -16,7 +16,7 @@ from fagen.errors import FagenError, MissingTool, UsageError
 from fagen.families import Config
 from fagen.space import enumerate_space
 from fagen.target import host
-from fagen.tuner import shared, study
+from fagen.tuner import address, shared, study
 from fagen.tuner.result import Options
 from fagen.tuner.shared import Board, SharedSearch
 
@@ -330,7 +330,7 @@ def test_of_a_storages_url_only_what_is_no_secret_is_shown():
     from sqlalchemy.engine import make_url
 
     url = "postgresql://me:hush1@there:5/x?host=a&host=b&sslmode=require&password=hush2&passfile=/hush3&options=-hush4"
-    shown = shared._shown(make_url(url))
+    shown = address.shown(make_url(url))
     assert "hush" not in shown
     for part in ("me:***@there:5/x", "host=a&host=b", "sslmode=require", "password=***", "passfile=***", "options=***"):
         assert part in shown
