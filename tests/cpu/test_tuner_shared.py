@@ -16,7 +16,7 @@ from fagen.errors import FagenError, MissingTool, UsageError
 from fagen.families import Config
 from fagen.space import enumerate_space
 from fagen.target import host
-from fagen.tuner import address, shared, study
+from fagen.tuner import address, study
 from fagen.tuner.result import Options
 from fagen.tuner.shared import Board, SharedSearch
 
