@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor> forward_lse_autograd(FAGEN_PARAMS) {
 Tensor forward_out_autograd(FAGEN_PARAMS, bool want_lse, Tensor& out) {
   static const auto op = handle<ForwardOut>("fagen::forward_out");
   if (differentiated(q, k, v, alibi_slopes, &out)) {
-    auto [result, lse] = by_torch(Call{FAGEN_ARGS});
+    auto [result, lse] = by_torch(Call{FAGEN_ARGS}, want_lse);
     out.copy_(result);
     return want_lse ? lse : at::empty({0}, lse.options());
   }

@@ -183,7 +183,7 @@ def test_a_family_gets_what_was_tuned_for_it(tmp_path, monkeypatch):
         if value != default[knob.name]
         and not family.rejects(problem, target, family.config({**default, knob.name: value}))
     )
-    put([Record(problem, "sm_90", target.device, family.name, tuned, 1e-3, 1e-6, 2e-3, 0.0, "x")])
+    put([Record(problem, "sm_90", target.device, family.name, tuned, 1e-3, 1e-6, 2e-3, 0.0, "0a54")])
     words = "--target sm_90 --head-dim 96 --mask causal --heads 3 --family sm80_forward"
     assert run_emit(tmp_path / "a", words)["config"] == tuned
     assert run_emit(tmp_path / "b", f"{words} --config default")["config"] == default
@@ -197,14 +197,14 @@ def test_the_command_makes_the_same_kernel_when_records_and_defaults_have_change
     monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
     (problem, target), family = _problem_for("cpu"), _family()
     default = dict(family.default(problem, target))
-    put([Record(problem, "cpu", target.device, family.name, default, 1e-3, 1e-6, 1e-3, 0.0, "x")])
+    put([Record(problem, "cpu", target.device, family.name, default, 1e-3, 1e-6, 1e-3, 0.0, "0a54")])
     first = run_emit(tmp_path / "a", "--target cpu --dtype fp32 --head-dim 48-32")
     assert "tuned on" in first["provenance"]
     assert first["config"] == default
 
     name, value = next((k.name, c) for k in family.knobs for c in k.choices if _legal(default, k.name, c))
     other = family.config({**default, name: value})
-    put([Record(problem, "cpu", target.device, family.name, dict(other), 5e-4, 1e-6, 1e-3, 0.0, "x")])
+    put([Record(problem, "cpu", target.device, family.name, dict(other), 5e-4, 1e-6, 1e-3, 0.0, "0a54")])
     changed = dataclasses.replace(family, default=lambda problem, target: other)
     everyone = tuple(changed if f.name == family.name else f for f in families.all_families())
     monkeypatch.setattr(families, "all_families", lambda: everyone)

@@ -257,7 +257,7 @@ def test_a_budget_ends_the_search(calm):
 
 def test_the_default_is_measured_first_whichever_is_built_first(fake):
     default = FAMILY.default(PROBLEM, host())
-    built = Result("ok", artifact=Artifact(fake / "kernel.so", "key", "hash"))
+    built = Result("ok", artifact=Artifact(fake / "kernel.so", "key", "0a54"))
     with Pool(
         host(), fake / "log", workers=1, seed=0, compile_timeout=60, run_timeout=2
     ) as pool:  # fmt: skip
