@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fagen
-from fagen import binding, fallback, verify
+from fagen import api, binding, fallback, verify
 from fagen.errors import UnsupportedProblem
 from fagen.verify import Semantics
 
@@ -134,8 +134,13 @@ ORDERS = {
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("order", ORDERS)
-def test_sdpa_keeps_the_querys_layout(order: str, causal: bool) -> None:
+@pytest.mark.parametrize("road", ["ops", "ctypes"])
+def test_sdpa_keeps_the_querys_layout(order: str, causal: bool, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what follows may view it as PyTorch's own: back in the query's order it is contiguous."""
+    if road == "ctypes":
+        monkeypatch.setattr(api, "_ops_ready", lambda: False)
+        monkeypatch.setattr(api, "_fast", None)
+        monkeypatch.setattr(api, "_fast_sdpa", None)
     back = ORDERS[order]
     sizes = (2, 4, 33, 16)
     q = torch.randn(*(sizes[i] for i in back), 16).permute(*(back.index(i) for i in range(3)), 3)
