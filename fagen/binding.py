@@ -1,4 +1,4 @@
-"""Builds and loads the C++ ops once, and answers what they ask of Python: resolve, fallback, fail.
+"""Builds and loads the C++ ops once, and answers what they ask of Python: resolve, fallback, fail, refuse.
 
 Building them takes some 20 s. A call does not wait for that: `ready` starts it beside the calls, which go through
 ctypes until the ops are there.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen import background, build, db, env
-from fagen.errors import BuildError, FagenError, LaunchError
+from fagen.errors import BuildError, FagenError, InvalidArgument, LaunchError
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ _libraries: list[Any] = []  # torch unregisters what is collected
 
 
 def _after_fork() -> None:
-    """Another thread of the parent may have held the lock, or have been about to load."""
+    """In the child: a thread of the parent may have held the lock, or have been about to load."""
     global _lock, _begun
     _lock, _begun = threading.RLock(), False
 
@@ -118,11 +118,7 @@ def _load_beside() -> None:
 
 
 def _build() -> Artifact:
-    this = job()
-    found = build.find(this)
-    if found is None and env.build_mode() != "never":
-        say("compiling the PyTorch binding (about 20 s, once)")
-    return found or build.make(this)
+    return build.make(job(), tell=lambda: say("compiling the PyTorch binding (about 20 s, once)"))
 
 
 def say(text: str) -> None:
@@ -156,6 +152,8 @@ def _register() -> None:
     library.impl("resolve", _resolve, "CompositeExplicitAutograd")
     library.impl("fallback", _fallback, "CompositeImplicitAutograd")
     library.impl("fail", _fail, "CompositeExplicitAutograd")
+    library.impl("refuse", _refuse, "CompositeExplicitAutograd")
+    library.impl("refuse_overlap", _refuse_overlap, "CompositeExplicitAutograd")
     _libraries.append(library)
     for name, fake in (("forward", _fake), ("forward_lse", _fake_lse), ("forward_out", _fake_out)):
         torch.library.register_fake(f"fagen::{name}", fake)
@@ -163,6 +161,16 @@ def _register() -> None:
 
 def _fail(what: str, numbers: str) -> None:
     raise LaunchError(what, numbers)
+
+
+def _refuse(what: str, numbers: str) -> None:
+    raise InvalidArgument(what, numbers)
+
+
+def _refuse_overlap(q: Any, k: Any, v: Any, intervals: Any, alibi_slopes: Any, out: torch.Tensor) -> None:
+    from fagen import arguments
+
+    arguments.refuse_overlap(out, q=q, k=k, v=v, intervals=intervals, alibi_slopes=alibi_slopes)
 
 
 _Args = tuple[Any, ...]

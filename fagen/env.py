@@ -42,8 +42,15 @@ def build_mode() -> str:
     return "never" if flag("FAGEN_DISABLE_JIT") else word
 
 
+def forbidden() -> tuple[str, str]:
+    """The setting that keeps calls from compiling, and the one that lets a command do it."""
+    if flag("FAGEN_DISABLE_JIT"):
+        return "FAGEN_DISABLE_JIT", "FAGEN_DISABLE_JIT=0"
+    return f"FAGEN_BUILD={build_mode()}", "FAGEN_BUILD=wait"
+
+
 def cache_dir() -> Path:
-    return Path(get("FAGEN_CACHE_DIR") or platformdirs.user_cache_dir("fagen"))
+    return Path(get("FAGEN_CACHE_DIR") or platformdirs.user_cache_dir("fagen")).absolute()
 
 
 def user_db_dir() -> Path:

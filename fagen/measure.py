@@ -197,8 +197,8 @@ def check(inputs: dict[str, Any], *, lse: bool = True) -> verify.Verdict:
     )  # fmt: skip
 
 
-def check_sample(inputs: dict[str, Any], seed: int = 0) -> verify.Verdict:
-    """Whether `out` is right in a few heads and blocks of rows, the first and the last among them.
+def check_sample(inputs: dict[str, Any], seed: int = 0, *, lse: bool = False) -> verify.Verdict:
+    """Whether `out` (and `lse`, if asked) is right in a few heads and blocks of rows, first and last among them.
 
     For sizes at which to check all of it would take longer than to time it.
     """
@@ -219,7 +219,8 @@ def check_sample(inputs: dict[str, Any], seed: int = 0) -> verify.Verdict:
         if intervals is not None:
             intervals = intervals[mine[0], shared] if intervals.shape[1] > 1 else intervals[mine[0]]
         verdict = verify.check(
-            inputs["out"][mine], None, inputs["q"][mine], inputs["k"][theirs], inputs["v"][theirs],
+            inputs["out"][mine], inputs["lse"][mine[0], mine[2]] if lse else None,
+            inputs["q"][mine], inputs["k"][theirs], inputs["v"][theirs],
             inputs["semantics"], intervals=intervals, alibi=None if alibi is None else alibi[mine[0], mine[2]],
             layout=inputs["layout"], rows=slices,
         )  # fmt: skip

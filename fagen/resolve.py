@@ -64,12 +64,11 @@ def built(family: Family, problem: Problem, target: Target, config: Config) -> K
     found = _kernels.get(key)
     if found is None:
         job = build.job(family, problem, target, config)
-        artifact = build.find(job)
-        if artifact is None:
-            if env.build_mode() != "never":
-                binding.say(f"compiling {job.name} (about {build.expected_seconds(family, target):.0f} s, once)")
-            artifact = build.make(job)
-        found = _kernels[key] = kernel.load(artifact, family, problem, config)
+
+        def tell() -> None:
+            binding.say(f"compiling {job.name} (about {build.expected_seconds(family, target):.0f} s, once)")
+
+        found = _kernels[key] = kernel.load(build.make(job, tell=tell), family, problem, config)
     return found
 
 

@@ -2,9 +2,9 @@
 
 A record keeps the hash of the source that was verified and timed. When today's templates make another source of the
 same config, that source was never seen to be right on this device. Before it serves a first call it is verified as
-the tuner does it, on small shapes; the verdict is kept in the cache, by source and device, so that it costs a machine
-a second once. A kernel that is wrong, or that took its process along, is not tried again. Nothing is verified where
-nothing may be compiled, or while a CUDA graph is being captured.
+the tuner does it, on small shapes and at the call's own size; the verdict is kept in the cache, by source and device,
+so that it costs a machine a second once. A kernel that is wrong, or that took its process along, is not tried again.
+Nothing is verified where nothing may be compiled, or while a CUDA graph is being captured.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen import env
-from fagen.errors import BuildError, FagenError, LaunchError, UsageError
+from fagen import cachedir, env, flags
+from fagen.errors import BuildError, CacheError, FagenError, LaunchError, UsageError
 
 if TYPE_CHECKING:
     from fagen.db import Record
@@ -35,6 +35,15 @@ _LOCK_SECONDS = 60.0
 _hashes: dict[tuple[Any, ...], str] = {}
 _verdicts: dict[Path, Verdict] = {}  # of this process
 _one_at_a_time = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In the child: a thread of the parent may have held the lock."""
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
@@ -95,8 +104,9 @@ def judge(
     path = env.cache_dir() / "verified" / f"{today}-{_slug(target)}.json"
     found = _verdicts.get(path) or _read(path)
     if found is None and (word == KNOWN or env.build_mode() == "never"):
-        remedy = "fagen build verifies it ahead"
-        return Trust("refused", f"{changed} and was not verified; FAGEN_BUILD forbids to do it now; {remedy}")
+        forbids, allow = env.forbidden()
+        remedy = f"this verifies it ahead: {allow} {flags.build_command(problem, target.arch)}"
+        return Trust("refused", f"{changed} and was not verified; {forbids} forbids to do it now; {remedy}")
     if found is None and (not check or not device_is_ready(target)):
         return Trust("unverified", f"{changed}; its first use verifies it")
     if found is None:
@@ -201,23 +211,30 @@ def _of_device(error: Exception) -> bool:
 
 
 def compare(kernel: Any, problem: Problem, target: Target) -> tuple[float, str]:
-    """The largest error, and what is wrong, if anything. Leaves the caller's random numbers and modes as they were."""
+    """The largest error, and what is wrong, if anything, by the tuner's own checks.
+
+    Leaves the caller's random numbers and modes as they were.
+    """
     import torch
 
-    from fagen import measure
-    from fagen.tuner.checks import check_problems
+    from fagen.tuner import checks
 
-    where, worst = "cuda" if target.is_gpu else "cpu", 0.0
-    problems = check_problems(problem, target)
-    with torch.no_grad(), torch.autocast(where, enabled=False), torch.device("cpu"):
-        for small in problems:
-            inputs = measure.make_inputs(small, where, seed=1, varied=small is not problems[-1])
-            measure.launcher(kernel, inputs, lse=True)()
-            verdict = measure.check(inputs)
-            worst = max(worst, verdict.error)
-            if not verdict:
-                return worst, f"wrong at {small.size_key}: {verdict.message}"
-    return worst, ""
+    where = checks.where(target)
+
+    def own() -> Any:
+        try:
+            return checks.make_inputs(problem, where, False)
+        except torch.OutOfMemoryError:  # the caller's own tensors leave no room: the small sizes have to do
+            return None
+
+    # views of inference mode do not know the memory around them, which is what the guards look at
+    tracked = torch.inference_mode(False)
+    with tracked, torch.no_grad(), torch.autocast(where, enabled=False), torch.device("cpu"):
+        try:
+            error, message = checks.verify(kernel, problem, target, own)
+        except checks.Damage as damage:
+            error, message = 0.0, str(damage)
+    return error, f"wrong at {message}" if message else ""
 
 
 @contextlib.contextmanager
@@ -227,13 +244,13 @@ def _alone(path: Path) -> Iterator[bool]:
 
     lock = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path.with_suffix(".lock"))
+        cachedir.folder(path.parent.name)
+        lock = filelock.FileLock(path.with_suffix(".lock"), mode=0o600)
         lock.acquire(timeout=_LOCK_SECONDS)
     except filelock.Timeout:
         yield False
         return
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError, CacheError):
         lock = None
     try:
         yield True
@@ -248,10 +265,14 @@ def _begun(path: Path) -> Path:
 
 
 def _read(path: Path) -> Verdict | None:
+    """A verdict that another user could have written is none."""
     try:
+        cachedir.guard_root()
+        cachedir.guard(path.parent, folder=True)
+        cachedir.guard(path)
         fields = json.loads(path.read_bytes())
         return Verdict(bool(fields["ok"]), str(fields["reason"]), float(fields["error"]), str(fields["date"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, CacheError):
         return None
 
 
@@ -265,8 +286,5 @@ def _keep(path: Path, found: Verdict, lasts: bool) -> Verdict:
 
 def _write(path: Path, fields: dict[str, Any]) -> None:
     """Whole or not at all; a cache that cannot be written only costs the next process a second."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(fields))
-        os.replace(temporary, path)
+    with contextlib.suppress(OSError, CacheError):
+        cachedir.write(cachedir.folder(path.parent.name) / path.name, json.dumps(fields).encode())

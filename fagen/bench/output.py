@@ -27,7 +27,9 @@ def add_flags(
     clock.add_argument(
         "--min-time", type=seconds, default=least, metavar="S", help=f"seconds a {of}, at least (default: {least})"
     )
-    clock.add_argument("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
+    clock.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the inputs, and of random rows (default: 0)"
+    )
     out = parser.add_argument_group("results")
     out.add_argument("--out", type=Path, metavar="FILE", help=f"everything, as JSON; written anew after each {of}")
     out.add_argument("--markdown", type=Path, metavar="FILE")

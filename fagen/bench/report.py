@@ -10,27 +10,41 @@ from typing import Any
 from fagen.bench.peers import OURS, PEERS
 
 Result = dict[str, Any]
+_MOST_BEHIND = 12  # rows that are named
 NOT_OURS = "*"  # behind a figure of ours that PyTorch computed
 
 
-def speed(tflops: float) -> str:
-    """Three digits of a GPU's figures, two of a slow CPU's."""
-    return f"{tflops:.{0 if tflops >= 100 else 1 if tflops >= 10 else 2 if tflops >= 1 else 3}f}"
+def digits(value: float) -> str:
+    """Three digits."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
-def rates(sample: Result) -> str:
+def on_cpu(result: Result) -> bool:
+    return result.get("arch") == "cpu"
+
+
+def _flops(tflops: float, cpu: bool) -> str:
+    return digits(tflops * 1e3 if cpu else tflops)
+
+
+def _unit(cpu: bool) -> str:
+    return "GFLOP/s" if cpu else "TFLOP/s"
+
+
+def rates(sample: Result, cpu: bool = False) -> str:
     """The machine's, and the state it was in."""
     state = [f"{value:.0f} {name}" for name, value in sample.items() if name not in ("when", "tflops", "gbps")]
-    return ", ".join([f"{speed(sample['tflops'])} TFLOP/s", f"{sample['gbps']:.0f} GB/s", *state])
+    return ", ".join([f"{_flops(sample['tflops'], cpu)} {_unit(cpu)}", f"{sample['gbps']:.0f} GB/s", *state])
 
 
-def _cell(row: Result, name: str) -> str:
-    """TFLOP/s, or GB/s of a row that memory bounds."""
+def _cell(row: Result, name: str, cpu: bool = False) -> str:
+    """FLOP/s, or GB/s of a row that memory bounds; with its spread on a CPU, which others use as well."""
     facts = row["participants"].get(name, {})
     if "tflops" not in facts:
         return facts.get("outcome", "–") if facts.get("outcome") == "wrong" or name == OURS else "–"
     mark = NOT_OURS if name == OURS and row["choice"].get("served_by") == "torch" else ""
-    return speed(facts["gbps" if row["bound"] == "memory" else "tflops"]) + mark
+    found = digits(facts["gbps"]) if row["bound"] == "memory" else _flops(facts["tflops"], cpu)
+    return found + (f" ±{facts['spread'] / facts['seconds']:.0%}" if cpu else "") + mark
 
 
 def ratio(value: float | None) -> str:
@@ -42,29 +56,30 @@ def participants(result: Result) -> list[str]:
     return [OURS, *(name for name, facts in result["peers"].items() if not facts["absent"])]
 
 
-UNITS = {"compute": "TFLOP/s", "memory": "GB/s, memory-bound"}
+BOUNDS = ("compute", "memory")
 
 
 def lines(result: Result, bound: str) -> list[tuple[str, ...]]:
     """The head and a line a row of a bound: name, speed of each participant, ratio to the best peer, share of limit."""
-    names = participants(result)
-    found: list[tuple[str, ...]] = [(UNITS[bound], *names, "ratio", "of limit")]
+    names, cpu = participants(result), on_cpu(result)
+    unit = _unit(cpu) if bound == "compute" else "GB/s, memory-bound"
+    found: list[tuple[str, ...]] = [(unit, *names, "ratio", "of limit")]
     for row in result["rows"]:
         if row["bound"] == bound:
             share = row["participants"][OURS].get("share")
-            cells = [_cell(row, name) for name in names]
+            cells = [_cell(row, name, cpu) for name in names]
             found.append((row["name"], *cells, ratio(row["ratio"]), f"{share:.0%}" if share else "–"))
     return found
 
 
 def _by_bound(result: Result) -> list[list[tuple[str, ...]]]:
-    return [found for bound in UNITS if len(found := lines(result, bound)) > 1]
+    return [found for bound in BOUNDS if len(found := lines(result, bound)) > 1]
 
 
-def line(row: Result, names: list[str]) -> str:
+def line(row: Result, names: list[str], cpu: bool = False) -> str:
     """A row while the run goes on."""
-    cells = "  ".join(f"{name} {_cell(row, name)}" for name in names)
-    unit = " GB/s" if row["bound"] == "memory" else ""
+    cells = "  ".join(f"{name} {_cell(row, name, cpu)}" for name in names)
+    unit = " GB/s" if row["bound"] == "memory" else " GFLOP/s" if cpu else ""
     return f"{row['name']:<44}  {cells}{unit}  {ratio(row['ratio'])}"
 
 
@@ -84,13 +99,14 @@ def closing(result: Result) -> list[str]:
     """The figures that sum a run up, and what kept others out of it."""
     found, summary = [], result["summary"]
     if summary["geometric_mean"]:
-        worst = summary["worst"]
-        found.append(
-            f"ours / best peer: geometric mean {ratio(summary['geometric_mean'])} over {summary['compared']} rows, "
-            f"ahead on {summary['ahead']}, worst {ratio(worst['ratio'])} ({worst['name']})"
-        )
+        found.append(f"ours / best peer: {_ratios(summary)}")
+    rest = summary.get("without_split_keys")
+    if rest and rest["geometric_mean"]:
+        found.append(f"of these, rows with blocks enough for all SMs, or few keys: {_ratios(rest)}")
+    if summary.get("behind"):
+        found.append(_behind(result["rows"], summary["behind"]))
     if result["limit"]["samples"]:
-        found.append(limit(result["limit"]))
+        found.append(limit(result["limit"], on_cpu(result)))
     if summary["ours_by_torch"]:
         found.append(f"{NOT_OURS} no kernel of ours, PyTorch computed: {', '.join(summary['ours_by_torch'])}")
     for row in result["rows"]:
@@ -100,11 +116,31 @@ def closing(result: Result) -> list[str]:
     return found + _eager(result["rows"]) + absent(result["peers"])
 
 
-def limit(found: Result) -> str:
+def _ratios(summary: Result) -> str:
+    worst = summary["worst"]
+    return (
+        f"geometric mean {ratio(summary['geometric_mean'])} over {summary['compared']} rows, "
+        f"ahead on {summary['ahead']}, worst {ratio(worst['ratio'])} ({worst['name']})"
+    )
+
+
+def _behind(rows: list[Result], names: list[str]) -> str:
+    """The worst first; ^ where few rows have many keys."""
+    by_name = {row["name"]: row for row in rows}
+    found = []
+    for name in names[:_MOST_BEHIND]:
+        row = by_name[name]
+        found.append(f"{name}{'^' if row.get('needs_split_keys') else ''} {ratio(row['ratio'])} ({row['best_peer']})")
+    more = f", and {len(names) - _MOST_BEHIND} more" if len(names) > _MOST_BEHIND else ""
+    mark = "; ^ few blocks of rows on many keys" if any("^" in text for text in found) else ""
+    return f"behind: {', '.join(found)}{more}{mark}"
+
+
+def limit(found: Result, cpu: bool = False) -> str:
     """The machine's own rates in the course of the run."""
-    product = ", ".join(speed(sample["tflops"]) for sample in found["samples"])
+    product = ", ".join(_flops(sample["tflops"], cpu) for sample in found["samples"])
     copies = ", ".join(f"{sample['gbps']:.0f}" for sample in found["samples"] if "gbps" in sample)
-    return f"limit: {found['what']}, {product} TFLOP/s; copies, {copies} GB/s; in the course of the run"
+    return f"limit: {found['what']}, {product} {_unit(cpu)}; copies, {copies} GB/s; in the course of the run"
 
 
 def _eager(rows: list[Result]) -> list[str]:
@@ -161,7 +197,7 @@ def _bold(row: tuple[str, ...], count: int) -> tuple[str, ...]:
     """The fastest of a row stands out."""
 
     def value(text: str) -> float:
-        return float(text.rstrip(NOT_OURS)) if text[0].isdigit() else 0.0
+        return float(text.rstrip(NOT_OURS).split(" ")[0]) if text[0].isdigit() else 0.0
 
     best = max(map(value, row[1 : 1 + count]))
     cells = [f"**{c}**" if value(c) == best > 0 else c.replace(NOT_OURS, "\\" + NOT_OURS) for c in row[1 : 1 + count]]

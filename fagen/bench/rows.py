@@ -38,6 +38,17 @@ def of_problem(problem: Problem) -> Row:
     return Row(key, problem, problem.static_key.removeprefix("forward/"))
 
 
+_TILE_ROWS, _MANY_KEYS = 128, 512
+
+
+def needs_split_keys(problem: Problem, target: Target) -> bool:
+    """Whether fewer blocks of rows than SMs have many keys each: SMs are idle unless several share a block's keys."""
+    p = problem
+    blocks = -(-p.seqlen_q // _TILE_ROWS) * p.heads * p.batch
+    keys = min(p.seqlen_k, p.window_left + _TILE_ROWS) if p.window_left >= 0 else p.seqlen_k
+    return target.is_gpu and blocks < target.units and keys >= _MANY_KEYS
+
+
 def make_inputs(row: Row, where: Target | str, seed: int = 0) -> Inputs:
     """Random q, k and v, an `out` full of NaN, and the row's own intervals."""
     import torch

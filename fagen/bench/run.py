@@ -91,7 +91,7 @@ def time_row(
     result: Result = {
         "name": row.name, "series": row.series, "length": row.problem.seqlen_q, "problem": row.problem.to_dict(),
         "key": row.problem.key, "flops": flops, "bytes": rows.least_bytes(row), "input_sets": count,
-        "participants": {},
+        "needs_split_keys": rows.needs_split_keys(row.problem, target), "participants": {},
     }  # fmt: skip
     result["choice"] = _choice(row, sets[0], target, held)
     calls = {}
@@ -250,16 +250,27 @@ def compared(participants: Mapping[str, Result], among: set[str] | None = None) 
 
 
 def summary(found: list[Result]) -> Result:
-    ratios = {result["name"]: result["ratio"] for result in found if result["ratio"]}
-    worst = min(ratios, key=lambda name: ratios[name], default=None)
+    whole = [result for result in found if not result.get("needs_split_keys")]
     return {
         "rows": len(found),
+        **_ratios(found),
+        "without_split_keys": _ratios(whole) if len(whole) < len(found) else None,
+        "ours_not_ok": [r["name"] for r in found if r["participants"][OURS]["outcome"] != "ok"],
+        "ours_by_torch": [r["name"] for r in found if r["choice"].get("served_by") == "torch"],
+    }
+
+
+def _ratios(found: list[Result]) -> Result:
+    """Of the rows that have a peer; those where it is the faster one, the worst first."""
+    ratios = {result["name"]: result["ratio"] for result in found if result["ratio"]}
+    behind = sorted((name for name in ratios if ratios[name] < 1), key=lambda name: ratios[name])
+    worst = min(ratios, key=lambda name: ratios[name], default=None)
+    return {
         "compared": len(ratios),
         "ahead": sum(ratio > 1 for ratio in ratios.values()),
         "geometric_mean": statistics.geometric_mean(ratios.values()) if ratios else None,
         "worst": {"name": worst, "ratio": ratios[worst]} if worst else None,
-        "ours_not_ok": [r["name"] for r in found if r["participants"][OURS]["outcome"] != "ok"],
-        "ours_by_torch": [r["name"] for r in found if r["choice"].get("served_by") == "torch"],
+        "behind": behind,
     }
 
 

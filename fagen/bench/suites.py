@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fagen.bench import random_rows
 from fagen.bench.rows import Row, of_problem
 from fagen.problem import Problem
 from fagen.target import Target
@@ -16,6 +17,7 @@ SUITES = {
     "peers": "the head_dim grid at three lengths, eight models' layers, a cross-attention: 39 rows",
     "models": "the layers of well-known models at several lengths",
     "masks": "window, packed documents, prefix LM at 16k",
+    "random": "60 problems drawn by --seed, that nobody tuned",
     "small": "a small suite, for a CPU",
 }
 _MASKS = {"full": "none", "causal": "causal"}  # of a row's name: of a problem
@@ -55,9 +57,11 @@ PREFIX = 4096
 _SHAPE: dict[str, Any] = {"heads": 16, "head_dim": 128}  # of the mask rows
 
 
-def suite(name: str, target: Target) -> list[Row]:
+def suite(name: str, target: Target, seed: int = 0) -> list[Row]:
     if name == "small":
         return _small(target)
+    if name == "random":
+        return random_rows.suite(seed)
     return {"peers": _peers, "models": _models, "masks": _masks}[name]()
 
 

@@ -20,6 +20,7 @@ _EXAMPLES = """examples:
   fagen bench --suite peers,masks --peers cudnn,fa3,fa4 --fa3 lib/_C.so --fa4 lib/fa4 --out bench.json --plot bench.svg
   fagen bench --head-dim 128 --mask causal --seqlen 4k,16k --heads 32 --kv-heads 8 --peers none
   fagen bench --suite peers --filter 'd64 causal' --markdown bench.md
+  fagen bench --suite random --seed 7              60 problems that nobody tuned
   fagen bench --out new.json --compare old.json    exit code 1 where a row fell by more than the noise
 """
 
@@ -29,7 +30,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     parser = cliutil.add_verb(subparsers, "bench", about, _EXAMPLES)
     what = parser.add_argument_group("rows")
     what.add_argument(
-        "--suite", metavar="S", help="peers, models, masks, small, or several (default: peers; small on a CPU)"
+        "--suite", metavar="S", help="peers, models, masks, random, small, or several (default: peers; small on a CPU)"
     )
     what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
     cliutil.add_problem_flags(parser)
@@ -80,12 +81,13 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
     from fagen.bench import rows, suites
 
     problems = cliutil.problems_from(args, target)
+    cliutil.require_memory(problems, target, int((args.target or "").partition(":")[2] or 0))
     words = args.suite.split(",") if args.suite else [] if problems else [suites.default(target)]
     found: list[Row] = []
     for word in words:
         if word not in suites.SUITES:
             raise UsageError(f"suite {word!r} is unknown", f"known: {', '.join(suites.SUITES)}")
-        found += suites.suite(word, target)
+        found += suites.suite(word, target, args.seed)
     found += [rows.of_problem(problem) for problem in problems]
     try:
         wanted = re.compile(args.filter or "")
@@ -125,15 +127,17 @@ def _measure(
         cliutil.say(text)
     ahead.build(chosen, target, cliutil.say, args.family)
 
+    cpu = report.on_cpu(result)
+
     def on_row(row: dict[str, Any]) -> None:
         result["rows"].append(row)
         result["summary"] = run.summary(result["rows"])
-        cliutil.say(f"{len(result['rows']):>3}/{len(chosen)}  {report.line(row, report.participants(result))}")
+        cliutil.say(f"{len(result['rows']):>3}/{len(chosen)}  {report.line(row, report.participants(result), cpu)}")
         output.save(args.out, result)  # a run that is cut off keeps what it had
 
     def on_sample(sample: dict[str, Any]) -> None:
         result["limit"]["samples"].append(sample)
-        cliutil.say(f"limit    {report.rates(sample)}")
+        cliutil.say(f"limit    {report.rates(sample, cpu)}")
         if sample.get("throttled"):
             cliutil.say(f"note     {sample['throttled']}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ _EXAMPLES = """examples:
   fagen db diff yours theirs/tuning_db
   fagen db export --format csv --out winners.csv
   fagen db export --format t4 --run RUN --out results.json
+  fagen db export --format kernel_tuner --space benchmarks/spaces/h200_d64_causal.jsonl.xz --out cache.json
   fagen db validate
   fagen db prune --stale
   fagen db portfolio d128/causal --times RUN SPACE.jsonl.xz --within 1%
@@ -71,7 +73,12 @@ def _add_exchange(verb: Callable[[str, str, str], argparse.ArgumentParser]) -> N
     export = verb("export", "winners for other programs", "export --format csv --out winners.csv")
     text = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
     export.add_argument("--format", choices=tuple(FORMATS), default="json", help=f"{text} (default: json)")
-    export.add_argument("--run", type=Path, metavar="RUN", help="export the candidates of a tuning run instead (t4)")
+    export.add_argument(
+        "--run", metavar="RUN", help="export the candidates of a tuning run instead (t4): its name, folder or `latest`"
+    )
+    export.add_argument(
+        "--space", type=Path, metavar="FILE", help="export a space that fagen tune --record wrote (kernel_tuner)"
+    )
     export.add_argument(
         "--out", type=Path, metavar="FILE", help="file to write (default: stdout); t4 writes its metadata beside it"
     )
@@ -85,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
     return verbs[args.db_verb](args)
 
 
-def _load() -> Any:
+def _load(paths: list[Path] | None = None) -> Any:
     from fagen.db import Database
 
-    database = Database.load()
+    database = Database.load(paths)
     for warning in database.warnings:
         cliutil.say(f"warning: {warning}")
     return database
@@ -110,9 +117,17 @@ def _list(args: argparse.Namespace) -> int:
     if args.json:
         cliutil.emit_json([{**full(r), "origin": str(database.origin(r))} for r in records])
         return 0
+    rows = [("arch", "device", "family", "time", "gain", "whose", "problem")] if records else []
     for r in records:
         gain = f"{r.speedup:.2f}x" if r.speedup else "-"
-        cliutil.say(f"{r.arch:<7}{r.device:<18} {r.seconds * 1e3:9.3f} ms {gain:>6}  {_where(database, r):<8}{r.key}")
+        time = f"{r.seconds * 1e3:.3f} ms"
+        rows.append((r.arch, r.device, r.family, time, gain, _where(database, r), r.key))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            text.rjust(w) if i in (3, 4) else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        cliutil.say("  ".join(cells).rstrip())
     cliutil.say(f"{len(records)} winners" + ("" if records else "; fagen tune makes some"))
     return 0
 
@@ -130,6 +145,9 @@ def _show(args: argparse.Namespace) -> int:
         cliutil.say(f"  config   {r.family}: {' '.join(f'{k}={v}' for k, v in r.config.items())}")
         gain = f", {r.speedup:.2f}x the default ({r.default_seconds * 1e3:.4g} ms)" if r.speedup else ""
         cliutil.say(f"  time     {r.seconds * 1e3:.4g} ms +- {r.spread / r.seconds:.1%}{gain}")
+        if r.torch_seconds:
+            ratio = f"{r.torch_seconds / r.seconds:.2f}x the winner's time"
+            cliutil.say(f"  PyTorch  {r.torch_seconds * 1e3:.4g} ms, {ratio}")
         state, why = audit.state(r)
         cliutil.say(f"  error    {r.error:.2g}, {r.trials} candidates, {r.date}")
         cliutil.say(f"  source   {state}: {why or r.source_hash}")
@@ -171,8 +189,8 @@ def _files(paths: list[Path]) -> list[Path]:
 
     found: list[Path] = []
     for path in paths:
-        below = db.files(path) if path.is_dir() else [path]
-        if not below or not path.exists():
+        below = db.files(path) if os.path.isdir(path) else [path] if os.path.lexists(path) else []
+        if not below:
             raise UsageError(f"{path} holds no database file", "expected FILE.json, or a folder with ARCH/DEVICE.json")
         found += below
     return found
@@ -228,10 +246,10 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _side(word: str) -> list[Any]:
     """The records of a file, of a folder, or of one of the two in use."""
-    from fagen.db import Database, default_paths
+    from fagen.db import default_paths
 
-    if word in ("yours", "shipped") and not Path(word).exists():
-        return Database.load([default_paths()[word == "yours"]]).records
+    if word in ("yours", "shipped") and not os.path.lexists(word):
+        return _load([default_paths()[word == "yours"]]).records
     return _read([Path(word)])[0]
 
 
@@ -321,14 +339,27 @@ def _prune(args: argparse.Namespace) -> int:
 # ---- export ---------------------------------------------------------------------------------------------------------
 
 
+def _one_space(path: Path) -> Any:
+    from fagen.tuner import record
+
+    spaces = record.read(path)
+    if len(spaces) > 1:
+        raise UsageError(f"{path} holds {len(spaces)} spaces", "a cache of Kernel Tuner holds one")
+    return spaces[0]
+
+
 def _export(args: argparse.Namespace) -> int:
     from fagen import db_export
 
     if args.run and args.format != "t4":
         raise UsageError("--run goes with --format t4", remedy="trials.jsonl in the run's folder is JSON already")
-    records = [] if args.run else _sorted(_load().records)
+    if bool(args.space) != (args.format == "kernel_tuner"):
+        raise UsageError("--space goes with --format kernel_tuner, and no other with it")
+    records = [] if args.run or args.space else _sorted(_load().records)
     metadata = ""
-    if args.format == "t4":
+    if args.space:
+        text = db_export.kernel_tuner(_one_space(args.space))
+    elif args.format == "t4":
         text, metadata = db_export.t4_run(args.run) if args.run else db_export.t4_winners(records)
     else:
         text = db_export.as_json(records) if args.format == "json" else db_export.as_csv(records)
@@ -337,9 +368,9 @@ def _export(args: argparse.Namespace) -> int:
         return 0
     out, beside = db_export.t4_paths(args.out) if metadata else (args.out, None)
     try:
-        out.write_text(text + "\n")
+        out.write_text(text + "\n", encoding="utf-8")
         if beside is not None:
-            beside.write_text(metadata + "\n")
+            beside.write_text(metadata + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{out} cannot be written", str(error)) from error
     cliutil.say(f"written: {out}" + (f" and {beside}" if beside else ""))

@@ -119,7 +119,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(problems, target, args.family, fixed, args.json)
     devices = chosen or (int((name or "").partition(":")[2] or 0),)
-    return _tune(problems, _present(name, target), devices, fixed, begun, args)
+    target = _present(name, target)
+    cliutil.require_memory(problems, target, devices[0])
+    return _tune(problems, target, devices, fixed, begun, args)
 
 
 def resuming(words: list[str], run: Path) -> str:
@@ -216,6 +218,8 @@ def _simulate(args: argparse.Namespace) -> int:
     """Replay, show, and compare with what is expected."""
     from fagen.tuner import record, simulate
 
+    if args.storage:  # a password in it would stand in the command that --json repeats
+        raise UsageError("--storage is of a search, and a simulation runs none", remedy="drop --storage")
     if args.expect:
         simulate.expectation(args.expect)  # before minutes are spent
     spaces = [space for path in args.simulate for space in record.read(path)]

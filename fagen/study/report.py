@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from fagen.bench.report import aligned, limit, markdown_table, speed
+from fagen.bench.report import aligned, digits, limit, markdown_table
 
 Result = dict[str, Any]
 _SIGNS = {"cannot": "–", "same": "=", "failed": "failed", "wrong": "wrong"}
@@ -35,9 +35,16 @@ def lines(result: Result, title: str, problems: list[Result]) -> list[tuple[str,
     return found
 
 
+def speed(tflops: float) -> str:
+    """Three digits of a GPU's figures, two of a slow CPU's."""
+    return digits(tflops) if tflops >= 1 else f"{tflops:.3f}"
+
+
 def _cell(facts: Result) -> str:
     outcome: str = facts.get("outcome", "cannot")
-    return speed(facts["tflops"]) if outcome == "ok" else _SIGNS[outcome]
+    return (
+        (digits if facts["tflops"] >= 1 else "{:.3f}".format)(facts["tflops"]) if outcome == "ok" else _SIGNS[outcome]
+    )
 
 
 def line(problem: Result) -> str:

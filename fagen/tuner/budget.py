@@ -99,9 +99,10 @@ class Budget:
         parts = f"{needs[0].start:.0f} s to start, then {needs[0].compile:.0f} s to compile its default, "
         parts += f"{needs[0].measure:.0f} s to measure it, {needs[0].final:.0f} s for a final round"
         said = f"{len(problems)} problems need about {every:.0f} s at least; the first one {alone:.0f} s: {parts}"
+        short = f"a budget of {self.total:g} s is too short for"
         if self.total - self.spent < alone:
-            return f"a budget of {self.total:g} s is too short for any problem, so this run takes {alone:.0f} s. {said}"
-        return f"a budget of {self.total:g} s is too short for all, and those that do not fit are left. {said}"
+            return f"{short} any problem, so this run takes about {alone:.0f} s. {said}"
+        return f"{short} all, and those that do not fit are left. {said}"
 
     def fits(self, problem: Problem) -> bool:
         """Whether a problem that is not the run's first can be served before the end."""

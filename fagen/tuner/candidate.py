@@ -17,7 +17,7 @@ from fagen.families import Config
 from fagen.measure import Timing
 from fagen.problem import Problem
 from fagen.target import Target
-from fagen.tuner.checks import Damage, at_own_size, synchronize, timing_inputs, verify, where
+from fagen.tuner.checks import Damage, kept_inputs, synchronize, timing_inputs, verify, where
 
 if TYPE_CHECKING:
     from fagen.build import Artifact
@@ -213,12 +213,11 @@ def measure_one(request: MeasureRequest) -> Result:
     candidate, error = request.candidate, 0.0
     try:
         kernel = _load(candidate, request.artifact)
-        error, message = verify(kernel, candidate)
+        sets = functools.partial(timing_inputs, candidate.problem, candidate.target, request.seed)
+        error, message = verify(kernel, candidate.problem, candidate.target, lambda: sets()[0], kept_inputs)
         if message:
             return Result("wrong", message, error=error)
-        call, message = at_own_size(kernel, request)
-        if message:
-            return Result("wrong", message, error=error)
+        call = measure.InTurn([measure.launcher(kernel, inputs) for inputs in sets()])
         return replace(_time(call, request, _beside(request)), error=error)
     except Damage as damage:
         return Result("wrong", str(damage), error=error, fatal=True)

@@ -39,6 +39,7 @@ class Model:
         self._random = random.Random(seed)
         logs = np.array([math.log(cost(c)) for c in configs]) if cost else np.zeros(len(configs))
         keep = self._pool(logs, len(configs))
+        self._random.shuffle(keep)  # the first of equals is proposed: not always the same one
         self.configs = [configs[i] for i in keep]
         self.index = {config: i for i, config in enumerate(self.configs)}
         self._prior = logs[keep] - logs[keep].mean()
@@ -59,7 +60,7 @@ class Model:
         ranked = [int(i) for i in np.argsort(logs, kind="stable")[: POOL * 3 // 4]]
         among = set(ranked)
         rest = [i for i in range(count) if i not in among]
-        return sorted(ranked + self._random.sample(rest, POOL - len(ranked)))
+        return ranked + self._random.sample(rest, POOL - len(ranked))
 
     def _distances(self, spread: float) -> tuple[Array, list[Array]]:
         """Each config's place among the values of each knob, and how far those are apart: 0 to 1."""

@@ -7,11 +7,12 @@ a run's folder, so that recording survives what a run survives.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import lzma
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,10 +22,11 @@ from fagen.errors import FagenError, UsageError
 from fagen.families import Config, Family
 from fagen.problem import Problem
 from fagen.target import Target
-from fagen.tuner import journal
+from fagen.tuner import journal, resumed
 
 FORMAT, SCHEMA = "fagen-space", 1
 COLUMNS = ("outcome", "seconds", "spread", "samples", "compile_seconds", "measure_seconds", "registers", "spill_bytes")
+DRAWN = "drawn"  # a column of records that are a sample: false where a config was added to those drawn by chance
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Entry:
     spread: float
     compile_seconds: float
     measure_seconds: float
+    drawn: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Recorded:
     def best(self) -> float:
         return min((e.seconds for e in self.entries.values() if e.seconds), default=math.inf)
 
+    def of_chance(self) -> Recorded:
+        """Without what was recorded for another reason than that it was drawn."""
+        return dataclasses.replace(self, entries={c: e for c, e in self.entries.items() if e.drawn})
+
     @property
     def complete(self) -> bool:
         return len(self.entries) >= self.head["legal"]
@@ -70,7 +77,8 @@ def _open(path: Path, mode: str) -> IO[str]:
 def export(run: Path, path: Path) -> int:
     """Write what a run measured; how many configs that was. The file is whole or is not there."""
     meta = json.loads((run / journal.META).read_text())
-    rows = [row for row in journal.read_lines(run / journal.TRIALS) if row.get("outcome") != "constraint"]
+    told = journal.read_lines(run / journal.TRIALS)
+    rows = [row for row in told if resumed.is_candidate(row) and row["outcome"] != "constraint"]
     temporary, count = path.with_name(f".part-{path.name}"), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +89,7 @@ def export(run: Path, path: Path) -> int:
                     if row["problem"] == head["key"] and row["family"] == family.name:
                         mine[Config(row["config"])] = row
                 if mine:
-                    lines = [head, *(_line(config, row) for config, row in mine.items())]
+                    lines = [head, *(line_of(config, row) for config, row in mine.items())]
                     file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
                     count += len(mine)
         os.replace(temporary, path)
@@ -99,18 +107,28 @@ def _heads(meta: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Family]]:
         problem = Problem.from_dict(fields)
         for every in study.spaces(problem, target, meta.get("family"), fixed):
             space = every.of(problem)
-            yield {
-                "format": FORMAT, "schema": SCHEMA, "key": problem.key, "family": space.family.name,
-                "problem": fields, "target": meta["target"], "fixed": meta.get("fixed", {}),
-                "staged": not meta.get("exhaustive", False), "legal": len(space.legal),
-                "knobs": [knob.name for knob in space.family.knobs], "columns": COLUMNS,
+            about = {
+                "fixed": meta.get("fixed", {}), "staged": not meta.get("exhaustive", False),
                 "sources": meta.get("sources", ""), "environment": meta["environment"], "date": meta["date"],
-            }, space.family  # fmt: skip
+            }  # fmt: skip
+            yield head_of(space.family, problem, target, len(space.legal), **about), space.family
 
 
-def _line(config: Config, row: dict[str, Any]) -> list[Any]:
+def head_of(
+    family: Family, problem: Problem, target: Target, legal: int, columns: Sequence[str] = COLUMNS, **about: Any
+) -> dict[str, Any]:
+    """A space's first line. `legal`: how many configs there are, recorded or not."""
+    return {
+        "format": FORMAT, "schema": SCHEMA, "key": problem.key, "family": family.name,
+        "problem": problem.to_dict(), "target": dataclasses.asdict(target), "legal": legal,
+        "knobs": [knob.name for knob in family.knobs], "columns": list(columns), **about,
+    }  # fmt: skip
+
+
+def line_of(config: Config, row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> list[Any]:
+    """A config's line, from what is known of it by name."""
     facts = {**row.get("facts", {}), **row}
-    values = [facts.get(column) for column in COLUMNS]
+    values = [facts.get(column) for column in columns]
     return [*config.values(), *(float(f"{v:.6g}") if isinstance(v, float) else v for v in values)]
 
 
@@ -160,5 +178,5 @@ def _put(space: Recorded, line: list[Any], where: str) -> None:
     config = space.family.config({**since, **dict(zip(knobs, line, strict=False))})
     space.entries[config] = Entry(
         values["outcome"], values["seconds"], values["spread"] or 0.0,
-        values["compile_seconds"] or 0.0, values["measure_seconds"] or 0.0,
+        values["compile_seconds"] or 0.0, values["measure_seconds"] or 0.0, values.get(DRAWN, True),
     )  # fmt: skip

@@ -18,9 +18,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fagen.errors import FagenError
-from fagen.families import Config
+from fagen.families import Config, Family
 from fagen.families.base import Value
+from fagen.problem import Problem
 from fagen.space import Space
+from fagen.target import Target
 
 if TYPE_CHECKING:
     import optuna
@@ -32,6 +34,7 @@ STARTUP = 8  # candidates by chance before TPE is asked
 PROBES = 12  # candidates of a family that is far behind another one's best
 FAR_BEHIND = 1.25  # times that best
 FIRST_SHARE = 0.75  # of a problem's time for the first family that can serve it; the others share the rest
+GUESSES = 1  # of a family's that are tried before a model that its cost model begins, the default among them
 MISSES = 3  # answers without a new candidate, then one is picked
 KEEP_REMEDY = "free some space, then go on with --resume"
 _LOOK_AT = 4096  # unseen configs compared to find the nearest
@@ -262,6 +265,12 @@ class Pace:
             return workers + 1
         lasts, takes = (statistics.median(among[-32:]) for among in (self._compile, self._measure))
         return min(2 * workers + 1, math.ceil(measurers * 1.2 * lasts / takes) + 2 * measurers + 1)
+
+
+def guesses(family: Family, problem: Problem, target: Target, sampler: str = SAMPLERS[0]) -> list[Config]:
+    """What to try first, the default before all. A cost model knows better than most of the family's own guesses."""
+    found = list(dict.fromkeys([family.default(problem, target), *family.seeds(problem, target)]))
+    return found[:GUESSES] if family.cost and sampler == "guided" else found
 
 
 def portion(turn: int, count: int) -> float:

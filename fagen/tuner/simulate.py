@@ -23,7 +23,7 @@ from fagen.errors import UsageError
 from fagen.families import Config
 from fagen.space import Space
 from fagen.tuner.record import Entry, Recorded
-from fagen.tuner.search import Pace, Search
+from fagen.tuner.search import Pace, Search, guesses
 
 WITHIN = (0.02, 0.05)  # of the best, that are reported
 WORKERS = 14  # compilers of a machine with 16 cores
@@ -32,9 +32,11 @@ COMPILE_SECONDS, MEASURE_SECONDS = 2.0, 0.3  # where a record has none
 
 @dataclass(frozen=True)
 class Replay:
-    """One search of one space: trials and simulated seconds until within each of WITHIN; None: not reached."""
+    """One search of one space: trials and simulated seconds until within each of WITHIN, None where it did not come
+    as near; and what was tried, in the order in which it was told."""
 
     hits: dict[float, tuple[int, float] | None]
+    tried: tuple[Config, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,23 +67,26 @@ def replay(
     recorded: Recorded, sampler: str, seed: int, *, workers: int, trials: int | None = None, cold: bool = False
 ) -> Replay:
     """`cold`: begin without the default and the family's other guesses, which were chosen by earlier searches."""
+    recorded = recorded.of_chance() if cold else recorded
+    first = [] if cold else guesses(recorded.family, recorded.problem, recorded.target, sampler)
+    search = begin(space_of(recorded), sampler, seed, first, trials)
+    return run(search, recorded, workers, random.Random(f"{seed}/noise"))
+
+
+def begin(space: Space, sampler: str, seed: int, first: Sequence[Config], trials: int | None = None) -> Search:
+    """The search of a run, kept in memory."""
     import optuna
 
-    family, problem, target = recorded.family, recorded.problem, recorded.target
-    first = [] if cold else [family.default(problem, target), *family.seeds(problem, target)]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.InMemoryStorage()
-    search = Search(
-        space_of(recorded), storage, seed=seed, first=first, limit=trials, exhaustive=False, sampler=sampler
-    )
-    return _run(search, recorded, workers, random.Random(f"{seed}/noise"))
+    return Search(space, storage, seed=seed, first=first, limit=trials, exhaustive=False, sampler=sampler)
 
 
-def _run(search: Search, recorded: Recorded, workers: int, noise: random.Random) -> Replay:
-    """The loop of the pool, by a clock of events."""
+def run(search: Search, recorded: Recorded, workers: int, noise: random.Random) -> Replay:
+    """The loop of the pool, by a clock of events; until all is found, or the search has no more where it is limited."""
     goals = {within: recorded.best * (1 + within) for within in WITHIN}
     found: dict[float, tuple[int, float] | None] = dict.fromkeys(WITHIN)
-    now, told = 0.0, 0
+    now, tried = 0.0, list[Config]()
     compiling: list[tuple[float, int, Config]] = []  # when done
     ready: deque[Config] = deque()
     measuring: tuple[float, Config] | None = None
@@ -104,27 +109,27 @@ def _run(search: Search, recorded: Recorded, workers: int, noise: random.Random)
         if measuring and (not compiling or measuring[0] <= compiling[0][0]):
             (now, config), measuring = measuring, None
             entry = recorded.entries[config]
-            search.tell(config, _disturbed(entry, noise), entry.outcome)
-            told += 1
+            search.tell(config, disturbed(entry, noise), entry.outcome)
+            tried.append(config)
             for within, goal in goals.items():
                 if found[within] is None and entry.seconds is not None and entry.seconds <= goal:
-                    found[within] = told, now
-            if all(found.values()):
+                    found[within] = len(tried), now
+            if search.limit is None and all(found.values()):
                 break
         elif compiling:
             now, _, config = heapq.heappop(compiling)
             entry = recorded.entries[config]
             if entry.outcome in ("compile", "spill"):
                 search.tell(config, None, entry.outcome)
-                told += 1
+                tried.append(config)
             else:
                 ready.append(config)
         else:
             break
-    return Replay(found)
+    return Replay(found, tuple(tried))
 
 
-def _disturbed(entry: Entry, noise: random.Random) -> float | None:
+def disturbed(entry: Entry, noise: random.Random) -> float | None:
     """As another measurement might have come out."""
     if entry.seconds is None:
         return None
@@ -142,14 +147,14 @@ def simulate(
 ) -> list[Summary]:  # fmt: skip
     """Every sampler on every space, `seeds` times; `jobs` processes share them."""
     work = [(space, sampler, seed) for space in spaces for sampler in samplers for seed in range(seeds)]
-    run = functools.partial(_job, workers=workers, trials=trials, cold=cold)
+    job = functools.partial(_job, workers=workers, trials=trials, cold=cold)
     if jobs > 1:
         import multiprocessing
 
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            replays = pool.map(run, work, chunksize=1)
+            replays = pool.map(job, work, chunksize=1)
     else:
-        replays = [run(item) for item in work]
+        replays = [job(item) for item in work]
     each = iter(replays)
     return [_summary(space, sampler, [next(each) for _ in range(seeds)]) for space in spaces for sampler in samplers]
 

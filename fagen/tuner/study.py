@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fagen import binding, db, env, families, load
+from fagen import binding, db, db_merge, env, families, load
 from fagen.errors import FagenError, UnsupportedProblem, UsageError
 from fagen.families import Config, Family
 from fagen.problem import Problem
 from fagen.space import Fixed, Space, enumerate_space
 from fagen.target import Target
-from fagen.tuner import final, journal
+from fagen.tuner import final, journal, resumed
 from fagen.tuner.budget import SHORTEST_FINAL, Budget
 from fagen.tuner.candidate import OUTCOMES, Candidate, Result
 from fagen.tuner.final import Known
@@ -33,12 +33,12 @@ from fagen.tuner.pool import Pool
 from fagen.tuner.progress import Progress
 from fagen.tuner.result import Options, Report, Tuned
 from fagen.tuner.rows import known_of, row_of
-from fagen.tuner.search import Search, open_storage
+from fagen.tuner.search import Search, guesses, open_storage
 from fagen.tuner.shared import Board, SharedSearch
 from fagen.tuner.workers import compile_workers
 
 NEIGHBOURS = 3
-_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def spaces(problem: Problem, target: Target, only: str | None = None, fixed: Fixed | None = None) -> list[Space]:
@@ -87,7 +87,7 @@ def tune(problems: Sequence[Problem], target: Target, options: Options, progress
             able = families.candidates(problem, target)[0]
             if options.fixed or not any(options.family in (None, family.name) for family in able):
                 spaces(problem, target, options.family, options.fixed)  # raises the reasons, before anything runs
-        db.require_writable(db.path_of(options.out or env.user_db_dir(), target.arch, target.device))
+        db_merge.require_writable(options.out or env.user_db_dir(), target.arch, target.device)
         if options.storage:  # before a run is begun
             Board(options.storage, "").close()
         with contextlib.closing(_open_run(problems, target, options, progress)) as run:
@@ -143,7 +143,8 @@ def _open_run(problems: Sequence[Problem], target: Target, options: Options, pro
 
 @contextlib.contextmanager
 def _signals(progress: Progress) -> Iterator[threading.Event]:
-    """An event that the first SIGINT, SIGTERM or lost terminal sets; the second one raises."""
+    """An event that the first SIGINT, SIGTERM or lost terminal sets; the second one raises. Under nohup a lost
+    terminal stays ignored."""
     event, before = threading.Event(), {}
 
     def handle(number: int, frame: object) -> None:
@@ -153,7 +154,8 @@ def _signals(progress: Progress) -> Iterator[threading.Event]:
         progress.note(f"{signal.Signals(number).name}: saving what was found; once more to stop at once")
 
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handle) for number in _ENDING}
+        nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        before = {number: signal.signal(number, handle) for number in _ENDING if number not in nohup}
     try:
         yield event
     finally:
@@ -176,13 +178,13 @@ class _Tuner:
         self.run, self.target, self.options = run, target, options
         self.pool, self.progress, self.interrupted = pool, progress, interrupted
         self.storage = board.storage if board else open_storage(str(run.path / journal.STUDY))
-        self.finished = {t.key: t for t in (Tuned(**row) for row in run.rows(journal.WINNERS)) if t.complete}
-        failed = {key for key, tuned in self.finished.items() if not tuned.config}  # these are tried again
+        last = {t.key: t for t in resumed.winners(run.rows(journal.WINNERS), progress.note) if t.complete}
+        failed = {key for key, tuned in last.items() if not tuned.config}  # these are tried again
+        self.finished = {key: tuned for key, tuned in last.items() if key not in failed}
         self.rows = [
-            row for row in run.rows(journal.TRIALS)
-            if row.get("outcome") in OUTCOMES and not (row["outcome"] in RETRIED and row.get("problem") in failed)
+            row for row in resumed.candidates(run.rows(journal.TRIALS), progress.note)
+            if not (row["outcome"] in RETRIED and row.get("problem") in failed)
         ]  # fmt: skip
-        self.finished = {key: tuned for key, tuned in self.finished.items() if key not in failed}
         self.environment = db.environment(target)
         self.budget = Budget(options.budget, options.begun)
         self.spaces: dict[str, list[Space]] = {}
@@ -267,7 +269,7 @@ class _Tuner:
         for space in spaces:
             family, problem = space.family, space.problem
             incumbent = self._incumbent(problem)
-            first = [family.default(problem, self.target), *family.seeds(problem, self.target)]
+            first = guesses(family, problem, self.target, self.options.sampler)
             found += [Candidate(family.name, problem, self.target, config) for config in first]
             found += [incumbent] if incumbent else []
         return deque(dict.fromkeys(found))
@@ -314,9 +316,9 @@ class _Tuner:
         records = [r for r, _ in self._database().candidates(problem, self.target) if r.family == family.name]
         winners = [(r, _legal(r, problem, self.target)) for r in records[: NEIGHBOURS + 1]]
         exact = [config for record, config in winners if config and record.key == problem.key]
-        first = [family.default(problem, self.target), *exact, *family.seeds(problem, self.target)]
-        first += [config for _, config in winners if config]
-        first = first[:1] if self.options.cold else first
+        default, *others = guesses(family, problem, self.target, self.options.sampler)
+        near = [config for _, config in winners if config]
+        first = [default] if self.options.cold else [default, *exact, *others, *near]
         room = self.options.trials if self.options.trials is not None else seconds  # a second a candidate, about
         rival = min((k.timing.median for k in known.values() if k.timing), default=math.inf)  # of other families
         rows = [

@@ -267,14 +267,17 @@ def test_a_mistake_is_a_value_error() -> None:
 
 def test_importing_costs_little_beside_torch() -> None:
     code = (
-        "import time, torch\nstart = time.perf_counter()\nimport fagen\nfrom fagen import attention\n"
-        "print(time.perf_counter() - start)"
+        "from time import process_time as now\nbegin = now()\nimport torch\nbetween = now()\n"
+        "import fagen\nfrom fagen import attention\nprint((now() - between) / (between - begin))"
     )
     command = [sys.executable, "-c", code]
     # as where it is installed: bytecode is kept
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
-    runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(done.stdout) for done in runs) < 0.05
+    shares = []
+    while not shares or (min(shares) > 0.06 and len(shares) < 3):  # the first import may write bytecode
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        shares.append(float(done.stdout))
+    assert min(shares) <= 0.06, shares
 
 
 def test_importing_does_nothing(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
-from fagen import cli, load, masks, target, toolchain, verify
-from fagen.bench import ahead, compare, flash, flex, peers, plot, report, rows, run, suites
+from fagen import cli, families, load, masks, measure, target, toolchain, verify
+from fagen.bench import ahead, compare, flash, flex, peers, plot, random_rows, report, rows, run, suites
 from fagen.bench.peers import OURS, Cannot, Loaded, Peer
 from fagen.errors import UsageError
 from fagen.problem import INTERVAL_KINDS, Problem
@@ -29,6 +29,11 @@ SHAPE = {"dtype": "fp32", "heads": 4, "kv_heads": 2, "head_dim": 16}
 
 # ---- suites ---------------------------------------------------------------------------------------------------------
 
+PINNED = [  # the first rows of random with seed 7
+    "random-00 d136 full b16 h8/1 q1487 k1487",
+    "random-01 d232 full b3 h4/4 q10769 k6341",
+    "random-02 d240 causal b1 h48/16 q87 k87",
+]
 # name: batch, heads, kv heads, rows, keys, head dims, causal
 GRID = {
     f"d{label} {mask} s{length} b{batch} h{heads}": (batch, heads, heads, length, length, dims, mask == "causal")
@@ -61,6 +66,53 @@ def test_the_peers_suite_is_the_known_39_rows():
             dtype="bf16", head_dim=dims[0], head_dim_v=dims[1], mask="causal" if causal else "none", batch=batch,
             heads=heads, kv_heads=kv_heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k,
         )  # fmt: skip
+
+
+def test_random_rows_follow_from_the_seed_alone():
+    """The same anywhere: these were written down once."""
+    names = [row.name for row in suites.suite("random", GPU, 7)]
+    assert names == [row.name for row in suites.suite("random", target.host(), 7)]
+    assert names[:3] == PINNED
+    assert len({tuple(row.name for row in random_rows.suite(seed)) for seed in range(50)}) == 50
+
+
+def test_random_rows_are_legal_bounded_and_all_over_the_place():
+    found = [row.problem for seed in range(16) for row in random_rows.suite(seed)]
+    for p in found:
+        assert all(n % 2 and 64 <= n <= 11001 for n in (p.seqlen_q, p.seqlen_k))
+        assert p.head_dim % 8 == 0 and 32 <= p.head_dim <= 256 and 1 <= p.heads // p.kv_heads <= 8 and p.heads <= 64
+        assert p.mask == "none" or p.seqlen_k >= p.seqlen_q, "a row without a key is no work"
+        assert p.batch == 1 or p.flops() <= random_rows.MOST_FLOPS
+        assert p.flops() < 1e13 and measure.input_bytes(p) <= random_rows.MOST_BYTES
+        for name in ("sm90_forward", "sm80_forward"):
+            family = families.get(name)
+            assert family.supports(p, GPU) is None
+    for p in found[::40]:  # each is served without a record
+        family = families.get("sm90_forward")
+        family.require(p, GPU, family.default(p, GPU))
+    assert {p.head_dim for p in found} == set(random_rows.HEAD_DIMS)
+    assert {p.heads // p.kv_heads for p in found} == set(range(1, 9))
+    assert {p.mask for p in found} == {"none", "causal", "window"}
+    assert 0.3 < sum(p.seqlen_q == p.seqlen_k for p in found) / len(found) < 0.7
+    octaves = [sum(64 << n <= p.seqlen_q < 128 << n for p in found) for n in range(7)]
+    assert min(octaves) > len(found) / 25, "each doubling has its share"
+
+
+@pytest.mark.parametrize(
+    ("problem", "needs"),
+    [
+        (Problem(heads=16, seqlen_q=128, seqlen_k=8192), True),
+        (Problem(heads=16, seqlen_q=128, seqlen_k=511), False),  # few keys: nothing to share
+        (Problem(heads=131, seqlen_q=128, seqlen_k=8192), True),
+        (Problem(heads=132, seqlen_q=128, seqlen_k=8192), False),  # a block for each SM
+        (Problem(heads=66, seqlen_q=129, seqlen_k=8192), False),
+        (Problem(heads=16, seqlen_q=128, seqlen_k=8192, mask="window", window_left=100, window_right=0), False),
+    ],
+    ids=str,
+)
+def test_few_rows_on_many_keys_are_told(problem, needs):
+    assert rows.needs_split_keys(problem, GPU) is needs
+    assert not rows.needs_split_keys(problem, target.host())
 
 
 @pytest.mark.parametrize("name", suites.SUITES)
@@ -710,6 +762,38 @@ def test_rows_that_memory_bounds_are_in_gigabytes():
     assert f"| {name} | **3900** | 3500 |" in report.markdown(result)
     assert "copies, 4200, 4200 GB/s" in report.markdown(result)
     assert " GB/s  " in report.line(result["rows"][1], ["fagen"])
+
+
+def test_means_with_and_without_rows_that_need_split_keys():
+    result = made({"fagen": 600, "fa3": 500})
+    for row, ratio in zip(result["rows"], (0.5, 0.9, 1.5, 1.5), strict=False):
+        row["ratio"], row["needs_split_keys"] = ratio, ratio == 0.5
+    del result["rows"][4:]
+    summary = result["summary"] = run.summary(result["rows"])
+    names = [row["name"] for row in result["rows"]]
+    assert summary["geometric_mean"] == pytest.approx((0.5 * 0.9 * 1.5 * 1.5) ** 0.25)
+    rest = summary["without_split_keys"]
+    assert rest["geometric_mean"] == pytest.approx((0.9 * 1.5 * 1.5) ** (1 / 3))
+    assert (rest["compared"], rest["worst"]["name"]) == (3, names[1])
+    assert summary["behind"] == names[:2]
+    text = "\n".join(report.closing(result))
+    assert "over 4 rows" in text and "over 3 rows" in text
+    assert f"behind: {names[0]}^ 0.500x (fa3), {names[1]} 0.900x (fa3); ^ few blocks" in text
+    assert run.summary(result["rows"][1:])["without_split_keys"] is None
+
+
+def test_figures_of_a_cpu_are_in_gflops_with_their_spread():
+    result = made({"fagen": 0.0523, "sdpa": 0.0412}, limits=(0.0711, 0.0711)) | {"arch": "cpu"}
+    for row in result["rows"]:
+        for facts in row["participants"].values():
+            facts["spread"] = 0.034
+    result["rows"][0]["choice"]["served_by"] = "torch"
+    head, first, second = report.lines(result, "compute")[:3]
+    assert head[0] == "GFLOP/s" and first[1:3] == ("52.3 ±3%*", "41.2 ±3%") and second[1] == "52.3 ±3%"
+    assert " GFLOP/s" in report.line(result["rows"][0], ["fagen"], cpu=True)
+    assert report.rates(result["limit"]["samples"][0], cpu=True).startswith("71.1 GFLOP/s")
+    text = report.markdown(result)
+    assert "**52.3 ±3%** | 41.2 ±3% |" in text and "71.1, 71.1 GFLOP/s" in text and "TFLOP/s" not in text
 
 
 def test_a_fall_of_a_row_that_memory_bounds_is_measured_by_copies():

@@ -257,3 +257,29 @@ def test_why_says_where_a_config_comes_from(folders, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["records"][0]["provenance"] == "nearest"
     assert any("lacks knob" in reason for reason in told["reasons"])  # the record's config is of no known family
+
+
+def test_the_time_of_pytorch_is_kept_shown_and_optional(folders, tmp_path, capsys):
+    (path,) = db.put([record(Problem(), torch_seconds=4e-3)], tmp_path / "theirs")
+    assert main(["db", "merge", str(tmp_path / "theirs")]) == 0
+    assert main(["db", "show", "causal"]) == 1 and main(["db", "show", "none"]) == 0
+    assert "PyTorch  4 ms, 4.00x the winner's time" in capsys.readouterr().err
+    content = json.loads(path.read_text())
+    del content["records"][0]["torch_seconds"]  # as before there was the field
+    path.write_text(json.dumps(content))
+    (old,) = db.read_file(path)[0]
+    assert old.torch_seconds == 0.0
+    for wrong in (-1.0, float("nan"), float("inf"), True, None, "1"):
+        with pytest.raises(DatabaseError, match="torch_seconds"):
+            record(Problem(), torch_seconds=wrong)
+
+
+def test_the_list_has_a_head_and_names_the_family(folders, capsys):
+    shipped, _ = folders
+    db.put([record(Problem(seqlen_q=64)), record(Problem(seqlen_q=128), family="sm90_forward", default_seconds=0)])
+    assert main(["db", "list"]) == 0
+    head, first, second, count = capsys.readouterr().err.splitlines()
+    assert head.split() == ["arch", "device", "family", "time", "gain", "whose", "problem"]
+    assert " sm90_forward " in first and " sm80_forward " in second and count == "2 winners"
+    for name in ("family", "whose", "problem"):  # columns stand below their heads
+        assert all(line[head.index(name) - 1] == " " != line[head.index(name)] for line in (first, second))

@@ -130,7 +130,7 @@ def test_a_busy_machine_is_noted(monkeypatch):
 
 
 def test_damaged_entries_and_records(home, capsys):
-    (home / "cache" / "kernels" / "half-done").mkdir(parents=True)
+    (home / "cache" / "kernels" / f"half-done-{'0' * 16}").mkdir(parents=True)
     (home / "db" / "cpu").mkdir(parents=True)
     (home / "db" / "cpu" / "some.json").write_text("{")
     assert finding("cache entries").remedy == "fagen cache verify --remove"

@@ -135,10 +135,22 @@ def test_rounds_are_interleaved_and_turned():
     assert all(t.samples == 3 and t.median >= 1e-3 for t in timings.values())
 
 
-def test_time_limits():
-    slow = {"it": lambda: time.sleep(5e-3)}
-    assert time_calls(slow, device="cpu", rounds=100, max_seconds=0.05)["it"].samples < 30
-    assert time_calls(slow, device="cpu", rounds=1, min_seconds=0.05)["it"].samples > 5
+def test_time_limits(monkeypatch):
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+        def work(self) -> None:
+            self.now += 5e-3
+
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    slow = {"it": clock.work}
+    assert time_calls(slow, device="cpu", rounds=100, max_seconds=0.05)["it"].samples in (10, 11)
+    assert time_calls(slow, device="cpu", rounds=1, min_seconds=0.05)["it"].samples in (10, 11)
+    assert time_calls(slow, device="cpu", rounds=4)["it"].samples == 4
 
 
 # ---- what a kernel must leave alone ---------------------------------------------------------------------------------

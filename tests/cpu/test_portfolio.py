@@ -234,6 +234,18 @@ def test_it_refuses(words: list[str], complaint: str, tmp_path: Path, database: 
     assert complaint in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_database_is_not_touched(tmp_path: Path, database: Path, capsys) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text("precious")
+    assert main(["db", "portfolio", "--from", str(database), "--apply", "--out", str(mine)]) == 1
+    assert mine.read_text() == "precious" and "mine.json" in capsys.readouterr().err
+    db.put([record(512, 96, device="NVIDIA H100")], tmp_path / "other")
+    (other,) = db.files(tmp_path / "other")
+    before = other.read_bytes()
+    assert main(["db", "portfolio", "--from", str(database), "--apply", "--out", str(other)]) == 1
+    assert other.read_bytes() == before and "another device" in capsys.readouterr().err
+
+
 def test_two_devices_do_not_go_into_one_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     db.put([record(512, 96), record(512, 96, device="NVIDIA H100")], tmp_path / "db")
     words = ["db", "portfolio", "--from", str(tmp_path / "db"), "--apply", "--out", str(tmp_path / "x.json")]

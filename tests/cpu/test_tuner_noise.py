@@ -153,7 +153,7 @@ def test_all_gpus_go_by_one_anchor(tmp_path):
             self.busy, self.job = True, job
             self.sent.append(request)
 
-    gpu, built = known("sm_90"), Artifact(tmp_path / "kernel.so", "key", "hash")
+    gpu, built = known("sm_90"), Artifact(tmp_path / "kernel.so", "key", "0a54")
     pool = Pool(gpu, tmp_path / "log", workers=1, seed=0, compile_timeout=1, run_timeout=1)
     one, two = Idle(), Idle()
     pool.devices = {one: 0, two: 1}
