@@ -68,10 +68,7 @@ class Timing:
 
 
 def quietest(measure: Callable[[], Timing], tries: int = 3, seconds: float = 1.5) -> tuple[Timing, int]:
-    """A timing whose spread is small, or the quietest of `tries` more, or of as many as begin within `seconds`.
-
-    And how many more there were.
-    """
+    """A timing of small spread, else the quietest of `tries` more that begin within `seconds`; how many more it took."""
     best, again, until = measure(), 0, time.monotonic() + seconds
     while best.spread > LOUD * best.median and again < tries and time.monotonic() < until:
         best = min(best, measure(), key=lambda t: t.spread / t.median)
@@ -107,12 +104,16 @@ class Inputs(dict[str, Any]):
         return " and ".join(changed + beside)
 
 
+def _memory(t: torch.Tensor) -> torch.Tensor:
+    """All that a tensor is a view of, flat. Its `_base` would not do: where nothing is differentiated, it has none."""
+    return t.new_empty(0).set_(t.untyped_storage())
+
+
 def _bits(t: torch.Tensor) -> int:
     """Of all bits of a tensor's memory, whatever they mean; sums of integers have no order."""
     import torch
 
-    memory = t if t._base is None else t._base
-    memory = memory.flatten().view(torch.uint8)
+    memory = _memory(t).view(torch.uint8)
     whole = memory.numel() // 8 * 8
     return int(memory[:whole].view(torch.int64).sum()) + int(memory[whole:].sum())
 
@@ -127,8 +128,7 @@ def _poisoned(shape: tuple[int, ...], shown: int, dtype: torch.dtype, device: to
 
 
 def _intact(t: torch.Tensor) -> bool:
-    memory, guard = t._base, GUARD_BYTES // t.element_size()
-    assert memory is not None
+    memory, guard = _memory(t), GUARD_BYTES // t.element_size()
     between = memory[guard:-guard].view(*t.shape[:-1], -1)[..., t.shape[-1] :]
     return all(bool((part == _SENTINEL).all()) for part in (memory[:guard], memory[-guard:], between))
 
