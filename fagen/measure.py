@@ -68,7 +68,7 @@ class Timing:
 
 
 def quietest(measure: Callable[[], Timing], tries: int = 3, seconds: float = 1.5) -> tuple[Timing, int]:
-    """A timing of small spread, else the quietest of `tries` more that begin within `seconds`; how many more it took."""
+    """A timing of small spread, else the quietest of `tries` more begun within `seconds`; and how many more."""
     best, again, until = measure(), 0, time.monotonic() + seconds
     while best.spread > LOUD * best.median and again < tries and time.monotonic() < until:
         best = min(best, measure(), key=lambda t: t.spread / t.median)
