@@ -254,8 +254,8 @@ def main() -> None:
     spaces = [space for path in args.spaces for space in record.read(path)]
     pooled: dict[str, dict[str, list[dict[str, Any]]]] = {}
     result: dict[str, Any] = {
-        "command": "python benchmarks/search_peers.py " + " ".join(sys.argv[1:]), "date": db.now(), "trials": TRIALS,
-        "seeds": args.seeds, "versions": versions(names), "spaces": [], "pooled": {}, "against": {},
+        "command": f"python benchmarks/search_peers.py --seeds {args.seeds}", "date": db.now(), "trials": TRIALS,
+        "seeds": args.seeds, "fewer": _FEWER, "versions": versions(names), "spaces": [], "pooled": {}, "against": {},
     }  # fmt: skip
     for space in spaces:
         about = {name: space.head[name] for name in ("key", "family", "legal")}

@@ -249,7 +249,7 @@ def _methods(pooled: dict[str, Any]) -> str:
         what = METHODS.get(name, "Kernel Tuner")
         mean = f"{found['1%']['mean']:.1f}"
         rows.append((f"`{name}`: {what}", _trials(found["2%"]), _trials(found["1%"]), mean, *regrets))
-    head = ("method", "to 2 %", "to 1 %", "mean", "p90 regret after 20", "40", "80", "160")
+    head = ("method", "to 2 %", "to 1 %", "mean to 1 %", "p90 regret after 20", "40", "80", "160")
     return _table(head, rows)
 
 
@@ -262,8 +262,17 @@ def _spaces(spaces: list[dict[str, Any]], public: str) -> str:
              f"{space['legal']}", _trials(ours["2%"]), _trials(ours["1%"]), _regret(ours["regret 40"]["p90"]),
              _trials(theirs["1%"]), f"{theirs['1%']['mean'] / ours['1%']['mean']:.1f}")
         )  # fmt: skip
-    head = ("problem", "on", "configs", "legal", "to 2 %", "to 1 %", "p90 regret after 40")
-    head += (f"`{public}` to 1 %", "times")
+    head = (
+        "problem",
+        "on",
+        "configs",
+        "legal",
+        "to 2 %",
+        "to 1 %",
+        "p90 regret after 40",
+        f"`{public}` to 1 %",
+        "times",
+    )
     return _table(head, rows)
 
 
@@ -272,15 +281,19 @@ def search() -> str:
     begin, end = "<!-- simulated: begin -->\n", "<!-- simulated: end -->"
     before, _, rest = (FOLDER / "search.md").read_text().partition(begin)
     data = json.loads((FOLDER.parent / "benchmarks" / "search_peers.json").read_text())
-    text = ""
+    fewer = ", ".join(f"`{name}` {count}" for name, count in data["fewer"].items() if count < data["seeds"])
+    text = f"`{data['command']}`, {data['seeds']} seeds{f' ({fewer})' if fewer else ''}, "
+    text += f"{', '.join(f'{name} {version}' for name, version in data['versions'].items())}.\n\n"
     for kind, about in KINDS.items():
         if kind not in data["pooled"]:
             continue
         spaces = [space for space in data["spaces"] if space["kind"] == kind]
         against = data["against"][kind]
         text += f"{about}, {len(spaces)} spaces together:\n\n{_methods(data['pooled'][kind])}\n"
-        text += f"Each by itself, `guided-cold` beside the best public one of the table, `{against['best public']}`, "
-        text += f"which takes {against['times the mean']:.1f} times as many trials to 1 % in the mean"
+        text += (
+            f"Each by itself, `guided-cold` beside the best public one of the table, `{against['best public']}`, which "
+        )
+        text += f"takes {against['times the mean']:.1f} times as many trials to 1 % in the mean"
         text += f":\n\n{_spaces(spaces, against['best public'])}\n"
     return f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}"
 

@@ -68,10 +68,7 @@ class Timing:
 
 
 def quietest(measure: Callable[[], Timing], tries: int = 3, seconds: float = 1.5) -> tuple[Timing, int]:
-    """A timing whose spread is small, or the quietest of `tries` more, or of as many as begin within `seconds`.
-
-    And how many more there were.
-    """
+    """A timing of small spread, else the quietest of `tries` more begun within `seconds`; and how many more."""
     best, again, until = measure(), 0, time.monotonic() + seconds
     while best.spread > LOUD * best.median and again < tries and time.monotonic() < until:
         best = min(best, measure(), key=lambda t: t.spread / t.median)
@@ -96,6 +93,19 @@ def lost(seconds: float, spread: float, other: float) -> bool:
 class Inputs(dict[str, Any]):
     """The arguments of a call by name. Remembers what no kernel may change."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._guarded: dict[str, torch.Tensor] = {}
+
+    def guard(self, name: str, shape: tuple[int, ...], shown: int, dtype: torch.dtype, device: torch.device) -> None:
+        """An output full of NaN, with sentinels before, behind, and between rows that show less than they hold."""
+        import torch
+
+        guard = GUARD_BYTES // dtype.itemsize
+        memory = torch.full((math.prod(shape) + 2 * guard,), _SENTINEL, dtype=dtype, device=device)
+        self[name] = memory[guard:-guard].view(shape)[..., :shown].fill_(math.nan)
+        self._guarded[name] = memory  # a tensor made in inference mode, or inside an op, does not know its base
+
     def seal(self) -> Inputs:
         self._sums = {name: _bits(self[name]) for name in ("q", "k", "v")}
         return self
@@ -103,7 +113,7 @@ class Inputs(dict[str, Any]):
     def damage(self) -> str:
         """What a kernel wrote where it must not: into q, k or v, or beside its outputs. Empty if it did not."""
         changed = [f"wrote into its input {name}" for name, bits in self._sums.items() if _bits(self[name]) != bits]
-        beside = [f"wrote outside of {name}" for name in ("out", "lse") if not _intact(self[name])]
+        beside = [f"wrote outside of {n}" for n, memory in self._guarded.items() if not _intact(self[n], memory)]
         return " and ".join(changed + beside)
 
 
@@ -111,24 +121,13 @@ def _bits(t: torch.Tensor) -> int:
     """Of all bits of a tensor's memory, whatever they mean; sums of integers have no order."""
     import torch
 
-    memory = t if t._base is None else t._base
-    memory = memory.flatten().view(torch.uint8)
+    memory = t.new_empty(0).set_(t.untyped_storage()).view(torch.uint8)
     whole = memory.numel() // 8 * 8
     return int(memory[:whole].view(torch.int64).sum()) + int(memory[whole:].sum())
 
 
-def _poisoned(shape: tuple[int, ...], shown: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """NaN, with sentinels before, behind, and between rows that show less than they hold."""
-    import torch
-
-    guard = GUARD_BYTES // dtype.itemsize
-    memory = torch.full((math.prod(shape) + 2 * guard,), _SENTINEL, dtype=dtype, device=device)
-    return memory[guard:-guard].view(shape)[..., :shown].fill_(math.nan)
-
-
-def _intact(t: torch.Tensor) -> bool:
-    memory, guard = t._base, GUARD_BYTES // t.element_size()
-    assert memory is not None
+def _intact(t: torch.Tensor, memory: torch.Tensor) -> bool:
+    guard = GUARD_BYTES // t.element_size()
     between = memory[guard:-guard].view(*t.shape[:-1], -1)[..., t.shape[-1] :]
     return all(bool((part == _SENTINEL).all()) for part in (memory[:guard], memory[-guard:], between))
 
@@ -145,26 +144,25 @@ def make_inputs(problem: Problem, where: Target | torch.device | str, seed: int 
     random = torch.Generator(device).manual_seed(seed)
     p = problem
 
-    def tensor(length: int, heads: int, dim: int, *, poisoned: bool = False) -> torch.Tensor:
+    def shape(length: int, heads: int, dim: int) -> tuple[int, ...]:
         # a row of one element more than it shows starts anywhere
-        room = dim if p.aligned else dim + 1
-        shape = (p.batch, length, heads, room)
-        if poisoned:
-            return _poisoned(shape, dim, dtype, device)
-        return torch.randn(shape, generator=random, dtype=dtype, device=device)[..., :dim]
+        return p.batch, length, heads, dim if p.aligned else dim + 1
+
+    def tensor(length: int, heads: int, dim: int) -> torch.Tensor:
+        return torch.randn(shape(length, heads, dim), generator=random, dtype=dtype, device=device)[..., :dim]
 
     inputs = Inputs()
     inputs |= {
         "q": tensor(p.seqlen_q, p.heads, p.head_dim),
         "k": tensor(p.seqlen_k, p.kv_heads, p.head_dim),
         "v": tensor(p.seqlen_k, p.kv_heads, p.head_dim_v),
-        "out": tensor(p.seqlen_q, p.heads, p.head_dim_v, poisoned=True),
-        "lse": _poisoned((p.batch, p.heads, p.seqlen_q), p.seqlen_q, torch.float32, device),
         "intervals": None,
         "alibi_slopes": None,
         "layout": "bshd",
         "semantics": Semantics((p.window_left, p.window_right), p.intervals, SOFTCAP if p.softcap else 0.0, None),
     }
+    inputs.guard("out", shape(p.seqlen_q, p.heads, p.head_dim_v), p.head_dim_v, dtype, device)
+    inputs.guard("lse", (p.batch, p.heads, p.seqlen_q), p.seqlen_q, torch.float32, device)
     if p.intervals:
         inputs["intervals"] = documents(p, seed, varied=varied).to(device)
     if p.alibi:

@@ -227,9 +227,7 @@ def compare(kernel: Any, problem: Problem, target: Target) -> tuple[float, str]:
         except torch.OutOfMemoryError:  # the caller's own tensors leave no room: the small sizes have to do
             return None
 
-    # views of inference mode do not know the memory around them, which is what the guards look at
-    tracked = torch.inference_mode(False)
-    with tracked, torch.no_grad(), torch.autocast(where, enabled=False), torch.device("cpu"):
+    with torch.no_grad(), torch.autocast(where, enabled=False), torch.device("cpu"):
         try:
             error, message = checks.verify(kernel, problem, target, own)
         except checks.Damage as damage:

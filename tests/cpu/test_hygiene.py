@@ -99,9 +99,8 @@ def test_only_cliutil_writes_to_stdout_and_only_env_reads_the_variables(path):
 def test_heavy_imports_wait_for_their_use(path):
     """What `import fagen` and the command line's help reach imports nothing heavy at its top level."""
     heavy = {"optuna", "jinja2", "rich", "numpy"}
-    if (
-        path.name not in ("api.py", "arguments.py", "fallback.py") and path.parent.name != "compat"
-    ):  # they work on tensors
+    on_tensors = ("api.py", "arguments.py", "fallback.py")
+    if path.name not in on_tensors and path.parent.name != "compat":
         heavy.add("torch")
     heavy -= {"model.py": {"numpy"}, "told.py": {"optuna"}}.get(path.name, set())  # only a search imports these
     for node in ast.parse(path.read_text()).body:

@@ -233,3 +233,14 @@ def test_a_loud_timing_is_taken_again_and_the_quietest_stays():
         3,
     )
     assert measure.quietest(playing((1.0, 0.3), (9.0, 0.0)), seconds=0.0)[1] == 0
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_guards_hold_in_inference_mode_too(aligned):
+    """Where views do not know their base, as inside of an op."""
+    with torch.inference_mode():
+        inputs = make_inputs(Problem(**SMALL, aligned=aligned), "cpu")
+        assert inputs["out"]._base is None and inputs.damage() == ""
+        behind = inputs["out"].as_strided((1,), (1,), inputs["out"].storage_offset() - 1)
+        behind.zero_()
+        assert inputs.damage() == "wrote outside of out"
