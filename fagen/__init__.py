@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen import masks as masks
+    from fagen.ahead import warmup as warmup
     from fagen.api import attention as attention
-    from fagen.api import warmup as warmup
     from fagen.compat.flash_attn import flash_attn_func as flash_attn_func
     from fagen.compat.sdpa import sdpa as sdpa
     from fagen.dispatch import explain as explain
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 # Each public name and the module it is imported from at its first use; a test compares this with the imports above.
 _WHERE = {
     "attention": "fagen.api",
-    "warmup": "fagen.api",
+    "warmup": "fagen.ahead",
     "tune": "fagen.tuner.call",
     "flash_attn_func": "fagen.compat.flash_attn",
     "sdpa": "fagen.compat.sdpa",

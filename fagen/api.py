@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from fagen import arguments, binding, build, dispatch, env, fallback, kernel
+from fagen import arguments, binding, dispatch, fallback, kernel
 from fagen.arguments import Window
-from fagen.errors import FagenError, LaunchError
-from fagen.families import Config, Family
 from fagen.masks import interval_kind
+from fagen.plan import TORCH
 from fagen.problem import MAX_HEAD_DIM, TORCH_DTYPES, Problem
+from fagen.resolve import answer, kernel_for, plan_words
 from fagen.target import Target
 from fagen.verify import Semantics
 
@@ -90,7 +90,11 @@ def _attention(
     reason = _refusal(q, k, v, alibi_slopes, scale)
     if reason:
         fallback.warn(reason)
-    if reason or not _ops_ready():
+    if torch.compiler.is_compiling():
+        ready = _ops_registered()
+    else:
+        ready = _ops_ready() or (not reason and not _plain(q, k, v, intervals, alibi_slopes, out) and _ops_registered())
+    if reason or not ready:
         return _without_ops(q, k, v, options, return_lse, out, reason)
     args = (q, k, v, intervals, alibi_slopes, layout == "bhsd", causal, *window, softcap, scale)
     if out is not None:
@@ -102,17 +106,32 @@ def _attention(
 
 
 def _ops_ready() -> bool:
-    """Whether the ops are registered; makes them so if that can be. torch.compile runs this while it traces."""
+    """Whether the ops are registered; a call does not wait until they are built."""
+    return _take(binding.ready())
+
+
+def _ops_registered() -> bool:
+    """Whether they are after waiting for that. torch.compile runs this while it traces: a graph needs the ops."""
+    return _take(binding.load())
+
+
+def _take(module: Any) -> bool:
     global _fast, _fast_sdpa
-    if _fast is None:
-        module = binding.load()
-        if module is not None:
-            _fast, _fast_sdpa = module.attention, module.sdpa
-    return _fast is not None
+    if module is not None:
+        _fast, _fast_sdpa = module.attention, module.sdpa
+    return module is not None
 
 
 # what torch.compiler.assume_constant_result sets, without the second that importing torch._dynamo for it takes
-vars(_ops_ready)["_dynamo_marked_constant"] = True
+vars(_ops_registered)["_dynamo_marked_constant"] = True
+
+
+def _plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether a kernel may be handed their addresses: no subclass, mode or transform that wants to see an op."""
+    if not all(_has_memory(t) for t in tensors if t is not None):
+        return False
+    stacks = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+    return stacks == 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _refusal(
@@ -219,60 +238,50 @@ def _unservable(
 
 def resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> kernel.Kernel | None:
     """The kernel for a call, built and loaded; None (and a warning) where PyTorch computes."""
+    call = _describe_quietly(q, k, v, **options)
+    if call.refusal:
+        return None
+    assert call.problem is not None and call.target is not None
+    with _on_device(q):
+        return kernel_for(call.problem, call.target, ours=bool(options.get("return_lse")))
+
+
+def resolve_words(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> list[int]:
+    """The same for the C++ table: what serves this call, and the plan of its static key where there is one."""
+    call = _describe_quietly(q, k, v, **options)
+    if call.refusal:
+        return list(TORCH.words)
+    assert call.problem is not None and call.target is not None
+    ours = bool(options.get("return_lse"))
+    with _on_device(q):
+        found = answer(call.problem, call.target, ours=ours)
+    return [*found.words, *plan_words(call.problem, call.target, ours=ours)]
+
+
+def _describe_quietly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Call:
     with torch.no_grad():  # whether gradients are needed was decided before
         call = describe(q, k, v, **options)
     if call.refusal:
         fallback.warn(call.refusal)
-        return None
-    assert call.problem is not None and call.target is not None
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise LaunchError(
-            f"a CUDA graph capture met a kernel that is not loaded: {call.problem}",
-            "nothing is compiled or loaded during a capture",
-            "make the same call once before capturing (compile ahead of that with: fagen build)",
-        )
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # where a stale kernel is verified
-        return kernel_for(call.problem, call.target, ours=bool(options.get("return_lse")))
+    return call
 
 
-def kernel_for(problem: Problem, target: Target, *, ours: bool = False) -> kernel.Kernel | None:
-    """The chosen kernel, compiled now if need be; None where PyTorch computes, with a warning unless it is faster.
-
-    `ours`: a kernel all the same where PyTorch is faster, as for the LSE, which it does not give.
-    """
-    choice = dispatch.choose(problem, target, check=True, ours=ours)
-    if choice.family is None or choice.config is None:
-        if choice.record is None:
-            fallback.warn("; ".join(choice.reasons) or "no family serves the problem")
-        return None
-    try:
-        return built(choice.family, problem, target, choice.config)
-    except FagenError as error:
-        if env.flag("FAGEN_DISABLE_JIT"):
-            raise
-        fallback.warn(" ".join(str(error).splitlines()))
-        return None
-
-
-def built(family: Family, problem: Problem, target: Target, config: Config) -> kernel.Kernel:
-    """Loaded, and compiled before that if need be, which is said."""
-    job = build.job(family, problem, target, config)
-
-    def tell() -> None:
-        binding.say(f"compiling {job.name} (about {build.expected_seconds(family, target):.0f} s, once)")
-
-    return kernel.load(build.make(job, tell=tell), family, problem, config)
+def _on_device(q: torch.Tensor) -> Any:
+    """Where a stale kernel is verified."""
+    return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
 
 def _without_ops(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any], return_lse: bool, out: Any, reason: str
 ) -> Any:
-    """The C++ ops are not there, or cannot be asked: a kernel is called through ctypes, everything else by PyTorch."""
+    """The C++ ops are not there yet, or cannot be asked: a kernel is called through ctypes, else PyTorch computes."""
     tensors = {"q": q, "k": k, "v": v, "intervals": options["intervals"], "alibi_slopes": options["alibi_slopes"]}
     plain = not torch.compiler.is_compiling() and all(_has_memory(t) for t in (*tensors.values(), out) if t is not None)
     if plain and out is not None:
         arguments.refuse_overlap(out, **tensors)
     found = resolve(q, k, v, out=out, return_lse=return_lse, **options) if plain and not reason else None
+    if plain and not reason:
+        binding.start()  # after the kernel, which this call waited for
     if found is None:
         value, lse = fallback.attend(q, k, v, want_lse=return_lse, **options)
         value = value if out is None else out.copy_(value)
@@ -292,12 +301,3 @@ def _has_memory(t: torch.Tensor) -> bool:
     """Not one of torch.func's, of a tracer's or of a subclass, which a kernel cannot be handed through ctypes."""
     functional = torch._C._functorch.is_functorch_wrapped_tensor(t)
     return type(t) in (torch.Tensor, torch.nn.Parameter) and not functional and not t.is_neg()
-
-
-def warmup(problems: list[Problem], target: Target | None = None) -> None:
-    """Compile what these problems need, and the binding, ahead of the first call."""
-    from fagen.target import detect
-
-    binding.load()
-    for problem in problems:
-        kernel_for(problem, target or detect())

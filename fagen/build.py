@@ -199,11 +199,12 @@ def make(job: Job, *, timeout: float | None = None, tell: Callable[[], None] = l
     found = read_entry(folder, key)
     if found:
         return found
-    if env.flag("FAGEN_DISABLE_JIT"):
+    if env.build_mode() == "never":
+        forbids, allow = env.forbidden()
         raise BuildError(
-            f"{job.name} is not built, and FAGEN_DISABLE_JIT forbids to compile",
+            f"{job.name} is not built, and {forbids} forbids to compile",
             f"looked in {folder}",
-            f"build it ahead: FAGEN_DISABLE_JIT=0 {_command(job)}",
+            f"build it ahead: {allow} {_command(job)}",
         )
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
     scratch = _scratch()

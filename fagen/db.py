@@ -28,8 +28,8 @@ from fagen.target import Target
 SCHEMA = 1
 MOST_BYTES = 64 << 20  # of a file; a record takes 2 KB
 WEIGHTS = {"keys": 1.0, "waves": 1.0, "rows": 0.25}  # of the features of a size; see docs/database.md
-MOST_WAVES, _LEAST_WAVES = 4.0, 0.25  # beyond which their number no longer matters
-_WAVE_ROWS = 128  # of a block of rows, about
+MOST_WAVES, LEAST_WAVES = 4.0, 0.25  # beyond which their number no longer matters
+WAVE_ROWS = 128  # of a block of rows, about
 
 
 def slug(device: str) -> str:
@@ -253,14 +253,16 @@ def features(problem: Problem, units: int, most_waves: float = MOST_WAVES) -> di
     `keys` that a row sees: the length of the inner loop, and how much of the keys and values a cache holds. `waves`:
     blocks of rows over the device's units; with few of them plain schedules and small tiles win, with many it no
     longer matters how many. `rows` of a sequence: how much of the work lies at the diagonal.
+
+    `Features` of csrc/table.h is the same in C++, for calls of a new size.
     """
     p = problem
     left, right = (p.seqlen_k if bound < 0 else bound for bound in (p.window_left, p.window_right))
     keys = p.seqlen_k if p.mask == "causal" else min(p.seqlen_k, left + right + 1)
-    waves = p.batch * p.heads * -(-p.seqlen_q // _WAVE_ROWS) / max(1, units)
+    waves = p.batch * p.heads * -(-p.seqlen_q // WAVE_ROWS) / max(1, units)
     return {
         "keys": math.log2(keys),
-        "waves": math.log2(min(max(waves, _LEAST_WAVES), most_waves)),
+        "waves": math.log2(min(max(waves, LEAST_WAVES), most_waves)),
         "rows": math.log2(p.seqlen_q),
     }
 
@@ -273,7 +275,10 @@ def differences(a: Problem, b: Problem, units: int) -> dict[str, float]:
 
 def distance(a: Problem, b: Problem, units: int) -> float:
     """The sum of the differences; 0 where two size points differ in nothing that counts."""
-    return sum(differences(a, b, units).values())
+    total = 0.0
+    for difference in differences(a, b, units).values():  # one rounding after the other, as C++ adds: sum() has fewer
+        total += difference
+    return total
 
 
 _Signature = tuple[tuple[str, int, int, int], ...]

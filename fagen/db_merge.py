@@ -204,6 +204,18 @@ def _locked(path: Path) -> Iterator[None]:
         ) from error
 
 
+def write_new(path: Path, records: list[Record]) -> None:
+    """These records of one device as a file, in the place of one of the same device. Any other file is not touched."""
+    arch, device = records[0].arch, records[0].device
+    with _locked(path):
+        if os.path.lexists(path):
+            held = open_file(path)
+            _require_same(path, (arch, device), (held.arch, held.device))
+            if held.wrong:
+                _keep_aside(path)
+        write_file(path, arch, device, records)
+
+
 def write_file(path: Path, arch: str, device: str, records: Iterable[Record]) -> None:
     """All or nothing: a reader sees the old file or the new one."""
     rows = [r.to_dict() for r in sorted(records, key=lambda r: (r.key, r.family))]

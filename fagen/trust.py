@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fagen.target import Target
 
 MODES = ("verify", "trust", "refuse")  # of FAGEN_STALE
+KNOWN = "known"  # in its place: use what was verified before, and verify nothing now
 _LOCK_SECONDS = 60.0
 
 _hashes: dict[tuple[Any, ...], str] = {}
@@ -102,10 +103,11 @@ def judge(
         return Trust("refused", f"{changed}; " + ("not tried" if stale else "FAGEN_STALE=refuse"))
     path = env.cache_dir() / "verified" / f"{today}-{_slug(target)}.json"
     found = _verdicts.get(path) or _read(path)
-    if found is None and env.flag("FAGEN_DISABLE_JIT"):
-        remedy = f"this verifies it ahead: FAGEN_DISABLE_JIT=0 {flags.build_command(problem, target.arch)}"
-        return Trust("refused", f"{changed} and was not verified; FAGEN_DISABLE_JIT forbids to do it now; {remedy}")
-    if found is None and (not check or not _device_is_ready(target)):
+    if found is None and (word == KNOWN or env.build_mode() == "never"):
+        forbids, allow = env.forbidden()
+        remedy = f"this verifies it ahead: {allow} {flags.build_command(problem, target.arch)}"
+        return Trust("refused", f"{changed} and was not verified; {forbids} forbids to do it now; {remedy}")
+    if found is None and (not check or not device_is_ready(target)):
         return Trust("unverified", f"{changed}; its first use verifies it")
     if found is None:
         with _one_at_a_time:
@@ -121,7 +123,7 @@ def _slug(target: Target) -> str:
     return f"{target.arch}-{slug(target.device)}"
 
 
-def _device_is_ready(target: Target) -> bool:
+def device_is_ready(target: Target) -> bool:
     """Whether the current device is the target itself, and free to run something."""
     from fagen.target import gpu, host
 
@@ -140,11 +142,11 @@ def _device_is_ready(target: Target) -> bool:
 
 def _verify(path: Path, record: Record, family: Family, problem: Problem, target: Target, config: Config) -> Verdict:
     """Build, run and compare; the verdict is kept, unless it may be another tomorrow."""
-    from fagen import api, db
+    from fagen import binding, db, resolve
 
     start = time.perf_counter()
     try:
-        kernel = api.built(family, problem, target, config)
+        kernel = resolve.built(family, problem, target, config)
     except BuildError as error:
         lasts = bool(error.log) and not error.killed
         return _keep(path, Verdict(False, f"today's source cannot be built: {error.what}", date=db.now()), lasts)
@@ -163,9 +165,7 @@ def _verify(path: Path, record: Record, family: Family, problem: Problem, target
             found = _run(path, kernel, problem, target)
             took = f"{time.perf_counter() - start:.1f} s, once"
             outcome = f"right, largest error {found.error:.2g}" if found.ok else f"NOT used: {found.reason}"
-            api.binding.say(
-                f"verified {family.name} {record.key}, whose source changed since tuning: {outcome} ({took})"
-            )
+            binding.say(f"verified {family.name} {record.key}, whose source changed since tuning: {outcome} ({took})")
     _verdicts[path] = found
     return found
 

@@ -71,7 +71,7 @@ def _own_folders(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     patch.setenv("FAGEN_DB_DIR", str(tmp_path_factory.mktemp("db")))
     patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
     patch.setenv("FAGEN_QUIET", "1")
-    for name in ("FAGEN_DISABLE_JIT", "FAGEN_STALE", "FAGEN_NVCC", "FAGEN_CXX"):
+    for name in ("FAGEN_BUILD", "FAGEN_DISABLE_JIT", "FAGEN_STALE", "FAGEN_NVCC", "FAGEN_CXX"):
         patch.delenv(name, raising=False)
     yield
     patch.undo()

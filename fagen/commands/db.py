@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fagen import cliutil
+from fagen.commands import db_portfolio
 from fagen.db_export import FORMATS, full
 from fagen.errors import DatabaseError, UsageError
 
@@ -25,6 +26,7 @@ _EXAMPLES = """examples:
   fagen db export --format kernel_tuner --space benchmarks/spaces/h200_d64_causal.jsonl.xz --out cache.json
   fagen db validate
   fagen db prune --stale
+  fagen db portfolio d128/causal --times RUN SPACE.jsonl.xz --within 1%
 """
 
 
@@ -44,6 +46,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     cliutil.add_problem_flags(why)
     cliutil.add_target_flag(why)
     _add_exchange(verb)
+    db_portfolio.add(verb)
     validate = verb("validate", "check database files", "validate tuning_db")
     validate.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="files or folders (default: all in use)")
     validate.add_argument(
@@ -84,7 +87,7 @@ def _add_exchange(verb: Callable[[str, str, str], argparse.ArgumentParser]) -> N
 def run(args: argparse.Namespace) -> int:
     verbs = {
         "list": _list, "show": _show, "why": _why, "merge": _merge, "diff": _diff, "export": _export,
-        "validate": _validate, "prune": _prune,
+        "validate": _validate, "prune": _prune, "portfolio": db_portfolio.run,
     }  # fmt: skip
     return verbs[args.db_verb](args)
 

@@ -1,6 +1,6 @@
 // The PyTorch ops of fagen, and the short way from Python to a kernel.
 //
-// forward, forward_lse and forward_out find their kernel in the table of table.h, fill its params and launch, or let
+// forward, forward_lse and forward_out find their kernel by table.h, fill its params and launch, or let
 // PyTorch compute (op `fallback`). No CUDA header: streams and devices go through c10.
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -381,10 +381,27 @@ PyObject* forget_all(PyObject*, PyObject*) {
   Py_RETURN_NONE;
 }
 
+bool words_of(PyObject* list, std::vector<int64_t>& words) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) words.push_back(PyLong_AsLongLong(PyList_GET_ITEM(list, i)));
+  return !PyErr_Occurred();
+}
+
+// nearest(plan, sizes): the index of the row of a plan that serves a size, as find() picks it; for tests.
+PyObject* nearest_row(PyObject*, PyObject* args) {
+  PyObject *plan = nullptr, *sizes = nullptr;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &plan, &PyList_Type, &sizes)) return nullptr;
+  std::vector<int64_t> words, s;
+  if (!words_of(plan, words) || !words_of(sizes, s)) return nullptr;
+  if (words.size() < kPlanWords || s.size() != 7) return PyErr_Format(PyExc_ValueError, "a plan and seven sizes");
+  const Plan known = plan_of(words.data(), words.size());
+  return PyLong_FromLongLong(known.nearest({s[0], s[1], s[2], s[3], s[4], s[5], s[6]}));
+}
+
 PyMethodDef methods[] = {
     {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast_attention)), METH_FASTCALL, nullptr},
     {"sdpa", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast_sdpa)), METH_FASTCALL, nullptr},
     {"forget", forget_all, METH_NOARGS, nullptr},
+    {"nearest", nearest_row, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "kernel", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

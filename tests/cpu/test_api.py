@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fagen
-from fagen import api, binding, fallback, masks, verify
+from fagen import ahead, api, binding, fallback, masks, verify
 from fagen.errors import InvalidArgument
 from fagen.problem import Problem
 from fagen.target import host
@@ -77,7 +77,7 @@ def _built_side_by_side() -> None:
         for (d, dv), fields in itertools.product((*HEAD_DIMS, (16, 16)), masks_)
     ]
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(binding.make), *(pool.submit(api.warmup, [problem], host()) for problem in wanted)]
+        jobs = [pool.submit(binding.make), *(pool.submit(ahead.warmup, [problem], host()) for problem in wanted)]
         for job in jobs:
             job.result()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fagen
-from fagen import api, binding, build, db, dispatch, env, families, trust, verify
+from fagen import api, binding, build, db, dispatch, env, families, resolve, trust, verify
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torc
         config=dict(config), seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash="01d",
     )  # fmt: skip
     db.put([record])
-    api.built(family, call.problem, call.target, config)
+    resolve.built(family, call.problem, call.target, config)
     binding.load()
     binding.forget()
     yield tensors
