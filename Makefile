@@ -1,8 +1,9 @@
 # make tune   find the fastest kernels for this machine        make check      format, lint, types, docs
 # make test   all tests that this machine can run              make generated  render generated/ anew
-# make docs   the tables in docs/ from the code                make format     let the formatters rewrite
+# make quick  those of them that are quick                     make format     let the formatters rewrite
+# make docs   the tables in docs/ from the code                make docs-site  the pages as a site in dist/site
 #
-# Both make their own environment in .venv. On a machine whose Python has torch and the rest already, name it
+# All make their own environment in .venv. On a machine whose Python has torch and the rest already, name it
 # instead and nothing is installed:   make test PYTHON=python3
 
 SHELL := /bin/sh
@@ -18,11 +19,13 @@ else
   PY := $(VENV)/bin/python
   READY := $(VENV)/.ready
 endif
-HEADERS = $(shell find templates tests/emulator -name '*.h' -o -name '*.cuh') $(wildcard fagen/csrc/*)
+HEADERS = $(shell find templates tests/emulator -name '*.h' -o -name '*.cuh' -o -name '*.cpp') $(wildcard fagen/csrc/*)
+PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n auto --dist loadgroup')
+GPU := $(shell command -v nvidia-smi)
 CLANG_FORMAT = $(shell command -v $(dir $(PY))clang-format || command -v clang-format)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: tune test check format generated docs clean
+.PHONY: tune test quick check check-format check-lint check-types check-cpp format generated docs docs-site clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,16 +34,33 @@ help:
 tune: $(READY)
 	$(PY) -m fagen tune $(TUNE_FLAGS)
 
+# On all cores, where pytest-xdist is. What needs the GPU runs after the rest, alone (5: the flags leave no test there).
 test: $(READY)
-	$(PY) -m pytest $(PYTEST_FLAGS)
+ifeq ($(GPU),)
+	$(PY) -m pytest $(PARALLEL) $(PYTEST_FLAGS)
+else
+	@failed=0; set -x; $(PY) -m pytest $(PARALLEL) --ignore=tests/gpu $(PYTEST_FLAGS) || failed=$$?; \
+	$(PY) -m pytest tests/gpu $(PYTEST_FLAGS) || [ $$? = 5 ] || failed=1; exit $$failed
+endif
 
-check: $(READY)
+quick: $(READY)
+	$(PY) -m pytest $(PARALLEL) -m 'not slow and not gpu' $(PYTEST_FLAGS)
+
+check: check-format check-lint check-types check-cpp
+	$(PY) -m pytest -q tests/cpu/test_docs.py tests/cpu/test_hygiene.py
+
+check-format: $(READY)
 	$(PY) -m ruff format --check .
+
+check-lint: $(READY)
 	$(PY) -m ruff check .
+
+check-types: $(READY)
 	$(PY) -m mypy
+
+check-cpp: $(READY)
 	@if [ -z "$(CLANG_FORMAT)" ]; then echo 'no clang-format: the C++ headers are not checked'; \
 	else $(CLANG_FORMAT) --dry-run --Werror $(HEADERS); fi
-	$(PY) -m pytest -q tests/cpu/test_docs.py tests/cpu/test_hygiene.py
 
 format: $(READY)
 	$(PY) -m ruff format .
@@ -52,6 +72,9 @@ generated: $(READY)
 
 docs: $(READY)
 	$(PY) docs/tables.py
+
+docs-site: $(READY)
+	$(PY) docs/site.py dist/site
 
 $(VENV)/.ready: pyproject.toml
 	@python=; for p in python3 python3.14 python3.13 python3.12 python3.11; do \

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What a change of sm90_forward's templates asks of an H200, in pieces of some minutes each:
+# What a change of sm90_forward's templates asks of a Hopper card, in pieces of some minutes each:
 #   anew.sh check OUT     tests/gpu, and generated/ verified
-#   anew.sh tune OUT      tuning_db/ tuned for problems/h200.toml; BUDGET (515s), GPUS=all for all of the machine
-#   anew.sh figures OUT   h200_peers.json and h200_masks.json; FA3: the path of FlashAttention 3's library
+#   anew.sh tune OUT      tuning_db/ tuned for problems/hopper.toml; BUDGET (515s), GPUS=all for all of the machine
+#   anew.sh figures OUT   ${CARD}_peers.json and ${CARD}_masks.json; FA3: the path of FlashAttention 3's library
 # The checkout is changed; OUT gets copies and logs. Each piece ends after SECONDS_AT_MOST (570), with what it has.
 set -u
 piece=${1:?check, tune or figures} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
@@ -27,16 +27,16 @@ case $piece in
     part sm80 "$python" -m pytest -q tests/gpu/test_sm80_forward.py ;;
   tune)
     # shellcheck disable=SC2086
-    part tune "$python" -m fagen tune --problems benchmarks/problems/h200.toml --family sm90_forward \
+    part tune "$python" -m fagen tune --problems benchmarks/problems/hopper.toml --family sm90_forward \
       --budget "${BUDGET:-515s}" ${GPUS:+--gpus $GPUS} --out tuning_db
     tar -C tuning_db -cJf "$out/sm_90.tar.xz" sm_90 ;;
   figures)
     peers=(--fa3 "${FA3:?the path of its library}" --rounds 9)
     part peers "$python" -m fagen bench --suite peers --peers cudnn,fa3 "${peers[@]}" --host --min-time 0.35 \
-      --out benchmarks/h200_peers.json --markdown "$out/peers.md"
+      --out benchmarks/${CARD}_peers.json --markdown "$out/peers.md"
     part masks "$python" -m fagen bench --suite masks --peers fa3,flex "${peers[@]}" --min-time 0.3 \
-      --out benchmarks/h200_masks.json --markdown "$out/masks.md"
-    cp benchmarks/h200_peers.json benchmarks/h200_masks.json "$out/"
+      --out benchmarks/${CARD}_masks.json --markdown "$out/masks.md"
+    cp benchmarks/${CARD}_peers.json benchmarks/${CARD}_masks.json "$out/"
     cut -c 1-200 "$out/peers.md" "$out/masks.md" ;;
   *) echo "unknown piece $piece" >&2; exit 2 ;;
 esac

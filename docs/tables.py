@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import api
 
 from fagen import env, errors, families
 
@@ -297,7 +300,10 @@ def search() -> str:
     return f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}"
 
 
-PAGES = {"search.md": search, "study.md": study, "knobs.md": knobs, "reference.md": reference, "../README.md": readme}
+PAGES = {
+    "search.md": search, "study.md": study, "knobs.md": knobs, "reference.md": reference, "api.md": api.page,
+    "../README.md": readme,
+}  # fmt: skip
 
 if __name__ == "__main__":
     for file, make in PAGES.items():

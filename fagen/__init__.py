@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # type checkers and editors see the names as they are
+    from fagen import masks as masks
+    from fagen.ahead import warmup as warmup
+    from fagen.api import attention as attention
+    from fagen.compat.flash_attn import flash_attn_func as flash_attn_func
+    from fagen.compat.sdpa import sdpa as sdpa
+    from fagen.dispatch import explain as explain
+    from fagen.errors import FagenError as FagenError
+    from fagen.problem import Problem as Problem
+    from fagen.target import Target as Target
 
 __version__ = "0.1.0"
 
+# Each public name and the module it is imported from at its first use; a test compares this with the imports above.
 _WHERE = {
     "attention": "fagen.api",
-    "warmup": "fagen.api",
+    "warmup": "fagen.ahead",
+    "tune": "fagen.tuner.call",
     "flash_attn_func": "fagen.compat.flash_attn",
     "sdpa": "fagen.compat.sdpa",
     "explain": "fagen.dispatch",
@@ -20,16 +33,17 @@ _WHERE = {
 
 __all__ = ["__version__", *_WHERE]
 
+if not TYPE_CHECKING:  # a checker that saw this would take any name for one of ours
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'fagen' has no attribute {name!r}")
-    from importlib import import_module
+    def __getattr__(name: str) -> object:
+        if name not in _WHERE:
+            raise AttributeError(f"module 'fagen' has no attribute {name!r}")
+        from importlib import import_module
 
-    where = _WHERE[name]
-    value = getattr(import_module(where), name) if where else import_module(f"fagen.{name}")
-    globals()[name] = value
-    return value
+        where = _WHERE[name]
+        value = getattr(import_module(where), name) if where else import_module(f"fagen.{name}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

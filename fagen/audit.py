@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +44,9 @@ def target_of(record: Record) -> Target:
     if record.arch == "cpu":
         here = host()
         return here if here.device == record.device else dataclasses.replace(here, device=record.device, simd="avx512")
-    units = record.environment.get("units", "")
-    likely = known(record.arch)
-    return dataclasses.replace(likely, device=record.device, units=int(units) if units.isdigit() else likely.units)
+    units, likely = record.environment.get("units", ""), known(record.arch)
+    told = re.fullmatch(r"[1-9][0-9]{0,5}", units) is not None
+    return dataclasses.replace(likely, device=record.device, units=int(units) if told else likely.units)
 
 
 def state(record: Record) -> tuple[str, str]:
@@ -70,11 +70,12 @@ def check_file(path: Path) -> tuple[list[Record], list[Finding]]:
     from fagen import db
 
     try:
-        records, wrong = db.read_file(path)
+        file = db.open_file(path)
     except DatabaseError as error:
         return [], [Finding(path, "unreadable", " ".join(str(error).splitlines()))]
-    found = [Finding(path, "damaged", text.removeprefix(f"{path}: ")) for text in wrong]
-    found += _misplaced(path)
+    records = file.records
+    found = [Finding(path, "damaged", text.removeprefix(f"{path}: ")) for text in file.wrong]
+    found += _misplaced(path, file.arch, file.device)
     keys = Counter((record.key, record.family) for record in records)
     for record in records:
         kind, text = state(record)
@@ -86,12 +87,11 @@ def check_file(path: Path) -> tuple[list[Record], list[Finding]]:
     return records, found
 
 
-def _misplaced(path: Path) -> list[Finding]:
+def _misplaced(path: Path, arch: str, device: str) -> list[Finding]:
     from fagen import db
 
-    head = json.loads(path.read_bytes())
-    right = db.path_of(path.parent.parent, head["arch"], head["device"])
+    right = db.path_of(path.parent.parent, arch, device)
     if right == path or path.parent.name not in ARCHS:  # a file by itself may have any name
         return []
-    text = f"it is of {head['device']} ({head['arch']}): expected {right.parent.name}/{right.name}"
+    text = f"it is of {device} ({arch}): expected {right.parent.name}/{right.name}"
     return [Finding(path, "misplaced", text)]

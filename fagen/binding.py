@@ -1,39 +1,67 @@
-"""Builds and loads the C++ ops once, and answers what they ask of Python: resolve, fallback, fail."""
+"""Builds and loads the C++ ops once, and answers what they ask of Python: resolve, fallback, fail, refuse.
+
+Building them takes some 20 s. A call does not wait for that: `ready` starts it beside the calls, which go through
+ctypes until the ops are there.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen import build, env
-from fagen.errors import BuildError, FagenError, LaunchError
+from fagen import background, build, db, env
+from fagen.errors import BuildError, FagenError, InvalidArgument, LaunchError
 
 if TYPE_CHECKING:
     import torch
 
     from fagen.build import Artifact
 
-_FLAGS = ("-O2", "-std=c++20", "-fvisibility=hidden")
+# without contraction a distance of sizes is rounded as in Python
+_FLAGS = ("-O2", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off")
 
-_FUNCTIONS = ("fagen_launch", "fagen_error", "fagen_workspace_bytes")  # in the order in which the C++ reads them
+FUNCTIONS = ("fagen_launch", "fagen_error", "fagen_workspace_bytes")  # in the order in which the C++ reads them
 
 _lock = threading.RLock()
 _module: Any = None
 _failure: FagenError | None = None
+_begun = False  # whether this process has looked for a built one
 _libraries: list[Any] = []  # torch unregisters what is collected
+
+
+def _after_fork() -> None:
+    """In the child: a thread of the parent may have held the lock, or have been about to load."""
+    global _lock, _begun
+    _lock, _begun = threading.RLock(), False
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def job() -> build.Job:
     from fagen import render
 
     folder = Path(__file__).parent / "csrc"
-    table = (folder / "table.h").read_text().replace("#pragma once\n", "")
-    source = re.sub(r'#include "table.h"[^\n]*\n', lambda _: table, (folder / "binding.cpp").read_text())
+    source = (folder / "binding.cpp").read_text()
+    for name, text in (("table.h", (folder / "table.h").read_text()), ("constants.h", _constants())):
+        paste = text.replace("#pragma once\n", "").replace("\\", r"\\")
+        source = re.sub(rf'#include "{name}"[^\n]*\n', paste, source)
     return build.Job("torch-binding", render.fold(source), ".cpp", _FLAGS, (), "cpu", links_torch=True)
+
+
+def _constants() -> str:
+    """Facts of sizes that `db` declares, for the table."""
+    names, values = ", ".join(db.WEIGHTS), ", ".join(map(repr, db.WEIGHTS.values()))
+    return (
+        f"namespace fagen {{\nstruct SizeWeights {{ double {names}; }};\n"
+        f"constexpr SizeWeights kSizeWeights{{{values}}};\n"
+        f"constexpr double kMostWaves = {db.MOST_WAVES!r}, kLeastWaves = {db.LEAST_WAVES!r};\n"
+        f"constexpr int64_t kWaveRows = {db.WAVE_ROWS};\n}}\n"
+    )
 
 
 def make() -> Artifact:
@@ -42,7 +70,7 @@ def make() -> Artifact:
 
 
 def load() -> Any:
-    """The extension module with its ops registered, or None (warned once) where it cannot be built."""
+    """The extension module with its ops registered, built now if need be; None where that fails, warned once."""
     global _module, _failure
     with _lock:
         if _module is None and _failure is None:
@@ -51,17 +79,46 @@ def load() -> Any:
             except FagenError as error:
                 _failure = error
                 reason = " ".join(str(error).splitlines())
-                warnings.warn(f"fagen: calls take a slow road, the C++ binding cannot be built: {reason}", stacklevel=3)
-        return _module
+                background.tell(f"calls take a slow road, the C++ binding cannot be built: {reason}")
+    background.warn_told()
+    return _module
+
+
+def ready() -> Any:
+    """The module if it is loaded, or built and thus loaded at once; None while it is built beside the calls."""
+    global _begun
+    background.warn_told()
+    if _module is None and _failure is None and not _begun:
+        _begun = True
+        try:
+            built = build.find(job()) is not None
+        except FagenError:
+            built = True  # no compiler, say: `load` finds the words
+        if built or env.build_mode() == "never":
+            return load()
+    return _module
+
+
+def start() -> None:
+    """Build the module beside the calls, after what else is built there."""
+    if _module is None and _failure is None:
+        background.submit("binding", _load_beside, last=True)
+
+
+def _load_beside() -> None:
+    global _module, _failure
+    try:
+        artifact = _build()
+        with _lock:
+            if _module is None:
+                _module = _import(artifact)
+    except FagenError as error:
+        _failure = error
+        background.tell(f"calls take a slow road, the C++ binding cannot be built: {' '.join(str(error).splitlines())}")
 
 
 def _build() -> Artifact:
-    this = job()
-    found = build.find(this)
-    if found:
-        return found
-    say("compiling the PyTorch binding (about 20 s, once)")
-    return build.make(this)
+    return build.make(job(), tell=lambda: say("compiling the PyTorch binding (about 20 s, once)"))
 
 
 def say(text: str) -> None:
@@ -95,6 +152,8 @@ def _register() -> None:
     library.impl("resolve", _resolve, "CompositeExplicitAutograd")
     library.impl("fallback", _fallback, "CompositeImplicitAutograd")
     library.impl("fail", _fail, "CompositeExplicitAutograd")
+    library.impl("refuse", _refuse, "CompositeExplicitAutograd")
+    library.impl("refuse_overlap", _refuse_overlap, "CompositeExplicitAutograd")
     _libraries.append(library)
     for name, fake in (("forward", _fake), ("forward_lse", _fake_lse), ("forward_out", _fake_out)):
         torch.library.register_fake(f"fagen::{name}", fake)
@@ -102,6 +161,16 @@ def _register() -> None:
 
 def _fail(what: str, numbers: str) -> None:
     raise LaunchError(what, numbers)
+
+
+def _refuse(what: str, numbers: str) -> None:
+    raise InvalidArgument(what, numbers)
+
+
+def _refuse_overlap(q: Any, k: Any, v: Any, intervals: Any, alibi_slopes: Any, out: torch.Tensor) -> None:
+    from fagen import arguments
+
+    arguments.refuse_overlap(out, q=q, k=k, v=v, intervals=intervals, alibi_slopes=alibi_slopes)
 
 
 _Args = tuple[Any, ...]
@@ -122,19 +191,16 @@ def _named(args: _Args) -> dict[str, Any]:
 
 
 def _resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> list[int]:
-    """The functions of the kernel for a call that the table does not know; none where PyTorch computes."""
+    """What serves a call that the table does not know, and the plan for other sizes of its kind."""
     from fagen import api
 
-    kernel = api.resolve(q, k, v, out=args[-1], **_named(args[:-1]))
-    if kernel is None:
-        return []
-    return [kernel.library.address(name) for name in _FUNCTIONS]
+    return api.resolve_words(q, k, v, out=args[-2], return_lse=args[-1], **_named(args[:-2]))
 
 
 def _fallback(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     from fagen import fallback
 
-    return fallback.attend(q, k, v, **_named(args))
+    return fallback.attend(q, k, v, want_lse=args[-1], **_named(args[:-1]))
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -158,5 +224,13 @@ def _fake_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> 
 
 def forget() -> None:
     """Let every following call choose its kernel anew (after tuning in the same process, say)."""
+    from fagen import resolve
+
+    resolve.forget()
+    forget_table()
+
+
+def forget_table() -> None:
+    """Let every following call ask Python again, which still knows what it loaded."""
     if _module is not None:
         _module.forget()

@@ -1,8 +1,9 @@
 """Source to shared library, through torch's cpp_extension, in a cache addressed by content.
 
 An entry is a folder named for the hash of all that can change the binary. It is built in a private folder and
-published by one rename, its manifest written last; an entry whose manifest does not match its files is a miss.
-Locks only avoid double work: nothing is wrong without them, and nobody waits for ever on one.
+published by one rename, its manifest written last; an entry whose manifest does not match its files is a miss, one
+that another user could have written is refused. Locks only avoid double work: nothing is wrong without them, and
+nobody waits for ever on one.
 """
 
 from __future__ import annotations
@@ -25,23 +26,24 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from fagen import env, toolchain
+from fagen import cachedir, env, flags, toolchain
 from fagen.compile import parse_ptxas, run_build
 from fagen.errors import BuildError, CacheError, FagenError
+from fagen.problem import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from fagen.families import Config, Family
-    from fagen.problem import Problem
     from fagen.target import Target
 
 KEY_SCHEMA = 1
 MANIFEST = "manifest.json"
 LIBRARY = "kernel.so"
 LOG = "build.log"
+SOURCES = ("kernel.cpp", "kernel.cu")
 DEFAULT_TIMEOUT = 900.0
-_STALE_SECONDS = 3600.0
+_LISTINGS = [{source, LIBRARY, LOG} for source in SOURCES]  # the files of an entry, its manifest aside
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,6 @@ class Job:
         return self.suffix == ".cu"
 
     def key(self) -> str:
-        from importlib.metadata import version
-
         from fagen.target import host
 
         cpu = host() if "-march=native" in self.flags else None
@@ -88,7 +88,7 @@ class Job:
             "cpu": [cpu.device, cpu.simd] if cpu else None,
             "cxx": toolchain.compiler_version(toolchain.require_cxx()),
             "nvcc": toolchain.compiler_version(toolchain.require_nvcc()) if self.is_cuda else None,
-            "torch": version("torch"),
+            "torch": toolchain.torch_version(),
             "python": sys.implementation.cache_tag if self.links_torch else None,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -159,74 +159,89 @@ def find(job: Job) -> Artifact | None:
 
 
 def read_entry(folder: Path, key: str | None = None) -> Artifact | None:
-    """The entry of a folder, or None if anything about it is missing, damaged or of another key."""
+    """The entry of a folder, or None if anything about it is missing, damaged or of another key.
+
+    CacheError: another user could have written it.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if key is not None and manifest["key"] != key:
+        cachedir.guard_entry(folder)
+        return _read(folder, key)
+    except OSError:
+        return None
+
+
+def _read(folder: Path, key: str | None) -> Artifact | None:
+    """The files of a manifest are exactly those of an entry, so that no name in it leads anywhere else."""
+    try:
+        cachedir.guard(folder / MANIFEST)
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        files = manifest["files"]
+        if (key is not None and manifest["key"] != key) or files.keys() not in _LISTINGS:
             return None
-        for name, facts in manifest["files"].items():
-            data = (folder / name).read_bytes()
-            if len(data) != facts["bytes"] or hashlib.sha256(data).hexdigest() != facts["sha256"]:
+        for name, facts in files.items():
+            path = folder / name
+            if cachedir.guard(path).st_size != facts["bytes"]:
+                return None
+            if hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
                 return None
         about = manifest["about"]
         return Artifact(
             folder / LIBRARY, manifest["key"], about.get("source_hash", ""), about["arch"], manifest["facts"]
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def make(job: Job, *, timeout: float | None = None) -> Artifact:
-    """Hit, or compile and publish."""
+def make(job: Job, *, timeout: float | None = None, tell: Callable[[], None] = lambda: None) -> Artifact:
+    """Hit, or compile and publish; `tell` is called before something is compiled."""
     key = job.key()
     folder = job.folder(key)
     found = read_entry(folder, key)
     if found:
         return found
-    if env.flag("FAGEN_DISABLE_JIT"):
+    if env.build_mode() == "never":
+        forbids, allow = env.forbidden()
         raise BuildError(
-            f"{job.name} is not built, and FAGEN_DISABLE_JIT forbids to compile",
+            f"{job.name} is not built, and {forbids} forbids to compile",
             f"looked in {folder}",
-            "build it ahead: FAGEN_DISABLE_JIT=0 fagen build ...",
+            f"build it ahead: {allow} {_command(job)}",
         )
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
-    private = _private_folder()
-    if private is None:
+    scratch = _scratch()
+    tell()
+    if scratch is None:
         return _make_uncached(job, key, timeout)
     try:
         with _locked(key, timeout):
             found = read_entry(folder, key)  # another process may have built it while this one waited
-            return found or _publish(_compile(job, key, private, timeout), folder, key)
+            return found or _publish(_compile(job, key, scratch.path / "build", timeout), folder, key)
     except OSError as error:
         raise _storage_error(job, error) from error
     finally:
-        shutil.rmtree(private, ignore_errors=True)
+        scratch.remove()
 
 
-def _private_folder() -> Path | None:
+def _command(job: Job) -> str:
+    """The `fagen build` that makes it. The binding, which has no problem, is made beside any kernel."""
+    problem = job.about.get("problem")
+    return flags.build_command(Problem.from_dict(problem) if problem else Problem(dtype="fp32", head_dim=64), job.arch)
+
+
+def _scratch() -> cachedir.Scratch | None:
     """A fresh folder on the cache's file system, or None if the cache cannot be written."""
-    root = env.cache_dir() / "tmp"
-    path = root / f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
     try:
-        path.mkdir(parents=True)
+        root = cachedir.folder("tmp")
+        cachedir.sweep(root)
+        cachedir.sweep(Path(tempfile.gettempdir()))
+        return cachedir.Scratch(root)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise CacheError(
-                "no space left for building kernels", str(root), "free some: fagen cache clear, or set FAGEN_CACHE_DIR"
+                "no space left for building kernels",
+                str(env.cache_dir()),
+                "free some: fagen cache clear, or set FAGEN_CACHE_DIR",
             ) from error
         return None
-    _sweep(root)
-    return path
-
-
-def _sweep(root: Path) -> None:
-    """Remove what killed builds left behind."""
-    try:
-        for old in root.iterdir():
-            if time.time() - old.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(old, ignore_errors=True)
-    except OSError:
-        pass  # another process sweeps too
 
 
 def _make_uncached(job: Job, key: str, timeout: float) -> Artifact:
@@ -239,9 +254,9 @@ def _make_uncached(job: Job, key: str, timeout: float) -> Artifact:
         stacklevel=2,
     )
     try:
-        folder = Path(tempfile.mkdtemp(prefix="fagen-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        artifact = read_entry(_compile(job, key, folder, timeout), key)
+        scratch = cachedir.Scratch(Path(tempfile.gettempdir()))
+        atexit.register(scratch.remove)
+        artifact = _read(_compile(job, key, scratch.path / "build", timeout), key)
     except OSError as error:
         raise _storage_error(job, error) from error
     assert artifact is not None
@@ -253,9 +268,7 @@ def _locked(key: str, timeout: float) -> Iterator[None]:
     """One builder a key, as far as that can be had; a lock that fails or times out means: compile anyway."""
     lock = None
     try:
-        folder = env.cache_dir() / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / f"{key[:16]}.lock")
+        lock = filelock.FileLock(cachedir.folder("locks") / f"{key[:16]}.lock", mode=0o600)
         lock.acquire(timeout=timeout)
     except (OSError, NotImplementedError, filelock.Timeout):
         lock = None
@@ -268,7 +281,7 @@ def _locked(key: str, timeout: float) -> Iterator[None]:
 
 def _publish(private: Path, folder: Path, key: str) -> Artifact:
     """One rename. If somebody else was first, theirs is used; if a damaged entry is in the way, it is replaced."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    cachedir.folder("kernels")
     for _ in range(3):
         try:
             os.rename(private, folder)
@@ -278,7 +291,7 @@ def _publish(private: Path, folder: Path, key: str) -> Artifact:
             theirs = read_entry(folder, key)
             if theirs:
                 return theirs
-            _move_away(folder)
+            _move_away(folder, private.parent)
             continue
         _sync(folder.parent)
         ours = read_entry(folder, key)
@@ -288,16 +301,10 @@ def _publish(private: Path, folder: Path, key: str) -> Artifact:
     raise BuildError(f"{folder.name} was built but cannot be kept", f"{folder}", "run: fagen cache verify")
 
 
-def _move_away(path: Path) -> None:
-    grave = env.cache_dir() / "tmp" / f"damaged-{uuid.uuid4().hex[:12]}"
-    try:
-        os.rename(path, grave)
-    except FileNotFoundError:
-        return  # another process moved it
-    if grave.is_dir():
-        shutil.rmtree(grave, ignore_errors=True)
-    else:
-        grave.unlink(missing_ok=True)
+def _move_away(path: Path, scratch: Path) -> None:
+    """Into the scratch folder, which is removed with all that is in it."""
+    with suppress(FileNotFoundError):  # another process moved it
+        os.rename(path, scratch / f"damaged-{uuid.uuid4().hex[:12]}")
 
 
 def _sync(path: Path) -> None:
@@ -313,9 +320,10 @@ def _sync(path: Path) -> None:
 
 def _compile(job: Job, key: str, folder: Path, timeout: float) -> Path:
     """Fill a private folder: source, build log, library, and the manifest last."""
+    os.mkdir(folder, 0o700)
     source = folder / f"kernel{job.suffix}"
-    source.write_text(job.source)
-    (folder / LOG).touch()
+    cachedir.write(source, job.source.encode())
+    cachedir.write(folder / LOG, b"")
     start = time.perf_counter()
     status = run_build(job, source, folder / LOG, timeout)
     seconds = time.perf_counter() - start
@@ -334,10 +342,7 @@ def _compile(job: Job, key: str, folder: Path, timeout: float) -> Path:
         _sync(path)
     about = job.about | {"arch": job.arch, "flags": job.flags, "link_flags": job.link_flags}
     manifest = {"schema": KEY_SCHEMA, "key": key, "files": files, "facts": facts, "about": about}
-    with open(folder / MANIFEST, "w") as out:
-        json.dump(manifest, out, indent=1, sort_keys=True)
-        out.flush()
-        os.fsync(out.fileno())
+    cachedir.write(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
     _sync(folder)
     return folder
 
@@ -347,14 +352,13 @@ _KILLED = re.compile(r"[Kk]illed|died due to signal|signal terminated|code=137|T
 
 def _failure(job: Job, key: str, folder: Path, log: str, status: int | None, timeout: float) -> FagenError:
     """The error of a failed build; its source and log are kept where the message says."""
-    kept = env.cache_dir() / "failed" / f"{job.name}-{key[:16]}"
     try:
-        shutil.rmtree(kept, ignore_errors=True)
-        kept.mkdir(parents=True)
+        kept = cachedir.folder("failed") / f"{job.name}-{key[:16]}"
+        cachedir.make(kept)
         for name in (f"kernel{job.suffix}", LOG):
-            shutil.copy2(folder / name, kept / name)
+            cachedir.write(kept / name, (folder / name).read_bytes())
         where = f"source and log: {kept}"
-    except OSError:
+    except (OSError, CacheError):
         where = "source and log could not be kept"
     tail = "\n".join(log.splitlines()[-40:])
     what = f"cannot compile {job.name}"

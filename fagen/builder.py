@@ -60,7 +60,9 @@ def _session(pid: int) -> int:
 
 def _build(cpp_extension: Any, request: dict[str, Any]) -> int:
     os.setsid()
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.umask(0o077)
+    os.chdir(request["folder"])
+    log = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     os.environ.pop("CC", None)  # cpp_extension would hand it to nvcc as -ccbin; the flags name the host compiler
@@ -73,7 +75,8 @@ def _build(cpp_extension: Any, request: dict[str, Any]) -> int:
     try:
         cpp_extension.load(
             name=request["name"],
-            sources=[request["source"]],
+            # ninja runs in the folder. Its name may hold what ninja and the shell have a meaning for; this has none.
+            sources=[f"/proc/self/cwd/{request['source']}"],
             extra_cflags=request["flags"],
             extra_cuda_cflags=request["flags"],
             extra_ldflags=request["link_flags"],

@@ -24,12 +24,13 @@ VERBS = {
     "db": "list, show, merge, compare, export, validate and prune tuned winners",
     "cache": "show, check and empty the folder of built kernels",
     "doctor": "find what is missing on this machine and what that costs",
+    "completion": "print a script that completes fagen's verbs, options and values in a shell",
 }
 _EXAMPLES = """examples:
   fagen tune --budget 10m                                   the default problems of this machine
   fagen tune --dtype bf16 --head-dim 64,128 --mask causal --seqlen 1k,4k --heads 32 --kv-heads 8
   fagen explain --head-dim 128 --mask causal --seqlen 4k
-  fagen emit --arch sm_90 --head-dim 128 --dtype bf16 --mask causal --out kernel --example
+  fagen emit --target sm_90 --head-dim 128 --dtype bf16 --mask causal --out kernel --example
 
 exit codes: 0 fine, 1 failed, 2 usage, 3 no valid candidate, 4 missing toolchain or GPU, 130 interrupted"""
 
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parser(verb: str | None) -> Parser:
-    listing = "\n".join(f"  {name:<9}{text}" for name, text in VERBS.items())
+    listing = "\n".join(f"  {name:<12}{text}" for name, text in VERBS.items())
     parser = Parser(
         prog="fagen",
         usage="fagen VERB [options]",

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fagen import presets
+from fagen import flags, presets, schema
 from fagen.errors import InvalidArgument, MissingTool, UsageError
 from fagen.problem import DTYPES, INTERVAL_KINDS, MASKS, Problem
 from fagen.target import ARCHS, Target
@@ -25,10 +26,12 @@ SETTINGS = {
     "dtype": "fp16, bf16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)",
     "head_dim": "64,128, or 192-128 when q/k and v differ (default: 128)",
     "mask": f"{', '.join(MASKS)} (default: none)",
-    "window": "L,R: keys visible left and right of the diagonal, 'none' for unbounded: 1024,0 or none,0",
+    "window": "L,R: keys visible left and right of the diagonal, 'none' for unbounded: 1024,0 or none,0; "
+    "with mask intervals as well",
     "interval_kind": f"bounds a key column carries: {', '.join(INTERVAL_KINDS)} (default: lower1)",
     "softcap": "with a cap on the scores",
     "alibi": "with ALiBi slopes",
+    "unaligned": "of tensors whose rows do not start at multiples of 16 bytes",
     "seqlen": "length of queries and keys: 1k,4k (default: 1k)",
     "seqlen_q": "length of the queries alone",
     "seqlen_k": "length of the keys alone",
@@ -36,7 +39,8 @@ SETTINGS = {
     "heads": "heads of q (default: 16)",
     "kv_heads": "heads of k and v (default: as many as of q)",
 }
-_SWITCHES = ("softcap", "alibi")
+_SWITCHES = ("softcap", "alibi", "unaligned")
+_USABLE = 0.9  # of a device's memory: what runs there besides, and what verifying takes
 
 
 # ---- output ------------------------------------------------------------------------------------------------------
@@ -48,8 +52,13 @@ def say(text: str = "") -> None:
 
 
 def emit_json(value: Any) -> None:
-    """Data for the next program; the only writer to stdout."""
-    print(json.dumps(value, indent=2, default=str), flush=True)
+    """Data for the next program."""
+    emit_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def emit_text(text: str) -> None:
+    """The only writer to stdout."""
+    print(text, end="", flush=True)
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------
@@ -66,11 +75,13 @@ def _words(value: Any) -> list[str]:
 
 def size(word: str) -> int:
     """4096, 4k or 1m; k is 1024."""
-    factor = {"k": 1 << 10, "m": 1 << 20}.get(word[-1:].lower(), 1)
-    digits = word[:-1] if factor > 1 else word
-    if not digits.isdigit() or int(digits) < 1:
-        raise UsageError(f"{word!r} is no size", "sizes are like 4096, 4k or 1k,4k,16k")
-    return int(digits) * factor
+    found = re.fullmatch(r"0*([1-9][0-9]{0,9})([km]?)", word, re.IGNORECASE | re.ASCII)
+    length = int(found[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[found[2].lower()] if found else 0
+    if not 1 <= length <= schema.MOST:
+        raise UsageError(
+            f"{schema.shown(word)} is no size", f"sizes are like 4096, 4k or 1k,4k,16k, and at most {schema.MOST}"
+        )
+    return length
 
 
 def sizes(value: Any) -> list[int]:
@@ -82,26 +93,31 @@ def head_dims(value: Any) -> list[tuple[int, int]]:
     pairs = []
     for word in _words(value):
         qk, dash, v = word.partition("-")
-        if not qk.isdigit() or (dash and not v.isdigit()):
-            raise UsageError(f"{word!r} is no head dim", "head dims are like 128, 64,128 or 192-128")
+        if not _is_number(qk) or (dash and not _is_number(v)):
+            raise UsageError(f"{schema.shown(word)} is no head dim", "head dims are like 128, 64,128 or 192-128")
         pairs.append((int(qk), int(v or qk)))
     return pairs
+
+
+def _is_number(word: str) -> bool:
+    """Of decimal digits, and of no more than any bound of a problem has."""
+    return re.fullmatch(r"[0-9]{1,10}", word) is not None
 
 
 def _choices(name: str, value: Any, known: Iterable[str]) -> list[str]:
     words = _words(value)
     for word in words:
         if word not in known:
-            raise UsageError(f"{name} {word!r} is unknown", f"known: {', '.join(known)}")
+            raise UsageError(f"{name} {schema.shown(word)} is unknown", f"known: {', '.join(known)}")
     return words
 
 
 def window(value: Any) -> tuple[int, int]:
     """The bounds of '1024,0' or 'none,0'; -1 is unbounded."""
     words = _words(value)
-    bounds = [-1 if word in ("none", "-1", "") else int(word) if word.isdigit() else None for word in words]
+    bounds = [-1 if word in ("none", "-1", "") else int(word) if _is_number(word) else None for word in words]
     if len(bounds) != 2 or None in bounds:
-        raise UsageError(f"window {value!r} cannot be read", "it is LEFT,RIGHT, like 1024,0 or none,0")
+        raise UsageError(f"window {schema.shown(value)} cannot be read", "it is LEFT,RIGHT, like 1024,0 or none,0")
     return bounds[0], bounds[1]  # type: ignore[return-value]
 
 
@@ -117,12 +133,12 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
         return _expand_presets(settings, target)
     masks = settings.get("mask")
     if masks is None:
-        masks = "window" if "window" in settings else "intervals" if "interval_kind" in settings else "none"
+        masks = "intervals" if "interval_kind" in settings else "window" if "window" in settings else "none"
     masks = _choices("mask", masks, MASKS)
-    for name, mask in (("window", "window"), ("interval_kind", "intervals")):
-        if name in settings and mask not in masks:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} needs mask {mask!r}", f"the masks are {', '.join(masks)}")
+    for name, able in (("window", ("window", "intervals")), ("interval_kind", ("intervals",))):
+        if name in settings and not set(able) & set(masks):
+            flag, needs = "--" + name.replace("_", "-"), " or ".join(map(repr, able))
+            raise UsageError(f"{flag} needs mask {needs}", f"the masks are {', '.join(masks)}")
     if "window" in masks and "window" not in settings:
         raise UsageError("mask 'window' needs its width", remedy="add --window LEFT,RIGHT, like --window 1024,0")
     default_dtype = "fp32" if target is not None and not target.is_gpu else "bf16"
@@ -137,9 +153,13 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
         "kv_heads": sizes(settings["kv_heads"]) if "kv_heads" in settings else [0],
     }
     bounds = window(settings["window"]) if "window" in settings else (-1, -1)
-    switches: dict[str, Any] = {name: bool(settings.get(name, False)) for name in _SWITCHES}
+    switches = {name: settings.get(name, False) for name in _SWITCHES}
+    for name, value in switches.items():
+        if type(value) is not bool:
+            raise UsageError(f"{name} is true or false, not {schema.shown(value)}")
     problems = [
-        _problem(dict(zip(axes, point, strict=True)), bounds, switches) for point in itertools.product(*axes.values())
+        _problem(dict(zip(axes, point, strict=True)), bounds, dict(switches))
+        for point in itertools.product(*axes.values())
     ]
     return list(dict.fromkeys(problems))
 
@@ -173,16 +193,15 @@ def _lengths(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 def _problem(point: dict[str, Any], bounds: tuple[int, int], switches: dict[str, Any]) -> Problem:
     (qk, v), (seqlen_q, seqlen_k), mask = point["head_dim"], point["seqlen"], point["mask"]
-    left, right = bounds if mask == "window" else (-1, -1)
-    itemsize = DTYPES[point["dtype"]]
+    left, right = bounds if mask in ("window", "intervals") else (-1, -1)
+    unaligned = switches.pop("unaligned")
     return Problem(
         dtype=point["dtype"],
         head_dim=qk,
         head_dim_v=v,
         mask=mask,
         intervals=point["interval_kind"] if mask == "intervals" else "",
-        # contiguous tensors, whose rows are whole 16-byte pieces when their sizes are
-        aligned=qk * itemsize % 16 == 0 and v * itemsize % 16 == 0,
+        aligned=not unaligned and flags.aligned(point["dtype"], qk, v),
         batch=point["batch"],
         heads=point["heads"],
         kv_heads=point["kv_heads"],
@@ -259,11 +278,28 @@ def one_problem(args: argparse.Namespace, target: Target | None = None) -> Probl
     return problems[0]
 
 
+def require_memory(problems: Iterable[Problem], target: Target, index: int = 0) -> None:
+    """That the device has room for each problem's tensors, said before anything is compiled for it."""
+    from fagen.target import memory
+
+    room = memory(target, index)
+    for problem in problems:
+        need = problem.bytes()
+        if room and need > _USABLE * room:
+            numbers = f"its inputs and outputs take {gib(need)}, {target.device} has {gib(room)}"
+            raise UsageError(f"{problem} does not fit into memory", numbers, "ask for shorter sequences or fewer heads")
+
+
+def gib(size: int) -> str:
+    return f"{size / (1 << 30):.3g} GiB"
+
+
 def add_target_flag(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(ARCHS)
     parser.add_argument(
-        "--target", metavar="T", help=f"cpu, gpu, gpu:1 or one of {names} (default: the GPU, else the CPU)"
+        "--target", metavar="T", help=f"cpu, gpu, gpu:1 (or cuda:1), or one of {names} (default: the GPU, else the CPU)"
     )
+    parser.add_argument("--arch", dest="target", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # its old name
 
 
 def target_from(name: str | None) -> Target:
@@ -275,9 +311,9 @@ def target_from(name: str | None) -> Target:
     if name == "cpu":
         return target.host()
     word, _, index = name.partition(":")
-    if word != "gpu":
+    if word not in ("gpu", "cuda"):
         return target.known(name)
-    if index and not index.isdigit():
+    if index and not _is_number(index):
         raise UsageError(f"unknown target {name!r}", "a GPU is named gpu, gpu:0, gpu:1, ...")
     found = target.gpu(int(index or 0))
     if found is None:
@@ -302,6 +338,6 @@ def present(name: str | None, target: Target, doing: str, instead: str) -> Targe
 
 def count(word: str) -> int:
     """Of a flag that counts something; for argparse."""
-    if not word.isdigit() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is no positive number")
+    if not _is_number(word) or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{schema.shown(word)} is no positive number")
     return int(word)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen import toolchain
+from fagen import cachedir, toolchain
 from fagen.builder import kill_session
 from fagen.errors import BuildError
 
@@ -31,6 +31,17 @@ _idle: list[_Builder] = []
 _lock = threading.Lock()
 
 
+def _after_fork() -> None:
+    """In the child: a thread of the parent may have held the lock, and the parent's builders answer it alone."""
+    global _lock
+    _lock = threading.Lock()
+    while _idle:
+        _idle.pop().disown()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def run_build(job: Job, source: Path, log: Path, timeout: float) -> int | None:
     """The exit code of the build (negative: the signal that ended it), None if it ran past the time limit."""
     with _lock:
@@ -38,7 +49,10 @@ def run_build(job: Job, source: Path, log: Path, timeout: float) -> int | None:
     if builder is None or not builder.usable():
         builder = _Builder()
     try:
-        status = builder.run(_request(job, source, log), timeout)
+        with cachedir.scratch() as temporary:  # a compiler that is killed leaves its files behind
+            request = _request(job, source, log)
+            request["environment"]["TMPDIR"] = str(temporary)
+            status = builder.run(request, timeout)
     except BaseException:  # KeyboardInterrupt among them: leave no compiler running
         builder.close()
         raise
@@ -60,7 +74,7 @@ def _request(job: Job, source: Path, log: Path) -> dict[str, Any]:
         flags += [f"-U__CUDA_NO_{name}__" for name in switched_off] + ["-ccbin", str(cxx)]
     return {
         "name": "kernel",
-        "source": str(source),
+        "source": source.name,
         "folder": str(source.parent),
         "log": str(log),
         "flags": flags,
@@ -148,6 +162,14 @@ class _Builder:
         self._kill_job()
         self._process.kill()
         self._process.wait()
+        self._close_pipes()
+
+    def disown(self) -> None:
+        """In a forked copy: the child ends when its maker's pipe closes, which an open copy would prevent."""
+        atexit.unregister(self.close)
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):

@@ -13,20 +13,23 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fagen import env
-from fagen.errors import DatabaseError, FagenError, InvalidArgument
+from fagen import env, schema
+from fagen.errors import DatabaseError, FagenError, InvalidArgument, NewerDatabase
 from fagen.problem import Problem
+from fagen.schema import shown
 from fagen.target import Target
 
 SCHEMA = 1
+MOST_BYTES = 64 << 20  # of a file; a record takes 2 KB
 WEIGHTS = {"keys": 1.0, "waves": 1.0, "rows": 0.25}  # of the features of a size; see docs/database.md
-MOST_WAVES, _LEAST_WAVES = 4.0, 0.25  # beyond which their number no longer matters
-_WAVE_ROWS = 128  # of a block of rows, about
+MOST_WAVES, LEAST_WAVES = 4.0, 0.25  # beyond which their number no longer matters
+WAVE_ROWS = 128  # of a block of rows, about
 
 
 def slug(device: str) -> str:
@@ -40,7 +43,10 @@ def now() -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """A winner: which config, how fast, how exact, and where that was measured. Times in seconds."""
+    """A winner: which config, how fast, how exact, and where that was measured. Times in seconds.
+
+    The constructor is the door: each field is of its type and domain (`_CHECKS`), whoever wrote it.
+    """
 
     problem: Problem
     arch: str
@@ -55,6 +61,15 @@ class Record:
     environment: dict[str, str] = field(default_factory=dict)
     date: str = ""
     trials: int = 0
+    torch_seconds: float = 0.0  # of PyTorch's own attention in the same round; 0: it was not measured
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.problem, Problem):
+            raise DatabaseError(f"a record's problem is none: {shown(self.problem)}")
+        for name, check in _CHECKS.items():
+            wrong = check(getattr(self, name))
+            if wrong:
+                raise DatabaseError(f"record {self.key}: {name}: {wrong}")
 
     @property
     def key(self) -> str:
@@ -74,29 +89,25 @@ class Record:
     def from_dict(cls, arch: str, device: str, fields: Any) -> Record:
         """Raises DatabaseError with what is wrong."""
         if not isinstance(fields, dict):
-            raise DatabaseError("a record is no JSON object")
-        known = {f.name for f in dataclasses.fields(cls)} - {"arch", "device"}
-        required = known - {"environment", "date", "trials"}
-        if not required <= set(fields) <= known:
-            odd = sorted((required - set(fields)) | (set(fields) - known))
-            raise DatabaseError("a record lacks a field or has one too many", ", ".join(odd))
+            raise DatabaseError(f"a record is no JSON object: {shown(fields)}")
+        odd = (_REQUIRED - fields.keys()) | (fields.keys() - _REQUIRED - _OPTIONAL)
+        if odd:
+            raise DatabaseError("a record lacks a field or has one too many", ", ".join(map(shown, sorted(odd))))
         try:
             problem = Problem.from_dict(fields["problem"])
-            record = cls(**{**fields, "arch": arch, "device": device, "problem": problem})
-        except (InvalidArgument, TypeError) as error:
+        except InvalidArgument as error:
             raise DatabaseError("a record's problem cannot be read", str(error).splitlines()[0]) from error
-        record._check()
-        return record
+        return cls(**{**fields, "arch": arch, "device": device, "problem": problem})
 
-    def _check(self) -> None:
-        if not isinstance(self.config, dict) or not isinstance(self.family, str):
-            raise DatabaseError(f"record {self.key}: family or config has the wrong type")
-        for name in ("seconds", "spread", "default_seconds", "error"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise DatabaseError(f"record {self.key}: {name}={value!r} is no time or error")
-        if self.seconds == 0:
-            raise DatabaseError(f"record {self.key}: seconds is 0")
+
+_CHECKS: dict[str, Callable[[Any], str]] = {
+    "arch": schema.arch, "device": schema.text, "family": schema.identifier, "config": schema.config,
+    "seconds": schema.seconds, "spread": schema.spread, "default_seconds": schema.seconds_or_none,
+    "error": schema.number, "source_hash": schema.source_hash, "environment": schema.environment,
+    "date": schema.date, "trials": schema.integer, "torch_seconds": schema.seconds_or_none,
+}  # fmt: skip
+_OPTIONAL = {"environment", "date", "trials", "torch_seconds"}
+_REQUIRED = {f.name for f in dataclasses.fields(Record)} - {"arch", "device"} - _OPTIONAL
 
 
 def environment(target: Target) -> dict[str, str]:
@@ -119,13 +130,17 @@ def environment(target: Target) -> dict[str, str]:
         with contextlib.suppress(OSError):
             line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
             facts["driver"] = next(iter(re.findall(r"\b\d+\.\d+(?:\.\d+)?\b", line)), "")
-    return {name: value for name, value in facts.items() if value}
+    return {name: schema.printable(value) for name, value in facts.items() if value}
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def path_of(directory: Path, arch: str, device: str) -> Path:
+    """ARCH/DEVICE.json in the folder; never outside of it, whatever the names are."""
+    wrong = schema.arch(arch) or schema.text(device)
+    if wrong:
+        raise DatabaseError("there is no database file of this arch and device", wrong)
     return directory / arch / f"{slug(device)}.json"
 
 
@@ -140,37 +155,86 @@ def owner(origin: Path | None) -> str:
 
 
 def files(directory: Path) -> list[Path]:
-    return sorted(directory.glob("*/*.json")) if directory.is_dir() else []
+    """ARCH/DEVICE.json, whatever they are; what cannot be listed has none."""
+    return [path for arch in _entries(directory) for path in _entries(arch) if path.suffix == ".json"]
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return [folder / name for name in sorted(os.listdir(folder))]
+    except OSError:  # no folder, not ours to read, a loop of links
+        return []
+
+
+@dataclass(frozen=True)
+class File:
+    """A database file: its head, its records, and what is wrong with others in it."""
+
+    arch: str
+    device: str
+    records: list[Record]
+    wrong: list[str]
 
 
 def read_file(path: Path) -> tuple[list[Record], list[str]]:
     """The records of a file and what is wrong with others in it. Raises DatabaseError when nothing can be used."""
+    file = open_file(path)
+    return file.records, file.wrong
+
+
+def open_file(path: Path) -> File:
+    """As read_file, with the head."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(_bytes(path), object_pairs_hook=_object)
     except OSError as error:
         raise DatabaseError(f"database file {path} cannot be read", str(error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatabaseError(
             f"database file {path} is damaged", f"not JSON: {error}", "Restore it, or delete it and tune again."
         ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
+    version = content.get("schema") if isinstance(content, dict) else None
+    if type(version) is not int:
         raise DatabaseError(f"{path} is no fagen database", "it has no schema number", "Move it out of the folder.")
-    if content["schema"] > SCHEMA:
-        raise DatabaseError(
+    if version > SCHEMA:
+        raise NewerDatabase(
             f"database file {path} comes from a newer fagen",
-            f"its schema is {content['schema']}, this fagen knows {SCHEMA}",
+            f"its schema is {shown(version)}, this fagen knows {SCHEMA}",
             "Upgrade fagen, or set FAGEN_DB_DIR to another folder.",
         )
     arch, device, rows = content.get("arch"), content.get("device"), content.get("records")
-    if not (isinstance(arch, str) and isinstance(device, str) and isinstance(rows, list)):
-        raise DatabaseError(f"database file {path} is damaged", "it lacks arch, device or records")
-    records, wrong = [], []
+    wrong = schema.arch(arch) or schema.text(device) or ("" if isinstance(rows, list) else "it has no list of records")
+    if wrong:
+        raise DatabaseError(f"database file {path} is damaged", wrong)
+    found = File(arch, device, [], [])
     for index, row in enumerate(rows):
         try:
-            records.append(Record.from_dict(arch, device, row))
+            found.records.append(Record.from_dict(arch, device, row))
         except DatabaseError as error:
-            wrong.append(f"{path}: record {index} is skipped: {' '.join(str(error).splitlines())}")
-    return records, wrong
+            found.wrong.append(f"{path}: record {index} is skipped: {' '.join(str(error).splitlines())}")
+    return found
+
+
+def _bytes(path: Path) -> bytes:
+    """Of a regular file of sane size. A pipe without a writer does not hold us up, and nothing else is read."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise DatabaseError(f"database file {path} is no regular file", remedy="Move it out of the folder.")
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(MOST_BYTES + 1) if status.st_size <= MOST_BYTES else b""
+        if status.st_size > MOST_BYTES or len(data) > MOST_BYTES:
+            size = f"{max(status.st_size, len(data)) >> 20} MiB, read are at most {MOST_BYTES >> 20}"
+            raise DatabaseError(f"database file {path} is too large", size, "Move it out of the folder, or split it.")
+        return data
+    finally:
+        os.close(descriptor)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    """A JSON object. One that names a key twice means nothing in particular, so that no check takes it."""
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else "an object with a key twice"
 
 
 def put(records: Iterable[Record], directory: Path | None = None, policy: str = "newer") -> list[Path]:
@@ -178,24 +242,6 @@ def put(records: Iterable[Record], directory: Path | None = None, policy: str = 
     from fagen.db_merge import merge
 
     return merge(records, directory, policy).written
-
-
-def require_writable(path: Path) -> None:
-    """Raises DatabaseError now if a record could not be put into this file later. Changes nothing."""
-    if path.exists():
-        try:
-            read_file(path)
-        except DatabaseError as error:
-            if "newer fagen" in error.what:
-                raise
-    folder = path.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise DatabaseError(
-            f"database file {path} cannot be written", f"{folder} is no folder that this user can write to",
-            "Set FAGEN_DB_DIR, or give --out, a folder you can write to.",
-        )  # fmt: skip
 
 
 # ---- lookup ---------------------------------------------------------------------------------------------------------
@@ -207,14 +253,16 @@ def features(problem: Problem, units: int, most_waves: float = MOST_WAVES) -> di
     `keys` that a row sees: the length of the inner loop, and how much of the keys and values a cache holds. `waves`:
     blocks of rows over the device's units; with few of them plain schedules and small tiles win, with many it no
     longer matters how many. `rows` of a sequence: how much of the work lies at the diagonal.
+
+    `Features` of csrc/table.h is the same in C++, for calls of a new size.
     """
     p = problem
     left, right = (p.seqlen_k if bound < 0 else bound for bound in (p.window_left, p.window_right))
     keys = p.seqlen_k if p.mask == "causal" else min(p.seqlen_k, left + right + 1)
-    waves = p.batch * p.heads * -(-p.seqlen_q // _WAVE_ROWS) / max(1, units)
+    waves = p.batch * p.heads * -(-p.seqlen_q // WAVE_ROWS) / max(1, units)
     return {
         "keys": math.log2(keys),
-        "waves": math.log2(min(max(waves, _LEAST_WAVES), most_waves)),
+        "waves": math.log2(min(max(waves, LEAST_WAVES), most_waves)),
         "rows": math.log2(p.seqlen_q),
     }
 
@@ -227,7 +275,10 @@ def differences(a: Problem, b: Problem, units: int) -> dict[str, float]:
 
 def distance(a: Problem, b: Problem, units: int) -> float:
     """The sum of the differences; 0 where two size points differ in nothing that counts."""
-    return sum(differences(a, b, units).values())
+    total = 0.0
+    for difference in differences(a, b, units).values():  # one rounding after the other, as C++ adds: sum() has fewer
+        total += difference
+    return total
 
 
 _Signature = tuple[tuple[str, int, int, int], ...]

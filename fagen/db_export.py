@@ -44,8 +44,8 @@ def as_json(records: Iterable[Record]) -> str:
 
 def as_csv(records: Iterable[Record]) -> str:
     out = io.StringIO()
-    names = ["arch", "device", "key", "family", "config", "seconds", "spread", "default_seconds", "error", "trials"]
-    names += ["source_hash", "date"]
+    names = ["arch", "device", "key", "family", "config", "seconds", "spread", "default_seconds", "torch_seconds"]
+    names += ["error", "trials", "source_hash", "date"]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
     for record in records:
@@ -62,41 +62,41 @@ def t4_winners(records: Iterable[Record]) -> tuple[str, str]:
     results, where = [], []
     for r in records:
         about = {"problem": r.key, "family": r.family, "arch": r.arch, "device": r.device}
-        facts = {"trials": r.trials, "source_hash": r.source_hash}
+        facts = {"trials": r.trials, "source_hash": r.source_hash, "torch_seconds": r.torch_seconds}
         results.append(_result({**about, **r.config}, "ok", r.seconds, r.spread, r.error, facts, date=r.date))
         where.append({"arch": r.arch, **r.environment})
     return _results(results), _metadata(where)
 
 
-def t4_run(run: Path) -> tuple[str, str]:
-    """Every candidate of a tuning run, whatever became of it."""
-    from fagen.tuner import journal
+def t4_run(word: str) -> tuple[str, str]:
+    """Every candidate of a tuning run, whatever became of it. The run is named as for `fagen report`."""
+    from fagen.report import load
 
-    rows = list(journal.read_lines(run / journal.TRIALS))
-    if not rows:
-        raise UsageError(f"{run} holds no tuning run", f"it has no {journal.TRIALS} with candidates in it")
-    results = []
-    for row in rows:
-        if not {"problem", "family", "config", "outcome"} <= row.keys():
-            continue
-        facts = {
-            name: value for name, value in (row.get("facts") or {}).items() if isinstance(value, int | float | str)
-        }
-        compiled = float(facts.pop("compile_seconds", 0.0))
-        about = {"problem": row["problem"], "family": row["family"]}
-        results.append(
-            _result(
-                {**about, **row["config"]}, row["outcome"], row.get("seconds"), row.get("spread"), row.get("error"),
-                {**facts, "outcome": row["outcome"], "reason": row.get("reason", "")},
-                date=row.get("date", ""), compiled=compiled,
-            )
-        )  # fmt: skip
-    try:
-        meta = json.loads((run / journal.META).read_text())
-    except (OSError, ValueError):
-        meta = {}
-    target = meta.get("target") or {}
-    return _results(results), _metadata([{"arch": target.get("arch", ""), **(meta.get("environment") or {})}])
+    run = load.find(word)
+    meta, rows, _ = load.read(run)
+    results = [_candidate(row) for row in rows if {"problem", "family", "config", "outcome"} <= row.keys()]
+    if not results:
+        raise UsageError(f"{run} holds no tuning run", "it has no candidates")
+    target, where = load.mapping(meta.get("target")), load.mapping(meta.get("environment"))
+    return _results(results), _metadata(
+        [{"arch": str(target.get("arch", "")), **{k: str(v) for k, v in where.items()}}]
+    )
+
+
+def _candidate(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of trials.jsonl; what is strange in it is left out."""
+    from fagen.report import load
+
+    told = load.candidate(row)
+    known = {name: value for name, value in told["facts"].items() if type(value) in (int, float, str)}
+    compiled = load.number(known.pop("compile_seconds", None)) or 0.0
+    about = {"problem": load.key_of(row["problem"]), "family": told["family"]}
+    date = row.get("date")
+    return _result(
+        {**about, **told["config"]}, told["outcome"], told["seconds"], told["spread"], told["error"],
+        {**known, "outcome": told["outcome"], "reason": told["reason"]},
+        date=date if isinstance(date, str) else "", compiled=compiled,
+    )  # fmt: skip
 
 
 def _results(results: list[dict[str, Any]]) -> str:

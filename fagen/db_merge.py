@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fagen import audit, env, families
-from fagen.db import SCHEMA, Record, path_of, read_file, slug
-from fagen.errors import DatabaseError, FagenError, UsageError
+from fagen.db import SCHEMA, Record, open_file, path_of, read_file, slug
+from fagen.errors import DatabaseError, FagenError, NewerDatabase, UsageError
 from fagen.measure import LEAST_GAIN
 
 POLICIES = {
@@ -112,15 +112,12 @@ def merge(
     """Merge records into the user's overlay (or another folder). A dry run decides and writes nothing."""
     if policy not in POLICIES:
         raise UsageError(f"unknown merge policy {policy!r}", f"known: {', '.join(POLICIES)}")
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        record._check()
-        groups.setdefault((record.arch, record.device), []).append(record)
     directory, done = directory or env.user_db_dir(), Merge()
-    for (arch, device), rows in groups.items():
-        path = path_of(directory, arch, device)
+    for path, rows in _by_file(records, directory).items():
+        arch, device = rows[0].arch, rows[0].device
         with contextlib.nullcontext() if dry_run else _locked(path):
-            merged = {(r.key, r.family): r for r in _to_rewrite(path, arch, device, backup=not dry_run)}
+            held, damaged = _held(path, arch, device)
+            merged = {(r.key, r.family): r for r in held}
             for record in rows:
                 old = merged.get((record.key, record.family))
                 decision = decide(old, record, policy) if old else Decision("added", record, None, "")
@@ -128,9 +125,21 @@ def merge(
                 if decision.action != "kept":
                     merged[record.key, record.family] = record
             if not dry_run:
+                if damaged:
+                    _keep_aside(path)
                 write_file(path, arch, device, merged.values())
                 done.written.append(path)
     return done
+
+
+def _by_file(records: Iterable[Record], directory: Path) -> dict[Path, list[Record]]:
+    groups: dict[Path, list[Record]] = {}
+    for record in records:
+        path = path_of(directory, record.arch, record.device)
+        group = groups.setdefault(path, [])
+        _require_same(path, (record.arch, record.device), *((r.arch, r.device) for r in group[:1]))
+        group.append(record)
+    return groups
 
 
 def remove(path: Path, doomed: Callable[[Record], bool]) -> int:
@@ -143,7 +152,7 @@ def remove(path: Path, doomed: Callable[[Record], bool]) -> int:
         if kept:
             write_file(path, records[0].arch, records[0].device, kept.values())
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
     return len(records) - len(kept)
 
 
@@ -195,13 +204,26 @@ def _locked(path: Path) -> Iterator[None]:
         ) from error
 
 
+def write_new(path: Path, records: list[Record]) -> None:
+    """These records of one device as a file, in the place of one of the same device. Any other file is not touched."""
+    arch, device = records[0].arch, records[0].device
+    with _locked(path):
+        if os.path.lexists(path):
+            held = open_file(path)
+            _require_same(path, (arch, device), (held.arch, held.device))
+            if held.wrong:
+                _keep_aside(path)
+        write_file(path, arch, device, records)
+
+
 def write_file(path: Path, arch: str, device: str, records: Iterable[Record]) -> None:
     """All or nothing: a reader sees the old file or the new one."""
     rows = [r.to_dict() for r in sorted(records, key=lambda r: (r.key, r.family))]
     text = json.dumps({"schema": SCHEMA, "arch": arch, "device": device, "records": rows}, indent=1, allow_nan=False)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "x", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -211,28 +233,56 @@ def write_file(path: Path, arch: str, device: str, records: Iterable[Record]) ->
         raise
 
 
-def _to_rewrite(path: Path, arch: str, device: str, *, backup: bool) -> list[Record]:
-    """A file about to be replaced. A damaged one is kept beside it; one from the future or of another device is not
-    touched."""
-    if not path.exists():
-        return []
+def require_writable(directory: Path, arch: str, device: str) -> None:
+    """Raises DatabaseError now if a record could not be put into this folder later. Changes nothing."""
+    path = path_of(directory, arch, device)
+    _held(path, arch, device)
+    folder = path.parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise DatabaseError(
+            f"database file {path} cannot be written", f"{folder} is no folder that this user can write to",
+            "Set FAGEN_DB_DIR, or give --out, a folder you can write to.",
+        )  # fmt: skip
+
+
+def _held(path: Path, arch: str, device: str) -> tuple[list[Record], bool]:
+    """The records of a file about to be replaced, and whether there is more in it that must be kept beside it.
+
+    Raises for one of a newer fagen or of another device: that is not touched.
+    """
+    if not os.path.lexists(path):
+        return [], False
     try:
-        records, wrong = read_file(path)
-    except DatabaseError as error:
-        if "newer fagen" in error.what:
-            raise
-        records, wrong = [], [str(error)]
-    for record in records[:1]:
-        if (record.arch, record.device) != (arch, device):
+        held = open_file(path)
+    except NewerDatabase:
+        raise
+    except DatabaseError:
+        return [], True
+    _require_same(path, (arch, device), (held.arch, held.device))
+    return held.records, bool(held.wrong)
+
+
+def _require_same(path: Path, new: tuple[str, str], *others: tuple[str, str]) -> None:
+    for old in others:
+        if old != new:
             raise DatabaseError(
                 f"database file {path} is of another device",
-                f"it is of {record.device} ({record.arch}), the records are of {device} ({arch})",
+                f"it is of {old[1]} ({old[0]}), the records are of {new[1]} ({new[0]})",
                 "Merge into another folder: --out DIR.",
             )
-    if wrong and backup:
-        _keep_aside(path)
-    return records
 
 
 def _keep_aside(path: Path) -> None:
-    shutil.copy2(path, path.with_suffix(f".damaged-{datetime.datetime.now():%Y%m%d-%H%M%S}"))
+    """Under another name beside it, whatever it is. By a link where that can be, so that readers always find a file."""
+    stamp = f".damaged-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    for turn in itertools.count():
+        aside = path.with_suffix(f"{stamp}-{turn}" if turn else stamp)
+        if os.path.lexists(aside):
+            continue
+        try:
+            os.link(path, aside, follow_symlinks=False)
+        except OSError:  # a folder, or a file system without links
+            os.rename(path, aside)
+        return

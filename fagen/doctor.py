@@ -10,12 +10,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fagen import env, toolchain
-from fagen.errors import FagenError
+from fagen import cachedir, env, toolchain
+from fagen.errors import CacheError, FagenError
 
 _ENOUGH_BYTES = 1 << 30
 
@@ -96,6 +97,22 @@ def _torch() -> Iterator[Finding]:
         yield Finding("gpu", "problem", "there is a driver, and torch sees no GPU", cost, remedy)
 
 
+def _load() -> Iterator[Finding]:
+    """Whether times that are taken now would tell anything."""
+    from fagen import load, target
+
+    devices = 0
+    with suppress(ImportError, OSError):  # without torch there still is a CPU
+        devices = target.count()
+    for index in range(max(1, devices)):
+        found = (target.gpu(index) if devices else None) or target.host()
+        said = load.note(found, index)
+        name = f"load of gpu {index}" if found.is_gpu else "load"
+        cost = "what is tuned or measured now may not hold" if said else ""
+        quiet = f"{load.average():.1f} on {load.cores()} cores"
+        yield Finding(name, "note" if said else "ok", said or quiet, cost, "wait until it is idle" if said else "")
+
+
 def _driver() -> Iterator[Finding]:
     newest = _driver_cuda()
     if not newest:
@@ -132,8 +149,8 @@ def _compilers() -> Iterator[Finding]:
 
 def _compiles(cxx: Path) -> Finding:
     """One small OpenMP library, as a kernel of the CPU family is."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "try.cpp"
+    with cachedir.scratch() as folder:
+        source = folder / "try.cpp"
         source.write_text("#include <omp.h>\n#include <vector>\nint threads() { return omp_get_max_threads(); }\n")
         command = [str(cxx), "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-o", f"{source}.so", str(source)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -186,7 +203,18 @@ def _cache() -> Iterator[Finding]:
     if _no_execution(path):
         cost, remedy = "built kernels cannot be loaded", "set FAGEN_CACHE_DIR to a folder on another file system"
         yield Finding("cache", "problem", f"{path} lies on a file system mounted noexec", cost, remedy)
-    damaged = [entry.path.name for entry in cachectl.entries() if not entry.intact]
+    try:
+        held = cachectl.entries()
+    except CacheError as error:
+        cost = "no kernel is built or loaded: PyTorch computes every call"
+        yield Finding("cache", "problem", f"{error.what} ({error.numbers})", cost, error.remedy)
+        return
+    refused = [entry.refused for entry in held if entry.refused]
+    if refused:
+        cost = "what these kernels would serve, PyTorch computes"
+        detail = f"{len(refused)} refused: {refused[0].what} ({refused[0].numbers})"
+        yield Finding("cache entries", "problem", detail, cost, refused[0].remedy)
+    damaged = [entry.path.name for entry in held if not entry.intact and not entry.refused]
     if damaged:
         cost = "none: they are built again when needed"
         yield Finding(
@@ -264,5 +292,5 @@ def _guarded(check: Callable[[], Iterator[Finding]]) -> Callable[[], list[Findin
 
 CHECKS = [
     _guarded(check)
-    for check in (_python, _torch, _driver, _compilers, _ninja, _data, _cache, _temporary, _database, _variables)
+    for check in (_python, _torch, _load, _driver, _compilers, _ninja, _data, _cache, _temporary, _database, _variables)
 ]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fagen import __version__, build, env, render, toolchain
+from fagen import __version__, build, env, flags, render, toolchain
 from fagen.errors import BuildError, FagenError
-from fagen.families import Config, Family, candidates
+from fagen.families import Config, Family
 from fagen.problem import INTERVAL_KINDS, Problem
 from fagen.target import Target
 
@@ -60,35 +60,12 @@ class Kernel:
     def source(self) -> str:
         return render.source(self.family, self.problem, self.target, self.config)
 
-    @property
-    def is_default(self) -> bool:
-        return self.config == self.family.default(self.problem, self.target)
-
 
 def command(kernel: Kernel) -> str:
-    """The `fagen emit` that makes the same kernel again, whatever the database says then."""
+    """The `fagen emit` that makes the same kernel again, whatever the database and the defaults say then."""
     p = kernel.problem
-    words = ["fagen", "emit", "--arch", kernel.target.arch, "--dtype", p.dtype]
-    words += ["--head-dim", str(p.head_dim) if p.head_dim == p.head_dim_v else f"{p.head_dim}-{p.head_dim_v}"]
-    words += ["--mask", p.mask]
-    if p.mask == "window":
-        words += [
-            "--window",
-            ",".join("none" if bound < 0 else str(bound) for bound in (p.window_left, p.window_right)),
-        ]
-    if p.intervals:
-        words += ["--interval-kind", p.intervals]
-    words += [flag for flag, on in (("--softcap", p.softcap), ("--alibi", p.alibi)) if on]
-    lengths = (p.seqlen_q, p.seqlen_k)
-    words += (
-        ["--seqlen", str(p.seqlen_q)]
-        if len(set(lengths)) == 1
-        else [f"--seqlen-q={lengths[0]}", f"--seqlen-k={lengths[1]}"]
-    )
-    words += ["--batch", str(p.batch), "--heads", str(p.heads), "--kv-heads", str(p.kv_heads)]
-    if kernel.family.name != candidates(p, kernel.target)[0][0].name:
-        words += ["--family", kernel.family.name]
-    words += ["--config", "default" if kernel.is_default else kernel.config.to_json(), "--out", "DIR"]
+    words = ["fagen", "emit", "--target", kernel.target.arch, *flags.of(p)]
+    words += ["--family", kernel.family.name, "--config", kernel.config.to_json(), "--out", "DIR"]
     return shlex.join(words)
 
 
@@ -152,7 +129,14 @@ def example_text(kernel: Kernel) -> str:
 
 
 def _comment(lines: Iterable[str]) -> str:
-    return "".join(f"// {line}".rstrip() + "\n" for line in lines)
+    """Lines of a C comment, whatever they hold: each is one line of its own, and none goes on in the next."""
+    return "".join(f"// {_one_line(line)}".rstrip() + "\n" for line in lines)
+
+
+def _one_line(text: str) -> str:
+    """Escaped where it does not print; a compiler would join what ends in a backslash (or its trigraph) to the code."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text).rstrip()
+    return text + "." if text.endswith(("\\", "??/")) else text
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -181,7 +165,7 @@ def write(kernel: Kernel, folder: Path, *, example: bool = False) -> dict[str, A
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8")
         _write_manifest(folder, manifest)
     except OSError as error:
         raise FagenError(f"cannot write to {folder}", str(error), "give another folder to --out") from error

@@ -7,15 +7,21 @@ from pathlib import Path
 
 import platformdirs
 
+from fagen.errors import UsageError
+
 VARIABLES = {
     "FAGEN_CACHE_DIR": "folder of built kernels (default: the user cache directory)",
     "FAGEN_DB_DIR": "folder of the user's own tuned winners (default: the user data directory)",
     "FAGEN_NVCC": "the nvcc to build with (default: CUDA_HOME, then PATH)",
     "FAGEN_CXX": "the host C++ compiler (default: CXX, then g++, then c++)",
-    "FAGEN_DISABLE_JIT": "1: never compile; a kernel that is not built is an error (default: 0)",
+    "FAGEN_BUILD": "a call whose kernel is not built: wait for it; background: be served by another one, or PyTorch, "
+    "until it is; never: an error (default: wait)",
+    "FAGEN_DISABLE_JIT": "1: the same as FAGEN_BUILD=never (default: 0)",
     "FAGEN_STALE": "a winner whose kernel source changed since it was tuned: verify, trust or refuse (default: verify)",
     "FAGEN_QUIET": "1: no line on stderr when a first call compiles (default: 0)",
 }
+
+BUILD_MODES = ("wait", "background", "never")
 
 
 def get(name: str) -> str | None:
@@ -28,8 +34,23 @@ def flag(name: str) -> bool:
     return (get(name) or "0").lower() not in ("0", "false", "no")
 
 
+def build_mode() -> str:
+    """What becomes of a call whose kernel is not built: wait, background or never."""
+    word = get("FAGEN_BUILD") or BUILD_MODES[0]
+    if word not in BUILD_MODES:
+        raise UsageError(f"FAGEN_BUILD={word} is unknown", f"known: {', '.join(BUILD_MODES)}")
+    return "never" if flag("FAGEN_DISABLE_JIT") else word
+
+
+def forbidden() -> tuple[str, str]:
+    """The setting that keeps calls from compiling, and the one that lets a command do it."""
+    if flag("FAGEN_DISABLE_JIT"):
+        return "FAGEN_DISABLE_JIT", "FAGEN_DISABLE_JIT=0"
+    return f"FAGEN_BUILD={build_mode()}", "FAGEN_BUILD=wait"
+
+
 def cache_dir() -> Path:
-    return Path(get("FAGEN_CACHE_DIR") or platformdirs.user_cache_dir("fagen"))
+    return Path(get("FAGEN_CACHE_DIR") or platformdirs.user_cache_dir("fagen")).absolute()
 
 
 def user_db_dir() -> Path:

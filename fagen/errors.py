@@ -18,10 +18,17 @@ class FagenError(Exception):
         return type(self), (self.what, self.numbers, self.remedy)
 
 
-class InvalidArgument(FagenError, ValueError):
-    """A call's arguments contradict each other or fall outside what attention is defined for."""
+class InvalidArgument(FagenError, ValueError, RuntimeError):
+    """A call's arguments contradict each other or fall outside what attention is defined for.
+
+    Also a RuntimeError, which is what PyTorch's own attention raises.
+    """
 
     exit_code = 2
+
+
+class InvalidType(InvalidArgument, TypeError):
+    """An argument is not of the kind that is asked for: a list instead of a tensor, a word instead of a number."""
 
 
 class UsageError(FagenError):
@@ -68,7 +75,8 @@ def _rebuild_build_error(what: str, numbers: str, remedy: str, log: str, killed:
 
 
 class CacheError(BuildError):
-    """A built kernel cannot be kept: the disk is full, or the folder cannot be written. No fault of the kernel."""
+    """A built kernel cannot be kept or may not be loaded: a full disk, a folder that others may write. No fault of
+    the kernel."""
 
     def __reduce__(self) -> tuple:
         return type(self), (self.what, self.numbers, self.remedy)
@@ -84,3 +92,7 @@ class WrongResult(FagenError):
 
 class DatabaseError(FagenError):
     """A tuning database file cannot be used; the message names the file."""
+
+
+class NewerDatabase(DatabaseError):
+    """A tuning database file of a newer fagen: it is neither read nor replaced."""

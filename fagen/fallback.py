@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import torch
+from torch.autograd import forward_ad
 
 from fagen.masks import interval_kind
 from fagen.verify import Semantics, row_blocks
 from fagen.verify import attend as plain_attend
 
 EMPTY = "there is nothing to compute"
+NO_BACKWARD = "the inputs need gradients, and fagen has no backward kernel yet"
 
 _warned: set[str] = set()
 
@@ -28,6 +31,22 @@ def warn(reason: str) -> None:
     warnings.warn(f"fagen: PyTorch computes instead: {reason}", FallbackWarning, stacklevel=4)
 
 
+def differentiated(*tensors: torch.Tensor | None) -> bool:
+    """Whether a derivative is wanted, reverse or forward. For torch.func's own tensors the op answers that."""
+    some = [t for t in tensors if isinstance(t, torch.Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in some):
+        return True
+    if not in_forward_mode():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(not wrapped(t) and forward_ad.unpack_dual(t).tangent is not None for t in some)
+
+
+def in_forward_mode() -> bool:
+    """Whether dual numbers may be about: PyTorch's own attention kernels have no forward derivative."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -42,39 +61,39 @@ def attend(
     scale: float | None,
     want_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) in the caller's layout. Without `want_lse` the lse may be empty."""
+    """(out, lse) in the caller's layout and dtype. Without `want_lse` the lse may be empty.
+
+    With it, all is computed by products of matrices, whose gradient is the same bits each time.
+    """
     if layout == "bshd":
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if 0 in q.shape or 0 in k.shape:
-        out, lse = q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
-    elif (
-        not want_lse
-        and intervals is None
-        and not softcap
-        and alibi_slopes is None
-        and _sdpa_serves(q, k, window, scale)
-    ):
-        out, lse = _by_sdpa(q, k, v, window, scale), q.new_empty(0, dtype=torch.float32)
-    else:
-        kind = interval_kind(intervals.shape[3], causal) if intervals is not None else ""
-        semantics = Semantics(window if not causal else (window[0], 0), kind, softcap, scale)
-        out, lse = _by_blocks(q, k, v, semantics, intervals, alibi_slopes)
+    kind = interval_kind(intervals.shape[3], causal) if intervals is not None else ""
+    semantics = Semantics((window[0], 0) if causal else window, kind, softcap, scale)
+    plain = not want_lse and intervals is None and alibi_slopes is None
+    device = q.device.type  # the result has the inputs' dtype, as a kernel's has, whatever autocast would make of it
+    with torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext():
+        if 0 in q.shape or 0 in k.shape:
+            out, lse = q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+        elif plain and _sdpa_serves(q, k, semantics):
+            out, lse = _by_sdpa(q, k, v, semantics), q.new_empty(0, dtype=torch.float32)
+        else:
+            out, lse = _by_blocks(q, k, v, semantics, intervals, alibi_slopes)
     out = out.transpose(1, 2) if layout == "bshd" else out
     return out.contiguous(), lse
 
 
-def _sdpa_serves(q: torch.Tensor, k: torch.Tensor, window: tuple[int, int], scale: float | None) -> bool:
-    if scale is not None and not scale > 0:  # SDPA's own GPU kernels give NaN there
+def _sdpa_serves(q: torch.Tensor, k: torch.Tensor, semantics: Semantics) -> bool:
+    window, scale = semantics.window, semantics.scale
+    if semantics.softcap or (scale is not None and not scale > 0):  # SDPA's own GPU kernels give NaN there
         return False
-    return window == (-1, -1) or (window == (-1, 0) and q.shape[2] == k.shape[2])
+    square = window == (-1, 0) and q.shape[2] == k.shape[2]
+    return (window == (-1, -1) or square) and not in_forward_mode()
 
 
-def _by_sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: tuple[int, int], scale: float | None
-) -> torch.Tensor:
+def _by_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, semantics: Semantics) -> torch.Tensor:
     shared = q.shape[1] != k.shape[1]
     return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=window == (-1, 0), scale=scale, enable_gqa=shared
+        q, k, v, is_causal=semantics.window == (-1, 0), scale=semantics.scale, enable_gqa=shared
     )
 
 

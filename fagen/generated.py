@@ -30,6 +30,12 @@ _CPU = Target("cpu", "any", 8, simd="avx512")  # no machine in particular, so th
 def listed(root: Path = ROOT) -> dict[str, emit.Kernel]:
     """The kernels that kernels.toml asks for, by name."""
     kernels = {}
+    if not (root / LIST).is_file():
+        raise MissingTool(
+            "the generated kernels are of a checkout, and this fagen is installed without one",
+            f"{root / LIST} is not there",
+            "fagen emit writes a kernel as files anywhere",
+        )
     for table in tomllib.loads((root / LIST).read_text())["kernel"]:
         name, arch = table.pop("name"), table.pop("arch")
         config, family = table.pop("config", "default"), table.pop("family", None)
@@ -65,9 +71,8 @@ def _write_manifest(root: Path, kernels: dict[str, Any]) -> None:
 def write(root: Path = ROOT) -> list[str]:
     """Render all of them; the names of those whose source is not what it was."""
     kernels, old, entries = listed(root), read_manifest(root), {}
-    for folder in root.iterdir():
-        if folder.is_dir() and folder.name not in kernels:
-            shutil.rmtree(folder)
+    for name in old.keys() - kernels.keys():  # no other folder is ours to remove
+        shutil.rmtree(root / Path(name).name, ignore_errors=True)
     for name, kernel in kernels.items():
         manifest = emit.write(kernel, root / name, example=True)
         (root / name / emit.MANIFEST).unlink()  # there is one for all

@@ -99,6 +99,8 @@ def make_params(
 ) -> Params:
     """The struct; holds pointers, so the tensors must outlive it."""
     order = _order(layout)
+    largest = max(*q.shape, *k.shape, *v.shape)
+    _want(largest < 2**31, "a size is beyond 2^31 - 1", str(largest))  # ctypes would cut it
     params = Params(q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), o=out.data_ptr())
     for name, tensor in zip("qkvo", (q, k, v, out), strict=True):
         stride = tensor.stride()
@@ -111,12 +113,14 @@ def make_params(
         params.intervals_stride = _Strides(batch if intervals.shape[0] > 1 else 0, head, key)
     if alibi_slopes is not None:
         params.alibi_slopes = alibi_slopes.data_ptr()
-        params.alibi_stride = alibi_slopes.stride(0) if alibi_slopes.dim() == 2 else 0
+        several = alibi_slopes.dim() == 2 and alibi_slopes.shape[0] > 1
+        params.alibi_stride = alibi_slopes.stride(0) if several else 0
     _, row, head = order
     params.batch, params.seqlen_q, params.heads = q.shape[0], q.shape[row], q.shape[head]
     params.seqlen_k, params.kv_heads = k.shape[row], k.shape[head]
     params.head_dim, params.head_dim_v = q.shape[3], v.shape[3]
-    params.window_left, params.window_right = window
+    # a wider band shows no more, and its sum with a row would leave 32 bits
+    params.window_left, params.window_right = min(window[0], params.seqlen_k), min(window[1], params.seqlen_q)
     params.scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     params.softcap = softcap
     return params

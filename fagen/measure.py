@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import truediv
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fagen import masks, verify
 from fagen.problem import INTERVAL_KINDS, TORCH_DTYPES, Problem
@@ -68,10 +68,7 @@ class Timing:
 
 
 def quietest(measure: Callable[[], Timing], tries: int = 3, seconds: float = 1.5) -> tuple[Timing, int]:
-    """A timing whose spread is small, or the quietest of `tries` more, or of as many as begin within `seconds`.
-
-    And how many more there were.
-    """
+    """A timing of small spread, else the quietest of `tries` more begun within `seconds`; and how many more."""
     best, again, until = measure(), 0, time.monotonic() + seconds
     while best.spread > LOUD * best.median and again < tries and time.monotonic() < until:
         best = min(best, measure(), key=lambda t: t.spread / t.median)
@@ -85,11 +82,29 @@ def beats(a: Timing, b: Timing) -> bool:
     return b.median - a.median > max(noise, LEAST_GAIN * b.median)
 
 
+def lost(seconds: float, spread: float, other: float) -> bool:
+    """Whether a time that was kept is longer than another of the same round, beyond its noise; 0: there is no other."""
+    return 0 < other < seconds - max(spread, LEAST_GAIN * seconds)
+
+
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
 class Inputs(dict[str, Any]):
     """The arguments of a call by name. Remembers what no kernel may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._guarded: dict[str, torch.Tensor] = {}
+
+    def guard(self, name: str, shape: tuple[int, ...], shown: int, dtype: torch.dtype, device: torch.device) -> None:
+        """An output full of NaN, with sentinels before, behind, and between rows that show less than they hold."""
+        import torch
+
+        guard = GUARD_BYTES // dtype.itemsize
+        memory = torch.full((math.prod(shape) + 2 * guard,), _SENTINEL, dtype=dtype, device=device)
+        self[name] = memory[guard:-guard].view(shape)[..., :shown].fill_(math.nan)
+        self._guarded[name] = memory  # a tensor made in inference mode, or inside an op, does not know its base
 
     def seal(self) -> Inputs:
         self._sums = {name: _bits(self[name]) for name in ("q", "k", "v")}
@@ -98,7 +113,7 @@ class Inputs(dict[str, Any]):
     def damage(self) -> str:
         """What a kernel wrote where it must not: into q, k or v, or beside its outputs. Empty if it did not."""
         changed = [f"wrote into its input {name}" for name, bits in self._sums.items() if _bits(self[name]) != bits]
-        beside = [f"wrote outside of {name}" for name in ("out", "lse") if not _intact(self[name])]
+        beside = [f"wrote outside of {n}" for n, memory in self._guarded.items() if not _intact(self[n], memory)]
         return " and ".join(changed + beside)
 
 
@@ -106,24 +121,13 @@ def _bits(t: torch.Tensor) -> int:
     """Of all bits of a tensor's memory, whatever they mean; sums of integers have no order."""
     import torch
 
-    memory = t if t._base is None else t._base
-    memory = memory.flatten().view(torch.uint8)
+    memory = t.new_empty(0).set_(t.untyped_storage()).view(torch.uint8)
     whole = memory.numel() // 8 * 8
     return int(memory[:whole].view(torch.int64).sum()) + int(memory[whole:].sum())
 
 
-def _poisoned(shape: tuple[int, ...], shown: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """NaN, with sentinels before, behind, and between rows that show less than they hold."""
-    import torch
-
-    guard = GUARD_BYTES // dtype.itemsize
-    memory = torch.full((math.prod(shape) + 2 * guard,), _SENTINEL, dtype=dtype, device=device)
-    return memory[guard:-guard].view(shape)[..., :shown].fill_(math.nan)
-
-
-def _intact(t: torch.Tensor) -> bool:
-    memory, guard = t._base, GUARD_BYTES // t.element_size()
-    assert memory is not None
+def _intact(t: torch.Tensor, memory: torch.Tensor) -> bool:
+    guard = GUARD_BYTES // t.element_size()
     between = memory[guard:-guard].view(*t.shape[:-1], -1)[..., t.shape[-1] :]
     return all(bool((part == _SENTINEL).all()) for part in (memory[:guard], memory[-guard:], between))
 
@@ -140,26 +144,25 @@ def make_inputs(problem: Problem, where: Target | torch.device | str, seed: int 
     random = torch.Generator(device).manual_seed(seed)
     p = problem
 
-    def tensor(length: int, heads: int, dim: int, *, poisoned: bool = False) -> torch.Tensor:
+    def shape(length: int, heads: int, dim: int) -> tuple[int, ...]:
         # a row of one element more than it shows starts anywhere
-        room = dim if p.aligned else dim + 1
-        shape = (p.batch, length, heads, room)
-        if poisoned:
-            return _poisoned(shape, dim, dtype, device)
-        return torch.randn(shape, generator=random, dtype=dtype, device=device)[..., :dim]
+        return p.batch, length, heads, dim if p.aligned else dim + 1
+
+    def tensor(length: int, heads: int, dim: int) -> torch.Tensor:
+        return torch.randn(shape(length, heads, dim), generator=random, dtype=dtype, device=device)[..., :dim]
 
     inputs = Inputs()
     inputs |= {
         "q": tensor(p.seqlen_q, p.heads, p.head_dim),
         "k": tensor(p.seqlen_k, p.kv_heads, p.head_dim),
         "v": tensor(p.seqlen_k, p.kv_heads, p.head_dim_v),
-        "out": tensor(p.seqlen_q, p.heads, p.head_dim_v, poisoned=True),
-        "lse": _poisoned((p.batch, p.heads, p.seqlen_q), p.seqlen_q, torch.float32, device),
         "intervals": None,
         "alibi_slopes": None,
         "layout": "bshd",
         "semantics": Semantics((p.window_left, p.window_right), p.intervals, SOFTCAP if p.softcap else 0.0, None),
     }
+    inputs.guard("out", shape(p.seqlen_q, p.heads, p.head_dim_v), p.head_dim_v, dtype, device)
+    inputs.guard("lse", (p.batch, p.heads, p.seqlen_q), p.seqlen_q, torch.float32, device)
     if p.intervals:
         inputs["intervals"] = documents(p, seed, varied=varied).to(device)
     if p.alibi:
@@ -192,8 +195,8 @@ def check(inputs: dict[str, Any], *, lse: bool = True) -> verify.Verdict:
     )  # fmt: skip
 
 
-def check_sample(inputs: dict[str, Any], seed: int = 0) -> verify.Verdict:
-    """Whether `out` is right in a few heads and blocks of rows, the first and the last among them.
+def check_sample(inputs: dict[str, Any], seed: int = 0, *, lse: bool = False) -> verify.Verdict:
+    """Whether `out` (and `lse`, if asked) is right in a few heads and blocks of rows, first and last among them.
 
     For sizes at which to check all of it would take longer than to time it.
     """
@@ -214,7 +217,8 @@ def check_sample(inputs: dict[str, Any], seed: int = 0) -> verify.Verdict:
         if intervals is not None:
             intervals = intervals[mine[0], shared] if intervals.shape[1] > 1 else intervals[mine[0]]
         verdict = verify.check(
-            inputs["out"][mine], None, inputs["q"][mine], inputs["k"][theirs], inputs["v"][theirs],
+            inputs["out"][mine], inputs["lse"][mine[0], mine[2]] if lse else None,
+            inputs["q"][mine], inputs["k"][theirs], inputs["v"][theirs],
             inputs["semantics"], intervals=intervals, alibi=None if alibi is None else alibi[mine[0], mine[2]],
             layout=inputs["layout"], rows=slices,
         )  # fmt: skip
@@ -266,6 +270,14 @@ class InTurn:
 
 
 # ---- the clock ------------------------------------------------------------------------------------------------------
+
+
+class Sampler(Protocol):
+    """Takes the seconds of one call, out of `calls` of them."""
+
+    calls: int
+
+    def sample(self) -> float: ...
 
 
 class _CpuSampler:
@@ -321,7 +333,7 @@ class _GpuSampler:
 
 def time_once(call: Call, *, device: torch.device | str) -> float:
     """Seconds of one call, roughly. Short calls of a GPU are captured, so that the host's time does not count."""
-    sampler = _sampler(call, device)
+    sampler = sampler_of(call, device)
     seconds = sampler.sample()
     if isinstance(sampler, _GpuSampler) and seconds < _SAMPLE_SECONDS["cuda"]:
         sampler.calls = max(getattr(call, "count", 1), _FEW_CALLS)
@@ -330,8 +342,22 @@ def time_once(call: Call, *, device: torch.device | str) -> float:
     return seconds
 
 
-def _sampler(call: Call, device: torch.device | str) -> _CpuSampler | _GpuSampler:
+def sampler_of(call: Call, device: torch.device | str) -> Sampler:
     return _GpuSampler(call) if str(device).startswith("cuda") else _CpuSampler(call)
+
+
+def prepared(calls: Mapping[str, Call], device: torch.device | str) -> dict[str, Sampler]:
+    """What times each of these calls: warm, and of so many calls a sample that it lasts long enough."""
+    least = _SAMPLE_SECONDS["cuda" if str(device).startswith("cuda") else "cpu"]
+    samplers = {name: sampler_of(call, device) for name, call in calls.items()}
+    for name, sampler in samplers.items():
+        sampler.sample()  # warm
+        wanted = math.ceil(least / max(sampler.sample(), 1e-9))
+        sampler.calls = max(getattr(calls[name], "count", 1), min(_MOST_CALLS, wanted))
+        if isinstance(sampler, _GpuSampler):
+            sampler.capture()
+            sampler.sample()
+    return samplers
 
 
 def time_calls(
@@ -346,15 +372,7 @@ def time_calls(
 
     `max_seconds` ends it earlier, but not before three rounds.
     """
-    least = _SAMPLE_SECONDS["cuda" if str(device).startswith("cuda") else "cpu"]
-    samplers = {name: _sampler(call, device) for name, call in calls.items()}
-    for sampler in samplers.values():
-        sampler.sample()  # warm
-        wanted = math.ceil(least / max(sampler.sample(), 1e-9))
-        sampler.calls = max(getattr(sampler.call, "count", 1), min(_MOST_CALLS, wanted))
-        if isinstance(sampler, _GpuSampler):
-            sampler.capture()
-            sampler.sample()
+    samplers = prepared(calls, device)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names, start = list(calls), time.perf_counter()
     for turn in itertools.count():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from typing import Any
 
 LIBRARY = "libnvidia-ml.so.1"
@@ -29,6 +30,7 @@ _REASONS = {
 }
 # these mean that a time taken meanwhile is not the kernel's; at its power cap a GPU simply is what it is
 SPOILING = frozenset({"hw_slowdown", "thermal", "hw_thermal", "power_brake"})
+_MOST_PROCESSES = 256  # on one GPU that are counted
 
 
 def read(uuid: str) -> dict[str, Any]:
@@ -50,12 +52,50 @@ def read(uuid: str) -> dict[str, Any]:
 
 def current() -> dict[str, Any]:
     """Of torch's current device; nothing where torch has none."""
+    return of(current_index())
+
+
+def current_index() -> int:
+    """Of torch's current device; -1 where it has none."""
     import torch
 
-    if not torch.cuda.is_available():
-        return {}
-    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
-    return read(str(uuid)) if uuid else {}
+    return torch.cuda.current_device() if torch.cuda.is_available() else -1
+
+
+def of(index: int) -> dict[str, Any]:
+    """Of the device that torch calls so."""
+    uuid = _uuid(index)
+    return read(uuid) if uuid else {}
+
+
+def others(index: int) -> int:
+    """How many other processes compute on the device that torch calls so, as far as the driver tells."""
+    found = _find(_uuid(index)) if _uuid(index) else None
+    return sum(pid != os.getpid() for pid in _pids(*found)) if found else 0
+
+
+def _uuid(index: int) -> str:
+    import torch
+
+    if not 0 <= index < torch.cuda.device_count():
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
+
+
+class _Process(ctypes.Structure):
+    _fields_ = [
+        ("pid", ctypes.c_uint),
+        ("used_bytes", ctypes.c_ulonglong),
+        ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    ]
+
+
+def _pids(library: ctypes.CDLL, handle: ctypes.c_void_p) -> list[int]:
+    count, rows = ctypes.c_uint(_MOST_PROCESSES), (_Process * _MOST_PROCESSES)()
+    if not _ask(library, "nvmlDeviceGetComputeRunningProcesses_v3", handle, ctypes.byref(count), rows):
+        return []
+    return [row.pid for row in rows[: count.value]]
 
 
 def _ask(library: ctypes.CDLL, function: str, *arguments: Any) -> bool:

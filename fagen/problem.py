@@ -7,7 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from fagen import schema
 from fagen.errors import InvalidArgument
+from fagen.schema import shown
 
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 TORCH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # what torch calls them
@@ -21,6 +23,8 @@ INTERVAL_KINDS = {
     "both4": ("LTS", "LTE", "UTS", "UTE"),
 }
 MAX_HEAD_DIM = 256
+_SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k")
+_BOUNDS = ("window_left", "window_right")
 
 
 def padded(head_dim: int) -> int:
@@ -54,6 +58,11 @@ class Problem:
     window_right: int = -1
 
     def __post_init__(self) -> None:
+        """The door for problems from anywhere: what stands behind it may be rendered, multiplied and filed."""
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if type(value) is not type(default):  # a bool is no int here, nor the other way round
+                raise InvalidArgument(f"{name}={shown(value)} must be of type {type(default).__name__}")
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         put("head_dim_v", self.head_dim_v or self.head_dim)
         put("kv_heads", self.kv_heads or self.heads)
@@ -65,32 +74,35 @@ class Problem:
 
     def _check(self) -> None:
         if self.op != "forward":
-            raise InvalidArgument(f"op {self.op!r} is unknown", "known: forward")
+            raise InvalidArgument(f"op {shown(self.op)} is unknown", "known: forward")
         if self.dtype not in DTYPES:
-            raise InvalidArgument(f"dtype {self.dtype!r} is not supported", f"supported: {', '.join(DTYPES)}")
+            raise InvalidArgument(f"dtype {shown(self.dtype)} is not supported", f"supported: {', '.join(DTYPES)}")
         if self.mask not in MASKS:
-            raise InvalidArgument(f"mask {self.mask!r} is unknown", f"known: {', '.join(MASKS)}")
-        if (self.intervals in INTERVAL_KINDS) != (self.mask == "intervals"):
+            raise InvalidArgument(f"mask {shown(self.mask)} is unknown", f"known: {', '.join(MASKS)}")
+        if self.intervals not in (INTERVAL_KINDS if self.mask == "intervals" else ("",)):
             raise InvalidArgument(
-                f"intervals={self.intervals!r} does not go with mask={self.mask!r}",
+                f"intervals={shown(self.intervals)} does not go with mask={self.mask!r}",
                 f"kinds: {', '.join(INTERVAL_KINDS)}",
             )
         for name in ("head_dim", "head_dim_v"):
             value = getattr(self, name)
             if not 1 <= value <= MAX_HEAD_DIM:
-                raise InvalidArgument(f"{name}={value} is out of range", f"1 <= {name} <= {MAX_HEAD_DIM}")
-        for name in ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k"):
-            if getattr(self, name) < 1:
-                raise InvalidArgument(f"{name}={getattr(self, name)} must be at least 1")
+                raise InvalidArgument(f"{name}={shown(value)} is out of range", f"1 <= {name} <= {MAX_HEAD_DIM}")
+        for name in _SIZES:
+            value = getattr(self, name)
+            if not 1 <= value <= schema.MOST:
+                what = "must be at least 1" if value < 1 else "is too large"
+                raise InvalidArgument(f"{name}={shown(value)} {what}", f"1 <= {name} <= {schema.MOST}")
         if self.heads % self.kv_heads:
             raise InvalidArgument(
                 "Number of heads in key/value must divide number of heads in query",
                 f"heads={self.heads} kv_heads={self.kv_heads}",
             )
-        if min(self.window_left, self.window_right) < -1:
-            raise InvalidArgument(
-                "window bounds are -1 (unbounded) or at least 0", f"({self.window_left}, {self.window_right})"
-            )
+        for name in _BOUNDS:
+            value = getattr(self, name)
+            if not -1 <= value <= schema.MOST:
+                what = "window bounds are -1 (unbounded) or at least 0" if value < -1 else "a window is too wide"
+                raise InvalidArgument(what, f"{name}={shown(value)}, at most {schema.MOST}")
 
     # ---- the two keys -------------------------------------------------------------------------------------------
 
@@ -131,16 +143,22 @@ class Problem:
 
     def visible(self) -> float:
         """Cells (row, column) a head computes, the mask counted; intervals count as their band alone."""
-        rows, cols = self.seqlen_q, self.seqlen_k
-        left, right = self.window_left, self.window_right
-        if left < 0 and right < 0:
-            return float(rows * cols)
-        total, shift = 0, cols - rows
-        for row in range(rows):
-            first = max(0, row + shift - left) if left >= 0 else 0
-            last = min(cols, row + shift + right + 1) if right >= 0 else cols
-            total += max(0, last - first)
-        return float(total)
+        rows, cols, shift = self.seqlen_q, self.seqlen_k, self.seqlen_k - self.seqlen_q
+
+        def before(first: int) -> int:
+            """Cells left of a diagonal that starts at column `first` in row 0, inside the matrix."""
+            return _clamped_sum(first + rows, cols) - _clamped_sum(first, cols)
+
+        end = before(shift + self.window_right + 1) if self.window_right >= 0 else rows * cols
+        return float(end - (before(shift - self.window_left) if self.window_left >= 0 else 0))
+
+    def bytes(self) -> int:
+        """Memory of a call's inputs and outputs: q, k, v, O, the LSE, intervals of each head, slopes."""
+        dims = self.head_dim + self.head_dim_v
+        of_rows = self.batch * self.heads * self.seqlen_q * (dims * self.itemsize + 4)
+        bounds = 4 * len(INTERVAL_KINDS.get(self.intervals, ()))
+        of_keys = self.batch * self.kv_heads * self.seqlen_k * (dims * self.itemsize + bounds)
+        return of_rows + of_keys + 4 * self.batch * self.heads * self.alibi
 
     def flops(self) -> float:
         """2 products of 2 FLOP a cell. Causal counts half of a square, as the field does."""
@@ -153,10 +171,12 @@ class Problem:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Problem:
-        unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
+    def from_dict(cls, fields: Any) -> Problem:
+        if not isinstance(fields, dict):
+            raise InvalidArgument(f"a problem is an object of named fields, not {shown(fields)}")
+        unknown = [name for name in fields if name not in _DEFAULTS]
         if unknown:
-            raise InvalidArgument(f"unknown problem field {sorted(unknown)[0]!r}")
+            raise InvalidArgument(f"unknown problem field {shown(unknown[0])}")
         return cls(**fields)
 
     def replace(self, **changes: Any) -> Problem:
@@ -167,3 +187,12 @@ class Problem:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Problem)}  # each of the type of its field
+
+
+def _clamped_sum(end: int, most: int) -> int:
+    """Sum of min(x, most) over 0 <= x < end."""
+    rising = max(0, min(end, most))
+    return rising * (rising - 1) // 2 + most * max(0, end - most)

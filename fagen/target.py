@@ -7,6 +7,7 @@ import os
 import platform
 from dataclasses import dataclass
 
+from fagen import schema
 from fagen.errors import UsageError
 
 
@@ -78,7 +79,7 @@ def host() -> Target:
     simd = "avx512" if {"avx512f", "avx512bw", "avx512vl"} <= words else "avx2" if {"avx2", "fma"} <= words else ""
     simd = simd or ("neon" if platform.machine() == "aarch64" else "generic")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Target("cpu", model, cores, simd=simd)
+    return Target("cpu", schema.printable(model), cores, simd=simd)
 
 
 def count() -> int:
@@ -98,7 +99,20 @@ def gpu(index: int = 0) -> Target | None:
     arch = f"sm_{props.major}{props.minor}"
     per_block = getattr(props, "shared_memory_per_block_optin", 0) or _GPUS.get(arch, _GPUS["sm_86"])[2]
     per_unit = getattr(props, "shared_memory_per_multiprocessor", 0) or per_block + _KB
-    return Target(arch, props.name, props.multi_processor_count, per_block, per_unit, props.L2_cache_size)
+    name = schema.printable(props.name)
+    return Target(arch, name, props.multi_processor_count, per_block, per_unit, props.L2_cache_size)
+
+
+def memory(target: Target, index: int = 0) -> int:
+    """Bytes that this machine's device of the target has, or this machine itself; 0 if that is not known."""
+    if target.is_gpu:
+        import torch
+
+        return torch.cuda.get_device_properties(index).total_memory if torch.cuda.is_available() else 0
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0
 
 
 def detect() -> Target:

@@ -70,6 +70,14 @@ def compiler_version(path: Path) -> str:
     return _version(str(path), stat.st_mtime_ns, stat.st_size)
 
 
+@functools.cache
+def torch_version() -> str:
+    """As its package says it, which needs no import of torch; looking that up takes milliseconds."""
+    from importlib.metadata import version
+
+    return version("torch")
+
+
 def cuda_home(compiler: Path) -> Path:
     """The toolkit of an nvcc, which may be a wrapper script that lives elsewhere."""
     beside = compiler.resolve().parent.parent

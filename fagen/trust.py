@@ -2,9 +2,9 @@
 
 A record keeps the hash of the source that was verified and timed. When today's templates make another source of the
 same config, that source was never seen to be right on this device. Before it serves a first call it is verified as
-the tuner does it, on small shapes; the verdict is kept in the cache, by source and device, so that it costs a machine
-a second once. A kernel that is wrong, or that took its process along, is not tried again. Nothing is verified where
-nothing may be compiled, or while a CUDA graph is being captured.
+the tuner does it, on small shapes and at the call's own size; the verdict is kept in the cache, by source and device,
+so that it costs a machine a second once. A kernel that is wrong, or that took its process along, is not tried again.
+Nothing is verified where nothing may be compiled, or while a CUDA graph is being captured.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen import env
-from fagen.errors import BuildError, FagenError, LaunchError, UsageError
+from fagen import cachedir, env, flags
+from fagen.errors import BuildError, CacheError, FagenError, LaunchError, UsageError
 
 if TYPE_CHECKING:
     from fagen.db import Record
@@ -29,11 +29,21 @@ if TYPE_CHECKING:
     from fagen.target import Target
 
 MODES = ("verify", "trust", "refuse")  # of FAGEN_STALE
+KNOWN = "known"  # in its place: use what was verified before, and verify nothing now
 _LOCK_SECONDS = 60.0
 
 _hashes: dict[tuple[Any, ...], str] = {}
 _verdicts: dict[Path, Verdict] = {}  # of this process
 _one_at_a_time = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In the child: a thread of the parent may have held the lock."""
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
@@ -93,10 +103,11 @@ def judge(
         return Trust("refused", f"{changed}; " + ("not tried" if stale else "FAGEN_STALE=refuse"))
     path = env.cache_dir() / "verified" / f"{today}-{_slug(target)}.json"
     found = _verdicts.get(path) or _read(path)
-    if found is None and env.flag("FAGEN_DISABLE_JIT"):
-        remedy = "fagen build verifies it ahead"
-        return Trust("refused", f"{changed} and was not verified; FAGEN_DISABLE_JIT forbids to do it now; {remedy}")
-    if found is None and (not check or not _device_is_ready(target)):
+    if found is None and (word == KNOWN or env.build_mode() == "never"):
+        forbids, allow = env.forbidden()
+        remedy = f"this verifies it ahead: {allow} {flags.build_command(problem, target.arch)}"
+        return Trust("refused", f"{changed} and was not verified; {forbids} forbids to do it now; {remedy}")
+    if found is None and (not check or not device_is_ready(target)):
         return Trust("unverified", f"{changed}; its first use verifies it")
     if found is None:
         with _one_at_a_time:
@@ -112,7 +123,7 @@ def _slug(target: Target) -> str:
     return f"{target.arch}-{slug(target.device)}"
 
 
-def _device_is_ready(target: Target) -> bool:
+def device_is_ready(target: Target) -> bool:
     """Whether the current device is the target itself, and free to run something."""
     from fagen.target import gpu, host
 
@@ -131,11 +142,11 @@ def _device_is_ready(target: Target) -> bool:
 
 def _verify(path: Path, record: Record, family: Family, problem: Problem, target: Target, config: Config) -> Verdict:
     """Build, run and compare; the verdict is kept, unless it may be another tomorrow."""
-    from fagen import api, db
+    from fagen import binding, db, resolve
 
     start = time.perf_counter()
     try:
-        kernel = api.built(family, problem, target, config)
+        kernel = resolve.built(family, problem, target, config)
     except BuildError as error:
         lasts = bool(error.log) and not error.killed
         return _keep(path, Verdict(False, f"today's source cannot be built: {error.what}", date=db.now()), lasts)
@@ -154,9 +165,7 @@ def _verify(path: Path, record: Record, family: Family, problem: Problem, target
             found = _run(path, kernel, problem, target)
             took = f"{time.perf_counter() - start:.1f} s, once"
             outcome = f"right, largest error {found.error:.2g}" if found.ok else f"NOT used: {found.reason}"
-            api.binding.say(
-                f"verified {family.name} {record.key}, whose source changed since tuning: {outcome} ({took})"
-            )
+            binding.say(f"verified {family.name} {record.key}, whose source changed since tuning: {outcome} ({took})")
     _verdicts[path] = found
     return found
 
@@ -202,23 +211,28 @@ def _of_device(error: Exception) -> bool:
 
 
 def compare(kernel: Any, problem: Problem, target: Target) -> tuple[float, str]:
-    """The largest error, and what is wrong, if anything. Leaves the caller's random numbers and modes as they were."""
+    """The largest error, and what is wrong, if anything, by the tuner's own checks.
+
+    Leaves the caller's random numbers and modes as they were.
+    """
     import torch
 
-    from fagen import measure
-    from fagen.tuner.checks import check_problems
+    from fagen.tuner import checks
 
-    where, worst = "cuda" if target.is_gpu else "cpu", 0.0
-    problems = check_problems(problem, target)
+    where = checks.where(target)
+
+    def own() -> Any:
+        try:
+            return checks.make_inputs(problem, where, False)
+        except torch.OutOfMemoryError:  # the caller's own tensors leave no room: the small sizes have to do
+            return None
+
     with torch.no_grad(), torch.autocast(where, enabled=False), torch.device("cpu"):
-        for small in problems:
-            inputs = measure.make_inputs(small, where, seed=1, varied=small is not problems[-1])
-            measure.launcher(kernel, inputs, lse=True)()
-            verdict = measure.check(inputs)
-            worst = max(worst, verdict.error)
-            if not verdict:
-                return worst, f"wrong at {small.size_key}: {verdict.message}"
-    return worst, ""
+        try:
+            error, message = checks.verify(kernel, problem, target, own)
+        except checks.Damage as damage:
+            error, message = 0.0, str(damage)
+    return error, f"wrong at {message}" if message else ""
 
 
 @contextlib.contextmanager
@@ -228,13 +242,13 @@ def _alone(path: Path) -> Iterator[bool]:
 
     lock = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path.with_suffix(".lock"))
+        cachedir.folder(path.parent.name)
+        lock = filelock.FileLock(path.with_suffix(".lock"), mode=0o600)
         lock.acquire(timeout=_LOCK_SECONDS)
     except filelock.Timeout:
         yield False
         return
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError, CacheError):
         lock = None
     try:
         yield True
@@ -249,10 +263,14 @@ def _begun(path: Path) -> Path:
 
 
 def _read(path: Path) -> Verdict | None:
+    """A verdict that another user could have written is none."""
     try:
+        cachedir.guard_root()
+        cachedir.guard(path.parent, folder=True)
+        cachedir.guard(path)
         fields = json.loads(path.read_bytes())
         return Verdict(bool(fields["ok"]), str(fields["reason"]), float(fields["error"]), str(fields["date"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, CacheError):
         return None
 
 
@@ -266,8 +284,5 @@ def _keep(path: Path, found: Verdict, lasts: bool) -> Verdict:
 
 def _write(path: Path, fields: dict[str, Any]) -> None:
     """Whole or not at all; a cache that cannot be written only costs the next process a second."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(fields))
-        os.replace(temporary, path)
+    with contextlib.suppress(OSError, CacheError):
+        cachedir.write(cachedir.folder(path.parent.name) / path.name, json.dumps(fields).encode())

@@ -1,4 +1,4 @@
-"""What all tests share: folders of their own, and what this machine can do."""
+"""What all tests share: folders, time-outs that only a hang meets, and what this machine can do."""
 
 from __future__ import annotations
 
@@ -7,32 +7,74 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# OpenMP's threads must not spin while they wait: the other core runs tests, too. Before torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 
 from fagen import toolchain
 
-sys.path.insert(0, str(Path(__file__).parent / "cpu"))  # what several test files use stands in modules beside them
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "cpu"))  # what several test files use stands in modules beside them
+
+# Tests of one group run one after another, in one process: they start many processes, a server, or use the one GPU.
+GROUPS = {
+    "test_tuner_shared.py": "processes", "test_tuner_faults.py": "processes", "test_trust.py": "processes",
+}  # fmt: skip
+TIMEOUT = 900.0  # seconds on an idle machine
+
+
+def cores() -> int:
+    """Those that this process may use: of its affinity, and of its control group."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass  # no control group, or no limit
+    return count
+
+
+def load() -> float:
+    """Processes that want to run, for each core of the machine: at least 1."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """As many processes as cores and memory bear: torch, and a compiler beside it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores(), memory // (3 << 30)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """A test's time-out is there for hangs alone: --timeout, else $FAGEN_TEST_TIMEOUT, longer on a busy machine."""
+    if getattr(config.option, "timeout", 0) is None:
+        config.option.timeout = float(os.environ.get("FAGEN_TEST_TIMEOUT", TIMEOUT)) * load()
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled things are: $FAGEN_TEST_CACHE_DIR, kept across runs, or fresh and of all processes of this run."""
+    keep, base = os.environ.get("FAGEN_TEST_CACHE_DIR"), tmp_path_factory.getbasetemp()
+    if keep:
+        return Path(keep)
+    return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "cache"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Kernels are built into a fresh folder (FAGEN_TEST_CACHE_DIR keeps one across runs), winners into another."""
-    keep = os.environ.get("FAGEN_TEST_CACHE_DIR")
+def _own_folders(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels are built into the tests' cache, winners go into a folder of this process."""
     patch = pytest.MonkeyPatch()
-    patch.setenv("FAGEN_CACHE_DIR", keep or str(_shared(tmp_path_factory) / "cache"))
+    patch.setenv("FAGEN_CACHE_DIR", str(cache_folder / "fagen"))
     patch.setenv("FAGEN_DB_DIR", str(tmp_path_factory.mktemp("db")))
     patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
     patch.setenv("FAGEN_QUIET", "1")
-    for name in ("FAGEN_DISABLE_JIT", "FAGEN_STALE", "FAGEN_NVCC", "FAGEN_CXX"):
+    for name in ("FAGEN_BUILD", "FAGEN_DISABLE_JIT", "FAGEN_STALE", "FAGEN_NVCC", "FAGEN_CXX"):
         patch.delenv(name, raising=False)
     yield
     patch.undo()
-
-
-def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same folder for all processes of a parallel run, so that each kernel is compiled once."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
 
 def _gpu() -> bool:
@@ -43,13 +85,15 @@ def _gpu() -> bool:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """tests/gpu needs a GPU and nvcc, tests/compile needs nvcc; what is left out says why."""
-    here = Path(__file__).parent
     lacks_nvcc = toolchain.nvcc() is None
     for item in items:
-        folder = item.path.relative_to(here).parts[0] if here in item.path.parents else ""
+        folder = item.path.relative_to(HERE).parts[0] if HERE in item.path.parents else ""
         if folder in ("gpu", "compile"):
             item.add_marker(pytest.mark.gpu if folder == "gpu" else pytest.mark.nvcc)
             if lacks_nvcc:
                 item.add_marker(pytest.mark.skip(reason="needs nvcc, which is not found"))
         if folder == "gpu" and not _gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU that torch sees"))
+        group = "gpu" if folder == "gpu" else GROUPS.get(item.path.name)
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))

@@ -6,6 +6,7 @@ import functools
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from fagen import load
 from fagen import nvml as nvml_of
 from fagen.target import Target
 
@@ -60,9 +61,10 @@ class Machine:
 
         for _ in range(_UNDER_LOAD):
             self._product()
-        found = nvml()
+        state = nvml_of.current()
         torch.cuda.synchronize()
-        return found
+        said = load.throttled(state, under_load=True)
+        return _ours(state) | ({"throttled": said} if said else {})
 
     @property
     def what(self) -> str:
@@ -84,7 +86,6 @@ _NAMES = {"clock_mhz": "sm_mhz", "memory_mhz": "memory_mhz", "power_w": "power_w
 _NAMES |= {"power_limit_w": "power_limit_w", "temp_c": "temperature_c"}
 
 
-def nvml() -> dict[str, float]:
-    """Readings of the current GPU by the driver's library; what it does not tell is left out. Nothing is changed."""
-    facts = nvml_of.current()
+def _ours(facts: dict[str, Any]) -> dict[str, Any]:
+    """Readings of the driver's library; what it does not tell is left out."""
     return {name: facts[theirs] for theirs, name in _NAMES.items() if theirs in facts}

@@ -81,6 +81,7 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
     from fagen.bench import rows, suites
 
     problems = cliutil.problems_from(args, target)
+    cliutil.require_memory(problems, target, int((args.target or "").partition(":")[2] or 0))
     words = args.suite.split(",") if args.suite else [] if problems else [suites.default(target)]
     found: list[Row] = []
     for word in words:
@@ -102,7 +103,7 @@ def _measure(
     args: argparse.Namespace, target: Target, chosen: list[Row], names: list[str], result: dict[str, Any]
 ) -> None:
     """Fills the result, row by row."""
-    from fagen import db
+    from fagen import db, load
     from fagen.bench import ahead, peers, report, run
 
     paths = {name: getattr(args, name) for name in ("fa3", "fa4") if getattr(args, name)}
@@ -120,6 +121,8 @@ def _measure(
         "summary": run.summary([]),
     }  # fmt: skip
     cliutil.say(f"{target}: {len(chosen)} rows, {', '.join([peers.OURS, *here])}")
+    if busy := load.note(target):
+        cliutil.say(f"note     {busy}")
     for text in report.absent(result["peers"]):
         cliutil.say(text)
     ahead.build(chosen, target, cliutil.say, args.family)
@@ -135,6 +138,8 @@ def _measure(
     def on_sample(sample: dict[str, Any]) -> None:
         result["limit"]["samples"].append(sample)
         cliutil.say(f"limit    {report.rates(sample, cpu)}")
+        if sample.get("throttled"):
+            cliutil.say(f"note     {sample['throttled']}")
 
     prepares = {name: loaded.prepare for name, loaded in here.items()}
     hooks: dict[str, Any] = {"on_row": on_row, "on_sample": on_sample}

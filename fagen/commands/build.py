@@ -9,7 +9,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from fagen.cliutil import add_problem_flags, add_target_flag, add_verb, emit_json, problems_from, say, target_from
+from fagen.cliutil import add_problem_flags, add_target_flag, add_verb, emit_json, problems_from, say, size, target_from
 from fagen.errors import FagenError, UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """examples:
   fagen build --dtype bf16 --head-dim 128 --mask causal --seqlen 1k,4k,16k --heads 32 --kv-heads 8
+  fagen build --preset llama3-8b --max-seqlen 128k
   fagen build --problems serving.toml --jobs 8
   fagen build --all-records
 
@@ -29,6 +30,11 @@ def add(subparsers: Any) -> None:
     about = "Compile the kernels that these problems get on this machine, and the binding to torch."
     parser = add_verb(subparsers, "build", about, _EXAMPLES)
     parser.add_argument("--all-records", action="store_true", help="every winner of the database for this target")
+    parser.add_argument(
+        "--max-seqlen",
+        metavar="N",
+        help="whatever these problems get at any batch and any lengths up to N, like 128k",
+    )
     parser.add_argument(
         "--jobs",
         type=int,
@@ -51,10 +57,12 @@ def run(args: argparse.Namespace) -> int:
         problems += _recorded(target)
     elif not problems:
         raise UsageError("nothing to build", remedy="give problem flags, --problems FILE.toml or --all-records")
+    if args.max_seqlen:
+        problems = _of_all_sizes(problems, target, size(args.max_seqlen))
     work: dict[Any, tuple[Problem, Choice]] = {}  # many size points share a kernel
     rows: list[dict[str, Any]] = []
     for problem in problems:
-        choice = dispatch.choose(problem, target)
+        choice = dispatch.choose(problem, target, ours=True)
         if choice.family is None:
             say(f"{problem}: PyTorch serves it, nothing to build: {'; '.join(choice.reasons)}")
             rows.append({"problem": problem.key, "outcome": "torch", "reasons": choice.reasons})
@@ -72,6 +80,20 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _of_all_sizes(problems: list[Problem], target: Target, most: int) -> list[Problem]:
+    from fagen import ahead, dispatch
+
+    problems = ahead.all_sizes(problems, target, most)
+    kernels: dict[str, set[Any]] = {}
+    for problem in problems:
+        choice = dispatch.choose(problem, target, ours=True)
+        kernels.setdefault(problem.static_key, set()).add((choice.family and choice.family.name, choice.config))
+    for key, some in kernels.items():
+        count = sum(family is not None for family, _ in some)
+        say(f"{key}: {count} kernels serve any batch and all lengths up to {most}")
+    return problems
+
+
 def _instead(doubtful: list[Problem], target: Target, built: Collection[Any]) -> dict[Any, tuple[Problem, Choice]]:
     """What else to build for winners whose source has changed: they are verified now that they are built, and what
     would serve in the place of a wrong one, or of one that cannot be verified here, is built as well."""
@@ -79,9 +101,9 @@ def _instead(doubtful: list[Problem], target: Target, built: Collection[Any]) ->
 
     more: dict[Any, tuple[Problem, Choice]] = {}
     for problem in doubtful:
-        choice = dispatch.choose(problem, target, check=True)
+        choice = dispatch.choose(problem, target, check=True, ours=True)
         if choice.trust and choice.trust.state == "unverified":
-            choice = dispatch.choose(problem, target, stale="refuse")
+            choice = dispatch.choose(problem, target, stale="refuse", ours=True)
         if choice.family is not None:
             key = choice.family.name, problem.static_key, choice.config
             if key not in built:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fagen.cliutil import add_verb, emit_json, say
 
+if TYPE_CHECKING:
+    from fagen.cachectl import Entry
+
 _ACTIONS = {
     "info": "where the cache is, how many kernels it holds, how large it is",
-    "clear": "remove all built kernels and what failed builds left; they are built again when needed",
-    "verify": "check every kernel against its manifest; exit code 1 if one is damaged",
+    "clear": "remove all built kernels and what failed builds left, and nothing else; they are built again when needed",
+    "verify": "check every kernel against its manifest; exit code 1 if one is damaged or refused",
 }
 _EXAMPLES = """examples:
   fagen cache info
@@ -36,6 +40,15 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
+def _state(entry: Entry) -> str:
+    return f"  REFUSED: {entry.refused.what}" if entry.refused else "" if entry.intact else "  DAMAGED"
+
+
+def _say_left(left: list[Path]) -> None:
+    if left:
+        say(f"left alone, not made by fagen for this user: {left[0]}" + f", and {len(left) - 1} more" * (len(left) > 1))
+
+
 def _info(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from fagen import cachectl, env
 
@@ -43,30 +56,40 @@ def _info(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     total = sum(entry.bytes for entry in held)
     say(f"{env.cache_dir()}: {len(held)} kernels, {megabytes(total)}, {len(failed)} failed builds kept for reading")
     for entry in held:
-        say(f"  {megabytes(entry.bytes):>9}  {entry.path.name}{'' if entry.intact else '  DAMAGED'}")
-    rows = [{"name": e.path.name, "bytes": e.bytes, "intact": e.intact} for e in held]
+        say(f"  {megabytes(entry.bytes):>9}  {entry.path.name}{_state(entry)}")
+    _say_left(cachectl.foreign())
+    rows = [
+        {"name": e.path.name, "bytes": e.bytes, "intact": e.intact, "refused": str(e.refused) if e.refused else None}
+        for e in held
+    ]
     return 0, {"folder": str(env.cache_dir()), "bytes": total, "kernels": rows, "failed": [p.name for p in failed]}
 
 
 def _clear(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from fagen import cachectl, env
 
-    count, freed = cachectl.clear()
+    count, freed, left = cachectl.clear()
     say(f"{env.cache_dir()}: removed {count} entries, {megabytes(freed)}")
-    return 0, {"folder": str(env.cache_dir()), "removed": count, "bytes": freed}
+    _say_left(left)
+    folder = str(env.cache_dir())
+    return 0, {"folder": folder, "removed": count, "bytes": freed, "left": [str(path) for path in left]}
 
 
 def _verify(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from fagen import cachectl, env
 
     held = cachectl.entries()
-    damaged = [entry.path for entry in held if not entry.intact]
-    say(f"{env.cache_dir()}: {len(held)} kernels, {len(damaged)} damaged")
-    for path in damaged:
-        say(f"  {path.name}{' removed' if args.remove else ''}")
+    damaged = [entry for entry in held if not entry.intact]
+    say(f"{env.cache_dir()}: {len(held)} kernels, {len(damaged)} damaged or refused")
+    for entry in damaged:
+        say(f"  {entry.path.name}{_state(entry)}")
+    left = damaged
     if args.remove:
-        cachectl.remove(damaged)
+        count, _, paths = cachectl.remove([entry.path for entry in damaged])
+        left = [entry for entry in damaged if entry.path in paths]
+        say(f"removed {count}")
+        _say_left(paths)
     elif damaged:
         say("a damaged kernel is never used; it is built again when needed. Remove it now: fagen cache verify --remove")
-    report = {"folder": str(env.cache_dir()), "kernels": len(held), "damaged": [path.name for path in damaged]}
-    return 1 if damaged and not args.remove else 0, report
+    names = [entry.path.name for entry in damaged]
+    return 1 if left else 0, {"folder": str(env.cache_dir()), "kernels": len(held), "damaged": names}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from fagen import cliutil
+from fagen.commands import db_portfolio
 from fagen.db_export import FORMATS, full
 from fagen.errors import DatabaseError, UsageError
 
@@ -24,6 +26,7 @@ _EXAMPLES = """examples:
   fagen db export --format kernel_tuner --space benchmarks/spaces/h200_d64_causal.jsonl.xz --out cache.json
   fagen db validate
   fagen db prune --stale
+  fagen db portfolio d128/causal --times RUN SPACE.jsonl.xz --within 1%
 """
 
 
@@ -43,6 +46,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     cliutil.add_problem_flags(why)
     cliutil.add_target_flag(why)
     _add_exchange(verb)
+    db_portfolio.add(verb)
     validate = verb("validate", "check database files", "validate tuning_db")
     validate.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="files or folders (default: all in use)")
     validate.add_argument(
@@ -69,7 +73,9 @@ def _add_exchange(verb: Callable[[str, str, str], argparse.ArgumentParser]) -> N
     export = verb("export", "winners for other programs", "export --format csv --out winners.csv")
     text = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
     export.add_argument("--format", choices=tuple(FORMATS), default="json", help=f"{text} (default: json)")
-    export.add_argument("--run", type=Path, metavar="RUN", help="export the candidates of a tuning run instead (t4)")
+    export.add_argument(
+        "--run", metavar="RUN", help="export the candidates of a tuning run instead (t4): its name, folder or `latest`"
+    )
     export.add_argument(
         "--space", type=Path, metavar="FILE", help="export a space that fagen tune --record wrote (kernel_tuner)"
     )
@@ -81,15 +87,15 @@ def _add_exchange(verb: Callable[[str, str, str], argparse.ArgumentParser]) -> N
 def run(args: argparse.Namespace) -> int:
     verbs = {
         "list": _list, "show": _show, "why": _why, "merge": _merge, "diff": _diff, "export": _export,
-        "validate": _validate, "prune": _prune,
+        "validate": _validate, "prune": _prune, "portfolio": db_portfolio.run,
     }  # fmt: skip
     return verbs[args.db_verb](args)
 
 
-def _load() -> Any:
+def _load(paths: list[Path] | None = None) -> Any:
     from fagen.db import Database
 
-    database = Database.load()
+    database = Database.load(paths)
     for warning in database.warnings:
         cliutil.say(f"warning: {warning}")
     return database
@@ -111,9 +117,17 @@ def _list(args: argparse.Namespace) -> int:
     if args.json:
         cliutil.emit_json([{**full(r), "origin": str(database.origin(r))} for r in records])
         return 0
+    rows = [("arch", "device", "family", "time", "gain", "whose", "problem")] if records else []
     for r in records:
         gain = f"{r.speedup:.2f}x" if r.speedup else "-"
-        cliutil.say(f"{r.arch:<7}{r.device:<18} {r.seconds * 1e3:9.3f} ms {gain:>6}  {_where(database, r):<8}{r.key}")
+        time = f"{r.seconds * 1e3:.3f} ms"
+        rows.append((r.arch, r.device, r.family, time, gain, _where(database, r), r.key))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            text.rjust(w) if i in (3, 4) else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        cliutil.say("  ".join(cells).rstrip())
     cliutil.say(f"{len(records)} winners" + ("" if records else "; fagen tune makes some"))
     return 0
 
@@ -131,6 +145,9 @@ def _show(args: argparse.Namespace) -> int:
         cliutil.say(f"  config   {r.family}: {' '.join(f'{k}={v}' for k, v in r.config.items())}")
         gain = f", {r.speedup:.2f}x the default ({r.default_seconds * 1e3:.4g} ms)" if r.speedup else ""
         cliutil.say(f"  time     {r.seconds * 1e3:.4g} ms +- {r.spread / r.seconds:.1%}{gain}")
+        if r.torch_seconds:
+            ratio = f"{r.torch_seconds / r.seconds:.2f}x the winner's time"
+            cliutil.say(f"  PyTorch  {r.torch_seconds * 1e3:.4g} ms, {ratio}")
         state, why = audit.state(r)
         cliutil.say(f"  error    {r.error:.2g}, {r.trials} candidates, {r.date}")
         cliutil.say(f"  source   {state}: {why or r.source_hash}")
@@ -172,8 +189,8 @@ def _files(paths: list[Path]) -> list[Path]:
 
     found: list[Path] = []
     for path in paths:
-        below = db.files(path) if path.is_dir() else [path]
-        if not below or not path.exists():
+        below = db.files(path) if os.path.isdir(path) else [path] if os.path.lexists(path) else []
+        if not below:
             raise UsageError(f"{path} holds no database file", "expected FILE.json, or a folder with ARCH/DEVICE.json")
         found += below
     return found
@@ -229,10 +246,10 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _side(word: str) -> list[Any]:
     """The records of a file, of a folder, or of one of the two in use."""
-    from fagen.db import Database, default_paths
+    from fagen.db import default_paths
 
-    if word in ("yours", "shipped") and not Path(word).exists():
-        return Database.load([default_paths()[word == "yours"]]).records
+    if word in ("yours", "shipped") and not os.path.lexists(word):
+        return _load([default_paths()[word == "yours"]]).records
     return _read([Path(word)])[0]
 
 
@@ -351,9 +368,9 @@ def _export(args: argparse.Namespace) -> int:
         return 0
     out, beside = db_export.t4_paths(args.out) if metadata else (args.out, None)
     try:
-        out.write_text(text + "\n")
+        out.write_text(text + "\n", encoding="utf-8")
         if beside is not None:
-            beside.write_text(metadata + "\n")
+            beside.write_text(metadata + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{out} cannot be written", str(error)) from error
     cliutil.say(f"written: {out}" + (f" and {beside}" if beside else ""))

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.cliutil import add_problem_flags, add_verb, emit_json, one_problem, say
+from fagen.cliutil import add_problem_flags, add_target_flag, add_verb, emit_json, gib, one_problem, say, target_from
 from fagen.errors import InvalidConfig, UnsupportedProblem, UsageError
-from fagen.target import ARCHS, known
+from fagen.target import host, memory
 
 if TYPE_CHECKING:
     from fagen.emit import Kernel
@@ -17,17 +17,15 @@ if TYPE_CHECKING:
     from fagen.target import Target
 
 _EXAMPLES = """examples:
-  fagen emit --arch sm_90 --head-dim 128 --dtype bf16 --mask causal --out attention
-  fagen emit --arch sm_80 --head-dim 64 --dtype fp16 --out attention --build --example
-  fagen emit --arch cpu --dtype fp32 --head-dim 64 --mask causal --config default --out attention --example"""
+  fagen emit --target sm_90 --head-dim 128 --dtype bf16 --mask causal --out attention
+  fagen emit --target sm_80 --head-dim 64 --dtype fp16 --out attention --build --example
+  fagen emit --target cpu --dtype fp32 --head-dim 64 --mask causal --config default --out attention --example
+  fagen emit --family sm90_forward --out attention         the default problem, on a target that the family is for"""
 
 
 def add(subparsers: Any) -> None:
     about = "Write one kernel as files: the source in one piece, a C header, a manifest. Needs no GPU."
     parser = add_verb(subparsers, "emit", about, _EXAMPLES)
-    parser.add_argument(
-        "--arch", required=True, choices=ARCHS, help="what the kernel runs on: %(choices)s", metavar="A"
-    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to; made if need be")
     parser.add_argument(
         "--config",
@@ -35,17 +33,18 @@ def add(subparsers: Any) -> None:
         metavar="C",
         help="'best' (this is the default): what was tuned, else the family's default; 'default'; or knobs as JSON",
     )
-    parser.add_argument("--family", metavar="NAME", help="of this family alone (default: the first that can serve)")
+    parser.add_argument("--family", metavar="NAME", help="of this family alone (default: whatever dispatch picks)")
     parser.add_argument("--build", action="store_true", help="compile kernel.so, and kernel.cubin for a GPU")
     parser.add_argument("--example", action="store_true", help="add a C++ main that checks and times the kernel")
     add_problem_flags(parser)
+    add_target_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from fagen import emit
 
-    target = known(args.arch)
-    kernel = choose(one_problem(args, target), target, args.config, args.family)
+    problem, target = _asked(args)
+    kernel = choose(problem, target, args.config, args.family)
     manifest = emit.write(kernel, args.out, example=args.example)
     if args.build:
         manifest = emit.compile_all(kernel, args.out, manifest, example=args.example)
@@ -55,10 +54,29 @@ def run(args: argparse.Namespace) -> int:
     if manifest["facts"]:
         say("facts: " + ", ".join(f"{name} {value}" for name, value in manifest["facts"].items()))
     if args.example:
+        if 0 < memory(host()) < problem.bytes():
+            have = f"this machine has {gib(memory(host()))}"
+            say(f"note: the example's tensors take {gib(problem.bytes())}, {have}; a shorter --seqlen makes it smaller")
         say(f"build and run the example: cd {args.out} && {manifest['example']} && ./example")
     if args.json:
         emit_json({"folder": str(args.out), **manifest})
     return 0
+
+
+def _asked(args: argparse.Namespace) -> tuple[Problem, Target]:
+    """The problem and the target of the flags. A --family without --target names a target, too: one it is for."""
+    from fagen.families import get
+    from fagen.target import ARCHS, known
+
+    target = target_from(args.target)
+    problem = one_problem(args, target)
+    if args.family is None or args.target is not None or get(args.family).supports(problem, target) is None:
+        return problem, target
+    for other in map(known, ARCHS):
+        there = one_problem(args, other)
+        if get(args.family).supports(there, other) is None:
+            return there, other
+    return problem, target  # no target will do: choose says why this one does not
 
 
 def choose(problem: Problem, target: Target, config: str, only: str | None = None) -> Kernel:
@@ -69,6 +87,7 @@ def choose(problem: Problem, target: Target, config: str, only: str | None = Non
     able, reasons = candidates(problem, target)
     if only is not None:
         able = [family for family in able if family.name == get(only).name]
+        reasons = {only: reasons.get(only, "")}
     if not able:
         text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UnsupportedProblem(f"no family can make {problem.static_key} for {target.arch}", text)
@@ -77,16 +96,27 @@ def choose(problem: Problem, target: Target, config: str, only: str | None = Non
     if config != "best":
         return _given(able, problem, target, config)
     if only is not None:
-        raise UsageError("--family goes with --config default or with knobs as JSON")
+        return _best_of(only, problem, target)
     from fagen import dispatch
 
-    choice = dispatch.choose(problem, target)
+    choice = dispatch.choose(problem, target, ours=True)
     if choice.family is None or choice.config is None:
         raise UnsupportedProblem(f"no kernel serves {problem.static_key} on {target.arch}", "; ".join(choice.reasons))
     words = f"tuned on {choice.record.device}, {choice.provenance}" if choice.record else "the family's default"
     if choice.trust and choice.trust.state not in ("current", "verified"):
         words += f", {choice.trust.state}: the source has changed since"
     return Kernel(choice.family, problem, target, choice.config, words)
+
+
+def _best_of(only: str, problem: Problem, target: Target) -> Kernel:
+    """The family's best record that fits, else its default."""
+    from fagen.bench.family import pick
+    from fagen.dispatch import PROVENANCES
+    from fagen.emit import Kernel
+
+    family, config, provenance = pick(problem, target, only)
+    words = "the family's default" if provenance == "default" else f"{provenance}: {PROVENANCES[provenance]}"
+    return Kernel(family, problem, target, config, words)
 
 
 def _given(able: list[Any], problem: Problem, target: Target, config: str) -> Kernel:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import shlex
 import sys
+import time
 from pathlib import Path
 
 from fagen import cliutil, presets
@@ -36,7 +36,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     cliutil.add_problem_flags(parser)
     cliutil.add_target_flag(parser)
     search = parser.add_argument_group("search")
-    search.add_argument("--budget", metavar="TIME", help="wall time of the whole run: 90s, 10m, 1h (default: 5m)")
+    search.add_argument(
+        "--budget", metavar="TIME", help="wall time of the whole run: seconds, or 90s, 10m, 1h (default: 5m)"
+    )
     search.add_argument("--trials", type=cliutil.count, metavar="N", help="candidates for each problem, at most")
     search.add_argument("--seed", type=int, default=0, metavar="N", help="of the search and of the inputs (default: 0)")
     search.add_argument(
@@ -49,8 +51,18 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         "--storage", metavar="URL", help="share studies through a database: postgresql://user:password@host/name"
     )
     search.add_argument("--family", metavar="NAME", help="search this family alone (default: all that can serve)")
-    search.add_argument("--compile-timeout", metavar="TIME", default="120s", help="for a candidate (default: 120s)")
-    search.add_argument("--run-timeout", metavar="TIME", default="10s", help="beside its estimate (default: 10s)")
+    search.add_argument(
+        "--compile-timeout",
+        metavar="TIME",
+        default="120s",
+        help="for a candidate, longer on a busy machine (default: 120s)",
+    )
+    search.add_argument(
+        "--run-timeout",
+        metavar="TIME",
+        default="10s",
+        help="beside its estimate, longer on a busy machine (default: 10s)",
+    )
     search.add_argument(
         "--resume", nargs="?", const="latest", metavar="RUN", help="go on with a run (default: the latest)"
     )
@@ -88,16 +100,10 @@ def samplers(words: str | None, default: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def duration(word: str) -> float:
-    """Seconds of 90, 90s, 10m or 1h."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", word.strip())
-    if match is None or float(match[1]) == 0:
-        raise UsageError(f"{word!r} is no time", "times are like 90s, 10m or 1h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-
-
 def run(args: argparse.Namespace) -> int:
     from fagen.tuner import suite
+
+    begun = time.monotonic()  # the budget pays for the import of torch
 
     if args.list_presets:
         return _list_presets(args.json)
@@ -113,7 +119,25 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(problems, target, args.family, fixed, args.json)
     devices = chosen or (int((name or "").partition(":")[2] or 0),)
-    return _tune(problems, _present(name, target), devices, fixed, args)
+    target = _present(name, target)
+    cliutil.require_memory(problems, target, devices[0])
+    return _tune(problems, target, devices, fixed, begun, args)
+
+
+def resuming(words: list[str], run: Path) -> str:
+    """The command that was typed, so that it goes on with its run. A storage's password is not repeated."""
+    kept: list[str] = []
+    before = ""
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        old = flag == "--resume" or (before == "--resume" and not word.startswith("-"))
+        if before == "--storage":
+            word = "URL"
+        elif flag == "--storage" and equals:
+            word = "--storage=URL"
+        kept += [] if old else [word]
+        before = flag if not equals else ""
+    return shlex.join(["fagen", *kept, "--resume", str(run)])
 
 
 def _fixed(args: argparse.Namespace, problems: list[Problem], target: Target) -> Fixed:
@@ -126,9 +150,15 @@ def _fixed(args: argparse.Namespace, problems: list[Problem], target: Target) ->
 
 
 def _tune(
-    problems: list[Problem], target: Target, devices: tuple[int, ...], fixed: Fixed, args: argparse.Namespace
+    problems: list[Problem],
+    target: Target,
+    devices: tuple[int, ...],
+    fixed: Fixed,
+    begun: float,
+    args: argparse.Namespace,
 ) -> int:
     from fagen.tuner import progress, record, study, suite
+    from fagen.tuner.budget import duration
     from fagen.tuner.result import Options
 
     sampler, *more = samplers(args.sampler, SAMPLERS[:1])
@@ -141,12 +171,12 @@ def _tune(
         budget=budget, trials=args.trials, seed=args.seed, workers=args.workers, devices=devices,
         compile_timeout=duration(args.compile_timeout), run_timeout=duration(args.run_timeout),
         resume=args.resume, out=args.out, family=args.family, storage=args.storage, fixed=fixed,
-        exhaustive=args.record is not None, sampler=sampler, cold=args.cold,
+        exhaustive=args.record is not None, sampler=sampler, cold=args.cold, begun=begun,
     )  # fmt: skip
     report = study.tune(problems, target, options, progress.make())
     cliutil.say()
     cliutil.say(progress.table(report))
-    cliutil.say(progress.closing(report))
+    cliutil.say(progress.closing(report, resuming(sys.argv[1:], report.run)))
     if args.record:
         cliutil.say(f"{record.export(report.run, args.record)} configs recorded in {args.record}")
     if args.json:
@@ -188,6 +218,8 @@ def _simulate(args: argparse.Namespace) -> int:
     """Replay, show, and compare with what is expected."""
     from fagen.tuner import record, simulate
 
+    if args.storage:  # a password in it would stand in the command that --json repeats
+        raise UsageError("--storage is of a search, and a simulation runs none", remedy="drop --storage")
     if args.expect:
         simulate.expectation(args.expect)  # before minutes are spent
     spaces = [space for path in args.simulate for space in record.read(path)]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
-from fagen.errors import UnsupportedProblem
-
-if TYPE_CHECKING:
-    import torch
+from fagen import api, arguments, fallback
+from fagen.errors import InvalidArgument, UnsupportedProblem
 
 
 def flash_attn_func(
@@ -25,16 +23,26 @@ def flash_attn_func(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
     """Layout (batch, seqlen, heads, head_dim), causal and window aligned bottom-right.
 
-    With `return_attn_probs`: (out, softmax_lse, None). Forward kernels are deterministic whatever is asked.
+    With `return_attn_probs`: (out, softmax_lse, None). Forward kernels are deterministic whatever is asked; a
+    gradient is if `deterministic`, and then takes memory for all scores.
     """
-    from fagen.api import attention
-
-    if dropout_p > 0:
+    if dropout_p != 0 and arguments.probability("dropout_p", dropout_p) > 0:
         raise UnsupportedProblem("dropout is not supported", f"dropout_p={dropout_p}", "pass dropout_p=0.0")
-    left, right = window_size
-    window = (None if left < 0 else left, None if right < 0 else right)
-    result = attention(
-        q, k, v, causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale,
-        return_lse=return_attn_probs,
+    want_probs = arguments.flag("return_attn_probs", return_attn_probs)
+    # PyTorch's own attention adds up gradients in any order, but has no LSE: asked for one, `fallback` does without it
+    same_bits = arguments.flag("deterministic", deterministic) and fallback.differentiated(q, k, v, alibi_slopes)
+    result = api.attention(
+        q, k, v, causal=causal, window=_window(window_size), softcap=softcap, alibi_slopes=alibi_slopes,
+        scale=softmax_scale, return_lse=want_probs or same_bits,
     )  # fmt: skip
-    return (*result, None) if return_attn_probs else result
+    if isinstance(result, torch.Tensor):
+        return result
+    return (*result, None) if want_probs else result[0]
+
+
+def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:
+    """Theirs says -1, or any negative number, where there is no bound."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise InvalidArgument(f"window_size={arguments.shown(window_size)} is not (left, right)")
+    left, right = (arguments.integer("window_size", bound) for bound in window_size)
+    return None if left < 0 else left, None if right < 0 else right

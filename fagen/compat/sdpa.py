@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+
+from fagen import api, arguments, fallback
 
 
 def sdpa(
@@ -18,26 +19,61 @@ def sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What we have no kernel for (a mask tensor, dropout, other ranks, broadcast batches) PyTorch computes itself."""
-    import torch
+    """What we have no kernel for (a mask tensor, dropout, gradients, other ranks, broadcast batches) PyTorch computes.
 
-    from fagen import fallback
-    from fagen.api import attention
-
+    Obeys autocast. The output lies in memory as the query does, as PyTorch's own.
+    """
+    named = (("query", query), ("key", key), ("value", value))
+    if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
+        for name, t in named:
+            arguments.dense(name, t)
+    is_causal = arguments.flag("is_causal", is_causal)
+    if dropout_p != 0:
+        dropout_p = arguments.probability("dropout_p", dropout_p)
     reason = _why_torch(query, key, value, attn_mask, dropout_p, enable_gqa)
     if reason:
         fallback.warn(reason)
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    rows, keys = query.shape[2], key.shape[2]
-    if not is_causal or rows == keys:
-        return attention(query, key, value, layout="bhsd", causal=is_causal, scale=scale)  # type: ignore[return-value]
-    if rows < keys:  # top-left: no row sees a key behind the last row
-        key, value = key[:, :, :rows], value[:, :, :rows]
-    # the diagonal that starts top-left lies this far right of the one that ends bottom-right
-    right = max(0, rows - keys)
-    return attention(query, key, value, layout="bhsd", window=(None, right), scale=scale)  # type: ignore[return-value]
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (_autocast(t) for t in (query, key, value))
+    rows, keys, right = query.shape[2], key.shape[2], None
+    if is_causal and rows != keys:
+        if rows < keys:  # top-left: no row sees a key behind the last row
+            key, value = key[:, :, :rows], value[:, :, :rows]
+        # the diagonal that starts top-left lies this far right of the one that ends bottom-right
+        right, is_causal = max(0, rows - keys), False
+    if api._fast_sdpa is not None and not torch.compiler.is_compiling():
+        answer: torch.Tensor | None = api._fast_sdpa(
+            query, key, value, "bhsd", is_causal, (None, right), None, 0.0, None, scale, False, None
+        )
+        if answer is not None:
+            return answer
+    for name, t in named:
+        arguments.dense(name, t)
+    return _in_order(query, key, value, causal=is_causal, window=(None, right), scale=scale)
+
+
+def _in_order(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
+    """With batches, heads and rows one inside the other in memory as the query's are; an expanded query's, as named."""
+    strides = query.stride()[:3]
+    batches, heads, rows = strides
+    if batches >= heads >= rows:
+        return api.attention(query, key, value, layout="bhsd", **how)  # type: ignore[return-value]
+    tensors = (t.transpose(1, 2) for t in (query, key, value))
+    result = api.attention(*tensors, **how).transpose(1, 2)  # type: ignore[union-attr]
+    if batches >= rows >= heads:
+        return result
+    order = sorted(range(3), key=lambda i: -strides[i]) if 0 not in strides else [0, 1, 2]
+    return result.permute(*order, 3).contiguous().permute(*(order.index(i) for i in range(3)), 3)
+
+
+def _autocast(t: torch.Tensor) -> torch.Tensor:
+    """Into the dtype that autocast gives PyTorch's own; float64 it lets alone."""
+    if not t.dtype.is_floating_point or t.dtype == torch.float64:
+        return t
+    return t.to(torch.get_autocast_dtype(t.device.type))
 
 
 def _why_torch(
@@ -52,9 +88,19 @@ def _why_torch(
         return "sdpa was given a mask tensor (fagen.masks makes intervals, which kernels understand)"
     if dropout_p > 0:
         return "sdpa was asked for dropout"
+    if query.is_nested or key.is_nested or value.is_nested:
+        return "sdpa was given nested tensors"
     if not query.dim() == key.dim() == value.dim() == 4:
         return "sdpa was given tensors that have not 4 dimensions"
-    heads_agree = query.shape[1] == key.shape[1] == value.shape[1]
-    if query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3] or not (heads_agree or enable_gqa):
+    if query.device.type not in ("cpu", "cuda"):
+        return f"no kernels for device {query.device.type}"
+    shape, of_keys, of_values = query.shape, key.shape, value.shape
+    if 0 in shape or 0 in of_keys or 0 in of_values:
+        return fallback.EMPTY
+    heads_agree = shape[1] == of_keys[1] == of_values[1]
+    if shape[0] != of_keys[0] or of_keys[:3] != of_values[:3] or not (heads_agree or enable_gqa):
         return "sdpa was given tensors that broadcast"
+    wants_grad = query.requires_grad or key.requires_grad or value.requires_grad
+    if wants_grad and torch.is_grad_enabled() and not fallback.in_forward_mode():
+        return fallback.NO_BACKWARD
     return ""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fagen.errors import UsageError
-from fagen.families.base import Config, Constraint, Family, Knob
+from fagen.families.base import Config, Constraint, Family, Knob, nothing
 from fagen.problem import Problem
 from fagen.target import Target
 
-__all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates", "get"]
+__all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates", "get", "nothing"]
 
 
 def all_families() -> tuple[Family, ...]:

@@ -7,7 +7,7 @@ database's config, the cache key, the command line's help and the docs all deriv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,10 @@ class Knob:
 Predicate = Callable[[Problem, Target, Config], "str | None"]
 
 
+def nothing(problem: Problem, target: Target) -> None:
+    """For `Family.default_reads`: the default is the same for all sizes."""
+
+
 @dataclass(frozen=True)
 class Constraint:
     """A named predicate: None if the config is legal, else the reason with its numbers.
@@ -110,6 +114,8 @@ class Family:
     supports: Callable[[Problem, Target], str | None]  # None, or why this family cannot serve the problem at all
     derive: Callable[[Problem, Target, Config], dict[str, int]]  # cross-checked by static_assert in the source
     default: Callable[[Problem, Target], Config]
+    # all that the default looks at of a size point: problems of a static key that agree in it have the same default
+    default_reads: Callable[[Problem, Target], Hashable] = field(default=lambda problem, target: problem.size_key)
     flags: Callable[[Target], tuple[str, ...]] = field(default=lambda target: ())  # of the compiler
     # what the template is given beside problem, config and constants
     context: Callable[[Problem, Config], dict[str, Any]] = field(default=lambda problem, config: {})

@@ -6,7 +6,7 @@ product needs a transposed operand and the softmax needs no sum across lanes.
 
 from __future__ import annotations
 
-from fagen.families.base import Config, Constraint, Family, Knob
+from fagen.families.base import Config, Constraint, Family, Knob, nothing
 from fagen.families.cost import makespan, walk
 from fagen.problem import Problem
 from fagen.target import Target
@@ -167,6 +167,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_make,
+    default_reads=nothing,
     flags=lambda t: FLAGS,
     seeds=_seeds,
     cost=cost,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fagen.families.base import Config, Constraint, Family, Knob, Value
+from fagen.families.base import Config, Constraint, Family, Knob, Value, nothing
 from fagen.families.cost import key_bytes, makespan, walk
 from fagen.problem import Problem
 from fagen.target import Target
@@ -267,6 +267,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_default,
+    default_reads=nothing,
     flags=lambda t: (f"-gencode=arch=compute_{t.capability},code=sm_{t.capability}", *FLAGS),
     seeds=lambda p, t: _guesses(p, t)[1:],
     cost=cost,

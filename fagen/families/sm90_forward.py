@@ -239,6 +239,13 @@ def _few(p: Problem, t: Target, c: Config) -> bool:
     return -(-p.seqlen_q // int(c.tile_m)) * p.heads * p.batch <= t.units * int(c.blocks_per_sm)
 
 
+def _default_reads(p: Problem, t: Target) -> tuple:
+    """What `_guesses` asks of the sizes: few keys, heads that pack, and which plain tiles go round."""
+    blocks = p.heads * p.batch
+    few = (-(-p.seqlen_q // m) * blocks <= t.units * by for m, _, _, by in _FEW_ROWS)
+    return p.seqlen_k < _FEW_KEYS, packed_heads(p) > 1, *few
+
+
 def _default(p: Problem, t: Target) -> Config:
     """The first guess with registers to spare where slopes take more than usual."""
     spare = OTHER_REGISTERS + (16 if p.alibi else 0)
@@ -294,6 +301,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_default,
+    default_reads=_default_reads,
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",

@@ -19,6 +19,7 @@ from fagen.problem import INTERVAL_KINDS, Problem
 from fagen.tuner import journal
 
 PAUSE = 600.0  # seconds between two candidates' ends that count as the run having stood still
+_MOST = 1e300  # of a number; an integer beyond has no float
 Row = dict[str, Any]
 
 
@@ -82,7 +83,7 @@ def _meta(path: Path) -> Row:
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MOST < value < _MOST:
         return None
     return float(value)
 
@@ -114,7 +115,7 @@ def problem_of(fields: Any) -> Problem | None:
     """Of a dict as in run.json, or of a key."""
     try:
         return Problem.from_dict(fields) if isinstance(fields, dict) else _of_key(str(fields))
-    except (FagenError, TypeError):
+    except (FagenError, ValueError):  # the second: thousands of digits
         return None
 
 

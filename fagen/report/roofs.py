@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from markupsafe import Markup
 
 from fagen.report import svg
@@ -49,13 +51,14 @@ def roofline(problems: list[Row], machine: Row, candidates: bool) -> Markup | No
         ),
         _across(x, unit),
     ]
-    pieces.append(_roof(machine, x, y) if ridge else _fastest(max(speeds), y))
+    limit = _limit(machine, max(speeds), x, y)
+    pieces.append(_roof(machine, limit) if ridge else _fastest(max(speeds), limit))
     for place, rate, class_, name in sorted(marks, key=lambda mark: "winner" in mark[2]):
         said = [svg.tag("title", f"{name} {speed(rate)}")] if name else []
         radius = 5.5 if name else 2.2
         pieces.append(svg.tag("circle", *said, cx=x(place), cy=y(rate), r=radius, class_=class_))
     if candidates:
-        pieces.append(_labels(marks, x, y))
+        pieces.append(_labels(marks, x, y, limit))
     words = "; ".join(f"{name} {speed(rate)}" for _, rate, _, name in marks if name)
     return svg.picture(WIDTH, HEIGHT, f"roofline: {words}", *pieces)
 
@@ -76,30 +79,72 @@ def _across(x: svg.Scale, unit: str) -> Markup:
     return svg.join([*pieces, svg.text((LEFT + RIGHT) / 2, BOTTOM + 38, name, "axis-name", "middle")])
 
 
-def _roof(machine: Row, x: svg.Scale, y: svg.Scale) -> Markup:
+Line = list[tuple[float, float]]
+
+
+def _limit(machine: Row, fastest: float, x: svg.Scale, y: svg.Scale) -> Line:
+    """The line that limits the marks, from left to right: the machine's roof, else the fastest of the marks."""
     flops, bandwidth = machine["tflops"], machine["gbs"]
+    if not (flops and bandwidth):
+        return [(LEFT, y(fastest)), (RIGHT, y(fastest))]
     start = max(x.low, y.low * 1e3 / bandwidth)
-    ridge = flops * 1e3 / bandwidth
-    d = f"M{x(start):.1f} {y(start * bandwidth / 1e3):.1f}L{x(ridge):.1f} {y(flops):.1f}H{RIGHT:.1f}"
-    name = svg.text(RIGHT - 4, y(flops) - 7, speed(flops), "note", "end")
-    slope = svg.text(x(ridge) - 10, y(flops) - 7, f"{bandwidth:,.0f} GB/s", "note", "end")
-    return svg.join([svg.tag("path", d=d, class_="roof"), name, slope])
+    return [(x(start), y(start * bandwidth / 1e3)), (x(flops * 1e3 / bandwidth), y(flops)), (RIGHT, y(flops))]
 
 
-def _fastest(rate: float, y: svg.Scale) -> Markup:
-    label = svg.text(LEFT + 4, y(rate) - 7, f"the fastest here, {speed(rate)}", "note")
-    return svg.join([svg.line(LEFT, y(rate), RIGHT, y(rate), "ref"), label])
+def _height(limit: Line, at: float) -> float:
+    """Where the line is at an x; it enters the picture from below."""
+    if at < limit[0][0]:
+        return BOTTOM
+    for (x1, y1), (x2, y2) in itertools.pairwise(limit):
+        if at <= x2:
+            return y1 + (y2 - y1) * (at - x1) / (x2 - x1 or 1.0)
+    return limit[-1][1]
 
 
-def _labels(marks: list[tuple[float, float, str, str]], x: svg.Scale, y: svg.Scale) -> Markup:
+def _roof(machine: Row, limit: Line) -> Markup:
+    d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in limit)
+    words = f"roof: {machine['gbs']:,.0f} GB/s, {speed(machine['tflops'])}"
+    return svg.tag("path", d=d, class_="roof") + _caption(words)
+
+
+def _fastest(rate: float, limit: Line) -> Markup:
+    height = limit[0][1]
+    return svg.line(LEFT, height, RIGHT, height, "ref") + _caption(f"line: the fastest here, {speed(rate)}")
+
+
+def _caption(words: str) -> Markup:
+    """Above the picture, where nothing is drawn."""
+    return svg.text(RIGHT, TOP - 10, words, "note", "end")
+
+
+def _labels(marks: list[tuple[float, float, str, str]], x: svg.Scale, y: svg.Scale, limit: Line) -> Markup:
+    """A column of words beside the named marks, clear of the line."""
     named = [mark for mark in marks if mark[3]]
-    heights = svg.apart([y(mark[1]) for mark in named], 14, TOP + 8, BOTTOM - 4)
-    left = x(named[0][0]) > (LEFT + RIGHT) / 2
-    side, anchor = (-12, "end") if left else (12, "start")
+    words = [f"{name} {speed(rate)}" for _, rate, _, name in named]
+    start, anchor, low, high = _room(x(named[0][0]), max(map(len, words)) * 7.2, 14.0 * len(words), limit)
+    heights = svg.apart([y(mark[1]) for mark in named], 14, low, high)
     return svg.join([
-        svg.text(x(place) + side, height + 4, f"{name} {speed(rate)}", "bar-value small", anchor)
-        for (place, rate, _, name), height in zip(named, heights, strict=True)
+        svg.text(start, height + 4, text, "bar-value small", anchor)
+        for text, height in zip(words, heights, strict=True)
     ])  # fmt: skip
+
+
+def _room(at: float, wide: float, tall: float, limit: Line) -> tuple[float, str, float, float]:
+    """Where a column of words stands: its x and anchor, and its first and last middle. It is beside the mark at an x,
+    under the line if it can be, or in a corner that the line leaves free. The line rises from left to right."""
+    left, right = (at - 12, "end", at - 12 - wide), (at + 12, "start", at + 12)
+    sides = (left, right) if at > (LEFT + RIGHT) / 2 else (right, left)
+    beside = [place for place in sides if 0 < place[2] < WIDTH - wide]
+
+    def under(x: float, anchor: str, first: float) -> tuple[float, str, float, float]:
+        return x, anchor, _height(limit, max(first, LEFT)) + 14, BOTTOM - 8
+
+    def above(x: float, anchor: str, first: float) -> tuple[float, str, float, float]:
+        return x, anchor, TOP + 8, _height(limit, first + wide) - 12
+
+    rooms = [*(under(*place) for place in beside), *(above(*place) for place in beside)]
+    rooms += [above(LEFT + 4, "start", LEFT + 4), under(RIGHT, "end", RIGHT - wide)]
+    return next((room for room in rooms if room[3] - room[2] >= tall - 14), rooms[-1])
 
 
 def device(problem: Row) -> Markup | None:

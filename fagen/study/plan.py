@@ -61,7 +61,7 @@ def _plan(step: Step, problem: Problem, target: Target) -> Plan:
 
 
 def _tuned(step: Step, problem: Problem, target: Target) -> Plan:
-    choice = dispatch.choose(problem, target)
+    choice = dispatch.choose(problem, target, ours=True)
     if choice.family is None or choice.config is None:
         return Plan(step.name, problem, reason=next(iter(choice.reasons), "no family serves this"))
     return Plan(step.name, problem, choice.family, (choice.config,), provenance=choice.provenance)

@@ -3,34 +3,131 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from fagen import families, load
+from fagen.errors import FagenError, UsageError
+from fagen.problem import Problem
+from fagen.target import Target
 from fagen.tuner import final
 from fagen.tuner.search import portion
 
 SEARCH_SHARE = 0.85  # of a problem's time, at most; the rest is for the final round
 SHORTEST_FINAL = 0.4  # seconds, however small the budget is
 _RECENT = 5  # final rounds that tell how long the next one takes
+_START_SECONDS = {"cpu": 6.0, "gpu": 12.0}  # until a process that measures has torch and the device
+_MEASURE_SECONDS = 3.0  # to verify and time a default
+_CHILD_SECONDS = 1.0  # beside a compiler's own time
+_FINAL_SECONDS = 2.0  # of a final round beside its timing: inputs, kernels to load, samples to calibrate
+
+
+def duration(word: str) -> float:
+    """Seconds of 90, 90s, 10m or 1h."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", word.strip())
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"{word!r} is no time", "times are seconds, or like 90s, 10m or 1h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+@dataclass(frozen=True)
+class Least:
+    """About how many seconds a problem's default needs to win: compiled, measured, and a final round held."""
+
+    start: float  # of the first process, once a run
+    compile: float  # 0: what is needed is built
+    measure: float
+    final: float
+
+    @property
+    def each(self) -> float:
+        return self.compile + self.measure + self.final
+
+
+def least(problem: Problem, target: Target, only: str | None = None, slowdown: float = 1.0) -> Least:
+    """Of one problem, on a machine where everything takes `slowdown` times as long; families compile side by side."""
+    from fagen import build
+
+    able = [f for f in families.candidates(problem, target)[0] if only in (None, f.name)]
+    compiles = [0.0]
+    for family in able:
+        try:
+            built = build.lookup(family, problem, target, family.default(problem, target))
+        except FagenError:
+            built = None
+        compiles.append(0.0 if built else build.expected_seconds(family, target) + _CHILD_SECONDS)
+    start = _START_SECONDS["gpu" if target.is_gpu else "cpu"]
+    measure, last = _MEASURE_SECONDS * max(1, len(able)), SHORTEST_FINAL + _FINAL_SECONDS
+    return Least(start * slowdown, max(compiles) * slowdown, measure * slowdown, last * slowdown)
 
 
 class Budget:
-    """Of a whole run, in seconds from now on; None: no end."""
+    """Of a whole run, in seconds since it began; None: no end."""
 
-    def __init__(self, seconds: float | None) -> None:
-        self.total, self.started = seconds, time.monotonic()
+    def __init__(self, seconds: float | None, begun: float | None = None) -> None:
+        self.total, self.started = seconds, time.monotonic() if begun is None else begun
         self.finals: list[float] = []  # seconds that final rounds took, all in all
+        self.needs: dict[str, Least] = {}  # of problems, by key
+        self._end = math.inf if seconds is None else self.started + seconds
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def ends(self) -> float:
+        """When the run does, but for the final round that is due then."""
+        return self._end
+
+    def plan(self, problems: Sequence[Problem], target: Target, only: str | None = None) -> str:
+        """Look at what the problems need at least, and what to tell of it: empty if the budget is enough.
+
+        One problem is always served: where the budget is too short for that, the run takes as long as it needs.
+        """
+        if self.total is None or not problems:
+            return ""
+        slowdown = load.Slowdown()()
+        self.needs = {p.key: least(p, target, only, slowdown) for p in problems}
+        needs = [self.needs[p.key] for p in problems]
+        alone, every = needs[0].start + needs[0].each, needs[0].start + sum(need.each for need in needs)
+        if self.total - self.spent >= every:
+            return ""
+        self._end = max(self._end, time.monotonic() + alone)
+        parts = f"{needs[0].start:.0f} s to start, then {needs[0].compile:.0f} s to compile its default, "
+        parts += f"{needs[0].measure:.0f} s to measure it, {needs[0].final:.0f} s for a final round"
+        said = f"{len(problems)} problems need about {every:.0f} s at least; the first one {alone:.0f} s: {parts}"
+        short = f"a budget of {self.total:g} s is too short for"
+        if self.total - self.spent < alone:
+            return f"{short} any problem, so this run takes about {alone:.0f} s. {said}"
+        return f"{short} all, and those that do not fit are left. {said}"
+
+    def fits(self, problem: Problem) -> bool:
+        """Whether a problem that is not the run's first can be served before the end."""
+        need = self.needs.get(problem.key)
+        return need is None or time.monotonic() + need.each <= self._end
+
+    def among(self, problems: Sequence[Problem]) -> int:
+        """How many of these, in their order, can share what is left. At least one."""
+        left, count = self._end - time.monotonic(), 0
+        for problem in problems:
+            need = self.needs.get(problem.key)
+            left -= need.each if need else 0.0
+            count += left >= 0
+        return max(1, count)
 
     def each(self, problems: int) -> float:
         """For each of the problems that are left."""
         if self.total is None:
             return math.inf
-        return max(0.0, self.total - (time.monotonic() - self.started)) / problems
+        return max(0.0, self._end - time.monotonic()) / problems
 
     def share(self, problems: int, families: int) -> Share:
-        """Of the next problem, beside its final round."""
-        took = statistics.median(self.finals[-_RECENT:]) if self.finals else 0.0
+        """Of the next problem, beside its final round: about as long as recent ones, or as the plan says."""
+        planned = next((need.final for need in self.needs.values()), 0.0)
+        took = statistics.median(self.finals[-_RECENT:]) if self.finals else planned
         return Share(lambda: self.each(problems), families, took)
 
     def of_final(self, planned: float) -> float:

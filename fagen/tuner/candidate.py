@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fagen import families, measure, nvml
+from fagen import families, measure, nvml, sustained
 from fagen.errors import BuildError, CacheError, LaunchError
 from fagen.families import Config
 from fagen.measure import Timing
 from fagen.problem import Problem
 from fagen.target import Target
-from fagen.tuner.checks import Damage, at_own_size, synchronize, timing_inputs, verify, where
+from fagen.tuner.checks import Damage, kept_inputs, synchronize, timing_inputs, verify, where
 
 if TYPE_CHECKING:
     from fagen.build import Artifact
@@ -103,11 +103,12 @@ class Probe:
 @dataclass(frozen=True)
 class Alive:
     limits: dict[str, float] = field(default_factory=dict)
+    throttled: str = ""  # what holds the GPU back under load
 
 
 @dataclass(frozen=True)
 class FinalRequest:
-    """Finalists of one problem under labels."""
+    """Finalists of one problem under labels; the first is what all are timed beside."""
 
     entries: dict[str, tuple[Candidate, Artifact]]
     seed: int = 0
@@ -184,15 +185,16 @@ def probe(request: Probe) -> Alive:
     ones = torch.ones(64, 64, device=where(request.target))
     if float((ones @ ones).sum()) != 64.0**3:
         raise RuntimeError("the device multiplies ones wrongly")
-    limits: dict[str, float] = {}
+    limits, throttled = dict[str, float](), ""
     if request.limits and request.target.is_gpu:
         from fagen.bench.machine import Machine
 
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # a GPU that others use as well
             rates = Machine(request.target).sample("start")
+            throttled = rates.get("throttled", "")
             limits = {"tflops": round(rates["tflops"], 1), "gbs": round(rates["gbps"], 1)}
         torch.cuda.empty_cache()
-    return Alive(limits)
+    return Alive(limits, throttled)
 
 
 @contextlib.contextmanager
@@ -211,12 +213,11 @@ def measure_one(request: MeasureRequest) -> Result:
     candidate, error = request.candidate, 0.0
     try:
         kernel = _load(candidate, request.artifact)
-        error, message = verify(kernel, candidate)
+        sets = functools.partial(timing_inputs, candidate.problem, candidate.target, request.seed)
+        error, message = verify(kernel, candidate.problem, candidate.target, lambda: sets()[0], kept_inputs)
         if message:
             return Result("wrong", message, error=error)
-        call, message = at_own_size(kernel, request)
-        if message:
-            return Result("wrong", message, error=error)
+        call = measure.InTurn([measure.launcher(kernel, inputs) for inputs in sets()])
         return replace(_time(call, request, _beside(request)), error=error)
     except Damage as damage:
         return Result("wrong", str(damage), error=error, fatal=True)
@@ -306,7 +307,7 @@ def _state(call: Callable[[], object], seconds: float, target: Target) -> dict[s
 
 
 def final_round(request: FinalRequest) -> Final:
-    """Finalists and PyTorch's SDPA, interleaved in this process."""
+    """Finalists and PyTorch's SDPA, each in bouts beside the first finalist, in this process."""
     first = next(iter(request.entries.values()))[0]
     sets = timing_inputs(first.problem, first.target, request.seed)
     calls: dict[str, measure.Call] = {}
@@ -322,8 +323,8 @@ def final_round(request: FinalRequest) -> Final:
             how = str(error).splitlines()[0]
     rounds: list[tuple[float, dict[str, Timing], dict[str, Any]]] = []
     while not rounds or (min(rounds, key=_noise)[0] > measure.LOUD and len(rounds) < _FINAL_TRIES):
-        timings = measure.time_calls(
-            calls, device=where(first.target), rounds=30, min_seconds=request.seconds / 2, max_seconds=request.seconds
+        timings = sustained.time_calls(
+            calls, next(iter(calls)), device=where(first.target), seconds=request.seconds, seed=len(rounds)
         )
         ours = [timing for label, timing in timings.items() if label != TORCH]
         noise = statistics.median(timing.spread / timing.median for timing in ours)

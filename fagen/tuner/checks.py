@@ -1,12 +1,14 @@
-"""What a worker asks of a candidate before it is timed: right at the sizes where kernels go wrong, and at its own.
+"""The checks of a kernel before it is timed, or used: right at the sizes where kernels go wrong, and at its own.
 
-A kernel that wrote where it must not ends the process it ran in: inputs, and whatever else lives there, are suspect.
+The tuner asks them of every candidate, `fagen.trust` of a winner whose source has changed. A kernel that wrote where it
+must not ends the tuner's process it ran in: inputs, and whatever else lives there, are suspect.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fagen import measure
@@ -15,7 +17,6 @@ from fagen.target import Target
 
 if TYPE_CHECKING:
     from fagen.kernel import Kernel
-    from fagen.tuner.candidate import Candidate, MeasureRequest
 
 _VERIFY_SEQLEN = {"cpu": 512, "gpu": 2048}  # the largest of the problem itself, made small
 _VERIFY_HEADS = 4
@@ -46,30 +47,55 @@ def check_problems(problem: Problem, target: Target) -> list[Problem]:
     return [*found, problem.replace(batch=1, heads=group, kv_heads=1, **lengths)]
 
 
-@functools.lru_cache(maxsize=64)
-def _check_inputs(problem: Problem, where: str, varied: bool) -> measure.Inputs:
+Make = Callable[[Problem, str, bool], measure.Inputs]
+
+
+def make_inputs(problem: Problem, where: str, varied: bool) -> measure.Inputs:
     return measure.make_inputs(problem, where, seed=1, varied=varied)
 
 
-def verify(kernel: Kernel, candidate: Candidate) -> tuple[float, str]:
-    """The largest error, and what is wrong, if anything."""
-    device, worst = where(candidate.target), 0.0
-    problems = check_problems(candidate.problem, candidate.target)
-    for problem in problems:
-        inputs = _check_inputs(problem, device, problem is not problems[-1])
-        inputs["out"].fill_(math.nan)
-        inputs["lse"].fill_(math.nan)
-        measure.launcher(kernel, inputs, lse=True)()
-        synchronize(device)
-        _undamaged(inputs, problem)
+kept_inputs = functools.lru_cache(maxsize=64)(make_inputs)  # of a worker: its candidates share a problem
+
+
+def verify(
+    kernel: Kernel, problem: Problem, target: Target, own: Callable[[], measure.Inputs | None], make: Make = make_inputs
+) -> tuple[float, str]:
+    """The largest error, and what is wrong, if anything. Raises Damage.
+
+    `own` makes the inputs of the problem's own size, or has None where there is no room for them.
+    """
+    device, worst = where(target), 0.0
+    problems = check_problems(problem, target)
+    for small in problems:
+        inputs = make(small, device, small is not problems[-1])
+        _run(kernel, inputs, small, device, lse=True)
         verdict = measure.check(inputs)
         worst = max(worst, verdict.error)
         if not verdict:
-            return worst, f"{problem.size_key}: {verdict.message}"
-    return worst, ""
+            return worst, f"{small.size_key}: {verdict.message}"
+    whole = own()
+    return worst, _at_own_size(kernel, whole, problem, device) if whole is not None else ""
 
 
-def _undamaged(inputs: measure.Inputs, problem: Problem) -> None:
+def _at_own_size(kernel: Kernel, inputs: measure.Inputs, problem: Problem, device: str) -> str:
+    """What is wrong there, with an LSE and, as it is timed, without: all is written, and a sample of it right."""
+    import torch
+
+    for lse in (True, False):
+        _run(kernel, inputs, problem, device, lse=lse)
+        for name in ("out", "lse"):
+            if bool(torch.isnan(inputs[name]).any()):
+                return f"{problem.size_key}: part of {name} was not written at the problem's own size"
+    verdict = measure.check_sample(inputs, lse=True)
+    return "" if verdict else f"{problem.size_key}: {verdict.message}"
+
+
+def _run(kernel: Kernel, inputs: measure.Inputs, problem: Problem, device: str, *, lse: bool) -> None:
+    """Once, into outputs full of NaN."""
+    for name in ("out", "lse") if lse else ("out",):
+        inputs[name].fill_(math.nan)
+    measure.launcher(kernel, inputs, lse=lse)()
+    synchronize(device)
     damage = inputs.damage()
     if damage:
         raise Damage(f"{problem.size_key}: it {damage}")
@@ -85,20 +111,3 @@ def synchronize(where: str) -> None:
 @functools.lru_cache(maxsize=1)
 def timing_inputs(problem: Problem, target: Target, seed: int) -> list[measure.Inputs]:
     return [measure.make_inputs(problem, target, seed + i) for i in range(measure.input_sets(problem, target))]
-
-
-def at_own_size(kernel: Kernel, request: MeasureRequest) -> tuple[measure.InTurn, str]:
-    """The call that is to be timed, after a look at what it does at the problem's own size; and what is wrong."""
-    import torch
-
-    problem, target = request.candidate.problem, request.target
-    sets = timing_inputs(problem, target, request.seed)
-    call = measure.InTurn([measure.launcher(kernel, inputs) for inputs in sets])
-    sets[0]["out"].fill_(math.nan)
-    call()
-    synchronize(where(target))
-    _undamaged(sets[0], problem)
-    if not bool(torch.isfinite(sets[0]["out"]).all()):
-        return call, "part of the output was not written at the problem's own size"
-    verdict = measure.check_sample(sets[0], request.seed)
-    return call, "" if verdict else f"{problem.size_key}: {verdict.message}"

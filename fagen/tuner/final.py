@@ -1,4 +1,4 @@
-"""The final round of a problem: the best of the search against default and incumbent, in turn, on one device.
+"""The final round of a problem: the best of the search, default, incumbent and PyTorch, hot, on one device.
 
 Times of the search come from different minutes, devices and hosts; they only choose who takes part.
 """
@@ -76,7 +76,8 @@ def hold(
         tuned.why = f"no valid candidate: {ended or 'none was tried'}{said}"
         return None
     labels = finalists(good, default, incumbent)
-    note(f"final round: {len(labels)} configs and PyTorch, in turn")
+    beside = "the default" if DEFAULT in labels else "the first"
+    note(f"final round: {len(labels)} configs and PyTorch, each beside {beside}")
     final = _timed(pool, labels, good, seconds)
     labels = {label: item for label, item in labels.items() if label in final.timings}
     best, tuned.why = choose(final.timings, labels)
@@ -121,5 +122,5 @@ def record(tuned: Tuned, item: Candidate, trials: int, environment: dict[str, st
         config=dict(item.config), seconds=tuned.seconds or 0.0, spread=tuned.spread or 0.0,
         default_seconds=tuned.default_seconds or 0.0, error=tuned.error or 0.0,
         source_hash=render.source_hash(text), environment=environment | {k: v for k, v in state.items() if v},
-        date=db.now(), trials=trials,
+        date=db.now(), trials=trials, torch_seconds=tuned.torch_seconds or 0.0,
     )  # fmt: skip

@@ -108,7 +108,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in data.splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # the second: a nest too deep
             continue
         if isinstance(row, dict):
             yield row
@@ -130,7 +130,7 @@ def _write_meta(path: Path, meta: dict[str, Any]) -> None:
 def _meta(path: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads((path / META).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return meta if isinstance(meta, dict) else None
 

@@ -16,10 +16,11 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.errors import CacheError, FagenError, MissingTool
+from fagen.errors import FagenError
 from fagen.problem import Problem
 from fagen.target import Target
 from fagen.tuner import candidate as steps
+from fagen.tuner.answers import line, result_of
 from fagen.tuner.candidate import (
     Alive,
     Anchor,
@@ -31,6 +32,7 @@ from fagen.tuner.candidate import (
     Probe,
     Result,
 )
+from fagen.tuner.patience import Patience
 from fagen.tuner.search import Pace, Search
 from fagen.tuner.workers import COMPILE_BYTES, Death, Worker, free_memory
 
@@ -41,10 +43,7 @@ if TYPE_CHECKING:
 TICK = 0.2  # seconds between looks at the clock
 SETTLE_SECONDS = 10.0  # that compilers get to finish before a round that must be quiet
 BATCH = 2  # candidates a compiler gets in a turn, on the CPU
-PROBE_SECONDS = 60.0  # that a device may take to say that it works
 PROBES = 3  # that fail, then the device is given up
-_SLOW = {"cpu": 1e9, "gpu": 5e11}  # FLOP/s below which a kernel of unknown speed counts as hung
-_STAGED_SECONDS = 6.0  # of timing, noise and cooling included, once it is known how long a call takes
 _OOM = {"compiler": 800, "measurer": 400}  # what the system ends first when memory runs out
 
 Done = Callable[[Candidate, Result], None]
@@ -74,7 +73,7 @@ class Pool:
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.target, self.seed, self.note = target, seed, note
-        self.compile_timeout, self.run_timeout = compile_timeout, run_timeout
+        self.patience = Patience(target, compile_timeout, run_timeout)
         self.quiet = not target.is_gpu  # nothing compiles while something is timed
         self.compilers = [Worker(steps.compile_one, log, oom=_OOM["compiler"]) for _ in range(workers)]
         self.devices = {
@@ -83,9 +82,11 @@ class Pool:
         self.ready: deque[tuple[Candidate, Artifact]] = deque()
         self.ahead: deque[Candidate] = deque()  # of the next search: built when this one has no more use for compilers
         self.until = math.inf  # when the search that is under way ends; inf until something can be measured
+        self.ends = math.inf  # when the whole run does, however little was found
         self.limits: dict[str, float] = {}  # what the machine can do at most, if it was measured
         self._allowed = workers  # compilers at a time: fewer after one was ended for want of memory
         self._rank: Callable[[Config], int] = lambda config: 0  # which of those that are ready is measured first
+        self._needed: Callable[[Config], bool] = lambda config: False  # whether a winner must beat it
         self._again: deque[Candidate] = deque()  # whose compiler was ended from outside
         self._retried: set[Candidate] = set()
         self._artifacts: dict[Candidate, Artifact] = {}
@@ -121,13 +122,14 @@ class Pool:
 
         `deadline` is asked for once something can be measured: the wait for the first process and the first kernel
         is on nobody's account. A measurement that runs at the deadline is awaited; what is being compiled then is
-        forgotten. The default and the incumbent are measured before any other that is ready, and however short the
-        time is: the winner must beat them.
+        forgotten. The default and the incumbent are measured before any other that is ready, and after the deadline
+        as well, until the run itself `ends`: the winner must beat them.
         """
-        exhausted, self.until, self._compiled, self._rank = False, math.inf, 0, search.rank
+        exhausted, self.until, self._compiled = False, math.inf, 0
+        self._rank, self._needed = search.rank, search.needs
         self.ready.clear()
         self._again.clear()
-        while not over():
+        while not (over() or self.ended):
             if self.until == math.inf and self._compiled and self._alive:
                 self.until = deadline()
             late = time.monotonic() > self.until and not search.lacking
@@ -137,13 +139,19 @@ class Pool:
             if not self._measurers_busy and (late or (exhausted and not self._underway)):
                 break
             self._collect(done)
-        if over():
-            for worker in self.devices:
-                if worker.busy:
-                    worker.kill()
+        until = time.monotonic() + (0 if over() else SETTLE_SECONDS)
+        while self.measuring and time.monotonic() < until:
+            self._collect(done)
+        for worker in self.devices:
+            if worker.busy:
+                worker.kill()
         for worker in self.compilers:
             worker.job = None
         self.ready.clear()
+
+    @property
+    def ended(self) -> bool:
+        return time.monotonic() > self.ends
 
     @property
     def _underway(self) -> bool:
@@ -182,7 +190,8 @@ class Pool:
 
     def _compile(self, worker: Worker, item: Candidate, job: Candidate | None) -> None:
         # the worker's own limit is a little longer than the compiler's, which gives the better message
-        worker.send(CompileRequest(item, self.compile_timeout), self.compile_timeout + 30, job)
+        limit = self.patience.compiling(item)
+        worker.send(CompileRequest(item, limit), limit + 30, job)
         worker.since = time.monotonic()
 
     def _room(self) -> bool:
@@ -218,15 +227,10 @@ class Pool:
                 return
             item, artifact = self.ready.popleft()
             request = MeasureRequest(item, artifact, self.seed, search.bar, device, anchor)
-            worker.send(request, self.run_timeout + self._estimate(item.problem, search.best), item)
+            worker.send(request, self.patience.measuring(item, search.best), item)
 
     def _anchor_for(self, problem: Problem) -> Anchor | None:
         return self._anchor if self._anchor and self._anchor.candidate.problem == problem else None
-
-    def _estimate(self, problem: Problem, best: float) -> float:
-        """Seconds that a right but slow candidate may need."""
-        a_call = problem.flops() / _SLOW["gpu" if self.target.is_gpu else "cpu"]
-        return _STAGED_SECONDS + 2 * min(a_call, 50 * best)
 
     # ---- answers ------------------------------------------------------------------------------------------------
 
@@ -239,7 +243,7 @@ class Pool:
                 self._hear_compiler(worker, job, reply, done)
 
     def _hear_compiler(self, worker: Worker, item: Candidate | None, reply: Any, done: Done) -> None:
-        result = _result(reply, False)
+        result = result_of(reply, False)
         if result.outcome == "ok" and result.artifact:
             self.pace.compiled(float(result.artifact.facts.get("compile_seconds", 0)))
             self._seconds.append(time.monotonic() - worker.since)
@@ -251,6 +255,8 @@ class Pool:
             self._again.append(item)
             self._allowed = max(1, min(self._allowed, len(self.compilers)) - 1)
             self.note(f"a compiler was ended from outside; at most {self._allowed} at a time from here on")
+        elif self._second_chance(item, result):
+            self._again.append(item)
         elif result.outcome == "ok" and result.artifact:
             before = sum(self._rank(other.config) <= self._rank(item.config) for other, _ in self.ready)
             self.ready.insert(before, (item, result.artifact))
@@ -262,7 +268,7 @@ class Pool:
         if isinstance(job, _Probing):
             self._hear_probe(worker, job, reply, done)
             return
-        result = _result(reply, True)
+        result = result_of(reply, True)
         if result.fatal:
             worker.kill()
         if result.took:
@@ -276,19 +282,30 @@ class Pool:
         device = self.devices[worker]
         state = {**result.state, "gpu": device} if len(self.devices) > 1 else result.state
         result = replace(result, artifact=result.artifact or artifact, state=state)
-        if result.fatal:
+        if artifact and self._second_chance(job, result):
+            self.ready.appendleft((job, artifact))
+            self._probe(worker, _Probing())
+        elif result.fatal:
             self._probe(worker, _Probing((job, result)))
         else:
             done(job, result)
 
+    def _second_chance(self, item: Candidate, result: Result) -> bool:
+        if not self._needed(item.config) or not self.patience.once_more(item, result):
+            return False
+        self.note(f"what a winner must beat ended in {result.outcome} ({line(result.reason)}); it is tried once more")
+        return True
+
     def _probe(self, worker: Worker, probing: _Probing, limits: bool = False) -> None:
         self._alive.discard(worker)
-        worker.send(Probe(self.target, self.devices[worker], limits), PROBE_SECONDS, probing)
+        worker.send(Probe(self.target, self.devices[worker], limits), self.patience.probing(), probing)
 
     def _hear_probe(self, worker: Worker, probing: _Probing, reply: Any, done: Done) -> None:
         if isinstance(reply, Alive):
             self._alive.add(worker)
             self.limits = reply.limits or self.limits
+            if reply.throttled:
+                self.note(reply.throttled)
         else:
             worker.kill()
             probing.failures += 1
@@ -331,7 +348,7 @@ class Pool:
                 reply: Any = None
                 while reply is None:
                     reply = next((reply for _, reply in self._replies([worker])), None)
-                artifact = _result(reply, False).artifact
+                artifact = result_of(reply, False).artifact
             if artifact is not None:
                 found[item] = self._artifacts[item] = artifact
         return found
@@ -350,7 +367,7 @@ class Pool:
             self._settle()
         worker, device = next(iter(self.devices.items()))
         request = FinalRequest(entries, self.seed, device, seconds)
-        limit = self.run_timeout + 60 + 6 * seconds + 30 * slowest * len(entries)
+        limit = self.patience.final(len(entries), seconds, slowest)
         why = ""
         for _ in range(2):
             worker.send(request, limit)
@@ -371,16 +388,3 @@ class Pool:
         for worker in self.compilers:
             if worker.busy:
                 worker.kill()
-
-
-def _result(reply: Any, measured: bool) -> Result:
-    """What a worker's answer, exception or death means for the candidate."""
-    if isinstance(reply, Result):
-        return reply
-    if isinstance(reply, (MissingTool, CacheError)):  # nothing that a candidate could help
-        raise reply
-    if isinstance(reply, Death):
-        if measured:
-            return Result("timeout" if reply.timed_out else "crash", reply.reason, fatal=True)
-        return Result("timeout" if reply.timed_out else "compile", reply.reason, killed=not reply.timed_out)
-    return Result("crash" if measured else "compile", f"{type(reply).__name__}: {reply}", fatal=measured)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen import cliutil
+from fagen import cliutil, load
 from fagen.problem import Problem
 from fagen.target import Target
 
@@ -80,8 +80,11 @@ class Lines(Progress):
         if tuned.config is None:
             self.say(f"nothing  {tuned.why}")
             return
-        gain = f", {tuned.speedup:.2f}x the default" if tuned.speedup else ""
-        self.say(f"winner   {milliseconds(tuned.seconds)}{gain} ({tuned.why})")
+        self.say(f"winner   {milliseconds(tuned.seconds)}, {tuned.gain} ({tuned.why})")
+        if state := load.described(tuned.device):
+            self.say(f"state    {state}, hot and sustained")
+        if tuned.behind:
+            self.say(f"note     {tuned.behind}; calls of this size are served by it where it can")
 
 
 class Live(Lines):
@@ -163,7 +166,7 @@ _HEAD = ("problem", "default", "winner", "speed-up", "error", "PyTorch", "vs PyT
 
 
 def _row(tuned: Tuned) -> tuple[str, ...]:
-    gain = f"{tuned.speedup:.2f}x" if tuned.speedup else "-"
+    gain = "-" if not tuned.speedup else "tie" if tuned.speedup < 1 else f"{tuned.speedup:.2f}x"
     error = f"{tuned.error:.1e}" if tuned.error is not None else "-"
     peer = f"{tuned.torch_seconds / tuned.seconds:.2f}x" if tuned.torch_seconds and tuned.seconds else "-"
     times = (milliseconds(tuned.default_seconds), milliseconds(tuned.seconds))
@@ -185,7 +188,11 @@ def table(report: Report) -> str:
             lines.append("  ".join("-" * width for width in widths))
             continue
         tuned = report.results[index - 1]
-        lines.append(f"    winner   {_words(tuned.config) or tuned.why}")
+        if not tuned.config:
+            lines.append(f"    nothing  {tuned.why}")
+            continue
+        plain = tuned.speedup and tuned.speedup >= 1.005
+        lines.append(f"    winner   {_words(tuned.config)}" + ("" if plain else f"  ({tuned.gain}: {tuned.why})"))
         if tuned.config != tuned.default_config:
             lines.append(f"    default  {_words(tuned.default_config)}")
     return "\n".join(lines)
@@ -195,14 +202,16 @@ def _words(config: dict[str, Any] | None) -> str:
     return " ".join(f"{name}={value}" for name, value in (config or {}).items())
 
 
-def closing(report: Report) -> str:
-    """Where the winners are, and what to do with them."""
+def closing(report: Report, command: str = "fagen tune") -> str:
+    """Where the winners are, what to do with them, and what has none. `command`: the words that resume the run."""
     lines = []
     if report.written:
         lines.append(f"winners written to {', '.join(str(path) for path in report.written)}")
         lines.append("use them:  from fagen import attention   (it finds them by itself; fagen explain says which)")
-    if report.interrupted:
-        lines.append(f"interrupted; go on with the same flags and --resume {report.run}")
+    lines += [f"no winner  {tuned.key}: {_first_line(tuned.why)}" for tuned in report.failed]
+    lines += [f"not begun  {key}: the budget had no time for it" for key in report.left]
+    if report.interrupted or report.failed or report.left:
+        lines.append(f"{'interrupted; ' if report.interrupted else ''}go on with what is missing:  {command}")
     return "\n".join(lines)
 
 

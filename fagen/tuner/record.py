@@ -22,7 +22,7 @@ from fagen.errors import FagenError, UsageError
 from fagen.families import Config, Family
 from fagen.problem import Problem
 from fagen.target import Target
-from fagen.tuner import journal
+from fagen.tuner import journal, resumed
 
 FORMAT, SCHEMA = "fagen-space", 1
 COLUMNS = ("outcome", "seconds", "spread", "samples", "compile_seconds", "measure_seconds", "registers", "spill_bytes")
@@ -77,7 +77,8 @@ def _open(path: Path, mode: str) -> IO[str]:
 def export(run: Path, path: Path) -> int:
     """Write what a run measured; how many configs that was. The file is whole or is not there."""
     meta = json.loads((run / journal.META).read_text())
-    rows = [row for row in journal.read_lines(run / journal.TRIALS) if row.get("outcome") != "constraint"]
+    told = journal.read_lines(run / journal.TRIALS)
+    rows = [row for row in told if resumed.is_candidate(row) and row["outcome"] != "constraint"]
     temporary, count = path.with_name(f".part-{path.name}"), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

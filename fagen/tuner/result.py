@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fagen import families, measure
+from fagen import db, families, measure
 from fagen.errors import INTERRUPTED, NoCandidate
 from fagen.measure import Timing
 from fagen.problem import Problem
@@ -37,6 +37,7 @@ class Options:
     sampler: str = "guided"  # of search.SAMPLERS
     cold: bool = False  # begin without the database's winners and the family's guesses
     exhaustive: bool = False  # every legal config, each measured in full
+    begun: float | None = None  # moment of time.monotonic from which the budget counts; None: now
 
 
 @dataclass
@@ -65,6 +66,26 @@ class Tuned:
         return Problem.from_dict(self.problem).key
 
     @property
+    def is_default(self) -> bool:
+        return self.config is not None and self.config == self.default_config and self.seconds == self.default_seconds
+
+    @property
+    def gain(self) -> str:
+        """Against the default, in words: nothing below 1.00x stands without its reason."""
+        if self.is_default:
+            return "the default itself"
+        if not self.speedup:
+            return "the default was not timed"
+        return f"{self.speedup:.2f}x the default" + (", a tie within the noise" if self.speedup < 1.005 else "")
+
+    @property
+    def behind(self) -> str:
+        """Where PyTorch was faster."""
+        if self.torch_seconds and self.seconds and measure.lost(self.seconds, self.spread or 0.0, self.torch_seconds):
+            return f"PyTorch is faster: {self.torch_seconds * 1e3:.4g} ms against {self.seconds * 1e3:.4g} ms"
+        return ""
+
+    @property
     def speedup(self) -> float | None:
         return self.default_seconds / self.seconds if self.seconds and self.default_seconds else None
 
@@ -74,14 +95,22 @@ class Report:
     run: Path
     target: Target
     results: list[Tuned] = field(default_factory=list)
+    records: list[db.Record] = field(default_factory=list)  # the winners that this run has written
     written: list[Path] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)  # keys of problems that the budget had no time for
     interrupted: bool = False
 
     @property
+    def failed(self) -> list[Tuned]:
+        """Problems without a winner."""
+        return [tuned for tuned in self.results if not tuned.config]
+
+    @property
     def exit_code(self) -> int:
+        """Of a run that had problems, and no winner for any: an error. What else is missing is said."""
         if self.interrupted:
             return INTERRUPTED
-        return 0 if all(tuned.config for tuned in self.results) else NoCandidate.exit_code
+        return NoCandidate.exit_code if self.results and len(self.failed) == len(self.results) else 0
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -89,6 +118,8 @@ class Report:
             "target": dataclasses.asdict(self.target),
             "interrupted": self.interrupted,
             "written": [str(path) for path in self.written],
+            "failed": [tuned.key for tuned in self.failed],
+            "left": self.left,
             "results": [{"key": t.key, "speedup": t.speedup, **dataclasses.asdict(t)} for t in self.results],
         }
 

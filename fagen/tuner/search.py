@@ -131,6 +131,10 @@ class Search:
         """Its place among those that are measured first."""
         return self._musts.index(config) if config in self._musts else len(self._musts)
 
+    def needs(self, config: Config) -> bool:
+        """Whether a winner must beat it."""
+        return config in self._musts
+
     @property
     def lacking(self) -> bool:
         """Whether one is missing that a winner must beat."""

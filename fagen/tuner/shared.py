@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import time
@@ -20,20 +19,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fagen.errors import FagenError, MissingTool, UsageError
+from fagen.errors import FagenError
 from fagen.families import Config
+from fagen.tuner import address, resumed
 from fagen.tuner.search import Search
 
 if TYPE_CHECKING:
     import optuna
-    from sqlalchemy.engine import URL
 
-CONNECT_SECONDS = 10
 EVERY = 1.0  # seconds between looks at what the others did
 GRACE = 60.0  # seconds without a beat after which an owner counts as dead
 _PATIENCE = (1.0, 2.0, 4.0, 8.0)  # seconds between tries to reach a database that was there before
-_DRIVERS = ("psycopg", "psycopg2", "pg8000")  # for PostgreSQL, the first that is installed
-_DRIVER_REMEDY = "pip install 'fagen[postgres]'"
 
 T = TypeVar("T")
 
@@ -58,10 +54,10 @@ class Board:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.owner, self.grace = owner, grace
-        address, connect = _address(url)
-        self.shown = address.render_as_string(hide_password=True)
+        where, connect = address.parse(url)
+        self.shown, self._secrets = address.shown(where), address.secrets(where)
         options: dict[str, Any] = {"connect_args": connect, "pool_pre_ping": True}
-        self._engine = sql.create_engine(address, **options)
+        self._engine = sql.create_engine(where, **options)
         text = sql.Text
         self._table = sql.Table(
             "fagen_candidates", sql.MetaData(), sql.Column("id", sql.String(64), primary_key=True),
@@ -74,7 +70,7 @@ class Board:
         except sql.exc.SQLAlchemyError as error:
             raise self._unreachable(error) from error
         self.storage: optuna.storages.BaseStorage = self._made(
-            lambda: optuna.storages.RDBStorage(address.render_as_string(hide_password=False), engine_kwargs=options)
+            lambda: optuna.storages.RDBStorage(where.render_as_string(hide_password=False), engine_kwargs=options)
         )
         self._made(lambda: self._table.metadata.create_all(self._engine))
 
@@ -94,6 +90,8 @@ class Board:
 
     def _unreachable(self, error: Exception) -> FagenError:
         cause = str(getattr(error, "orig", None) or error.__cause__ or error).strip()
+        for secret in self._secrets:
+            cause = cause.replace(secret, "***")
         why = " ".join(cause.split())[:300]
         return FagenError(
             f"storage {self.shown} cannot be used", why, "is the server running, and are host, user and password right?"
@@ -184,16 +182,20 @@ class Board:
 
         return self.patiently(act)
 
-    def _row(self, study: str, config: str) -> dict[str, Any]:
+    def _row(self, study: str, config: str) -> Any:
+        """As it was written; None if that is no JSON."""
         import sqlalchemy as sql
 
         query = sql.select(self._table.c.row).where(self._table.c.id == _hash(study + config))
 
-        def act() -> dict[str, Any]:
+        def act() -> str:
             with self._engine.connect() as connection:
-                return json.loads(connection.execute(query).scalar() or "{}")
+                return connection.execute(query).scalar() or "null"
 
-        return self.patiently(act)
+        try:
+            return json.loads(self.patiently(act))
+        except (ValueError, RecursionError):
+            return None
 
     row = _row
 
@@ -296,17 +298,32 @@ class SharedSearch(Search):
             self._board.beat()
         rows, there = [], set()
         for claim in self._board.claims(self._name):
-            config = self.space.family.config(json.loads(claim.config))
+            config = self._config(claim)
+            if config is None:
+                continue
             there.add(config)
             if config in self.seen or config in self._mine:
                 continue
             if claim.done:
-                rows.append(self._board.row(self._name, claim.config))
+                row = self._board.row(self._name, claim.config)
+                if resumed.is_candidate(row, self.space.family) and row["config"] == dict(config):
+                    rows.append(row)
+                else:
+                    self.tell(config, None, "what its owner wrote of it cannot be understood")
             elif not self._gone(claim, config):
                 self._flight.setdefault(config, [])
         for config in [c for c, trials in self._flight.items() if not trials and c not in there]:
             del self._flight[config]  # given back by its owner
         return rows
+
+    def _config(self, claim: Claim) -> Config | None:
+        """A claim's config, None if this search has no such."""
+        with contextlib.suppress(
+            ValueError, AttributeError, RecursionError, FagenError
+        ):  # not JSON, no object, no knobs
+            config = self.space.family.config(json.loads(claim.config))
+            return config if config in self._legal else None
+        return None
 
     def _gone(self, claim: Claim, config: Config) -> bool:
         """Whether its owner is dead, and the candidate free again; this process will ask for it next."""
@@ -331,43 +348,3 @@ class SharedSearch(Search):
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _address(url: str) -> tuple[URL, dict[str, Any]]:
-    """The URL with a driver that is installed, and how to connect quickly or not at all."""
-    from sqlalchemy import exc
-    from sqlalchemy.engine import make_url
-
-    try:
-        address = make_url(url)
-        kind, _, driver = address.drivername.partition("+")
-        if kind in ("postgresql", "postgres"):
-            driver = driver or next((name for name in _DRIVERS if importlib.util.find_spec(name)), "")
-            if not driver:
-                what = f"no PostgreSQL driver is installed ({', '.join(_DRIVERS)})"
-                raise MissingTool("--storage needs a driver for its database", what, _DRIVER_REMEDY)
-            address = address.set(drivername=f"postgresql+{driver}")
-        address.get_dialect().import_dbapi()
-    except exc.NoSuchModuleError as error:
-        raise UsageError(
-            f"--storage: unknown kind of database {address.drivername!r}", "known: postgresql, sqlite"
-        ) from error
-    except (exc.ArgumentError, ValueError) as error:
-        raise UsageError(f"--storage {_hidden(url)} is no URL of a database", str(error).replace(url, _hidden(url)),
-                         "one is like postgresql://user:password@host/database") from error  # fmt: skip
-    except ImportError as error:
-        raise MissingTool(f"--storage needs a driver for {address.drivername}", str(error), _DRIVER_REMEDY) from error
-    utf8 = {"client_encoding": "utf8"}  # whatever the database was made with
-    how: dict[str, dict[str, Any]] = {
-        "psycopg": {"connect_timeout": CONNECT_SECONDS, **utf8},
-        "psycopg2": {"connect_timeout": CONNECT_SECONDS, **utf8},
-        "pg8000": {"timeout": CONNECT_SECONDS},
-        "pysqlite": {"timeout": CONNECT_SECONDS},
-    }
-    return address, how.get(address.get_driver_name(), {})
-
-
-def _hidden(url: str) -> str:
-    """Without what may be a password."""
-    head, at, tail = url.rpartition("@")
-    return f"***@{tail}" if at and head else url

@@ -17,27 +17,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fagen import binding, db, env, families
+from fagen import binding, db, db_merge, env, families, load
 from fagen.errors import FagenError, UnsupportedProblem, UsageError
 from fagen.families import Config, Family
-from fagen.measure import Timing
 from fagen.problem import Problem
 from fagen.space import Fixed, Space, enumerate_space
 from fagen.target import Target
-from fagen.tuner import final, journal
-from fagen.tuner.budget import Budget
+from fagen.tuner import final, journal, resumed
+from fagen.tuner.budget import SHORTEST_FINAL, Budget
 from fagen.tuner.candidate import OUTCOMES, Candidate, Result
 from fagen.tuner.final import Known
 from fagen.tuner.journal import Run
+from fagen.tuner.patience import RETRIED
 from fagen.tuner.pool import Pool
 from fagen.tuner.progress import Progress
 from fagen.tuner.result import Options, Report, Tuned
+from fagen.tuner.rows import known_of, row_of
 from fagen.tuner.search import Search, guesses, open_storage
 from fagen.tuner.shared import Board, SharedSearch
 from fagen.tuner.workers import compile_workers
 
 NEIGHBOURS = 3
-_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def spaces(problem: Problem, target: Target, only: str | None = None, fixed: Fixed | None = None) -> list[Space]:
@@ -80,12 +81,13 @@ def sources_hash() -> str:
 
 def tune(problems: Sequence[Problem], target: Target, options: Options, progress: Progress | None = None) -> Report:
     """Tune each problem and keep the winners. What a signal interrupts is kept, and can be resumed."""
+    options = dataclasses.replace(options, begun=options.begun or time.monotonic())
     with contextlib.closing(progress or Progress()) as progress:
         for problem in problems:
             able = families.candidates(problem, target)[0]
             if options.fixed or not any(options.family in (None, family.name) for family in able):
                 spaces(problem, target, options.family, options.fixed)  # raises the reasons, before anything runs
-        db.require_writable(db.path_of(options.out or env.user_db_dir(), target.arch, target.device))
+        db_merge.require_writable(options.out or env.user_db_dir(), target.arch, target.device)
         if options.storage:  # before a run is begun
             Board(options.storage, "").close()
         with contextlib.closing(_open_run(problems, target, options, progress)) as run:
@@ -99,6 +101,8 @@ def _tune(run: Run, problems: Sequence[Problem], target: Target, options: Option
         compile_timeout=options.compile_timeout, run_timeout=options.run_timeout, note=progress.note,
     )  # fmt: skip
     progress.start(target, workers, run.path)
+    if busy := load.note(target, options.devices[0]):
+        progress.note(busy)
     with pool, _signals(progress) as interrupted, _board(run, options, progress) as board:
         return _Tuner(run, target, options, pool, progress, interrupted, board).all(problems)
 
@@ -139,7 +143,8 @@ def _open_run(problems: Sequence[Problem], target: Target, options: Options, pro
 
 @contextlib.contextmanager
 def _signals(progress: Progress) -> Iterator[threading.Event]:
-    """An event that the first SIGINT, SIGTERM or lost terminal sets; the second one raises."""
+    """An event that the first SIGINT, SIGTERM or lost terminal sets; the second one raises. Under nohup a lost
+    terminal stays ignored."""
     event, before = threading.Event(), {}
 
     def handle(number: int, frame: object) -> None:
@@ -149,7 +154,8 @@ def _signals(progress: Progress) -> Iterator[threading.Event]:
         progress.note(f"{signal.Signals(number).name}: saving what was found; once more to stop at once")
 
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handle) for number in _ENDING}
+        nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        before = {number: signal.signal(number, handle) for number in _ENDING if number not in nohup}
     try:
         yield event
     finally:
@@ -172,20 +178,32 @@ class _Tuner:
         self.run, self.target, self.options = run, target, options
         self.pool, self.progress, self.interrupted = pool, progress, interrupted
         self.storage = board.storage if board else open_storage(str(run.path / journal.STUDY))
-        self.rows = [row for row in run.rows(journal.TRIALS) if row.get("outcome") in OUTCOMES]
-        self.finished = {t.key: t for t in (Tuned(**row) for row in run.rows(journal.WINNERS)) if t.complete}
+        last = {t.key: t for t in resumed.winners(run.rows(journal.WINNERS), progress.note) if t.complete}
+        failed = {key for key, tuned in last.items() if not tuned.config}  # these are tried again
+        self.finished = {key: tuned for key, tuned in last.items() if key not in failed}
+        self.rows = [
+            row for row in resumed.candidates(run.rows(journal.TRIALS), progress.note)
+            if not (row["outcome"] in RETRIED and row.get("problem") in failed)
+        ]  # fmt: skip
         self.environment = db.environment(target)
-        self.budget = Budget(options.budget)
+        self.budget = Budget(options.budget, options.begun)
         self.spaces: dict[str, list[Space]] = {}
 
     def all(self, problems: Sequence[Problem]) -> Report:
         report = Report(self.run.path, self.target)
+        open_ = [p for p in problems if p.key not in self.finished]
+        if short := self.budget.plan(open_, self.target, self.options.family):
+            self.progress.note(short)
+        self.pool.ends = self.budget.ends
         for index, problem in enumerate(problems):
             if problem.key in self.finished:
                 report.results.append(self.finished[problem.key])
                 continue
             if self.interrupted.is_set():
                 break
+            if problem is not open_[0] and not self.budget.fits(problem):
+                report.left.append(problem.key)
+                continue
             to_come = [p for p in problems[index + 1 :] if p.key not in self.finished]
             tuned, record = self.one(problem, to_come, (index, len(problems)))
             report.results.append(tuned)
@@ -193,6 +211,7 @@ class _Tuner:
                 written = db.put([record], self.options.out)
                 binding.forget()  # live calls of this process find the new winner
                 report.written = sorted({*report.written, *written})
+                report.records.append(record)
             self.run.append(journal.WINNERS, dataclasses.asdict(tuned))
             self.progress.done(tuned)
         report.interrupted = self.interrupted.is_set()
@@ -205,9 +224,9 @@ class _Tuner:
     ) -> tuple[Tuned, db.Record | None]:
         known: dict[Candidate, Known] = {}
         found = self._spaces(problem)
-        problems = 1 + len(to_come)
+        problems = self.budget.among([problem, *to_come])
         planned, share = self.budget.each(problems), self.budget.share(problems, len(found))
-        incumbent, left = self._incumbent(problem), 0
+        incumbent, left, lacking = self._incumbent(problem), 0, False
         for turn, space in enumerate(found):
             search = self._search(space, self.budget.each(problems) / len(found), known)
             self.pool.ahead = self._ahead([*found[turn + 1 :], *(self._spaces(to_come[0]) if to_come else [])])
@@ -219,22 +238,29 @@ class _Tuner:
             finally:
                 if isinstance(search, SharedSearch):
                     search.close()
-            left += len(search.space.legal) - len(search.seen)
+            left, lacking = left + len(search.space.legal) - len(search.seen), lacking or search.lacking
         if self.pool.limits:
             self.run.describe(machine=self.pool.limits)
         default = Candidate(found[0].family.name, problem, self.target, found[0].family.default(problem, self.target))
         outcomes = Counter(row["outcome"] for row in self.rows if row["problem"] == problem.key)
-        whole = not self.interrupted.is_set() and not (self.options.exhaustive and left)
+        stopped = self.interrupted.is_set() or (self.pool.ended and lacking)
+        whole = not stopped and not (self.options.exhaustive and left)
         tuned = Tuned(
             problem.to_dict(), whole, {name: outcomes[name] for name in OUTCOMES},
             default_config=dict(default.config),
         )  # fmt: skip
-        if not self.interrupted.is_set():
+        if not stopped:
             self.pool.build_ahead()
         begin = time.monotonic()
         seconds = final.SECONDS / 3 if self.interrupted.is_set() else self.budget.of_final(planned)
+        seconds = SHORTEST_FINAL if self.pool.ended else seconds
         item = final.hold(self.pool, tuned, known, default, incumbent, seconds, self.progress.note)
         self.budget.finals.append(time.monotonic() - begin)
+        if not item and self.pool.ended:
+            tuned.why = "the budget ended before its default was measured"
+        if item and stopped and incumbent and incumbent not in known and not self.options.cold:
+            tuned.why += "; the earlier winner was not measured any more, and stays"
+            return tuned, None
         return tuned, final.record(tuned, item, len(known), self.environment) if item else None
 
     def _ahead(self, spaces: list[Space]) -> deque[Candidate]:
@@ -330,10 +356,7 @@ class _Tuner:
         search.known(found.item.config, found.timing.median if found.timing else None)
 
     def _recalled(self, search: Search, row: dict[str, Any]) -> Known:
-        config = search.space.family.config(row["config"])
-        item = Candidate(row["family"], search.space.problem, self.target, config)
-        timing = Timing(row["seconds"], row["spread"], row["samples"]) if row["outcome"] == "ok" else None
-        return Known(item, row["outcome"], timing, row["error"], row["reason"], final.source(row))
+        return known_of(row, search.space.family, search.space.problem, self.target)
 
     def _done(self, search: Search, known: dict[Candidate, Known], item: Candidate, result: Result) -> None:
         """A candidate's end: to the disk first, then to Optuna."""
@@ -351,26 +374,7 @@ class _Tuner:
         self.progress.candidate(item, result, search)
 
     def _row(self, item: Candidate, result: Result) -> dict[str, Any]:
-        """A line of trials.jsonl."""
-        timing = result.timing
-        row = {
-            "problem": item.problem.key,
-            "family": item.family,
-            "config": dict(item.config),
-            "outcome": result.outcome,
-            "reason": result.reason,
-            "seconds": timing.median if timing else None,
-            "spread": timing.spread if timing else None,
-            "samples": timing.samples if timing else 0,
-            "measure_seconds": round(result.took, 4),
-            "error": result.error if math.isfinite(result.error) else None,
-            "facts": result.artifact.facts if result.artifact else {},
-            "device": result.state,
-            "remeasured": result.remeasured,
-            "source_hash": result.artifact.source_hash if result.artifact else "",
-            "date": db.now(),
-        }
-        return row | ({"host": self.board.owner} if self.board else {})
+        return row_of(item, result, self.board.owner if self.board else "")
 
     def _append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)

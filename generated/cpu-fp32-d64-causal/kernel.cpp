@@ -2,7 +2,7 @@
 //
 // problem:  forward/fp32/d64/causal, its config chosen for b1/h16-16/q1024-k1024
 // config:   tile_m=64 tile_n=256 loop_order=q_outer schedule=dynamic block_rows=6 block_vectors=4 packing=direct (the family's default)
-// made by:  fagen emit --arch cpu --dtype fp32 --head-dim 64 --mask causal --seqlen 1024 --batch 1 --heads 16 --kv-heads 16 --config default --out DIR
+// made by:  fagen emit --target cpu --dtype fp32 --head-dim 64 --mask causal --seqlen 1024 --batch 1 --heads 16 --kv-heads 16 --family cpu_forward --config '{"block_rows": 6, "block_vectors": 4, "loop_order": "q_outer", "packing": "direct", "schedule": "dynamic", "tile_m": 64, "tile_n": 256}' --out DIR
 // build:    g++ -std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fno-exceptions -shared -fPIC -o kernel.so kernel.cpp
 // call:     fagen_launch(), declared in kernel.h beside this file
 

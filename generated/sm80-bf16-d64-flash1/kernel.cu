@@ -2,7 +2,7 @@
 //
 // problem:  forward/bf16/d64/none, its config chosen for b4/h32-32/q4096-k4096
 // config:   tile_m=32 tile_n=128 warps=4 partition=split_k loop_order=kv_outer stages=1 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=1 rescale=each block_order=ascending (as given)
-// made by:  fagen emit --arch sm_90 --dtype bf16 --head-dim 64 --mask none --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --family sm80_forward --config '{"block_order": "ascending", "blocks_per_sm": 1, "loop_order": "kv_outer", "overlap": false, "partition": "split_k", "q_source": "shared", "rescale": "each", "smem_layout": "swizzled", "stages": 1, "tile_m": 32, "tile_n": 128, "warps": 4}' --out DIR
+// made by:  fagen emit --target sm_90 --dtype bf16 --head-dim 64 --mask none --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --family sm80_forward --config '{"block_order": "ascending", "blocks_per_sm": 1, "loop_order": "kv_outer", "overlap": false, "partition": "split_k", "q_source": "shared", "rescale": "each", "smem_layout": "swizzled", "stages": 1, "tile_m": 32, "tile_n": 128, "warps": 4}' --out DIR
 // build:    nvcc -gencode=arch=compute_90,code=sm_90 -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
 
@@ -359,25 +359,36 @@ __device__ __forceinline__ float quad_sum(float x) {
 // Scores come in raw; `scale_log2` takes them to the base-2 logarithm inside the exponential's one FMA.
 // `reference` is what is subtracted before the exponential: the rows' maximum, or one that is near enough below it.
 // The sum stays per thread until the end. Any reference gives the same O / sum, so keeping an old one is exact.
+//
+// The FMA subtracts reference * scale as rounded to float32. The rounding multiplies all weights of a row alike and
+// cancels in O / sum, unless it is of whole powers of two: from |reference * scale| = 2^24 on. Long before that,
+// references count as too large for the FMA: they are subtracted from the scores first, which is exact near them. Such
+// rows, like those that have seen no key, have no limit, so that every tile comes to where references move.
 template <int kRows, bool kDeferred>
 struct OnlineSoftmax {
   // a weight may grow to 2^8 before a deferred reference moves: exact in float32, safe in 16 bits
   static constexpr float kSlack_log2 = 8.f;
+  // an offset up to here rounds by no more than 2^-10
+  static constexpr float kLargest_log2 = 16384.f;
+  // the reference of rows that have seen no key: finite, so that no tile has to ask; scores below it count as hidden
+  static constexpr float kNothing = -1e30f;
 
-  float reference[kRows], sum[kRows], offset[kRows];
-  float scale_log2, slack;
+  float reference[kRows], limit[kRows], offset[kRows], sum[kRows];
+  float scale_log2;
 
-  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2)
-      : scale_log2(scale_log2), slack(kSlack_log2 / scale_log2) {
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) { begin(); }
+
+  // Rows that have seen no key.
+  __device__ __forceinline__ void begin() {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
+    for (int r = 0; r < kRows; ++r) reference[r] = kNothing, limit[r] = -INFINITY, sum[r] = 0.f;
   }
 
-  // Whether a row of this thread has outgrown its reference by more than the slack.
+  // Whether a row of this thread has outgrown its reference.
   __device__ __forceinline__ bool outgrown(const float (&tile_max)[kRows]) const {
     bool grown = !kDeferred;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > reference[r] + slack;
+    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > limit[r];
     return grown;
   }
 
@@ -386,18 +397,32 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const float next = fmaxf(reference[r], row_max[r]);
-      // a row that has seen nothing yet has no weight to rescale: 2^-inf = 0 once it has, and 0 * 0 until then
-      factor[r] = next == -INFINITY ? 0.f : ptx::ex2((reference[r] - next) * scale_log2);
+      factor[r] = ptx::ex2((reference[r] - next) * scale_log2);
       reference[r] = next;
       sum[r] *= factor[r];
     }
+    follow_references();
   }
 
-  // What is added to the scaled scores: finite even where nothing has been seen yet.
-  __device__ __forceinline__ void settle() {
+  // Offsets and limits of the references as they stand.
+  __device__ __forceinline__ void follow_references() {
+    set_offsets();
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) offset[r] = reference[r] == -INFINITY ? 0.f : -reference[r] * scale_log2;
+    for (int r = 0; r < kRows; ++r)
+      limit[r] = fabsf(offset[r]) > kLargest_log2 ? -INFINITY : reference[r] + kSlack_log2 / scale_log2;
   }
+  // What is added to the scaled scores.
+  __device__ __forceinline__ void set_offsets() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) offset[r] = -reference[r] * scale_log2;
+  }
+  __device__ __forceinline__ bool too_large() const {
+    bool large = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) large |= fabsf(offset[r]) > kLargest_log2 && reference[r] != kNothing;
+    return large;
+  }
+
   __device__ __forceinline__ float weight(float score, int r) const {
     return ptx::ex2(fmaf(score, scale_log2, offset[r]));
   }
@@ -574,16 +599,34 @@ struct Attend {
     }
   }
 
-  // Take a new tile's maxima into the reference; O follows.
-  __device__ __forceinline__ void observe(const Scores& s_acc) {
+  // Take a new tile's maxima into the softmax; O follows.
+  __device__ __forceinline__ void observe(Scores& s_acc) {
     float tile_max[kRows], factor[kRows];
     tile_maxima(s_acc, tile_max);
     if (__any_sync(~0u, softmax.outgrown(tile_max))) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) tile_max[r] = quad_max(tile_max[r]);
-      softmax.move(tile_max, factor);
+      move(s_acc, tile_max, factor);
       rescale(factor);
+    } else {
+      softmax.set_offsets();
     }
+  }
+
+  // Move the references to the rows' maxima, and subtract those from the scores that are too large for the
+  // exponential's FMA. Score mods leave a scale of 1, by which no product rounds.
+  __device__ __forceinline__ void move(Scores& s_acc, const float (&row_max)[kRows], float (&factor)[kRows]) {
+    softmax.move(row_max, factor);
+    if constexpr (!ScoreMod<Config>::kActive)
+      while (__any_sync(~0u, softmax.too_large())) {  // once; as a loop it stays out of the common tile's way
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+          for (auto& piece : s_acc[r / 2])
+            piece[r % 2 * 2] -= softmax.reference[r], piece[r % 2 * 2 + 1] -= softmax.reference[r];
+          softmax.offset[r] = 0.f;
+        }
+      }
   }
 
   // One register of P = exp(S - reference): two columns of row i % 2 of piece 2 n + i / 2. The accumulator of S is
@@ -611,9 +654,8 @@ struct Attend {
   }
 
   // The whole softmax and second product of a tile.
-  __device__ __forceinline__ void values(const Scores& s_acc, uint32_t v_tile, int first_key) {
+  __device__ __forceinline__ void values(Scores& s_acc, uint32_t v_tile, int first_key) {
     observe(s_acc);
-    softmax.settle();
     const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
     Weights p_frag;
 #pragma unroll
@@ -1030,7 +1072,7 @@ struct Pair {
   }
 
   // Both warps keep the same references: they move together or not at all.
-  __device__ __forceinline__ void observe(State& state, const typename State::Scores& s_acc) const {
+  __device__ __forceinline__ void observe(State& state, typename State::Scores& s_acc) const {
     float row_max[kRows], other[kRows], factor[kRows];
     state.tile_maxima(s_acc, row_max);
     if (ptx::barrier_any(barrier, 64, state.softmax.outgrown(row_max))) {
@@ -1039,15 +1081,16 @@ struct Pair {
       exchange(row_max, other);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) row_max[r] = fmaxf(row_max[r], other[r]);
-      state.softmax.move(row_max, factor);
+      state.move(s_acc, row_max, factor);
       state.rescale(factor);
+    } else {
+      state.softmax.set_offsets();
     }
   }
 
   // Softmax of this warp's half of the keys, O += P V of all of them for its half of the columns.
-  __device__ __forceinline__ void values(State& state, const typename State::Scores& s_acc, uint32_t v_tile) const {
+  __device__ __forceinline__ void values(State& state, typename State::Scores& s_acc, uint32_t v_tile) const {
     observe(state, s_acc);  // its barrier also tells that the partner has read the weights of the tile before
-    state.softmax.settle();
     typename State::Weights p_mine;
 #pragma unroll
     for (int n = 0; n < kPieces; ++n)
@@ -1099,11 +1142,10 @@ __device__ __forceinline__ void merge_warps(const B& block, typename B::State& s
 #pragma unroll
   for (int r = 0; r < B::State::kRows; ++r) {
     const float2* row = stats + r / 2 * 16 + r % 2 * 8 + lane.row;
-    float top = -INFINITY, sum = 0.f;
+    float top = B::State::Softmax::kNothing, sum = 0.f;
     for (int w = 0; w < kWarps; ++w) top = fmaxf(top, row[w * kTileRows].x);
-    const float base = top == -INFINITY ? 0.f : top;
-    for (int w = 0; w < kWarps; ++w) sum += row[w * kTileRows].y * ptx::ex2((row[w * kTileRows].x - base) * scale_log2);
-    factor[r] = ptx::ex2((state.softmax.reference[r] - base) * scale_log2);
+    for (int w = 0; w < kWarps; ++w) sum += row[w * kTileRows].y * ptx::ex2((row[w * kTileRows].x - top) * scale_log2);
+    factor[r] = ptx::ex2((state.softmax.reference[r] - top) * scale_log2);
     state.softmax.reference[r] = top;
     row_sum[r] = sum;
   }
@@ -1321,7 +1363,6 @@ __device__ __forceinline__ void attend_q_outer_overlapped(const Block<C, Element
   const auto visit = [&](int tile, auto masked) {
     const int next = next_stage<C>(stage);
     state.observe(s_acc);
-    state.softmax.settle();
     block.template arrive<C::kStages - 2>();
     load_next();
     Scores s_next;
@@ -1381,6 +1422,7 @@ struct StoredState {
       state.softmax.reference[2 * i] = value.x, state.softmax.reference[2 * i + 1] = value.y;
       state.softmax.sum[2 * i] = value.z, state.softmax.sum[2 * i + 1] = value.w;
     }
+    state.softmax.follow_references();
   }
 };
 

@@ -2,7 +2,7 @@
 //
 // problem:  forward/bf16/d64/intervals-lower1, its config chosen for b4/h32-32/q4096-k4096
 // config:   tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=sectioned section_mb=32 cluster=1 shared_weights=False pack_heads=False (the family's default)
-// made by:  fagen emit --arch sm_90 --dtype bf16 --head-dim 64 --mask intervals --interval-kind lower1 --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --config default --out DIR
+// made by:  fagen emit --target sm_90 --dtype bf16 --head-dim 64 --mask intervals --interval-kind lower1 --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --family sm90_forward --config '{"block_order": "sectioned", "blocks_per_sm": 1, "cluster": 1, "overlap": true, "pack_heads": false, "ping_pong": true, "q_stages": 2, "rescale": "deferred", "schedule": "dynamic", "section_mb": 32, "shared_weights": false, "stages": 2, "tile_m": 192, "tile_n": 128}' --out DIR
 // build:    nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
 
@@ -588,25 +588,36 @@ __device__ __forceinline__ float quad_sum(float x) {
 // Scores come in raw; `scale_log2` takes them to the base-2 logarithm inside the exponential's one FMA.
 // `reference` is what is subtracted before the exponential: the rows' maximum, or one that is near enough below it.
 // The sum stays per thread until the end. Any reference gives the same O / sum, so keeping an old one is exact.
+//
+// The FMA subtracts reference * scale as rounded to float32. The rounding multiplies all weights of a row alike and
+// cancels in O / sum, unless it is of whole powers of two: from |reference * scale| = 2^24 on. Long before that,
+// references count as too large for the FMA: they are subtracted from the scores first, which is exact near them. Such
+// rows, like those that have seen no key, have no limit, so that every tile comes to where references move.
 template <int kRows, bool kDeferred>
 struct OnlineSoftmax {
   // a weight may grow to 2^8 before a deferred reference moves: exact in float32, safe in 16 bits
   static constexpr float kSlack_log2 = 8.f;
+  // an offset up to here rounds by no more than 2^-10
+  static constexpr float kLargest_log2 = 16384.f;
+  // the reference of rows that have seen no key: finite, so that no tile has to ask; scores below it count as hidden
+  static constexpr float kNothing = -1e30f;
 
-  float reference[kRows], sum[kRows], offset[kRows];
-  float scale_log2, slack;
+  float reference[kRows], limit[kRows], offset[kRows], sum[kRows];
+  float scale_log2;
 
-  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2)
-      : scale_log2(scale_log2), slack(kSlack_log2 / scale_log2) {
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) { begin(); }
+
+  // Rows that have seen no key.
+  __device__ __forceinline__ void begin() {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
+    for (int r = 0; r < kRows; ++r) reference[r] = kNothing, limit[r] = -INFINITY, sum[r] = 0.f;
   }
 
-  // Whether a row of this thread has outgrown its reference by more than the slack.
+  // Whether a row of this thread has outgrown its reference.
   __device__ __forceinline__ bool outgrown(const float (&tile_max)[kRows]) const {
     bool grown = !kDeferred;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > reference[r] + slack;
+    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > limit[r];
     return grown;
   }
 
@@ -615,18 +626,32 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const float next = fmaxf(reference[r], row_max[r]);
-      // a row that has seen nothing yet has no weight to rescale: 2^-inf = 0 once it has, and 0 * 0 until then
-      factor[r] = next == -INFINITY ? 0.f : ptx::ex2((reference[r] - next) * scale_log2);
+      factor[r] = ptx::ex2((reference[r] - next) * scale_log2);
       reference[r] = next;
       sum[r] *= factor[r];
     }
+    follow_references();
   }
 
-  // What is added to the scaled scores: finite even where nothing has been seen yet.
-  __device__ __forceinline__ void settle() {
+  // Offsets and limits of the references as they stand.
+  __device__ __forceinline__ void follow_references() {
+    set_offsets();
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) offset[r] = reference[r] == -INFINITY ? 0.f : -reference[r] * scale_log2;
+    for (int r = 0; r < kRows; ++r)
+      limit[r] = fabsf(offset[r]) > kLargest_log2 ? -INFINITY : reference[r] + kSlack_log2 / scale_log2;
   }
+  // What is added to the scaled scores.
+  __device__ __forceinline__ void set_offsets() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) offset[r] = -reference[r] * scale_log2;
+  }
+  __device__ __forceinline__ bool too_large() const {
+    bool large = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) large |= fabsf(offset[r]) > kLargest_log2 && reference[r] != kNothing;
+    return large;
+  }
+
   __device__ __forceinline__ float weight(float score, int r) const {
     return ptx::ex2(fmaf(score, scale_log2, offset[r]));
   }
@@ -803,16 +828,34 @@ struct Attend {
     }
   }
 
-  // Take a new tile's maxima into the reference; O follows.
-  __device__ __forceinline__ void observe(const Scores& s_acc) {
+  // Take a new tile's maxima into the softmax; O follows.
+  __device__ __forceinline__ void observe(Scores& s_acc) {
     float tile_max[kRows], factor[kRows];
     tile_maxima(s_acc, tile_max);
     if (__any_sync(~0u, softmax.outgrown(tile_max))) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) tile_max[r] = quad_max(tile_max[r]);
-      softmax.move(tile_max, factor);
+      move(s_acc, tile_max, factor);
       rescale(factor);
+    } else {
+      softmax.set_offsets();
     }
+  }
+
+  // Move the references to the rows' maxima, and subtract those from the scores that are too large for the
+  // exponential's FMA. Score mods leave a scale of 1, by which no product rounds.
+  __device__ __forceinline__ void move(Scores& s_acc, const float (&row_max)[kRows], float (&factor)[kRows]) {
+    softmax.move(row_max, factor);
+    if constexpr (!ScoreMod<Config>::kActive)
+      while (__any_sync(~0u, softmax.too_large())) {  // once; as a loop it stays out of the common tile's way
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+          for (auto& piece : s_acc[r / 2])
+            piece[r % 2 * 2] -= softmax.reference[r], piece[r % 2 * 2 + 1] -= softmax.reference[r];
+          softmax.offset[r] = 0.f;
+        }
+      }
   }
 
   // One register of P = exp(S - reference): two columns of row i % 2 of piece 2 n + i / 2. The accumulator of S is
@@ -840,9 +883,8 @@ struct Attend {
   }
 
   // The whole softmax and second product of a tile.
-  __device__ __forceinline__ void values(const Scores& s_acc, uint32_t v_tile, int first_key) {
+  __device__ __forceinline__ void values(Scores& s_acc, uint32_t v_tile, int first_key) {
     observe(s_acc);
-    softmax.settle();
     const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
     Weights p_frag;
 #pragma unroll
@@ -1944,8 +1986,7 @@ struct Consumer {
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (auto& piece : state.o[0]) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) state.softmax.reference[r] = -INFINITY, state.softmax.sum[r] = 0.f;
+    state.softmax.begin();
   }
 
   // Warpgroups take turns at starting products, so that the softmax of one runs under the products of the others.
@@ -2067,9 +2108,10 @@ struct Consumer {
     const bool moved = C::kRescale == Rescale::each || __any_sync(~0u, state.softmax.outgrown(row_max));
     if (moved) {
       for (float& x : row_max) x = quad_max(x);
-      state.softmax.move(row_max, factor);
+      state.move(s_acc, row_max, factor);
+    } else {
+      state.softmax.set_offsets();
     }
-    state.softmax.settle();
     return moved;
   }
   // S becomes the weights.

@@ -30,6 +30,7 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SETS = [(arch, name) for i, arch in enumerate(ARCHS) for j, name in enumerate(PROBLEMS) if (i + j) % 3 == 0 or j < 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "name"), SETS)
 def test_defaults_compile_without_spills(arch: str, name: str) -> None:
     problem, where = PROBLEMS[name], target.known(arch)

@@ -29,6 +29,7 @@ PROBLEMS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.static_key.replace("/", "-"))
 def test_defaults_compile_cleanly(problem: Problem) -> None:
     facts = build.build(FAMILY, problem, HOPPER, FAMILY.default(problem, HOPPER)).facts
@@ -83,6 +84,7 @@ def test_every_legal_problem_has_a_legal_default() -> None:
                 FAMILY.require(problem, HOPPER, FAMILY.default(problem, HOPPER))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem", "changes"),
     [
@@ -127,6 +129,7 @@ SHARES = [(_CAUSAL, m, blocks) for m in (64, 128, 192) for blocks in (1, 2, 3) i
 SHARES += [(_INTERVALS, 128, 1), (_INTERVALS, 192, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("problem", "tile_m", "blocks"), SHARES)
 def test_python_and_cuda_agree_about_registers(problem: Problem, tile_m: int, blocks: int) -> None:
     """That it compiles says so. And what ptxas gives the block is enough for all roles, or they would wait for ever."""
@@ -138,6 +141,7 @@ def test_python_and_cuda_agree_about_registers(problem: Problem, tile_m: int, bl
     assert given * (groups + 1) * 128 * blocks <= 65536
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["registers", "smem_bytes", "threads"])
 def test_disagreement_is_a_compile_error(what: str) -> None:
     job = build.job(FAMILY, _CAUSAL, HOPPER, BASE)

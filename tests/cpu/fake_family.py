@@ -172,7 +172,7 @@ def misbehave(request: str) -> str:
     if request == "exit":
         os._exit(7)
     if request == "sleep":
-        time.sleep(60)
+        time.sleep(3600)
     print("said on stdout", flush=True)
     return request
 

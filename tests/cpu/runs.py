@@ -19,7 +19,14 @@ from pathlib import Path
 from fagen.tuner import journal
 
 HERE = Path(__file__).parent
-PATIENCE = 240.0  # seconds for anything that a busy machine may take
+
+
+def patient(seconds: float) -> float:
+    """A limit for what takes long on a busy machine: as many times longer as processes want to run on a core."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+PATIENCE = patient(240.0)  # seconds for anything that a busy machine may take
 
 
 def until(happened: Callable[[], object], child: subprocess.Popen | None = None) -> None:

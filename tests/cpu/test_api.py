@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fagen
-from fagen import api, binding, fallback, masks, verify
+from fagen import ahead, api, binding, fallback, masks, verify
 from fagen.errors import InvalidArgument
 from fagen.problem import Problem
 from fagen.target import host
@@ -77,7 +77,7 @@ def _built_side_by_side() -> None:
         for (d, dv), fields in itertools.product((*HEAD_DIMS, (16, 16)), masks_)
     ]
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(binding.make), *(pool.submit(api.warmup, [problem], host()) for problem in wanted)]
+        jobs = [pool.submit(binding.make), *(pool.submit(ahead.warmup, [problem], host()) for problem in wanted)]
         for job in jobs:
             job.result()
 
@@ -267,14 +267,17 @@ def test_a_mistake_is_a_value_error() -> None:
 
 def test_importing_costs_little_beside_torch() -> None:
     code = (
-        "import time, torch\nstart = time.perf_counter()\nimport fagen\nfrom fagen import attention\n"
-        "print(time.perf_counter() - start)"
+        "from time import process_time as now\nbegin = now()\nimport torch\nbetween = now()\n"
+        "import fagen\nfrom fagen import attention\nprint((now() - between) / (between - begin))"
     )
     command = [sys.executable, "-c", code]
     # as where it is installed: bytecode is kept
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
-    runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(done.stdout) for done in runs) < 0.05
+    shares = []
+    while not shares or (min(shares) > 0.06 and len(shares) < 3):  # the first import may write bytecode
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        shares.append(float(done.stdout))
+    assert min(shares) <= 0.06, shares
 
 
 def test_importing_does_nothing(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_it_measures_keeps_and_refits(between, tmp_path, capsys):
     for folder, length, config in (("db", 64, configs[1]), ("db", 256, configs[0]), ("tuned", 100, configs[1])):
         row = db.Record(
             problem=problem(length), arch="cpu", device=target.device, family=family.name, config=dict(config),
-            seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash="",
+            seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash="0f",
         )  # fmt: skip
         db.put([row], tmp_path / folder)
     suite, out = tmp_path / "suite.toml", tmp_path / "out.json"

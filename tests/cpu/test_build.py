@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fagen import build, compile, toolchain
+from fagen import build, cachedir, compile, flags, toolchain
 from fagen.errors import BuildError, MissingTool
+from fagen.problem import Problem
 
 # a source whose compilation outlasts every limit of these tests
 ENDLESS = "#define A(x) x x x x x x x x x x\nint f() { int a = 0; A(A(A(A(A(A(A(++a;))))))) return a; }\n"
@@ -97,6 +99,18 @@ def test_a_name_does_not_change_the_key() -> None:
     assert job(name="other", about={"a": 1}).key() == job().key()
 
 
+def test_the_version_of_torch_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes milliseconds, and every call of a new size asks for a key."""
+    import importlib.metadata
+
+    asked: list[str] = []
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: asked.append(name) or "1.0")
+    toolchain.torch_version.cache_clear()
+    assert job(1).key() == job(1).key() != job(2).key()
+    toolchain.torch_version.cache_clear()
+    assert asked == ["torch"]
+
+
 def test_native_code_is_keyed_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     from fagen import target
 
@@ -147,6 +161,31 @@ def _odd_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text('["not", "an", "object"]')
 
 
+def _relist(folder: Path, change: Callable[[dict], dict]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": change(manifest["files"])}))
+
+
+def _no_files(folder: Path) -> None:
+    _relist(folder, lambda files: {})
+
+
+def _no_library(folder: Path) -> None:
+    _relist(folder, lambda files: {name: facts for name, facts in files.items() if name != "kernel.so"})
+
+
+def _a_file_elsewhere(folder: Path) -> None:
+    _relist(folder, lambda files: files | {f"../{folder.name}/kernel.so": files["kernel.so"]})
+
+
+def _another_size(folder: Path) -> None:
+    _relist(folder, lambda files: files | {"kernel.so": files["kernel.so"] | {"bytes": 1}})
+
+
+def _deep_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[" * 100_000)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -155,6 +194,11 @@ def _odd_manifest(folder: Path) -> None:
         _torn_manifest,
         _other_key,
         _odd_manifest,
+        _no_files,
+        _no_library,
+        _a_file_elsewhere,
+        _another_size,
+        _deep_manifest,
         lambda folder: (folder / "manifest.json").unlink(),
         lambda folder: (folder / "kernel.so").unlink(),
     ],
@@ -175,16 +219,6 @@ def test_a_file_where_the_entry_should_be_is_replaced() -> None:
     assert number_of(build.make(job(4))) == 4
 
 
-def test_what_killed_builds_left_is_swept(cache: Path) -> None:
-    old, young = cache / "tmp" / "1-old", cache / "tmp" / "2-young"
-    for folder in (old, young):
-        folder.mkdir(parents=True)
-        (folder / "kernel.cpp").touch()
-    os.utime(old, (1, 1))
-    build.make(job(5))
-    assert not old.exists() and young.exists()
-
-
 # ---- failures -----------------------------------------------------------------------------------------------------
 
 
@@ -200,25 +234,23 @@ def test_a_compile_error_says_where(cache: Path) -> None:
 
 def test_a_build_past_its_time_is_killed_with_all_its_processes(cache: Path) -> None:
     build.make(job())  # the child has imported torch, so that the time measured is the compiler's
-    start = time.monotonic()
     with pytest.raises(BuildError, match="ran past its limit of 1 s") as caught:
         build.make(job(source=ENDLESS), timeout=1)
-    assert caught.value.killed and time.monotonic() - start < 10
+    assert caught.value.killed
     assert not _compilers_of(cache) and no_leftovers(cache)
     assert number_of(build.make(job(6))) == 6  # and the next one builds
 
 
 def _compilers_of(cache: Path) -> list[str]:
-    """Command lines of running processes that name the cache, patient with those that are just ending."""
-    for _ in range(50):
+    """Command lines of running processes that work in the cache, patient with those that are just ending."""
+    for _ in range(2400):
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+                if entry.name.isdigit() and os.readlink(entry / "cwd").startswith(str(cache)):
+                    found.append((entry / "cmdline").read_text(errors="replace"))
             except OSError:
                 continue
-            if str(cache).encode() in command:
-                found.append(command.decode(errors="replace"))
         if not found:
             return []
         time.sleep(0.1)
@@ -251,14 +283,14 @@ def test_a_full_disk_at_the_compiler(compiler: Path) -> None:
     assert "fagen cache clear" in str(caught.value) and len(str(caught.value).splitlines()) <= 3
 
 
-@pytest.mark.parametrize("where", ["mkdir", "write_text", "rename"])
-def test_a_full_disk_on_our_side(where: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+@pytest.mark.parametrize("where", [(os, "mkdir"), (cachedir, "write"), (os, "rename")], ids=lambda where: where[1])
+def test_a_full_disk_on_our_side(where: tuple, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     def full(*args: object, **named: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     build.make(job())
     with monkeypatch.context() as patch:
-        patch.setattr(os if where == "rename" else Path, where, full)
+        patch.setattr(*where, full)
         with pytest.raises(BuildError, match="(?i)no space left") as caught:
             build.make(job(9))
     assert "FAGEN_CACHE_DIR" in str(caught.value) and len(str(caught.value).splitlines()) <= 3
@@ -268,18 +300,41 @@ def test_a_full_disk_on_our_side(where: str, monkeypatch: pytest.MonkeyPatch, ca
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
 def test_a_read_only_cache_serves_hits_and_builds_for_this_process(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     hit = build.make(job(1))
-    real = Path.mkdir
+    real = os.mkdir
 
     def refuse(path: Path, *args: object, **named: object) -> None:
         if str(path).startswith(os.environ["FAGEN_CACHE_DIR"]):
             raise OSError(code, os.strerror(code))
         real(path, *args, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse)
     assert build.make(job(1)) == hit
     with pytest.warns(UserWarning, match="cannot be written"):
         made = build.make(job(2))
     assert number_of(made) == 2 and build.find(job(2)) is None
+
+
+def test_what_is_built_for_this_process_is_removed_by_it_alone(tmp_path: Path) -> None:
+    code = """
+import os, warnings
+from pathlib import Path
+from test_build import build, job
+warnings.simplefilter("ignore")
+made = build.make(job(16))
+child = os.fork()
+if child == 0:
+    raise SystemExit  # runs what was registered with atexit
+os.waitpid(child, 0)
+print(made.path.exists(), made.path.parents[1], flush=True)
+"""
+    (tmp_path / "file").touch()
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {"FAGEN_CACHE_DIR": str(tmp_path / "file"), "TMPDIR": str(tmp_path / "temporary")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    exists, folder = done.stdout.split()
+    assert exists == "True", done.stderr
+    assert Path(folder).parent == tmp_path / "temporary" and not list((tmp_path / "temporary").glob("fagen-*"))
 
 
 def test_a_cache_that_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,23 +344,32 @@ def test_a_cache_that_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert number_of(build.make(job(11))) == 11
 
 
-def test_a_lock_held_by_somebody_else_delays_but_never_stops(cache: Path) -> None:
+def test_a_lock_held_by_somebody_else_delays_but_never_stops(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import filelock
+
+    acquire, asked = filelock.FileLock.acquire, []
+
+    def hurried(lock: filelock.FileLock, timeout: float) -> object:
+        asked.append(timeout)
+        return acquire(lock, timeout=0.1)
 
     (cache / "locks").mkdir(parents=True)
     with filelock.FileLock(cache / "locks" / f"{job(12).key()[:16]}.lock"):
-        start = time.monotonic()
-        # the lock's timeout is the build's own
-        assert number_of(build.make(job(12), timeout=2)) == 12
-        assert time.monotonic() - start >= 2
+        monkeypatch.setattr(filelock.FileLock, "acquire", hurried)
+        assert number_of(build.make(job(12), timeout=600)) == 12
+    assert asked == [600], "the lock's timeout is the build's own"
 
 
 def test_compiling_may_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     build.make(job(1))
     monkeypatch.setenv("FAGEN_DISABLE_JIT", "1")
-    build.make(job(1))
-    with pytest.raises(BuildError, match="fagen build"):
-        build.make(job(2))
+    said: list[str] = []
+    build.make(job(1), tell=lambda: said.append("compiling"))
+    problem = Problem(dtype="fp32", head_dim=72, mask="causal", heads=6, kv_heads=3, seqlen_q=5)
+    with pytest.raises(BuildError) as caught:
+        build.make(job(2, about={"problem": problem.to_dict()}), tell=lambda: said.append("compiling"))
+    assert caught.value.remedy == f"build it ahead: FAGEN_DISABLE_JIT=0 {flags.build_command(problem, 'cpu')}"
+    assert not said, "nothing is compiled, so nothing says so"
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -343,7 +407,7 @@ def test_two_processes_build_the_same_kernel_once(compiler: Path, tmp_path: Path
     count = tmp_path / "count"
     rewrite(compiler, f"echo x >> {count}; sleep 1")
     racing = [_start(13) for _ in range(2)]
-    results = [process.communicate(timeout=120) for process in racing]
+    results = [process.communicate(timeout=600) for process in racing]
     assert all(process.returncode == 0 for process in racing), results
     assert len({out for out, _ in results}) == 1 and results[0][0].split()[-1] == "13"
     assert count.read_text().count("x") == 1
@@ -355,7 +419,7 @@ def test_two_processes_without_locks_both_end_well(cache: Path, compiler: Path, 
     cache.mkdir()
     (cache / "locks").write_text("no folder, hence no locks")
     racing = [_start(14) for _ in range(2)]
-    results = [process.communicate(timeout=120) for process in racing]
+    results = [process.communicate(timeout=600) for process in racing]
     assert all(process.returncode == 0 for process in racing), results
     assert len({out for out, _ in results}) == 1
     assert count.read_text().count("x") == 2 and no_leftovers(cache)
@@ -363,8 +427,8 @@ def test_two_processes_without_locks_both_end_well(cache: Path, compiler: Path, 
 
 def test_a_killed_process_leaves_no_compiler_and_no_lock(cache: Path) -> None:
     process = _start(1, ", source=ENDLESS")
-    for _ in range(600):
-        if list(cache.glob("tmp/*/build.ninja")):
+    for _ in range(2400):
+        if list(cache.glob("tmp/*/build/build.ninja")):
             break
         time.sleep(0.1)
     time.sleep(0.3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import warnings
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fagen
-from fagen import binding, fallback, verify
+from fagen import api, binding, fallback, verify
 from fagen.errors import UnsupportedProblem
 from fagen.verify import Semantics
 
@@ -75,6 +77,141 @@ def test_sdpa_shares_heads_when_asked() -> None:
     same(fagen.sdpa(q, k, v, enable_gqa=True), F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
     with pytest.raises(RuntimeError), pytest.warns(fallback.FallbackWarning, match="broadcast"):
         fagen.sdpa(q, k, v)
+
+
+Made = tuple[list[torch.Tensor], dict]
+
+
+@st.composite
+def sdpa_calls(draw: st.DrawFn) -> Made:
+    """Sizes that may be zero, layouts, dtypes, masks: what PyTorch's own takes, and some that it does not."""
+    b, hk, sq, sk, d, dv = (
+        draw(st.sampled_from(some)) for some in ([1, 2, 0], [1, 2, 0], [3, 1, 0], [5, 3, 0], [16, 0], [16, 24, 0])
+    )
+    group = draw(st.sampled_from([1, 2]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    tensors = []
+    for heads, rows, size in ((group * hk, sq, d), (hk, sk, d), (hk, sk, dv)):
+        order = draw(st.sampled_from([(0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 0, 2)]))
+        sizes = (b, heads, rows, size)
+        stored = torch.randn(*(sizes[i] for i in order), size, generator=generator)
+        tensors.append(stored.permute(*(order.index(i) for i in range(3)), 3))
+    options: dict = {"enable_gqa": group > 1 or draw(st.booleans()), "scale": draw(st.sampled_from([None, 0.2]))}
+    kind = draw(st.sampled_from(["none", "causal", "bool", "float", "row"]))
+    options["is_causal"] = kind == "causal"
+    if kind in ("bool", "float"):
+        mask = torch.randn(sq, sk, generator=generator)
+        options["attn_mask"] = mask > -1 if kind == "bool" else mask
+    elif kind == "row":
+        options["attn_mask"] = torch.randn(b, 1, 1, sk, generator=generator)
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64]))
+    return [t.to(dtype) for t in tensors], options
+
+
+@pytest.mark.filterwarnings("ignore::fagen.fallback.FallbackWarning")
+@settings(max_examples=250, deadline=None)
+@given(made=sdpa_calls())
+def test_sdpa_answers_as_pytorchs(made: Made) -> None:
+    tensors, options = made
+    want = F.scaled_dot_product_attention(*tensors, **options)
+    got = fagen.sdpa(*tensors, **options)
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    if tensors[0].dtype == torch.bfloat16:
+        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+    else:
+        same(got, want)
+
+
+ORDERS = {
+    "bhsd": (0, 1, 2),
+    "bshd": (0, 2, 1),
+    "sbhd": (2, 0, 1),
+    "hbsd": (1, 0, 2),
+    "hsbd": (1, 2, 0),
+    "shbd": (2, 1, 0),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("road", ["ops", "ctypes"])
+def test_sdpa_keeps_the_querys_layout(order: str, causal: bool, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what follows may view it as PyTorch's own: back in the query's order it is contiguous."""
+    if road == "ctypes":
+        monkeypatch.setattr(api, "_ops_ready", lambda: False)
+        monkeypatch.setattr(api, "_fast", None)
+        monkeypatch.setattr(api, "_fast_sdpa", None)
+    back = ORDERS[order]
+    sizes = (2, 4, 33, 16)
+    q = torch.randn(*(sizes[i] for i in back), 16).permute(*(back.index(i) for i in range(3)), 3)
+    k, v = torch.randn(2, 4, 33, 16), torch.randn(2, 4, 33, 24)
+    for values in (v[..., :16], v):
+        out = fagen.sdpa(q, k, values, is_causal=causal)
+        assert out.permute(*back, 3).is_contiguous()
+        same(out, F.scaled_dot_product_attention(q, k, values, is_causal=causal))
+    if order == "bshd":
+        assert fagen.sdpa(q, k, k).transpose(1, 2).view(2, 33, 64).shape == (2, 33, 64)
+    packed = torch.randn(2, 33, 3, 4, 16).unbind(2)  # no view of which is contiguous
+    assert fagen.sdpa(*(t.transpose(1, 2) for t in packed)).transpose(1, 2).is_contiguous()
+    assert fagen.sdpa(q[:1, :1].expand(2, 4, 33, 16), k, k).shape == (2, 4, 33, 16)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_sdpa_obeys_autocast(kind: torch.dtype) -> None:
+    q, k, v = bhsd()
+    mixed = (q, k.half(), v.bfloat16())
+    with torch.autocast("cpu", kind), warnings.catch_warnings():
+        warnings.simplefilter("ignore", fallback.FallbackWarning)  # float16 is for PyTorch, on a CPU
+        got, want = fagen.sdpa(*mixed), F.scaled_dot_product_attention(*mixed)
+        assert got.dtype == want.dtype == kind
+        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+        doubles = [t.double() for t in (q, k, v)]
+        assert fagen.sdpa(*doubles).dtype == F.scaled_dot_product_attention(*doubles).dtype == torch.float64
+        for odd in ((q.double(), k, v), (q.int(), k, v)):
+            for call in (fagen.sdpa, F.scaled_dot_product_attention):
+                with pytest.raises(RuntimeError):
+                    call(*odd)
+
+
+ODD: list[tuple[type[Exception], dict]] = [
+    (RuntimeError, {"key": lambda t: t.double()}),
+    (RuntimeError, {"key": lambda t: t[..., :8]}),
+    (RuntimeError, {"value": lambda t: t.to("meta")}),
+    (RuntimeError, {"query": lambda t: t.int()}),
+    (RuntimeError, {"query": lambda t: t.to_sparse()}),
+    (
+        RuntimeError,
+        {"query": lambda t: t[:, :3], "enable_gqa": True, "key": lambda t: t[:, :2], "value": lambda t: t[:, :2]},
+    ),
+    (RuntimeError, {"dropout_p": -1.0}),
+    (RuntimeError, {"dropout_p": 2.0}),
+    (RuntimeError, {"dropout_p": math.nan}),
+    (RuntimeError, {"attn_mask": torch.ones(3, 3)}),
+    (TypeError, {"query": [1.0]}),
+    (TypeError, {"value": None}),
+    (TypeError, {"is_causal": "yes"}),
+    (TypeError, {"attn_mask": "yes"}),
+    (TypeError, {"scale": "much"}),
+]
+
+
+@pytest.mark.filterwarnings("ignore::fagen.fallback.FallbackWarning")
+@pytest.mark.parametrize(("kind", "changes"), ODD, ids=range(len(ODD)))
+def test_sdpa_raises_what_pytorchs_raises(kind: type[Exception], changes: dict) -> None:
+    given: dict = dict(zip(("query", "key", "value"), bhsd(), strict=True))
+    for name, value in changes.items():
+        given[name] = value(given[name]) if callable(value) else value
+    for call in (fagen.sdpa, F.scaled_dot_product_attention):
+        with pytest.raises(kind):
+            call(**given)
+
+
+@pytest.mark.filterwarnings("ignore::fagen.fallback.FallbackWarning")
+def test_sdpa_gradients_are_pytorchs_own() -> None:
+    """Without a detour: top-left causal of unequal lengths needs no memory for all scores there."""
+    leaves = [t.requires_grad_() for t in bhsd()]
+    got, want = (f(*leaves, is_causal=True) for f in (fagen.sdpa, F.scaled_dot_product_attention))
+    assert type(got.grad_fn) is type(want.grad_fn) and torch.equal(got, want)
 
 
 @pytest.mark.parametrize("mask", [torch.rand(33, 47) > 0.3, torch.randn(33, 47)])

@@ -48,6 +48,21 @@ def test_what_is_put_is_found_again(tmp_path):
     assert one.speedup == 2.0
 
 
+def test_pytorchs_time_is_kept_and_need_not_be_there(tmp_path):
+    one = record(Problem(head_dim=64, seqlen_q=1024), torch_seconds=1.5e-3)
+    (path,) = db.put([one], tmp_path)
+    assert Database.load([tmp_path]).records == [one]
+    content = json.loads(path.read_text())
+    del content["records"][0]["torch_seconds"]
+    path.write_text(json.dumps(content))
+    assert [r.torch_seconds for r in Database.load([tmp_path]).records] == [0.0]
+    for odd in ("fast", None, True, -1.0, float("inf"), float("nan")):
+        content["records"][0]["torch_seconds"] = odd
+        path.write_text(json.dumps(content))
+        found, wrong = db.read_file(path)
+        assert not found and "torch_seconds" in wrong[0]
+
+
 def test_the_overlay_wins_and_shipped_records_stay(folders):
     shipped, user = folders
     a, b = Problem(seqlen_q=1024), Problem(seqlen_q=2048)
@@ -242,3 +257,29 @@ def test_why_says_where_a_config_comes_from(folders, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["records"][0]["provenance"] == "nearest"
     assert any("lacks knob" in reason for reason in told["reasons"])  # the record's config is of no known family
+
+
+def test_the_time_of_pytorch_is_kept_shown_and_optional(folders, tmp_path, capsys):
+    (path,) = db.put([record(Problem(), torch_seconds=4e-3)], tmp_path / "theirs")
+    assert main(["db", "merge", str(tmp_path / "theirs")]) == 0
+    assert main(["db", "show", "causal"]) == 1 and main(["db", "show", "none"]) == 0
+    assert "PyTorch  4 ms, 4.00x the winner's time" in capsys.readouterr().err
+    content = json.loads(path.read_text())
+    del content["records"][0]["torch_seconds"]  # as before there was the field
+    path.write_text(json.dumps(content))
+    (old,) = db.read_file(path)[0]
+    assert old.torch_seconds == 0.0
+    for wrong in (-1.0, float("nan"), float("inf"), True, None, "1"):
+        with pytest.raises(DatabaseError, match="torch_seconds"):
+            record(Problem(), torch_seconds=wrong)
+
+
+def test_the_list_has_a_head_and_names_the_family(folders, capsys):
+    shipped, _ = folders
+    db.put([record(Problem(seqlen_q=64)), record(Problem(seqlen_q=128), family="sm90_forward", default_seconds=0)])
+    assert main(["db", "list"]) == 0
+    head, first, second, count = capsys.readouterr().err.splitlines()
+    assert head.split() == ["arch", "device", "family", "time", "gain", "whose", "problem"]
+    assert " sm90_forward " in first and " sm80_forward " in second and count == "2 winners"
+    for name in ("family", "whose", "problem"):  # columns stand below their heads
+        assert all(line[head.index(name) - 1] == " " != line[head.index(name)] for line in (first, second))

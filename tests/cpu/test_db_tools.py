@@ -79,7 +79,7 @@ def test_among_equals_the_one_of_fewer_resources_whoever_comes_first(tmp_path):
 
 @pytest.mark.parametrize("policy", ["newer", "faster"])
 def test_what_todays_templates_make_stays_before_what_they_do_not(tmp_path, policy):
-    stale = {"source_hash": "0ld", "date": "2026-03-01", "seconds": 1e-4}
+    stale = {"source_hash": "01d", "date": "2026-03-01", "seconds": 1e-4}
     assert merge(record(), record(**stale), policy, tmp_path / "a").action == "kept"
     assert merge(record(**stale), record(), policy, tmp_path / "b").action == "replaced"
     bad = dataclasses.replace(record(), config={"colour": 1}, date="2026-03-01", seconds=1e-4)
@@ -198,7 +198,7 @@ def spoil(path: Path) -> None:
     too_large = {**LEAN, "tile_m": 192, "tile_n": 208, "stages": 4}
     rows = [
         record(),
-        record(PROBLEM.replace(batch=2), source_hash="0ld"),
+        record(PROBLEM.replace(batch=2), source_hash="01d"),
         dataclasses.replace(record(PROBLEM.replace(batch=3)), config=too_large),
         dataclasses.replace(record(PROBLEM.replace(batch=4)), family="sm42_forward"),
         record(PROBLEM.replace(batch=5)),
@@ -230,11 +230,11 @@ def test_validate_finds_each_kind(folders, tmp_path, capsys):
 
 
 def test_stale_is_no_fault_unless_asked(folders, capsys):
-    db.put([record(source_hash="0ld")])
+    db.put([record(source_hash="01d")])
     assert main(["db", "validate"]) == 0
     assert "1 of another kernel source" in capsys.readouterr().err
     assert main(["db", "validate", "--strict"]) == 1
-    assert "its kernel source was 0ld, today it is " in capsys.readouterr().err
+    assert "its kernel source was 01d, today it is " in capsys.readouterr().err
 
 
 def test_what_ships_is_valid():
@@ -247,7 +247,7 @@ def test_what_ships_is_valid():
 def test_prune(folders, tmp_path, capsys):
     shipped, user = folders
     spoil(db.path_of(user, "sm_90", "NVIDIA H200"))
-    (kept,) = db.put([record(source_hash="0ld")], shipped)
+    (kept,) = db.put([record(source_hash="01d")], shipped)
     path = db.path_of(user, "sm_90", "NVIDIA H200")
     before = path.read_bytes()
     assert main(["db", "prune"]) == 0
@@ -306,7 +306,7 @@ def check_metadata(path: Path) -> dict:
 
 def test_export_of_winners(folders, tmp_path, capsys):
     shipped, _ = folders
-    db.put([record(), record(Problem(mask="none"), GUESSES[0], source_hash="0ld")], shipped)
+    db.put([record(), record(Problem(mask="none"), GUESSES[0], source_hash="01d")], shipped)
     assert main(["db", "export"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["key"] for row in rows} == {PROBLEM.key, Problem().key}
@@ -322,6 +322,33 @@ def test_export_of_winners(folders, tmp_path, capsys):
     assert main(["db", "export", "--format", "t4", "--out", str(tmp_path)]) == 0
     check_t4((tmp_path / "results.json").read_text())
     check_metadata(tmp_path / "metadata.json")
+
+
+def test_a_run_is_exported_by_the_names_that_report_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(env, "runs_dir", lambda: tmp_path)
+    row = {"problem": PROBLEM.key, "family": FAMILY.name, "config": dict(LEAN), "outcome": "compile"}
+    for name in ("20260101-000000-cpu", "20260102-000000-cpu"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trials.jsonl").write_text(json.dumps(row | {"reason": name}) + "\n")
+    said = {}
+    for word in ("20260101-000000-cpu", "latest", str(tmp_path / "20260101-000000-cpu" / "trials.jsonl")):
+        assert main(["db", "export", "--format", "t4", "--run", word]) == 0
+        said[word] = {m["name"]: m["value"] for r in check_t4(capsys.readouterr().out) for m in r["measurements"]}
+    assert [words["reason"] for words in said.values()] == [f"2026010{day}-000000-cpu" for day in (1, 2, 1)]
+    assert main(["db", "export", "--format", "t4", "--run", "none"]) == 2
+    assert "there is no run none" in capsys.readouterr().err
+
+
+def test_strange_lines_of_a_run_are_exported_as_far_as_they_are_understood(tmp_path, capsys):
+    good = {"problem": PROBLEM.key, "family": FAMILY.name, "config": dict(LEAN), "outcome": "ok", "seconds": 2e-3}
+    odd = [
+        {"facts": [1]}, {"facts": {"compile_seconds": "long"}}, {"config": [1]}, {"outcome": [1]}, {"seconds": "2"},
+        {"seconds": 10**400}, {"spread": float("nan")}, {"date": None}, {"problem": {"batch": 10**400}}, {"error": {}},
+    ]  # fmt: skip
+    path = tmp_path / "trials.jsonl"
+    path.write_text("\n".join(json.dumps(good | change) for change in odd) + "\n" + "[" * 100_000 + "\n")
+    assert main(["db", "export", "--format", "t4", "--run", str(path)]) == 0
+    assert len(check_t4(capsys.readouterr().out)) == len(odd)
 
 
 def test_export_of_a_run_has_every_candidate(tmp_path, capsys):
@@ -351,5 +378,5 @@ def test_export_of_a_run_has_every_candidate(tmp_path, capsys):
     assert check_metadata(tmp_path / "t4-metadata.json")["hardware"]["hardware_description"][0]["arch"] == "sm_90"
     capsys.readouterr()
     assert main(["db", "export", "--format", "t4", "--run", str(tmp_path)]) == 2
-    assert "holds no tuning run" in capsys.readouterr().err
+    assert "is no run of fagen tune" in capsys.readouterr().err
     assert main(["db", "export", "--format", "csv", "--run", str(run)]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +128,114 @@ def test_pytorch_when_no_family_serves() -> None:
     assert {r.partition(":")[0] for r in choice.reasons} == {f.name for f in families.all_families()}
 
 
+# ---- where PyTorch was faster -------------------------------------------------------------------------------------
+
+
+SLOW = {"seconds": 3e-3, "spread": 1e-4, "torch_seconds": 2e-3}
+NEAR = PROBLEM.replace(seqlen_q=128, seqlen_k=128)
+
+
+@pytest.mark.parametrize(("where", "provenance"), [(PROBLEM, "exact"), (NEAR, "nearest")])
+def test_pytorch_serves_where_it_was_faster_when_tuned(where: Problem, provenance: str) -> None:
+    lost = record(where, **SLOW)
+    choice = choose(lost)
+    assert (choice.kind, choice.provenance, choice.family, choice.record) == ("torch", provenance, None, lost)
+    told = f"cpu_forward: PyTorch was faster when tuned: 2 ms against 3 ms ({provenance} record {where.key})"
+    assert choice.reasons[0] == told
+    ours = dispatch.choose(PROBLEM, HERE, ours=True)
+    assert (ours.kind, ours.provenance, ours.config) == ("family", provenance, other_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"torch_seconds": 0.0}, "it was not measured"),
+        ({"torch_seconds": 2.95e-3}, "within the noise"),
+        ({"torch_seconds": 2.99e-3, "spread": 0.0}, "below what counts"),
+        ({"torch_seconds": 4e-3}, "it lost"),
+        ({"device": "Another CPU"}, "measured elsewhere"),
+    ],
+)
+def test_our_kernel_serves_where_pytorch_is_not_known_to_be_faster(changes: dict, why: str) -> None:
+    assert choose(record(**SLOW | changes)).kind == "family", why
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seqlen_k": 128},  # a causal mask that SDPA aligns elsewhere
+        {"mask": "window", "window_left": 9, "window_right": 0},
+        {"mask": "intervals", "intervals": "lower1", "window_right": 0},
+        {"softcap": True},
+        {"alibi": True},
+    ],
+)
+def test_our_kernel_serves_what_sdpa_cannot_compute_without_a_mask_tensor(changes: dict) -> None:
+    asked = PROBLEM.replace(**changes)
+    choice = choose(record(asked, **SLOW), problem=asked)
+    assert (choice.kind, choice.provenance) == ("family", "exact")
+    if asked.static_key == PROBLEM.static_key:  # timed with a mask tensor, which says nothing of SDPA without one
+        assert dispatch.choose(PROBLEM, HERE).kind == "family"
+
+
+def test_another_family_that_beat_pytorch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = dataclasses.replace(FAMILY, name="other_forward")
+    monkeypatch.setattr(families, "all_families", lambda: (FAMILY, other))
+    lost = record(**SLOW | {"seconds": 2.2e-3})
+    assert choose(lost, record(family=other.name, **SLOW)).kind == "torch", "that one lost as well"
+    # a run of its own, on a day on which everything took longer
+    won = record(family=other.name, seconds=2.5e-3, torch_seconds=2.8e-3)
+    choice = choose(won)
+    assert (choice.kind, choice.family, choice.provenance) == ("family", other, "exact")
+    assert choose(record(family=other.name, seconds=2.4e-3)).kind == "torch", "no time of PyTorch in that run"
+    assert choose(record(family=other.name, seconds=2.4e-3), record(**SLOW | {"torch_seconds": 2.5e-3})).family is other
+
+
+def test_a_call_that_pytorch_computes_faster_is_served_by_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a warning and without building a kernel; who wants the LSE, which SDPA does not give, gets our kernel."""
+    from fagen import api, build, resolve
+
+    if not api._ops_registered():
+        pytest.skip("no binding here")
+    monkeypatch.setenv("FAGEN_STALE", "trust")  # it is not verified, which builds as well
+    asked, made = [], []
+    by_sdpa, built = fallback._by_sdpa, resolve.built
+    monkeypatch.setattr(fallback, "_by_sdpa", lambda *words: asked.append(words) or by_sdpa(*words))
+    monkeypatch.setattr(resolve, "built", lambda *words: made.append(words) or built(*words))
+    db.put([record(**SLOW)])
+    binding.forget()
+    q, k, v = (torch.randn(1, 64, 2, 16) for _ in range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = fagen.attention(q, k, v, causal=True)
+        assert len(asked) == 1 and not made
+        out, lse = fagen.attention(q, k, v, causal=True, return_lse=True)
+        assert len(asked) == 1 and len(made) == 1
+        fagen.attention(q, k, v, causal=True)
+        assert len(asked) == 2 and len(made) == 1, "each kind of call keeps its answer"
+        given = torch.empty_like(q)
+        fagen.attention(q, k, v, causal=True, out=given)
+        assert len(asked) == 3 and torch.equal(given, plain)
+    semantics = verify.Semantics((-1, 0))
+    assert verify.check(plain, None, q, k, v, semantics, layout="bshd")
+    assert verify.check(out, lse, q, k, v, semantics, layout="bshd")
+    assert build.lookup(FAMILY, PROBLEM, HERE, other_config()) is not None
+
+
+def test_explain_says_that_pytorch_was_faster() -> None:
+    db.put([record(**SLOW)])
+    q = torch.randn(1, 64, 2, 16)
+    report = fagen.explain(q, q, q, causal=True)
+    text = str(report)
+    assert "picked   PyTorch (exact: faster than our kernel when tuned)" in text
+    assert "not      cpu_forward: PyTorch was faster when tuned: 2 ms against 3 ms" in text
+    assert f"record   {PROBLEM.key}: 3 ms" in text and report.built is None
+    told = report.to_dict()
+    assert (told["kind"], told["provenance"], told["record"]) == ("torch", "exact", PROBLEM.key)
+    assert told["provenance_record"]["torch_seconds"] == 2e-3
+    assert fagen.explain(q, q, q, causal=True, return_lse=True).choice.kind == "family"
+
+
 # ---- explain ------------------------------------------------------------------------------------------------------
 
 
@@ -207,14 +316,15 @@ def test_attention_runs_the_recorded_winner(monkeypatch: pytest.MonkeyPatch) -> 
     from fagen import api
 
     used = []
-    resolve = api.resolve
-    monkeypatch.setattr(api, "resolve", lambda *args, **named: used.append(resolve(*args, **named)) or used[-1])
+    answer = api.answer
+    monkeypatch.setattr(api, "answer", lambda *args: used.append(answer(*args)) or used[-1])
+    assert api._ops_registered()
     q, k, v = (torch.randn(1, 64, 2, 16) for _ in range(3))
     before = fagen.attention(q, k, v, causal=True)
     db.put([record()])
     binding.forget()
     after = fagen.attention(q, k, v, causal=True)
-    assert used[-1].config == other_config()
+    assert used[-1].kernel.config == other_config()
     for out in (before, after):
         assert verify.check(out, None, q, k, v, verify.Semantics((-1, 0)), layout="bshd")
     assert fagen.explain(q, k, v, causal=True).built is True

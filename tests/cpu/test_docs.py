@@ -18,7 +18,7 @@ from fagen.errors import InvalidConfig
 from fagen.problem import Problem
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*.md"))]
 
 
 def name(path: Path) -> str:
@@ -67,6 +67,16 @@ def test_commands_parse(path):
             continue
         parser = cli._parser(words[0])
         parser.parse_args(words)  # exits where it does not parse
+
+
+def test_the_readme_denies_no_knob():
+    """What a family has, the limits do not say is missing."""
+    limits = (ROOT / "README.md").read_text().partition("## Limits")[2].partition("\n## ")[0]
+    for family in families.all_families():
+        for knob in family.knobs:
+            for word in knob.name.split("_"):
+                assert not re.search(rf"\b(no|without)\s+(query\s+)?{word}s?\b", limits), knob.name
+    assert not re.search(r"packs\s+no", limits)
 
 
 def test_the_changelog_knows_the_version():

@@ -112,8 +112,25 @@ def test_little_space_and_noexec(monkeypatch):
     assert any("noexec" in f.detail and "cannot be loaded" in f.cost for f in found)
 
 
+def test_a_busy_machine_is_noted(monkeypatch):
+    from fagen import load, target
+
+    monkeypatch.setattr(target, "count", lambda: 0)
+    monkeypatch.setattr(load, "average", lambda: 0.5)
+    assert finding("load").status == "ok"
+    monkeypatch.setattr(load, "average", lambda: 2.0 * load.cores())
+    found = finding("load")
+    assert found.status == "note" and "this machine is busy" in found.detail and found.cost and found.remedy
+
+    def none():
+        raise ImportError("no torch")
+
+    monkeypatch.setattr(target, "count", none)
+    assert finding("load").status == "note"
+
+
 def test_damaged_entries_and_records(home, capsys):
-    (home / "cache" / "kernels" / "half-done").mkdir(parents=True)
+    (home / "cache" / "kernels" / f"half-done-{'0' * 16}").mkdir(parents=True)
     (home / "db" / "cpu").mkdir(parents=True)
     (home / "db" / "cpu" / "some.json").write_text("{")
     assert finding("cache entries").remedy == "fagen cache verify --remove"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shlex
@@ -43,7 +44,7 @@ def make(folder: Path, command: str) -> None:
     ],
 )
 def test_the_example_is_built_by_its_own_command_and_is_right(tmp_path, words):
-    manifest = run_emit(tmp_path, f"--arch cpu --config default --example {words}")
+    manifest = run_emit(tmp_path, f"--target cpu --config default --example {words}")
     make(tmp_path, manifest["example"])
     done = subprocess.run([tmp_path / "example"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,7 +64,7 @@ def test_the_example_is_built_by_its_own_command_and_is_right(tmp_path, words):
 )
 def test_the_example_fails_a_kernel_that_computes_something_else(tmp_path, there, instead):
     manifest = run_emit(
-        tmp_path, f"--arch cpu --config default --example --dtype fp32 --head-dim 16 --window 40,3 {SMALL}"
+        tmp_path, f"--target cpu --config default --example --dtype fp32 --head-dim 16 --window 40,3 {SMALL}"
     )
     text = (tmp_path / "main.cpp").read_text()
     assert there in text
@@ -76,11 +77,12 @@ def test_the_example_fails_a_kernel_that_computes_something_else(tmp_path, there
 
 @needs_nvcc
 @pytest.mark.nvcc
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
-        "--arch sm_80 --dtype bf16 --head-dim 64 --mask causal",
-        "--arch sm_90 --dtype fp16 --head-dim 64 --interval-kind lower1 --softcap --alibi",
+        "--target sm_80 --dtype bf16 --head-dim 64 --mask causal",
+        "--target sm_90 --dtype fp16 --head-dim 64 --interval-kind lower1 --softcap --alibi",
     ],
 )
 def test_a_gpu_kernel_and_its_example_compile(tmp_path, words):
@@ -100,7 +102,7 @@ def test_the_source_can_be_had_without_torch_a_gpu_or_a_compiler(tmp_path):
         "sys.meta_path.insert(0, No())\n"
         "from fagen.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
-    words = f"emit --debug --arch sm_90 --head-dim 128 --dtype bf16 --mask causal --example --out {tmp_path}".split()
+    words = f"emit --debug --target sm_90 --head-dim 128 --dtype bf16 --mask causal --example --out {tmp_path}".split()
     environment = {"PATH": "", "PYTHONPATH": str(Path(emit.__file__).parent.parent), "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -113,25 +115,104 @@ def test_the_source_can_be_had_without_torch_a_gpu_or_a_compiler(tmp_path):
 def test_the_command_in_the_file_makes_the_same_file(tmp_path):
     knobs = dict(choose(*_problem_for("cpu"), "default").config)
     name, value = next((k.name, c) for k in _family().knobs for c in k.choices if _legal(knobs, k.name, c))
-    words = "--arch cpu --dtype fp32 --head-dim 48-32 --window none,7 --softcap --seqlen-q 64 --seqlen-k 128"
+    words = "--target cpu --dtype fp32 --head-dim 48-32 --window none,7 --softcap --seqlen-q 64 --seqlen-k 128"
     words += " --heads 6 --kv-heads 3"
     first = run_emit(tmp_path / "a", f"{words} --config '{json.dumps({**knobs, name: value})}'")
     assert first["config"][name] == value
-    again = first["command"].replace("fagen emit", "").replace("DIR", "").replace("--out", "")
-    second = run_emit(tmp_path / "b", again)
+    second = again(tmp_path / "b", first["command"])
     assert second["source_hash"] == first["source_hash"]
     assert (tmp_path / "a/kernel.cpp").read_bytes() == (tmp_path / "b/kernel.cpp").read_bytes()
     assert first["command"] in (tmp_path / "a/kernel.cpp").read_text()
 
 
-def test_a_family_can_be_asked_for(tmp_path):
-    words = "--arch sm_90 --dtype bf16 --head-dim 128 --mask causal --family sm80_forward"
-    first = run_emit(tmp_path / "a", f"{words} --config default")
+def again(folder: Path, command: str) -> dict:
+    """What the command of a manifest makes."""
+    assert command.startswith("fagen emit ")
+    assert command.endswith(" --out DIR")
+    return run_emit(folder, command.removeprefix("fagen emit ").removesuffix(" --out DIR"))
+
+
+@pytest.mark.parametrize("config", ["", "--config default", "--config best"])
+def test_a_family_can_be_asked_for(tmp_path, config):
+    first = run_emit(
+        tmp_path / "a", f"--target sm_90 --dtype bf16 --head-dim 128 --mask causal --family sm80_forward {config}"
+    )
     assert first["family"] == "sm80_forward"
-    again = run_emit(tmp_path / "b", first["command"].replace("fagen emit", "").replace("--out DIR", ""))
-    assert again["source_hash"] == first["source_hash"]
-    for wrong in (f"{words} --config best", words.replace("sm80_forward", "sm8_forward --config default")):
-        assert cli.main(["emit", "--out", str(tmp_path), *shlex.split(wrong)]) == 2
+    assert again(tmp_path / "b", first["command"])["source_hash"] == first["source_hash"]
+
+
+@pytest.mark.parametrize(
+    ("family", "target"), [("sm90_forward", "sm_90"), ("sm80_forward", "sm_80"), ("cpu_forward", "cpu")]
+)
+def test_a_family_alone_is_enough(tmp_path, monkeypatch, family, target):
+    """The default problem, on a target that the family is for when this machine is none."""
+    monkeypatch.setattr("fagen.target.detect", lambda: known("cpu"))
+    manifest = run_emit(tmp_path, f"--family {family}")
+    assert (manifest["family"], manifest["arch"]) == (family, target)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ("--target sm_90 --family sm8_forward", 2, "sm8_forward"),
+        ("--target cpu --family sm90_forward", 1, "sm90_forward: needs"),
+        ("--family sm90_forward --head-dim 512", 2, "512"),
+    ],
+)
+def test_a_family_that_cannot_says_why(tmp_path, capsys, words, code, says):
+    assert cli.main(["emit", "--out", str(tmp_path), *words.split()]) == code
+    err = capsys.readouterr().err
+    assert says in err
+    assert "sm80_forward" not in err or "known:" in err, "only the family that was asked for explains itself"
+
+
+def test_a_family_gets_what_was_tuned_for_it(tmp_path, monkeypatch):
+    """Its own record, though another family won the problem."""
+    from fagen.db import Record, put
+    from fagen.families import get
+
+    monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
+    target = known("sm_90")
+    problem = expand({"head_dim": 96, "mask": "causal", "heads": 3}, target)[0]
+    family = get("sm80_forward")
+    default = dict(family.default(problem, target))
+    tuned = next(
+        {**default, knob.name: value}
+        for knob in family.knobs
+        for value in knob.choices
+        if value != default[knob.name]
+        and not family.rejects(problem, target, family.config({**default, knob.name: value}))
+    )
+    put([Record(problem, "sm_90", target.device, family.name, tuned, 1e-3, 1e-6, 2e-3, 0.0, "0a54")])
+    words = "--target sm_90 --head-dim 96 --mask causal --heads 3 --family sm80_forward"
+    assert run_emit(tmp_path / "a", words)["config"] == tuned
+    assert run_emit(tmp_path / "b", f"{words} --config default")["config"] == default
+
+
+def test_the_command_makes_the_same_kernel_when_records_and_defaults_have_changed(tmp_path, monkeypatch):
+    """Of a record whose config is the default of its day."""
+    from fagen import families
+    from fagen.db import Record, put
+
+    monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
+    (problem, target), family = _problem_for("cpu"), _family()
+    default = dict(family.default(problem, target))
+    put([Record(problem, "cpu", target.device, family.name, default, 1e-3, 1e-6, 1e-3, 0.0, "0a54")])
+    first = run_emit(tmp_path / "a", "--target cpu --dtype fp32 --head-dim 48-32")
+    assert "tuned on" in first["provenance"]
+    assert first["config"] == default
+
+    name, value = next((k.name, c) for k in family.knobs for c in k.choices if _legal(default, k.name, c))
+    other = family.config({**default, name: value})
+    put([Record(problem, "cpu", target.device, family.name, dict(other), 5e-4, 1e-6, 1e-3, 0.0, "0a54")])
+    changed = dataclasses.replace(family, default=lambda problem, target: other)
+    everyone = tuple(changed if f.name == family.name else f for f in families.all_families())
+    monkeypatch.setattr(families, "all_families", lambda: everyone)
+    assert run_emit(tmp_path / "b", "--target cpu --dtype fp32 --head-dim 48-32")["config"] == dict(other)
+    second = again(tmp_path / "c", first["command"])
+    assert second["config"] == default
+    assert (tmp_path / "a/kernel.cpp").read_text().count(first["command"]) == 1
+    assert second["source_hash"] == first["source_hash"]
 
 
 def _family():
@@ -151,7 +232,7 @@ def _legal(knobs, name, value):
 
 
 def test_manifest_and_header_tell_the_truth(tmp_path):
-    manifest = run_emit(tmp_path, "--arch sm_80 --head-dim 128 --dtype fp16 --mask causal --config default")
+    manifest = run_emit(tmp_path, "--target sm_80 --head-dim 128 --dtype fp16 --mask causal --config default")
     kernel = choose(expand({"head_dim": 128, "dtype": "fp16", "mask": "causal"})[0], known("sm_80"), "default")
     assert manifest["source_hash"] == render.source_hash(kernel.source), "the hash that dispatch and database know"
     assert manifest["config"] == dict(kernel.config)
@@ -163,7 +244,7 @@ def test_manifest_and_header_tell_the_truth(tmp_path):
 
 @needs_cxx
 def test_the_header_is_plain_c(tmp_path):
-    run_emit(tmp_path, "--arch cpu --dtype fp32 --head-dim 64 --config default")
+    run_emit(tmp_path, "--target cpu --dtype fp32 --head-dim 64 --config default")
     (tmp_path / "use.c").write_text(
         '#include "kernel.h"\nint main(void) { fagen_params p = {0}; return fagen_launch(&p, 0) != (int)sizeof(p); }\n'
     )
@@ -172,7 +253,7 @@ def test_the_header_is_plain_c(tmp_path):
 
 @needs_cxx
 def test_json_goes_to_stdout_alone_and_build_says_what_came_out(tmp_path, capsys):
-    words = f"emit --arch cpu --dtype fp32 --head-dim 16 --config default --build --json --out {tmp_path}"
+    words = f"emit --target cpu --dtype fp32 --head-dim 16 --config default --build --json --out {tmp_path}"
     assert cli.main(words.split()) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["files"].keys() == {"kernel.cpp", "kernel.h", "kernel.so"}
@@ -215,7 +296,7 @@ def test_best_is_what_was_tuned(tmp_path, monkeypatch):
     assert "default" in kernel.provenance
     knobs = dict(kernel.config)
     name, value = next((k.name, c) for k in _family().knobs for c in k.choices if _legal(knobs, k.name, c))
-    put([Record(problem, "cpu", target.device, "cpu_forward", {**knobs, name: value}, 1e-3, 1e-6, 2e-3, 0.0, "x")])
+    put([Record(problem, "cpu", target.device, "cpu_forward", {**knobs, name: value}, 1e-3, 1e-6, 2e-3, 0.0, "0f")])
     tuned = choose(problem, target, "best")
     assert tuned.config[name] == value
     assert target.device in tuned.provenance

@@ -62,11 +62,10 @@ def _source(case: Case) -> str:
     return emulated.source(case.family, case.problem, _target(case), case.config)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("emulated")
-    emulated.build_all(map(_source, (*CASES, *DOCUMENTS)), path)
-    return path
+@pytest.fixture
+def folder(cache_folder: Path) -> Path:
+    """Each test compiles the kernel that it runs, unless some test has."""
+    return cache_folder / "emulated"
 
 
 def check(case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, units: int = 3, text: str = "", **more):
@@ -75,6 +74,7 @@ def check(case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, unit
     return run(case, rows, keys, seed=seed, batch=1, device="cpu", launch=launch, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
     for seed, (rows, keys) in enumerate(SIZES):
@@ -82,6 +82,7 @@ def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
         assert verdict, verdict.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DOCUMENTS, ids=str)
 def test_packed_documents(case: Case, folder: Path) -> None:
     ids = torch.repeat_interleave(torch.arange(4), torch.tensor((150, 17, 210, 90)))
@@ -115,11 +116,11 @@ _WAIT, _GIVE_BACK = "    ptx::wgmma_wait<kPending>();\n    pin(s_acc[0]);\n", " 
         ("    ring.advance();\n", ""),  # the letters are read out of turn
     ],
 )
-def test_who_waits_for_ever_is_told(tmp_path, old, new):
+def test_who_waits_for_ever_is_told(folder, old, new):
     text = _source(_BROKEN)
     assert old in text
     with pytest.raises(AssertionError, match="(?s)nothing can go on.*waits for barrier at|more arrive at a barrier"):
-        check(_BROKEN, tmp_path, 300, 300, text=text.replace(old, new))
+        check(_BROKEN, folder, 300, 300, text=text.replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -130,25 +131,25 @@ def test_who_waits_for_ever_is_told(tmp_path, old, new):
         (_WAIT + _GIVE_BACK, _GIVE_BACK + _WAIT),  # or given back before they are read
     ],
 )
-def test_who_does_not_wait_is_wrong(tmp_path, old, new):
+def test_who_does_not_wait_is_wrong(folder, old, new):
     text = _source(_BROKEN)
     assert old in text
     text, found = text.replace(old, new), []
     for seed in range(6):
         try:
-            found.append(bool(check(_BROKEN, tmp_path, 300, 300, seed=seed, text=text)))
+            found.append(bool(check(_BROKEN, folder, 300, 300, seed=seed, text=text)))
         except AssertionError:
             found.append(False)
     assert not all(found)
 
 
-def test_lanes_at_different_places_are_told(tmp_path):
+def test_lanes_at_different_places_are_told(folder):
     text = _source(_BROKEN)
     old = "  ptx::start_next_kernel();\n"
     assert old in text
     new = "  if (threadIdx.x % 2) __syncwarp(); else __any_sync(~0u, true);\n"
     with pytest.raises(AssertionError, match="the lanes of a warp are at different places"):
-        check(_BROKEN, tmp_path, 70, 0, text=text.replace(old, new))
+        check(_BROKEN, folder, 70, 0, text=text.replace(old, new))
 
 
 def test_extents_may_promise_what_no_key_shows(folder: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from fagen import emit, generated, render
-from fagen.errors import UsageError, WrongResult
+from fagen.errors import MissingTool, UsageError, WrongResult
 
 NAMES = list(generated.listed())
 
@@ -66,10 +66,18 @@ def test_a_verification_is_noted_and_goes_stale_with_its_source(copy):
         generated.record_verification(name, facts, copy)
 
 
-def test_what_is_no_longer_listed_goes(copy):
-    shutil.copytree(copy / next(iter(generated.read_manifest(copy))), copy / "old")
+def test_what_is_no_longer_listed_goes_and_no_other_folder(copy):
+    (name,) = generated.read_manifest(copy)
+    shutil.copytree(copy / name, copy / "mine")
+    text = (copy / generated.LIST).read_text()
+    (copy / generated.LIST).write_text(text.replace(f'name = "{name}"', 'name = "another"'))
     generated.write(copy)
-    assert not (copy / "old").exists()
+    assert {path.name for path in copy.iterdir() if path.is_dir()} == {"another", "mine"}
+
+
+def test_without_a_checkout_it_says_so(tmp_path):
+    with pytest.raises(MissingTool, match="checkout"):
+        generated.write(tmp_path / "generated")
 
 
 def test_an_unknown_kernel_cannot_be_verified(copy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -75,6 +76,7 @@ def test_a_knob_is_declared_once_and_used(family):
         assert not others, f"{knob.name} is repeated in {others}"
 
 
+@functools.cache
 def _strings(path: Path) -> set[str]:
     tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
     return {token.string.strip("\"'") for token in tokens if token.type == tokenize.STRING}
@@ -97,13 +99,36 @@ def test_only_cliutil_writes_to_stdout_and_only_env_reads_the_variables(path):
 def test_heavy_imports_wait_for_their_use(path):
     """What `import fagen` and the command line's help reach imports nothing heavy at its top level."""
     heavy = {"optuna", "jinja2", "rich", "numpy"}
-    if path.name not in ("api.py", "fallback.py") and path.parent.name != "compat":  # they work on tensors
+    on_tensors = ("api.py", "arguments.py", "fallback.py")
+    if path.name not in on_tensors and path.parent.name != "compat":
         heavy.add("torch")
     heavy -= {"model.py": {"numpy"}, "told.py": {"optuna"}}.get(path.name, set())  # only a search imports these
     for node in ast.parse(path.read_text()).body:
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not heavy & {module.split(".")[0] for module in modules}, f"line {node.lineno}"
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def _clock(node: ast.AST) -> bool:
+    """Whether a clock is read somewhere in it."""
+    names = ("monotonic", "perf_counter", "process_time")
+    return any(isinstance(n, ast.Attribute) and n.attr in names for n in ast.walk(node))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name)
+def test_no_test_asserts_that_something_is_quick(path):
+    """A machine may be as busy as it likes. At least so many seconds may be asked for, at most so many may not."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
+            read = {ast.unparse(n.targets[0]) for n in ast.walk(function) if isinstance(n, ast.Assign) and _clock(n)}
+            for told in (n for n in ast.walk(function) if isinstance(n, ast.Assert)):
+                for c in (n for n in ast.walk(told) if isinstance(n, ast.Compare)):
+                    limit = isinstance(c.ops[-1], ast.Lt | ast.LtE) and isinstance(c.comparators[-1], ast.Constant)
+                    seconds = _clock(c.left) or ast.unparse(c.left) in read
+                    assert not (limit and seconds), f"line {told.lineno}: {ast.unparse(told)}"
 
 
 def test_the_layout_is_as_documented():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import re
 import subprocess
 from collections.abc import Callable
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from fagen import build, env, families, kernel, target, toolchain, verify
+import fagen
+from fagen import api, binding, build, env, families, kernel, target, toolchain, verify
 from fagen.errors import InvalidArgument, LaunchError
 from fagen.problem import Problem
 from fagen.verify import Semantics
@@ -175,6 +179,94 @@ def test_workspace_is_aligned_and_large_enough() -> None:
     needy.launch(*tensors())
     with pytest.raises(InvalidArgument, match="5000 bytes"):
         needy.launch(*tensors(), workspace=torch.empty(4999, dtype=torch.uint8))
+
+
+COPIES = (
+    "int fagen_launch(const fagen_params* p, void*) { __builtin_memcpy(((void* const*)p)[3], p, SIZE); return 0; }\n"
+    'const char* fagen_error(int) { return ""; }\n'
+)
+
+
+def _filled(out: torch.Tensor) -> dict[str, object]:
+    """The params that a launch was given, from the output to which the kernel copied them; without the output's own."""
+    params = kernel.Params.from_buffer_copy(out.view(torch.uint8).numpy().tobytes()[: ctypes.sizeof(kernel.Params)])
+    fields = {name: getattr(params, name) for name, *_ in kernel.Params._fields_}
+    return {n: list(f) if isinstance(f, ctypes.Array) else f for n, f in fields.items() if n not in ("o", "lse")}
+
+
+@st.composite
+def filler_calls(draw: st.DrawFn) -> dict[str, object]:
+    b, hk, group, sq, sk = (draw(st.integers(1, 3)) for _ in range(5))
+    layout = draw(st.sampled_from(["bshd", "bhsd"]))
+
+    def tensor(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Padded, permuted or expanded, the last dimension contiguous."""
+        order = draw(st.permutations(range(len(sizes) - 1)))
+        stored = [sizes[i] + draw(st.integers(0, 2)) for i in order]
+        base = torch.zeros([*stored, sizes[-1] + draw(st.integers(0, 4))], dtype=dtype)
+        t = base.permute(*(order.index(i) for i in range(len(order))), len(order))
+        t = t[tuple(slice(0, size) for size in sizes)]
+        expanded = [i for i in range(len(order)) if draw(st.integers(0, 4)) == 0]
+        for i in expanded:
+            t = t.narrow(i, 0, 1)
+        return t.expand(sizes)
+
+    def rows(length: int, heads: int, d: int) -> torch.Tensor:
+        return tensor(*((b, length, heads, d) if layout == "bshd" else (b, heads, length, d)))
+
+    bound = st.sampled_from([-1, 0, 1, 2, 3, 4, 2**31 - 1])
+    call: dict[str, object] = {"layout": layout, "window": (draw(bound), draw(bound))}
+    call |= {"q": rows(sq, group * hk, 16), "k": rows(sk, hk, 16), "v": rows(sk, hk, 24)}
+    call["scale"] = draw(st.none() | st.floats(1e-3, 10))
+    call["softcap"] = draw(st.just(0.0) | st.floats(0.1, 50))
+    slopes = draw(st.sampled_from([None, (group * hk,), (1, group * hk), (b, group * hk)]))
+    call["alibi_slopes"] = slopes and tensor(*slopes)
+    if draw(st.booleans()):
+        call["intervals"] = tensor(
+            draw(st.sampled_from([1, b])), draw(st.sampled_from([1, hk])), sk, 2, dtype=torch.int32
+        )
+    return call
+
+
+@pytest.mark.parametrize("want_lse", [False, True])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(call=filler_calls())
+def test_both_roads_fill_the_same_params(call: dict, want_lse: bool) -> None:
+    """The op's own, in C++, and that of ctypes: to the byte, whatever sizes and strides."""
+    copies = library(COPIES.replace("SIZE", str(ctypes.sizeof(kernel.Params))))
+    q, v = call["q"], call["v"]
+    shape = (*q.shape[:3], v.shape[3])
+    room = torch.zeros(max(4096, q.numel() * 24))
+    mine, theirs = (room.clone()[: math.prod(shape)].view(shape) for _ in range(2))
+    params = kernel.make_params(out=mine, lse=None, **call)
+    lse = torch.zeros(16384) if want_lse else None
+    if lse is not None:
+        params.lse = lse.data_ptr()
+    assert copies.library.launch(ctypes.byref(params), None) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "resolve", lambda *args, **named: copies)
+        binding.forget()
+        fagen.attention(out=theirs, return_lse=want_lse, **call)
+        binding.forget()
+    wanted, got = (_filled(t._base) for t in (mine, theirs))
+    assert got == wanted
+    assert wanted["window_left"] <= wanted["seqlen_k"] and wanted["window_right"] <= wanted["seqlen_q"]
+
+
+def test_one_set_of_slopes_serves_all_batches() -> None:
+    """(1, heads), of any stride: nothing behind it is read."""
+    q, k, v, out = tensors(b=3)
+    memory = torch.full((3, 4), 100.0)
+    memory[0] = torch.tensor([0.5, 0.25, 1.0, 2.0])
+    made(alibi=True).launch(q, k, v, out, alibi_slopes=memory[:1])
+    assert verify.check(out, None, q, k, v, Semantics(), alibi=memory[:1])
+
+
+def test_a_size_that_32_bits_do_not_hold_is_not_cut() -> None:
+    q, k = torch.zeros(16).expand(1, 1, 2**31, 16), torch.zeros(1, 1, 3, 16)
+    for first, second in ((q, k), (k, q)):
+        with pytest.raises(InvalidArgument, match="2147483648"):
+            kernel.make_params(first, second, second, first)
 
 
 def test_ptxas_facts_are_the_worst_of_all_kernels() -> None:

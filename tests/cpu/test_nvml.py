@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 import pytest
@@ -28,6 +29,16 @@ int nvmlDeviceGetMaxClockInfo(void* h, int kind, unsigned* out) { return give(h,
 int nvmlDeviceGetPowerUsage(void* h, unsigned* out) { return give(h, 653251, out); }
 int nvmlDeviceGetTemperature(void* h, int sensor, unsigned* out) { return sensor ? 2 : give(h, 61, out); }
 int nvmlDeviceGetEnforcedPowerLimit(void*, unsigned*) { return 3; }  // not supported here
+struct Process { unsigned pid; unsigned long long used; unsigned gpu, compute; };
+int nvmlDeviceGetComputeRunningProcesses_v3(void* h, unsigned* count, Process* rows) {
+  unsigned own = atoi(getenv("FAKE_OWN")), room = *count;
+  if (int status = give(h, 3, count)) return status;
+  if (room < 3) return 7;
+  rows[0] = {own, 1, 0, 0};
+  rows[1] = {77, 1ULL << 40, 0, 0};
+  rows[2] = {78, 2, 0xffffffff, 0xffffffff};
+  return 0;
+}
 int nvmlDeviceGetCurrentClocksThrottleReasons(void* h, unsigned long long* out) {
   unsigned low = 0;
   int status = give(h, atoi(getenv("FAKE_REASONS")), &low);
@@ -65,6 +76,18 @@ def test_what_the_library_tells(library, monkeypatch):
     monkeypatch.setenv("FAKE_REASONS", "1")
     assert nvml.read("12ab")["throttle"] == []
     assert nvml.read("GPU-other") == {}
+
+
+@pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
+def test_other_processes_are_counted(library, monkeypatch):
+    monkeypatch.setattr(nvml, "LIBRARY", str(library))
+    monkeypatch.setattr(nvml, "_uuid", lambda index: ("12ab", "other", "")[index])
+    monkeypatch.setenv("FAKE_OWN", str(os.getpid()))
+    assert [nvml.others(index) for index in range(3)] == [2, 0, 0]
+    monkeypatch.setenv("FAKE_OWN", "1")
+    assert nvml.others(0) == 3
+    monkeypatch.setattr(nvml, "_MOST_PROCESSES", 2)
+    assert nvml.others(0) == 0, "more than there is room for are not told"
 
 
 def test_without_the_library_there_are_no_facts(monkeypatch):

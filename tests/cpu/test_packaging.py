@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -48,7 +53,8 @@ def installed(wheel, tmp_path_factory) -> Path:
 @pytest.fixture
 def run(installed, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    environment |= {"FAGEN_CACHE_DIR": str(tmp_path / "cache"), "FAGEN_DB_DIR": str(tmp_path / "db")}
+    # the cache is that of all tests: what the wheel's files make is found there if they are the checkout's
+    environment |= {"FAGEN_DB_DIR": str(tmp_path / "db")}
 
     def go(*words: str):
         return subprocess.run(
@@ -80,6 +86,77 @@ def test_metadata(wheel):
         assert f"Requires-Dist: {package}" in text["METADATA"]
 
 
+@pytest.fixture(scope="module")
+def metadata(wheel) -> email.message.Message:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    return email.message_from_string(archive.read(name).decode())
+
+
+def links(text: str) -> list[str]:
+    """Where a Markdown document leads, pictures among them, as a renderer finds them."""
+    from markdown_it import MarkdownIt
+
+    tokens = [
+        t for block in MarkdownIt("commonmark").enable("table").parse(text) for t in (block, *(block.children or ()))
+    ]
+    found = [t.attrs.get("href") or t.attrs.get("src") for t in tokens if t.type in ("link_open", "image")]
+    inside = [
+        word for t in tokens if t.type.startswith("html") for word in re.findall(r'(?:src|href)="([^"]*)"', t.content)
+    ]
+    return [str(link) for link in [*found, *inside] if link]
+
+
+def test_the_readme_of_the_wheel_has_no_relative_link(metadata):
+    """It stands alone on the page of an index. All it links to is in the repository."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    repository = project["tool"]["hatch"]["metadata"]["hooks"]["custom"]["repository"]
+    text = metadata.get_payload()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    here, there = links((ROOT / "README.md").read_text()), links(text)
+    assert len(here) == len(there) > 20
+    assert any(link.endswith(".svg") for link in there)
+    for link, was in zip(there, here, strict=True):
+        assert link.startswith("https://"), link
+        if was.startswith("https://"):
+            assert link == was
+            continue
+        kind = "raw" if was.endswith((".svg", ".png")) else "blob"
+        assert link == f"{repository}/{kind}/HEAD/{was}"
+        assert (ROOT / was.partition("#")[0]).exists(), was
+
+
+def test_an_sdist_has_what_a_wheel_is_built_from(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"hatch_build.py", "README.md", "LICENSE", "pyproject.toml", "fagen/py.typed"} <= names
+    assert any(name.startswith("templates/") for name in names)
+
+
+def test_code_and_absolute_links_of_a_readme_stay():
+    absolute = runpy.run_path(str(ROOT / "hatch_build.py"))["absolute"]
+    stays = "[a](https://a.b/c) [d](#e) [f](mailto:g@h.i)\n\n```cpp\n[&](int) ![j](k.png)\n```\n"
+    assert absolute(stays, "R") == stays
+    assert absolute("[a [b]](c.md#d) ![e](f.svg)", "R") == "[a [b]](R/blob/HEAD/c.md#d) ![e](R/raw/HEAD/f.svg)"
+    assert absolute("[![a](b.svg)](c.md)", "R") == "[![a](R/raw/HEAD/b.svg)](R/blob/HEAD/c.md)"
+
+
+def test_urls_and_classifiers(metadata):
+    urls = dict(url.split(", ") for url in metadata.get_all("Project-URL"))
+    assert urls.keys() == {"Repository", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    others = [
+        p for p in ROOT.rglob("*") if p.suffix in (".md", ".py", ".toml", ".yml") and p.parts[len(ROOT.parts)][0] != "."
+    ]
+    naming = [p.relative_to(ROOT).as_posix() for p in others if urls["Repository"] in p.read_text(errors="replace")]
+    assert naming == ["pyproject.toml"], "the repository is named in one place"
+
+
 def test_it_is_the_installed_one_and_it_finds_its_data(run, installed):
     done = run(
         "python", "-c", "import fagen.env as e; print(e.__file__, e.data_dir('templates'), e.data_dir('tuning_db'))"
@@ -96,7 +173,7 @@ def test_help(run):
 
 
 def test_emit_from_another_folder(run, tmp_path):
-    words = "--arch sm_80 --head-dim 64 --dtype bf16 --mask causal --out out --example --json"
+    words = "--target sm_80 --head-dim 64 --dtype bf16 --mask causal --out out --example --json"
     done = run("fagen", "emit", *words.split())
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["family"] == "sm80_forward"
@@ -122,3 +199,10 @@ def test_the_op_works_installed(run):
     done = run("python", "-c", program)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-5
+
+
+def test_what_needs_a_checkout_says_so(run):
+    for words in ((), ("verify",)):
+        done = run("python", "-m", "fagen.generated", *words)
+        assert done.returncode == 4
+        assert "checkout" in done.stderr and len(done.stderr.splitlines()) == 3

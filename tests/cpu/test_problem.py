@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
+import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fagen import target
+from fagen import measure, schema, target
 from fagen.errors import InvalidArgument, UsageError
 from fagen.masks import dense
 from fagen.problem import INTERVAL_KINDS, MASKS, Problem, padded
@@ -86,10 +88,47 @@ def test_refusals(fields: dict, words: str) -> None:
     assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 3
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(-1, 12), st.integers(-1, 12))
 def test_visible_counts_the_cells_of_the_mask(sq: int, sk: int, left: int, right: int) -> None:
     p = Problem(mask="window", seqlen_q=sq, seqlen_k=sk, window_left=left, window_right=right)
     assert p.visible() == int(dense(sq, sk, window=(left, right)).sum())
+
+
+def visible_row_by_row(p: Problem) -> int:
+    total, shift = 0, p.seqlen_k - p.seqlen_q
+    for row in range(p.seqlen_q):
+        first = max(0, row + shift - p.window_left) if p.window_left >= 0 else 0
+        last = min(p.seqlen_k, row + shift + p.window_right + 1) if p.window_right >= 0 else p.seqlen_k
+        total += max(0, last - first)
+    return total
+
+
+def test_visible_counts_as_a_loop_over_the_rows_does() -> None:
+    some = random.Random(0)
+    bound = lambda: some.choice((-1, 0, some.randrange(8), some.randrange(200), schema.MOST))  # noqa: E731
+    for _ in range(3000):
+        mask = some.choice(("none", "causal", "window"))
+        rows, cols = some.randrange(1, 90), some.randrange(1, 90)
+        p = Problem(mask=mask, seqlen_q=rows, seqlen_k=cols, window_left=bound(), window_right=bound())
+        assert p.visible() == visible_row_by_row(p), p
+
+
+def test_the_longest_sequence_costs_no_time() -> None:
+    n = schema.MOST
+    assert Problem(mask="causal", seqlen_q=n).visible() == float(n * (n + 1) // 2)
+    assert Problem(mask="window", window_left=9, window_right=0, seqlen_q=n).visible() == float(10 * n - 45)
+    assert Problem(batch=n, heads=n, seqlen_q=n).flops() < math.inf
+
+
+@pytest.mark.parametrize("fields", [{}, {"dtype": "fp32", "alibi": True}, {"mask": "intervals", "intervals": "both4"}])
+def test_bytes_are_those_of_the_tensors(fields: dict) -> None:
+    p = Problem(batch=2, heads=4, kv_heads=2, head_dim=48, head_dim_v=32, seqlen_q=9, seqlen_k=17, **fields)
+    inputs = measure.make_inputs(p, "cpu")
+    tensors = [inputs[name] for name in ("q", "k", "v", "out", "lse", "alibi_slopes")]
+    if inputs["intervals"] is not None:
+        tensors.append(inputs["intervals"].expand(-1, p.kv_heads, -1, -1))  # at most: each head has its own
+    assert p.bytes() == sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def test_vocabulary_is_closed() -> None:

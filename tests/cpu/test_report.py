@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import html.parser
+import itertools
 import json
 import random
 import re
@@ -17,7 +18,7 @@ from fagen import env, families, measure, toolchain
 from fagen.cli import main
 from fagen.families import cpu_forward
 from fagen.problem import INTERVAL_KINDS, Problem
-from fagen.report import charts, facts, knobs, limits, load, page
+from fagen.report import charts, facts, knobs, limits, load, page, roofs
 from fagen.space import enumerate_space
 from fagen.target import Target
 from fagen.tuner import journal
@@ -209,6 +210,64 @@ def test_the_roof_is_what_the_run_measured_else_the_data_sheet_else_unknown(conf
     unknown, text = made(keep(tmp_path, rows, [winner(rows)]))
     assert unknown["problems"][0]["roof"] is None
     assert "No limit of this machine is known" in text
+
+
+def boxes(picture: str) -> list[tuple[str, float, float, float, float]]:
+    """The words of a picture that stand beside marks and lines, with the box each of them takes."""
+    found = []
+    for attributes, words in re.findall(r"<text ([^>]*)>([^<]*)</text>", picture):
+        values = dict(re.findall(r'([\w-]+)="([^"]*)"', attributes))
+        if values.get("class", "").split()[0] in ("note", "bar-value"):
+            x, y, wide = float(values["x"]), float(values["y"]), 6.6 * len(words)
+            left = x - wide if values.get("text-anchor") == "end" else x
+            found.append((words, left, left + wide, y - 10, y + 3))
+    return found
+
+
+def drawn_limit(picture: str) -> list[tuple[float, float]]:
+    """Points along the roof, a pixel apart; or along the line of the fastest."""
+    path = re.search(r'<path d="([^"]*)" class="roof"', picture)
+    if path:
+        ends = [tuple(map(float, pair.split())) for pair in re.split("[ML]", path[1])[1:]]
+    else:
+        line = re.search(r'<line x1="([^"]*)" y1="([^"]*)" x2="([^"]*)" y2="([^"]*)" class="ref"', picture)
+        ends = [(float(line[1]), float(line[2])), (float(line[3]), float(line[4]))]
+    return [
+        (x1 + (x2 - x1) * i / 500, y1 + (y2 - y1) * i / 500)
+        for (x1, y1), (x2, y2) in itertools.pairwise(ends)
+        for i in range(501)
+    ]
+
+
+@pytest.mark.parametrize("some", range(4))
+def test_no_word_of_a_roofline_crosses_its_line_or_another(some):
+    """At any intensity, from far under the roof to on it, with a roof or none."""
+    for seed in range(some, 800, 4):
+        draw = random.Random(seed)
+        intensity = 10 ** draw.uniform(-1, 4)
+        machine = {"tflops": 10 ** draw.uniform(-1.5, 3.4), "gbs": 10 ** draw.uniform(1, 4)}
+        if some == 0:
+            machine["gbs"] = None
+        roof = min(machine["tflops"], (machine["gbs"] or 1e9) * intensity / 1e3)
+        names = ("winner", "default", "PyTorch", "FlashAttention 3", "cuDNN", "incumbent")[: draw.randint(1, 6)]
+        rates = [roof * 10 ** draw.uniform(-draw.choice((0.01, 0.5, 3)), 0) for _ in names]
+        problem = {
+            "work": {"intensity": intensity, "flops": 1e12}, "best": {"seconds": 1.0}, "trials": [],
+            "times": [{"name": name, "tflops": rate} for name, rate in zip(names, rates, strict=True)],
+        }  # fmt: skip
+        picture = str(roofs.roofline([problem], machine, candidates=True))
+        words = boxes(picture)
+        assert len(words) == len(names) + 1
+        limit = drawn_limit(picture)
+        for word, left, right, top, bottom in words:
+            assert not [(x, y) for x, y in limit if left < x < right and top < y < bottom], word
+            assert left > 0
+            assert right < roofs.WIDTH
+            assert top > 0
+            assert bottom < roofs.BOTTOM + 4
+        for a, b in itertools.combinations(words, 2):
+            apart = a[2] <= b[1] or b[2] <= a[1] or a[4] <= b[3] or b[4] <= a[3]
+            assert apart, (a, b)
 
 
 @pytest.mark.parametrize(

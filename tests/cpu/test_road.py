@@ -14,7 +14,10 @@ import fagen
 from fagen import api, binding, build, fallback, families, kernel
 from fagen.errors import BuildError, LaunchError, MissingTool
 from fagen.families import Config
+from fagen.plan import TORCH, Answer
 from fagen.problem import Problem
+
+NOTHING = list(TORCH.words)  # an answer without a plan
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +25,7 @@ def _quiet_fallbacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test meets each reason for the first time; no kernel is replaced by PyTorch unnoticed."""
     monkeypatch.setattr(fallback, "_warned", set())
     warnings.simplefilter("error", fallback.FallbackWarning)
+    assert api._ops_registered()  # calls take the C++ road
 
 
 def test_describe_names_the_static_mask() -> None:
@@ -41,14 +45,13 @@ def test_a_second_call_does_not_ask_python(monkeypatch: pytest.MonkeyPatch) -> N
     case = example(causal=True)
     fagen.attention(case.q, case.k, case.v, causal=True)
     asked = []
-    monkeypatch.setattr(api, "resolve", lambda *args, **named: asked.append(args))
+    monkeypatch.setattr(api, "resolve_words", lambda *args, **named: asked.append(args) or NOTHING)
     fagen.attention(case.q, case.k, case.v, causal=True)
+    fagen.attention(case.q[:1], case.k[:1], case.v[:1], causal=True)  # nor for another size
     assert not asked
-    fagen.attention(case.q[:1], case.k[:1], case.v[:1], causal=True)
-    assert len(asked) == 1
     binding.forget()
     fagen.attention(case.q, case.k, case.v, causal=True)
-    assert len(asked) == 2
+    assert len(asked) == 1
     binding.forget()
 
 
@@ -67,7 +70,7 @@ def test_the_table_tells_calls_apart(what: str, monkeypatch: pytest.MonkeyPatch)
     }[what]
     binding.forget()
     asked = []
-    monkeypatch.setattr(api, "resolve", lambda *args, **named: asked.append(args))
+    monkeypatch.setattr(api, "resolve_words", lambda *args, **named: asked.append(args) or NOTHING)
     fagen.attention(case.q, case.k, case.v)
     if what == "alignment":
         case.q = torch.empty(2, 4, 4, 17)[..., 1:]
@@ -85,7 +88,7 @@ def test_a_failed_launch_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> No
     )
     artifact = build.make(build.Job("unlucky", source, ".cpp", (), (), "cpu"))
     broken = kernel.load(artifact, families.get("cpu_forward"), Problem(), Config({}))
-    monkeypatch.setattr(api, "resolve", lambda *args, **named: broken)
+    monkeypatch.setattr(api, "resolve_words", lambda *args, **named: list(Answer(True, broken).words))
     binding.forget()
     case = example()
     with pytest.raises(LaunchError, match="out of luck"):
@@ -97,6 +100,7 @@ def _without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "_fast", None)
     monkeypatch.setattr(binding, "_module", None)
     monkeypatch.setattr(binding, "_failure", None)
+    monkeypatch.setattr(binding, "_begun", False)
 
 
 def test_without_the_binding_kernels_are_called_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,12 +126,14 @@ def test_without_a_compiler_pytorch_computes(monkeypatch: pytest.MonkeyPatch, tm
     binding.forget()
 
 
-def test_forbidden_to_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_forbidden_to_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("FAGEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("FAGEN_DISABLE_JIT", "1")
     binding.forget()
-    with pytest.raises(BuildError, match="fagen build"):
+    monkeypatch.delenv("FAGEN_QUIET")
+    with pytest.raises(BuildError, match="fagen build --dtype .* --head-dim .* --target cpu"):
         run(example())
+    assert "compiling" not in capsys.readouterr().err
     binding.forget()
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fagen
-from fagen import api, binding, db, dispatch, env, fallback, measure, render, toolchain, trust, verify
+from fagen import binding, db, dispatch, env, fallback, flags, measure, render, resolve, toolchain, trust, verify
 from fagen.cli import main
 from fagen.errors import BuildError, UsageError
 from fagen.families import Config
@@ -50,7 +50,7 @@ def config(style: str = "plain", variant: int = 1) -> Config:
     return Config({"style": style, "variant": variant})
 
 
-def record(style: str = "plain", variant: int = 1, *, seqlen: int = 192, source_hash: str = "0ld") -> db.Record:
+def record(style: str = "plain", variant: int = 1, *, seqlen: int = 192, source_hash: str = "01d") -> db.Record:
     return db.Record(
         problem=PROBLEM.replace(seqlen_q=seqlen, seqlen_k=seqlen), arch="cpu", device=HERE.device, family=FAMILY.name,
         config=dict(config(style, variant)), seconds=1e-3, spread=1e-5, default_seconds=2e-3, error=1e-6,
@@ -94,7 +94,7 @@ def test_a_changed_source_is_verified_once_a_machine(monkeypatch, capfd):
     choice = dispatch.choose(PROBLEM, HERE)
     assert choice.trust.state == "verified" and "verified here 20" in choice.trust.text
     assert len(runs) == 1
-    db.put([record(source_hash="0lder")])  # what counts is today's source, not what it was
+    db.put([record(source_hash="01de7")])  # what counts is today's source, not what it was
     assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
     assert len(runs) == 1
 
@@ -108,7 +108,7 @@ def test_a_kernel_that_has_become_bad_is_passed_over(monkeypatch, style, words):
     assert any(words in reason and "exact record" in reason for reason in choice.reasons), choice.reasons
     _forget(monkeypatch)
     built = []
-    monkeypatch.setattr(api, "built", lambda *args: built.append(args))
+    monkeypatch.setattr(resolve, "built", lambda *args: built.append(args))
     text = str(dispatch.explain_problem(PROBLEM, HERE))
     assert words in text and "source   current" in text
     assert dispatch.choose(PROBLEM, HERE, check=True).config == config()
@@ -122,7 +122,7 @@ def test_a_failure_that_may_pass_is_not_remembered(monkeypatch):
         raise BuildError("the compiler was killed", log="...", killed=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "built", killed)
+        patch.setattr(resolve, "built", killed)
         assert dispatch.choose(PROBLEM, HERE, check=True).provenance == "default"
     _forget(monkeypatch)
     assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
@@ -237,7 +237,7 @@ def test_nothing_is_verified_where_nothing_may_be_compiled(monkeypatch):
         patch.setenv("FAGEN_DISABLE_JIT", "1")
         choice = dispatch.choose(PROBLEM, HERE, check=True)
         assert choice.provenance == "default" and not runs
-        assert any("fagen build verifies it ahead" in reason for reason in choice.reasons)
+        assert any(flags.build_command(PROBLEM, "cpu") in reason for reason in choice.reasons)
     dispatch.choose(PROBLEM, HERE, check=True)
     monkeypatch.setenv("FAGEN_DISABLE_JIT", "1")
     assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"  # it was, before
@@ -253,14 +253,30 @@ def test_a_device_that_is_not_here_is_not_waited_for(monkeypatch):
 
 def test_a_cache_that_cannot_be_written_costs_each_process_a_check(monkeypatch, tmp_path):
     db.put([record()])
-    kernel = api.built(FAMILY, PROBLEM, HERE, config())
+    kernel = resolve.built(FAMILY, PROBLEM, HERE, config())
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(api, "built", lambda *args: kernel)
+    monkeypatch.setattr(resolve, "built", lambda *args: kernel)
     monkeypatch.setenv("FAGEN_CACHE_DIR", str(tmp_path / "file"))
     runs = count_runs(monkeypatch)
     for _ in range(2):
         assert dispatch.choose(PROBLEM, HERE, check=True).trust.state == "verified"
     assert len(runs) == 1
+
+
+def test_a_verdict_that_others_could_have_written_is_none(monkeypatch):
+    db.put([record("wrong")])
+    path = env.cache_dir() / "verified" / f"{today('wrong')}-{trust._slug(HERE)}.json"
+    good = {"ok": True, "reason": "right", "error": 0.0, "date": ""}
+    trust._write(path, good)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert trust._read(path) is not None
+    for at, mode in ((path, 0o602), (path.parent, 0o720)):
+        before = at.stat().st_mode
+        at.chmod(mode)
+        assert trust._read(path) is None
+        at.chmod(before)
+    path.chmod(0o620)
+    assert dispatch.choose(PROBLEM, HERE, check=True).trust is None, "the record is wrong, whatever the verdict said"
 
 
 def test_attention_verifies_on_its_first_call_alone(monkeypatch):
@@ -274,13 +290,15 @@ def test_attention_verifies_on_its_first_call_alone(monkeypatch):
     wanted = torch.rand(1)
     torch.manual_seed(3)
     q, k, v = (torch.ones(1, PROBLEM.seqlen_q, heads, 16) for heads in (2, 1, 1))
-    outs = [fagen.attention(q, k, v, causal=True) for _ in range(3)]
-    assert len(runs) == 1 and len(judged) == 1
+    outs = [fagen.attention(q, k, v, causal=True)]
+    first = len(judged)
+    outs += [fagen.attention(q, k, v, causal=True) for _ in range(2)]
+    assert len(runs) == 1 and len(judged) == first
     assert torch.equal(torch.rand(1), wanted)  # the caller's random numbers are as they were
     for out in outs:
         assert verify.check(out, None, q, k, v, verify.Semantics((-1, 0)), layout="bshd")
     text = str(fagen.explain(q, k, v, causal=True))
-    assert "source   verified: the source has changed since it was tuned (0ld, now " in text
+    assert "source   verified: the source has changed since it was tuned (01d, now " in text
 
 
 def test_build_verifies_ahead_and_builds_what_else_may_serve(monkeypatch, tmp_path, capsys):
@@ -288,10 +306,10 @@ def test_build_verifies_ahead_and_builds_what_else_may_serve(monkeypatch, tmp_pa
     file.write_text(
         '[[problem]]\ndtype = "fp32"\nhead_dim = 16\nmask = "causal"\nheads = 2\nkv_heads = 1\nseqlen = 192'
     )
-    flags = ["build", "--problems", str(file), "--target", "cpu", "--json"]
+    words = ["build", "--problems", str(file), "--target", "cpu", "--json"]
 
     def built() -> list[str]:
-        assert main(flags) == 0
+        assert main(words) == 0
         return [row["config"]["style"] for row in json.loads(capsys.readouterr().out)]
 
     db.put([record("plain", 2)])
@@ -300,5 +318,5 @@ def test_build_verifies_ahead_and_builds_what_else_may_serve(monkeypatch, tmp_pa
     db.put([record("wrong")])
     assert built() == ["wrong", "slow"]  # the default instead of what is wrong
     db.put([record("plain", 3)])
-    monkeypatch.setattr(trust, "_device_is_ready", lambda target: False)  # as where kernels are made for others
+    monkeypatch.setattr(trust, "device_is_ready", lambda target: False)  # as where kernels are made for others
     assert built() == ["plain", "slow"]

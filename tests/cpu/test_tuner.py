@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import runs
 from fake_family import ENDS, FAMILY, PROBLEM, misbehave
 from runs import rows
 
-from fagen import binding, db, families, measure
+from fagen import binding, db, families, load, measure
 from fagen.build import Artifact
 from fagen.cli import main
 from fagen.errors import FagenError, UsageError
@@ -25,7 +25,7 @@ from fagen.measure import Timing
 from fagen.problem import Problem
 from fagen.space import enumerate_space
 from fagen.target import host, known
-from fagen.tuner import journal, progress, result, study, suite, workers
+from fagen.tuner import budget, journal, progress, result, study, suite, workers
 from fagen.tuner.candidate import Candidate, MeasureRequest, Result
 from fagen.tuner.checks import check_problems
 from fagen.tuner.pool import Pool
@@ -40,8 +40,9 @@ def options(folder: Path, **changes) -> Options:
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
 
-def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake, capsys):
-    report = study.tune([PROBLEM], host(), options(fake, run_timeout=5.0), progress.Lines())
+def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake, capsys, monkeypatch):
+    monkeypatch.setattr(load, "MOST", 2.0)  # a busy machine shall not wait long for the one that hangs
+    report = study.tune([PROBLEM], host(), options(fake, run_timeout=runs.patient(5.0)), progress.Lines())
     ended = {(r["config"]["style"], r["config"]["variant"]): r["outcome"] for r in rows(report.run)}
     assert len(ended) == len(rows(report.run)) == 6 + len(ENDS)  # 3 variants of the 2 right styles, one of each other
     reasons = {r["config"]["style"]: r["reason"] for r in rows(report.run)}
@@ -78,7 +79,7 @@ def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake
 
 def test_the_incumbent_is_tried_and_kept_when_nothing_beats_it(calm):
     best = {"style": "plain", "variant": 2}
-    db.put([db.Record(PROBLEM, "cpu", host().device, FAMILY.name, best, 1.0, 0.0, 1.0, 0.0, "hash")])
+    db.put([db.Record(PROBLEM, "cpu", host().device, FAMILY.name, best, 1.0, 0.0, 1.0, 0.0, "0a54")])
     report = study.tune([PROBLEM], host(), options(calm, trials=3))
     assert best in [r["config"] for r in rows(report.run)]
     assert report.results[0].config["style"] == "plain"
@@ -160,7 +161,7 @@ def test_a_winner_is_in_the_database_before_its_problem_counts_as_done(calm, mon
         raise KeyboardInterrupt
 
     won = Tuned(PROBLEM.to_dict(), True, {"ok": 1}, "fake_forward", {"style": "plain", "variant": 1}, 1.0)
-    record = db.Record(PROBLEM, "cpu", host().device, FAMILY.name, won.config, 1.0, 0.0, 1.0, 0.0, "hash")
+    record = db.Record(PROBLEM, "cpu", host().device, FAMILY.name, won.config, 1.0, 0.0, 1.0, 0.0, "0a54")
     monkeypatch.setattr(study._Tuner, "one", lambda *words: (won, record))
     monkeypatch.setattr(db, "put", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -203,6 +204,24 @@ def test_a_signal_saves_what_was_found(calm, number):
     assert number.name in said.decode()
 
 
+@pytest.mark.parametrize(("how", "ends"), [('trap "" HUP; exec "$@"', False), ('exec "$@"', True)])
+def test_a_lost_terminal_ends_a_run_unless_it_is_ignored(how, ends):
+    """As nohup starts it."""
+    code = """
+import os, signal
+from fagen.tuner import progress, study
+with study._signals(progress.Progress()) as event:
+    os.kill(os.getpid(), signal.SIGHUP)
+    hung_up = event.is_set()
+    os.kill(os.getpid(), signal.SIGTERM) if not hung_up else None
+    print(hung_up, event.is_set())
+"""
+    command = ["sh", "-c", how, "sh", sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == [str(ends), "True"], done.stderr
+
+
 def test_only_failures_is_no_valid_candidate(fake, monkeypatch):
     styles = Knob("style", "kStyle", ("broken", "segfault", "wrong"), "none is of use")
     default = Config({"style": "wrong", "variant": 1})
@@ -217,20 +236,20 @@ def test_only_failures_is_no_valid_candidate(fake, monkeypatch):
     assert db.Database.load().records == []
 
 
-def test_a_small_budget_leaves_the_incumbent_its_chance(calm):
+def test_a_small_share_leaves_the_incumbent_its_chance(calm, monkeypatch):
     """And no problem starves because those before it held their final rounds."""
+    monkeypatch.setattr(budget.Budget, "each", lambda self, problems: 0.01)
     best = {"style": "plain", "variant": 3}
     problems = [PROBLEM, PROBLEM.replace(seqlen_q=96), PROBLEM.replace(seqlen_q=80)]
-    db.put([db.Record(p, "cpu", host().device, FAMILY.name, best, 1.0, 0.0, 1.0, 0.0, "hash") for p in problems])
-    report = study.tune(problems, host(), options(calm, trials=None, budget=0.01))
-    assert all(tuned.incumbent_seconds for tuned in report.results)
+    db.put([db.Record(p, "cpu", host().device, FAMILY.name, best, 1.0, 0.0, 1.0, 0.0, "0a54") for p in problems])
+    report = study.tune(problems, host(), options(calm, trials=None, budget=3600))
+    assert len(report.results) == 3 and all(tuned.incumbent_seconds for tuned in report.results)
     assert all(best in [r["config"] for r in rows(report.run) if r["problem"] == p.key] for p in problems)
+    assert len(rows(report.run)) < 24, "no more than was under way"
 
 
 def test_a_budget_ends_the_search(calm):
-    begin = time.monotonic()
     report = study.tune([PROBLEM], host(), options(calm, trials=None, budget=0.01))
-    assert time.monotonic() - begin < 60
     (measured,) = [r for r in rows(report.run) if r["outcome"] != "compile"]
     assert measured["config"] == dict(FAMILY.default(PROBLEM, host()))
     assert report.results[0].default_seconds is not None
@@ -238,7 +257,7 @@ def test_a_budget_ends_the_search(calm):
 
 def test_the_default_is_measured_first_whichever_is_built_first(fake):
     default = FAMILY.default(PROBLEM, host())
-    built = Result("ok", artifact=Artifact(fake / "kernel.so", "key", "hash"))
+    built = Result("ok", artifact=Artifact(fake / "kernel.so", "key", "0a54"))
     with Pool(
         host(), fake / "log", workers=1, seed=0, compile_timeout=60, run_timeout=2
     ) as pool:  # fmt: skip
@@ -262,10 +281,11 @@ def test_tune_record_dispatch_on_the_real_cpu_family(folders, capsys):
     (tuned,) = told["results"]
     assert sum(tuned["outcomes"].values()) >= 3
     problem = Problem.from_dict(tuned["problem"])
-    choice = dispatch.choose(problem, host())
+    choice = dispatch.choose(problem, host(), ours=True)  # PyTorch may have been faster
     assert (choice.kind, choice.provenance) == ("family", "exact")
     assert dict(choice.config) == tuned["config"]
-    assert dispatch.choose(problem.replace(seqlen_q=50, seqlen_k=50), host()).provenance == "nearest"
+    near = problem.replace(seqlen_q=50, seqlen_k=50)
+    assert dispatch.choose(near, host(), ours=True).provenance == "nearest"
     built = kernel.get(choice.family, problem, host(), choice.config)
     inputs = measure.make_inputs(problem, host())
     q, k, v, out = (inputs[name] for name in ("q", "k", "v", "out"))
@@ -285,12 +305,12 @@ def test_live_calls_pick_up_a_new_winner(calm, monkeypatch):
     k = torch.randn(1, 192, 1, 16)
     asked = []
     kernel_for = api.kernel_for
-    monkeypatch.setattr(api, "kernel_for", lambda p, t: asked.append(k := kernel_for(p, t)) or k)
+    monkeypatch.setattr(api, "kernel_for", lambda *p, **how: asked.append(k := kernel_for(*p, **how)) or k)
     for _ in range(2):
-        fagen.attention(q, k, k, causal=True)
+        fagen.attention(q, k, k, causal=True, return_lse=True)  # or PyTorch would be asked, which is faster
     assert [kernel.config.style for kernel in asked] == ["slow"]
     study.tune([PROBLEM], host(), options(calm, trials=9))
-    fagen.attention(q, k, k, causal=True)
+    fagen.attention(q, k, k, causal=True, return_lse=True)
     assert [kernel.config.style for kernel in asked] == ["slow", "plain"]
     binding.forget()
 
@@ -518,30 +538,25 @@ def test_tuned_survives_the_journal():
 
 def ask(worker: workers.Worker, request, seconds: float):
     worker.send(request, seconds)
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        reply = worker.poll()
-        if reply is not None:
-            return reply
-        time.sleep(0.01)
-    raise AssertionError("no reply")
+    found = []
+    runs.until(lambda: (reply := worker.poll()) is not None and not found.append(reply))
+    return found[0]
 
 
 def test_workers_may_die(tmp_path):
     worker = workers.Worker(misbehave, tmp_path / "log")
     try:
-        assert ask(worker, "echo", 20) == "echo"
-        assert isinstance(ask(worker, "raise", 20), ValueError)
-        died = ask(worker, "segv", 20)
+        assert ask(worker, "echo", runs.PATIENCE) == "echo"
+        assert isinstance(ask(worker, "raise", runs.PATIENCE), ValueError)
+        died = ask(worker, "segv", runs.PATIENCE)
         assert (died.timed_out, "SIGSEGV" in died.reason) == (False, True)
-        assert "exit code 7" in ask(worker, "exit", 20).reason
-        begin = time.monotonic()
+        assert "exit code 7" in ask(worker, "exit", runs.PATIENCE).reason
         assert ask(worker, "sleep", 0.5).timed_out
-        assert time.monotonic() - begin < 20
-        assert ask(worker, "echo", 20) == "echo"
-        os.kill(worker.pid, signal.SIGKILL)
-        time.sleep(0.2)
-        assert ask(worker, "echo", 20) == "echo"  # it died at rest, so the next request is not blamed
+        assert ask(worker, "echo", runs.PATIENCE) == "echo"
+        dead = worker.pid
+        os.kill(dead, signal.SIGKILL)
+        runs.until(lambda: not runs.running(dead))
+        assert ask(worker, "echo", runs.PATIENCE) == "echo"  # it died at rest, so the next request is not blamed
         assert "said on stdout" in (tmp_path / "log").read_text()
     finally:
         worker.kill()

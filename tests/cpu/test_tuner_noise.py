@@ -9,7 +9,7 @@ import types
 import pytest
 from fake_family import FAMILY, PROBLEM
 
-from fagen import families, measure, nvml
+from fagen import families, measure, nvml, sustained
 from fagen.build import Artifact
 from fagen.families import Config
 from fagen.measure import Timing
@@ -32,6 +32,7 @@ def clock(monkeypatch):
     def play(timings, states=()):
         timings, states = iter(timings), iter(states)
         monkeypatch.setattr(measure, "time_calls", lambda calls, **how: {name: next(timings) for name in calls})
+        monkeypatch.setattr(sustained, "time_calls", lambda calls, by, **how: {name: next(timings) for name in calls})
         monkeypatch.setattr(candidate, "_state", lambda call, seconds, target: next(states, {}))
         monkeypatch.setattr(candidate, "_COOLING_SECONDS", 0.0)
 
@@ -133,7 +134,9 @@ def test_the_record_keeps_the_state_of_the_gpu(monkeypatch):
     tuned = Tuned(PROBLEM.to_dict(), True, {}, seconds=1.0, device={"clock_mhz": 1755.0, "throttle": ["power_cap"]})
     kept = final.record(tuned, item(1), 3, {"torch": "x"})
     assert kept.environment == {"torch": "x", "clock_mhz": "1755", "throttle": "power_cap"}
-    tuned.device = {"throttle": []}
+    assert kept.torch_seconds == 0.0
+    tuned.device, tuned.torch_seconds = {"throttle": []}, 0.5
+    assert final.record(tuned, item(1), 3, {}).torch_seconds == 0.5
     assert final.record(tuned, item(1), 3, {}).environment == {}
 
 
@@ -150,7 +153,7 @@ def test_all_gpus_go_by_one_anchor(tmp_path):
             self.busy, self.job = True, job
             self.sent.append(request)
 
-    gpu, built = known("sm_90"), Artifact(tmp_path / "kernel.so", "key", "hash")
+    gpu, built = known("sm_90"), Artifact(tmp_path / "kernel.so", "key", "0a54")
     pool = Pool(gpu, tmp_path / "log", workers=1, seed=0, compile_timeout=1, run_timeout=1)
     one, two = Idle(), Idle()
     pool.devices = {one: 0, two: 1}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fagen import masks, verify
+from fagen import fallback, masks, verify
 from fagen.verify import Semantics, attend, check
 
 PLAIN = Semantics()
@@ -64,6 +64,22 @@ def test_gradients() -> None:
     q, k, v = (t[:, :, :5, :3].double().requires_grad_() for t in inputs(5, 5))
     seen = masks.dense(5, 5, window=(2, 1))
     assert torch.autograd.gradcheck(lambda *t: attend(*t, seen, Semantics(softcap=1.5))[0], (q, k, v))
+
+
+@pytest.mark.parametrize("size", [133120.0, 2.0**40])
+def test_large_scores_stay_finite(size: float) -> None:
+    """Beyond 2^24 a score's rounding is larger than one; its weight may all the same not exceed one."""
+    q, k, v = (torch.full((1, 1, 3, 16), size, dtype=torch.bfloat16) for _ in range(3))
+    v[0, 0, 1] = -1.0
+    k[0, 0, 2] *= -1
+    how: dict = {"layout": "bhsd", "causal": False, "window": (-1, -1), "intervals": None}
+    how |= {"softcap": 0.0, "alibi_slopes": None, "scale": None}
+    for out, lse in (
+        attend(q, k, v, None, PLAIN),
+        *(fallback.attend(q, k, v, want_lse=w, **how) for w in (True, False)),
+    ):
+        assert out.isfinite().all() and lse.isfinite().all()
+        torch.testing.assert_close(out.float(), torch.full_like(out, (size - 1) / 2).float(), atol=0, rtol=0.02)
 
 
 # ---- what must not pass -------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 // Every CUDA thread is a fiber. They run in an order drawn by chance, one at a time, until each waits for another; what
 // is asynchronous on a GPU (copies, warpgroup products, blocks beside each other) happens at a moment drawn by chance.
 // Where nothing can go on any more, the launch fails and says who waits for what. The functions of fagen/ptx/ stand in
-// headers of the same names beside this one.
+// headers of the same names beside this one. What is the same for every kernel is in emulator.cpp, compiled once.
 #pragma once
 #include <limits.h>
 #include <math.h>
@@ -12,7 +12,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -20,7 +19,6 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -32,8 +30,7 @@ struct uint3 {
 
 namespace emulator {
 
-constexpr uint32_t kSharedBase = EMULATOR_SHARED_BASE;  // of a block's dynamic shared memory: aligned only as declared
-constexpr int kStackBytes = 96 << 10;
+extern uint32_t shared_base;  // of a block's dynamic shared memory: aligned only as declared
 
 using Work = std::vector<std::function<void()>>;
 
@@ -81,14 +78,15 @@ struct Block {
 struct Groups {  // of what a thread has started and will wait for, the oldest first
   Work open;
   std::deque<Work> committed;
-  void commit() {
-    committed.push_back(std::move(open));
-    open.clear();
-  }
-  void finish(size_t pending) {
-    for (; committed.size() > pending; committed.pop_front())
-      for (auto& work : committed.front()) work();
-  }
+  void commit();
+  void finish(size_t pending);
+};
+struct Waiting {  // until a count differs from `seen` in the bits of `mask`
+  const unsigned* count = nullptr;
+  unsigned seen = 0, mask = ~0u;
+  const char* what = "";
+  uint32_t which = 0;
+  bool over() const { return !count || (*count ^ seen) & mask; }
 };
 struct Fiber {
   ucontext_t context;  // to begin
@@ -98,80 +96,31 @@ struct Fiber {
   Block* block;
   uint3 thread;
   bool done = false;
-  std::function<bool()> ready;
-  std::string waits;
+  Waiting waiting;
   Groups products, copies;
 };
 
-inline jmp_buf scheduler;
-inline Fiber* now = nullptr;
-inline std::string report;  // of the last failure
-inline uint64_t chance_state = 1;
-inline int units = 3;  // SMs; the device of that number has so many, since kernels ask a device only once
+extern Fiber* now;
+extern std::string report;  // of the last failure
+extern int units;  // SMs; the device of that number has so many, since kernels ask a device only once
 
-inline uint32_t chance(uint32_t below) {
-  chance_state = chance_state * 6364136223846793005u + 1442695040888963407u;
-  return uint32_t(chance_state >> 33) % below;
-}
-
-__attribute__((noinline)) inline void leave() {
-  if (!_setjmp(now->place)) _longjmp(scheduler, 1);
-}
-__attribute__((noinline)) inline void go_on(Fiber& fiber) {
-  now = &fiber;
-  if (_setjmp(scheduler)) return;
-  if (fiber.begun) _longjmp(fiber.place, 1);
-  fiber.begun = true;
-  setcontext(&fiber.context);
-}
-inline void pause() {  // others may come first
-  if (chance(2)) leave();
-}
-[[noreturn]] inline void fail(const std::string& why) {
-  char where[96];
-  snprintf(where, sizeof where, " (block %u, thread %u)", now->block->index, now->thread.x);
-  report = why + where;
-  for (;;) leave();
-}
-template <class Condition>
-void wait(const char* what, uint32_t which, Condition condition) {
-  if (condition()) return;
-  now->ready = condition;
-  now->waits = std::string(what) + (which ? " " + std::to_string(which) : "");
-  leave();
-}
+void begin(uint64_t seed, int units, uint32_t shared_base);  // all chance, and the GPU that kernels see
+uint32_t chance(uint32_t below);
+void pause();  // others may come first
+[[noreturn]] void fail(const std::string& why);
+void wait(const Waiting& waiting);
 
 // An address is an offset, and above it the block's rank in the cluster.
-inline uint32_t offset_of(uint32_t address) { return (address & 0xffffff) - kSharedBase; }
+inline uint32_t offset_of(uint32_t address) { return (address & 0xffffff) - shared_base; }
 
-inline unsigned char* Block::at(uint32_t address, int bytes) {
-  const uint32_t offset = offset_of(address);
-  if (offset >= shared.size() || offset + bytes > shared.size())
-    fail("shared memory is left at " + std::to_string(offset));
-  if (address % bytes) fail("shared memory is not aligned at " + std::to_string(offset));
-  return shared.data() + offset;
-}
 template <class T>
 T& shared_at(uint32_t address, Block* block = now->block) {
   return *reinterpret_cast<T*>(block->at(address, sizeof(T)));
 }
 
 // The values that all lanes of a warp give.
-inline const uint64_t* exchange(uint64_t mine, const char* what) {
-  Warp& warp = now->block->warps[now->thread.x / 32];
-  const unsigned generation = warp.generation;
-  if (warp.arrived && strcmp(warp.what, what))
-    fail(std::string("the lanes of a warp are at different places: ") + warp.what + ", " + what);
-  warp.what = what;
-  warp.slots[generation % 2][now->thread.x % 32] = mine;
-  if (++warp.arrived == 32) {
-    warp.arrived = 0;
-    ++warp.generation;
-  } else {
-    wait(what, 0, [&warp, generation] { return warp.generation != generation; });
-  }
-  return warp.slots[generation % 2];
-}
+const uint64_t* exchange(uint64_t mine, const char* what);
+
 template <class T>
 uint64_t bits_of(T x) {
   static_assert(sizeof(T) <= 8, "");
@@ -189,95 +138,35 @@ T of_bits(uint64_t bits) {
 // Where the copy engine and the products find what lies at an address: 128-byte swizzle.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70); }
 
-inline void arrive(Meeting& meeting, int threads) {
-  if (++meeting.arrived == threads) meeting.arrived = 0, ++meeting.generation;
-}
-inline void meet(Meeting& meeting, int threads, const char* what, int id) {
-  const unsigned generation = meeting.generation;
-  arrive(meeting, threads);
-  wait(what, id, [&meeting, generation] { return meeting.generation != generation; });
-}
+void arrive(Meeting& meeting, int threads);
+void meet(Meeting& meeting, int threads, const char* what, int id);
 
 // A variable that is declared __shared__.
+unsigned char* shared_variable(const char* name, size_t bytes);
 template <class T>
 T& shared_variable(const char* name) {
-  auto& memory = now->block->variables[name];
-  if (memory.empty()) memory.resize(sizeof(T) + 16);
-  return *reinterpret_cast<T*>(memory.data());
+  return *reinterpret_cast<T*>(shared_variable(name, sizeof(T)));
 }
 inline unsigned char* dynamic_shared() { return now->block->shared.data(); }
 
+// ---- barriers of the copy engine, products
+
+Barrier& barrier(uint32_t address, Block* block = now->block);
+void arrive_at(Barrier& barrier);
+
+// c += a b of 16 x 16 and 16 x 8 elements, whose parts a warp's threads hold as mma.sync has them.
+template <class Element>
+void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+// One thread's share of a warpgroup's product: two rows of a, from shared memory where `held` is null, and a quarter of
+// the columns.
+template <class Element>
+void start_product(float* sums, int columns, bool b_row_major, uint64_t a, const uint32_t* held, uint64_t b, bool more);
+
 // ---- launches
 
-inline std::vector<void*> stacks;  // not in use
-inline void* take_stack() {
-  if (stacks.empty()) return mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  void* stack = stacks.back();
-  stacks.pop_back();
-  return stack;
-}
-
-inline const std::function<void()>* body;
-inline void enter() {
-  (*body)();
-  now->done = true;
-  for (;;) leave();
-}
-
-inline std::string stuck(const std::vector<std::unique_ptr<Fiber>>& fibers) {
-  std::map<std::string, std::set<unsigned>> who;
-  for (const auto& f : fibers)
-    if (!f->done)
-      who["waits for " + f->waits + ": warps of block " + std::to_string(f->block->index)].insert(f->thread.x / 32);
-  std::string text = "nothing can go on";
-  for (const auto& [what, warps] : who) {
-    text += "\n  " + what;
-    for (unsigned warp : warps) text += " " + std::to_string(warp);
-  }
-  return text;
-}
-
-// Some clusters side by side, to their end; false if they get stuck.
-inline bool run(std::vector<std::unique_ptr<Team>>& teams) {
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  for (auto& team : teams)
-    for (auto& block : team->blocks)
-      for (int t = 0; t < block->threads; ++t) {
-        auto fiber = std::make_unique<Fiber>();
-        fiber->block = block.get(), fiber->thread = {unsigned(t), 0, 0}, fiber->stack = take_stack();
-        getcontext(&fiber->context);
-        fiber->context.uc_stack.ss_sp = fiber->stack, fiber->context.uc_stack.ss_size = kStackBytes;
-        makecontext(&fiber->context, enter, 0);
-        fibers.push_back(std::move(fiber));
-      }
-  const auto copy_one = [&](Team& team) {
-    std::swap(team.copies.back(), team.copies[chance(team.copies.size())]);
-    const auto copy = std::move(team.copies.back());
-    team.copies.pop_back();
-    copy();
-  };
-  const auto warps = fibers.size() / 32;
-  size_t left = fibers.size();
-  bool fine = true;
-  while (left && fine) {
-    bool moved = false;
-    const size_t first = chance(warps), step = chance(2) ? 1 : warps - 1;
-    for (size_t w = 0; w < warps && fine; ++w)
-      for (size_t lane = 0; lane < 32 && fine; ++lane) {
-        Fiber& fiber = *fibers[(first + w * step) % warps * 32 + lane];
-        if (fiber.done || (fiber.ready && !fiber.ready())) continue;
-        moved = true;
-        fiber.ready = nullptr;
-        go_on(fiber);
-        left -= fiber.done;
-        fine = report.empty();
-      }
-    for (auto& team : teams)
-      while (!team->copies.empty() && (!moved || !chance(8))) copy_one(*team), moved = true;
-    if (!moved && fine) report = stuck(fibers), fine = false;
-  }
-  for (auto& fiber : fibers) stacks.push_back(fiber->stack);
-  return fine;
-}
+// Runs `body` as every thread of a grid. False if they get stuck: `report` says who waits for what.
+bool launch(unsigned blocks, unsigned threads, unsigned cluster, size_t shared_bytes,
+            const std::function<void()>& body);
 
 }  // namespace emulator

@@ -43,6 +43,40 @@ def test_strided_views_are_not_copied() -> None:
     assert verify.check(out, None, q, k, v, verify.Semantics(), layout="bshd")
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)])
+def test_sdpa_keeps_the_querys_layout(order: tuple[int, ...]) -> None:
+    sizes = (2, 4, 300)
+    stored = torch.randn(*(sizes[i] for i in order), 64, device="cuda").bfloat16()
+    q = stored.permute(*(order.index(i) for i in range(3)), 3)
+    k, v, _ = _inputs(2, 4, 300, 64)
+    out = fagen.sdpa(q, k, v)
+    assert out.stride() == q.stride() and verify.check(out, None, q, k, v, verify.Semantics())
+
+
+def test_out_apart_from_its_inputs() -> None:
+    q, k, v = _inputs(2, 300, 4, 64)
+    out = torch.empty_like(q)
+    version = out._version
+    assert fagen.attention(q, k, v, out=out) is out and out._version > version
+    assert verify.check(out, None, q, k, v, verify.Semantics(), layout="bshd")
+    for t in (q, k, v):
+        with pytest.raises(ValueError, match="out shares memory"):
+            fagen.attention(q, k, v, out=t)
+
+
+def test_deterministic_gradients_are_the_same_bits() -> None:
+    def gradients() -> tuple[torch.Tensor, ...]:
+        leaves = [t.requires_grad_() for t in _inputs(1, 2048, 4, 64)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = fagen.flash_attn_func(*leaves, causal=True, deterministic=True)
+        return torch.autograd.grad(out.float().square().sum(), leaves)
+
+    first = gradients()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
+
+
 def test_documents() -> None:
     q, k, v = _inputs(2, 500, 4, 64)
     ids = torch.repeat_interleave(torch.arange(5, device="cuda"), 100).expand(2, -1)

@@ -88,7 +88,7 @@ UNALIGNED_CASES = [
 LARGE_CASES = [
     Case(name, magnitude=m)
     for name in ("base", "rescale_each", "overlap", "kv_outer", "split_k", "pairs")
-    for m in (8.0, 30.0)
+    for m in (8.0, 30.0, 3e3, 133120.0)  # of the last, scores are beyond 2^31
 ]
 
 ALL = [

@@ -100,7 +100,7 @@ SCORE_CASES = [
 LARGE_CASES = [
     Case(name, magnitude=m, sizes=((200, 200), (400, 700)))
     for name in ("tma", "tma_rescale_each", "tma_serial", _TAKES_TURNS, "tma_dynamic_sectioned_128x2")
-    for m in (8.0, 30.0)
+    for m in (8.0, 30.0, 3e3, 133120.0)  # of the last, scores are beyond 2^31
 ]
 ALL = [
     *SCHEME_CASES,

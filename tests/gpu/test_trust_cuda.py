@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fagen
-from fagen import api, binding, db, dispatch, env, families, trust, verify
+from fagen import api, binding, build, db, dispatch, env, families, resolve, trust, verify
 
 
 @pytest.fixture
@@ -25,10 +25,10 @@ def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torc
     config = family.default(call.problem, call.target)
     record = db.Record(
         problem=call.problem, arch=call.target.arch, device=call.target.device, family=family.name,
-        config=dict(config), seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash="0ld",
+        config=dict(config), seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash="01d",
     )  # fmt: skip
     db.put([record])
-    api.built(family, call.problem, call.target, config)
+    resolve.built(family, call.problem, call.target, config)
     binding.load()
     binding.forget()
     yield tensors
@@ -37,7 +37,7 @@ def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torc
     binding.forget()
 
 
-def test_it_takes_a_second_once(stale: list[torch.Tensor]) -> None:
+def test_it_takes_less_than_a_compilation_once(stale: list[torch.Tensor]) -> None:
     q, k, v = stale
     torch.matmul(q[0, :, 0], k[0, :, 0].T)  # a process that has not computed anything yet pays for its libraries
     torch.cuda.synchronize()
@@ -46,7 +46,10 @@ def test_it_takes_a_second_once(stale: list[torch.Tensor]) -> None:
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     print(f"the first call, verification and all: {seconds:.2f} s")
-    assert seconds < 3
+    call = api.describe(q, k, v, causal=True)
+    choice = dispatch.choose(call.problem, call.target)
+    built = build.lookup(choice.family, call.problem, call.target, choice.config)
+    assert built and seconds < built.facts["compile_seconds"], "dearer than a compilation"
     assert verify.check(out, None, q, k, v, verify.Semantics((-1, 0)), layout="bshd")
     told = fagen.explain(q, k, v, causal=True)
     assert told.choice.trust is not None and told.choice.trust.state == "verified"

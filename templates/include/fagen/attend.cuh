@@ -173,16 +173,34 @@ struct Attend {
     }
   }
 
-  // Take a new tile's maxima into the reference; O follows.
-  __device__ __forceinline__ void observe(const Scores& s_acc) {
+  // Take a new tile's maxima into the softmax; O follows.
+  __device__ __forceinline__ void observe(Scores& s_acc) {
     float tile_max[kRows], factor[kRows];
     tile_maxima(s_acc, tile_max);
     if (__any_sync(~0u, softmax.outgrown(tile_max))) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) tile_max[r] = quad_max(tile_max[r]);
-      softmax.move(tile_max, factor);
+      move(s_acc, tile_max, factor);
       rescale(factor);
+    } else {
+      softmax.set_offsets();
     }
+  }
+
+  // Move the references to the rows' maxima, and subtract those from the scores that are too large for the
+  // exponential's FMA. Score mods leave a scale of 1, by which no product rounds.
+  __device__ __forceinline__ void move(Scores& s_acc, const float (&row_max)[kRows], float (&factor)[kRows]) {
+    softmax.move(row_max, factor);
+    if constexpr (!ScoreMod<Config>::kActive)
+      while (__any_sync(~0u, softmax.too_large())) {  // once; as a loop it stays out of the common tile's way
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+          for (auto& piece : s_acc[r / 2])
+            piece[r % 2 * 2] -= softmax.reference[r], piece[r % 2 * 2 + 1] -= softmax.reference[r];
+          softmax.offset[r] = 0.f;
+        }
+      }
   }
 
   // One register of P = exp(S - reference): two columns of row i % 2 of piece 2 n + i / 2. The accumulator of S is
@@ -210,9 +228,8 @@ struct Attend {
   }
 
   // The whole softmax and second product of a tile.
-  __device__ __forceinline__ void values(const Scores& s_acc, uint32_t v_tile, int first_key) {
+  __device__ __forceinline__ void values(Scores& s_acc, uint32_t v_tile, int first_key) {
     observe(s_acc);
-    softmax.settle();
     const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
     Weights p_frag;
 #pragma unroll

@@ -17,25 +17,36 @@ __device__ __forceinline__ float quad_sum(float x) {
 // Scores come in raw; `scale_log2` takes them to the base-2 logarithm inside the exponential's one FMA.
 // `reference` is what is subtracted before the exponential: the rows' maximum, or one that is near enough below it.
 // The sum stays per thread until the end. Any reference gives the same O / sum, so keeping an old one is exact.
+//
+// The FMA subtracts reference * scale as rounded to float32. The rounding multiplies all weights of a row alike and
+// cancels in O / sum, unless it is of whole powers of two: from |reference * scale| = 2^24 on. Long before that,
+// references count as too large for the FMA: they are subtracted from the scores first, which is exact near them. Such
+// rows, like those that have seen no key, have no limit, so that every tile comes to where references move.
 template <int kRows, bool kDeferred>
 struct OnlineSoftmax {
   // a weight may grow to 2^8 before a deferred reference moves: exact in float32, safe in 16 bits
   static constexpr float kSlack_log2 = 8.f;
+  // an offset up to here rounds by no more than 2^-10
+  static constexpr float kLargest_log2 = 16384.f;
+  // the reference of rows that have seen no key: finite, so that no tile has to ask; scores below it count as hidden
+  static constexpr float kNothing = -1e30f;
 
-  float reference[kRows], sum[kRows], offset[kRows];
-  float scale_log2, slack;
+  float reference[kRows], limit[kRows], offset[kRows], sum[kRows];
+  float scale_log2;
 
-  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2)
-      : scale_log2(scale_log2), slack(kSlack_log2 / scale_log2) {
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) { begin(); }
+
+  // Rows that have seen no key.
+  __device__ __forceinline__ void begin() {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
+    for (int r = 0; r < kRows; ++r) reference[r] = kNothing, limit[r] = -INFINITY, sum[r] = 0.f;
   }
 
-  // Whether a row of this thread has outgrown its reference by more than the slack.
+  // Whether a row of this thread has outgrown its reference.
   __device__ __forceinline__ bool outgrown(const float (&tile_max)[kRows]) const {
     bool grown = !kDeferred;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > reference[r] + slack;
+    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > limit[r];
     return grown;
   }
 
@@ -44,18 +55,32 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const float next = fmaxf(reference[r], row_max[r]);
-      // a row that has seen nothing yet has no weight to rescale: 2^-inf = 0 once it has, and 0 * 0 until then
-      factor[r] = next == -INFINITY ? 0.f : ptx::ex2((reference[r] - next) * scale_log2);
+      factor[r] = ptx::ex2((reference[r] - next) * scale_log2);
       reference[r] = next;
       sum[r] *= factor[r];
     }
+    follow_references();
   }
 
-  // What is added to the scaled scores: finite even where nothing has been seen yet.
-  __device__ __forceinline__ void settle() {
+  // Offsets and limits of the references as they stand.
+  __device__ __forceinline__ void follow_references() {
+    set_offsets();
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) offset[r] = reference[r] == -INFINITY ? 0.f : -reference[r] * scale_log2;
+    for (int r = 0; r < kRows; ++r)
+      limit[r] = fabsf(offset[r]) > kLargest_log2 ? -INFINITY : reference[r] + kSlack_log2 / scale_log2;
   }
+  // What is added to the scaled scores.
+  __device__ __forceinline__ void set_offsets() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) offset[r] = -reference[r] * scale_log2;
+  }
+  __device__ __forceinline__ bool too_large() const {
+    bool large = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) large |= fabsf(offset[r]) > kLargest_log2 && reference[r] != kNothing;
+    return large;
+  }
+
   __device__ __forceinline__ float weight(float score, int r) const {
     return ptx::ex2(fmaf(score, scale_log2, offset[r]));
   }

@@ -25,18 +25,12 @@ enum cudaDriverEntryPointFlags { cudaEnableDefault };
 
 namespace emulator {
 
-inline CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* base, const cuuint64_t* size,
-                       const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave,
-                       CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  if (rank < 1 || rank > 5 || uintptr_t(base) % 16 || box[0] * 2 > 128) return CUDA_ERROR_INVALID_VALUE;
-  map->base = static_cast<const unsigned char*>(base), map->rank = rank;
-  for (unsigned i = 0; i < rank; ++i) {
-    map->size[i] = size[i], map->box[i] = box[i], map->stride[i] = i ? strides[i - 1] : 2;
-    if (!size[i] || size[i] > 1ull << 32 || !box[i] || box[i] > 256 || steps[i] != 1) return CUDA_ERROR_INVALID_VALUE;
-    if (i && (map->stride[i] % 16 || map->stride[i] >= 1ull << 40)) return CUDA_ERROR_INVALID_VALUE;
-  }
-  return CUDA_SUCCESS;
-}
+CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* base, const cuuint64_t* size,
+                const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave,
+                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// A box from global memory to the same place of some blocks, at some later moment; their barriers learn of its bytes.
+void copy(uint32_t to, const CUtensorMap* map, uint32_t barrier, std::initializer_list<int> where, unsigned blocks);
 
 }  // namespace emulator
 

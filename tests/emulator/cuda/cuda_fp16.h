@@ -12,11 +12,13 @@ namespace emulator {
 
 template <>
 inline float value<__half>(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
-                     : exponent     ? ldexpf(float(fraction + 1024), exponent - 25)
-                                    : ldexpf(float(fraction), -24);
-  return bits >> 15 ? -size : size;
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, size = bits & 0x7fff;
+  if (size < 1024) return bits >> 15 ? size * -0x1p-24f : size * 0x1p-24f;
+  const uint32_t bias = size < 31 << 10 ? 112u << 23 : 224u << 23;  // beyond are infinity and what is not a number
+  const uint32_t whole = sign | ((size << 13) + bias);
+  float f;
+  memcpy(&f, &whole, 4);
+  return f;
 }
 inline __half round_half(float f) {
   const uint16_t sign = signbit(f) ? 0x8000 : 0;

@@ -35,7 +35,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 #define threadIdx (emulator::now->thread)
 #define blockIdx (uint3{emulator::now->block->index, 0, 0})
-inline uint3 gridDim, blockDim;
+extern uint3 gridDim, blockDim;
 
 // ---- functions of the language
 
@@ -153,32 +153,15 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  using namespace emulator;
   unsigned cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i)
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[i].val.clusterDim.x;
-  const std::function<void()> call = [&] { kernel(arguments...); };
-  const unsigned grid_blocks = config->gridDim.x, block_threads = config->blockDim.x;
-  body = &call, gridDim = {grid_blocks, 1, 1}, blockDim = {block_threads, 1, 1};
-  report.clear();
-  if (grid_blocks % cluster) return cudaErrorInvalidValue;
-  for (unsigned first = 0; first < grid_blocks;) {
-    std::vector<std::unique_ptr<Team>> teams;
-    for (; first < grid_blocks && teams.size() < std::max(1u, 2 * units / cluster); first += cluster) {
-      auto team = std::make_unique<Team>();
-      for (unsigned rank = 0; rank < cluster; ++rank) {
-        auto block = std::make_unique<Block>();
-        block->team = team.get(), block->index = first + rank, block->rank = rank, block->threads = block_threads;
-        block->shared.assign(config->dynamicSmemBytes, 0xff);  // not a number, read as any element
-        block->warps.resize((block_threads + 31) / 32);
-        team->threads += block_threads;
-        team->blocks.push_back(std::move(block));
-      }
-      teams.push_back(std::move(team));
-    }
-    if (!run(teams)) return cudaErrorLaunchTimeout;
-  }
-  return cudaSuccess;
+  emulator::report.clear();
+  const unsigned blocks = config->gridDim.x;
+  if (blocks % cluster) return cudaErrorInvalidValue;
+  const bool fine =
+      emulator::launch(blocks, config->blockDim.x, cluster, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+  return fine ? cudaSuccess : cudaErrorLaunchTimeout;
 }
 
 template <class Kernel>
@@ -206,8 +189,4 @@ inline cudaError_t cudaGetLastError() {
   const cudaError_t error = emulator::last_error;
   emulator::last_error = cudaSuccess;
   return error;
-}
-
-extern "C" inline __attribute__((used, visibility("default"))) void emulator_seed(uint64_t seed, int units) {
-  emulator::chance_state = seed * 2654435769u + 1, emulator::units = units;
 }

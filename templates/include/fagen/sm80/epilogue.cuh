@@ -23,11 +23,10 @@ __device__ __forceinline__ void merge_warps(const B& block, typename B::State& s
 #pragma unroll
   for (int r = 0; r < B::State::kRows; ++r) {
     const float2* row = stats + r / 2 * 16 + r % 2 * 8 + lane.row;
-    float top = -INFINITY, sum = 0.f;
+    float top = B::State::Softmax::kNothing, sum = 0.f;
     for (int w = 0; w < kWarps; ++w) top = fmaxf(top, row[w * kTileRows].x);
-    const float base = top == -INFINITY ? 0.f : top;
-    for (int w = 0; w < kWarps; ++w) sum += row[w * kTileRows].y * ptx::ex2((row[w * kTileRows].x - base) * scale_log2);
-    factor[r] = ptx::ex2((state.softmax.reference[r] - base) * scale_log2);
+    for (int w = 0; w < kWarps; ++w) sum += row[w * kTileRows].y * ptx::ex2((row[w * kTileRows].x - top) * scale_log2);
+    factor[r] = ptx::ex2((state.softmax.reference[r] - top) * scale_log2);
     state.softmax.reference[r] = top;
     row_sum[r] = sum;
   }

@@ -38,6 +38,7 @@ struct StoredState {
       state.softmax.reference[2 * i] = value.x, state.softmax.reference[2 * i + 1] = value.y;
       state.softmax.sum[2 * i] = value.z, state.softmax.sum[2 * i + 1] = value.w;
     }
+    state.softmax.follow_references();
   }
 };
 

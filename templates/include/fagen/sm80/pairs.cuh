@@ -32,7 +32,7 @@ struct Pair {
   }
 
   // Both warps keep the same references: they move together or not at all.
-  __device__ __forceinline__ void observe(State& state, const typename State::Scores& s_acc) const {
+  __device__ __forceinline__ void observe(State& state, typename State::Scores& s_acc) const {
     float row_max[kRows], other[kRows], factor[kRows];
     state.tile_maxima(s_acc, row_max);
     if (ptx::barrier_any(barrier, 64, state.softmax.outgrown(row_max))) {
@@ -41,15 +41,16 @@ struct Pair {
       exchange(row_max, other);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) row_max[r] = fmaxf(row_max[r], other[r]);
-      state.softmax.move(row_max, factor);
+      state.move(s_acc, row_max, factor);
       state.rescale(factor);
+    } else {
+      state.softmax.set_offsets();
     }
   }
 
   // Softmax of this warp's half of the keys, O += P V of all of them for its half of the columns.
-  __device__ __forceinline__ void values(State& state, const typename State::Scores& s_acc, uint32_t v_tile) const {
+  __device__ __forceinline__ void values(State& state, typename State::Scores& s_acc, uint32_t v_tile) const {
     observe(state, s_acc);  // its barrier also tells that the partner has read the weights of the tile before
-    state.softmax.settle();
     typename State::Weights p_mine;
 #pragma unroll
     for (int n = 0; n < kPieces; ++n)

@@ -60,7 +60,6 @@ __device__ __forceinline__ void attend_q_outer_overlapped(const Block<C, Element
   const auto visit = [&](int tile, auto masked) {
     const int next = next_stage<C>(stage);
     state.observe(s_acc);
-    state.softmax.settle();
     block.template arrive<C::kStages - 2>();
     load_next();
     Scores s_next;

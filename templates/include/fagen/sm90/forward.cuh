@@ -40,8 +40,7 @@ struct Consumer {
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (auto& piece : state.o[0]) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) state.softmax.reference[r] = -INFINITY, state.softmax.sum[r] = 0.f;
+    state.softmax.begin();
   }
 
   // Warpgroups take turns at starting products, so that the softmax of one runs under the products of the others.
@@ -163,9 +162,10 @@ struct Consumer {
     const bool moved = C::kRescale == Rescale::each || __any_sync(~0u, state.softmax.outgrown(row_max));
     if (moved) {
       for (float& x : row_max) x = quad_max(x);
-      state.softmax.move(row_max, factor);
+      state.move(s_acc, row_max, factor);
+    } else {
+      state.softmax.set_offsets();
     }
-    state.softmax.settle();
     return moved;
   }
   // S becomes the weights.

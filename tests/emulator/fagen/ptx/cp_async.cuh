@@ -5,7 +5,7 @@ namespace ptx {
 
 inline uint32_t shared_address(const void* pointer) {
   const uint32_t offset = static_cast<const unsigned char*>(pointer) - emulator::dynamic_shared();
-  return emulator::now->block->rank << 24 | (offset + emulator::kSharedBase);
+  return emulator::now->block->rank << 24 | (offset + emulator::shared_base);
 }
 inline void cp_async_16(uint32_t to, const void* from, bool valid) {
   uint4* place = &emulator::shared_at<uint4>(to);

@@ -1,21 +1,6 @@
 #pragma once
 #include <cuda_runtime.h>
 
-namespace emulator {
-
-inline Barrier& barrier(uint32_t address, Block* block = now->block) {
-  const auto found = block->barriers.find(offset_of(address));
-  if (found == block->barriers.end()) fail("there is no barrier at " + std::to_string(offset_of(address)));
-  return found->second;
-}
-inline void arrive_at(Barrier& barrier) {
-  if (barrier.pending == 0) fail("more arrive at a barrier than it waits for");
-  --barrier.pending;
-  barrier.settle();
-}
-
-}  // namespace emulator
-
 namespace ptx {
 
 inline void mbarrier_init(uint32_t barrier, int arrivals) {
@@ -33,8 +18,7 @@ inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
 }
 inline void mbarrier_wait(uint32_t barrier, int parity) {
   const emulator::Barrier& found = emulator::barrier(barrier);
-  emulator::wait("barrier at", emulator::offset_of(barrier),
-                 [&found, parity] { return int(found.phase % 2) != parity; });
+  emulator::wait({&found.phase, unsigned(parity), 1, "barrier at", emulator::offset_of(barrier)});
 }
 inline uint32_t ld_shared_4(uint32_t from) { return emulator::shared_at<uint32_t>(from); }
 
