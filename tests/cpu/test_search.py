@@ -93,6 +93,7 @@ FLAGS = "--target cpu --dtype fp32 --head-dim 16 --mask causal --heads 2 --kv-he
 FLAGS += " --fix style=plain,slow,wrong,broken"
 
 
+@pytest.mark.slow
 def test_recording_goes_on_where_it_stopped_and_holds_every_config(fake, capsys):
     file = fake / "space.jsonl.xz"
     begin = ["tune", *FLAGS.split(), "--workers", "2", "--out", str(fake / "db"), "--record", str(file)]
