@@ -472,6 +472,7 @@ def test_expectations(tmp_path, capsys):
     assert main(["tune", "--target", "cpu", "--sampler", "tpe,random", "--trials", "1"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.name.partition(".")[0])
 def test_the_search_earns_its_place_on_recorded_spaces(path, capsys):
     """The median of 20 seeds is within 2 % of the best after 15 % of the trials, and before chance is."""
