@@ -499,6 +499,7 @@ def near_the_limit(row: dict, limit: dict) -> None:
     assert facts["share"] == pytest.approx(max(least.values()) / facts["seconds"])
 
 
+@pytest.mark.slow
 @needs_cxx
 def test_a_run_end_to_end(tmp_path, capsys, planted):
     files = {name: tmp_path / f"result.{name}" for name in ("json", "markdown", "csv")}
