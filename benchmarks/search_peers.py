@@ -2,7 +2,7 @@
 
     python benchmarks/search_peers.py                        all methods, all of spaces/, 100 seeds; writes
                                                              search_peers.json and the tables of docs/search.md
-    python benchmarks/search_peers.py --seeds 5 --methods guided,tpe --out /tmp/some.json spaces/h200_d64*.xz
+    python benchmarks/search_peers.py --seeds 5 --methods guided,tpe --out some.json spaces/h200_d64*.xz
     python benchmarks/search_peers.py --raw FOLDER           keeps each method's seeds there, and goes on from them
 
 Kernel Tuner is no dependency of fagen: `python -m venv --system-site-packages V; V/bin/pip install kernel_tuner==1.5`,

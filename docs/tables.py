@@ -293,7 +293,9 @@ def search() -> str:
         text += (
             f"Each by itself, `guided-cold` beside the best public one of the table, `{against['best public']}`, which "
         )
+        median = against["times the median"]
         text += f"takes {against['times the mean']:.1f} times as many trials to 1 % in the mean"
+        text += f", {median:.1f} in the median" if median else ""
         text += f":\n\n{_spaces(spaces, against['best public'])}\n"
     return f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}"
 

@@ -82,6 +82,7 @@ def _built_side_by_side() -> None:
             job.result()
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_any_shape_and_stride(case: Case) -> None:

@@ -499,6 +499,7 @@ def near_the_limit(row: dict, limit: dict) -> None:
     assert facts["share"] == pytest.approx(max(least.values()) / facts["seconds"])
 
 
+@pytest.mark.slow
 @needs_cxx
 def test_a_run_end_to_end(tmp_path, capsys, planted):
     files = {name: tmp_path / f"result.{name}" for name in ("json", "markdown", "csv")}
@@ -741,7 +742,7 @@ def made(speeds: dict[str, float], *, noise: float = 0.001, limits: tuple[float,
         ({"fagen": 600, "fa3": 650}, {}, {"ratio"}),
         ({"fagen": 600, "fa3": 590, "fa4": 700}, {}, set()),  # a peer that the old one had not
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),  # a set has no order
 )
 def test_a_fall_is_more_than_the_noise(new, options, falls):
     found, lonely = compare.regressions(made(new, **options), made({"fagen": 600, "fa3": 590}))

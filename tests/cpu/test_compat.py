@@ -241,6 +241,7 @@ def ops() -> object:
     return torch.ops.fagen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "grad"), [("forward", False), ("forward_lse", True)])
 def test_opcheck(ops, name: str, grad: bool) -> None:  # noqa: ANN001
     op = getattr(ops, name).default

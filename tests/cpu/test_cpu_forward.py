@@ -90,6 +90,7 @@ def test_the_configs_hold_every_knob_value():
         assert {default.replace(**c)[knob.name] for c in CONFIGS} == set(knob.choices), knob.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", CONFIGS, ids=lambda c: " ".join(map(str, c.values())))
 def test_every_knob_value_at_ragged_sizes(changes):
     k = build("causal", tuple(changes.items()))
@@ -132,6 +133,7 @@ def test_bands(mask):
                 verify(k, *inputs(k, sq, sk, batch=2, heads=heads, kv_heads=kv_heads, d=64, dv=50), window=window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", INTERVAL_KINDS)
 def test_intervals(kind):
     k = build("intervals", intervals=kind)
@@ -174,6 +176,7 @@ def test_softcap_and_alibi(softcap, alibi):
 # ---- dtypes, layouts, numbers ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["tile", "head"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision(dtype, packing):

@@ -93,6 +93,7 @@ FLAGS = "--target cpu --dtype fp32 --head-dim 16 --mask causal --heads 2 --kv-he
 FLAGS += " --fix style=plain,slow,wrong,broken"
 
 
+@pytest.mark.slow
 def test_recording_goes_on_where_it_stopped_and_holds_every_config(fake, capsys):
     file = fake / "space.jsonl.xz"
     begin = ["tune", *FLAGS.split(), "--workers", "2", "--out", str(fake / "db"), "--record", str(file)]
@@ -471,6 +472,7 @@ def test_expectations(tmp_path, capsys):
     assert main(["tune", "--target", "cpu", "--sampler", "tpe,random", "--trials", "1"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.name.partition(".")[0])
 def test_the_search_earns_its_place_on_recorded_spaces(path, capsys):
     """The median of the seeds is within 2 % of the best after 15 % of the trials, and before chance is."""

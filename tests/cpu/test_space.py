@@ -26,6 +26,7 @@ def place(family: Family, fields: dict) -> tuple[Problem, target.Target]:
     return problem, next(where for where in targets if family.supports(problem, where) is None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("family", families.all_families(), ids=lambda family: family.name)
 def test_every_config_is_legal_or_removed_by_a_constraint(family: Family, name: str) -> None:

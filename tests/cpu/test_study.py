@@ -234,6 +234,7 @@ def test_the_list_and_the_dry_run(capsys):
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_cxx
 def test_a_run_end_to_end(tmp_path, capsys):
     files = {name: tmp_path / f"study.{name}" for name in ("json", "markdown", "csv")}

@@ -151,6 +151,7 @@ def test_a_kernel_that_kills_its_process_does_so_once(fake):
     assert "an earlier process ended while it verified this kernel" in second.stdout
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_verify_once(fake):
     db.put([record()])
     here = Path(__file__).parent

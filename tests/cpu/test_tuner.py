@@ -40,6 +40,7 @@ def options(folder: Path, **changes) -> Options:
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_candidate_ends_in_one_outcome_and_the_fastest_right_one_wins(fake, capsys, monkeypatch):
     monkeypatch.setattr(load, "MOST", 2.0)  # a busy machine shall not wait long for the one that hangs
     report = study.tune([PROBLEM], host(), options(fake, run_timeout=runs.patient(5.0)), progress.Lines())
@@ -86,6 +87,7 @@ def test_the_incumbent_is_tried_and_kept_when_nothing_beats_it(calm):
     assert report.results[0].incumbent_seconds > 0
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_one_candidate(calm, monkeypatch):
     """Killed at rest it costs none; with a candidate in hand, that one."""
     send, killed = workers.Worker.send, []
@@ -120,6 +122,7 @@ def test_a_killed_worker_costs_one_candidate(calm, monkeypatch):
     assert report.results[0].config["style"] == "plain"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_and_repeats_nothing(calm):
     """Killed before the first trial, among the trials, in the final round; then it ends, with all it found."""
     kept: list[dict] = []
@@ -191,6 +194,7 @@ def start_run(folder: Path) -> tuple[subprocess.Popen, Path]:
     return child, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_what_was_found(calm, number):
     child, run = start_run(calm)
@@ -236,6 +240,7 @@ def test_only_failures_is_no_valid_candidate(fake, monkeypatch):
     assert db.Database.load().records == []
 
 
+@pytest.mark.slow
 def test_a_small_share_leaves_the_incumbent_its_chance(calm, monkeypatch):
     """And no problem starves because those before it held their final rounds."""
     monkeypatch.setattr(budget.Budget, "each", lambda self, problems: 0.01)
@@ -294,6 +299,7 @@ def test_tune_record_dispatch_on_the_real_cpu_family(folders, capsys):
     assert verify.check(out, None, q, k, v, inputs["semantics"], layout="bshd")
 
 
+@pytest.mark.slow
 def test_live_calls_pick_up_a_new_winner(calm, monkeypatch):
     """The op remembers its kernels; what is tuned in the same process makes it look again."""
     import torch

@@ -152,6 +152,7 @@ def _about_itself(request: str) -> tuple[str, int]:
 # ---- the run's folder and the database ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_run_keeps_what_was_written_and_the_run_goes_on(calm, monkeypatch):
     real, calls = os.fsync, []
 
@@ -213,6 +214,7 @@ def test_a_device_that_does_not_work_is_no_candidates_fault(calm, monkeypatch):
     assert not [r for r in runs.rows(calm / "runs") if r["outcome"] != "compile"]
 
 
+@pytest.mark.slow
 def test_several_devices_on_a_terminal(calm, monkeypatch):
     """One of three is broken: the run goes on with two. What a person sees of it."""
     (calm / "broken").write_text("2")
@@ -244,6 +246,7 @@ def test_several_devices_on_a_terminal(calm, monkeypatch):
     assert winner["config"]["style"] == "plain"
 
 
+@pytest.mark.slow
 def test_two_devices_measure_at_once(calm):
     configs = [DEFAULT.replace(style=s, variant=v) for s in ("slow", "plain") for v in (1, 2, 3)]
     explored = Explored(calm, configs, devices=(0, 1))

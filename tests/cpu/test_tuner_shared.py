@@ -54,6 +54,7 @@ def claims_of(url: str) -> dict[str, tuple[str, bool]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study_and_one_is_killed(calm, server):
     shared = {"storage": server, "grace": 3.0}
     first = runs.begin(calm, name="a", **shared)

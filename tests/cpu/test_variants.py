@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import runs
 
 from fagen import target
 from fagen.errors import UsageError
@@ -29,6 +30,7 @@ def rendered(variants, tmp_path: Path, label: str, *cases: str) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_checkouts_are_timed_and_the_bad_ones_told(variants, tmp_path, monkeypatch, capsys):
     beginning = ROW[:-5]
     rendered(variants, tmp_path, "before", f"{beginning}: tile_n=64", f"{beginning}: no_such_knob=3")
@@ -40,9 +42,13 @@ def test_two_checkouts_are_timed_and_the_bad_ones_told(variants, tmp_path, monke
 
     launch = "int fagen_launch("
     assert other["source"].count(launch) == 1
-    body = f'\nextern "C" {launch}const fagen_params*, void*) {{ %s return 0; }}\n'
+    body = f'\n#include <unistd.h>\nextern "C" {launch}const fagen_params*, void*) {{ %s return 0; }}\n'
+    endless = "for (volatile int forever = 1; forever;) usleep(1000);"
     without = other["source"].replace(launch, "int fagen_unused(")
-    hung = other | {"label": "hung", "source": without + body % "for (volatile int forever = 1; forever;) {}"}
+    hung = other | {
+        "label": "hung",
+        "source": without + body % endless,
+    }
     wrong = other | {"label": "wrong", "source": without + body % ""}
     broken = other | {"label": "broken", "source": "#error not today\n"}
     again = [
@@ -51,7 +57,8 @@ def test_two_checkouts_are_timed_and_the_bad_ones_told(variants, tmp_path, monke
     same = before | {"label": "same"}
     out.write_text(json.dumps([before, same, hung, *again, wrong, broken, after]))
 
-    monkeypatch.setattr(variants, "ANSWER_SECONDS", 10.0)
+    seconds = runs.patient(10.0)
+    monkeypatch.setattr(variants, "ANSWER_SECONDS", seconds)
     monkeypatch.setattr(target, "gpu", lambda index=0: None)
     result = tmp_path / "timed.json"
     words = ["time", str(out), "--peers", "sdpa", "--base", "before", "--min-time", "0.1", "--rounds", "3"]
@@ -65,7 +72,7 @@ def test_two_checkouts_are_timed_and_the_bad_ones_told(variants, tmp_path, monke
     assert (
         "not built: broken" in said
         and f"same is before: {ROW}" in said
-        and "no answer within 10 s" in said
+        and f"no answer within {seconds:.0f} s" in said
         and " of the best peer" in said
     )
     assert "1.000 of before" in said
