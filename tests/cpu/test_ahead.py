@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +54,17 @@ def test_no_size_asks_for_more(model: str, shipped: None) -> None:
 
 
 FAMILY_OF = {family.name: family for family in families.all_families()}
+
+
+def test_the_readme_counts_them(shipped: None) -> None:
+    (problem,) = cliutil.expand({"preset": "llama3-8b"}, H200)
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    told = re.search(r"llama3-8b needs (\d+) kernels on an H200 and (\d+) on an H100", text)
+    assert told is not None
+    for card, count in (("NVIDIA H200", told[1]), ("NVIDIA H100 80GB HBM3", told[2])):
+        here = dataclasses.replace(H200, device=card)
+        kernels = {dispatch.choose(p, here, ours=True).config for p in ahead.sizes(problem, here, 131072)}
+        assert len(kernels) == int(count), card
 
 
 def test_a_small_bound_asks_for_less(shipped: None) -> None:

@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 
 import fagen
-from fagen import masks, verify
+from fagen import api, masks, verify
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _by_the_ops() -> None:
+    """Not through ctypes, as calls go until the ops are built."""
+    assert api._ops_registered()
 
 
 def _inputs(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> list[torch.Tensor]:
