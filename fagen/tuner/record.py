@@ -70,7 +70,7 @@ def _open(path: Path, mode: str) -> IO[str]:
 def export(run: Path, path: Path) -> int:
     """Write what a run measured; how many configs that was. The file is whole or is not there."""
     meta = json.loads((run / journal.META).read_text())
-    lines = journal.read_lines(run / journal.TRIALS)
+    told = journal.read_lines(run / journal.TRIALS)
     rows = [row for row in lines if resumed.is_candidate(row) and row["outcome"] != "constraint"]
     temporary, count = path.with_name(f".part-{path.name}"), 0
     try:
