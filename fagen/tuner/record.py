@@ -71,7 +71,7 @@ def export(run: Path, path: Path) -> int:
     """Write what a run measured; how many configs that was. The file is whole or is not there."""
     meta = json.loads((run / journal.META).read_text())
     told = journal.read_lines(run / journal.TRIALS)
-    rows = [row for row in lines if resumed.is_candidate(row) and row["outcome"] != "constraint"]
+    rows = [row for row in told if resumed.is_candidate(row) and row["outcome"] != "constraint"]
     temporary, count = path.with_name(f".part-{path.name}"), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
