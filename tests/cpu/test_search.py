@@ -32,7 +32,9 @@ import fake_family  # noqa: E402
 from fake_family import FAMILY, PROBLEM  # noqa: E402
 
 # whole restricted spaces; what the samples of wide ones (h100_*) show is in docs/search.md, and not held by a test yet
-SPACES = [path for path in sorted((HERE.parents[1] / "benchmarks" / "spaces").glob("*.xz")) if "_sample" not in path.name]
+SPACES = [
+    path for path in sorted((HERE.parents[1] / "benchmarks" / "spaces").glob("*.xz")) if "_sample" not in path.name
+]
 H200 = known("sm_90")
 
 
