@@ -88,9 +88,10 @@ def others(names: list[str], problem: Problem, target: Target, paths: dict[str, 
     """How each is called, and why others are not. What a peer prepares does not depend on sizes."""
     found: dict[str, Call] = {"sdpa": sdpa} if "sdpa" in names else {}
     here, absent = peers.load([n for n in names if n != "sdpa"], "cuda" if target.is_gpu else "cpu", paths)
+    device = {"q": torch.empty(0, device="cuda" if target.is_gpu else "cpu")}  # all that is asked of the inputs
     for name, loaded in here.items():
         try:
-            found[name] = loaded.prepare(Row("stalls", problem), {})  # type: ignore[arg-type]
+            found[name] = loaded.prepare(Row("stalls", problem), device)  # type: ignore[arg-type]
         except peers.Cannot as error:
             absent[name] = str(error)
     return found, absent

@@ -68,7 +68,7 @@ def _meta(path: Path) -> Row:
     """Missing or torn, it costs the page where and how the run was; of another version, its meaning is not known."""
     try:
         meta = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     if not isinstance(meta, dict):
         return {}

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fagen
-from fagen import api, binding, build, env, families, kernel, target, toolchain, verify
+from fagen import api, binding, build, env, families, kernel, plan, target, toolchain, verify
 from fagen.errors import InvalidArgument, LaunchError
 from fagen.problem import Problem
 from fagen.verify import Semantics
@@ -244,7 +244,7 @@ def test_both_roads_fill_the_same_params(call: dict, want_lse: bool) -> None:
         params.lse = lse.data_ptr()
     assert copies.library.launch(ctypes.byref(params), None) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "resolve", lambda *args, **named: copies)
+        patch.setattr(api, "answer", lambda *args, **named: plan.Answer(True, copies))
         binding.forget()
         fagen.attention(out=theirs, return_lse=want_lse, **call)
         binding.forget()

@@ -348,10 +348,11 @@ def test_an_empty_run_and_one_without_a_word(tmp_path):
     assert "nothing was built or timed" in made(keep(tmp_path, []))[1]
     bare = tmp_path / "bare"
     bare.mkdir()
-    (bare / journal.META).write_text("{torn")
-    found, text = made(bare)
-    assert found["problems"] == []
-    assert "not recorded" in text
+    for odd in ("{torn", "[" * 100_000):
+        (bare / journal.META).write_text(odd)
+        found, text = made(bare)
+        assert found["problems"] == []
+        assert "not recorded" in text
 
 
 def test_rows_that_lack_keys_or_make_no_sense(configs, tmp_path):

@@ -31,7 +31,10 @@ if str(HERE) not in sys.path:  # workers import the fake family from here, too
 import fake_family  # noqa: E402
 from fake_family import FAMILY, PROBLEM  # noqa: E402
 
-SPACES = sorted((HERE.parents[1] / "benchmarks" / "spaces").glob("*.xz"))
+# whole restricted spaces; what the samples of wide ones (h100_*) show is in docs/search.md, and not held by a test yet
+SPACES = [
+    path for path in sorted((HERE.parents[1] / "benchmarks" / "spaces").glob("*.xz")) if "_sample" not in path.name
+]
 H200 = known("sm_90")
 
 
