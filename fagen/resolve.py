@@ -37,16 +37,20 @@ _plans: dict[tuple[str, Target], Plan] = {}
 _kernels: dict[_Key, Kernel] = {}  # loaded ones
 _failed: set[_Key] = set()  # cannot be built; PyTorch computes instead
 _passed_over: set[tuple[str, str, str, str]] = set()  # records that dispatch did not take for their own sizes
+_epoch = object()  # another one when plans are dropped: a plan that was begun before is not kept after
 
 
 def forget() -> None:
     """All that was chosen, so that every following call chooses anew."""
-    for known in (_plans, _kernels, _failed, _passed_over):
+    for known in (_kernels, _failed, _passed_over):
         known.clear()
+    renew()
 
 
 def renew() -> None:
     """Make every plan anew when it is next asked for, of what is loaded by then."""
+    global _epoch
+    _epoch = object()  # before: a plan that is stored meanwhile is cleared, or not stored
     _plans.clear()
     binding.forget_table()
 
@@ -159,6 +163,7 @@ def _in_capture(problem: Problem, target: Target) -> Answer:
 def _decide(problem: Problem, target: Target, ours: bool) -> Answer:
     """Choose, build or load, and make the plan of the static key anew."""
     background.warn_told()
+    begun = _epoch
     waits = env.build_mode() != "background"
     choice = dispatch.choose(problem, target, check=waits, stale="" if waits else dispatch.known_only(), ours=ours)
     if choice.family is None or choice.config is None:
@@ -170,11 +175,14 @@ def _decide(problem: Problem, target: Target, ours: bool) -> Answer:
     else:
         found = _built_meanwhile(choice, problem, target)
     _pass_over(problem, target, choice)
-    plan = _plans[problem.static_key, target] = _make_plan(problem, target)
+    plan = _make_plan(problem, target)
     if choice.record is not None and not plan.rows:
         plan.meanwhile = found
     if choice.provenance in ("default", "none") and len(plan.defaults) < _MOST_DEFAULTS:
         plan.defaults[plan.reads(problem)] = found
+    _plans[problem.static_key, target] = plan
+    if begun is not _epoch:  # a kernel has become ready since
+        _plans.pop((problem.static_key, target), None)
     return found
 
 
@@ -214,8 +222,7 @@ def _build_meanwhile(family: Family, problem: Problem, target: Target, config: C
         except FagenError as error:
             _failed.add(key)
             background.tell(" ".join(str(error).splitlines()))
-        _plans.pop((problem.static_key, target), None)
-        binding.forget_table()
+        renew()
 
     if key not in _failed and background.submit(key, work):
         binding.say(f"compiling a kernel of {problem.static_key} beside this process; another serves until it is built")

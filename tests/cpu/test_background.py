@@ -172,6 +172,24 @@ def test_the_nearest_kernel_that_is_built_serves_until_then(monkeypatch: pytest.
     assert len(builds.begun) == 3
 
 
+def test_a_kernel_that_is_ready_while_another_call_chooses_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAGEN_BUILD", "background")
+    builds = Builds(monkeypatch)
+    warnings.simplefilter("ignore", fallback.FallbackWarning)
+    make_plan = resolve._make_plan
+
+    def slowly(*args):
+        plan = make_plan(*args)  # before it is ready
+        monkeypatch.setattr(resolve, "_make_plan", make_plan)
+        builds.end()
+        return plan
+
+    monkeypatch.setattr(resolve, "_make_plan", slowly)
+    case = example(b=1, sq=64, sk=64, h=2, causal=True)
+    fagen.attention(case.q, case.k, case.v, causal=True)
+    assert attend(64) == attend(65) == FAMILY.default(PROBLEM, HERE)
+
+
 def test_a_build_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     default, other = configs(2)
     put(64, other)
