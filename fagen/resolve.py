@@ -47,11 +47,13 @@ def forget() -> None:
     renew()
 
 
-def renew() -> None:
-    """Make every plan anew when it is next asked for, of what is loaded by then."""
+def renew(static_key: str | None = None) -> None:
+    """Make plans anew when they are next asked for, of what is loaded by then: those of a static key, or all."""
     global _epoch
-    _epoch = object()  # before: a plan that is stored meanwhile is cleared, or not stored
-    _plans.clear()
+    _epoch = object()  # before: a plan that is stored meanwhile is dropped, or not stored
+    for key in list(_plans):
+        if static_key in (None, key[0]):
+            _plans.pop(key, None)
     binding.forget_table()
 
 
@@ -222,7 +224,7 @@ def _build_meanwhile(family: Family, problem: Problem, target: Target, config: C
         except FagenError as error:
             _failed.add(key)
             background.tell(" ".join(str(error).splitlines()))
-        renew()
+        renew(problem.static_key)
 
     if key not in _failed and background.submit(key, work):
         binding.say(f"compiling a kernel of {problem.static_key} beside this process; another serves until it is built")
