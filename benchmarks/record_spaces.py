@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import lzma
 import math
@@ -44,7 +45,7 @@ from fagen.problem import Problem
 from fagen.space import enumerate_space
 from fagen.target import Target
 from fagen.tuner import checks, record, study
-from fagen.tuner.candidate import SPILL_TOLERANCE, Candidate, MeasureRequest, import_torch
+from fagen.tuner.candidate import SPILL_TOLERANCE, Candidate, import_torch
 from fagen.tuner.workers import Death, Worker
 
 HERE = Path(__file__).parent
@@ -158,10 +159,15 @@ def measure_one(request: Timed) -> dict[str, Any]:
     known: dict[str, Any] = {"outcome": "wrong"}
     try:
         kernel = load(request.built)
-        known["error"], message = checks.verify(kernel, item)
-        if not message:
-            call, message = checks.at_own_size(kernel, MeasureRequest(item, _artifact(request.built)))
-        known |= {"reason": message} if message else {"outcome": "ok", **_time(call, request)}
+        inputs = functools.partial(checks.timing_inputs, item.problem, item.target, 0)
+        known["error"], message = checks.verify(
+            kernel, item.problem, item.target, lambda: inputs()[0], checks.kept_inputs
+        )
+        if message:
+            known["reason"] = message
+        else:
+            call = measure.InTurn([measure.launcher(kernel, each) for each in inputs()])
+            known |= {"outcome": "ok", **_time(call, request)}
     except checks.Damage as damage:
         known |= {"reason": str(damage), "fatal": True}
     except (LaunchError, RuntimeError) as error:

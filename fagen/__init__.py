@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.errors import FagenError as FagenError
     from fagen.problem import Problem as Problem
     from fagen.target import Target as Target
+    from fagen.tuner.call import tune as tune
 
 __version__ = "0.1.0"
 
