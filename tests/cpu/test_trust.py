@@ -141,7 +141,8 @@ def test_a_kernel_that_kills_its_process_does_so_once(fake):
     db.put([record("segfault")])
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parents[1])])
-    variables = {**os.environ, "PYTHONPATH": paths, "FAGEN_DB_DIR": str(fake / "db")}
+    variables = {**os.environ, "PYTHONPATH": paths, "FAGEN_DB_DIR": str(fake / "db"), "PYTHONFAULTHANDLER": "1"}
+    variables["FAGEN_CACHE_DIR"] = str(fake / "cache")  # where no other test removes what the first one leaves
     command = [sys.executable, "-c", _DIES]
     first = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert first.returncode == -signal.SIGSEGV, first.stderr
