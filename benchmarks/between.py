@@ -204,7 +204,7 @@ def fit(rows: list[dict[str, Any]], units: int) -> list[dict[str, Any]]:
 
 
 def tell(data: dict[str, Any]) -> None:
-    rows, target = data["rows"], Target(**data["target"])
+    rows, target = data["rows"], Target.from_dict(data["target"])
     units = target.units
     today = functools.partial(db.distance, units=units)
     for row in rows:

@@ -96,7 +96,7 @@ def _run(path: Path) -> list[tuple[tuple[str, str], Times]]:
 
     try:
         meta = json.loads((path / journal.META).read_text())
-        target = Target(**meta["target"])
+        target = Target.from_dict(meta["target"])
         problems = [Problem.from_dict(fields) for fields in meta["problems"]]
     except (OSError, ValueError, KeyError, TypeError, FagenError) as error:
         raise UsageError(f"{path} is no run of fagen tune", str(error).splitlines()[0]) from error
@@ -122,7 +122,7 @@ def _between(path: Path) -> list[tuple[tuple[str, str], Times]]:
     found = []
     try:
         data = json.loads(path.read_text())
-        target = Target(**data["target"])
+        target = Target.from_dict(data["target"])
         for row in data["rows"]:
             problem, family = Problem.from_dict(row["fields"]), families.get(row["family"])
             times = Times(problem, {})

@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fagen import schema
-from fagen.errors import UsageError
+from fagen.errors import InvalidArgument, UsageError
+
+_SIMDS = ("", "avx512", "avx2", "neon", "generic")
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,35 @@ class Target:
         """80 for sm_80; 0 for the CPU."""
         return int(self.arch.removeprefix("sm_").rstrip("af")) if self.is_gpu else 0
 
+    @classmethod
+    def from_dict(cls, fields: Any) -> Target:
+        """The door for targets from files."""
+        if not isinstance(fields, dict):
+            raise InvalidArgument(f"a target is an object of named fields, not {schema.shown(fields)}")
+        unknown = [name for name in fields if name not in _CHECKS]
+        if unknown:
+            raise InvalidArgument(f"unknown target field {schema.shown(unknown[0])}")
+        for name, check in _CHECKS.items():
+            if name in fields:
+                wrong = check(fields[name])
+            else:
+                wrong = "it is missing" if name in ("arch", "device", "units") else ""
+            if wrong:
+                raise InvalidArgument(f"a target's {name}: {wrong}")
+        return cls(**fields)
+
     def __str__(self) -> str:
         return f"{self.arch} ({self.device}, {self.units} {'SMs' if self.is_gpu else 'cores'})"
 
+
+def _simd(value: Any) -> str:
+    return "" if value in _SIMDS else f"{schema.shown(value)} is none of {', '.join(_SIMDS[1:])}"
+
+
+_CHECKS: dict[str, Callable[[Any], str]] = {
+    "arch": schema.arch, "device": schema.text, "units": lambda value: schema.integer(value, 1),
+    "smem_per_block": schema.integer, "smem_per_unit": schema.integer, "l2": schema.integer, "simd": _simd,
+}  # fmt: skip
 
 _KB = 1024
 # arch: a representative device, SMs, shared memory per block (opt-in) and per SM, L2

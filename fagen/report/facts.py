@@ -166,7 +166,7 @@ def _default(tuned: Row, trials: list[Row], problem: Problem | None, target: Row
     names = [trial["family"] for trial in trials if trial["family"]]
     if not config and problem and names:
         try:
-            config = dict(families.get(names[0]).default(problem, Target(**target)))
+            config = dict(families.get(names[0]).default(problem, Target.from_dict(target)))
         except (FagenError, TypeError):
             config = {}
     return config

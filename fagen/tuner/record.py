@@ -12,13 +12,13 @@ import json
 import lzma
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fagen import families
-from fagen.errors import FagenError, UsageError
+from fagen import families, schema
+from fagen.errors import FagenError, InvalidArgument, UsageError
 from fagen.families import Config, Family
 from fagen.problem import Problem
 from fagen.target import Target
@@ -101,7 +101,7 @@ def export(run: Path, path: Path) -> int:
 def _heads(meta: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Family]]:
     from fagen.tuner import study
 
-    target = Target(**meta["target"])
+    target = Target.from_dict(meta["target"])
     fixed = {name: tuple(values) for name, values in meta.get("fixed", {}).items()}
     for fields in meta["problems"]:
         problem = Problem.from_dict(fields)
@@ -151,28 +151,56 @@ def read(path: Path) -> list[Recorded]:
                     _put(found[-1], value, f"{path}, line {number}")
     except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
         raise UsageError(f"{path} cannot be read", str(error)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no recorded space", repr(error), "record one with fagen tune --record") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        why = error.what if isinstance(error, FagenError) else schema.shown(error)
+        raise UsageError(f"{path} is no recorded space", why, "record one with fagen tune --record") from error
     if not found:
         raise UsageError(f"{path} is empty", remedy="record a space with fagen tune --record")
     return found
+
+
+def _or_none(check: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda value: "" if value is None else check(value)
+
+
+_CHECKS = {
+    "outcome": schema.identifier, "seconds": _or_none(schema.seconds), "spread": _or_none(schema.spread),
+    "compile_seconds": _or_none(schema.spread), "measure_seconds": _or_none(schema.spread),
+}  # fmt: skip
 
 
 def _recorded(head: dict[str, Any]) -> Recorded:
     if head.get("format") != FORMAT or head.get("schema") != SCHEMA:
         raise UsageError(
             "the file is no recorded space of this version of fagen",
-            f"format {head.get('format')} schema {head.get('schema')}, not {FORMAT} {SCHEMA}",
+            f"{schema.shown(head.get('format'))} {schema.shown(head.get('schema'))}, not {FORMAT!r} {SCHEMA}",
         )
-    families.get(head["family"])  # an error where there is none
-    return Recorded(head, Problem.from_dict(head["problem"]), Target(**head["target"]), {})
+    problem, target = Problem.from_dict(head["problem"]), Target.from_dict(head["target"])
+    wrong = schema.integer(head["legal"], 1) or schema.identifier(head["family"])
+    for name in ("knobs", "columns"):
+        names = head[name] if isinstance(head[name], list) else [head[name]]
+        wrong = wrong or next(filter(None, map(schema.identifier, names)), "")
+        wrong = wrong or (f"{name} with a name twice" if len(set(names)) < len(names) else "")
+    wrong = wrong or ("" if head["key"] == problem.key else f"key {schema.shown(head['key'])} is not its problem's")
+    wrong = wrong or families.get(head["family"]).supports(problem, target) or ""
+    if wrong:
+        raise InvalidArgument(wrong)
+    return Recorded(head, problem, target, {})
 
 
 def _put(space: Recorded, line: list[Any], where: str) -> None:
     knobs, columns = space.head["knobs"], space.head["columns"]
+    if not isinstance(line, list):
+        raise UsageError(f"{where}: {schema.shown(line)} is no list of values")
     if len(line) != len(knobs) + len(columns):
         raise UsageError(f"{where}: {len(line)} values for {len(knobs)} knobs and {len(columns)} columns")
     values = dict(zip(columns, line[len(knobs) :], strict=True))
+    for name, check in _CHECKS.items():
+        wrong = check(values[name])
+        if wrong:
+            raise UsageError(f"{where}: {name}: {wrong}")
+    if type(values.get(DRAWN, True)) is not bool:
+        raise UsageError(f"{where}: {DRAWN}: {schema.shown(values[DRAWN])} is neither true nor false")
     default = space.family.default(space.problem, space.target)
     since = {knob.name: default[knob.name] for knob in space.family.knobs if knob.before is None}
     config = space.family.config({**since, **dict(zip(knobs, line, strict=False))})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -134,13 +135,11 @@ def test_a_search_is_not_taken_for_a_recording():
     assert len(set(prints)) == 3
 
 
-def write(path: Path, entries: dict[Config, float | None], problem=PROBLEM, target=None, family="cpu_forward", **head):
+def write(path: Path, entries: dict[Config, float | None], problem=PROBLEM, family="cpu_forward", **head):
     """A recorded space by hand."""
-    import dataclasses
-
     first = {
         "format": record.FORMAT, "schema": record.SCHEMA, "key": problem.key, "family": family,
-        "problem": problem.to_dict(), "target": dataclasses.asdict(target or host()), "fixed": {}, "staged": False,
+        "problem": problem.to_dict(), "target": dataclasses.asdict(host()), "fixed": {}, "staged": False,
         "legal": len(entries), "knobs": list(next(iter(entries))), "columns": record.COLUMNS, **head,
     }  # fmt: skip
     lines = [first]
@@ -173,6 +172,80 @@ def test_a_file_that_is_no_recorded_space_is_said(tmp_path, capsys, spoil, said)
     file.write_text(spoil(file.read_text()))
     assert main(["tune", "--simulate", str(file)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ([], "a target is an object"),
+        ({"arch": "cpu", "device": "x"}, "units: it is missing"),
+        ({"units": "2"}, "'2' is no integer"),
+        ({"units": 0}, "0 is no integer from 1"),
+        ({"units": 10**400}, "units: 1000"),
+        ({"units": float("inf")}, "inf is no integer"),
+        ({"units": True}, "True is no integer"),
+        ({"l2": -1}, "-1 is no integer"),
+        ({"smem_per_block": None}, "None is no integer"),
+        ({"arch": "sm_90; rm"}, "is no arch"),
+        ({"arch": "sm_90"}, "sm_90"),
+        ({"device": "a\nb"}, "is no line"),
+        ({"device": ["x"]}, "is no line"),
+        ({"simd": {}}, "{} is none of avx512"),
+        ({"cores": 2}, "unknown target field 'cores'"),
+    ],
+)
+def test_a_target_of_a_file_is_checked(tmp_path, capsys, target, said):
+    whole = target if isinstance(target, list) or len(target) > 1 else dataclasses.asdict(host()) | target
+    file = write(tmp_path / "space.jsonl", dict.fromkeys(cpu_configs(2), 1.0), target=whole)
+    assert main(["tune", "--simulate", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "is no recorded space" in error and len(error.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ({"legal": "2"}, "'2' is no integer"),
+        ({"legal": 10**400}, "1000"),
+        ({"key": "forward"}, "key 'forward'"),
+        ({"family": ["cpu_forward"]}, "is no identifier"),
+        ({"knobs": 3}, "3 is no identifier"),
+        ({"columns": ["outcome", {}]}, "{} is no identifier"),
+        ({"columns": ["outcome", "outcome"]}, "a name twice"),
+        ({"columns": ["outcome"] + list("abcdefg")}, "KeyError('seconds')"),
+    ],
+)
+def test_a_head_of_a_file_is_checked(tmp_path, capsys, head, said):
+    file = write(tmp_path / "space.jsonl", dict.fromkeys(cpu_configs(2), 1.0), **head)
+    assert main(["tune", "--simulate", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "is no recorded space" in error and len(error.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (0, 7, "outcome: 7 is no identifier"),
+        (1, "fast", "seconds: 'fast' is no number"),
+        (1, float("nan"), "seconds: nan is no number"),
+        (1, 1e308, "seconds: 1e+308 is no number"),
+        (2, -1.0, "spread: -1.0 is no number"),
+        (4, [], "compile_seconds: [] is no number"),
+        (5, True, "measure_seconds: True is no number"),
+        (7, 1, "drawn: 1 is neither"),
+    ],
+)
+def test_a_line_of_a_file_is_checked(tmp_path, capsys, place, value, said):
+    columns = [*record.COLUMNS[:-1], record.DRAWN]
+    file = write(tmp_path / "space.jsonl", dict.fromkeys(cpu_configs(2), 1.0), columns=columns)
+    first, *lines = [json.loads(text) for text in file.read_text().splitlines()]
+    for line in lines:
+        line[-1] = True
+    lines[-1][place - len(columns)] = value
+    file.write_text("".join(json.dumps(line) + "\n" for line in (first, *lines)))
+    assert main(["tune", "--simulate", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "line 3" in error
 
 
 def test_a_knob_that_is_new_since_has_its_defaults_value(tmp_path):
