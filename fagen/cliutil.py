@@ -93,13 +93,13 @@ def head_dims(value: Any) -> list[tuple[int, int]]:
     pairs = []
     for word in _words(value):
         qk, dash, v = word.partition("-")
-        if not _is_number(qk) or (dash and not _is_number(v)):
+        if not is_number(qk) or (dash and not is_number(v)):
             raise UsageError(f"{schema.shown(word)} is no head dim", "head dims are like 128, 64,128 or 192-128")
         pairs.append((int(qk), int(v or qk)))
     return pairs
 
 
-def _is_number(word: str) -> bool:
+def is_number(word: str) -> bool:
     """Of decimal digits, and of no more than any bound of a problem has."""
     return re.fullmatch(r"[0-9]{1,10}", word) is not None
 
@@ -115,7 +115,7 @@ def _choices(name: str, value: Any, known: Iterable[str]) -> list[str]:
 def window(value: Any) -> tuple[int, int]:
     """The bounds of '1024,0' or 'none,0'; -1 is unbounded."""
     words = _words(value)
-    bounds = [-1 if word in ("none", "-1", "") else int(word) if _is_number(word) else None for word in words]
+    bounds = [-1 if word in ("none", "-1", "") else int(word) if is_number(word) else None for word in words]
     if len(bounds) != 2 or None in bounds:
         raise UsageError(f"window {schema.shown(value)} cannot be read", "it is LEFT,RIGHT, like 1024,0 or none,0")
     return bounds[0], bounds[1]  # type: ignore[return-value]
@@ -313,7 +313,7 @@ def target_from(name: str | None) -> Target:
     word, _, index = name.partition(":")
     if word not in ("gpu", "cuda"):
         return target.known(name)
-    if index and not _is_number(index):
+    if index and not is_number(index):
         raise UsageError(f"unknown target {name!r}", "a GPU is named gpu, gpu:0, gpu:1, ...")
     found = target.gpu(int(index or 0))
     if found is None:
@@ -338,6 +338,6 @@ def present(name: str | None, target: Target, doing: str, instead: str) -> Targe
 
 def count(word: str) -> int:
     """Of a flag that counts something; for argparse."""
-    if not _is_number(word) or int(word) < 1:
+    if not is_number(word) or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{schema.shown(word)} is no positive number")
     return int(word)

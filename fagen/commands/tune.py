@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from fagen import cliutil, presets
+from fagen import cliutil, presets, schema
 from fagen.errors import MissingTool, UsageError
 from fagen.problem import Problem
 from fagen.space import Fixed
@@ -192,8 +192,8 @@ def gpus(words: str, target: str | None) -> tuple[int, ...]:
         raise UsageError("--gpus names the devices, and so does --target", f"--target {target}", "drop one of them")
     here = count()
     chosen = [str(i) for i in range(here)] if words == "all" else [word.strip() for word in words.split(",")]
-    if not all(word.isdigit() for word in chosen):
-        raise UsageError(f"--gpus {words!r} cannot be read", "it is all, or numbers like 0,1,3")
+    if not all(map(cliutil.is_number, chosen)):
+        raise UsageError(f"--gpus {schema.shown(words)} cannot be read", "it is all, or numbers like 0,1,3")
     found = {int(word): gpu(int(word)) for word in chosen}
     absent = [str(i) for i, kind in found.items() if kind is None]
     if absent or not found:

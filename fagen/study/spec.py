@@ -101,7 +101,7 @@ def _step(where: str, table: Mapping[str, Any], before: Step | None) -> Step:
         before = Step("", "")
     config, causal = table.get("config", {}), table.get("causal", {})
     limits = table.get("tiles", {})
-    if not all(limit.isdigit() for limit in limits):
+    if not all(map(cliutil.is_number, limits)):
         raise UsageError(f"study {where}: tiles of {', '.join(limits)}", "they stand under a head dim, like tiles.128")
     tiles = {int(limit): tuple(entries) for limit, entries in limits.items()} or before.tiles
     for settings in (config, causal, *(entry for entries in tiles.values() for entry in entries)):

@@ -148,6 +148,7 @@ config = { schedule = "blocked" }
         (('mask = "none"', 'mask = "window"'), "not studied"),
         (('name = "one"', 'name = "one"\nvariant = "nothing"'), "there is no template cpu/nothing.cpp.j2"),
         (('name = "one"', 'name = "one"\ntiles.fast = []'), "tiles of fast"),
+        (('name = "one"', 'name = "one"\ntiles."²" = []'), "tiles of ²"),
         (('title = "mine"', "title = "), "cannot be read"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

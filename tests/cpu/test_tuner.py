@@ -590,6 +590,9 @@ def test_number_of_compilers_is_bounded(monkeypatch):
     ("words", "target", "said"),
     [
         ("0,x", None, "cannot be read"),
+        ("0,²", None, "cannot be read"),
+        ("٣", None, "cannot be read"),
+        ("9" * 5000, None, "cannot be read"),
         ("0,7", None, "no GPU 7"),
         ("all", "gpu:1", "drop one of them"),
         ("all", "cpu", "drop one of them"),
