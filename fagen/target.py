@@ -38,7 +38,7 @@ class Target:
 
     @classmethod
     def from_dict(cls, fields: Any) -> Target:
-        """The door for targets from files."""
+        """A target that a file states; raises InvalidArgument where it cannot be one."""
         if not isinstance(fields, dict):
             raise InvalidArgument(f"a target is an object of named fields, not {schema.shown(fields)}")
         unknown = [name for name in fields if name not in _CHECKS]
