@@ -106,7 +106,7 @@ def ours(row: Row, inputs: Inputs) -> Serve:
     from fagen import api
 
     given = options(row, inputs)
-    return lambda i: api.attention(i["q"], i["k"], i["v"], out=i["out"], **given)  # type: ignore[return-value]
+    return lambda i: api.attention(i["q"], i["k"], i["v"], out=i["out"], **given)
 
 
 def ours_eager(row: Row, inputs: Inputs) -> Serve:
@@ -114,7 +114,7 @@ def ours_eager(row: Row, inputs: Inputs) -> Serve:
     from fagen import api
 
     given = options(row, inputs)
-    return lambda i: api.attention(i["q"], i["k"], i["v"], **given)  # type: ignore[return-value]
+    return lambda i: api.attention(i["q"], i["k"], i["v"], **given)
 
 
 def choice(row: Row, inputs: Inputs) -> dict[str, Any]:

@@ -60,9 +60,9 @@ def _in_order(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how
     strides = query.stride()[:3]
     batches, heads, rows = strides
     if batches >= heads >= rows:
-        return api.attention(query, key, value, layout="bhsd", **how)  # type: ignore[return-value]
+        return api.attention(query, key, value, layout="bhsd", **how)
     tensors = (t.transpose(1, 2) for t in (query, key, value))
-    result = api.attention(*tensors, **how).transpose(1, 2)  # type: ignore[union-attr]
+    result = api.attention(*tensors, **how).transpose(1, 2)
     if batches >= rows >= heads:
         return result
     order = sorted(range(3), key=lambda i: -strides[i]) if 0 not in strides else [0, 1, 2]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,11 @@ fagen.Problem(heads="many")
 fagen.attention(1, 2, 3, causal=True, window=(5, None))
 reveal_type(fagen.Problem().heads)
 reveal_type(fagen.explain)
+reveal_type(attention(1, 2, 3))
+reveal_type(attention(1, 2, 3, return_lse=False))
+reveal_type(attention(1, 2, 3, causal=True, return_lse=True))
+reveal_type(fagen.attention(1, 2, 3, return_lse=bool(fagen.__version__)))
+attention(1, 2, 3, return_lse="yes")
 try:
     pass
 except fagen.FagenError as error:
@@ -68,13 +75,18 @@ def seen(tmp_path_factory) -> dict[int, str]:
     [
         ("fagen.atention", 'has no attribute "atention"'),
         ("casual=True", 'Unexpected keyword argument "casual"'),
-        ('causal="yes"', 'incompatible type "str"; expected "bool"'),
+        ('causal="yes"', 'No overload variant of "attention" matches'),
         ("from_documants", 'has no attribute "from_documants"'),
         ('heads="many"', 'incompatible type "str"; expected "int"'),
         ("remedi", 'has no attribute "remedi"'),
         ("import nothing", 'has no attribute "nothing"'),
         ("Problem().heads", '"int"'),
         ("reveal_type(fagen.explain)", "Report"),
+        ("reveal_type(attention(1, 2, 3))", 'is "Any"'),
+        ("3, return_lse=False", 'is "Any"'),  # a tensor: torch is not followed here
+        ("return_lse=True", 'is "tuple[Any, Any]"'),
+        ("return_lse=bool(", 'is "Any | tuple[Any, Any]"'),
+        ('return_lse="yes"', 'No overload variant of "attention" matches'),
     ],
 )
 def test_mypy_sees(seen, line, says):
@@ -106,6 +118,20 @@ def test_what_is_declared_is_what_is_imported():
         there = importlib.import_module(f"fagen.{name}") if where == "fagen" else importlib.import_module(where)
         assert getattr(fagen, name) is (there if where == "fagen" else getattr(there, name))
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_the_variants_of_attention_have_its_arguments():
+    """A new argument of the function is one of each variant that checkers see."""
+    whole = inspect.signature(fagen.attention).parameters
+    variants = [inspect.signature(variant).parameters for variant in typing.get_overloads(fagen.attention)]
+    assert [seen["return_lse"].annotation for seen in variants] == ["Literal[False]", "Literal[True]", "bool"]
+    for seen in variants:
+        assert list(seen) == list(whole)
+        for name, there in whole.items():
+            assert seen[name].kind == there.kind
+            if name != "return_lse":
+                assert seen[name].annotation == there.annotation
+                assert (seen[name].default is ...) == (there.default is not there.empty)
 
 
 def test_import_takes_nothing_along():
