@@ -19,9 +19,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from fagen import load
 from fagen.errors import FagenError
 
-START_SECONDS = 180.0  # to import torch on a busy machine
+START_SECONDS = 180.0  # to import torch; longer on a busy machine
 MOST_START_FAILURES = 3
 COMPILE_BYTES = {"cpu": 1 << 30, "gpu": 2 << 30}  # what one compiler may need
 _PR_SET_PDEATHSIG = 1
@@ -97,6 +98,7 @@ class Worker:
         self.job: Any = None
         self.since = 0.0  # when the caller gave it something to do
         self.busy = False
+        self.slowdown = load.Slowdown()
         self._deadline = 0.0
         self._seconds = 0.0
         self._ready = False
@@ -159,12 +161,19 @@ class Worker:
         if not self._process.is_alive():
             return self._died()
         if time.monotonic() > self._deadline:
-            started = self._ready
+            if not self._ready:
+                self._starts_late()
+                return None
             self.kill()
-            if not started:
-                raise FagenError("a worker process did not start", f"within {START_SECONDS:.0f} s", f"see {self.log}")
             return Death(True, f"no answer within {self._seconds:.0f} s; the worker was killed")
         return None
+
+    def _starts_late(self) -> None:
+        """An error, unless the machine's load explains it."""
+        limit = START_SECONDS * self.slowdown()
+        if time.monotonic() > self._deadline - START_SECONDS + limit:
+            self.kill()
+            raise FagenError("a worker process did not start", f"within {limit:.0f} s", f"see {self.log}")
 
     def _died(self) -> Death | None:
         assert self._process is not None

@@ -9,6 +9,7 @@ import pty
 import re
 import signal
 import time
+import types
 from collections import deque
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import runs
 from fake_family import FAMILY, PROBLEM
 
-from fagen import build, db, toolchain
+from fagen import build, db, load, toolchain
 from fagen.errors import CacheError, DatabaseError, FagenError
 from fagen.families import Config
 from fagen.space import enumerate_space
@@ -141,6 +142,34 @@ def test_workers_are_ended_before_the_run_is_when_memory_runs_out(tmp_path):
         assert replies == [("500", 0)]
     finally:
         worker.kill()
+
+
+def test_a_worker_may_take_longer_to_start_on_a_busy_machine(tmp_path, monkeypatch):
+    now, busy = [0.0], [1.0]
+    monkeypatch.setattr(workers, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(load, "average", lambda: busy[0] * load.cores())
+    monkeypatch.setattr(load, "stretch", lambda: 1.0)
+    monkeypatch.setattr(load, "_FRESH_SECONDS", 0.0)
+    worker = workers.Worker(_about_itself, tmp_path / "log", _never_ready)
+    try:
+        worker.send("?", 60)
+        busy[0] = 3.0  # since it was started
+        for now[0] in (workers.START_SECONDS - 1, workers.START_SECONDS + 1, 3 * workers.START_SECONDS - 1):
+            assert worker.poll() is None and worker.pid is not None
+        now[0] = 3 * workers.START_SECONDS + 1
+        with pytest.raises(FagenError, match=f"did not start\nwithin {3 * workers.START_SECONDS:.0f} s"):
+            worker.poll()
+        assert worker.pid is None
+        worker.send("?", 60)
+        busy[0], now[0] = 1.0, now[0] + workers.START_SECONDS + 1
+        with pytest.raises(FagenError, match=f"did not start\nwithin {workers.START_SECONDS:.0f} s"):
+            worker.poll()
+    finally:
+        worker.kill()
+
+
+def _never_ready() -> None:
+    time.sleep(runs.PATIENCE)
 
 
 def _about_itself(request: str) -> tuple[str, int]:
