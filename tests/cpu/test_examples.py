@@ -62,6 +62,15 @@ def test_tune_one_shape(run, tmp_path):
     assert json.loads((tmp_path / "winner" / "manifest.json").read_text())["provenance"].startswith("tuned on")
 
 
+@pytest.mark.slow
+def test_tune_one_shape_from_python(run, tmp_path):
+    said = run(sys.executable, EXAMPLES / "tune_one_shape.py", TRIALS="2")
+    assert re.search(r"^forward/fp32/d64/causal/b1/h4-4/q256-k256: .*the default", said, re.MULTILINE)
+    assert "picked   cpu_forward (exact" in said
+    assert "out (1, 256, 4, 64)" in said
+    assert [path for path in (tmp_path / "db").rglob("*") if path.is_file()], "the winner is in the database"
+
+
 def test_an_emitted_kernel_runs_without_python(run):
     """By the command that its head names."""
     text = (EXAMPLES / "emitted.cpp").read_text()
