@@ -19,7 +19,7 @@ else
   PY := $(VENV)/bin/python
   READY := $(VENV)/.ready
 endif
-HEADERS = $(shell find templates tests/emulator -name '*.h' -o -name '*.cuh' -o -name '*.cpp') $(wildcard fagen/csrc/*)
+HEADERS = $(shell find templates tests/emulator -name '*.h' -o -name '*.cuh' -o -name '*.cpp') $(wildcard fagen/runtime/csrc/*)
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n auto --dist loadgroup')
 GPU := $(shell command -v nvidia-smi)
 CLANG_FORMAT = $(shell command -v $(dir $(PY))clang-format || command -v clang-format)
@@ -47,7 +47,7 @@ quick: $(READY)
 	$(PY) -m pytest $(PARALLEL) -m 'not slow and not gpu' $(PYTEST_FLAGS)
 
 check: check-format check-lint check-types check-cpp
-	$(PY) -m pytest -q tests/cpu/test_docs.py tests/cpu/test_hygiene.py
+	$(PY) -m pytest -q tests/repository/test_docs.py tests/repository/test_hygiene.py
 
 check-format: $(READY)
 	$(PY) -m ruff format --check .
@@ -68,7 +68,7 @@ format: $(READY)
 	@if [ -n "$(CLANG_FORMAT)" ]; then $(CLANG_FORMAT) -i $(HEADERS); fi
 
 generated: $(READY)
-	$(PY) -m fagen.generated
+	$(PY) -m fagen.cli.generated
 
 docs: $(READY)
 	$(PY) docs/tables.py

@@ -29,7 +29,7 @@ class CustomMetadataHook(MetadataHookInterface):
         repository = self.config["repository"]
         metadata["urls"] = {
             "Repository": repository,
-            "Documentation": f"{repository}/blob/HEAD/docs/road.md",
+            "Documentation": f"{repository}/blob/HEAD/docs/architecture.md",
             "Changelog": f"{repository}/blob/HEAD/CHANGELOG.md",
             "Issues": f"{repository}/issues",
         }

@@ -19,10 +19,10 @@ part() {  # NAME COMMAND...: as long as there is time; its last lines are shown
 case $piece in
   check)
     part sm90 "$python" -m pytest -q tests/gpu/test_sm90_forward.py
-    part generated "$python" -m fagen.generated verify
+    part generated "$python" -m fagen.cli.generated verify
     cp generated/manifest.json "$out/"
     part op "$python" -m pytest -q tests/gpu/test_op_cuda.py tests/gpu/test_measure_cuda.py \
-      tests/gpu/test_trust_cuda.py tests/gpu/test_study.py
+      tests/gpu/test_trust_cuda.py tests/gpu/test_ablation_cuda.py
     part sanitizer "$python" -m pytest -q tests/gpu/test_sanitizer.py
     part sm80 "$python" -m pytest -q tests/gpu/test_sm80_forward.py ;;
   tune)

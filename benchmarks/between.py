@@ -26,13 +26,23 @@ from typing import Any
 
 import torch
 
-from fagen import build, cliutil, db, env, families, kernel, measure, trust
-from fagen.bench.ahead import together
+from fagen import env, families
+from fagen.bench.prebuild import together
+from fagen.build import cache
+from fagen.cli import arguments
+from fagen.db import store
+from fagen.db.record import Record, environment, now
 from fagen.errors import FagenError
 from fagen.families import Config, Family
-from fagen.problem import Problem
+from fagen.ops.attention import size_point
+from fagen.ops.attention.inputs import input_sets, make_inputs
+from fagen.ops.attention.problem import Problem
+from fagen.runtime import kernel
+from fagen.runtime.kernel import launcher
 from fagen.target import Target
+from fagen.timing import timer
 from fagen.tuner.workers import compile_workers
+from fagen.verify import checks
 
 GUESSES = 3  # of the family, beside its default
 SUITE = Path(__file__).parent / "problems" / "h200_between.toml"
@@ -40,14 +50,14 @@ SUITE = Path(__file__).parent / "problems" / "h200_between.toml"
 GRID = ((0.0, 0.5, 1.0, 2.0), (0.0, 0.25, 0.5, 1.0), (2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0))
 
 
-def neighbours(problem: Problem, target: Target, records: db.Database) -> list[db.Record]:
+def neighbours(problem: Problem, target: Target, records: store.Database) -> list[Record]:
     """Records of the family that dispatch takes, the nearest first."""
     found = [r for r, how in records.candidates(problem, target) if how == "nearest"]
     return [r for r in found if r.family == found[0].family]
 
 
 def configs_of(
-    problem: Problem, target: Target, records: db.Database, tuned: db.Database | None
+    problem: Problem, target: Target, records: store.Database, tuned: store.Database | None
 ) -> tuple[Family, dict[str, Config], dict[str, Any]]:
     """The family, what is timed under its label, and under which labels the default, the tuned one and neighbours are.
 
@@ -76,12 +86,12 @@ def configs_of(
 def compile_all(work: Iterable[tuple[Family, Problem, Target, Config]]) -> None:
     """Every kernel once, many compilers at a time; what fails here fails again where it is loaded, and is told."""
     jobs = list({(f.name, p.static_key, c): (f, p, t, c) for f, p, t, c in work}.values())
-    missing = [item for item in jobs if build.lookup(*item) is None]
+    missing = [item for item in jobs if cache.lookup(*item) is None]
     print(f"{len(jobs)} kernels, {len(missing)} to compile", flush=True)
 
     def attempt(item: tuple[Family, Problem, Target, Config]) -> None:
         try:
-            build.build(*item)
+            cache.build(*item)
         except FagenError as error:
             print(f"{item[1].static_key} {item[3]}: {error.what}", flush=True)
 
@@ -90,11 +100,11 @@ def compile_all(work: Iterable[tuple[Family, Problem, Target, Config]]) -> None:
 
 
 def measure_row(
-    problem: Problem, target: Target, records: db.Database, tuned: db.Database | None, args: argparse.Namespace
+    problem: Problem, target: Target, records: store.Database, tuned: store.Database | None, args: argparse.Namespace
 ) -> dict[str, Any]:
     family, configs, labels = configs_of(problem, target, records, tuned)
     device = "cuda" if target.is_gpu else "cpu"
-    sets = [measure.make_inputs(problem, target, i) for i in range(measure.input_sets(problem, target))]
+    sets = [make_inputs(problem, target, i) for i in range(input_sets(problem, target))]
     calls, failed = {}, {}
     for label, config in configs.items():
         try:
@@ -106,8 +116,8 @@ def measure_row(
         if wrong:
             failed[label] = wrong
         else:
-            calls[label] = measure.InTurn([measure.launcher(loaded, inputs) for inputs in sets])
-    times = measure.time_calls(calls, device=device, rounds=args.rounds, min_seconds=args.seconds, max_seconds=8.0)
+            calls[label] = timer.InTurn([launcher(loaded, inputs) for inputs in sets])
+    times = timer.time_calls(calls, device=device, rounds=args.rounds, min_seconds=args.seconds, max_seconds=8.0)
     return {
         "problem": problem.key, "fields": problem.to_dict(), "family": family.name,
         "configs": {label: dict(config) for label, config in configs.items()},
@@ -124,7 +134,7 @@ def verified(family: str, problem: Problem, target: Target, loaded: kernel.Kerne
     """Once a kernel, though it serves many sizes."""
     key = family, problem.static_key, loaded.config
     if key not in _seen:
-        _seen[key] = trust.compare(loaded, problem, target)
+        _seen[key] = checks.compare(loaded, problem, target)
     return _seen[key]
 
 
@@ -153,7 +163,7 @@ def picked(row: dict[str, Any], distance: Distance, count: int = 1) -> list[str]
 
 def weighted(units: int, weights: dict[str, float], most_waves: float) -> Distance:
     def distance(a: Problem, b: Problem) -> float:
-        one, other = db.features(a, units, most_waves), db.features(b, units, most_waves)
+        one, other = size_point.features(a, units, most_waves), size_point.features(b, units, most_waves)
         return sum(weight * abs(one[name] - other[name]) for name, weight in weights.items())
 
     return distance
@@ -166,7 +176,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 def summary(rows: list[dict[str, Any]], target: Target) -> dict[str, Any]:
     """Geometric means of the ratios: of what dispatch picks, and of what else it might have picked."""
-    today = functools.partial(db.distance, units=target.units)
+    today = functools.partial(size_point.distance, units=target.units)
     nearest = [ratio(row, next(iter(picked(row, today)), None) or row["default"]) for row in rows]
     of_three = [min((ratio(row, x) or 9.9 for x in picked(row, today, 3)), default=None) for row in rows]
     of_all = [min((ratio(row, x) or 9.9 for x in picked(row, today, 99)), default=None) for row in rows]
@@ -206,7 +216,7 @@ def fit(rows: list[dict[str, Any]], units: int) -> list[dict[str, Any]]:
 def tell(data: dict[str, Any]) -> None:
     rows, target = data["rows"], Target.from_dict(data["target"])
     units = target.units
-    today = functools.partial(db.distance, units=units)
+    today = functools.partial(size_point.distance, units=units)
     for row in rows:
         label = next(iter(picked(row, today)), None) or row["default"]
         size = next((n["size"] for n in row["neighbours"] if n["label"] == label), "default")
@@ -214,7 +224,8 @@ def tell(data: dict[str, Any]) -> None:
         print(f"{row['problem']:58} {text}  {size}")
     for name, value in summary(rows, target).items():
         print(f"{name:22}{value:.4f}" if isinstance(value, float) else f"{name:22}{value}")
-    print(f"today's weights {db.WEIGHTS}, at most {db.MOST_WAVES:g} waves; the best of {len(fit(rows, units))}:")
+    waves = f"at most {size_point.MOST_WAVES:g} waves"
+    print(f"today's weights {size_point.WEIGHTS}, {waves}; the best of {len(fit(rows, units))}:")
     for entry in fit(rows, units)[:5]:
         print(f"  {entry['mean']:.4f} worst {entry['worst']:.3f}  {entry['weights']} {entry['most_waves']:g} waves")
 
@@ -233,9 +244,9 @@ def main(words: list[str] | None = None) -> None:
     if args.fit:
         tell(json.loads(args.fit.read_text()))
         return
-    target = cliutil.target_from(args.target)
-    problems = cliutil.problems_in(args.problems, target)
-    records, tuned = db.Database.load([args.db]), db.Database.load([args.tuned]) if args.tuned else None
+    target = arguments.target_from(args.target)
+    problems = arguments.problems_in(args.problems, target)
+    records, tuned = store.Database.load([args.db]), store.Database.load([args.tuned]) if args.tuned else None
     for warning in [*records.warnings, *(tuned.warnings if tuned else [])]:
         print(f"warning: {warning}")
     plans = [(problem, configs_of(problem, target, records, tuned)) for problem in problems]
@@ -243,8 +254,8 @@ def main(words: list[str] | None = None) -> None:
     data: dict[str, Any] = {
         "command": "python benchmarks/between.py " + " ".join(sys.argv[1:] if words is None else words),
         "target": dataclasses.asdict(target),
-        "date": db.now(),
-        "environment": db.environment(target),
+        "date": now(),
+        "environment": environment(target),
         "rows": [],
     }
     with torch.no_grad():

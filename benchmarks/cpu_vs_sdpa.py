@@ -19,10 +19,14 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from fagen import db, kernel, measure, verify
+from fagen.db.record import environment
 from fagen.families import cpu_forward
-from fagen.problem import Problem
+from fagen.ops.attention import reference
+from fagen.ops.attention.inputs import make_inputs
+from fagen.ops.attention.problem import Problem
+from fagen.runtime import kernel
 from fagen.target import host
+from fagen.timing import timer
 
 VERIFIED_UP_TO = 1024  # rows; the float64 reference of longer ones takes longer than the measurement
 
@@ -39,7 +43,7 @@ def problems(dtype: str) -> list[Problem]:
 def calls_of(problem: Problem, layout: str) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """What is timed against each other, and the config behind each name."""
     target, family = host(), cpu_forward.FAMILY
-    inputs = measure.make_inputs(problem, target)
+    inputs = make_inputs(problem, target)
     q, k, v, out = (inputs[name].transpose(1, 2) for name in ("q", "k", "v", "out"))
     if layout == "bhsd":
         q, k, v, out = (t.contiguous() for t in (q, k, v, out))
@@ -55,7 +59,7 @@ def calls_of(problem: Problem, layout: str) -> tuple[dict[str, Callable[[], obje
         if problem.seqlen_q <= VERIFIED_UP_TO:
             out.fill_(math.nan)
             calls[name]()
-            verdict = verify.check(out, None, q, k, v, inputs["semantics"])
+            verdict = reference.check(out, None, q, k, v, inputs["semantics"])
             if not verdict:
                 raise SystemExit(f"{problem} {config}: {verdict.message}")
     return calls, configs
@@ -64,7 +68,7 @@ def calls_of(problem: Problem, layout: str) -> tuple[dict[str, Callable[[], obje
 def measure_row(problem: Problem, layout: str, args: argparse.Namespace) -> dict[str, Any]:
     calls, configs = calls_of(problem, layout)
     with torch.no_grad():
-        times = measure.time_calls(calls, device="cpu", rounds=args.rounds, min_seconds=args.seconds)
+        times = timer.time_calls(calls, device="cpu", rounds=args.rounds, min_seconds=args.seconds)
     best = min(configs, key=lambda name: times[name].median)
     sdpa = times["sdpa"].median
     return {
@@ -109,7 +113,7 @@ def main() -> None:
             "device": str(host()),
             "threads": args.threads,
             "layout": args.layout,
-            "environment": db.environment(host()),
+            "environment": environment(host()),
             "geometric_mean": means,
             "rows": rows,
         }

@@ -37,19 +37,27 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fagen import build, cliutil, compile, db, families, measure, toolchain
+from fagen import families, notices
+from fagen.build import compiler, toolchain
+from fagen.build.job import Artifact, Job, make_job
+from fagen.cli import arguments
+from fagen.db.record import environment, now
 from fagen.errors import FagenError, LaunchError
 from fagen.families import Config
-from fagen.kernel import Kernel, Params
-from fagen.problem import Problem
-from fagen.space import enumerate_space
+from fagen.families.space import enumerate_space
+from fagen.ops.attention.params import Params
+from fagen.ops.attention.problem import Problem
+from fagen.runtime.kernel import Kernel, launcher
 from fagen.target import Target
-from fagen.tuner import checks, record, study
-from fagen.tuner.candidate import SPILL_TOLERANCE, Candidate, import_torch
+from fagen.timing import timer
+from fagen.tuner import evaluate, recorded_space, tune
+from fagen.tuner.evaluate import SPILL_TOLERANCE, import_torch
+from fagen.tuner.messages import Candidate
 from fagen.tuner.workers import Death, Worker
+from fagen.verify import checks
 
 HERE = Path(__file__).parent
-COLUMNS = (*record.COLUMNS, record.DRAWN)
+COLUMNS = (*recorded_space.COLUMNS, recorded_space.DRAWN)
 FIRST = 4  # problems that come before the others
 UNIT, FIRST_UNIT = 8, 2  # configs of a translation unit; of the first ones, so that there is soon something to measure
 TURN = 128  # configs of a problem before the next problem has its turn
@@ -98,7 +106,7 @@ def be_nice() -> None:
 def compile_unit(unit: Unit) -> list[Built]:
     """All of a unit; one by one where they do not compile together."""
     folder, start = Path(tempfile.mkdtemp(dir=unit.folder)), time.monotonic()
-    jobs = [build.job(families.get(i.family), i.problem, i.target, i.config) for i in unit.items]
+    jobs = [make_job(families.get(i.family), i.problem, i.target, i.config) for i in unit.items]
     done = _run_compiler(jobs, folder)
     if done.returncode and len(unit.items) > 1:
         return [one for item in unit.items for one in compile_unit(Unit((item,), unit.folder))]
@@ -107,13 +115,13 @@ def compile_unit(unit: Unit) -> list[Built]:
     logs, each = _logs(done.stderr, len(jobs)), (time.monotonic() - start) / len(jobs)
     found = []
     for place, (item, log) in enumerate(zip(unit.items, logs, strict=True)):
-        facts = {"compile_seconds": round(each, 3), **compile.parse_ptxas(log)}
+        facts = {"compile_seconds": round(each, 3), **compiler.parse_ptxas(log)}
         spilled = facts.get("spill_bytes", 0) > SPILL_TOLERANCE or facts.get("serialized")
         found.append(Built(item, "spill" if spilled else "ok", str(folder / "unit.so"), place, facts))
     return found
 
 
-def _run_compiler(jobs: list[build.Job], folder: Path) -> subprocess.CompletedProcess[str]:
+def _run_compiler(jobs: list[Job], folder: Path) -> subprocess.CompletedProcess[str]:
     """The object, then the library; what the first of them to fail said."""
     source, thing, library = (str(folder / name) for name in (f"unit{jobs[0].suffix}", "unit.o", "unit.so"))
     Path(source).write_text(join([job.source for job in jobs]))
@@ -159,14 +167,14 @@ def measure_one(request: Timed) -> dict[str, Any]:
     known: dict[str, Any] = {"outcome": "wrong"}
     try:
         kernel = load(request.built)
-        inputs = functools.partial(checks.timing_inputs, item.problem, item.target, 0)
+        inputs = functools.partial(evaluate.timing_inputs, item.problem, item.target, 0)
         known["error"], message = checks.verify(
             kernel, item.problem, item.target, lambda: inputs()[0], checks.kept_inputs
         )
         if message:
             known["reason"] = message
         else:
-            call = measure.InTurn([measure.launcher(kernel, each) for each in inputs()])
+            call = timer.InTurn([launcher(kernel, each) for each in inputs()])
             known |= {"outcome": "ok", **_time(call, request)}
     except checks.Damage as damage:
         known |= {"reason": str(damage), "fatal": True}
@@ -175,28 +183,28 @@ def measure_one(request: Timed) -> dict[str, Any]:
     return known | {"measure_seconds": round(time.monotonic() - start, 4)}
 
 
-def _time(call: measure.InTurn, request: Timed) -> dict[str, Any]:
+def _time(call: timer.InTurn, request: Timed) -> dict[str, Any]:
     calls, device = {"it": call}, checks.where(request.built.item.target)
     if request.default:
         calls["default"] = _default_call(request.default)
 
-    def clock() -> measure.Timing:
-        timings = measure.time_calls(calls, device=device, rounds=9, min_seconds=0.03, max_seconds=0.6)
+    def clock() -> timer.Timing:
+        timings = timer.time_calls(calls, device=device, rounds=9, min_seconds=0.03, max_seconds=0.6)
         scale = request.seconds / timings["default"].median if request.default else 1.0
-        return measure.Timing(*(v * scale for v in (timings["it"].median, timings["it"].spread)), timings["it"].samples)
+        return timer.Timing(*(v * scale for v in (timings["it"].median, timings["it"].spread)), timings["it"].samples)
 
-    timing, _ = measure.quietest(clock, tries=2, seconds=0.5)
+    timing, _ = timer.quietest(clock, tries=2, seconds=0.5)
     return {"seconds": timing.median, "spread": timing.spread, "samples": timing.samples}
 
 
-_defaults: dict[Built, measure.InTurn] = {}
+_defaults: dict[Built, timer.InTurn] = {}
 
 
-def _default_call(built: Built) -> measure.InTurn:
+def _default_call(built: Built) -> timer.InTurn:
     if built not in _defaults:
         _defaults.clear()  # with another problem's inputs
-        sets = checks.timing_inputs(built.item.problem, built.item.target, 0)
-        _defaults[built] = measure.InTurn([measure.launcher(load(built), inputs) for inputs in sets])
+        sets = evaluate.timing_inputs(built.item.problem, built.item.target, 0)
+        _defaults[built] = timer.InTurn([launcher(load(built), inputs) for inputs in sets])
     return _defaults[built]
 
 
@@ -211,10 +219,8 @@ def load(built: Built) -> Kernel:
     return Kernel(families.get(item.family), item.problem, item.config, _artifact(built), functions)  # type: ignore[arg-type]
 
 
-def _artifact(built: Built) -> build.Artifact:
-    return build.Artifact(
-        Path(built.library), f"{built.library}:{built.place}", "", built.item.target.arch, built.facts
-    )
+def _artifact(built: Built) -> Artifact:
+    return Artifact(Path(built.library), f"{built.library}:{built.place}", "", built.item.target.arch, built.facts)
 
 
 # ---- what is recorded ------------------------------------------------------------------------------------------------
@@ -264,10 +270,12 @@ class File:
         self.plan, self.path = plan, out / f"{plan.name}.jsonl"
         self.done: dict[Config, float | None] = {}
         about = {
-            "fixed": {}, "staged": False, "sources": study.sources_hash(), "environment": db.environment(plan.target),
-            "date": db.now(), "sampled": len(plan.drawn), "unit": UNIT,
+            "fixed": {}, "staged": False, "sources": tune.sources_hash(), "environment": environment(plan.target),
+            "date": now(), "sampled": len(plan.drawn), "unit": UNIT,
         }  # fmt: skip
-        head = record.head_of(families.get(plan.family), plan.problem, plan.target, plan.legal, COLUMNS, **about)
+        head = recorded_space.head_of(
+            families.get(plan.family), plan.problem, plan.target, plan.legal, COLUMNS, **about
+        )
         lines = whole_lines(self.path) or whole_lines(last / self.path.name if last else self.path)
         if lines:
             before = json.loads(lines[0])
@@ -290,7 +298,11 @@ class File:
     def put(self, config: Config, row: dict[str, Any]) -> None:
         self.done[config] = row.get("seconds")
         with open(self.path, "ab", buffering=0) as file:
-            file.write(_text(record.line_of(config, row | {record.DRAWN: config in self.plan.drawn}, COLUMNS)).encode())
+            file.write(
+                _text(
+                    recorded_space.line_of(config, row | {recorded_space.DRAWN: config in self.plan.drawn}, COLUMNS)
+                ).encode()
+            )
 
     def item(self, config: Config) -> Candidate:
         return Candidate(self.plan.family, self.plan.problem, self.plan.target, config)
@@ -361,7 +373,7 @@ class Recorder:
     def say(self, seconds: float) -> None:
         done, waiting = sum(self.counts.values()), sum(map(len, self.ready.values()))
         each = {name: spent / max(done, 1) for name, spent in self.spent.items()}
-        cliutil.say(
+        notices.say(
             f"{seconds:4.0f} s  {done} configs, {done / max(seconds, 1):.2f} a second, {waiting} wait to be measured; "
             f"{each['compiling']:.2f} s of a compiler and {each['measuring']:.3f} s of the device each; "
             + " ".join(f"{name}:{count}" for name, count in sorted(self.counts.items()))
@@ -435,7 +447,7 @@ class Recorder:
         self.counts[row["outcome"]] = self.counts.get(row["outcome"], 0) + 1
         if row["outcome"] in ("wrong", "crash", "timeout", "compile"):
             reason = row.get("reason", built.facts.get("reason", ""))
-            cliutil.say(f"{row['outcome']}: {built.item.config}: {reason}")
+            notices.say(f"{row['outcome']}: {built.item.config}: {reason}")
         if built.item.config == file.default and row["outcome"] != "ok":
             raise SystemExit(f"the default of {file.plan.name} is {row['outcome']}: nothing can be timed beside it")
 
@@ -445,12 +457,12 @@ def pack(out: Path, folder: Path) -> None:
     for path in sorted(out.glob("*_sample.jsonl")):
         text = "".join(whole_lines(path))
         path.write_text(text)
-        (space,) = record.read(path)
+        (space,) = recorded_space.read(path)
         (folder / f"{path.name}.xz").write_bytes(lzma.compress(text.encode(), preset=9))
         outcomes: dict[str, int] = {}
         for entry in space.entries.values():
             outcomes[entry.outcome] = outcomes.get(entry.outcome, 0) + 1
-        cliutil.say(
+        notices.say(
             f"{path.stem}: {len(space.entries)} of {space.head['legal']} configs, best {space.best:.6g} s, {outcomes}"
         )
 
@@ -469,12 +481,12 @@ def main() -> None:
     until = time.monotonic() + args.seconds
     if args.pack:
         return pack(args.out, args.pack)
-    target = cliutil.present(args.target, cliutil.target_from(args.target), "recording for", "use --target cpu")
+    target = arguments.present(args.target, arguments.target_from(args.target), "recording for", "use --target cpu")
     args.out.mkdir(parents=True, exist_ok=True)
-    found = plans(cliutil.problems_in(args.problems, target), target, args.configs)
+    found = plans(arguments.problems_in(args.problems, target), target, args.configs)
     files = [File(plan, args.out, args.resume) for plan in found]
     for file in files:
-        cliutil.say(
+        notices.say(
             f"{file.path.name}: {len(file.done)} of {len(file.plan.configs)} known, {file.plan.legal} are legal"
         )
     with tempfile.TemporaryDirectory(prefix="fagen-record-") as folder:

@@ -36,10 +36,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fagen import cliutil, db, db_export
+from fagen.db.record import now
 from fagen.families import Config
-from fagen.tuner import record, simulate
-from fagen.tuner.record import Recorded
+from fagen.notices import say
+from fagen.report import export
+from fagen.tuner import recorded_space, simulate
+from fagen.tuner.recorded_space import Recorded
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "search_peers.json"
@@ -104,7 +106,7 @@ def kernel_tuner(space: Recorded, seed: int, strategy: str) -> Tried:
 
     configs = random.Random(seed).sample(list(space.entries), len(space.entries))
     shuffled = dataclasses.replace(space, entries={config: space.entries[config] for config in configs})
-    cache = json.loads(db_export.kernel_tuner(shuffled))
+    cache = json.loads(export.kernel_tuner(shuffled))
     by_key = dict(zip(cache["cache"], configs, strict=True))
     tried: dict[str, None] = {}
     idle = [0]  # requests since the last new config
@@ -209,7 +211,7 @@ def measure(name: str, space: Recorded, seeds: int, raw: Path | None) -> list[di
         if path and (seed % 10 == 9 or seed == seeds - 1):
             path.write_text(json.dumps(known))
     found = summary(known[:seeds])
-    cliutil.say(f"{space.head['key'][8:]:<45} {name:<28}{words(found)}  {time.monotonic() - begin:.0f} s")
+    say(f"{space.head['key'][8:]:<45} {name:<28}{words(found)}  {time.monotonic() - begin:.0f} s")
     return known[:seeds]
 
 
@@ -251,10 +253,10 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(METHODS)}")
     if args.raw:
         args.raw.mkdir(parents=True, exist_ok=True)
-    spaces = [space for path in args.spaces for space in record.read(path)]
+    spaces = [space for path in args.spaces for space in recorded_space.read(path)]
     pooled: dict[str, dict[str, list[dict[str, Any]]]] = {}
     result: dict[str, Any] = {
-        "command": f"python benchmarks/search_peers.py --seeds {args.seeds}", "date": db.now(), "trials": TRIALS,
+        "command": f"python benchmarks/search_peers.py --seeds {args.seeds}", "date": now(), "trials": TRIALS,
         "seeds": args.seeds, "fewer": _FEWER, "versions": versions(names), "spaces": [], "pooled": {}, "against": {},
     }  # fmt: skip
     for space in spaces:
@@ -270,10 +272,10 @@ def main() -> None:
     for group, methods in pooled.items():
         found = {name: summary(scores) for name, scores in methods.items()}
         result["pooled"][group], result["against"][group] = found, against(found)
-        cliutil.say(f"\n{group} spaces, all seeds together")
+        say(f"\n{group} spaces, all seeds together")
         for name, one in found.items():
-            cliutil.say(f"  {name:<28}{words(one)}")
-        cliutil.say(f"  {result['against'][group]}")
+            say(f"  {name:<28}{words(one)}")
+        say(f"  {result['against'][group]}")
     part = args.out.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(part, args.out)

@@ -27,10 +27,13 @@ from typing import Any
 import torch
 
 import fagen
-from fagen import cliutil, db, env
+from fagen import env
 from fagen.bench import peers
 from fagen.bench.rows import Row
-from fagen.problem import TORCH_DTYPES, Problem
+from fagen.cli import arguments
+from fagen.db.record import environment, now
+from fagen.notices import emit_json, say
+from fagen.ops.attention.problem import TORCH_DTYPES, Problem
 from fagen.target import Target
 
 Inputs = dict[str, torch.Tensor]
@@ -170,7 +173,7 @@ def first(args: argparse.Namespace) -> dict[str, float]:
 def child(problem: Problem, longest: int, target: Target) -> None:
     given = list(inputs(problem, target, [(1, longest, longest)]))
     sdpa(given[0])  # what torch itself does once
-    cliutil.emit_json(timed(ours, iter(given), target)[0])
+    emit_json(timed(ours, iter(given), target)[0])
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -178,12 +181,12 @@ def child(problem: Problem, longest: int, target: Target) -> None:
 
 def tell(data: dict[str, Any]) -> None:
     for mode, seconds in data.get("first_call_ever", {}).items():
-        cliutil.say(f"first call ever, FAGEN_BUILD={mode}: {seconds:.2f} s")
+        say(f"first call ever, FAGEN_BUILD={mode}: {seconds:.2f} s")
     for scenario, found in data["scenarios"].items():
         for name, f in found.items():
             times = "  ".join(f"{n} {f[n] * 1e6:9.1f} us" for n in ("first", "median", "p99", "worst"))
-            cliutil.say(f"{scenario:<8} {name:<6} {f['calls']} calls  {times}  over 50 ms: {f['over_50_ms']}")
-    cliutil.say(f"compiled after warm-up: {data['compiled_after_warmup']}")
+            say(f"{scenario:<8} {name:<6} {f['calls']} calls  {times}  over 50 ms: {f['over_50_ms']}")
+    say(f"compiled after warm-up: {data['compiled_after_warmup']}")
 
 
 def main(words: list[str] | None = None) -> None:
@@ -198,7 +201,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
-    target = cliutil.target_from(args.target)
+    target = arguments.target_from(args.target)
     problem, longest = SHAPES["gpu" if target.is_gpu else "cpu"]
     with torch.no_grad():
         if args.child:
@@ -206,7 +209,7 @@ def main(words: list[str] | None = None) -> None:
             return
         data: dict[str, Any] = {
             "command": "python benchmarks/stalls.py " + " ".join(sys.argv[1:] if words is None else words),
-            "date": db.now(), "device": target.device, "environment": db.environment(target),
+            "date": now(), "device": target.device, "environment": environment(target),
             "problem": problem.static_key, "heads": [problem.heads, problem.kv_heads], "longest": longest,
         }  # fmt: skip
         if not args.no_first:

@@ -19,12 +19,13 @@ import time
 from pathlib import Path
 
 from fagen.families import Config
-from fagen.tuner import candidate, record
+from fagen.tuner import evaluate, recorded_space
+from fagen.tuner.messages import Candidate, CompileRequest, FinalRequest
 
 PEERS = 4  # of the recorded, the fastest
 
 
-def tune(space: record.Recorded, budget: str, folder: str) -> tuple[dict, float]:
+def tune(space: recorded_space.Recorded, budget: str, folder: str) -> tuple[dict, float]:
     """The run's own report, and its wall time."""
     problem = Path(folder, "problem.toml")
     p = space.problem
@@ -45,7 +46,7 @@ def tune(space: record.Recorded, budget: str, folder: str) -> tuple[dict, float]
     return json.loads(done.stdout)["results"][0], time.monotonic() - begin
 
 
-def compare(space: record.Recorded, winner: Config) -> dict:
+def compare(space: recorded_space.Recorded, winner: Config) -> dict:
     """The winner among the fastest that were recorded."""
     ranked = sorted((e.seconds, c.to_json(), c) for c, e in space.entries.items() if e.seconds)
     default = space.family.default(space.problem, space.target)
@@ -54,9 +55,9 @@ def compare(space: record.Recorded, winner: Config) -> dict:
     }
     entries = {}
     for label, config in configs.items():
-        item = candidate.Candidate(space.family.name, space.problem, space.target, config)
-        entries[label] = (item, candidate.compile_one(candidate.CompileRequest(item, 120.0)).artifact)
-    final = candidate.final_round(candidate.FinalRequest(entries, seconds=4.0))
+        item = Candidate(space.family.name, space.problem, space.target, config)
+        entries[label] = (item, evaluate.compile_one(CompileRequest(item, 120.0)).artifact)
+    final = evaluate.final_round(FinalRequest(entries, seconds=4.0))
     return {label: {"seconds": final.timings[label].median, "config": dict(configs[label])} for label in configs}
 
 
@@ -67,7 +68,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
-    for space in (space for path in args.spaces for space in record.read(path)):
+    for space in (space for path in args.spaces for space in recorded_space.read(path)):
         with tempfile.TemporaryDirectory() as folder:
             tuned, wall = tune(space, args.budget, folder)
         times = compare(space, space.family.config(tuned["config"]))

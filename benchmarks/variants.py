@@ -25,11 +25,16 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from fagen import build, families, kernel, measure, render, target, toolchain
+from fagen import families, target
 from fagen.bench import peers, rows, run, suites
-from fagen.bench.ahead import together
+from fagen.bench.prebuild import together
+from fagen.build import cache, toolchain
+from fagen.build.job import Artifact, Job, make_job
+from fagen.codegen import render
 from fagen.errors import FagenError, UsageError
 from fagen.families import Config, Family
+from fagen.runtime import kernel
+from fagen.runtime.kernel import launcher
 from fagen.target import Target
 from fagen.tuner.workers import Death, Worker, compile_workers
 
@@ -90,21 +95,21 @@ def render_all(label: str, cases: Path, where: Target, only: str | None, out: Pa
 # ---- time, in a process that may be lost ----------------------------------------------------------------------------
 
 
-def built(variant: dict[str, Any], row: rows.Row, where: Target) -> build.Artifact:
+def built(variant: dict[str, Any], row: rows.Row, where: Target) -> Artifact:
     """The variant's own source, with the flags that its family has here."""
     family = families.get(variant["family"])
-    job = build.job(family, row.problem, where, family.default(row.problem, where))
+    job = make_job(family, row.problem, where, family.default(row.problem, where))
     about = {"family": family.name, "source_hash": render.source_hash(variant["source"])}
-    job = build.Job(job.name, variant["source"], job.suffix, job.flags, job.link_flags, job.arch, about=about)
-    return build.make(job)
+    job = Job(job.name, variant["source"], job.suffix, job.flags, job.link_flags, job.arch, about=about)
+    return cache.make(job)
 
 
-def participant(variant: dict[str, Any], artifact: build.Artifact) -> peers.Prepare:
+def participant(variant: dict[str, Any], artifact: Artifact) -> peers.Prepare:
     def prepare(row: rows.Row, inputs: rows.Inputs) -> peers.Serve:
         made = kernel.load(artifact, families.get(variant["family"]), row.problem, Config(variant["config"]))
 
         def serve(given: rows.Inputs) -> Any:
-            measure.launcher(made, given)()
+            launcher(made, given)()
             return given["out"]
 
         return serve
@@ -152,7 +157,7 @@ def distinct(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def time_all(variants: list[dict[str, Any]], where: Target, args: argparse.Namespace) -> dict[str, Any]:
     table, variants = all_rows(where), distinct(variants)
     deaths: Counter[str] = Counter()
-    artifacts: dict[int, build.Artifact] = {}
+    artifacts: dict[int, Artifact] = {}
     result: dict[str, Any] = {"device": where.device, "rows": {}}
 
     def make(number: int) -> None:

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = {
     "": ["README.md", "docs/api.md", "docs/coming-from.md", "docs/reference.md", "examples/README.md"],
     "Tuning": ["docs/tuning.md", "docs/search.md", "docs/report.md", "docs/database.md"],
-    "Measuring": ["docs/bench.md", "docs/study.md"],
-    "How it works": ["docs/road.md", "docs/knobs.md", "docs/sm90.md"],
+    "Measuring": ["docs/bench.md", "docs/ablation.md"],
+    "How it works": ["docs/architecture.md", "docs/knobs.md", "docs/sm90.md"],
     "Notes": ["docs/notes/cpu_forward.md", "docs/notes/sm80_forward.md", "docs/notes/sm90_forward.md"],
     "Project": ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"],
 }

@@ -185,22 +185,22 @@ def measured_cpu() -> str:
     )
 
 
-def measured_study(data: dict[str, Any]) -> str:
-    """The steps of `fagen study fa1-fa2-fa3`, what each gains, and their speeds."""
-    from fagen.study import report
+def measured_ablation(data: dict[str, Any]) -> str:
+    """The steps of `fagen ablation fa1-fa2-fa3`, what each gains, and their speeds."""
+    from fagen.ablation import report
 
     return (
         f"## {data['title']}\n\nOn an {data['device']}, bf16, batch x length = 16384, heads x head dim = 2048\n"
         f"({_where(data, 'torch', 'driver')}).\n\n{report.markdown(data)}\n"
-        "![TFLOP/s from step to step](img/study.svg)\n"
+        "![TFLOP/s from step to step](img/ablation.svg)\n"
     )
 
 
-def study() -> str:
+def ablation() -> str:
     """The page with its measured figures, once there are some."""
-    path = FOLDER.parent / "benchmarks" / "h200_study.json"
-    text = measured_study(json.loads(path.read_text())) if path.is_file() else "Not measured on a GPU yet.\n"
-    return _filled(FOLDER / "study.md", text)
+    path = FOLDER.parent / "benchmarks" / "h200_ablation.json"
+    text = measured_ablation(json.loads(path.read_text())) if path.is_file() else "Not measured on a GPU yet.\n"
+    return _filled(FOLDER / "ablation.md", text)
 
 
 def readme() -> str:
@@ -301,7 +301,7 @@ def search() -> str:
 
 
 PAGES = {
-    "search.md": search, "study.md": study, "knobs.md": knobs, "reference.md": reference, "api.md": api.page,
+    "search.md": search, "ablation.md": ablation, "knobs.md": knobs, "reference.md": reference, "api.md": api.page,
     "../README.md": readme,
 }  # fmt: skip
 

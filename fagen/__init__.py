@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # type checkers and editors see the names as they are
-    from fagen import masks as masks
-    from fagen.ahead import warmup as warmup
     from fagen.api import attention as attention
     from fagen.compat.flash_attn import flash_attn_func as flash_attn_func
     from fagen.compat.sdpa import sdpa as sdpa
-    from fagen.dispatch import explain as explain
+    from fagen.dispatch.warmup import warmup as warmup
     from fagen.errors import FagenError as FagenError
-    from fagen.problem import Problem as Problem
+    from fagen.explanation import explain as explain
+    from fagen.ops.attention import masks as masks
+    from fagen.ops.attention.problem import Problem as Problem
     from fagen.target import Target as Target
     from fagen.tuner.call import tune as tune
 
@@ -21,15 +21,15 @@ __version__ = "0.1.0"
 # Each public name and the module it is imported from at its first use; a test compares this with the imports above.
 _WHERE = {
     "attention": "fagen.api",
-    "warmup": "fagen.ahead",
+    "warmup": "fagen.dispatch.warmup",
     "tune": "fagen.tuner.call",
     "flash_attn_func": "fagen.compat.flash_attn",
     "sdpa": "fagen.compat.sdpa",
-    "explain": "fagen.dispatch",
-    "Problem": "fagen.problem",
+    "explain": "fagen.explanation",
+    "Problem": "fagen.ops.attention.problem",
     "Target": "fagen.target",
     "FagenError": "fagen.errors",
-    "masks": "",
+    "masks": "fagen.ops.attention.masks",
 }
 
 __all__ = ["__version__", *_WHERE]
@@ -41,9 +41,8 @@ if not TYPE_CHECKING:  # a checker that saw this would take any name for one of 
             raise AttributeError(f"module 'fagen' has no attribute {name!r}")
         from importlib import import_module
 
-        where = _WHERE[name]
-        value = getattr(import_module(where), name) if where else import_module(f"fagen.{name}")
-        globals()[name] = value
+        module = import_module(_WHERE[name])
+        value = globals()[name] = getattr(module, name, module)  # `masks` is a module itself
         return value
 
 

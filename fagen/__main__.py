@@ -2,7 +2,7 @@
 
 import sys
 
-from fagen.cli import main
+from fagen.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

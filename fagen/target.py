@@ -7,12 +7,31 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fagen import schema
 from fagen.errors import InvalidArgument, UsageError
 
 _SIMDS = ("", "avx512", "avx2", "neon", "generic")
+
+if TYPE_CHECKING:
+    import torch
+
+
+@functools.cache
+def _gpu(index: int) -> Target | None:
+    return gpu(index)
+
+
+def target_of(device: torch.device) -> Target | None:
+    """Where a tensor lives; None for devices that no family knows."""
+    if device.type == "cpu":
+        return host()
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return _gpu(device.index if device.index is not None else torch.cuda.current_device())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,14 +11,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
-from fagen import toolchain
+from fagen.build import toolchain
+from fagen.db import store
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "cpu"))  # what several test files use stands in modules beside them
 
 # Tests of one group run one after another, in one process: they start many processes, a server, or use the one GPU.
 GROUPS = {
-    "test_tuner_shared.py": "processes", "test_tuner_faults.py": "processes", "test_trust.py": "processes",
+    "test_shared.py": "processes", "test_faults.py": "processes", "test_freshness.py": "processes",
 }  # fmt: skip
 TIMEOUT = 900.0  # seconds on an idle machine
 
@@ -97,3 +96,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = "gpu" if folder == "gpu" else GROUPS.get(item.path.name)
         if group:
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+# ---- folders of a test, and a family that misbehaves ----------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(store, "default_paths", lambda: (tmp_path / "db",))  # nothing ships
+    return tmp_path
+
+
+@pytest.fixture
+def fake(folders, monkeypatch):
+    from tests.support import fake_family
+
+    fake_family.install(monkeypatch.setattr)
+    return folders
+
+
+@pytest.fixture
+def calm(fake, monkeypatch):
+    """The fake family with styles that cost little time: 8 legal configs."""
+    from tests.support import fake_family
+
+    chosen = "plain,slow,wrong,broken"
+    monkeypatch.setenv("FAKE_STYLES", chosen)  # of processes started from here
+    monkeypatch.setattr(fake_family, "CHOSEN", tuple(chosen.split(",")))
+    return fake

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fagen.families.base import Config, Family, Knob
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 

@@ -9,7 +9,7 @@ from fagen.bench.peers import Cannot, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
 from fagen.errors import FagenError
 from fagen.families import Config, Family
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def pick(problem: Problem, target: Target, name: str) -> tuple[Family, Config, str]:
     """The family, its best record that fits, else its default; and where that comes from."""
-    from fagen.db import Database
+    from fagen.db.store import Database
 
     family = families.get(name)
     reason = family.supports(problem, target)
@@ -37,14 +37,16 @@ def pick(problem: Problem, target: Target, name: str) -> tuple[Family, Config, s
 
 def ours(name: str, target: Target) -> Prepare:
     def prepare(row: Row, inputs: Inputs) -> Serve:
-        from fagen import kernel, measure
+        from fagen.runtime import kernel
+        from fagen.runtime.kernel import launcher
+        from fagen.timing import timer
 
         family, config, _ = pick(row.problem, target, name)
         made = kernel.get(family, row.problem, target, config)
-        calls: dict[int, measure.Call] = {}
+        calls: dict[int, timer.Call] = {}
 
         def serve(i: Inputs) -> torch.Tensor:
-            calls.setdefault(id(i), measure.launcher(made, i))()
+            calls.setdefault(id(i), launcher(made, i))()
             return i["out"]
 
         return serve
@@ -54,10 +56,10 @@ def ours(name: str, target: Target) -> Prepare:
 
 def choice(row: Row, target: Target, name: str) -> dict[str, Any]:
     """As the result keeps what dispatch picked."""
-    from fagen import build
+    from fagen.build import cache
 
     family, config, provenance = pick(row.problem, target, name)
-    artifact = build.lookup(family, row.problem, target, config)
+    artifact = cache.lookup(family, row.problem, target, config)
     return {
         "key": row.problem.key, "family": family.name, "config": dict(config), "provenance": provenance,
         "record": None, "facts": artifact.facts if artifact else {}, "served_by": "kernel",

@@ -146,7 +146,7 @@ def _neutral(name: str, kind: str) -> Any:
 
 
 def _settings(row: Row, unbounded: int | None) -> dict[str, Any]:
-    from fagen.measure import SOFTCAP
+    from fagen.ops.attention.inputs import SOFTCAP
 
     p = row.problem
     causal = row.causal and p.window_left < 0  # a causal window is the window (left, 0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fagen.bench.peers import Loaded, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
-from fagen.problem import INTERVAL_KINDS
+from fagen.ops.attention.problem import INTERVAL_KINDS
 
 if TYPE_CHECKING:
     import torch

@@ -121,14 +121,15 @@ def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
     """What dispatch picks for the row, and whether a kernel of ours really serves it."""
     import warnings
 
-    from fagen import api, dispatch
+    from fagen import explanation
+    from fagen.dispatch import resolve
 
     tensors = [inputs[name] for name in ("q", "k", "v")]
     given = {**options(row, inputs), "layout": "bshd", "out": inputs["out"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said in the result
-        kernel = api.resolve(*tensors, **given)
-    report = dispatch.explain(*tensors, **given).to_dict()
+        kernel = resolve.resolve(*tensors, **given)
+    report = explanation.explain(*tensors, **given).to_dict()
     names = ("key", "family", "config", "provenance", "record", "facts")
     return {name: report[name] for name in names} | {"served_by": "kernel" if kernel is not None else "torch"}
 

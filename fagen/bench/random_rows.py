@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from fagen.bench.rows import Row
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 
 ROWS = 60
 LENGTHS = (64, 11000)

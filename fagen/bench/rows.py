@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fagen.problem import INTERVAL_KINDS, Problem
+from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +53,10 @@ def make_inputs(row: Row, where: Target | str, seed: int = 0) -> Inputs:
     """Random q, k and v, an `out` full of NaN, and the row's own intervals."""
     import torch
 
-    from fagen import masks, measure
+    from fagen.ops.attention import masks
+    from fagen.ops.attention.inputs import make_inputs as of_problem_inputs
 
-    inputs = measure.make_inputs(row.problem, where, seed)
+    inputs = of_problem_inputs(row.problem, where, seed)
     device = inputs["q"].device
     if row.documents:
         ids = torch.arange(len(row.documents)).repeat_interleave(torch.tensor(row.documents))

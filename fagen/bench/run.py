@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fagen.bench import family, peers, rows
-from fagen.bench.machine import Machine
 from fagen.bench.peers import OURS, Cannot, Prepare
 from fagen.bench.rows import Inputs, Row
 from fagen.errors import LaunchError
 from fagen.target import Target
+from fagen.timing.machine import Machine
 
 FORMAT = 1
 _CELLS = {"cuda": 1 << 32, "cpu": 1 << 25}  # scores that are verified; of longer rows some heads are
@@ -82,10 +82,11 @@ def time_row(
     row: Row, participants: Mapping[str, Prepare], target: Target, settings: Settings, held: str | None = None
 ) -> Result:
     """Participants verified, then timed in turn."""
-    from fagen import measure
+    from fagen.ops.attention.inputs import input_sets
+    from fagen.timing import timer
 
     device = "cuda" if target.is_gpu else "cpu"
-    count = measure.input_sets(row.problem, target)
+    count = input_sets(row.problem, target)
     sets = [rows.make_inputs(row, target, settings.seed + i) for i in range(count)]
     flops = rows.flops(row, sets[0])
     result: Result = {
@@ -99,9 +100,9 @@ def time_row(
         facts, serve = prepared(prepare, row, sets[0], device, name)
         result["participants"][name] = facts
         if serve is not None:
-            calls[name] = measure.InTurn([_Shielded(serve, inputs, facts) for inputs in sets])
+            calls[name] = timer.InTurn([_Shielded(serve, inputs, facts) for inputs in sets])
     if calls:
-        clock = functools.partial(measure.time_calls, device=device, rounds=settings.rounds)
+        clock = functools.partial(timer.time_calls, device=device, rounds=settings.rounds)
         try:
             times = clock(calls, min_seconds=settings.min_seconds)
         except RuntimeError as error:  # no memory for a graph, say: the next row may have it
@@ -203,7 +204,7 @@ def alive(device: str, name: str, where: str) -> None:
 
 def verified(out: Any, inputs: Inputs, cells: int) -> tuple[Any, str]:
     """The oracle on the whole output, or, where that takes too long, on evenly spread heads of the same output."""
-    from fagen import verify
+    from fagen.ops.attention import reference
 
     q, k, v, intervals, alibi = (inputs[name] for name in ("q", "k", "v", "intervals", "alibi_slopes"))
     batch, group, planes = q.shape[0], q.shape[2] // k.shape[2], k.shape[2]
@@ -211,25 +212,25 @@ def verified(out: Any, inputs: Inputs, cells: int) -> tuple[Any, str]:
     units = batch * planes
     if units * each <= cells or units <= 2:
         given = {"intervals": intervals, "alibi": alibi, "layout": "bshd"}
-        return verify.check(out, None, q, k, v, inputs["semantics"], **given), "all"
+        return reference.check(out, None, q, k, v, inputs["semantics"], **given), "all"
     wanted = min(units, max(2, cells // each))
     picked = sorted({round(i * (units - 1) / (wanted - 1)) for i in range(wanted)})
     verdicts = [_one_unit(out, inputs, unit // planes, unit % planes, group) for unit in picked]
     worst = max(verdicts, key=lambda verdict: (not verdict.ok, verdict.ratio))
     error = max(verdict.error for verdict in verdicts)
-    return verify.Verdict(worst.ok, error, worst.ratio, worst.message), f"{len(picked)} of {units} kv heads"
+    return reference.Verdict(worst.ok, error, worst.ratio, worst.message), f"{len(picked)} of {units} kv heads"
 
 
 def _one_unit(out: Any, inputs: Inputs, b: int, kv: int, group: int) -> Any:
     """One kv head of one batch, and the query heads that share it."""
-    from fagen import verify
+    from fagen.ops.attention import reference
 
     of_q, of_k = slice(kv * group, (kv + 1) * group), slice(kv, kv + 1)
     intervals, alibi = inputs["intervals"], inputs["alibi_slopes"]
     if intervals is not None:
         at_b, at_plane = b % intervals.shape[0], kv % intervals.shape[1]
         intervals = intervals[at_b : at_b + 1, at_plane : at_plane + 1]
-    return verify.check(
+    return reference.check(
         out[b : b + 1, :, of_q], None, inputs["q"][b : b + 1, :, of_q], inputs["k"][b : b + 1, :, of_k],
         inputs["v"][b : b + 1, :, of_k], inputs["semantics"], intervals=intervals,
         alibi=alibi if alibi is None else alibi[b : b + 1, of_q], layout="bshd",
@@ -281,7 +282,7 @@ def host(others: Mapping[str, Prepare], target: Target) -> Result:
     """How long a call keeps the host, at a size whose kernel takes less than that. A CPU computes meanwhile."""
     import torch
 
-    from fagen.problem import Problem
+    from fagen.ops.attention.problem import Problem
 
     device = "cuda" if target.is_gpu else "cpu"
     problem = Problem(dtype="bf16", head_dim=64, mask="causal", heads=4, seqlen_q=128)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fagen.bench import random_rows
 from fagen.bench.rows import Row, of_problem
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 TOKENS = 16384

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fagen import api, arguments, fallback
+from fagen import api
 from fagen.errors import InvalidArgument, UnsupportedProblem
+from fagen.ops.attention import arguments, fallback
 
 
 def flash_attn_func(

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from fagen import api, arguments, fallback
+from fagen import api
+from fagen.ops.attention import arguments, fallback
 
 
 def sdpa(

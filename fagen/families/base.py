@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fagen.errors import InvalidConfig
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 Value = int | str | bool

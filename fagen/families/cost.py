@@ -8,7 +8,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fagen.families.base import Config, Constraint, Family, Knob, nothing
 from fagen.families.cost import makespan, walk
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fagen.families.base import Config, Constraint, Family, Knob
 from fagen.families.cost import key_bytes, makespan, walk
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
+from fagen.notices import milliseconds
 from fagen.report import svg
 from fagen.report.charts import kind
 from fagen.report.load import Row
-from fagen.tuner.progress import milliseconds
 
 WIDTH = 500.0
 

@@ -7,11 +7,11 @@ import statistics
 
 from markupsafe import Markup
 
+from fagen.notices import milliseconds
 from fagen.report import svg
 from fagen.report.facts import FEW
 from fagen.report.load import Row
-from fagen.tuner.candidate import OUTCOMES
-from fagen.tuner.progress import milliseconds
+from fagen.tuner.messages import OUTCOMES
 
 LANES = OUTCOMES[1:]  # of those without a time, from the top
 WIDTH, LEFT, RIGHT, TOP, HIGH, LANE = 1000.0, 84.0, 846.0, 30.0, 290.0, 17.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from fagen import families
 from fagen.errors import FagenError
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.report import knobs, limits, load
 from fagen.report.load import Row
 from fagen.target import Target

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fagen import measure
-from fagen.problem import Problem
+from fagen.ops.attention.inputs import input_bytes
+from fagen.ops.attention.problem import Problem
 from fagen.report.load import Row, duration, mapping
 
 # Dense products of 16-bit inputs summed in float32 (TFLOP/s) and memory (GB/s) from the vendors' data sheets, by a
@@ -42,7 +42,7 @@ def work(problem: Problem | None) -> Row | None:
     """FLOPs, and the bytes of q, k, v and o once each: no kernel can move less."""
     if problem is None:
         return None
-    flops, moved = problem.flops(), measure.input_bytes(problem)
+    flops, moved = problem.flops(), input_bytes(problem)
     return {"flops": flops, "bytes": moved, "intensity": flops / moved} if flops > 0 else None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from fagen import env, families
 from fagen.errors import FagenError, UsageError
-from fagen.problem import INTERVAL_KINDS, Problem
+from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
 from fagen.tuner import journal
 
 PAUSE = 600.0  # seconds between two candidates' ends that count as the run having stood still

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fagen.notices import milliseconds
 from fagen.report import bars, charts, facts, roofs
 from fagen.report.load import Row
-from fagen.tuner.progress import milliseconds
 
 MOST_POINTS = 6000  # of a page: a share for each problem, and at least this many:
 LEAST_POINTS = 150

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fagen.errors import CacheError, MissingTool
-from fagen.tuner.candidate import Result
+from fagen.tuner.messages import Result
 from fagen.tuner.workers import Death
 
 

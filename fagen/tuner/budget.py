@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fagen import families, load
+from fagen import families
 from fagen.errors import FagenError, UsageError
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
-from fagen.tuner import final
+from fagen.timing import load
+from fagen.tuner import final_round
 from fagen.tuner.search import portion
 
 SEARCH_SHARE = 0.85  # of a problem's time, at most; the rest is for the final round
@@ -49,16 +50,16 @@ class Least:
 
 def least(problem: Problem, target: Target, only: str | None = None, slowdown: float = 1.0) -> Least:
     """Of one problem, on a machine where everything takes `slowdown` times as long; families compile side by side."""
-    from fagen import build
+    from fagen.build import cache
 
     able = [f for f in families.candidates(problem, target)[0] if only in (None, f.name)]
     compiles = [0.0]
     for family in able:
         try:
-            built = build.lookup(family, problem, target, family.default(problem, target))
+            built = cache.lookup(family, problem, target, family.default(problem, target))
         except FagenError:
             built = None
-        compiles.append(0.0 if built else build.expected_seconds(family, target) + _CHILD_SECONDS)
+        compiles.append(0.0 if built else cache.expected_seconds(family, target) + _CHILD_SECONDS)
     start = _START_SECONDS["gpu" if target.is_gpu else "cpu"]
     measure, last = _MEASURE_SECONDS * max(1, len(able)), SHORTEST_FINAL + _FINAL_SECONDS
     return Least(start * slowdown, max(compiles) * slowdown, measure * slowdown, last * slowdown)
@@ -132,7 +133,7 @@ class Budget:
 
     def of_final(self, planned: float) -> float:
         """For timing in the final round of a problem that was to take `planned` seconds."""
-        return min(final.SECONDS, max(SHORTEST_FINAL, (1 - SEARCH_SHARE) * planned))
+        return min(final_round.SECONDS, max(SHORTEST_FINAL, (1 - SEARCH_SHARE) * planned))
 
 
 class Share:

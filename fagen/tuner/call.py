@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fagen.errors import UsageError
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 from fagen.tuner.result import Options, Report
 
@@ -40,8 +40,9 @@ def tune(
     `if __name__ == "__main__":`.
     """
     from fagen import target as devices
-    from fagen.tuner import progress, study, suite
+    from fagen.tuner import progress, suite
     from fagen.tuner.budget import duration
+    from fagen.tuner.tune import run
 
     begun, asked = time.monotonic(), [problems] if isinstance(problems, Problem) else list(dict.fromkeys(problems))
     if not asked:
@@ -55,4 +56,4 @@ def tune(
         budget=seconds, trials=trials, seed=seed, workers=workers, devices=tuple(gpus), resume=resume, family=family,
         out=Path(out) if out is not None else None, begun=begun,
     )  # fmt: skip
-    return study.tune(asked, target or devices.detect(), options, progress.Progress() if quiet else progress.make())
+    return run(asked, target or devices.detect(), options, progress.Progress() if quiet else progress.make())

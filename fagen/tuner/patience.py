@@ -6,10 +6,10 @@ winner must beat is tried once more, with more time, before its problem is given
 
 from __future__ import annotations
 
-from fagen import load
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
-from fagen.tuner.candidate import Candidate, Result
+from fagen.timing import load
+from fagen.tuner.messages import Candidate, Result
 
 PROBE_SECONDS = 60.0  # that a device may take to say that it works
 _SLOW = {"cpu": 1e9, "gpu": 5e11}  # FLOP/s below which a kernel of unknown speed counts as hung

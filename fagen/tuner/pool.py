@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen.errors import FagenError
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
-from fagen.tuner import candidate as steps
+from fagen.tuner import evaluate as steps
 from fagen.tuner.answers import line, result_of
-from fagen.tuner.candidate import (
+from fagen.tuner.messages import (
     Alive,
     Anchor,
     Candidate,
@@ -37,7 +37,7 @@ from fagen.tuner.search import Pace, Search
 from fagen.tuner.workers import COMPILE_BYTES, Death, Worker, free_memory
 
 if TYPE_CHECKING:
-    from fagen.build import Artifact
+    from fagen.build.job import Artifact
     from fagen.families import Config
 
 TICK = 0.2  # seconds between looks at the clock

@@ -11,32 +11,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen import cliutil, load
-from fagen.problem import Problem
+from fagen import notices
+from fagen.notices import clock, milliseconds
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
+from fagen.timing import load
 
 if TYPE_CHECKING:
-    from fagen.tuner.candidate import Candidate, Result
+    from fagen.tuner.messages import Candidate, Result
     from fagen.tuner.pool import Pool
     from fagen.tuner.result import Report, Tuned
     from fagen.tuner.search import Search
-
-
-def milliseconds(seconds: float | None) -> str:
-    """Three digits, in the unit that suits them; a dash when there is none."""
-    if not seconds:
-        return "-"
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size or unit == "us":
-            value = seconds / size
-            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
-    return "-"
-
-
-def clock(seconds: float) -> str:
-    if seconds == float("inf"):
-        return "-"
-    return f"{int(max(0, seconds)) // 60}:{int(max(0, seconds)) % 60:02d}"
 
 
 class Progress:
@@ -56,7 +41,7 @@ class Lines(Progress):
 
     def say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a terminal or a pipe that is gone is no reason to stop
-            cliutil.say(text)
+            notices.say(text)
 
     def start(self, target: Target, workers: int, run: Path) -> None:
         self.say(f"target   {target}")

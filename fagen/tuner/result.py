@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fagen import db, families, measure
+from fagen import families
+from fagen.db.record import Record
 from fagen.errors import INTERRUPTED, NoCandidate
-from fagen.measure import Timing
-from fagen.problem import Problem
-from fagen.space import Fixed
+from fagen.families.space import Fixed
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
-from fagen.tuner.candidate import Candidate
+from fagen.timing import timer
+from fagen.timing.timer import Timing
+from fagen.tuner.messages import Candidate
 
 DEFAULT, INCUMBENT = "default", "incumbent"
 
@@ -81,7 +83,7 @@ class Tuned:
     @property
     def behind(self) -> str:
         """Where PyTorch was faster."""
-        if self.torch_seconds and self.seconds and measure.lost(self.seconds, self.spread or 0.0, self.torch_seconds):
+        if self.torch_seconds and self.seconds and timer.lost(self.seconds, self.spread or 0.0, self.torch_seconds):
             return f"PyTorch is faster: {self.torch_seconds * 1e3:.4g} ms against {self.seconds * 1e3:.4g} ms"
         return ""
 
@@ -95,7 +97,7 @@ class Report:
     run: Path
     target: Target
     results: list[Tuned] = field(default_factory=list)
-    records: list[db.Record] = field(default_factory=list)  # the winners that this run has written
+    records: list[Record] = field(default_factory=list)  # the winners that this run has written
     written: list[Path] = field(default_factory=list)
     left: list[str] = field(default_factory=list)  # keys of problems that the budget had no time for
     interrupted: bool = False
@@ -127,14 +129,14 @@ class Report:
 def choose(timings: dict[str, Timing], labels: dict[str, Candidate]) -> tuple[str, str]:
     """The winner's label and why: it beats default and incumbent by more than the noise, ties go by a stable rule."""
     held = [label for label in (INCUMBENT, DEFAULT) if label in labels]
-    able = [label for label in labels if all(measure.beats(timings[label], timings[h]) for h in held if h != label)]
+    able = [label for label in labels if all(timer.beats(timings[label], timings[h]) for h in held if h != label)]
     challengers = [label for label in able if label not in held]
     if not challengers and held:
-        if len(held) == 2 and measure.beats(timings[DEFAULT], timings[INCUMBENT]):
+        if len(held) == 2 and timer.beats(timings[DEFAULT], timings[INCUMBENT]):
             return DEFAULT, "the default beats the incumbent, and nothing beats the default by more than the noise"
         return held[0], f"nothing beats the {held[0]} by more than the noise"
     best = min(challengers, key=lambda label: timings[label].median)
-    ties = [label for label in challengers if not measure.beats(timings[best], timings[label])]
+    ties = [label for label in challengers if not timer.beats(timings[best], timings[label])]
 
     def rank(label: str) -> tuple[Any, str]:
         item = labels[label]

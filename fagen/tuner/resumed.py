@@ -12,8 +12,8 @@ from typing import Any
 from fagen import families
 from fagen.errors import FagenError
 from fagen.families import Family
-from fagen.problem import Problem
-from fagen.tuner.candidate import OUTCOMES
+from fagen.ops.attention.problem import Problem
+from fagen.tuner.messages import OUTCOMES
 from fagen.tuner.result import Tuned
 
 Row = dict[str, Any]

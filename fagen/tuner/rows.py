@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fagen import db
+from fagen.db.record import now
 from fagen.families import Family
-from fagen.measure import Timing
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
-from fagen.tuner.candidate import Candidate, Result
-from fagen.tuner.final import Known, source
+from fagen.timing.timer import Timing
+from fagen.tuner.final_round import Known, source
+from fagen.tuner.messages import Candidate, Result
 
 
 def row_of(item: Candidate, result: Result, host: str = "") -> dict[str, Any]:
@@ -32,7 +32,7 @@ def row_of(item: Candidate, result: Result, host: str = "") -> dict[str, Any]:
         "device": result.state,
         "remeasured": result.remeasured,
         "source_hash": result.artifact.source_hash if result.artifact else "",
-        "date": db.now(),
+        "date": now(),
     }
     return row | ({"host": host} if host else {})
 

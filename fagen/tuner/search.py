@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from fagen.errors import FagenError
 from fagen.families import Config, Family
 from fagen.families.base import Value
-from fagen.problem import Problem
-from fagen.space import Space
+from fagen.families.space import Space
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Search:
     ) -> None:  # fmt: skip
         import optuna
 
-        from fagen.tuner.told import Told
+        from fagen.tuner.chosen_sampler import Told
 
         self.space, self.limit, self.exhaustive, self.whole, self.sampler = space, limit, exhaustive, whole, sampler
         self.rival = rival

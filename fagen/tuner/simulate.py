@@ -21,8 +21,8 @@ from typing import Any
 
 from fagen.errors import UsageError
 from fagen.families import Config
-from fagen.space import Space
-from fagen.tuner.record import Entry, Recorded
+from fagen.families.space import Space
+from fagen.tuner.recorded_space import Entry, Recorded
 from fagen.tuner.search import Pace, Search, guesses
 
 WITHIN = (0.02, 0.05)  # of the best, that are reported

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 BUDGET_SECONDS = 300.0  # of a whole run, when neither budget nor trials are given

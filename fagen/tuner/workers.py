@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from fagen import load
 from fagen.errors import FagenError
+from fagen.timing import load
 
 START_SECONDS = 180.0  # to import torch; longer on a busy machine
 MOST_START_FAILURES = 3

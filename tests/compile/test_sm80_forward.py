@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fagen import build, render, target
+from fagen import target
+from fagen.build import cache
+from fagen.build.job import make_job
+from fagen.codegen import render
 from fagen.families import sm80_forward
-from fagen.problem import Problem
+from fagen.ops.attention.problem import Problem
 
 FAMILY = sm80_forward.FAMILY
 GOLDENS = Path(__file__).parent / "goldens"
@@ -35,7 +38,7 @@ SETS = [(arch, name) for i, arch in enumerate(ARCHS) for j, name in enumerate(PR
 def test_defaults_compile_without_spills(arch: str, name: str) -> None:
     problem, where = PROBLEMS[name], target.known(arch)
     config = FAMILY.require(problem, where, FAMILY.default(problem, where))
-    facts = build.build(FAMILY, problem, where, config).facts
+    facts = cache.build(FAMILY, problem, where, config).facts
     assert facts["spill_bytes"] == 0, (facts, config)
     assert 0 < facts["registers"] <= 255
 
@@ -64,8 +67,8 @@ def test_golden(name: str) -> None:
 def test_disagreement_with_python_is_a_compile_error() -> None:
     problem, where = Problem(head_dim=64), target.known("sm_80")
     config = FAMILY.default(problem, where)
-    job = build.job(FAMILY, problem, where, config)
+    job = make_job(FAMILY, problem, where, config)
     wrong = job.source.replace(f"smem_bytes = {sm80_forward.smem_bytes(problem, config)}", "smem_bytes = 1024")
     assert wrong != job.source
-    with pytest.raises(build.BuildError, match="Python and CUDA disagree"):
-        build.make(dataclasses.replace(job, source=wrong))
+    with pytest.raises(cache.BuildError, match="Python and CUDA disagree"):
+        cache.make(dataclasses.replace(job, source=wrong))

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from fagen import measure
+from fagen.timing import timer
 
 HOST_SECONDS = 2e-4
 
@@ -20,5 +20,5 @@ def test_the_hosts_time_does_not_count() -> None:
 
     call()  # the first call of a process loads kernels, and lasts long enough not to be captured
     torch.cuda.synchronize()
-    assert measure.time_once(call, device="cuda") < HOST_SECONDS / 4
-    assert measure.time_calls({"it": call}, device="cuda", rounds=3)["it"].median < HOST_SECONDS / 4
+    assert timer.time_once(call, device="cuda") < HOST_SECONDS / 4
+    assert timer.time_calls({"it": call}, device="cuda", rounds=3)["it"].median < HOST_SECONDS / 4

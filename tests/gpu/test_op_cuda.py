@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import fagen
-from fagen import api, masks, verify
+from fagen import api
+from fagen.ops.attention import masks, reference
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +32,7 @@ def _inputs(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> 
 def test_right(layout: str, causal: bool, dtype: torch.dtype) -> None:
     q, k, v = _inputs(2, 300, 4, 64, dtype=dtype) if layout == "bshd" else _inputs(2, 4, 300, 64, dtype=dtype)
     out, lse = fagen.attention(q, k, v, layout=layout, causal=causal, return_lse=True)
-    verdict = verify.check(out, lse, q, k, v, verify.Semantics(window=(-1, 0 if causal else -1)), layout=layout)
+    verdict = reference.check(out, lse, q, k, v, reference.Semantics(window=(-1, 0 if causal else -1)), layout=layout)
     assert verdict, verdict.message
     best = "sm90_forward" if torch.cuda.get_device_capability() == (9, 0) else "sm80_forward"
     assert best in str(fagen.explain(q, k, v, layout=layout, causal=causal))
@@ -46,7 +47,7 @@ def test_strided_views_are_not_copied() -> None:
     del out
     out = fagen.attention(q, k, v)
     assert torch.cuda.max_memory_allocated() - before <= out.numel() * 2
-    assert verify.check(out, None, q, k, v, verify.Semantics(), layout="bshd")
+    assert reference.check(out, None, q, k, v, reference.Semantics(), layout="bshd")
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)])
@@ -56,7 +57,7 @@ def test_sdpa_keeps_the_querys_layout(order: tuple[int, ...]) -> None:
     q = stored.permute(*(order.index(i) for i in range(3)), 3)
     k, v, _ = _inputs(2, 4, 300, 64)
     out = fagen.sdpa(q, k, v)
-    assert out.stride() == q.stride() and verify.check(out, None, q, k, v, verify.Semantics())
+    assert out.stride() == q.stride() and reference.check(out, None, q, k, v, reference.Semantics())
 
 
 def test_out_apart_from_its_inputs() -> None:
@@ -64,7 +65,7 @@ def test_out_apart_from_its_inputs() -> None:
     out = torch.empty_like(q)
     version = out._version
     assert fagen.attention(q, k, v, out=out) is out and out._version > version
-    assert verify.check(out, None, q, k, v, verify.Semantics(), layout="bshd")
+    assert reference.check(out, None, q, k, v, reference.Semantics(), layout="bshd")
     for t in (q, k, v):
         with pytest.raises(ValueError, match="out shares memory"):
             fagen.attention(q, k, v, out=t)
@@ -88,8 +89,8 @@ def test_documents() -> None:
     ids = torch.repeat_interleave(torch.arange(5, device="cuda"), 100).expand(2, -1)
     intervals = masks.from_documents(ids)
     out = fagen.attention(q, k, v, causal=True, intervals=intervals)
-    semantics = verify.Semantics(window=(-1, 0), kind="lower1")
-    assert verify.check(out, None, q, k, v, semantics, intervals=intervals, layout="bshd")
+    semantics = reference.Semantics(window=(-1, 0), kind="lower1")
+    assert reference.check(out, None, q, k, v, semantics, intervals=intervals, layout="bshd")
 
 
 def test_cuda_graph() -> None:
@@ -102,7 +103,7 @@ def test_cuda_graph() -> None:
         t.copy_(new)
     graph.replay()
     torch.cuda.synchronize()
-    assert verify.check(out, None, q, k, v, verify.Semantics(window=(-1, 0)), layout="bshd")
+    assert reference.check(out, None, q, k, v, reference.Semantics(window=(-1, 0)), layout="bshd")
 
 
 def test_nothing_compiles_during_capture() -> None:
@@ -139,14 +140,14 @@ def test_other_stream() -> None:
     with torch.cuda.stream(stream):
         out = fagen.attention(q, k, v)
     stream.synchronize()
-    assert verify.check(out, None, q, k, v, verify.Semantics(), layout="bshd")
+    assert reference.check(out, None, q, k, v, reference.Semantics(), layout="bshd")
 
 
 def test_float32_and_gradients_fall_back() -> None:
     q, k, v = _inputs(1, 64, 2, 32, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert verify.check(fagen.attention(q, k, v), None, q, k, v, verify.Semantics(), layout="bshd")
+        assert reference.check(fagen.attention(q, k, v), None, q, k, v, reference.Semantics(), layout="bshd")
         q, k, v = (t.bfloat16().requires_grad_() for t in (q, k, v))
         fagen.attention(q, k, v, causal=True).float().square().sum().backward()
     assert q.grad is not None and torch.isfinite(q.grad).all() and q.grad.abs().max() > 0
@@ -158,7 +159,7 @@ def test_scales_that_are_not_positive(scale: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = fagen.attention(q, k, v, causal=True, scale=scale)
-    assert verify.check(out, None, q, k, v, verify.Semantics(window=(-1, 0), scale=scale), layout="bshd")
+    assert reference.check(out, None, q, k, v, reference.Semantics(window=(-1, 0), scale=scale), layout="bshd")
 
 
 def _host_seconds(call: Callable[[], object], calls: int = 300) -> float:
@@ -193,4 +194,4 @@ def test_expanded_keys() -> None:
     q, k, v = _inputs(2, 200, 4, 64)
     k, v = (t[:, :, :1].expand(2, 200, 4, 64) for t in (k, v))
     out = fagen.attention(q, k, v, causal=True)
-    assert verify.check(out, None, q, k, v, verify.Semantics(window=(-1, 0)), layout="bshd")
+    assert reference.check(out, None, q, k, v, reference.Semantics(window=(-1, 0)), layout="bshd")

@@ -15,7 +15,7 @@ import torch
 
 TOOL = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 MMA_SYNC = """
-from tests.gpu.cases import Case, run
+from tests.support.cases import Case, run
 for name in "base one_stage q_in_registers overlap kv_outer split_k split_k_kv_outer pairs pairs_one_stage".split():
     for mask in ("causal", "none"):
         assert run(Case(name, mask=mask), 70, 99)
@@ -26,7 +26,7 @@ assert run(Case("base", head_dim=80), 70, 99)
 print("all right")
 """
 WGMMA = """
-from tests.gpu.cases import Case, run
+from tests.support.cases import Case, run
 for name in ("tma", "tma_one_group", "tma_three_groups", "tma_serial", "tma_shared_weights", "tma_packed"):
     assert run(Case(name), 270, 299)
 assert run(Case("tma_three_stages"), 270, 299) and run(Case("tma_pair", mask="none", head_dim=128), 270, 299)
@@ -34,7 +34,7 @@ assert run(Case("tma", head_dim=80, mask="none"), 70, 99)
 print("all right")
 """
 INTERVALS = """
-from tests.gpu.cases import Case, run
+from tests.support.cases import Case, run
 assert run(Case("tma", mask="intervals", intervals="both4"), 70, 299)
 print("all right")
 """

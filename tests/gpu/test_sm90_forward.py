@@ -6,12 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fagen import masks, target, verify
+from fagen import target
 from fagen.families import Config
-from fagen.problem import Problem
-from tests.gpu import cases
-from tests.gpu.cases import HOPPER, SCHEMES_90, Case, run
+from fagen.ops.attention import masks, reference
+from fagen.ops.attention.problem import Problem
 from tests.gpu.test_sm80_forward import EDGES
+from tests.support import cases
+from tests.support.cases import HOPPER, SCHEMES_90, Case, run
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU (sm_90)"
@@ -261,7 +262,7 @@ def test_launches_on_two_streams_at_once(name: str) -> None:
     torch.cuda.synchronize()
     for (out, lse), many, x in zip(alone, outputs, inputs, strict=True):
         assert all(torch.equal(out, o) and torch.equal(lse, e) for o, e in many)
-        assert verify.check(out, lse, *x, verify.Semantics(window=(-1, 0)), layout="bshd")
+        assert reference.check(out, lse, *x, reference.Semantics(window=(-1, 0)), layout="bshd")
 
 
 @pytest.mark.parametrize("name", [*DYNAMIC, "tma", "tma_single"])
@@ -285,4 +286,4 @@ def test_a_graph_replays(name: str) -> None:
         out, lse = _launched(name, inputs)
         for o, e in (first, second):
             assert torch.equal(out, o) and torch.equal(lse, e)
-    assert verify.check(out, lse, *inputs, verify.Semantics(window=(-1, 0)), layout="bshd")
+    assert reference.check(out, lse, *inputs, reference.Semantics(window=(-1, 0)), layout="bshd")

@@ -10,31 +10,38 @@ import pytest
 import torch
 
 import fagen
-from fagen import api, binding, build, db, dispatch, env, families, resolve, trust, verify
+from fagen import env, families
+from fagen.build import cache
+from fagen.db import merge, store
+from fagen.db.record import Record
+from fagen.dispatch import choose, freshness, kernels, resolve
+from fagen.ops.attention import reference
+from fagen.ops.attention.call import describe
+from fagen.runtime import binding
 
 
 @pytest.fixture
 def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
     """Inputs whose winner was tuned with another source; its kernel is compiled, nothing is verified."""
     monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path))
-    monkeypatch.setattr(db, "default_paths", lambda: (tmp_path / "shipped", tmp_path))
-    monkeypatch.setattr(trust, "_verdicts", {})
+    monkeypatch.setattr(store, "default_paths", lambda: (tmp_path / "shipped", tmp_path))
+    monkeypatch.setattr(freshness, "_verdicts", {})
     tensors = [torch.randn(2, 4096, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    call = api.describe(*tensors, causal=True)
+    call = describe(*tensors, causal=True)
     family = families.candidates(call.problem, call.target)[0][0]
     config = family.default(call.problem, call.target)
-    record = db.Record(
+    record = Record(
         problem=call.problem, arch=call.target.arch, device=call.target.device, family=family.name,
         config=dict(config), seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash="01d",
     )  # fmt: skip
-    db.put([record])
-    resolve.built(family, call.problem, call.target, config)
+    merge.put([record])
+    kernels.built(family, call.problem, call.target, config)
     binding.load()
-    binding.forget()
+    resolve.forget()
     yield tensors
     for path in (env.cache_dir() / "verified").glob("*"):
         path.unlink()
-    binding.forget()
+    resolve.forget()
 
 
 def test_it_takes_less_than_a_compilation_once(stale: list[torch.Tensor]) -> None:
@@ -46,15 +53,15 @@ def test_it_takes_less_than_a_compilation_once(stale: list[torch.Tensor]) -> Non
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     print(f"the first call, verification and all: {seconds:.2f} s")
-    call = api.describe(q, k, v, causal=True)
-    choice = dispatch.choose(call.problem, call.target)
-    built = build.lookup(choice.family, call.problem, call.target, choice.config)
+    call = describe(q, k, v, causal=True)
+    choice = choose.choose(call.problem, call.target)
+    built = cache.lookup(choice.family, call.problem, call.target, choice.config)
     assert built and seconds < built.facts["compile_seconds"], "dearer than a compilation"
-    assert verify.check(out, None, q, k, v, verify.Semantics((-1, 0)), layout="bshd")
+    assert reference.check(out, None, q, k, v, reference.Semantics((-1, 0)), layout="bshd")
     told = fagen.explain(q, k, v, causal=True)
     assert told.choice.trust is not None and told.choice.trust.state == "verified"
     before = torch.cuda.memory_allocated()
-    binding.forget()
+    resolve.forget()
     again = fagen.attention(q, k, v, causal=True)
     assert torch.cuda.memory_allocated() - before < again.numel() * 2 + (
         1 << 20
@@ -64,12 +71,12 @@ def test_it_takes_less_than_a_compilation_once(stale: list[torch.Tensor]) -> Non
 
 def test_never_in_a_capture(stale: list[torch.Tensor]) -> None:
     q, k, v = stale
-    call = api.describe(q, k, v, causal=True)
+    call = describe(q, k, v, causal=True)
     states = []
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         with pytest.raises(Exception, match="fagen build"):
             fagen.attention(q, k, v, causal=True)
-        states.append(dispatch.choose(call.problem, call.target, check=True).trust.state)
+        states.append(choose.choose(call.problem, call.target, check=True).trust.state)
         q.add(1)  # torch warns of a graph that captured nothing
     assert states == ["unverified"]
     assert not list((env.cache_dir() / "verified").glob("*.json"))

@@ -1,0 +1,1 @@
+"""Ablations: each design change as a step of a few knobs, all built, verified and timed in one run."""

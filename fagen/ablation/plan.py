@@ -1,0 +1,79 @@
+"""A step on a problem: the family, the kernel's own problem, and the configs to choose from; or why there are none."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from fagen import env, families
+from fagen.ablation.spec import Ablation, Step
+from fagen.dispatch import choose
+from fagen.errors import UsageError
+from fagen.families import Config, Family
+from fagen.ops.attention.problem import Problem
+from fagen.target import Target
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`problem` is what the kernel is asked; `reason` says why there is nothing to run."""
+
+    step: str
+    problem: Problem
+    family: Family | None = None
+    configs: tuple[Config, ...] = ()
+    reason: str = ""
+    provenance: str = ""  # of a tuned step
+
+    @property
+    def key(self) -> tuple:
+        """Steps with the same key are the same kernel on the same inputs."""
+        return (self.family.name if self.family else "", self.problem, frozenset(self.configs))
+
+
+def plan(ablation: Ablation, problem: Problem, target: Target) -> list[Plan]:
+    return [_plan(step, problem, target) for step in ablation.steps]
+
+
+def _plan(step: Step, problem: Problem, target: Target) -> Plan:
+    if step.tuned:
+        return _tuned(step, problem, target)
+    family = variant(families.get(step.family), step.variant)
+    asked = problem
+    if step.all_tiles and problem.mask == "causal":
+        asked = problem.replace(mask="none", window_left=-1, window_right=-1)
+    reason = family.supports(asked, target)
+    if reason:
+        return Plan(step.name, asked, reason=reason)
+    size, reasons, legal = max(asked.head_dim_padded, asked.head_dim_v_padded), [], []
+    limit = next((limit for limit in sorted(step.tiles) if size <= limit), None)
+    if step.tiles and limit is None:
+        return Plan(step.name, asked, reason=f"the ablation has no tiles for head dim {size}")
+    base = {**family.default(asked, target), **step.config, **(step.causal if asked.mask != "none" else {})}
+    for tile in step.tiles[limit] if limit else ({},):
+        config = family.config({**base, **tile})
+        broken = family.rejects(asked, target, config)
+        reasons += [": ".join(broken)] if broken else []
+        legal += [] if broken else [config]
+    if not legal:
+        return Plan(step.name, asked, reason=reasons[0])
+    return Plan(step.name, asked, family, tuple(dict.fromkeys(legal)))
+
+
+def _tuned(step: Step, problem: Problem, target: Target) -> Plan:
+    choice = choose.choose(problem, target, ours=True)
+    if choice.family is None or choice.config is None:
+        return Plan(step.name, problem, reason=next(iter(choice.reasons), "no family serves this"))
+    return Plan(step.name, problem, choice.family, (choice.config,), provenance=choice.provenance)
+
+
+def variant(family: Family, name: str) -> Family:
+    """The same knobs on another template beside the family's own; dispatch and the tuner never see it."""
+    if not name:
+        return family
+    own = Path(family.template)
+    template = own.with_name(name + "".join(own.suffixes))
+    if not (env.data_dir("templates") / template).is_file():
+        raise UsageError(f"variant {name!r} of {family.name} is unknown", f"there is no template {template}")
+    return dataclasses.replace(family, name=f"{family.name}-{name}", template=str(template))

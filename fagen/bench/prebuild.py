@@ -1,0 +1,64 @@
+"""Compiles what the rows need before any of them is timed: many compilers at a time, none while the clock runs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fagen.bench.rows import Row
+from fagen.errors import FagenError
+from fagen.families import Config, Family
+from fagen.target import Target
+
+
+def build(chosen: list[Row], target: Target, say: Callable[[str], None], held: str | None = None) -> None:
+    """What fails here fails again, and is told, when its row calls it. `held` is the one family that ours may take."""
+    from fagen.build import cache as builder
+    from fagen.runtime import binding
+    from fagen.tuner.workers import compile_workers
+
+    work: dict[Any, Callable[[], object]] = {}
+    seconds = 0.0
+    for row in chosen:
+        family, config, built = _wanted(row, target, held)
+        if family is not None and config is not None and not built:
+            key = family.name, row.problem.static_key, config
+            seconds = max(seconds, builder.expected_seconds(family, target))
+            work[key] = functools.partial(builder.build, family, row.problem, target, config)
+    if work:
+        say(f"compiling {len(work)} kernels (about {seconds:.0f} s each)")
+
+    def attempt(make: Callable[[], object]) -> None:
+        with contextlib.suppress(FagenError):
+            make()
+
+    together(attempt, [*([] if held else [binding.make]), *work.values()], compile_workers(target.is_gpu))
+
+
+def together(do: Callable[[Any], object], jobs: Iterable[Any], workers: int) -> None:
+    """Several at a time; those that have not begun are dropped when the user interrupts."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        list(pool.map(do, jobs))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _wanted(row: Row, target: Target, held: str | None) -> tuple[Family | None, Config | None, bool]:
+    """What serves the row, and whether it is built."""
+    from fagen import explanation
+    from fagen.bench import family
+    from fagen.bench.peers import Cannot
+    from fagen.build import cache as builder
+
+    if held is None:
+        report = explanation.explain_problem(row.problem, target)
+        return report.choice.family, report.choice.config, bool(report.built)
+    try:
+        picked, config, _ = family.pick(row.problem, target, held)
+        return picked, config, builder.lookup(picked, row.problem, target, config) is not None
+    except (Cannot, FagenError):
+        return None, None, False

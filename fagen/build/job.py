@@ -1,0 +1,108 @@
+"""A job: everything that can change a binary, and the key it is cached by; an artifact: the binary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fagen import env
+from fagen.build import toolchain
+from fagen.ops.attention.problem import Problem
+
+if TYPE_CHECKING:
+    from fagen.families import Config, Family
+    from fagen.target import Target
+
+
+KEY_SCHEMA = 1
+MANIFEST = "manifest.json"
+LIBRARY = "kernel.so"
+LOG = "build.log"
+SOURCES = ("kernel.cpp", "kernel.cu")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published library, and what its build told: compile_seconds, and of nvcc registers, spills, stack, smem."""
+
+    path: Path
+    key: str
+    source_hash: str
+    arch: str = "cpu"
+    facts: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that can change the binary, and nothing else, except `name` and `about` that only describe it."""
+
+    name: str
+    source: str
+    suffix: str  # .cpp or .cu
+    flags: tuple[str, ...]
+    link_flags: tuple[str, ...]
+    arch: str
+    links_torch: bool = False
+    about: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.suffix == ".cu"
+
+    def key(self) -> str:
+        from fagen.target import host
+
+        cpu = host() if "-march=native" in self.flags else None
+        facts = {
+            "schema": KEY_SCHEMA,
+            "source": self.source,
+            "suffix": self.suffix,
+            "flags": self.flags,
+            "link_flags": self.link_flags,
+            "arch": self.arch,
+            "cpu": [cpu.device, cpu.simd] if cpu else None,
+            "cxx": toolchain.compiler_version(toolchain.require_cxx()),
+            "nvcc": toolchain.compiler_version(toolchain.require_nvcc()) if self.is_cuda else None,
+            "torch": toolchain.torch_version(),
+            "python": sys.implementation.cache_tag if self.links_torch else None,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def folder(self, key: str) -> Path:
+        return env.cache_dir() / "kernels" / f"{self.name}-{key[:16]}"
+
+
+# ---- kernels ------------------------------------------------------------------------------------------------------
+
+
+def make_job(family: Family, problem: Problem, target: Target, config: Config) -> Job:
+    """What building a kernel means, nothing run yet."""
+    from fagen.codegen import render
+
+    text = render.source(family, problem, target, config)
+    link_flags = ["-Wl,--as-needed"]
+    if target.is_gpu:
+        home = toolchain.cuda_home(toolchain.require_nvcc())
+        link_flags += [f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    else:
+        link_flags += [flag for flag in family.flags(target) if flag.startswith("-fopenmp")]
+    about = {
+        "family": family.name,
+        "problem": problem.to_dict(),
+        "static_key": problem.static_key,
+        "config": dict(config),
+        "source_hash": render.source_hash(text),
+    }
+    return Job(
+        name=f"{family.name}-{target.arch}-{problem.static_key.replace('/', '-')}",
+        source=text,
+        suffix=".cu" if target.is_gpu else ".cpp",
+        flags=family.flags(target),
+        link_flags=tuple(link_flags),
+        arch=target.arch,
+        about=about,
+    )

@@ -1,0 +1,185 @@
+"""fagen bench: our kernels against the peers that are installed here, right before they are timed."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fagen.bench import output
+from fagen.cli import arguments, results
+from fagen.errors import INTERRUPTED, UsageError
+from fagen.notices import emit_json, say
+from fagen.target import Target
+
+if TYPE_CHECKING:
+    from fagen.bench.rows import Row
+
+_EXAMPLES = """examples:
+  fagen bench                                      the suite `peers` against what is installed; on a CPU a small suite
+  fagen bench --suite peers,masks --peers cudnn,fa3,fa4 --fa3 lib/_C.so --fa4 lib/fa4 --out bench.json --plot bench.svg
+  fagen bench --head-dim 128 --mask causal --seqlen 4k,16k --heads 32 --kv-heads 8 --peers none
+  fagen bench --suite peers --filter 'd64 causal' --markdown bench.md
+  fagen bench --suite random --seed 7              60 problems that nobody tuned
+  fagen bench --out new.json --compare old.json    exit code 1 where a row fell by more than the noise
+"""
+
+
+def add(subparsers: argparse._SubParsersAction) -> None:
+    about = "Verify and time fagen.attention against other libraries, interleaved, in one run."
+    parser = arguments.add_verb(subparsers, "bench", about, _EXAMPLES)
+    what = parser.add_argument_group("rows")
+    what.add_argument(
+        "--suite", metavar="S", help="peers, models, masks, random, small, or several (default: peers; small on a CPU)"
+    )
+    what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
+    arguments.add_problem_flags(parser)
+    arguments.add_target_flag(parser)
+    others = parser.add_argument_group("peers", "docs/bench.md says how each is found")
+    others.add_argument(
+        "--peers", default="all", metavar="P",
+        help="all, none, or a list of cudnn, fa2, flash_attn, fa3, fa4, flex, flashinfer, sdpa, efficient, math "
+        "(default: all, which leaves out the last three on a GPU)",
+    )  # fmt: skip
+    others.add_argument(
+        "--family", metavar="F", help="hold ours to one family (default: whatever dispatch picks, as a user calls it)"
+    )
+    others.add_argument("--fa3", type=Path, metavar="FILE", help="library of FlashAttention 3: its _C.so")
+    others.add_argument("--fa4", type=Path, metavar="DIR", help="folder of FlashAttention 4's unpacked wheels")
+    clock, out = results.add_flags(parser, rounds=15, least=0.5, of="row")
+    clock.add_argument("--host", action="store_true", help="host time of a call as well, at a launch-bound size")
+    out.add_argument("--compare", type=Path, metavar="OLD", help="a result of --out: exit code 1 if rows fell")
+
+
+def run(args: argparse.Namespace) -> int:
+    from fagen import families
+    from fagen.bench import compare, peers
+
+    target = results.present(args.target)
+    chosen = rows_from(args, target)
+    if args.family:
+        families.get(args.family)
+    names = peers.chosen(args.peers, "cuda" if target.is_gpu else "cpu")
+    old = compare.read(args.compare) if args.compare else None
+    if old:
+        compare.require_same(old, target.device)
+    results.require(args)
+    result: dict[str, Any] = {}
+    try:
+        _measure(args, target, chosen, names, result)
+    except KeyboardInterrupt:
+        if not result.get("rows"):
+            raise
+        say(f"interrupted after {len(result['rows'])} of {len(chosen)} rows")
+        _report(args, result, None)
+        return INTERRUPTED
+    return _report(args, result, old)
+
+
+def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
+    """The suites' rows, then the problems of flags and files; what the filter leaves of them."""
+    from fagen.bench import rows, suites
+
+    problems = arguments.problems_from(args, target)
+    arguments.require_memory(problems, target, int((args.target or "").partition(":")[2] or 0))
+    words = args.suite.split(",") if args.suite else [] if problems else [suites.default(target)]
+    found: list[Row] = []
+    for word in words:
+        if word not in suites.SUITES:
+            raise UsageError(f"suite {word!r} is unknown", f"known: {', '.join(suites.SUITES)}")
+        found += suites.suite(word, target, args.seed)
+    found += [rows.of_problem(problem) for problem in problems]
+    try:
+        wanted = re.compile(args.filter or "")
+    except re.error as error:
+        raise UsageError(f"--filter {args.filter!r} is no regular expression", str(error)) from error
+    found = list({row.name: row for row in found if wanted.search(row.name)}.values())
+    if not found:
+        raise UsageError("no row is left to measure", f"--filter {args.filter!r} matches none")
+    return found
+
+
+def _measure(
+    args: argparse.Namespace, target: Target, chosen: list[Row], names: list[str], result: dict[str, Any]
+) -> None:
+    """Fills the result, row by row."""
+    from fagen.bench import peers, prebuild, report, run
+    from fagen.db.record import environment, now
+    from fagen.timing import load
+
+    paths = {name: getattr(args, name) for name in ("fa3", "fa4") if getattr(args, name)}
+    here, absent = peers.load(names, "cuda" if target.is_gpu else "cpu", paths)
+    settings = run.Settings(args.rounds, args.min_time, args.seed)
+    result |= {
+        "format": run.FORMAT, "command": results.command(), "date": now(), "device": target.device,
+        "arch": target.arch, "environment": environment(target), "settings": vars(settings), "complete": False,
+        "peers": {
+            name: {"version": here[name].version if name in here else "", "absent": absent.get(name, "")}
+            for name in names
+        },
+        "limit": {"what": "", "samples": [], "tflops": 0.0, "gbps": 0.0}, "rows": [], "host": None,
+        "family": args.family,
+        "summary": run.summary([]),
+    }  # fmt: skip
+    say(f"{target}: {len(chosen)} rows, {', '.join([peers.OURS, *here])}")
+    if busy := load.note(target):
+        say(f"note     {busy}")
+    for text in report.absent(result["peers"]):
+        say(text)
+    prebuild.build(chosen, target, say, args.family)
+
+    cpu = report.on_cpu(result)
+
+    def on_row(row: dict[str, Any]) -> None:
+        result["rows"].append(row)
+        result["summary"] = run.summary(result["rows"])
+        say(f"{len(result['rows']):>3}/{len(chosen)}  {report.line(row, report.participants(result), cpu)}")
+        output.save(args.out, result)  # a run that is cut off keeps what it had
+
+    def on_sample(sample: dict[str, Any]) -> None:
+        result["limit"]["samples"].append(sample)
+        say(f"limit    {report.rates(sample, cpu)}")
+        if sample.get("throttled"):
+            say(f"note     {sample['throttled']}")
+
+    prepares = {name: loaded.prepare for name, loaded in here.items()}
+    hooks: dict[str, Any] = {"on_row": on_row, "on_sample": on_sample}
+    _, machine = run.bench(chosen, prepares, target, settings, held=args.family, **hooks)
+    result["limit"] |= {"what": machine.what, **machine.limits()}
+    if args.host:
+        result["host"] = run.host(_with_sdpa(prepares), target)
+    result["complete"] = True
+    output.save(args.out, result)
+
+
+def _with_sdpa(prepares: dict[str, Any]) -> dict[str, Any]:
+    """What users without any library call."""
+    from fagen.bench import peers
+
+    return prepares | {"sdpa": peers.load_sdpa({}).prepare}
+
+
+def _report(args: argparse.Namespace, result: dict[str, Any], old: dict[str, Any] | None) -> int:
+    from fagen.bench import compare, plot, report
+
+    say()
+    say(report.table(result))
+    for text in report.closing(result) + (report.host(result) if result["host"] else []):
+        say(text)
+    falls: list[dict[str, Any]] = []
+    if old:
+        falls, lonely = compare.regressions(result, old)
+        result["regressions"] = falls
+        output.save(args.out, result)
+        for text in compare.words(falls, lonely):
+            say(text)
+    if args.markdown:
+        args.markdown.write_text(report.markdown(result))
+    if args.csv:
+        args.csv.write_text(report.as_csv(result))
+    if args.plot:
+        plot.draw(result, args.plot)
+    if args.json:
+        emit_json(result)
+    return 1 if falls or result["summary"]["ours_not_ok"] else 0

@@ -1,0 +1,214 @@
+"""A kernel as files: source, C header, manifest; binaries and an example if asked for. Needs no GPU, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fagen import __version__, env
+from fagen.build import cache, toolchain
+from fagen.codegen import render
+from fagen.errors import BuildError, FagenError
+from fagen.families import Config, Family
+from fagen.ops.attention import flags
+from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
+from fagen.target import Target
+
+HEADER, MANIFEST = "kernel.h", "manifest.json"
+_VERBOSE = "-Xptxas=-v"  # makes nvcc say registers and spills
+_UNIT = {"fp16": 2.0**-11, "bf16": 2.0**-9, "fp32": 5e-6}  # what an example allows for, a rounding
+
+_FUNCTIONS = """
+#ifdef __cplusplus
+extern "C" {
+#endif
+// Enqueues the kernel on `stream` (a cudaStream_t; ignored on the CPU). 0, or a code for fagen_error().
+int fagen_launch(const fagen_params* params, void* stream);
+const char* fagen_error(int code);
+// What params->workspace must hold; the other fields must be set, pointers aside.
+uint64_t fagen_workspace_bytes(const fagen_params* params);
+// sizeof(fagen_params) as the kernel was built; differs when this header is of another kernel.
+uint32_t fagen_params_size(void);
+#ifdef __cplusplus
+}
+#endif
+"""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is emitted: a family's source for a problem, and where its config comes from."""
+
+    family: Family
+    problem: Problem
+    target: Target
+    config: Config
+    provenance: str  # in words: "the family's default", "tuned on NVIDIA H200", ...
+
+    @property
+    def suffix(self) -> str:
+        return ".cu" if self.target.is_gpu else ".cpp"
+
+    @property
+    def source_name(self) -> str:
+        return f"kernel{self.suffix}"
+
+    @property
+    def source(self) -> str:
+        return render.source(self.family, self.problem, self.target, self.config)
+
+
+def command(kernel: Kernel) -> str:
+    """The `fagen emit` that makes the same kernel again, whatever the database and the defaults say then."""
+    p = kernel.problem
+    words = ["fagen", "emit", "--target", kernel.target.arch, *flags.of(p)]
+    words += ["--family", kernel.family.name, "--config", kernel.config.to_json(), "--out", "DIR"]
+    return shlex.join(words)
+
+
+def build_command(kernel: Kernel, sources: Iterable[str], output: str, extra: Iterable[str] = ()) -> list[str]:
+    """One compiler call with the flags that fagen itself builds with."""
+    compiler = "nvcc" if kernel.target.is_gpu else "g++"
+    flags = [flag for flag in kernel.family.flags(kernel.target) if flag != _VERBOSE]
+    return [compiler, *flags, *extra, "-o", output, *sources]
+
+
+def shared_command(kernel: Kernel, output: str = "kernel.so") -> list[str]:
+    pic = ["-Xcompiler", "-fPIC"] if kernel.target.is_gpu else ["-fPIC"]
+    return build_command(kernel, [kernel.source_name], output, ["-shared", *pic])
+
+
+def example_command(kernel: Kernel) -> list[str]:
+    return build_command(kernel, [kernel.source_name, f"main{kernel.suffix}"], "example")
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
+
+
+def kernel_text(kernel: Kernel) -> str:
+    """The source under a banner that says where it comes from and how to build and call it."""
+    needs = "the CUDA toolkit" if kernel.target.is_gpu else "a C++17 compiler"
+    banner = [
+        f"An attention kernel made by fagen. It needs {needs} and nothing else: no torch, no Python.",
+        "",
+        f"problem:  {kernel.problem.static_key}, its config chosen for {kernel.problem.size_key}",
+        f"config:   {kernel.config} ({kernel.provenance})",
+        f"made by:  {command(kernel)}",
+        f"build:    {shlex.join(shared_command(kernel))}",
+        f"call:     fagen_launch(), declared in {HEADER} beside this file",
+    ]
+    return _comment(banner) + "\n" + kernel.source
+
+
+def header_text(kernel: Kernel) -> str:
+    params = (env.data_dir("templates") / "include" / "fagen" / "params.h").read_text()
+    lines = [
+        f"The interface of {kernel.source_name}: attention {kernel.problem.op} for {kernel.problem.static_key}",
+        f"on {kernel.target.arch}. Plain C. All kernels of fagen have this interface; to link two of them into one",
+        "program, rename their functions on the compiler's command line: -Dfagen_launch=first_launch and so on.",
+    ]
+    return _comment(lines) + params + _FUNCTIONS
+
+
+def example_text(kernel: Kernel) -> str:
+    have = INTERVAL_KINDS.get(kernel.problem.intervals, ())
+    template = render._environment().get_template("example/main.j2")
+    return template.render(
+        problem=kernel.problem,
+        gpu=kernel.target.is_gpu,
+        columns=len(have),
+        bounds={name: have.index(name) if name in have else -1 for name in ("LTS", "LTE", "UTS", "UTE")},
+        flops=kernel.problem.flops(),
+        unit=_UNIT[kernel.problem.dtype],
+        build_command=shlex.join(example_command(kernel)),
+        binary="example",
+    )
+
+
+def _comment(lines: Iterable[str]) -> str:
+    """Lines of a C comment, whatever they hold: each is one line of its own, and none goes on in the next."""
+    return "".join(f"// {_one_line(line)}".rstrip() + "\n" for line in lines)
+
+
+def _one_line(text: str) -> str:
+    """Escaped where it does not print; a compiler would join what ends in a backslash (or its trigraph) to the code."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text).rstrip()
+    return text + "." if text.endswith(("\\", "??/")) else text
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def write(kernel: Kernel, folder: Path, *, example: bool = False) -> dict[str, Any]:
+    """The files that need no compiler; the manifest, as written."""
+    texts = {kernel.source_name: kernel_text(kernel), HEADER: header_text(kernel)}
+    if example:
+        texts[f"main{kernel.suffix}"] = example_text(kernel)
+    manifest = {
+        "fagen": __version__,
+        "arch": kernel.target.arch,
+        "family": kernel.family.name,
+        "problem": kernel.problem.to_dict(),
+        "config": dict(kernel.config),
+        "provenance": kernel.provenance,
+        "source_hash": render.source_hash(kernel.source),
+        "command": command(kernel),
+        "build": shlex.join(shared_command(kernel)),
+        "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
+        "facts": None,
+    }
+    if example:
+        manifest["example"] = shlex.join(example_command(kernel))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        _write_manifest(folder, manifest)
+    except OSError as error:
+        raise FagenError(f"cannot write to {folder}", str(error), "give another folder to --out") from error
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def compile_all(kernel: Kernel, folder: Path, manifest: dict[str, Any], *, example: bool = False) -> dict[str, Any]:
+    """kernel.so, on a GPU kernel.cubin, and the example, beside the sources; the manifest with the facts."""
+    commands = {"kernel.so": shared_command(kernel)}
+    if kernel.target.is_gpu:
+        commands["kernel.cubin"] = build_command(kernel, [kernel.source_name], "kernel.cubin", ["-cubin", _VERBOSE])
+    if example:
+        commands["example"] = example_command(kernel)
+    files, log = dict(manifest["files"]), ""
+    for name, words in commands.items():
+        log += _compile(kernel.target, words, folder)
+        files[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    done = {**manifest, "files": files, "facts": _facts(kernel, log)}
+    _write_manifest(folder, done)
+    return done
+
+
+def _compile(target: Target, words: list[str], folder: Path) -> str:
+    compiler = toolchain.require_nvcc() if target.is_gpu else toolchain.require_cxx()
+    done = subprocess.run([str(compiler), *words[1:]], cwd=folder, capture_output=True, text=True, errors="replace")
+    log = done.stdout + done.stderr
+    if done.returncode:
+        first = next((line for line in log.splitlines() if "error" in line), log.strip()[-200:])
+        raise BuildError(f"{compiler.name} refused the emitted kernel in {folder}", first, shlex.join(words), log=log)
+    return log
+
+
+def _facts(kernel: Kernel, log: str) -> dict[str, Any]:
+    """The compiler, what it said of registers and spills, and what fagen derived."""
+    compiler = toolchain.nvcc() if kernel.target.is_gpu else toolchain.cxx()
+    facts: dict[str, Any] = {"compiler": toolchain.compiler_version(compiler)} if compiler else {}
+    if kernel.target.is_gpu:
+        facts |= cache.parse_ptxas(log)
+    return facts | kernel.family.derive(kernel.problem, kernel.target, kernel.config)

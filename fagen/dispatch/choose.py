@@ -1,0 +1,176 @@
+"""Which kernel serves a problem: a recorded winner, else a family's default, else PyTorch. Never tunes, never lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from fagen import families
+from fagen.dispatch import freshness
+from fagen.errors import FagenError
+from fagen.ops.attention.problem import Problem
+from fagen.target import Target
+
+if TYPE_CHECKING:
+    from fagen.db.record import Record
+    from fagen.dispatch.freshness import Freshness
+    from fagen.families import Config, Family
+
+
+PROVENANCES = {
+    "exact": "tuned on this device for exactly this size",
+    "nearest": "tuned on this device for the nearest size",
+    "arch": "tuned on another device of this architecture",
+    "default": "never tuned: the family's default",
+    "built": "built already; it serves while the kernel of the choice is compiled",
+    "none": "no kernel of ours",
+}
+_MOST_WRONG = 2  # winners of a changed source that one call verifies in vain
+_MAX_REASONS = 4  # of records that were passed over; a database has thousands
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What serves a problem, and why each other choice does not."""
+
+    kind: str  # "family" or "torch"
+    provenance: str  # a key of PROVENANCES
+    family: Family | None = None
+    config: Config | None = None
+    record: Record | None = None
+    reasons: list[str] = field(default_factory=list)
+    trust: Freshness | None = None  # of the record: whether its source is still what was tuned
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "family": self.family.name if self.family else None,
+            "config": dict(self.config) if self.config else None,
+            "provenance": self.provenance,
+            "record": self.record.key if self.record else None,
+            "source": self.trust.state if self.trust else None,
+            "reasons": self.reasons,
+        }
+
+
+def choose(problem: Problem, target: Target, *, check: bool = False, stale: str = "", ours: bool = False) -> Choice:
+    """An exact record, the nearest, one of the same arch, the first able family's default, the next one's, PyTorch.
+
+    PyTorch comes first where it was faster than the record's kernel when that was tuned, unless a kernel of `ours` is
+    wanted in any case. `check` verifies a record whose kernel source has changed since it was tuned, if nobody has yet;
+    that builds and runs it. `stale` stands for FAGEN_STALE.
+    """
+    from fagen.db.store import Database
+
+    able, refusals = families.candidates(problem, target)
+    reasons = [f"{name}: {reason}" for name, reason in refusals.items()]
+    if not able:
+        return Choice("torch", "none", reasons=reasons)
+    skipped = wrong = 0
+    beaten: tuple[Record, str] | None = None
+    for record, provenance in Database.load().candidates(problem, target):
+        if beaten and not beats_torch(record, beaten[0]):
+            continue
+        torch_first = not ours and not beaten and lost(record, provenance) and torch_serves(problem)
+        choice, reason = by_record(
+            record, provenance, problem, target, able, refusals, check=check and not torch_first, stale=stale
+        )
+        if torch_first and not reason:
+            beaten = record, provenance
+            continue
+        if not reason:
+            _say_runners_up(reasons, problem, provenance, skipped)
+            return replace(choice, reasons=[*reasons, *choice.reasons])
+        wrong += choice.trust is not None and choice.trust.state == "wrong"
+        if wrong == _MOST_WRONG:  # something is amiss with the template: others would cost a compilation each
+            stale = "refuse"
+        skipped += 1
+        if skipped <= _MAX_REASONS:
+            reasons.append(f"{provenance} record {record.key} ({record.family}): {reason}")
+    if beaten:
+        return _by_torch(*beaten, problem, skipped, reasons)
+    _say_runners_up(reasons, problem, "default", skipped)
+    return by_default(problem, target, able, reasons)
+
+
+def by_record(
+    record: Record, provenance: str, problem: Problem, target: Target, able: list[Family], refusals: dict[str, str],
+    *, check: bool = False, stale: str = "",
+) -> tuple[Choice, str]:  # fmt: skip
+    """What a record makes of the problem, and why it may not serve, "" if it may. No size decides that."""
+    family = next((f for f in able if f.name == record.family), None)
+    if family is None:
+        return Choice("torch", provenance, record=record), refusals.get(record.family, "no such family")
+    config, reason = _legal(record, family, problem, target)
+    if config is None:
+        return Choice("torch", provenance, family, record=record), reason
+    told = freshness.check(record, family, problem, target, config, check=check, stale=stale)
+    return Choice("family", provenance, family, config, record, trust=told), "" if told.usable else told.text
+
+
+def known_only() -> str:
+    """For `stale`: a call that must not wait verifies nothing."""
+    return freshness.KNOWN if freshness.mode() == "verify" else ""
+
+
+def by_default(problem: Problem, target: Target, able: list[Family], reasons: list[str]) -> Choice:
+    """The default of the first family whose default fits; `reasons` grow."""
+    for family in able:
+        try:
+            config = family.require(problem, target, family.default(problem, target))
+        except FagenError as error:
+            reasons.append(f"{family.name}: its default does not fit: {error.what}")
+            continue
+        return Choice("family", "default", family, config, reasons=reasons)
+    return Choice("torch", "none", reasons=reasons)
+
+
+def _legal(record: Record, family: Family, problem: Problem, target: Target) -> tuple[Config | None, str]:
+    """The record's config if it is legal for the problem, else why not."""
+    try:
+        config = family.config(record.config)
+    except FagenError as error:
+        return None, error.what
+    reason = ": ".join(family.rejects(problem, target, config) or ())
+    return (None, reason) if reason else (config, "")
+
+
+def lost(record: Record, provenance: str) -> bool:
+    """Whether PyTorch was faster than this kernel on this device, where it can be asked as it was then."""
+    from fagen.timing import timer  # what it imports takes milliseconds
+
+    slower = provenance != "arch" and timer.lost(record.seconds, record.spread, record.torch_seconds)
+    return slower and torch_serves(record.problem)
+
+
+def torch_serves(p: Problem) -> bool:
+    """Whether SDPA computes this without a mask tensor: as `fallback` asks it. `Plan::find` in C++ asks the same."""
+    return p.mask in ("none", *(["causal"] if p.seqlen_q == p.seqlen_k else [])) and not (p.softcap or p.alibi)
+
+
+def beats_torch(record: Record, beaten: Record) -> bool:
+    """Whether another family's record of the same size is known to be faster than what beat this one."""
+    same = (record.key, record.device) == (beaten.key, beaten.device)
+    return same and record.seconds < (record.torch_seconds or beaten.torch_seconds)
+
+
+def _by_torch(record: Record, provenance: str, problem: Problem, skipped: int, reasons: list[str]) -> Choice:
+    times = f"{record.torch_seconds * 1e3:.4g} ms against {record.seconds * 1e3:.4g} ms"
+    _say_runners_up(reasons, problem, provenance, skipped)
+    told = f"{record.family}: PyTorch was faster when tuned: {times} ({provenance} record {record.key})"
+    return Choice("torch", provenance, record=record, reasons=[told, *reasons])
+
+
+def _say_runners_up(reasons: list[str], problem: Problem, provenance: str, skipped: int) -> None:
+    """Why the better provenances were not to be had."""
+    if skipped > _MAX_REASONS:
+        reasons.append(f"{skipped - _MAX_REASONS} more records do not fit")
+    missing = {
+        "exact": f"exact: no usable record of {problem.key} on this device",
+        "nearest": f"nearest: no usable record of {problem.static_key} on this device",
+        "arch": f"arch: no usable record of {problem.static_key} on this architecture",
+    }
+    for name, text in missing.items():
+        if name == provenance:
+            break
+        reasons.append(text)

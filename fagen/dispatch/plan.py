@@ -1,0 +1,114 @@
+"""The plan of a static key on a device: which record, or which family's default, serves which size.
+
+Rows are the records that may serve, each with its loaded kernel; so that a new size costs a look at the rows. The table
+of `csrc/table.h` is given the same plan as words and does the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fagen import families
+from fagen.dispatch import choose
+from fagen.ops.attention import size_point
+from fagen.ops.attention.problem import Problem
+from fagen.runtime import binding
+from fagen.target import Target
+
+if TYPE_CHECKING:
+    from fagen.db.record import Record
+    from fagen.families import Family
+    from fagen.runtime.kernel import Kernel
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What serves a size: a kernel, or PyTorch where there is none. `known` is False where somebody must still ask."""
+
+    known: bool
+    kernel: Kernel | None = None
+
+    @functools.cached_property
+    def words(self) -> tuple[int, ...]:
+        """For the table in C++: `answer_of` there."""
+        if self.kernel is None:
+            return int(self.known), 0, 0, 0
+        return (int(self.known), *(self.kernel.library.address(name) for name in binding.FUNCTIONS))
+
+
+ASK, TORCH = Answer(False), Answer(True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record that may serve sizes of the static key."""
+
+    record: Record
+    elsewhere: bool  # tuned on another device
+    features: tuple[float, ...]
+    answer: Answer
+    where_torch_may: Answer | None = None  # what is faster than its kernel where PyTorch can be asked; None: nothing
+
+
+@dataclass
+class Plan:
+    """What is known of a static key on a target. Rows lie in the order in which ties are settled."""
+
+    problem: Problem  # any of the static key
+    target: Target
+    rows: tuple[Row, ...]
+    families: tuple[Family, ...] = ()  # whose defaults serve where there are no rows
+    meanwhile: Answer | None = None  # what serves all sizes until something is built, where no row can
+    defaults: dict[Hashable, Answer] = field(default_factory=dict)
+
+    def find(self, problem: Problem, ours: bool) -> Answer:
+        """`ours`: a kernel also where PyTorch is faster."""
+        row = self.nearest(problem)
+        if row is None:
+            return self.meanwhile or self.defaults.get(self.reads(problem), ASK)
+        if row.where_torch_may is not None and not ours and choose.torch_serves(problem):
+            return row.where_torch_may
+        return row.answer
+
+    def nearest(self, problem: Problem) -> Row | None:
+        """As `db.Database.candidates` orders them, and `Plan::nearest` of the table does."""
+        wanted, weights = (
+            tuple(size_point.features(problem, self.target.units).values()),
+            tuple(size_point.WEIGHTS.values()),
+        )
+        best: tuple[Any, ...] | None = None
+        found, size = None, problem.size_key
+        for row in self.rows:
+            distance = 0.0
+            for weight, a, b in zip(weights, wanted, row.features, strict=True):
+                distance += weight * abs(a - b)
+            rank = row.elsewhere, row.record.problem.size_key != size, distance
+            if best is None or rank < best:
+                best, found = rank, row
+        return found
+
+    def reads(self, problem: Problem) -> Hashable:
+        """All that the families' defaults look at."""
+        return tuple(family.default_reads(problem, self.target) for family in self.families)
+
+    @functools.cached_property
+    def _where_torch_may(self) -> int:
+        """Nowhere, everywhere, or at sizes with as many rows as keys: 0, 1, 2."""
+        square, oblong = (self.problem.replace(seqlen_q=8, seqlen_k=keys) for keys in (8, 16))
+        return 0 if not choose.torch_serves(square) else 1 if choose.torch_serves(oblong) else 2
+
+    def words(self, ours: bool) -> list[int]:
+        """For the table in C++, which reads them in `plan_of`."""
+        windowed = self.problem.mask in ("window", "intervals")
+        torch = 0 if ours else self._where_torch_may
+        alike = all(family.default_reads is families.nothing for family in self.families)
+        otherwise = self.meanwhile or (next(iter(self.defaults.values()), ASK) if alike else ASK)
+        words = [self.target.units, int(windowed), torch, *otherwise.words]
+        for row in self.rows:
+            p = row.record.problem
+            sizes = p.batch, p.heads, p.kv_heads, p.seqlen_q, p.seqlen_k, p.window_left, p.window_right
+            words += [int(row.elsewhere), *sizes, *row.answer.words, *(row.where_torch_may or row.answer).words]
+        return words

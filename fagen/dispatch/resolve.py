@@ -1,0 +1,317 @@
+"""From a problem to a loaded kernel, and the plan of its static key: which record serves which size.
+
+A plan (`plan.py`) is made once a static key and device; the C++ table is given it, too. What a row of it lacks (a
+kernel that is not built, a changed source that is not verified) is done when a size asks for it, and the plan is made
+anew.
+
+FAGEN_BUILD says what a call does whose kernel is not built. With `background` it is served by the nearest record whose
+kernel is built, else by any kernel of the static key that is loaded, else by PyTorch, while the kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fagen import env, families
+from fagen.build import cache
+from fagen.build.job import make_job
+from fagen.db import store
+from fagen.dispatch import choose, kernels
+from fagen.dispatch.plan import ASK, TORCH, Answer, Plan, Row
+from fagen.errors import FagenError, LaunchError
+from fagen.notices import notify
+from fagen.ops.attention import fallback, size_point
+from fagen.ops.attention.call import Call, describe
+from fagen.ops.attention.problem import Problem
+from fagen.runtime import background, binding, kernel
+from fagen.target import Target
+
+if TYPE_CHECKING:
+    from fagen.db.record import Record
+    from fagen.dispatch.choose import Choice
+    from fagen.families import Config, Family
+    from fagen.runtime.kernel import Kernel
+
+
+_MOST_LOADED = 32  # kernels that the first call of a static key loads, of those that are built
+_MOST_DEFAULTS = 4096  # answers by default that a plan keeps
+
+_plans: dict[tuple[str, Target], Plan] = {}
+_passed_over: set[tuple[str, str, str, str]] = set()  # records that dispatch did not take for their own sizes
+_epoch = object()  # another one when plans are dropped: a plan that was begun before is not kept after
+
+
+def forget() -> None:
+    """All that was chosen, so that every following call chooses anew."""
+    kernels.forget()
+    _passed_over.clear()
+    renew()
+
+
+def renew(static_key: str | None = None) -> None:
+    """Make plans anew when they are next asked for, of what is loaded by then: those of a static key, or all."""
+    global _epoch
+    _epoch = object()  # before: a plan that is stored meanwhile is dropped, or not stored
+    for key in list(_plans):
+        if static_key in (None, key[0]):
+            _plans.pop(key, None)
+    binding.forget_table()
+
+
+# ---- a problem's kernel ---------------------------------------------------------------------------------------------
+
+
+def kernel_for(problem: Problem, target: Target, *, ours: bool = False) -> Kernel | None:
+    """What serves the problem now, compiled before if calls wait; None where PyTorch computes, with a warning unless it
+    is faster.
+
+    `ours`: a kernel all the same where PyTorch is faster, as for the LSE, which it does not give.
+    """
+    return answer(problem, target, ours=ours).kernel
+
+
+def answer(problem: Problem, target: Target, *, ours: bool = False) -> Answer:
+    """The same; `known` is False where it holds for this call alone."""
+    plan = _plans.get((problem.static_key, target))
+    found = plan.find(problem, ours) if plan is not None else ASK
+    if found.known:
+        return found
+    if kernels.capturing(target):
+        return _in_capture(problem, target)
+    return _decide(problem, target, ours)
+
+
+def plan_words(problem: Problem, target: Target, *, ours: bool = False) -> list[int]:
+    """The plan of the problem's static key for the table; none before something was decided."""
+    plan = _plans.get((problem.static_key, target))
+    return plan.words(ours) if plan is not None else []
+
+
+def _in_capture(problem: Problem, target: Target) -> Answer:
+    """Nothing is compiled or loaded; where calls do not wait for kernels, one that is loaded serves."""
+    if env.build_mode() != "background":
+        raise LaunchError(
+            f"a CUDA graph capture met a kernel that is not loaded: {problem}",
+            "nothing is compiled or loaded during a capture",
+            "make the same call once before capturing (compile ahead of that with: fagen build)",
+        )
+    found = _any_loaded(problem, target)
+    if found is None:
+        fallback.warn(f"no kernel of {problem.static_key} is loaded, and a CUDA graph is being captured")
+    return Answer(False, found)
+
+
+def _decide(problem: Problem, target: Target, ours: bool) -> Answer:
+    """Choose, build or load, and make the plan of the static key anew."""
+    background.warn_told()
+    begun = _epoch
+    waits = env.build_mode() != "background"
+    choice = choose.choose(problem, target, check=waits, stale="" if waits else choose.known_only(), ours=ours)
+    if choice.family is None or choice.config is None:
+        if choice.record is None:  # else PyTorch was the faster one, which `explain` says
+            fallback.warn("; ".join(choice.reasons) or "no family serves the problem")
+        found = TORCH
+    elif waits:
+        found = _built_now(choice, problem, target)
+    else:
+        found = _built_meanwhile(choice, problem, target)
+    _pass_over(problem, target, choice)
+    plan = _make_plan(problem, target)
+    if choice.record is not None and not plan.rows:
+        plan.meanwhile = found
+    if choice.provenance in ("default", "none") and len(plan.defaults) < _MOST_DEFAULTS:
+        plan.defaults[plan.reads(problem)] = found
+    _plans[problem.static_key, target] = plan
+    if begun is not _epoch:  # a kernel has become ready since
+        _plans.pop((problem.static_key, target), None)
+    return found
+
+
+def _built_now(choice: Choice, problem: Problem, target: Target) -> Answer:
+    assert choice.family is not None and choice.config is not None
+    try:
+        return Answer(True, kernels.built(choice.family, problem, target, choice.config))
+    except FagenError as error:
+        if env.build_mode() == "never":
+            raise
+        kernels.failed.add(kernels.key_of(choice.family, problem, target, choice.config))
+        fallback.warn(" ".join(str(error).splitlines()))
+        return TORCH
+
+
+def _built_meanwhile(choice: Choice, problem: Problem, target: Target) -> Answer:
+    """The chosen kernel if it is built; else what serves until it is."""
+    assert choice.family is not None and choice.config is not None
+    family, config = choice.family, choice.config
+    found = kernels.loaded(family, problem, target, config)
+    if found is None:
+        _build_meanwhile(family, problem, target, config)
+        found = stand_in(problem, target)
+    if found is None:
+        reason = (
+            "cannot be built"
+            if kernels.key_of(family, problem, target, config) in kernels.failed
+            else "is being compiled"
+        )
+        fallback.warn(f"the kernel of {problem.static_key} {reason}")
+    return Answer(True, found)
+
+
+def _build_meanwhile(family: Family, problem: Problem, target: Target, config: Config) -> None:
+    key = kernels.key_of(family, problem, target, config)
+
+    def work() -> None:
+        try:
+            job = make_job(family, problem, target, config)
+            kernels.in_memory[key] = kernel.load(cache.make(job), family, problem, config)
+        except FagenError as error:
+            kernels.failed.add(key)
+            background.tell(" ".join(str(error).splitlines()))
+        renew(problem.static_key)
+
+    if key not in kernels.failed and background.submit(key, work):
+        notify(f"compiling a kernel of {problem.static_key} beside this process; another serves until it is built")
+
+
+def stand_in(problem: Problem, target: Target) -> Kernel | None:
+    """The nearest record whose kernel is built, else the default, else any kernel of the static key that is loaded."""
+    for row in _rows(problem, target):
+        if row.answer.kernel is not None:
+            return row.answer.kernel
+    choice = choose.by_default(problem, target, families.candidates(problem, target)[0], [])
+    if choice.family is not None and choice.config is not None:
+        found = kernels.loaded(choice.family, problem, target, choice.config)
+        if found is not None:
+            return found
+    return _any_loaded(problem, target)
+
+
+def _any_loaded(problem: Problem, target: Target) -> Kernel | None:
+    """A kernel of the static key that this process has, of the nearest record if there is one."""
+    plan = _plans.get((problem.static_key, target))
+    nearest = plan.nearest(problem) if plan is not None else None
+    if nearest is not None and nearest.answer.kernel is not None:
+        return nearest.answer.kernel
+    mine = (
+        k
+        for (_, static, where, _), k in list(kernels.in_memory.items())
+        if (static, where) == (problem.static_key, target)
+    )
+    return next(mine, None)
+
+
+# ---- plans ----------------------------------------------------------------------------------------------------------
+
+
+def _make_plan(problem: Problem, target: Target) -> Plan:
+    able, _ = families.candidates(problem, target)
+    rows = sorted(_rows(problem, target), key=lambda row: (row.elsewhere, row.record.key, row.record.seconds))
+    rows = [_where_torch_may(row, rows[index + 1 :]) for index, row in enumerate(rows)]
+    old = _plans.get((problem.static_key, target))
+    plan = Plan(problem, target, tuple(rows), tuple(able))
+    if old is not None and old.families == plan.families:
+        plan.defaults.update(old.defaults)
+    return plan
+
+
+def _where_torch_may(row: Row, behind: list[Row]) -> Row:
+    """With what `dispatch.choose` takes in the place of a kernel that lost to PyTorch."""
+    if not choose.lost(row.record, "arch" if row.elsewhere else "nearest"):
+        return row
+    better = next((r.answer for r in behind if choose.beats_torch(r.record, row.record)), TORCH)
+    return dataclasses.replace(row, where_torch_may=better)
+
+
+def _rows(problem: Problem, target: Target) -> Iterator[Row]:
+    """The records of the static key that may serve, the nearest first. No kernel is built, no source verified."""
+    able, refusals = families.candidates(problem, target)
+    waits = env.build_mode() != "background"
+    stale = "" if waits else choose.known_only()
+    looked: set[kernels.Key] = set()
+    for record, provenance in store.Database.load().candidates(problem, target):
+        if _name(record) in _passed_over:
+            continue
+        found = ASK
+        if len(looked) < _MOST_LOADED:
+            choice, reason = choose.by_record(record, provenance, problem, target, able, refusals, stale=stale)
+            if reason:
+                continue
+            found = _answer_of(choice, problem, target)
+            if choice.family is not None and choice.config is not None:
+                key = kernels.key_of(choice.family, problem, target, choice.config)
+                looked.add(key)
+                if not waits and (key in kernels.failed or (not found.known and background.pending(key))):
+                    continue  # another one serves, until it is built
+        features = tuple(size_point.features(record.problem, target.units).values())
+        yield Row(record, provenance == "arch", features, found)
+
+
+def _answer_of(choice: Choice, problem: Problem, target: Target) -> Answer:
+    """What a usable record's kernel is, if it is built; no size counts."""
+    if choice.family is None or choice.config is None:
+        return TORCH
+    if choice.trust is not None and choice.trust.state == "unverified":
+        return ASK
+    if kernels.key_of(choice.family, problem, target, choice.config) in kernels.failed:
+        return TORCH
+    found = kernels.loaded(choice.family, problem, target, choice.config)
+    return Answer(found is not None, found)
+
+
+def _name(record: Record) -> tuple[str, str, str, str]:
+    return record.arch, record.device, record.key, record.family
+
+
+def _pass_over(problem: Problem, target: Target, choice: Choice) -> None:
+    """Records nearer than the chosen one will not serve either when another size comes: their reasons know no size."""
+    for record, provenance in store.Database.load().candidates(problem, target):
+        if record == choice.record:
+            break
+        if not choose.lost(record, provenance):  # of those one may serve the sizes that PyTorch cannot
+            _passed_over.add(_name(record))
+
+
+# ---- a call's kernel ------------------------------------------------------------------------------------------------
+
+
+def resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> kernel.Kernel | None:
+    """The kernel for a call, built and loaded; None (and a warning) where PyTorch computes."""
+    call = _describe_quietly(q, k, v, **options)
+    if call.refusal:
+        return None
+    assert call.problem is not None and call.target is not None
+    with _on_device(q):
+        return kernel_for(call.problem, call.target, ours=bool(options.get("return_lse")))
+
+
+def resolve_words(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> list[int]:
+    """The same for the C++ table: what serves this call, and the plan of its static key where there is one."""
+    call = _describe_quietly(q, k, v, **options)
+    if call.refusal:
+        return list(TORCH.words)
+    assert call.problem is not None and call.target is not None
+    ours = bool(options.get("return_lse"))
+    with _on_device(q):
+        found = answer(call.problem, call.target, ours=ours)
+    return [*found.words, *plan_words(call.problem, call.target, ours=ours)]
+
+
+def _describe_quietly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Call:
+    with torch.no_grad():  # whether gradients are needed was decided before
+        call = describe(q, k, v, **options)
+    if call.refusal:
+        fallback.warn(call.refusal)
+    return call
+
+
+def _on_device(q: torch.Tensor) -> Any:
+    """Where a stale kernel is verified."""
+    return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
+
+
+binding.answer_with(resolve_words)

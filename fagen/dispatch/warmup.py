@@ -1,0 +1,158 @@
+"""What a model may ever ask for, and compiling it before it does.
+
+The config of a size is that of the nearest record, so that the configs which sizes up to a bound can get are those of
+the records whose cells reach into the bound. Distances add up over features: a record that is the nearest anywhere
+among sizes that differ in their number of keys alone is the nearest where that number is as close to its own as it can
+be. Rows and batches are gone through; where nothing is recorded, defaults are asked for a grid of sizes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from fagen import env, families
+from fagen.db import store
+from fagen.dispatch import choose, kernels, resolve
+from fagen.errors import FagenError, InvalidArgument
+from fagen.ops.attention import size_point
+from fagen.ops.attention.problem import Problem
+from fagen.runtime import binding
+from fagen.target import Target
+
+if TYPE_CHECKING:
+    from fagen.db.record import Record
+
+_GRID = 8  # sizes a doubling, of the grid for defaults
+MOST_SEQLEN = 1 << 24
+
+
+def sizes(problem: Problem, target: Target, most: int) -> list[Problem]:
+    """Sizes that get, among them, every kernel that any size gets.
+
+    Of the problem's static key, heads and window; of any batch, and of up to `most` rows and keys; with the mask
+    causal, of no more rows than keys.
+    """
+    if not 1 <= most <= MOST_SEQLEN:
+        raise InvalidArgument(f"a longest sequence of {most} is out of range", f"1 to {MOST_SEQLEN}")
+    able, refusals = families.candidates(problem, target)
+    records = []
+    for record, provenance in store.Database.load().candidates(problem, target):
+        if not choose.by_record(record, provenance, problem, target, able, refusals)[1]:
+            records.append((provenance == "arch", record))
+    if not records:
+        return _by_default(problem, target, most)
+    here = [record for elsewhere, record in records if elsewhere == min(records, key=lambda r: r[0])[0]]
+    return _by_record(problem, target, most, sorted(here, key=lambda r: (r.key, r.seconds)))
+
+
+def _rows(most: int) -> list[int]:
+    """Both ends of every block of rows, and all short sequences."""
+    block = size_point.WAVE_ROWS
+    ends = (n for first in range(0, most, block) for n in (first + 1, first + block))
+    return sorted({min(n, most) for n in (*range(1, min(most, 8 * block) + 1), *ends)})
+
+
+def _batches(problem: Problem, target: Target, rows: list[int]) -> Iterator[tuple[int, list[int]]]:
+    """Batches, and the lengths for which one more sequence still counts."""
+    batch = 1
+    while rows:
+        yield batch, rows
+        waves = (batch * problem.heads * -(-n // size_point.WAVE_ROWS) / max(1, target.units) for n in rows)
+        rows = [n for n, w in zip(rows, waves, strict=True) if w < size_point.MOST_WAVES]
+        batch += 1
+
+
+def _by_record(problem: Problem, target: Target, most: int, records: list[Record]) -> list[Problem]:
+    """For each record that is the nearest of some size, such a size."""
+    import torch
+
+    features = [list(size_point.features(r.problem, target.units).values()) for r in records]
+    keys, waves, rows = torch.tensor(features, dtype=torch.float64).unbind(1)
+    weight = size_point.WEIGHTS
+    found: dict[int, Problem] = {}
+    for batch, lengths in _batches(problem, target, _rows(most)):
+        if len(found) == len(records):
+            break
+        sized = [problem.replace(batch=batch, seqlen_q=n, seqlen_k=most) for n in lengths]
+        points = torch.tensor([list(size_point.features(p, target.units).values()) for p in sized], dtype=torch.float64)
+        base = weight["waves"] * (points[:, 1:2] - waves).abs() + weight["rows"] * (points[:, 2:3] - rows).abs()
+        least = points[:, 2] if problem.mask == "causal" else torch.zeros(len(lengths), dtype=torch.float64)
+        for index in range(len(records)):
+            if index in found:
+                continue
+            own = keys[index].clamp(min=least.minimum(points[:, 0]), max=points[:, 0])
+            nearest = (weight["keys"] * (own[:, None] - keys).abs() + base).argmin(1)
+            wins = (nearest == index).nonzero().flatten()
+            if len(wins):
+                n = int(wins[len(wins) // 2])
+                length = min(most, max(1, round(2.0 ** float(own[n]))))
+                found[index] = sized[n].replace(seqlen_k=most if own[n] == points[n, 0] else length)
+    exact = (r.problem for r in records if _within(r.problem, problem, most))
+    return list(dict.fromkeys([*found.values(), *(p.replace(head_dim=problem.head_dim) for p in exact)]))
+
+
+def _within(recorded: Problem, problem: Problem, most: int) -> bool:
+    """Whether a record's own size is one that may be asked for: then it serves it even where others are as near."""
+    alike = ("heads", "kv_heads", "head_dim", "head_dim_v", "window_left", "window_right")
+    same = all(getattr(recorded, name) == getattr(problem, name) for name in alike)
+    return same and max(recorded.seqlen_q, recorded.seqlen_k) <= most
+
+
+def _by_default(problem: Problem, target: Target, most: int) -> list[Problem]:
+    able, _ = families.candidates(problem, target)
+    doublings = most.bit_length() * _GRID
+    lengths = sorted(
+        {min(most, max(1, round(2 ** (i / _GRID)) + step)) for i in range(doublings) for step in (-1, 0, 1)}
+    )
+    rows = lengths if any(f.default_reads is not families.nothing for f in able) else lengths[-1:]
+    found: dict[Any, Problem] = {}
+    for batch, some in _batches(problem, target, rows):
+        for n in some:
+            for keys in lengths if batch == 1 else (n, lengths[-1]):
+                if problem.mask == "causal" and keys < n:
+                    continue
+                sized = problem.replace(batch=batch, seqlen_q=n, seqlen_k=keys)
+                found.setdefault(tuple(family.default_reads(sized, target) for family in able), sized)
+    return list(found.values())
+
+
+def all_sizes(problems: Iterable[Problem], target: Target, most: int) -> list[Problem]:
+    """The same for several problems; those that differ in batch and lengths alone ask for the same."""
+    kinds = {p.replace(batch=1, seqlen_q=1, seqlen_k=1): p for p in problems}
+    return list(dict.fromkeys(size for p in kinds.values() for size in sizes(p, target, most)))
+
+
+def warmup(problems: Iterable[Problem], target: Target | None = None, *, max_seqlen: int | None = None) -> int:
+    """Compile and load what these problems need, and the binding, ahead of the first call; how many kernels that is.
+
+    With `max_seqlen`: what they need at any batch and any lengths up to it.
+    """
+    from fagen.target import detect
+
+    target = target or detect()
+    asked = list(problems) if max_seqlen is None else all_sizes(problems, target, max_seqlen)
+    wanted = {}
+    for problem in asked:
+        choice = choose.choose(problem, target, ours=True)
+        if choice.family is not None and choice.config is not None:
+            key = kernels.key_of(choice.family, problem, target, choice.config)
+            wanted[key] = choice.family, problem, target, choice.config
+
+    def attempt(kernel: Any) -> None:
+        try:
+            kernels.built(*kernel)
+        except FagenError:
+            if env.build_mode() == "never":
+                raise
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        jobs = [pool.submit(binding.load), *(pool.submit(attempt, kernel) for kernel in wanted.values())]
+        for job in jobs:
+            job.result()
+    resolve.renew()
+    for problem in asked:  # says what could not be built, and tells the plans what is
+        resolve.answer(problem, target, ours=True)
+    return len(wanted)

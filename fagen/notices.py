@@ -1,0 +1,50 @@
+"""Words to people on stderr, data to programs on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from fagen import env
+
+
+def notify(text: str) -> None:
+    """One line to stderr when a call is about to take long."""
+    if not env.flag("FAGEN_QUIET"):
+        print(f"fagen: {text}", file=sys.stderr, flush=True)
+
+
+# ---- output ------------------------------------------------------------------------------------------------------
+
+
+def say(text: str = "") -> None:
+    """A line for the person in front of the terminal."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit_json(value: Any) -> None:
+    """Data for the next program."""
+    emit_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def emit_text(text: str) -> None:
+    """The only writer to stdout."""
+    print(text, end="", flush=True)
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Three digits, in the unit that suits them; a dash when there is none."""
+    if not seconds:
+        return "-"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size or unit == "us":
+            value = seconds / size
+            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
+    return "-"
+
+
+def clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "-"
+    return f"{int(max(0, seconds)) // 60}:{int(max(0, seconds)) % 60:02d}"

@@ -1,0 +1,277 @@
+"""Is a call attention at all? Every argument is looked at before anything is built, computed or written."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+
+from fagen.errors import InvalidArgument, InvalidType
+from fagen.ops.attention.masks import interval_kind
+
+LARGEST_SIZE = 2**31 - 1  # kernels count in 32 bits
+LEAST_NUMBER = 1.1754943508222875e-38  # a positive float32 that a kernel does not take for 0
+LARGEST_NUMBER = 2.3e38  # times log2(e) it still is a float32
+_MOST_STEPS = 20_000  # of the search for an address that two tensors share
+
+Window = tuple[int | None, int | None]
+
+
+class Settings(NamedTuple):
+    """The arguments that are no tensors, in the types that the ops take."""
+
+    causal: bool
+    window: tuple[int, int]  # -1: unbounded; causal is folded in
+    softcap: float
+    scale: float | None
+
+
+def check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: str = "bshd",
+    causal: bool = False,
+    window: Window = (None, None),
+    intervals: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    scale: float | None = None,
+    out: torch.Tensor | None = None,
+) -> Settings:
+    """Raise InvalidArgument for what is not attention. Whether `out` overlaps an input is for `refuse_overlap`."""
+    if layout not in ("bshd", "bhsd"):
+        raise InvalidArgument(f"layout {shown(layout)} is unknown", "known: bshd, bhsd")
+    row, head = (1, 2) if layout == "bshd" else (2, 1)
+    settings = _settings(causal, window, softcap, scale)
+    _check_qkv(q, k, v, layout)
+    batch, heads, kv_heads = q.shape[0], q.shape[head], k.shape[head]
+    keys = (batch, k.shape[row], kv_heads)
+    for name, t, size in (("k", k, q.shape[3]), ("v", v, v.shape[3])):
+        if (t.shape[0], t.shape[row], t.shape[head], t.shape[3]) != (*keys, size):
+            wants = "(batch_size, seqlen_k, num_heads_k, head_size)"
+            have = f"{name} {tuple(t.shape)}, q {tuple(q.shape)}, k {tuple(k.shape)} in layout {layout}"
+            raise InvalidArgument(f"{name} must have shape {wants}", have)
+    if q.shape[3] == 0 or v.shape[3] == 0 or heads == 0 or kv_heads == 0:
+        raise InvalidArgument("heads and head_dim must be at least 1", f"q {tuple(q.shape)}, v {tuple(v.shape)}")
+    if heads % kv_heads:
+        raise InvalidArgument(
+            "Number of heads in key/value must divide number of heads in query", f"heads={heads} kv_heads={kv_heads}"
+        )
+    if intervals is not None:
+        _check_intervals(intervals, q, keys, settings.causal)
+    if alibi_slopes is not None:
+        _check_alibi(alibi_slopes, q, heads)
+    if out is not None:
+        _check_out(out, (*q.shape[:3], v.shape[3]), q)
+    return settings
+
+
+# ---- numbers ------------------------------------------------------------------------------------------------------
+
+
+def _settings(causal: Any, window: Any, softcap: Any, scale: Any) -> Settings:
+    causal, softcap = flag("causal", causal), number("softcap", softcap)
+    if not softcap >= 0:
+        raise InvalidArgument(f"softcap={softcap} must be positive, or 0 for none")
+    if scale is not None:
+        scale = number("scale", scale)
+    smallest = LEAST_NUMBER if scale is None else max(LEAST_NUMBER, abs(scale) / LARGEST_NUMBER)
+    if softcap and softcap < smallest:
+        raise InvalidArgument(f"softcap={softcap} is too small for float32", f"at least {smallest:.3g}")
+    left, right = _bounds(window)
+    return Settings(causal, (left, 0 if causal else right), softcap, scale)
+
+
+def flag(name: str, value: Any) -> bool:
+    """A bool, of Python, NumPy or a tensor of no dimensions; 0 and 1 as well."""
+    if isinstance(value, bool):
+        return value
+    if str(getattr(value, "dtype", "")) in ("bool", "torch.bool") and getattr(value, "ndim", 1) == 0:
+        return bool(value)
+    try:
+        index = operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        index = -1
+    if index not in (0, 1):
+        raise InvalidType(f"{name}={shown(value)} is neither True nor False")
+    return index == 1
+
+
+def number(name: str, value: Any) -> float:
+    """A finite float32, of whatever converts to a float: NumPy's, a tensor of no dimensions."""
+    if not isinstance(value, (float, int)):
+        if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise InvalidArgument(f"{name} requires a gradient, which it cannot get", "", "multiply q by it instead")
+        if not hasattr(value, "__float__"):
+            raise InvalidType(f"{name}={shown(value)} is not a number")
+        try:
+            value = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidType(f"{name}={shown(value)} is not a number", shown(error)) from error
+    if not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+        what = "must be positive and finite" if name == "softcap" else "must be finite"
+        raise InvalidArgument(f"{name}={shown(value)} {what}", f"at most {LARGEST_NUMBER} in size")
+    return float(value)
+
+
+def probability(name: str, value: Any) -> float:
+    value = number(name, value)
+    if not 0 <= value <= 1:
+        raise InvalidArgument(f"{name}={value} must be between 0 and 1")
+    return value
+
+
+def integer(name: str, value: Any) -> int:
+    """Of Python, NumPy, a tensor of no dimensions: of whatever is an index."""
+    try:
+        return value if isinstance(value, int) else operator.index(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidType(f"{name}={shown(value)} is not an integer", shown(error)) from error
+
+
+def _bounds(window: Any) -> tuple[int, int]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise InvalidArgument(f"window={shown(window)} is not (left, right)", "", "None stands for no bound")
+    left, right = (-1 if bound is None else bound for bound in window)
+    try:
+        left, right = integer("left", left), integer("right", right)
+    except InvalidType as error:
+        raise InvalidType(
+            f"window={shown(window)}: bounds are integers of at least 0", "", "None stands for no bound"
+        ) from error
+    if not -1 <= min(left, right) <= max(left, right) <= LARGEST_SIZE:
+        raise InvalidArgument(
+            f"window={shown(window)}: bounds are integers of at least 0", "", "None stands for no bound"
+        )
+    return left, right
+
+
+def shown(value: Any) -> str:
+    """An argument in a message: one line, and a short one."""
+    try:
+        text = " ".join((str if isinstance(value, Exception) else repr)(value).split())
+    except (ValueError, RuntimeError):  # an integer of thousands of digits, a tensor without values
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ---- tensors ------------------------------------------------------------------------------------------------------
+
+
+def dense(name: str, t: Any) -> None:
+    if not isinstance(t, torch.Tensor):
+        raise InvalidType(f"{name} must be a tensor, not {type(t).__name__}")
+    kind = "nested" if t.is_nested else "quantized" if t.is_quantized else ""
+    if kind or t.layout != torch.strided:
+        raise InvalidArgument(f"{name} must be a dense tensor, not {kind or t.layout}", f"it has dtype {t.dtype}")
+
+
+def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
+    named = (("q", q), ("k", k), ("v", v))
+    for name, t in named:
+        dense(name, t)
+    for name, t in named:
+        if t.dim() != 4:
+            raise InvalidArgument(f"{name} has {t.dim()} dimensions", f"layout {layout} has 4: {tuple(t.shape)}")
+        if t.dtype != q.dtype or not t.dtype.is_floating_point or t.dtype.itemsize < 2:
+            have = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
+            raise InvalidArgument("q, k and v must have the same floating-point dtype", have, "cast them: x.to(...)")
+        if t.device != q.device:
+            raise InvalidArgument("q, k and v must be on the same device", f"q {q.device}, k {k.device}, v {v.device}")
+        # a traced size is a symbol, which must not get a bound from here: the op looks at it when it runs
+        if not torch.compiler.is_compiling() and max(t.shape) > LARGEST_SIZE:
+            raise InvalidArgument(f"{name} has a size beyond {LARGEST_SIZE}", f"{name} {tuple(t.shape)}")
+
+
+def _check_intervals(intervals: torch.Tensor, q: torch.Tensor, keys: tuple[int, int, int], causal: bool) -> None:
+    dense("intervals", intervals)
+    batch, seqlen_k, kv_heads = keys
+    wants = f"(1 or {batch}, 1 or {kv_heads}, {seqlen_k}, 1, 2 or 4)"
+    if intervals.dtype != torch.int32:
+        raise InvalidArgument(f"intervals must be int32, not {intervals.dtype}", "", "cast them: x.to(torch.int32)")
+    if intervals.device != q.device:
+        raise InvalidArgument(f"intervals are on {intervals.device}", f"q is on {q.device}")
+    shape = tuple(intervals.shape)
+    # `in` would not do: torch.compile's sizes are symbols
+    good = len(shape) == 4 and (shape[0] == 1 or shape[0] == batch) and (shape[1] == 1 or shape[1] == kv_heads)
+    if not good or shape[2] != seqlen_k:
+        raise InvalidArgument(f"intervals must have shape {wants}", f"they have {shape}")
+    interval_kind(shape[3], causal)
+
+
+def _check_alibi(slopes: torch.Tensor, q: torch.Tensor, heads: int) -> None:
+    dense("alibi_slopes", slopes)
+    if slopes.dtype != torch.float32:
+        raise InvalidArgument("ALiBi slopes must have dtype fp32", f"they have {slopes.dtype}")
+    if slopes.device != q.device:
+        raise InvalidArgument(f"alibi_slopes are on {slopes.device}", f"q is on {q.device}")
+    shape = tuple(slopes.shape)
+    if shape != (heads,) and shape != (1, heads) and shape != (q.shape[0], heads):
+        raise InvalidArgument(
+            "alibi_slopes must have shape (heads) or (batch, heads)", f"they have {tuple(slopes.shape)}, heads={heads}"
+        )
+
+
+def _check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor) -> None:
+    dense("out", out)
+    if tuple(out.shape) != shape or out.dtype != q.dtype or out.device != q.device:
+        have = f"it is {out.dtype} {tuple(out.shape)} on {out.device}"
+        raise InvalidArgument(f"out must be {q.dtype} {shape} on {q.device}", have)
+    if not torch.compiler.is_compiling() and out.is_inference() and not torch.is_inference_mode_enabled():
+        raise InvalidArgument("out is an inference tensor, and this is not inference mode", "", "pass out.clone()")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise InvalidArgument("out requires a gradient", "", "pass out.detach(), or no out")
+
+
+# ---- memory that out shares ---------------------------------------------------------------------------------------
+
+
+def refuse_overlap(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
+    """A kernel reads its inputs, q as well, after it has begun to write: `out` must lie apart from all of them."""
+    if overlaps_itself(out):
+        have = f"sizes {tuple(out.shape)}, strides {out.stride()}"
+        raise InvalidArgument("out: two of its elements share memory", have, "pass a tensor that is not expanded")
+    for name, t in inputs.items():
+        if t is not None and may_overlap(out, t):
+            raise InvalidArgument(f"out shares memory with {name}", "", f"pass a clone of {name}, or no out")
+
+
+def overlaps_itself(t: torch.Tensor) -> bool:
+    """Unless each dimension steps over all that those of smaller strides reach."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return t.numel() > 0
+        reach += stride * (size - 1) if size > 1 else 0
+    return False
+
+
+def may_overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether a byte belongs to both. Exact, unless the search takes too many steps: then True.
+
+    Indices i of a and j of b meet where sum(i * a's stride) - sum(j * b's stride) is what b begins behind a.
+    """
+    if a.numel() == 0 or b.numel() == 0 or a.device.type == "meta":
+        return False
+    ranges = {1: [1 - b.element_size(), a.element_size() - 1]}  # of what each stride is multiplied by
+    for t, side in ((a, 1), (b, 0)):
+        for stride, size in zip(t.stride(), t.shape, strict=True):
+            step = ranges.setdefault(stride * t.element_size(), [0, 0])
+            step[side] += (size - 1) if side else (1 - size)
+    ranges.pop(0, None)
+    terms = sorted(((stride, *ends) for stride, ends in ranges.items()), reverse=True)
+    steps = _MOST_STEPS
+
+    def reaches(at: int, target: int) -> bool:
+        nonlocal steps
+        steps -= 1
+        stride, least, most = terms[at]
+        if stride == 1 or steps <= 0:
+            return steps <= 0 or least <= target <= most
+        low, high = (sum(s * ends[side] for s, *ends in terms[at + 1 :]) for side in (0, 1))
+        first, last = max(least, -((high - target) // stride)), min(most, (target - low) // stride)
+        return any(reaches(at + 1, target - n * stride) for n in range(first, last + 1))
+
+    return reaches(0, b.data_ptr() - a.data_ptr())

@@ -1,0 +1,232 @@
+"""Builds and loads the C++ ops once, and answers what they ask of Python: resolve, fallback, fail, refuse.
+
+Building them takes some 20 s. A call does not wait for that: `ready` starts it beside the calls, which go through
+ctypes until the ops are there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fagen import env
+from fagen.build import cache
+from fagen.build.job import Job
+from fagen.errors import BuildError, FagenError, InvalidArgument, LaunchError
+from fagen.notices import notify
+from fagen.ops.attention import size_point
+from fagen.runtime import background
+
+if TYPE_CHECKING:
+    import torch
+
+    from fagen.build.job import Artifact
+
+
+# without contraction a distance of sizes is rounded as in Python
+_FLAGS = ("-O2", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off")
+
+FUNCTIONS = ("fagen_launch", "fagen_error", "fagen_workspace_bytes")  # in the order in which the C++ reads them
+
+_lock = threading.RLock()
+_module: Any = None
+_decide: Callable[..., list[int]]  # `answer_with` sets it
+_failure: FagenError | None = None
+_begun = False  # whether this process has looked for a built one
+_libraries: list[Any] = []  # torch unregisters what is collected
+
+
+def _after_fork() -> None:
+    """In the child: a thread of the parent may have held the lock, or have been about to load."""
+    global _lock, _begun
+    _lock, _begun = threading.RLock(), False
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def job() -> Job:
+    from fagen.codegen import render
+
+    folder = Path(__file__).parent / "csrc"
+    source = (folder / "binding.cpp").read_text()
+    for name, text in (("table.h", (folder / "table.h").read_text()), ("constants.h", _constants())):
+        paste = text.replace("#pragma once\n", "").replace("\\", r"\\")
+        source = re.sub(rf'#include "{name}"[^\n]*\n', paste, source)
+    return Job("torch-binding", render.fold(source), ".cpp", _FLAGS, (), "cpu", links_torch=True)
+
+
+def _constants() -> str:
+    """Facts of sizes that `db` declares, for the table."""
+    names, values = ", ".join(size_point.WEIGHTS), ", ".join(map(repr, size_point.WEIGHTS.values()))
+    return (
+        f"namespace fagen {{\nstruct SizeWeights {{ double {names}; }};\n"
+        f"constexpr SizeWeights kSizeWeights{{{values}}};\n"
+        f"constexpr double kMostWaves = {size_point.MOST_WAVES!r}, kLeastWaves = {size_point.LEAST_WAVES!r};\n"
+        f"constexpr int64_t kWaveRows = {size_point.WAVE_ROWS};\n}}\n"
+    )
+
+
+def make() -> Artifact:
+    """The built binding; `fagen build` calls this too, so that a first call need not compile."""
+    return cache.make(job())
+
+
+def load() -> Any:
+    """The extension module with its ops registered, built now if need be; None where that fails, warned once."""
+    global _module, _failure
+    with _lock:
+        if _module is None and _failure is None:
+            try:
+                _module = _import(_build())
+            except FagenError as error:
+                _failure = error
+                reason = " ".join(str(error).splitlines())
+                background.tell(f"calls take a slow road, the C++ binding cannot be built: {reason}")
+    background.warn_told()
+    return _module
+
+
+def ready() -> Any:
+    """The module if it is loaded, or built and thus loaded at once; None while it is built beside the calls."""
+    global _begun
+    background.warn_told()
+    if _module is None and _failure is None and not _begun:
+        _begun = True
+        try:
+            built = cache.find(job()) is not None
+        except FagenError:
+            built = True  # no compiler, say: `load` finds the words
+        if built or env.build_mode() == "never":
+            return load()
+    return _module
+
+
+def start() -> None:
+    """Build the module beside the calls, after what else is built there."""
+    if _module is None and _failure is None:
+        background.submit("binding", _load_beside, last=True)
+
+
+def _load_beside() -> None:
+    global _module, _failure
+    try:
+        artifact = _build()
+        with _lock:
+            if _module is None:
+                _module = _import(artifact)
+    except FagenError as error:
+        _failure = error
+        background.tell(f"calls take a slow road, the C++ binding cannot be built: {' '.join(str(error).splitlines())}")
+
+
+def _build() -> Artifact:
+    return cache.make(job(), tell=lambda: notify("compiling the PyTorch binding (about 20 s, once)"))
+
+
+def _import(artifact: Artifact) -> Any:
+    from importlib.machinery import ExtensionFileLoader
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    import torch  # noqa: F401  (the library binds to torch's)
+
+    loader = ExtensionFileLoader("kernel", str(artifact.path))
+    spec = spec_from_file_location("kernel", artifact.path, loader=loader)
+    assert spec is not None
+    try:
+        module = module_from_spec(spec)
+        loader.exec_module(module)
+    except ImportError as error:
+        raise BuildError("the C++ binding cannot be loaded", str(error), "run: fagen cache clear") from error
+    _register()
+    return module
+
+
+def _register() -> None:
+    import torch
+
+    library = torch.library.Library("fagen", "IMPL")
+    library.impl("resolve", _resolve, "CompositeExplicitAutograd")
+    library.impl("fallback", _fallback, "CompositeImplicitAutograd")
+    library.impl("fail", _fail, "CompositeExplicitAutograd")
+    library.impl("refuse", _refuse, "CompositeExplicitAutograd")
+    library.impl("refuse_overlap", _refuse_overlap, "CompositeExplicitAutograd")
+    _libraries.append(library)
+    for name, fake in (("forward", _fake), ("forward_lse", _fake_lse), ("forward_out", _fake_out)):
+        torch.library.register_fake(f"fagen::{name}", fake)
+
+
+def _fail(what: str, numbers: str) -> None:
+    raise LaunchError(what, numbers)
+
+
+def _refuse(what: str, numbers: str) -> None:
+    raise InvalidArgument(what, numbers)
+
+
+def _refuse_overlap(q: Any, k: Any, v: Any, intervals: Any, alibi_slopes: Any, out: torch.Tensor) -> None:
+    from fagen.ops.attention import arguments
+
+    arguments.refuse_overlap(out, q=q, k=k, v=v, intervals=intervals, alibi_slopes=alibi_slopes)
+
+
+_Args = tuple[Any, ...]
+
+
+def _named(args: _Args) -> dict[str, Any]:
+    """The arguments that all ops begin with, after q, k and v, as `api.describe` and `fallback.attend` want them."""
+    intervals, alibi_slopes, bhsd, causal, left, right, softcap, scale = args
+    return {
+        "layout": "bhsd" if bhsd else "bshd",
+        "causal": causal,
+        "window": (left, right),
+        "intervals": intervals,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "scale": scale,
+    }
+
+
+def answer_with(resolve: Callable[..., list[int]]) -> None:
+    """Hand over the function that decides a call the C++ table does not know, and plans other sizes of its kind."""
+    global _decide
+    _decide = resolve
+
+
+def _resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> list[int]:
+    return _decide(q, k, v, out=args[-2], return_lse=args[-1], **_named(args[:-2]))
+
+
+def _fallback(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from fagen.ops.attention import fallback
+
+    return fallback.attend(q, k, v, want_lse=args[-1], **_named(args[:-1]))
+
+
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def _fake_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    head, row = (1, 2) if args[2] else (2, 1)
+    lse = q.new_empty((q.shape[0], q.shape[head], q.shape[row]), dtype=torch.float32)
+    return _fake(q, k, v), lse
+
+
+def _fake_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:
+    import torch
+
+    want_lse = args[-2]
+    return _fake_lse(q, k, v, *args)[1] if want_lse else q.new_empty((0,), dtype=torch.float32)
+
+
+def forget_table() -> None:
+    """Let every following call ask Python again, which still knows what it loaded."""
+    if _module is not None:
+        _module.forget()

@@ -1,0 +1,356 @@
+// The arguments of a call, and the table that knows its kernel.
+//
+// The table is keyed by every fact of a call that validation and dispatch read. A hit is therefore a call that was
+// checked before. A size that is new to known static facts is checked and resolved here, by the plan of those facts:
+// the record nearest to the size decides, as dispatch/choose.py would. Everything else asks Python (op `resolve`), which
+// checks, chooses, builds and loads, and answers with the kernel's functions and with the plan of the static facts.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <mutex>
+#include <optional>
+#include <unordered_map>
+#include <vector>
+
+#include "constants.h"  // made by binding.py: kSizeWeights and the limits of ops/attention/size_point.py
+#include "fagen/params.h"
+
+namespace fagen {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kAlignment = 16;  // bytes, of every row of an aligned problem
+constexpr int64_t kWorkspaceAlignment = 256;  // bytes
+constexpr size_t kMaxEntries = 1 << 16;  // then the table starts anew: sizes that vary for ever must not fill memory
+
+// ---- the arguments of a call ----------------------------------------------------------------------------------------
+
+struct Call {
+  const Tensor& q;
+  const Tensor& k;
+  const Tensor& v;
+  const MaybeTensor& intervals;
+  const MaybeTensor& alibi_slopes;
+  bool bhsd;
+  bool causal;
+  int64_t window_left;
+  int64_t window_right;
+  double softcap;
+  std::optional<double> scale;
+
+  int64_t right() const { return causal ? 0 : window_right; }  // a window's own right bound is at least 0
+  int row() const { return bhsd ? 2 : 1; }
+  int head() const { return bhsd ? 1 : 2; }
+};
+
+// The signatures of the ops, which all begin with the fields of Call.
+#define FAGEN_PARAMS                                                                                                \
+  const Tensor &q, const Tensor &k, const Tensor &v, const MaybeTensor &intervals, const MaybeTensor &alibi_slopes, \
+      bool bhsd, bool causal, int64_t window_left, int64_t window_right, double softcap, std::optional<double> scale
+#define FAGEN_ARGS q, k, v, intervals, alibi_slopes, bhsd, causal, window_left, window_right, softcap, scale
+#define FAGEN_SCHEMA                                                                                \
+  "Tensor q, Tensor k, Tensor v, Tensor? intervals, Tensor? alibi_slopes, bool bhsd, bool causal, " \
+  "int window_left, int window_right, float softcap, float? scale"
+#define FAGEN_FIELDS(c) \
+  c.q, c.k, c.v, c.intervals, c.alibi_slopes, c.bhsd, c.causal, c.window_left, c.window_right, c.softcap, c.scale
+
+using Forward = Tensor(FAGEN_PARAMS);
+using ForwardLse = std::tuple<Tensor, Tensor>(FAGEN_PARAMS);
+using Fallback = std::tuple<Tensor, Tensor>(FAGEN_PARAMS, bool);
+using Resolve = std::vector<int64_t>(FAGEN_PARAMS, const MaybeTensor&, bool);
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> handle(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+}
+
+// ---- the facts of a call --------------------------------------------------------------------------------------------
+
+struct Facts {
+  std::array<int64_t, 31> words{};
+
+  // Sizes, dtype, device and the contiguity of the last dimension of a tensor of up to four dimensions.
+  void put(size_t at, const Tensor& t) {
+    const int64_t dims = t.dim();
+    const int64_t device = (static_cast<int64_t>(t.device().type()) << 8) | static_cast<uint8_t>(t.device().index());
+    const int64_t contiguous = t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1;
+    words[at] = (device << 16) | (static_cast<int64_t>(t.scalar_type()) << 4) | (contiguous << 3) | dims;
+    for (int64_t i = 0; i < dims; ++i) words[at + 1 + i] = t.size(i);
+  }
+  bool operator==(const Facts& other) const { return words == other.words; }
+};
+
+struct HashFacts {
+  size_t operator()(const Facts& facts) const {
+    uint64_t hash = 0x9e3779b97f4a7c15u;
+    for (int64_t word : facts.words) {
+      hash = (hash ^ static_cast<uint64_t>(word)) * 0xff51afd7ed558ccdu;
+      hash ^= hash >> 32;
+    }
+    return hash;
+  }
+};
+
+// As ops/attention/params.is_aligned: a stride of zero counts as not aligned.
+bool rows_aligned(const Tensor& t) {
+  const int64_t item = t.element_size();
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment || t.size(3) * item % kAlignment) return false;
+  for (int i = 0; i < 3; ++i) {
+    if (t.size(i) > 1 && (t.stride(i) == 0 || t.stride(i) * item % kAlignment)) return false;
+  }
+  return true;
+}
+
+// Everything that decides whether the call is legal and which kernel serves it; false if the ranks alone are wrong.
+bool facts_of(const Call& c, const Tensor* out, bool want_lse, Facts& facts) {
+  if (c.q.dim() != 4 || c.k.dim() != 4 || c.v.dim() != 4 || (out && out->dim() != 4)) return false;
+  if (c.intervals && c.intervals->dim() != 4) return false;
+  if (c.alibi_slopes && c.alibi_slopes->dim() != 1 && c.alibi_slopes->dim() != 2) return false;
+  facts.put(0, c.q);
+  facts.put(5, c.k);
+  facts.put(10, c.v);
+  if (out) facts.put(15, *out);
+  // a fresh output starts at an aligned address
+  const bool out_aligned = out ? rows_aligned(*out) : c.v.size(3) * c.q.element_size() % kAlignment == 0;
+  const bool aligned = out_aligned && rows_aligned(c.q) && rows_aligned(c.k) && rows_aligned(c.v);
+  const int64_t capped = c.softcap == 0 ? 0 : c.softcap > 0 ? 1 : 2;
+  facts.words[20] = (static_cast<int64_t>(want_lse) << 5) | (capped << 3) | (aligned << 2) | (c.bhsd << 1) |
+                    static_cast<int64_t>(c.causal);
+  facts.words[21] = c.window_left;
+  facts.words[22] = c.right();
+  if (c.alibi_slopes) facts.put(23, *c.alibi_slopes);
+  if (c.intervals) facts.put(26, *c.intervals);
+  return true;
+}
+
+// ---- plans ----------------------------------------------------------------------------------------------------------
+
+// A kernel's functions; `launch` is null where PyTorch computes.
+struct Entry {
+  int (*launch)(const fagen_params*, void*) = nullptr;
+  const char* (*error)(int) = nullptr;
+  uint64_t (*workspace_bytes)(const fagen_params*) = nullptr;
+};
+
+// What a plan knows to serve sizes with: nothing yet, so that Python must be asked; or an entry.
+struct Answer {
+  bool known = false;
+  Entry entry;
+};
+
+struct Sizes {
+  int64_t batch, heads, kv_heads, seqlen_q, seqlen_k, left, right;
+
+  bool same(const Sizes& other, bool windowed) const {
+    return batch == other.batch && heads == other.heads && kv_heads == other.kv_heads && seqlen_q == other.seqlen_q &&
+           seqlen_k == other.seqlen_k && (!windowed || (left == other.left && right == other.right));
+  }
+};
+
+// As db.features: what of a size decides which config wins, in doublings.
+struct Features {
+  double keys, waves, rows;
+
+  Features(const Sizes& s, int64_t units) {
+    const int64_t left = s.left < 0 ? s.seqlen_k : s.left, right = s.right < 0 ? s.seqlen_k : s.right;
+    const double blocks = static_cast<double>((s.seqlen_q + kWaveRows - 1) / kWaveRows);
+    const double work = static_cast<double>(s.batch) * static_cast<double>(s.heads) * blocks;
+    const double of_device = work / static_cast<double>(std::max<int64_t>(1, units));
+    keys = std::log2(static_cast<double>(std::min(s.seqlen_k, left + right + 1)));
+    waves = std::log2(std::min(std::max(of_device, kLeastWaves), kMostWaves));
+    rows = std::log2(static_cast<double>(s.seqlen_q));
+  }
+
+  // As db.distance, added up in the same order.
+  double distance(const Features& other) const {
+    return kSizeWeights.keys * std::abs(keys - other.keys) + kSizeWeights.waves * std::abs(waves - other.waves) +
+           kSizeWeights.rows * std::abs(rows - other.rows);
+  }
+};
+
+// A record that may serve sizes of the static facts.
+struct Row {
+  bool elsewhere;  // tuned on another device
+  Sizes sizes;
+  Features features;
+  Answer answer;
+  Answer where_torch_may;  // the same, or what is faster than its kernel where PyTorch can be asked: itself, or another
+};
+
+// What is known of static facts. Rows lie in the order in which ties are settled.
+struct Plan {
+  int64_t units = 1;
+  bool windowed = false;  // whether a window's bounds are part of a size
+  int64_t torch = 0;  // whether PyTorch can be asked in the place of a slower kernel: 1 always, 2 for square sizes
+  Answer otherwise;  // where there are no rows
+  std::vector<Row> rows;
+
+  // The index of the row that serves a size, -1 where there are none: a record of this device before others, of exactly
+  // this size before others, then the nearest.
+  int64_t nearest(const Sizes& sizes) const {
+    const Features wanted(sizes, units);
+    int64_t best = -1;
+    int best_rank = 0;
+    double best_distance = 0;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const int rank = 2 * rows[i].elsewhere + !rows[i].sizes.same(sizes, windowed);
+      const double distance = wanted.distance(rows[i].features);
+      if (best < 0 || rank < best_rank || (rank == best_rank && distance < best_distance)) {
+        best = static_cast<int64_t>(i), best_rank = rank, best_distance = distance;
+      }
+    }
+    return best;
+  }
+
+  const Answer& find(const Sizes& sizes) const {
+    const int64_t row = nearest(sizes);
+    if (row < 0) return otherwise;
+    const bool may = torch == 1 || (torch == 2 && sizes.seqlen_q == sizes.seqlen_k);
+    return may ? rows[row].where_torch_may : rows[row].answer;
+  }
+};
+
+// Plans and answers come from Python as words; dispatch/plan.py writes them.
+constexpr size_t kAnswerWords = 4, kPlanWords = 3 + kAnswerWords, kRowWords = 8 + 2 * kAnswerWords;
+
+Answer answer_of(const int64_t* words) {
+  Answer answer;
+  answer.known = words[0] != 0;
+  answer.entry.launch = reinterpret_cast<decltype(Entry::launch)>(words[1]);
+  answer.entry.error = reinterpret_cast<decltype(Entry::error)>(words[2]);
+  answer.entry.workspace_bytes = reinterpret_cast<decltype(Entry::workspace_bytes)>(words[3]);
+  return answer;
+}
+
+Plan plan_of(const int64_t* words, size_t count) {
+  Plan plan;
+  plan.units = words[0];
+  plan.windowed = words[1] != 0;
+  plan.torch = words[2];
+  plan.otherwise = answer_of(words + 3);
+  for (size_t at = kPlanWords; at + kRowWords <= count; at += kRowWords) {
+    const int64_t* w = words + at;
+    const Sizes sizes{w[1], w[2], w[3], w[4], w[5], w[6], w[7]};
+    const Answer answer = answer_of(w + 8), where_torch_may = answer_of(w + 8 + kAnswerWords);
+    plan.rows.push_back(Row{w[0] != 0, sizes, Features(sizes, plan.units), answer, where_torch_may});
+  }
+  return plan;
+}
+
+// ---- sizes apart from static facts ----------------------------------------------------------------------------------
+
+// The same facts without what is only a size: tensors of other lengths, heads and batch have the same ones.
+Facts static_of(const Facts& facts) {
+  Facts fixed = facts;
+  for (size_t at : {0, 5, 10, 15}) std::fill_n(fixed.words.begin() + at + 1, 3, 0);
+  const int64_t left = facts.words[21], right = facts.words[22];
+  fixed.words[21] = left < 0 && right < 0 ? 0 : left < 0 && right == 0 ? 1 : 2;  // no mask, causal, window
+  fixed.words[22] = 0;
+  std::fill_n(fixed.words.begin() + 24, 2, 0);  // of slopes
+  std::fill_n(fixed.words.begin() + 27, 3, 0);  // of intervals, whose columns stay
+  return fixed;
+}
+
+Sizes sizes_of(const Call& c) {
+  return {c.q.size(0),       c.q.size(c.head()), c.k.size(c.head()), c.q.size(c.row()),
+          c.k.size(c.row()), c.window_left,      c.right()};
+}
+
+// What fagen.api.check wants of sizes, given that a call of the same static facts passed it; and no size is 0, which
+// PyTorch answers. Python finds the words for what is wrong.
+bool sizes_agree(const Call& c, const Tensor* out) {
+  const Sizes s = sizes_of(c);
+  for (int64_t size : {s.batch, s.heads, s.kv_heads, s.seqlen_q, s.seqlen_k}) {
+    if (size < 1 || size > INT32_MAX) return false;
+  }
+  if (s.left < -1 || s.left > INT32_MAX || s.right < -1 || s.right > INT32_MAX || s.heads % s.kv_heads) return false;
+  for (const Tensor* t : {&c.k, &c.v}) {
+    if (t->size(0) != s.batch || t->size(c.row()) != s.seqlen_k || t->size(c.head()) != s.kv_heads) return false;
+  }
+  if (out && (out->size(0) != c.q.size(0) || out->size(1) != c.q.size(1) || out->size(2) != c.q.size(2))) return false;
+  if (c.alibi_slopes) {
+    const Tensor& t = *c.alibi_slopes;
+    if (t.size(-1) != s.heads || (t.dim() == 2 && t.size(0) != 1 && t.size(0) != s.batch)) return false;
+  }
+  if (c.intervals) {
+    const Tensor& t = *c.intervals;
+    if ((t.size(0) != 1 && t.size(0) != s.batch) || (t.size(1) != 1 && t.size(1) != s.kv_heads)) return false;
+    if (t.size(2) != s.seqlen_k) return false;
+  }
+  return true;
+}
+
+// ---- the table ------------------------------------------------------------------------------------------------------
+
+std::mutex table_lock;
+uint64_t generation = 0;  // grows when everything is forgotten: what was asked for before is not kept after
+
+// These outlive every thread that may call.
+std::unordered_map<Facts, Entry, HashFacts>& table() {
+  static auto* entries = new std::unordered_map<Facts, Entry, HashFacts>();
+  return *entries;
+}
+std::unordered_map<Facts, Plan, HashFacts>& plans() {
+  static auto* known = new std::unordered_map<Facts, Plan, HashFacts>();
+  return *known;
+}
+
+// Under the lock.
+void remember(const Facts& facts, const Entry& entry) {
+  if (table().size() >= kMaxEntries) table().clear();
+  table()[facts] = entry;
+}
+
+Entry ask_python(const Call& c, const Tensor* out, bool want_lse, const Facts* facts) {
+  static const auto op = handle<Resolve>("fagen::resolve");
+  uint64_t before;
+  {
+    std::lock_guard<std::mutex> guard(table_lock);
+    before = generation;
+  }
+  // may compile: no lock is held
+  const auto words = op.call(FAGEN_FIELDS(c), out ? MaybeTensor(*out) : MaybeTensor(), want_lse);
+  const Answer answer = answer_of(words.data());
+  std::lock_guard<std::mutex> guard(table_lock);
+  if (!facts || generation != before || !answer.known) return answer.entry;
+  remember(*facts, answer.entry);
+  if (words.size() >= kAnswerWords + kPlanWords) {
+    if (plans().size() >= kMaxEntries) plans().clear();
+    plans()[static_of(*facts)] = plan_of(words.data() + kAnswerWords, words.size() - kAnswerWords);
+  }
+  return answer.entry;
+}
+
+Entry find(const Call& c, const Tensor* out, bool want_lse) {
+  Facts facts;
+  if (!facts_of(c, out, want_lse, facts)) return ask_python(c, out, want_lse, nullptr);  // which raises the error
+  {
+    std::lock_guard<std::mutex> guard(table_lock);
+    const auto found = table().find(facts);
+    if (found != table().end()) return found->second;
+    const auto known = plans().find(static_of(facts));
+    if (known != plans().end() && sizes_agree(c, out)) {
+      const Answer& answer = known->second.find(sizes_of(c));
+      if (answer.known) {
+        remember(facts, answer.entry);
+        return answer.entry;
+      }
+    }
+  }
+  return ask_python(c, out, want_lse, &facts);
+}
+
+void forget() {
+  std::lock_guard<std::mutex> guard(table_lock);
+  ++generation;
+  table().clear();
+  plans().clear();
+}
+
+}  // namespace fagen

@@ -1,0 +1,121 @@
+"""The examples run, and show what they say they show."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fagen.build import toolchain
+from tests.repository.test_docs import blocks
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+pytestmark = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A command in a folder of its own, with a database of its own, `fagen` among the commands; what it printed."""
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "fagen"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fagen "$@"\n')
+    script.chmod(0o755)
+    environment = {
+        **os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        "FAGEN_DB_DIR": str(tmp_path / "db"), "XDG_STATE_HOME": str(tmp_path / "state"), "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+
+    def run(*command: object, **more: str) -> str:
+        done = subprocess.run(
+            list(map(str, command)), cwd=tmp_path, env={**environment, **more}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+def test_every_example_is_listed_and_run_here():
+    listed = set(re.findall(r"\]\(([^).][^)]*)\)", (EXAMPLES / "README.md").read_text()))
+    there = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.glob("*") if path.is_file()}
+    assert listed == there - {"README.md"} | {"add_a_family/run.py"}
+    for name in listed:
+        assert Path(name).name in Path(__file__).read_text(), name
+
+
+def test_call(run):
+    said = run(sys.executable, EXAMPLES / "call.py")
+    assert "as if it were alone" in said
+    assert "picked   cpu_forward" in said
+
+
+@pytest.mark.slow
+def test_tune_one_shape(run, tmp_path):
+    said = run("sh", EXAMPLES / "tune_one_shape.sh", TRIALS="2")
+    assert "picked   cpu_forward (exact" in said
+    assert json.loads((tmp_path / "winner" / "manifest.json").read_text())["provenance"].startswith("tuned on")
+
+
+@pytest.mark.slow
+def test_tune_one_shape_from_python(run, tmp_path):
+    said = run(sys.executable, EXAMPLES / "tune_one_shape.py", TRIALS="2")
+    assert re.search(r"^forward/fp32/d64/causal/b1/h4-4/q256-k256: .*the default", said, re.MULTILINE)
+    assert "picked   cpu_forward (exact" in said
+    assert "out (1, 256, 4, 64)" in said
+    assert [path for path in (tmp_path / "db").rglob("*") if path.is_file()], "the winner is in the database"
+
+
+def test_an_emitted_kernel_runs_without_python(run):
+    """By the command that its head names."""
+    text = (EXAMPLES / "emitted.cpp").read_text()
+    (command,) = re.findall(r"^//   (g\+\+ .*)$", text, re.MULTILINE)
+    words = [str(ROOT / word) if (ROOT / word).exists() else word for word in command.split()]
+    run(str(toolchain.require_cxx()), "-Wall", "-Werror", *words[1:])
+    assert run("./emitted").startswith("right: error")
+
+
+def test_the_family_is_the_one_that_contributing_shows():
+    shown = {Path(title).name: text for title, text in blocks(ROOT / "CONTRIBUTING.md").items() if "/" in title}
+    there = {path.name: path.read_text() for path in (EXAMPLES / "add_a_family").iterdir() if path.is_file()}
+    there.pop("run.py")
+    assert shown == there
+
+
+@pytest.mark.slow
+def test_add_a_family(run):
+    said = run(sys.executable, EXAMPLES / "add_a_family" / "run.py")
+    assert "picked   plain_forward" in said
+    assert "right: largest error" in said
+    assert not list((ROOT / "fagen").rglob("plain*"))
+    assert not list((ROOT / "templates").rglob("plain*"))
+
+
+_CELLS = """import json, sys
+names = {}
+for cell in json.load(open(sys.argv[1]))["cells"]:
+    if cell["cell_type"] == "code":
+        exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+open("picture.html", "w").write(names["picture"]._repr_html_())"""
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_its_first_cell_to_its_last(run, tmp_path):
+    notebook = json.loads((EXAMPLES / "tuning.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids)
+    for cell in notebook["cells"]:
+        assert cell["cell_type"] in ("markdown", "code")
+        assert cell.get("outputs", []) == [], "outputs are of another machine: clear them"
+    shorter = (EXAMPLES / "tuning.ipynb").read_text().replace('\\"8\\"', '\\"3\\"')
+    (tmp_path / "tuning.ipynb").write_text(shorter)
+    said = run(sys.executable, "-c", _CELLS, tmp_path / "tuning.ipynb")
+    assert "picked   cpu_forward (exact" in said
+    assert re.search(r"winner +\d", said)
+    assert "<circle" in (tmp_path / "picture.html").read_text()

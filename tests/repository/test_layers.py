@@ -1,0 +1,83 @@
+"""The order of the packages: each line of LAYERS imports only itself and the lines above it; no module circles."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "fagen"
+LAYERS = [
+    {"errors"},
+    {"env", "schema"},
+    {"notices", "target"},
+    {"ops"},
+    {"timing"},
+    {"families"},
+    {"codegen", "build"},
+    {"runtime"},
+    {"db"},
+    {"verify"},
+    {"dispatch"},
+    {"tuner"},
+    {"api", "explanation"},
+    {"compat", "report"},
+    {"bench"},
+    {"ablation"},
+    {"cli", "__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(text: str, modules: set[str]) -> set[str]:
+    """Modules of fagen that the text imports, wherever in it: at the top, in a function, for a type checker alone."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "fagen":
+            for name in node.names:
+                full = f"{node.module}.{name.name}"
+                found.add(full if full in modules else node.module)
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name.split(".")[0] == "fagen"}
+    return found
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    paths = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+    return {name: imports_of(path.read_text(), set(paths)) - {"fagen", name} for name, path in paths.items()}
+
+
+def package_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_every_package_has_its_place(graph):
+    assert {package_of(module) for module in graph if module != "fagen"} == set(LEVEL)
+
+
+def test_no_module_imports_upward(graph):
+    upward = [
+        f"{module} imports {other}" for module, others in graph.items() if module != "fagen" for other in others
+        if LEVEL[package_of(other)] > LEVEL[package_of(module)]
+    ]  # fmt: skip
+    assert not upward, "\n".join(upward)
+
+
+def test_no_module_circles(graph):
+    try:
+        graphlib.TopologicalSorter({m: others for m, others in graph.items() if m != "fagen"}).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_an_import_is_seen_wherever_it_stands():
+    modules = {"fagen.a", "fagen.b", "fagen.b.c"}
+    text = "from fagen import a\ndef f():\n    from fagen.b import c, d\nif TYPE_CHECKING:\n    import fagen.e"
+    assert imports_of(text, modules) == {"fagen.a", "fagen.b.c", "fagen.b", "fagen.e"}

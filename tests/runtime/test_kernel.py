@@ -1,0 +1,296 @@
+"""A built kernel through ctypes: its struct is C's, it computes, and it refuses what would read or write astray."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fagen
+from fagen import env, families, target
+from fagen.build import cache, toolchain
+from fagen.build.job import Job
+from fagen.dispatch import plan, resolve
+from fagen.errors import InvalidArgument, LaunchError
+from fagen.ops.attention import reference
+from fagen.ops.attention.params import Params, is_aligned, make_params
+from fagen.ops.attention.problem import Problem
+from fagen.ops.attention.reference import Semantics
+from fagen.runtime import kernel
+
+FAMILY = families.get("cpu_forward")
+HERE = target.host()
+
+
+def made(**fields: object) -> kernel.Kernel:
+    problem = Problem(**{"dtype": "fp32", "head_dim": 16, **fields})  # type: ignore[arg-type]
+    return kernel.get(FAMILY, problem, HERE, FAMILY.default(problem, HERE))
+
+
+def tensors(b: int = 2, sq: int = 20, sk: int = 30, h: int = 4, hk: int = 2, d: int = 16, dv: int = 16) -> list:
+    return [torch.randn(b, h, sq, d), torch.randn(b, hk, sk, d), torch.randn(b, hk, sk, dv), torch.empty(b, h, sq, dv)]
+
+
+def test_params_is_the_struct_of_the_header(tmp_path: Path) -> None:
+    names = [name for name, *_ in Params._fields_]
+    lines = "".join(f'  printf("{n} %zu\\n", offsetof(fagen_params, {n}));\n' for n in names)
+    source = f'#include "fagen/params.h"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{\n{lines}'
+    (tmp_path / "p.cpp").write_text(source + '  printf("size %zu\\n", sizeof(fagen_params));\n}\n')
+    include = f"-I{env.data_dir('templates') / 'include'}"
+    command = [str(toolchain.require_cxx()), include, str(tmp_path / "p.cpp"), "-o", str(tmp_path / "p")]
+    subprocess.run(command, check=True)
+    out = subprocess.run([tmp_path / "p"], capture_output=True, text=True, check=True).stdout
+    theirs = dict(line.split() for line in out.splitlines())
+    ours = {name: str(getattr(Params, name).offset) for name in names}
+    assert theirs == ours | {"size": str(ctypes.sizeof(Params))}
+    header = (env.data_dir("templates") / "include/fagen/params.h").read_text()
+    fields = re.sub(r"//[^\n]*", "", header).partition("{")[2].partition("}")[0]
+    assert re.findall(r"(\w+)(?:\[3\])?[,;]", fields) == names
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_launches(layout: str) -> None:
+    q, k, v, out = tensors()
+    lse = torch.empty(2, 4, 20)
+    given = [t.transpose(1, 2) if layout == "bshd" else t for t in (q, k, v, out)]
+    assert made().launch(*given, lse, layout=layout) is given[3]
+    assert reference.check(out, lse, q, k, v, Semantics())
+
+
+def test_bound_once_launched_often() -> None:
+    q, k, v, out = tensors()
+    call = made(mask="causal").bind(q, k, v, out)
+    for _ in range(2):
+        q.normal_()
+        call()
+        assert reference.check(out, None, q, k, v, Semantics((-1, 0)))
+
+
+def test_facts_and_repetition() -> None:
+    first, second = made(), made()
+    assert first.facts["compile_seconds"] > 0
+    assert first.library is second.library and first.artifact == second.artifact
+
+
+def _half(t: torch.Tensor) -> torch.Tensor:
+    return t.to(torch.bfloat16)
+
+
+REFUSED: list[tuple[str, Callable[[list], tuple[list, dict]]]] = [
+    ("q is torch.bfloat16", lambda t: ([_half(t[0]), *t[1:]], {})),
+    ("out is torch.float64", lambda t: ([*t[:3], t[3].double()], {})),
+    ("4 dimensions", lambda t: ([t[0][0], *t[1:]], {})),
+    ("last one contiguous", lambda t: ([t[0], t[1].mT.contiguous().mT, *t[2:]], {})),
+    ("v has the wrong shape", lambda t: ([t[0], t[1][:, :, :-1], *t[2:]], {})),
+    ("k has the wrong shape", lambda t: ([t[0], t[1][..., :12], *t[2:]], {})),
+    ("out has the wrong shape", lambda t: ([*t[:3], t[3][:, :, :-1]], {})),
+    ("multiple of kv_heads", lambda t: ([t[0][:, :3], t[1], t[2], t[3][:, :3]], {})),
+    ("head_dim", lambda t: ([torch.randn(2, 4, 20, 32), torch.randn(2, 2, 30, 32), *t[2:]], {})),
+    ("not aligned", lambda t: ([torch.randn(2, 4, 20, 17)[..., :16], *t[1:]], {})),
+    ("lse must have shape (2, 4, 20)", lambda t: ([*t, torch.empty(2, 20, 4)], {})),
+    ("intervals", lambda t: (t, {"intervals": torch.zeros(2, 1, 30, 1, dtype=torch.int32)})),
+    ("alibi_slopes", lambda t: (t, {"alibi_slopes": torch.zeros(4)})),
+    ("softcap=3.0", lambda t: (t, {"softcap": 3.0})),
+    ("window=(3, 0)", lambda t: (t, {"window": (3, 0)})),
+    ("layout 'sbhd'", lambda t: (t, {"layout": "sbhd"})),
+]
+
+
+@pytest.mark.parametrize(("words", "change"), REFUSED, ids=[words for words, _ in REFUSED])
+def test_refuses(words: str, change: Callable) -> None:
+    arguments, options = change(tensors())
+    with pytest.raises(InvalidArgument) as caught:
+        made().launch(*arguments, **options)
+    assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    "intervals",
+    [
+        torch.zeros(2, 1, 30, 1, dtype=torch.int64),
+        torch.zeros(2, 1, 30, 2, dtype=torch.int32),
+        torch.zeros(2, 1, 29, 1, dtype=torch.int32),
+        torch.zeros(2, 4, 30, 1, dtype=torch.int32),
+        torch.zeros(3, 1, 30, 1, dtype=torch.int32),
+        None,
+    ],
+)
+def test_refuses_intervals_that_do_not_fit(intervals: torch.Tensor | None) -> None:
+    masked = made(mask="intervals", intervals="lower1")
+    with pytest.raises(InvalidArgument, match="intervals"):
+        masked.launch(*tensors(), intervals=intervals)
+
+
+def test_a_kernel_of_another_machine_is_refused() -> None:
+    there = dataclasses.replace(made(), artifact=dataclasses.replace(made().artifact, arch="sm_90"))
+    with pytest.raises(InvalidArgument, match="q is on cpu"):
+        there.launch(*tensors())
+
+
+# ---- libraries that are not what they should be -------------------------------------------------------------------
+
+HEAD = '#include <stdint.h>\nstruct fagen_params;\nextern "C" {\n'
+TAIL = (
+    "uint64_t fagen_workspace_bytes(const fagen_params*) { return NEED; }\n"
+    "uint32_t fagen_params_size(void) { return SIZE; }\n}\n"
+)
+
+
+def library(body: str, size: int = ctypes.sizeof(Params), need: int = 0) -> kernel.Kernel:
+    source = HEAD + body + TAIL.replace("SIZE", str(size)).replace("NEED", str(need))
+    artifact = cache.make(Job("odd", source, ".cpp", ("-O1",), (), "cpu"))
+    problem = Problem(dtype="fp32", head_dim=16)
+    return kernel.load(artifact, FAMILY, problem, FAMILY.default(problem, HERE))
+
+
+FAILS = (
+    "int fagen_launch(const fagen_params*, void*) { return 7; }\n"
+    'const char* fagen_error(int e) { return "out of luck"; }\n'
+)
+
+
+def test_a_failed_launch_says_why() -> None:
+    with pytest.raises(LaunchError, match="out of luck") as caught:
+        library(FAILS).launch(*tensors())
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_another_struct_is_refused() -> None:
+    with pytest.raises(LaunchError, match="another fagen_params"):
+        library(FAILS, size=8)
+
+
+def test_a_library_without_our_functions_is_refused() -> None:
+    artifact = cache.make(Job("empty", "int x;\n", ".cpp", (), (), "cpu"))
+    with pytest.raises(LaunchError, match="cannot be loaded"):
+        kernel.load(artifact, FAMILY, Problem(dtype="fp32", head_dim=16), made().config)
+
+
+def test_workspace_is_aligned_and_large_enough() -> None:
+    body = (
+        "int fagen_launch(const fagen_params* p, void*) { char* w = ((char* const*)p)[7];\n"
+        "  if ((uintptr_t)w % 256) return 1; for (int i = 0; i < 5000; i++) w[i] = 1; return 0; }\n"
+        'const char* fagen_error(int) { return "not aligned"; }\n'
+    )
+    needy = library(body, need=5000)
+    needy.launch(*tensors())
+    with pytest.raises(InvalidArgument, match="5000 bytes"):
+        needy.launch(*tensors(), workspace=torch.empty(4999, dtype=torch.uint8))
+
+
+COPIES = (
+    "int fagen_launch(const fagen_params* p, void*) { __builtin_memcpy(((void* const*)p)[3], p, SIZE); return 0; }\n"
+    'const char* fagen_error(int) { return ""; }\n'
+)
+
+
+def _filled(out: torch.Tensor) -> dict[str, object]:
+    """The params that a launch was given, from the output to which the kernel copied them; without the output's own."""
+    params = Params.from_buffer_copy(out.view(torch.uint8).numpy().tobytes()[: ctypes.sizeof(Params)])
+    fields = {name: getattr(params, name) for name, *_ in Params._fields_}
+    return {n: list(f) if isinstance(f, ctypes.Array) else f for n, f in fields.items() if n not in ("o", "lse")}
+
+
+@st.composite
+def filler_calls(draw: st.DrawFn) -> dict[str, object]:
+    b, hk, group, sq, sk = (draw(st.integers(1, 3)) for _ in range(5))
+    layout = draw(st.sampled_from(["bshd", "bhsd"]))
+
+    def tensor(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Padded, permuted or expanded, the last dimension contiguous."""
+        order = draw(st.permutations(range(len(sizes) - 1)))
+        stored = [sizes[i] + draw(st.integers(0, 2)) for i in order]
+        base = torch.zeros([*stored, sizes[-1] + draw(st.integers(0, 4))], dtype=dtype)
+        t = base.permute(*(order.index(i) for i in range(len(order))), len(order))
+        t = t[tuple(slice(0, size) for size in sizes)]
+        expanded = [i for i in range(len(order)) if draw(st.integers(0, 4)) == 0]
+        for i in expanded:
+            t = t.narrow(i, 0, 1)
+        return t.expand(sizes)
+
+    def rows(length: int, heads: int, d: int) -> torch.Tensor:
+        return tensor(*((b, length, heads, d) if layout == "bshd" else (b, heads, length, d)))
+
+    bound = st.sampled_from([-1, 0, 1, 2, 3, 4, 2**31 - 1])
+    call: dict[str, object] = {"layout": layout, "window": (draw(bound), draw(bound))}
+    call |= {"q": rows(sq, group * hk, 16), "k": rows(sk, hk, 16), "v": rows(sk, hk, 24)}
+    call["scale"] = draw(st.none() | st.floats(1e-3, 10))
+    call["softcap"] = draw(st.just(0.0) | st.floats(0.1, 50))
+    slopes = draw(st.sampled_from([None, (group * hk,), (1, group * hk), (b, group * hk)]))
+    call["alibi_slopes"] = slopes and tensor(*slopes)
+    if draw(st.booleans()):
+        call["intervals"] = tensor(
+            draw(st.sampled_from([1, b])), draw(st.sampled_from([1, hk])), sk, 2, dtype=torch.int32
+        )
+    return call
+
+
+@pytest.mark.parametrize("want_lse", [False, True])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(call=filler_calls())
+def test_both_roads_fill_the_same_params(call: dict, want_lse: bool) -> None:
+    """The op's own, in C++, and that of ctypes: to the byte, whatever sizes and strides."""
+    copies = library(COPIES.replace("SIZE", str(ctypes.sizeof(Params))))
+    q, v = call["q"], call["v"]
+    shape = (*q.shape[:3], v.shape[3])
+    room = torch.zeros(max(4096, q.numel() * 24))
+    mine, theirs = (room.clone()[: math.prod(shape)].view(shape) for _ in range(2))
+    params = make_params(out=mine, lse=None, **call)
+    lse = torch.zeros(16384) if want_lse else None
+    if lse is not None:
+        params.lse = lse.data_ptr()
+    assert copies.library.launch(ctypes.byref(params), None) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolve, "answer", lambda *args, **named: plan.Answer(True, copies))
+        resolve.forget()
+        fagen.attention(out=theirs, return_lse=want_lse, **call)
+        resolve.forget()
+    wanted, got = (_filled(t._base) for t in (mine, theirs))
+    assert got == wanted
+    assert wanted["window_left"] <= wanted["seqlen_k"] and wanted["window_right"] <= wanted["seqlen_q"]
+
+
+def test_one_set_of_slopes_serves_all_batches() -> None:
+    """(1, heads), of any stride: nothing behind it is read."""
+    q, k, v, out = tensors(b=3)
+    memory = torch.full((3, 4), 100.0)
+    memory[0] = torch.tensor([0.5, 0.25, 1.0, 2.0])
+    made(alibi=True).launch(q, k, v, out, alibi_slopes=memory[:1])
+    assert reference.check(out, None, q, k, v, Semantics(), alibi=memory[:1])
+
+
+def test_a_size_that_32_bits_do_not_hold_is_not_cut() -> None:
+    q, k = torch.zeros(16).expand(1, 1, 2**31, 16), torch.zeros(1, 1, 3, 16)
+    for first, second in ((q, k), (k, q)):
+        with pytest.raises(InvalidArgument, match="2147483648"):
+            make_params(first, second, second, first)
+
+
+def test_ptxas_facts_are_the_worst_of_all_kernels() -> None:
+    log = """
+ptxas info    : Compiling entry function '_Z1av' for 'sm_90'
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem, 380 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1bv' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 0 barriers
+"""
+    assert cache.parse_ptxas(log) == {"stack": 16, "spill_bytes": 20, "registers": 168, "smem_bytes": 1024}
+    assert cache.parse_ptxas("nothing of the kind") == {}
+
+
+def test_what_counts_as_aligned() -> None:
+    t = torch.zeros(2, 8, 4, 16, dtype=torch.bfloat16)
+    assert is_aligned(t) and is_aligned(t.transpose(1, 2)) and is_aligned(t[:, ::2])
+    assert not is_aligned(t[..., :12]) and not is_aligned(t[..., 1:9])
+    assert not is_aligned(t[:, :, :1].expand(2, 8, 4, 16))
+    assert is_aligned(t[:1, :, :1].as_strided((1, 8, 1, 16), (0, 64, 3, 1)))  # dimensions of one never step
