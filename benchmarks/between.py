@@ -30,6 +30,7 @@ from fagen import env, families
 from fagen.bench.prebuild import together
 from fagen.build import cache
 from fagen.cli import arguments
+from fagen.codegen.spec import KernelSpec
 from fagen.db import store
 from fagen.db.record import Record, environment, now
 from fagen.errors import FagenError
@@ -86,12 +87,12 @@ def configs_of(
 def compile_all(work: Iterable[tuple[Family, Problem, Target, Config]]) -> None:
     """Every kernel once, many compilers at a time; what fails here fails again where it is loaded, and is told."""
     jobs = list({(f.name, p.static_key, c): (f, p, t, c) for f, p, t, c in work}.values())
-    missing = [item for item in jobs if cache.lookup(*item) is None]
+    missing = [item for item in jobs if cache.lookup(KernelSpec(*item)) is None]
     print(f"{len(jobs)} kernels, {len(missing)} to compile", flush=True)
 
     def attempt(item: tuple[Family, Problem, Target, Config]) -> None:
         try:
-            cache.build(*item)
+            cache.build(KernelSpec(*item))
         except FagenError as error:
             print(f"{item[1].static_key} {item[3]}: {error.what}", flush=True)
 
@@ -108,7 +109,7 @@ def measure_row(
     calls, failed = {}, {}
     for label, config in configs.items():
         try:
-            loaded = kernel.get(family, problem, target, config)
+            loaded = kernel.get(KernelSpec(family, problem, target, config))
             _, wrong = verified(family.name, problem, target, loaded)
         except FagenError as error:
             failed[label] = error.what

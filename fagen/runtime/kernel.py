@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fagen.build import cache
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import InvalidArgument, LaunchError
 from fagen.ops.attention.params import Params, _order, _want, is_aligned, make_params
-from fagen.ops.attention.problem import INTERVAL_KINDS, TORCH_DTYPES, Problem
-from fagen.target import Target
+from fagen.ops.attention.problem import INTERVAL_KINDS, TORCH_DTYPES
 from fagen.timing.timer import Call
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from fagen.build.job import Artifact
-    from fagen.families import Config, Family
 
 WORKSPACE_ALIGNMENT = 256
 
@@ -66,11 +65,9 @@ def workspace_tensor(size: int, device: torch.device) -> tuple[torch.Tensor, int
 
 @dataclass(frozen=True)
 class Kernel:
-    """Callable for every size point of `problem`'s static key. Only the static part of `problem` counts."""
+    """Callable for every size point of the static key of `spec.problem`."""
 
-    family: Family
-    problem: Problem
-    config: Config
+    spec: KernelSpec
     artifact: Artifact
     library: Library = field(repr=False)
 
@@ -106,7 +103,7 @@ class Kernel:
 
         It runs on the stream that is current now, or on `stream`, and keeps the tensors alive.
         """
-        if self.problem.mask == "causal" and window == (-1, -1):
+        if self.spec.problem.mask == "causal" and window == (-1, -1):
             window = (-1, 0)
         self._check(q, k, v, out, lse, intervals, alibi_slopes, window, softcap, layout)
         params = make_params(
@@ -137,7 +134,7 @@ class Kernel:
     def _fail(self, status: int, tensors: tuple[Any, ...]) -> None:
         text = (self.library.error(status) or b"unknown").decode(errors="replace")
         shapes = " ".join(str(tuple(t.shape)) for t in tensors[:3])
-        raise LaunchError(f"{self.family.name} could not run: {text}", f"{shapes}: {self.config}")
+        raise LaunchError(f"{self.spec.family.name} could not run: {text}", f"{shapes}: {self.spec.config}")
 
     def _check(
         self,
@@ -153,7 +150,7 @@ class Kernel:
         layout: str,
     ) -> None:
         """What would make the kernel read or write where it must not, or compute something else than it is asked."""
-        mine = self.problem
+        mine = self.spec.problem
         _, row, head = _order(layout)
         for name, t in (("q", q), ("k", k), ("v", v), ("out", out)):
             good = str(t.dtype) == f"torch.{TORCH_DTYPES[mine.dtype]}"
@@ -220,13 +217,13 @@ def _library(path: Path, key: str) -> Library:
     return Library(path)
 
 
-def load(artifact: Artifact, family: Family, problem: Problem, config: Config) -> Kernel:
-    return Kernel(family, problem, config, artifact, _library(artifact.path, artifact.key))
+def load(artifact: Artifact, spec: KernelSpec) -> Kernel:
+    return Kernel(spec, artifact, _library(artifact.path, artifact.key))
 
 
-def get(family: Family, problem: Problem, target: Target, config: Config) -> Kernel:
+def get(spec: KernelSpec) -> Kernel:
     """Built if need be, and loaded."""
-    return load(cache.build(family, problem, target, config), family, problem, config)
+    return load(cache.build(spec), spec)
 
 
 def launcher(kernel: Kernel, inputs: dict[str, Any], *, lse: bool = False) -> Call:

@@ -17,7 +17,7 @@ import fagen
 from fagen import api, env, families, target
 from fagen.build import cache, toolchain
 from fagen.build.job import Job
-from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.dispatch import choose, freshness, kernels, resolve
@@ -49,7 +49,7 @@ def record(problem: Problem, config: Config, here: target.Target = HERE, **chang
     fields: dict = {
         "problem": problem, "arch": here.arch, "device": here.device, "family": FAMILY.name, "config": dict(config),
         "seconds": 1e-3, "spread": 1e-5, "default_seconds": 2e-3, "error": 1e-6,
-        "source_hash": render.current_hash(FAMILY, problem, here, config) if here == HERE else "0" * 16,
+        "source_hash": KernelSpec(FAMILY, problem, here, config).hash if here == HERE else "0" * 16,
     }  # fmt: skip
     return Record(**fields | changes)
 
@@ -162,10 +162,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def tell_which(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel fills out with a number of its own: the tile_n of its config."""
 
-    def loaded(family, problem, where, config):
+    def loaded(spec):
         source = (
             '#include "fagen/params.h"\nextern "C" int fagen_launch(const fagen_params* p, void*) {\n'
-            f"  static_cast<float*>(p->o)[0] = {config.tile_n};\n  return 0;\n}}\n"
+            f"  static_cast<float*>(p->o)[0] = {spec.config.tile_n};\n  return 0;\n}}\n"
             'extern "C" const char* fagen_error(int) { return ""; }\n'
             'extern "C" uint64_t fagen_workspace_bytes(const fagen_params*) { return 0; }\n'
             'extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }\n'
@@ -174,7 +174,7 @@ def tell_which(monkeypatch: pytest.MonkeyPatch) -> None:
         from fagen.runtime import kernel
 
         artifact = cache.make(Job("tells", render.fold(source), ".cpp", (), (), "cpu"))
-        return kernel.load(artifact, family, problem, config)
+        return kernel.load(artifact, spec)
 
     monkeypatch.setattr(kernels, "loaded", loaded)
     monkeypatch.setattr(kernels, "built", loaded)
@@ -221,7 +221,7 @@ def test_a_size_nearer_to_a_record_that_lost_to_pytorch_is_pytorchs(
     for length, keys, ours in itertools.product((30, 240, 250), (30, 240, 250), (False, True)):
         problem = PROBLEM.replace(seqlen_q=length, seqlen_k=keys)
         choice, served = choose.choose(problem, HERE, ours=ours), resolve.kernel_for(problem, HERE, ours=ours)
-        assert (served.config if served else None) == choice.config, problem.key
+        assert (served.spec.config if served else None) == choice.config, problem.key
 
 
 @pytest.mark.parametrize("other", [3e-4, 9e-4])
@@ -344,8 +344,8 @@ def test_a_kernel_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from fagen.codegen import render
 
     rendered = []
-    source = render.source
-    monkeypatch.setattr(render, "source", lambda *args: rendered.append(args) or source(*args))
+    fold = render.fold
+    monkeypatch.setattr(render, "fold", lambda *args: rendered.append(args) or fold(*args))
     problem = PROBLEM.replace(seqlen_q=61)
     first = resolve.kernel_for(problem, HERE)
     count = len(rendered)
@@ -369,7 +369,7 @@ def test_a_default_that_depends_on_sizes_asks_once_for_each_that_differs(monkeyp
     monkeypatch.setattr(choose, "choose", lambda *args, **named: decided.append(args[0]) or original(*args, **named))
     for length in (20, 400, 30, 500, 99, 100):
         found = resolve.kernel_for(PROBLEM.replace(seqlen_q=length, seqlen_k=length), HERE)
-        assert found is not None and found.config == chosen[length < 100]
+        assert found is not None and found.spec.config == chosen[length < 100]
         attend_well(length)
     assert len(decided) == 2
 

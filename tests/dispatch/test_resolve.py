@@ -13,6 +13,7 @@ import fagen
 from fagen import api, families
 from fagen.build import cache
 from fagen.build.job import Job
+from fagen.codegen.spec import KernelSpec
 from fagen.dispatch import resolve
 from fagen.dispatch.plan import TORCH, Answer
 from fagen.errors import BuildError, LaunchError, MissingTool
@@ -22,6 +23,7 @@ from fagen.ops.attention.call import describe
 from fagen.ops.attention.params import Params
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import binding, kernel
+from fagen.target import host
 from tests.support.calls import example, run
 
 NOTHING = list(TORCH.words)  # an answer without a plan
@@ -94,7 +96,7 @@ def test_a_failed_launch_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> No
         f"uint32_t fagen_params_size(void) {{ return {ctypes.sizeof(Params)}; }}\n}}\n"
     )
     artifact = cache.make(Job("unlucky", source, ".cpp", (), (), "cpu"))
-    broken = kernel.load(artifact, families.get("cpu_forward"), Problem(), Config({}))
+    broken = kernel.load(artifact, KernelSpec(families.get("cpu_forward"), Problem(), host(), Config({})))
     monkeypatch.setattr(binding, "_decide", lambda *args, **named: list(Answer(True, broken).words))
     resolve.forget()
     case = example()

@@ -17,6 +17,7 @@ from fagen import env, families, target
 from fagen.build import toolchain
 from fagen.cli import main
 from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import InvalidConfig
 from fagen.ops.attention.problem import Problem
 
@@ -155,7 +156,7 @@ def test_add_a_family(plain):
         assert choice.family is plain
         inputs = make_inputs(problem, target.host())
         semantics = inputs.pop("semantics")
-        kernel.get(plain, problem, target.host(), choice.config).launch(**inputs, window=semantics.window)
+        kernel.get(KernelSpec(plain, problem, target.host(), choice.config)).launch(**inputs, window=semantics.window)
         tensors = (inputs[n] for n in ("out", "lse", "q", "k", "v"))
         verdict = reference.check(*tensors, semantics, layout="bshd")
         assert verdict.ok, verdict.message
@@ -170,7 +171,7 @@ def test_add_a_knob(plain):
     with pytest.raises(InvalidConfig, match="lacks knob 'row_order'"):
         grown.config(plain.default(problem, host))
     config = grown.config({**plain.default(problem, host), "row_order": "descending"})
-    text = render.source(grown, problem, host, config)
+    text = KernelSpec(grown, problem, host, config).source
     assert "enum class RowOrder { ascending, descending };" in text
     assert "static constexpr RowOrder kRowOrder = RowOrder::descending;" in text
     assert grown.size() == 2 * plain.size()
@@ -183,5 +184,5 @@ def test_add_a_target(monkeypatch):
         new, problem = target.known(arch), Problem(mask="causal")
         able, reasons = families.candidates(problem, new)
         assert able, reasons
-        text = render.source(able[0], problem, new, able[0].default(problem, new))
+        text = KernelSpec(able[0], problem, new, able[0].default(problem, new)).source
         assert arch in text

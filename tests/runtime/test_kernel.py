@@ -19,6 +19,7 @@ import fagen
 from fagen import env, families, target
 from fagen.build import cache, toolchain
 from fagen.build.job import Job
+from fagen.codegen.spec import KernelSpec
 from fagen.dispatch import plan, resolve
 from fagen.errors import InvalidArgument, LaunchError
 from fagen.ops.attention import reference
@@ -33,7 +34,7 @@ HERE = target.host()
 
 def made(**fields: object) -> kernel.Kernel:
     problem = Problem(**{"dtype": "fp32", "head_dim": 16, **fields})  # type: ignore[arg-type]
-    return kernel.get(FAMILY, problem, HERE, FAMILY.default(problem, HERE))
+    return kernel.get(KernelSpec(FAMILY, problem, HERE, FAMILY.default(problem, HERE)))
 
 
 def tensors(b: int = 2, sq: int = 20, sk: int = 30, h: int = 4, hk: int = 2, d: int = 16, dv: int = 16) -> list:
@@ -149,7 +150,7 @@ def library(body: str, size: int = ctypes.sizeof(Params), need: int = 0) -> kern
     source = HEAD + body + TAIL.replace("SIZE", str(size)).replace("NEED", str(need))
     artifact = cache.make(Job("odd", source, ".cpp", ("-O1",), (), "cpu"))
     problem = Problem(dtype="fp32", head_dim=16)
-    return kernel.load(artifact, FAMILY, problem, FAMILY.default(problem, HERE))
+    return kernel.load(artifact, KernelSpec(FAMILY, problem, HERE, FAMILY.default(problem, HERE)))
 
 
 FAILS = (
@@ -172,7 +173,7 @@ def test_another_struct_is_refused() -> None:
 def test_a_library_without_our_functions_is_refused() -> None:
     artifact = cache.make(Job("empty", "int x;\n", ".cpp", (), (), "cpu"))
     with pytest.raises(LaunchError, match="cannot be loaded"):
-        kernel.load(artifact, FAMILY, Problem(dtype="fp32", head_dim=16), made().config)
+        kernel.load(artifact, made().spec)
 
 
 def test_workspace_is_aligned_and_large_enough() -> None:
