@@ -133,7 +133,7 @@ _seen: dict[tuple[str, str, Config], tuple[float, str]] = {}
 
 def verified(family: str, problem: Problem, target: Target, loaded: kernel.Kernel) -> tuple[float, str]:
     """Once a kernel, though it serves many sizes."""
-    key = family, problem.static_key, loaded.config
+    key = family, problem.static_key, loaded.spec.config
     if key not in _seen:
         _seen[key] = checks.compare(loaded, problem, target)
     return _seen[key]

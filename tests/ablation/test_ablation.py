@@ -294,10 +294,10 @@ def test_a_step_that_is_wrong_or_does_not_build_is_not_timed(tmp_path, capsys, m
             check(*args, **options) if len(seen) != 2 else reference.Verdict(False, 1.0, 9.0, "out: error 1, bound 0.1")
         )
 
-    def fails(family, problem, where, config, **options):
-        if config["schedule"] == "dynamic" and config["packing"] == "tile":
+    def fails(spec, **options):
+        if spec.config["schedule"] == "dynamic" and spec.config["packing"] == "tile":
             raise BuildError("cannot compile it", "error: no such thing")
-        return make(family, problem, where, config, **options)
+        return make(spec, **options)
 
     monkeypatch.setattr(reference, "check", wrong_once)
     monkeypatch.setattr(cache, "build", fails)

@@ -189,7 +189,7 @@ def main(runs: str, out: str, trials: int) -> int:
         return error.exit_code
 
 
-if multiprocessing.parent_process() is not None:  # a worker of the tuner: it unpickles specs of this family
+if multiprocessing.current_process().name != "MainProcess":  # a worker of the tuner: it unpickles specs of this family
     install()
 
 if __name__ == "__main__":
