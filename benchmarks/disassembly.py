@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -115,8 +116,8 @@ def _module(*names: str) -> Any:
     return importlib.import_module(names[-1])
 
 
-def sources(tree: Path) -> dict[str, dict[str, Any]]:
-    """The kernels of a checkout by name: source and compiler flags."""
+def sources(tree: Path, wanted: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
+    """The kernels of a checkout whose names are wanted: source and compiler flags."""
     families = importlib.import_module("fagen.families")
     known = importlib.import_module("fagen.target").known
     problem_type = _module("fagen.problem", "fagen.ops.attention.problem").Problem
@@ -126,6 +127,8 @@ def sources(tree: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
 
     def add(name: str, family: Any, arch: str, problem: dict[str, Any], base: dict[str, Any] | None) -> None:
+        if not wanted(name):
+            return
         sizes = {"batch": 4, "heads": 16, "seqlen_q": SEQLEN}
         asked, where = problem_type(**{**sizes, **problem}), known(arch)
         config = family.default(asked, where) if base is None else family.config(base)
@@ -142,16 +145,16 @@ def sources(tree: Path) -> dict[str, dict[str, Any]]:
             unaligned = {"aligned": False} if name == "unaligned" else {}
             add(f"{short} {name}", family, archs[i % len(archs)], DEFAULTS[problem] | unaligned, base | changes)
     for name, entry in json.loads((tree / "generated" / "manifest.json").read_text())["kernels"].items():
-        if entry["arch"].startswith("sm_"):
+        if entry["arch"].startswith("sm_") and wanted(f"generated {name}"):
             text = (tree / "generated" / name / "kernel.cu").read_text()
             flags = families.get(entry["family"]).flags(known(entry["arch"]))
             found[f"generated {name}"] = {"source": text, "flags": flags}
     return found
 
 
-def sources_of(tree: Path) -> dict[str, dict[str, Any]]:
+def sources_of(tree: Path, only: str, quick: bool) -> dict[str, dict[str, Any]]:
     """The same by a process of its own, which imports that checkout's fagen."""
-    command = [sys.executable, __file__, "render", "--tree", str(tree)]
+    command = [sys.executable, __file__, "render", "--tree", str(tree), "--only", only, *(["--quick"] if quick else [])]
     paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -271,9 +274,8 @@ def snapshot(args: argparse.Namespace) -> int:
     nvcc = args.nvcc or shutil.which("nvcc")
     if not nvcc or not nvdisasm:
         raise SystemExit("nvcc and nvdisasm are needed: put them on PATH, or give --nvcc and --nvdisasm")
-    kernels = sources_of(args.tree.resolve())
-    chosen = [n for n in kernels if (n in QUICK or not args.quick) and re.search(args.only, n)]
-    print(f"{len(chosen)} kernels of {args.tree}", file=sys.stderr)
+    kernels = sources_of(args.tree.resolve(), args.only, args.quick)
+    print(f"{len(kernels)} kernels of {args.tree}", file=sys.stderr)
 
     def one(name: str) -> list[dict[str, Any]]:
         keep = args.keep / name.replace(" ", "-") if args.keep else None
@@ -282,7 +284,7 @@ def snapshot(args: argparse.Namespace) -> int:
         return [asdict(f) for f in functions]
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = dict(zip(chosen, pool.map(one, chosen), strict=True))
+        found = dict(zip(kernels, pool.map(one, kernels), strict=True))
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
@@ -351,9 +353,9 @@ def main(argv: list[str] | None = None) -> int:
     three = parts.add_parser("render", help="print the kernels' sources as JSON; snapshot calls it")
     for part in (one, three):
         part.add_argument("--tree", type=Path, default=ROOT, help="a checkout of fagen (this one)")
+        part.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+        part.add_argument("--only", default="", metavar="REGEX", help="only kernels whose name matches")
     one.add_argument("--out", type=Path, required=True)
-    one.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
-    one.add_argument("--only", default="", metavar="REGEX", help="only kernels whose name matches")
     one.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
     one.add_argument("--keep", type=Path, metavar="DIR", help="keep the disassembly of each function there")
     one.add_argument("--nvcc")
@@ -365,7 +367,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.part == "snapshot":
         return snapshot(args)
     if args.part == "render":
-        print(json.dumps(sources(args.tree.resolve())))
+        only = re.compile(args.only)
+        wanted = sources(
+            args.tree.resolve(), lambda name: (name in QUICK or not args.quick) and bool(only.search(name))
+        )
+        print(json.dumps(wanted))
         return 0
     return compare(json.loads(args.before.read_text()), json.loads(args.after.read_text()), args.all)
 

@@ -104,7 +104,7 @@ def kernel_text(kernel: Kernel) -> str:
 
 
 def header_text(kernel: Kernel) -> str:
-    params = (env.data_dir("templates") / "include" / "fagen" / "params.h").read_text()
+    params = (env.data_dir("templates") / "include" / "fagen" / "abi" / "forward.h").read_text()
     lines = [
         f"The interface of {kernel.source_name}: attention {kernel.problem.op} for {kernel.problem.static_key}",
         f"on {kernel.target.arch}. Plain C. All kernels of fagen have this interface; to link two of them into one",

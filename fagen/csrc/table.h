@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "constants.h"  // made by binding.py: kSizeWeights and what else fagen/db.py says of sizes
-#include "fagen/params.h"
+#include "fagen/abi/forward.h"
 
 namespace fagen {
 
