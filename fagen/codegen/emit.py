@@ -87,7 +87,7 @@ def kernel_text(spec: KernelSpec, provenance: str) -> str:
 
 
 def header_text(spec: KernelSpec) -> str:
-    params = (env.data_dir("templates") / "include" / "fagen" / "params.h").read_text()
+    params = (env.data_dir("templates") / "include" / "fagen" / "abi" / "forward.h").read_text()
     lines = [
         f"The interface of {source_name(spec)}: attention {spec.problem.op} for {spec.problem.static_key}",
         f"on {spec.target.arch}. Plain C. All kernels of fagen have this interface; to link two of them into one",

@@ -164,7 +164,7 @@ def tell_which(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def loaded(spec):
         source = (
-            '#include "fagen/params.h"\nextern "C" int fagen_launch(const fagen_params* p, void*) {\n'
+            '#include "fagen/abi/forward.h"\nextern "C" int fagen_launch(const fagen_params* p, void*) {\n'
             f"  static_cast<float*>(p->o)[0] = {spec.config.tile_n};\n  return 0;\n}}\n"
             'extern "C" const char* fagen_error(int) { return ""; }\n'
             'extern "C" uint64_t fagen_workspace_bytes(const fagen_params*) { return 0; }\n'

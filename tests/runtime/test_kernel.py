@@ -44,7 +44,7 @@ def tensors(b: int = 2, sq: int = 20, sk: int = 30, h: int = 4, hk: int = 2, d: 
 def test_params_is_the_struct_of_the_header(tmp_path: Path) -> None:
     names = [name for name, *_ in Params._fields_]
     lines = "".join(f'  printf("{n} %zu\\n", offsetof(fagen_params, {n}));\n' for n in names)
-    source = f'#include "fagen/params.h"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{\n{lines}'
+    source = f'#include "fagen/abi/forward.h"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{\n{lines}'
     (tmp_path / "p.cpp").write_text(source + '  printf("size %zu\\n", sizeof(fagen_params));\n}\n')
     include = f"-I{env.data_dir('templates') / 'include'}"
     command = [str(toolchain.require_cxx()), include, str(tmp_path / "p.cpp"), "-o", str(tmp_path / "p")]
@@ -53,7 +53,7 @@ def test_params_is_the_struct_of_the_header(tmp_path: Path) -> None:
     theirs = dict(line.split() for line in out.splitlines())
     ours = {name: str(getattr(Params, name).offset) for name in names}
     assert theirs == ours | {"size": str(ctypes.sizeof(Params))}
-    header = (env.data_dir("templates") / "include/fagen/params.h").read_text()
+    header = (env.data_dir("templates") / "include/fagen/abi/forward.h").read_text()
     fields = re.sub(r"//[^\n]*", "", header).partition("{")[2].partition("}")[0]
     assert re.findall(r"(\w+)(?:\[3\])?[,;]", fields) == names
 

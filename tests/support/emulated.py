@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from fagen.target import Target
 
 EMULATOR = Path(__file__).parents[1] / "emulator"
-_WGMMA = re.compile(r"^namespace ptx \{\n.*?^\}  // namespace ptx\n", re.MULTILINE | re.DOTALL)  # rendered, no header
+_WGMMA = re.compile(
+    r"^namespace fagen::ptx \{\n.*?^\}  // namespace fagen::ptx\n", re.MULTILINE | re.DOTALL
+)  # rendered, no header
 _DYNAMIC = re.compile(r"extern __shared__ .*?unsigned char (\w+)\[\];")
 _STATIC = re.compile(r"__shared__ ([\w:]+) (\w+)(\[\w+\])?;")
 _ELEMENTS = {"bf16": "__nv_bfloat16", "fp16": "__half"}

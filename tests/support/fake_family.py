@@ -35,7 +35,7 @@ ENDS = {
 }
 
 _SOURCE = r"""{% include "preamble.j2" %}
-#include "fagen/params.h"
+#include "fagen/abi/forward.h"
 #include <math.h>
 #include <signal.h>
 #include <unistd.h>

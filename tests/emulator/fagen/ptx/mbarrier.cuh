@@ -1,7 +1,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
-namespace ptx {
+namespace fagen::ptx {
 
 inline void mbarrier_init(uint32_t barrier, int arrivals) {
   emulator::now->block->at(barrier, 8);
@@ -22,4 +22,4 @@ inline void mbarrier_wait(uint32_t barrier, int parity) {
 }
 inline uint32_t ld_shared_4(uint32_t from) { return emulator::shared_at<uint32_t>(from); }
 
-}  // namespace ptx
+}  // namespace fagen::ptx

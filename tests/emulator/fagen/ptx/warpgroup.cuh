@@ -2,7 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-namespace ptx {
+namespace fagen::ptx {
 
 template <int kRegisters>
 void more_registers() {}
@@ -51,4 +51,4 @@ void wgmma_registers(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64
   emulator::start_product<EMULATOR_ELEMENT>(&c[0][0], kColumns, false, 0, a, b, true);
 }
 
-}  // namespace ptx
+}  // namespace fagen::ptx
