@@ -52,7 +52,7 @@ from fagen.runtime.kernel import Kernel, launcher
 from fagen.target import Target
 from fagen.timing import timer
 from fagen.tuner import evaluate, recorded_space, tune
-from fagen.tuner.evaluate import SPILL_TOLERANCE, import_torch
+from fagen.tuner.evaluate import import_torch
 from fagen.tuner.workers import Death, Worker
 from fagen.verify import checks
 
@@ -116,8 +116,8 @@ def compile_unit(unit: Unit) -> list[Built]:
     found = []
     for place, (item, log) in enumerate(zip(unit.items, logs, strict=True)):
         facts = {"compile_seconds": round(each, 3), **compiler.parse_ptxas(log)}
-        spilled = facts.get("spill_bytes", 0) > SPILL_TOLERANCE or facts.get("serialized")
-        found.append(Built(item, "spill" if spilled else "ok", str(folder / "unit.so"), place, facts))
+        outcome = "spill" if evaluate.refused_facts(facts) else "ok"
+        found.append(Built(item, outcome, str(folder / "unit.so"), place, facts))
     return found
 
 

@@ -55,13 +55,19 @@ def compile_one(request: CompileRequest) -> Result:
     except BuildError as error:
         late = error.killed and time.monotonic() - start >= request.timeout
         return Result("timeout" if late else "compile", str(error), killed=error.killed and not late)
-    spilled = artifact.facts.get("spill_bytes", 0)
-    if spilled > SPILL_TOLERANCE:
-        registers = artifact.facts.get("registers", "?")
-        return Result("spill", f"{spilled} bytes spilled at {registers} registers", artifact=artifact)
-    if artifact.facts.get("serialized"):
-        return Result("spill", "ptxas serialized the warpgroup's products", artifact=artifact)
+    reason = refused_facts(artifact.facts)
+    if reason:
+        return Result("spill", reason, artifact=artifact)
     return Result("ok", artifact=artifact)
+
+
+def refused_facts(facts: dict[str, Any]) -> str:
+    """Why a kernel is not worth running by what ptxas says of it; "" if it may be."""
+    for name, function in facts.get("functions", {}).items():
+        spilled = function.get("spill_bytes", 0)
+        if spilled > SPILL_TOLERANCE:
+            return f"{name}: {spilled} bytes spilled at {function.get('registers', '?')} registers"
+    return "ptxas serialized the warpgroup's products" if facts.get("serialized") else ""
 
 
 # ---- verifying and timing -------------------------------------------------------------------------------------------

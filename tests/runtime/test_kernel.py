@@ -276,19 +276,6 @@ def test_a_size_that_32_bits_do_not_hold_is_not_cut() -> None:
             make_params(first, second, second, first)
 
 
-def test_ptxas_facts_are_the_worst_of_all_kernels() -> None:
-    log = """
-ptxas info    : Compiling entry function '_Z1av' for 'sm_90'
-    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 128 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem, 380 bytes cmem[0]
-ptxas info    : Compiling entry function '_Z1bv' for 'sm_90'
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 168 registers, used 0 barriers
-"""
-    assert cache.parse_ptxas(log) == {"stack": 16, "spill_bytes": 20, "registers": 168, "smem_bytes": 1024}
-    assert cache.parse_ptxas("nothing of the kind") == {}
-
-
 def test_what_counts_as_aligned() -> None:
     t = torch.zeros(2, 8, 4, 16, dtype=torch.bfloat16)
     assert is_aligned(t) and is_aligned(t.transpose(1, 2)) and is_aligned(t[:, ::2])

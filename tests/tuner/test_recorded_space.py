@@ -99,7 +99,7 @@ def test_sources_are_joined_and_told_apart(recorder):
         "ptxas info : Used 90 registers\n"
     )
     facts = [recorder.compiler.parse_ptxas(part) for part in recorder._logs(log, 2)]
-    assert facts[0] == {"registers": 90, "smem_bytes": 0}
+    assert facts[0]["functions"] == {"forward_kernel": {"registers": 90, "smem_bytes": 0}}
     assert facts[1]["registers"] == 168 and facts[1]["spill_bytes"] == 104
 
 

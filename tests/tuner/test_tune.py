@@ -28,7 +28,7 @@ from fagen.ops.attention.problem import Problem
 from fagen.target import host, known
 from fagen.timing import load
 from fagen.timing.timer import Timing
-from fagen.tuner import budget, journal, progress, result, suite, tune, workers
+from fagen.tuner import budget, evaluate, journal, progress, result, suite, tune, workers
 from fagen.tuner.messages import MeasureRequest, Result
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options, Tuned
@@ -219,7 +219,7 @@ def test_a_lost_terminal_ends_a_run_unless_it_is_ignored(how, ends):
     """As nohup starts it."""
     code = """
 import os, signal
-from fagen.tuner import progress, tune
+from fagen.tuner import evaluate, progress, tune
 with tune._signals(progress.Progress()) as event:
     os.kill(os.getpid(), signal.SIGHUP)
     hung_up = event.is_set()
@@ -621,3 +621,15 @@ def test_the_gpus_of_a_run(monkeypatch, words, target, said):
         return
     with pytest.raises(FagenError, match=said):
         tune.gpus(words, target)
+
+
+def test_a_spill_in_any_kernel_of_a_library_is_refused():
+    main, small = {"registers": 168, "spill_bytes": 0}, {"registers": 32, "spill_bytes": 0}
+    both = {"forward_kernel": main, "plan_kernel": small}
+    assert evaluate.refused_facts({**main, "functions": both}) == ""
+    assert evaluate.refused_facts({}) == "", "of a CPU's compiler nothing is known"
+    both["plan_kernel"] = small | {"spill_bytes": evaluate.SPILL_TOLERANCE + 1}
+    assert evaluate.refused_facts({**main, "functions": both}) == "plan_kernel: 65 bytes spilled at 32 registers"
+    both["plan_kernel"] = small | {"spill_bytes": evaluate.SPILL_TOLERANCE}
+    assert evaluate.refused_facts({**main, "functions": both}) == ""
+    assert "serialized" in evaluate.refused_facts({**main, "serialized": 1})

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     for name in [*manifest["files"], emit.MANIFEST]:
         say(f"  {args.out / name}")
     if manifest["facts"]:
-        say("facts: " + ", ".join(f"{name} {value}" for name, value in manifest["facts"].items()))
+        plain = {name: value for name, value in manifest["facts"].items() if name != "functions"}
+        say("facts: " + ", ".join(f"{name} {value}" for name, value in plain.items()))
     if args.example:
         if 0 < memory(host()) < problem.bytes():
             have = f"this machine has {gib(memory(host()))}"
