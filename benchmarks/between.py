@@ -35,7 +35,7 @@ from fagen.db import store
 from fagen.db.record import Record, environment, now
 from fagen.errors import FagenError
 from fagen.families import Config, Family
-from fagen.ops.attention import size_point
+from fagen.ops.attention import forward, size_point
 from fagen.ops.attention.inputs import input_sets, make_inputs
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import kernel
@@ -177,7 +177,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 def summary(rows: list[dict[str, Any]], target: Target) -> dict[str, Any]:
     """Geometric means of the ratios: of what dispatch picks, and of what else it might have picked."""
-    today = functools.partial(size_point.distance, units=target.units)
+    today = functools.partial(forward.OP.distance, units=target.units)
     nearest = [ratio(row, next(iter(picked(row, today)), None) or row["default"]) for row in rows]
     of_three = [min((ratio(row, x) or 9.9 for x in picked(row, today, 3)), default=None) for row in rows]
     of_all = [min((ratio(row, x) or 9.9 for x in picked(row, today, 99)), default=None) for row in rows]
@@ -217,7 +217,7 @@ def fit(rows: list[dict[str, Any]], units: int) -> list[dict[str, Any]]:
 def tell(data: dict[str, Any]) -> None:
     rows, target = data["rows"], Target.from_dict(data["target"])
     units = target.units
-    today = functools.partial(size_point.distance, units=units)
+    today = functools.partial(forward.OP.distance, units=units)
     for row in rows:
         label = next(iter(picked(row, today)), None) or row["default"]
         size = next((n["size"] for n in row["neighbours"] if n["label"] == label), "default")

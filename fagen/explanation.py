@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen import env
+from fagen import env, ops
 from fagen.dispatch.choose import PROVENANCES, Choice, choose, known_only
 from fagen.errors import FagenError
 from fagen.ops.attention.problem import Problem
@@ -53,12 +53,11 @@ class Report:
         """Where the winner comes from, how far its size is from the one that was asked, what was measured."""
         from fagen.db import store
         from fagen.db.record import environment
-        from fagen.ops.attention import size_point
 
         record, told = self.choice.record, self.choice.trust
         if record is None or self.problem is None or self.target is None:
             return None
-        apart = size_point.differences(self.problem, record.problem, self.target.units)
+        apart = ops.get(self.problem.op).differences(self.problem, record.problem, self.target.units)
         origin = store.Database.load().origin(record)
         here = environment(self.target)
         names = (

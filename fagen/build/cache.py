@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import filelock
 
-from fagen import env
+from fagen import env, ops
 from fagen.build import cachedir
 from fagen.build.compiler import parse_ptxas, run_build
 from fagen.build.job import KEY_SCHEMA, LIBRARY, LOG, MANIFEST, SOURCES, Artifact, Job, make_job
@@ -136,7 +136,7 @@ def make(job: Job, *, timeout: float | None = None, tell: Callable[[], None] = l
 def _command(job: Job) -> str:
     """The `fagen build` that makes it. The binding, which has no problem, is made beside any kernel."""
     problem = job.about.get("problem")
-    return flags.build_command(Problem.from_dict(problem) if problem else Problem(dtype="fp32", head_dim=64), job.arch)
+    return flags.build_command(ops.problem_from(problem) if problem else Problem(dtype="fp32", head_dim=64), job.arch)
 
 
 def _scratch() -> cachedir.Scratch | None:

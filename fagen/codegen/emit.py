@@ -10,12 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fagen import __version__, env
+from fagen import __version__, env, ops
 from fagen.build import cache, toolchain
 from fagen.codegen import render
 from fagen.codegen.spec import KernelSpec
-from fagen.errors import BuildError, FagenError
-from fagen.ops.attention import flags
+from fagen.errors import BuildError, FagenError, UsageError
 from fagen.ops.attention.problem import INTERVAL_KINDS
 from fagen.target import Target
 
@@ -47,7 +46,7 @@ def source_name(spec: KernelSpec) -> str:
 def command(spec: KernelSpec) -> str:
     """The `fagen emit` that makes the same kernel again, whatever the database and the defaults say then."""
     p = spec.problem
-    words = ["fagen", "emit", "--target", spec.target.arch, *flags.of(p)]
+    words = ["fagen", "emit", "--target", spec.target.arch, *ops.get(p.op).flags(p)]
     words += ["--family", spec.family.name, "--config", spec.config.to_json(), "--out", "DIR"]
     return shlex.join(words)
 
@@ -87,9 +86,10 @@ def kernel_text(spec: KernelSpec, provenance: str) -> str:
 
 
 def header_text(spec: KernelSpec) -> str:
-    params = (env.data_dir("templates") / "include" / "fagen" / "abi" / "forward.h").read_text()
+    op = ops.get(spec.problem.op)
+    params = (env.data_dir("templates") / "include" / op.header).read_text()
     lines = [
-        f"The interface of {source_name(spec)}: attention {spec.problem.op} for {spec.problem.static_key}",
+        f"The interface of {source_name(spec)}: {op.title} for {spec.problem.static_key}",
         f"on {spec.target.arch}. Plain C. All kernels of fagen have this interface; to link two of them into one",
         "program, rename their functions on the compiler's command line: -Dfagen_launch=first_launch and so on.",
     ]
@@ -97,9 +97,12 @@ def header_text(spec: KernelSpec) -> str:
 
 
 def example_text(spec: KernelSpec) -> str:
+    op = ops.get(spec.problem.op)
+    if not op.example:
+        raise UsageError(f"{op.title} has no example program", remedy="leave --example out")
     have = INTERVAL_KINDS.get(spec.problem.intervals, ())
     return render.render(
-        "example/main.j2",
+        op.example,
         problem=spec.problem,
         gpu=spec.target.is_gpu,
         columns=len(have),

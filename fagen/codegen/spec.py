@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fagen import families
+from fagen import families, ops
 from fagen.codegen import render
 from fagen.families import Config, Family
-from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
+from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Constant
 from fagen.target import Target
 
 Key = tuple[str, str, Target, Config]
@@ -74,21 +75,9 @@ class KernelSpec:
         return self.family.derive(self.problem, self.target, self.config)
 
     @property
-    def constants(self) -> list[tuple[str, str, str, str]]:
-        """The constexpr block: (type, name, value, comment), knobs last."""
-        problem, have = self.problem, INTERVAL_KINDS.get(self.problem.intervals, ())
-        rows = [
-            ("int", "kHeadDim", str(problem.head_dim_padded), "of q and k, padded"),
-            ("int", "kHeadDimV", str(problem.head_dim_v_padded), "of v and o, padded"),
-            ("Mask", "kMask", f"Mask::{problem.mask}", "which cells are visible"),
-            ("bool", "kSoftcap", str(problem.softcap).lower(), "s -> softcap * tanh(s / softcap)"),
-            ("bool", "kAlibi", str(problem.alibi).lower(), "s -> s - slope * distance from the diagonal"),
-            ("bool", "kAligned", str(problem.aligned).lower(), "rows are whole, aligned 16-byte pieces"),
-            ("int", "kIntervalColumns", str(len(have)), "bounds a key carries"),
-        ]
-        for bound in ("LTS", "LTE", "UTS", "UTE"):
-            index = have.index(bound) if bound in have else -1
-            rows.append(("int", f"k{bound}", str(index), f"column of {bound} in intervals, -1: absent"))
+    def constants(self) -> list[Constant]:
+        """The constexpr block: what the op says of the problem, then the knobs."""
+        rows = ops.get(self.problem.op).constants(self.problem)
         for knob in self.family.knobs:
             kind, value = knob.literal(self.config[knob.name])
             rows.append((kind, knob.cpp, value, knob.doc.split(";")[0].split(". ")[0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fagen import families
+from fagen import families, ops
 from fagen.codegen.spec import KernelSpec
 from fagen.dispatch import freshness
 from fagen.errors import FagenError
@@ -82,7 +82,7 @@ def choose(problem: Problem, target: Target, *, check: bool = False, stale: str 
     for record, provenance in Database.load().candidates(problem, target):
         if beaten and not beats_torch(record, beaten[0]):
             continue
-        torch_first = not ours and not beaten and lost(record, provenance) and torch_serves(problem)
+        torch_first = not ours and not beaten and lost(record, provenance) and ops.get(problem.op).torch_serves(problem)
         choice, reason = by_record(
             record, provenance, problem, target, able, refusals, check=check and not torch_first, stale=stale
         )
@@ -152,12 +152,7 @@ def lost(record: Record, provenance: str) -> bool:
     from fagen.timing import timer  # what it imports takes milliseconds
 
     slower = provenance != "arch" and timer.lost(record.seconds, record.spread, record.torch_seconds)
-    return slower and torch_serves(record.problem)
-
-
-def torch_serves(p: Problem) -> bool:
-    """Whether SDPA computes this without a mask tensor: as `fallback` asks it. `Plan::find` in C++ asks the same."""
-    return p.mask in ("none", *(["causal"] if p.seqlen_q == p.seqlen_k else [])) and not (p.softcap or p.alibi)
+    return slower and ops.get(record.problem.op).torch_serves(record.problem)
 
 
 def beats_torch(record: Record, beaten: Record) -> bool:

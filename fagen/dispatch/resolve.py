@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fagen import env, families
+from fagen import env, families, ops
 from fagen.build import cache
 from fagen.codegen.spec import KernelSpec, Key
 from fagen.db import store
@@ -25,7 +25,7 @@ from fagen.dispatch import choose, kernels
 from fagen.dispatch.plan import ASK, TORCH, Answer, Plan, Row
 from fagen.errors import FagenError, LaunchError
 from fagen.notices import notify
-from fagen.ops.attention import fallback, size_point
+from fagen.ops.attention import fallback
 from fagen.ops.attention.call import Call, describe
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import background, binding, kernel
@@ -238,7 +238,7 @@ def _rows(problem: Problem, target: Target) -> Iterator[Row]:
                 looked.add(key)
                 if not waits and (key in kernels.failed or (not found.known and background.pending(key))):
                     continue  # another one serves, until it is built
-        features = tuple(size_point.features(record.problem, target.units).values())
+        features = tuple(ops.get(problem.op).features(record.problem, target.units).values())
         yield Row(record, provenance == "arch", features, found)
 
 

@@ -152,8 +152,6 @@ def _repeats(p: Problem, c: Config) -> bool:
 def _supports(p: Problem, t: Target) -> str | None:
     if not t.is_gpu or t.arch != "sm_90":
         return f"needs sm_90 (wgmma), the target is {t.arch}"
-    if p.op != "forward":
-        return f"serves forward, not {p.op}"
     if p.dtype not in ("fp16", "bf16"):
         return f"serves fp16 and bf16, not {p.dtype}"
     if not p.aligned:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fagen import ops
 from fagen.codegen.spec import KernelSpec
 from fagen.db.record import Record
 from fagen.errors import INTERRUPTED, NoCandidate
 from fagen.families.space import Fixed
-from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 from fagen.timing import timer
 from fagen.timing.timer import Timing
@@ -64,7 +64,7 @@ class Tuned:
 
     @property
     def key(self) -> str:
-        return Problem.from_dict(self.problem).key
+        return ops.problem_from(self.problem).key
 
     @property
     def is_default(self) -> bool:

@@ -25,7 +25,7 @@ from fagen.db.record import SCHEMA, Record, environment
 from fagen.db.store import Database
 from fagen.dispatch import choose
 from fagen.errors import DatabaseError, FagenError, InvalidArgument
-from fagen.ops.attention import size_point
+from fagen.ops.attention import forward
 from fagen.ops.attention.problem import Problem
 from fagen.target import known
 
@@ -347,7 +347,7 @@ def test_any_json_is_a_record_or_an_error_of_ours(changes: dict[str, Any]) -> No
         return
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
     assert audit.state(found)[0] in ("current", "stale", "illegal")
-    size_point.distance(PROBLEM, found.problem, 132), found.problem.flops(), found.problem.bytes(), found.speedup
+    forward.OP.distance(PROBLEM, found.problem, 132), found.problem.flops(), found.problem.bytes(), found.speedup
     try:
         target = audit.target_of(found)
         family = families.get(found.family)

@@ -24,7 +24,7 @@ from fagen.dispatch import choose, freshness, kernels, resolve
 from fagen.dispatch.plan import Answer, Plan, Row
 from fagen.errors import InvalidArgument
 from fagen.families import Config
-from fagen.ops.attention import fallback, reference, size_point
+from fagen.ops.attention import fallback, forward, reference, size_point
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import binding
 from tests.support.calls import Case, example
@@ -407,5 +407,5 @@ def test_records_that_are_passed_over_are_not_judged_for_every_size(monkeypatch:
 def test_distances_round_as_in_cpp() -> None:
     """One addition after the other: sum() of newer Pythons compensates."""
     one, other = PROBLEM.replace(seqlen_q=77, seqlen_k=1234), PROBLEM.replace(seqlen_q=4097, seqlen_k=99, batch=3)
-    apart = list(size_point.differences(one, other, 132).values())
-    assert size_point.distance(one, other, 132) == (apart[0] + apart[1]) + apart[2] and math.isfinite(sum(apart))
+    apart = list(forward.OP.differences(one, other, 132).values())
+    assert forward.OP.distance(one, other, 132) == (apart[0] + apart[1]) + apart[2] and math.isfinite(sum(apart))
