@@ -338,6 +338,14 @@ struct Band {
   // the first key of row m, and one past its last
   __device__ __forceinline__ int begin(int m) const { return max(0, m + first); }
   __device__ __forceinline__ int end(int m) const { return max(0, min(seqlen_k, m + last + 1)); }
+
+  // The keys that row m sees, relative to a column of the tile that begins at a key.
+  struct Columns {
+    int begin, end;
+  };
+  __device__ __forceinline__ Columns visible_columns(int m, int key, int column) const {
+    return {begin(m) - key - column, end(m) - key - column};
+  }
 };
 
 // Tiles [begin, end) hold every visible element of rows [m0, m1); those of [full_begin, full_end) hold no hidden one.
@@ -456,11 +464,6 @@ struct Constant {
   static constexpr bool value = kValue;
 };
 
-// The keys that a row sees of the band, relative to a column of the tile that begins at a key.
-struct VisibleKeys {
-  int begin, end;
-};
-
 template <class C>
 struct BandMask {
   static constexpr bool kIntervals = false;
@@ -489,9 +492,6 @@ struct BandMask {
   };
 
   __device__ __forceinline__ explicit BandMask(const fagen_params& p) : band(p) {}
-  __device__ __forceinline__ VisibleKeys visible_keys(int row, int key, int column) const {
-    return {band.begin(row) - key - column, band.end(row) - key - column};
-  }
   __device__ __forceinline__ Walk walk(const TileRange& range, int, int) const { return {range.end - 1, range.begin}; }
 };
 
@@ -501,7 +501,8 @@ struct IntervalMask {
   Band band;
   Intervals<C> intervals;
 
-  // The lanes of a warp classify 32 tiles at once; the visible ones are then taken from the last to the first.
+  // The same walk. The lanes of a warp classify 32 tiles at once; the visible ones are then taken from the last to the
+  // first.
   struct Walk {
     const Intervals<C>& intervals;
     TileRange range;
@@ -526,9 +527,7 @@ struct IntervalMask {
         group -= 32;
         const int mine = group + int(threadIdx.x % 32);
         bool empty = true, partly = false;
-        if (mine >= range.begin && mine < range.end) {
-          intervals.classify(mine, m0, m1, empty, partly);
-        }
+        if (mine >= range.begin && mine < range.end) intervals.classify(mine, m0, m1, empty, partly);
         seen = __ballot_sync(~0u, !empty);
         hidden = __ballot_sync(~0u, partly);
       }
@@ -543,9 +542,6 @@ struct IntervalMask {
   };
 
   __device__ __forceinline__ explicit IntervalMask(const fagen_params& p) : band(p) {}
-  __device__ __forceinline__ VisibleKeys visible_keys(int row, int key, int column) const {
-    return {band.begin(row) - key - column, band.end(row) - key - column};
-  }
   __device__ __forceinline__ Walk walk(const TileRange& range, int m0, int m1) const {
     return Walk(intervals, range, m0, m1);
   }
@@ -650,7 +646,7 @@ struct RowState {
         for (int half = 0; half < 2; ++half) {
           const int row = m + s * 16 + half * 8 + lane.row;
           // thresholds relative to the thread's first column: one comparison with a constant a side
-          const auto visible = mask.visible_keys(row, key, lane.column);
+          const Band::Columns visible = mask.band.visible_columns(row, key, lane.column);
 #pragma unroll
           for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll

@@ -88,7 +88,7 @@ struct RowState {
         for (int half = 0; half < 2; ++half) {
           const int row = m + s * 16 + half * 8 + lane.row;
           // thresholds relative to the thread's first column: one comparison with a constant a side
-          const auto visible = mask.visible_keys(row, key, lane.column);
+          const Band::Columns visible = mask.band.visible_columns(row, key, lane.column);
 #pragma unroll
           for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll

@@ -20,6 +20,14 @@ struct Band {
   // the first key of row m, and one past its last
   __device__ __forceinline__ int begin(int m) const { return max(0, m + first); }
   __device__ __forceinline__ int end(int m) const { return max(0, min(seqlen_k, m + last + 1)); }
+
+  // The keys that row m sees, relative to a column of the tile that begins at a key.
+  struct Columns {
+    int begin, end;
+  };
+  __device__ __forceinline__ Columns visible_columns(int m, int key, int column) const {
+    return {begin(m) - key - column, end(m) - key - column};
+  }
 };
 
 // Tiles [begin, end) hold every visible element of rows [m0, m1); those of [full_begin, full_end) hold no hidden one.

@@ -13,11 +13,6 @@ struct Constant {
   static constexpr bool value = kValue;
 };
 
-// The keys that a row sees of the band, relative to a column of the tile that begins at a key.
-struct VisibleKeys {
-  int begin, end;
-};
-
 template <class C>
 struct BandMask {
   static constexpr bool kIntervals = false;
@@ -46,9 +41,6 @@ struct BandMask {
   };
 
   __device__ __forceinline__ explicit BandMask(const fagen_params& p) : band(p) {}
-  __device__ __forceinline__ VisibleKeys visible_keys(int row, int key, int column) const {
-    return {band.begin(row) - key - column, band.end(row) - key - column};
-  }
   __device__ __forceinline__ Walk walk(const TileRange& range, int, int) const { return {range.end - 1, range.begin}; }
 };
 
@@ -58,7 +50,8 @@ struct IntervalMask {
   Band band;
   Intervals<C> intervals;
 
-  // The lanes of a warp classify 32 tiles at once; the visible ones are then taken from the last to the first.
+  // The same walk. The lanes of a warp classify 32 tiles at once; the visible ones are then taken from the last to the
+  // first.
   struct Walk {
     const Intervals<C>& intervals;
     TileRange range;
@@ -83,9 +76,7 @@ struct IntervalMask {
         group -= 32;
         const int mine = group + int(threadIdx.x % 32);
         bool empty = true, partly = false;
-        if (mine >= range.begin && mine < range.end) {
-          intervals.classify(mine, m0, m1, empty, partly);
-        }
+        if (mine >= range.begin && mine < range.end) intervals.classify(mine, m0, m1, empty, partly);
         seen = __ballot_sync(~0u, !empty);
         hidden = __ballot_sync(~0u, partly);
       }
@@ -100,9 +91,6 @@ struct IntervalMask {
   };
 
   __device__ __forceinline__ explicit IntervalMask(const fagen_params& p) : band(p) {}
-  __device__ __forceinline__ VisibleKeys visible_keys(int row, int key, int column) const {
-    return {band.begin(row) - key - column, band.end(row) - key - column};
-  }
   __device__ __forceinline__ Walk walk(const TileRange& range, int m0, int m1) const {
     return Walk(intervals, range, m0, m1);
   }

@@ -10,7 +10,7 @@ inline void mbarrier_init(uint32_t barrier, int arrivals) {
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(uint32_t barrier) { emulator::arrive_at(emulator::barrier(barrier)); }
 inline void mbarrier_arrive_at(uint32_t barrier, int block) {
-  emulator::arrive_at(emulator::barrier(barrier, emulator::now->block->team->blocks[block].get()));
+  emulator::arrive_at(emulator::barrier(barrier, emulator::now->block->cluster->blocks[block].get()));
 }
 inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
   emulator::barrier(barrier).bytes += bytes;

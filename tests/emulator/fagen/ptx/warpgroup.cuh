@@ -13,8 +13,8 @@ inline void barrier_arrive(int id, int threads) {
   emulator::arrive(meeting, threads);
 }
 inline void cluster_sync() {
-  emulator::Team& team = *emulator::now->block->team;
-  emulator::meet(team.meeting, team.threads, "all of the cluster", 0);
+  emulator::Cluster& cluster = *emulator::now->block->cluster;
+  emulator::meet(cluster.meeting, cluster.threads, "all of the cluster", 0);
 }
 inline void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
   const uint64_t* rows = emulator::exchange(address, "stmatrix");
