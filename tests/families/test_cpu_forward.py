@@ -292,7 +292,7 @@ def test_default_and_seeds_are_legal_and_the_space_is_searchable(target, dtype, 
         for dv in {16, 64, 128, d, 256}:
             problem = Problem(dtype=dtype, head_dim=d, head_dim_v=dv, mask=mask)
             FAMILY.require(problem, target, FAMILY.config(FAMILY.default(problem, target)))
-            for seed in FAMILY.seeds(problem, target):
+            for seed in FAMILY.first_configs(problem, target):
                 FAMILY.require(problem, target, seed)
     space = enumerate_space(FAMILY, Problem(dtype=dtype, head_dim=128, mask=mask), target)
     assert 50 <= len(space.legal) <= 520

@@ -171,7 +171,7 @@ def test_a_winner_is_in_the_database_before_its_problem_counts_as_done(calm, mon
 
     won = Tuned(PROBLEM.to_dict(), True, {"ok": 1}, "fake_forward", {"style": "plain", "variant": 1}, 1.0)
     record = Record(PROBLEM, "cpu", host().device, FAMILY.name, won.config, 1.0, 0.0, 1.0, 0.0, "0a54")
-    monkeypatch.setattr(tune._Tuner, "one", lambda *words: (won, record))
+    monkeypatch.setattr(tune._Tuner, "tune_problem", lambda *words: (won, record))
     monkeypatch.setattr(merge, "put", killed)
     with pytest.raises(KeyboardInterrupt):
         tune.run([PROBLEM], host(), options(calm, trials=1))
