@@ -22,6 +22,7 @@ from fagen.bench.prebuild import together
 from fagen.build.job import Artifact
 from fagen.errors import FagenError
 from fagen.families import Config
+from fagen.ops.attention.inputs import Inputs
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -134,9 +135,8 @@ def _problem(problem: Problem, plans: list[Plan], built: Built, target: Target, 
     return result
 
 
-def _step(p: Plan, sets: Sequence[Result], built: Built, device: str) -> tuple[Result, Any]:
+def _step(p: Plan, sets: Sequence[Inputs], built: Built, device: str) -> tuple[Result, Any]:
     """The step's facts so far, and a call of its best config if what that computes is right."""
-    from fagen.ops.attention import reference
     from fagen.runtime import kernel
     from fagen.runtime.kernel import launcher
     from fagen.timing import timer
@@ -144,9 +144,7 @@ def _step(p: Plan, sets: Sequence[Result], built: Built, device: str) -> tuple[R
     if p.family is None:
         return {"outcome": "cannot", "reason": p.reason}, None
     facts: Result = {"family": p.family.name, "visits": p.problem.mask, "provenance": p.provenance}
-    sets = [
-        inputs | {"semantics": reference.Semantics((p.problem.window_left, p.problem.window_right))} for inputs in sets
-    ]
+    sets = [inputs.change(window=(p.problem.window_left, p.problem.window_right)) for inputs in sets]
     artifacts = {config: built[key] for key, _, config in keys([p])}
     errors = [artifact.what for artifact in artifacts.values() if isinstance(artifact, FagenError)]
     facts["tried"] = len(artifacts) - len(errors)
@@ -160,10 +158,10 @@ def _step(p: Plan, sets: Sequence[Result], built: Built, device: str) -> tuple[R
             return facts | {"outcome": "failed", "reason": errors[0]}, None
         calls = {config: timer.InTurn([launcher(made, inputs) for inputs in sets]) for config, made in kernels.items()}
         config = _best(calls, device)
-        sets[0]["out"].fill_(math.nan)
+        sets[0].outputs["out"].fill_(math.nan)
         launcher(kernels[config], sets[0])()
         bench.synchronize(device)
-        verdict, checked = bench.verified(sets[0]["out"], sets[0], _CELLS[device])
+        verdict, checked = bench.verified(sets[0].outputs["out"], sets[0].call, _CELLS[device])
     except (FagenError, RuntimeError) as error:
         bench.alive(device, p.step, p.problem.key)
         return facts | {"outcome": "failed", "reason": reason(error)}, None

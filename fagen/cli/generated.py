@@ -109,11 +109,11 @@ def _left_out(kernel: emit.Kernel, target: Target) -> str:
 
 def measure(kernel: emit.Kernel, target: Target) -> dict[str, Any]:
     """Build, verify and time one kernel on the device that is here."""
+    from fagen.ops.attention import reference
     from fagen.ops.attention.inputs import make_inputs
     from fagen.runtime import kernel as loader
     from fagen.runtime.kernel import launcher
     from fagen.timing import timer
-    from fagen.verify import checks
 
     hash_ = render.source_hash(kernel.source)
     ready = loader.get(kernel.family, kernel.problem, target, kernel.config)
@@ -122,10 +122,10 @@ def measure(kernel: emit.Kernel, target: Target) -> dict[str, Any]:
     inputs = make_inputs(kernel.problem, target)
     call = launcher(ready, inputs, lse=True)
     call()
-    verdict = checks.check(inputs)
+    verdict = reference.check(inputs.call, inputs.outputs)
     if not verdict.ok:
         raise WrongResult(f"{kernel.problem} is wrong on {target.device}", verdict.message)
-    seconds = timer.time_calls({"it": call}, device=inputs["q"].device)["it"].median
+    seconds = timer.time_calls({"it": call}, device=inputs.call.q.device)["it"].median
     return {
         "source_hash": hash_,
         "device": target.device,
