@@ -30,11 +30,12 @@ from fagen import env, families
 from fagen.bench.prebuild import together
 from fagen.build import cache
 from fagen.cli import arguments
+from fagen.codegen.spec import KernelSpec
 from fagen.db import store
 from fagen.db.record import Record, environment, now
 from fagen.errors import FagenError
 from fagen.families import Config, Family
-from fagen.ops.attention import size_point
+from fagen.ops.attention import forward, size_point
 from fagen.ops.attention.inputs import input_sets, make_inputs
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import kernel
@@ -86,12 +87,12 @@ def configs_of(
 def compile_all(work: Iterable[tuple[Family, Problem, Target, Config]]) -> None:
     """Every kernel once, many compilers at a time; what fails here fails again where it is loaded, and is told."""
     jobs = list({(f.name, p.static_key, c): (f, p, t, c) for f, p, t, c in work}.values())
-    missing = [item for item in jobs if cache.lookup(*item) is None]
+    missing = [item for item in jobs if cache.lookup(KernelSpec(*item)) is None]
     print(f"{len(jobs)} kernels, {len(missing)} to compile", flush=True)
 
     def attempt(item: tuple[Family, Problem, Target, Config]) -> None:
         try:
-            cache.build(*item)
+            cache.build(KernelSpec(*item))
         except FagenError as error:
             print(f"{item[1].static_key} {item[3]}: {error.what}", flush=True)
 
@@ -108,7 +109,7 @@ def measure_row(
     calls, failed = {}, {}
     for label, config in configs.items():
         try:
-            loaded = kernel.get(family, problem, target, config)
+            loaded = kernel.get(KernelSpec(family, problem, target, config))
             _, wrong = verified(family.name, problem, target, loaded)
         except FagenError as error:
             failed[label] = error.what
@@ -132,7 +133,7 @@ _seen: dict[tuple[str, str, Config], tuple[float, str]] = {}
 
 def verified(family: str, problem: Problem, target: Target, loaded: kernel.Kernel) -> tuple[float, str]:
     """Once a kernel, though it serves many sizes."""
-    key = family, problem.static_key, loaded.config
+    key = family, problem.static_key, loaded.spec.config
     if key not in _seen:
         _seen[key] = checks.compare(loaded, problem, target)
     return _seen[key]
@@ -176,7 +177,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 def summary(rows: list[dict[str, Any]], target: Target) -> dict[str, Any]:
     """Geometric means of the ratios: of what dispatch picks, and of what else it might have picked."""
-    today = functools.partial(size_point.distance, units=target.units)
+    today = functools.partial(forward.OP.distance, units=target.units)
     nearest = [ratio(row, next(iter(picked(row, today)), None) or row["default"]) for row in rows]
     of_three = [min((ratio(row, x) or 9.9 for x in picked(row, today, 3)), default=None) for row in rows]
     of_all = [min((ratio(row, x) or 9.9 for x in picked(row, today, 99)), default=None) for row in rows]
@@ -216,7 +217,7 @@ def fit(rows: list[dict[str, Any]], units: int) -> list[dict[str, Any]]:
 def tell(data: dict[str, Any]) -> None:
     rows, target = data["rows"], Target.from_dict(data["target"])
     units = target.units
-    today = functools.partial(size_point.distance, units=units)
+    today = functools.partial(forward.OP.distance, units=units)
     for row in rows:
         label = next(iter(picked(row, today)), None) or row["default"]
         size = next((n["size"] for n in row["neighbours"] if n["label"] == label), "default")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from fagen.codegen.spec import KernelSpec
 from fagen.db.record import environment
 from fagen.families import cpu_forward
 from fagen.ops.attention import reference
@@ -56,7 +57,7 @@ def calls_of(problem: Problem, layout: str) -> tuple[dict[str, Callable[[], obje
     configs = {}
     for i, config in enumerate([family.default(problem, target), *family.seeds(problem, target)]):
         name = f"seed {i}" if i else "default"
-        calls[name] = kernel.get(family, problem, target, config).bind(call, {"out": out})
+        calls[name] = kernel.get(KernelSpec(family, problem, target, config)).bind(call, {"out": out})
         configs[name] = str(config)
         if problem.seqlen_q <= VERIFIED_UP_TO:
             out.fill_(math.nan)

@@ -41,6 +41,7 @@ from fagen import families, notices
 from fagen.build import compiler, toolchain
 from fagen.build.job import Artifact, Job, make_job
 from fagen.cli import arguments
+from fagen.codegen.spec import KernelSpec
 from fagen.db.record import environment, now
 from fagen.errors import FagenError, LaunchError
 from fagen.families import Config
@@ -51,8 +52,7 @@ from fagen.runtime.kernel import Kernel, launcher
 from fagen.target import Target
 from fagen.timing import timer
 from fagen.tuner import evaluate, recorded_space, tune
-from fagen.tuner.evaluate import SPILL_TOLERANCE, import_torch
-from fagen.tuner.messages import Candidate
+from fagen.tuner.evaluate import import_torch
 from fagen.tuner.workers import Death, Worker
 from fagen.verify import checks
 
@@ -72,7 +72,7 @@ _FUNCTIONS = re.compile(r"\b(fagen_(?:launch|error|workspace_bytes|params_size))
 class Unit:
     """Configs of one problem that are compiled together."""
 
-    items: tuple[Candidate, ...]
+    items: tuple[KernelSpec, ...]
     folder: str
 
 
@@ -80,7 +80,7 @@ class Unit:
 class Built:
     """What became of a config's compilation: its library and its place in there, or why there is none."""
 
-    item: Candidate
+    item: KernelSpec
     outcome: str
     library: str = ""
     place: int = 0
@@ -106,7 +106,7 @@ def be_nice() -> None:
 def compile_unit(unit: Unit) -> list[Built]:
     """All of a unit; one by one where they do not compile together."""
     folder, start = Path(tempfile.mkdtemp(dir=unit.folder)), time.monotonic()
-    jobs = [make_job(families.get(i.family), i.problem, i.target, i.config) for i in unit.items]
+    jobs = [make_job(i) for i in unit.items]
     done = _run_compiler(jobs, folder)
     if done.returncode and len(unit.items) > 1:
         return [one for item in unit.items for one in compile_unit(Unit((item,), unit.folder))]
@@ -116,8 +116,8 @@ def compile_unit(unit: Unit) -> list[Built]:
     found = []
     for place, (item, log) in enumerate(zip(unit.items, logs, strict=True)):
         facts = {"compile_seconds": round(each, 3), **compiler.parse_ptxas(log)}
-        spilled = facts.get("spill_bytes", 0) > SPILL_TOLERANCE or facts.get("serialized")
-        found.append(Built(item, "spill" if spilled else "ok", str(folder / "unit.so"), place, facts))
+        outcome = "spill" if evaluate.refused_facts(facts) else "ok"
+        found.append(Built(item, outcome, str(folder / "unit.so"), place, facts))
     return found
 
 
@@ -216,7 +216,7 @@ def load(built: Built) -> Kernel:
     names["error"].restype, names["error"].argtypes = ctypes.c_char_p, [ctypes.c_int]
     names["workspace_bytes"].restype, names["workspace_bytes"].argtypes = ctypes.c_uint64, [ctypes.POINTER(Params)]
     item, functions = built.item, SimpleNamespace(**names)
-    return Kernel(families.get(item.family), item.problem, item.config, _artifact(built), functions)  # type: ignore[arg-type]
+    return Kernel(item, _artifact(built), functions)  # type: ignore[arg-type]
 
 
 def _artifact(built: Built) -> Artifact:
@@ -304,8 +304,8 @@ class File:
                 ).encode()
             )
 
-    def item(self, config: Config) -> Candidate:
-        return Candidate(self.plan.family, self.plan.problem, self.plan.target, config)
+    def item(self, config: Config) -> KernelSpec:
+        return KernelSpec(families.get(self.plan.family), self.plan.problem, self.plan.target, config)
 
 
 def _text(line: Any) -> str:

@@ -18,9 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from fagen.codegen.spec import KernelSpec
 from fagen.families import Config
 from fagen.tuner import evaluate, recorded_space
-from fagen.tuner.messages import Candidate, CompileRequest, FinalRequest
+from fagen.tuner.messages import CompileRequest, FinalRequest
 
 PEERS = 4  # of the recorded, the fastest
 
@@ -55,7 +56,7 @@ def compare(space: recorded_space.Recorded, winner: Config) -> dict:
     }
     entries = {}
     for label, config in configs.items():
-        item = Candidate(space.family.name, space.problem, space.target, config)
+        item = KernelSpec(space.family, space.problem, space.target, config)
         entries[label] = (item, evaluate.compile_one(CompileRequest(item, 120.0)).artifact)
     final = evaluate.final_round(FinalRequest(entries, seconds=4.0))
     return {label: {"seconds": final.timings[label].median, "config": dict(configs[label])} for label in configs}

@@ -31,6 +31,7 @@ from fagen.bench.prebuild import together
 from fagen.build import cache, toolchain
 from fagen.build.job import Artifact, Job, make_job
 from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError, UsageError
 from fagen.families import Config, Family
 from fagen.runtime import kernel
@@ -84,7 +85,7 @@ def render_all(label: str, cases: Path, where: Target, only: str | None, out: Pa
             print(f"left out: {line} ({found})")
             continue
         row, family, config = found
-        source = render.source(family, row.problem, where, config)
+        source = KernelSpec(family, row.problem, where, config).source
         known.append({"label": label, "row": row.name, "family": family.name, "config": dict(config), "source": source})
         count += 1
     out.write_text(json.dumps(known, indent=1) + "\n")
@@ -98,7 +99,7 @@ def render_all(label: str, cases: Path, where: Target, only: str | None, out: Pa
 def built(variant: dict[str, Any], row: rows.Row, where: Target) -> Artifact:
     """The variant's own source, with the flags that its family has here."""
     family = families.get(variant["family"])
-    job = make_job(family, row.problem, where, family.default(row.problem, where))
+    job = make_job(KernelSpec(family, row.problem, where, family.default(row.problem, where)))
     about = {"family": family.name, "source_hash": render.source_hash(variant["source"])}
     job = Job(job.name, variant["source"], job.suffix, job.flags, job.link_flags, job.arch, about=about)
     return cache.make(job)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen import env
+from fagen import env, ops
 from fagen.dispatch.choose import PROVENANCES, Choice, choose, known_only
 from fagen.errors import FagenError
 from fagen.ops.attention.problem import Problem
@@ -53,12 +53,11 @@ class Report:
         """Where the winner comes from, how far its size is from the one that was asked, what was measured."""
         from fagen.db import store
         from fagen.db.record import environment
-        from fagen.ops.attention import size_point
 
         record, told = self.choice.record, self.choice.trust
         if record is None or self.problem is None or self.target is None:
             return None
-        apart = size_point.differences(self.problem, record.problem, self.target.units)
+        apart = ops.get(self.problem.op).differences(self.problem, record.problem, self.target.units)
         origin = store.Database.load().origin(record)
         here = environment(self.target)
         names = (
@@ -112,14 +111,15 @@ class Report:
             faster = f"{choice.provenance}: faster than our kernel when tuned" if choice.record else "fallback"
             lines.append(f"picked   PyTorch ({faster})")
         else:
-            assert choice.family is not None
-            lines.append(f"picked   {choice.family.name} ({choice.provenance}: {PROVENANCES[choice.provenance]})")
+            assert choice.spec is not None
+            lines.append(f"picked   {choice.spec.family.name} ({choice.provenance}: {PROVENANCES[choice.provenance]})")
             lines.append(f"config   {choice.config}")
         lines += self._record_lines()
         if self.built is not None:
             lines.append(f"built    {'yes' if self.built else _NOT_BUILT[env.build_mode()]}")
         if self.meanwhile is not None:
-            kernel = f"{self.meanwhile.family.name}: {self.meanwhile.config}" if self.meanwhile.family else "PyTorch"
+            spec = self.meanwhile.spec
+            kernel = f"{spec.family.name}: {spec.config}" if spec else "PyTorch"
             lines.append(f"until    {kernel} (FAGEN_BUILD=background)")
         lines += [f"not      {reason}" for reason in choice.reasons]
         return "\n".join(lines)
@@ -139,13 +139,12 @@ def explain_problem(problem: Problem, target: Target, *, ours: bool = False) -> 
     waits = env.build_mode() != "background"
     choice = choose(problem, target, stale="" if waits else known_only(), ours=ours)
     choice.reasons.extend(f"database: {warning}" for warning in Database.load().warnings)
-    if choice.kind == "torch":
+    if choice.spec is None:
         return Report(problem, target, choice, None)
-    assert choice.family is not None and choice.config is not None
     try:
-        artifact = cache.lookup(choice.family, problem, target, choice.config)
+        artifact = cache.lookup(choice.spec)
     except FagenError as error:  # no compiler: then nothing is built either
-        choice.reasons.append(f"{choice.family.name}: cannot be built here: {error.what}")
+        choice.reasons.append(f"{choice.spec.family.name}: cannot be built here: {error.what}")
         return Report(problem, target, choice, False)
     meanwhile = None if waits or artifact is not None else _meanwhile(problem, target)
     return Report(problem, target, choice, artifact is not None, artifact.facts if artifact else {}, meanwhile)
@@ -156,8 +155,8 @@ def _meanwhile(problem: Problem, target: Target) -> Choice:
 
     found = resolve.stand_in(problem, target)
     if found is None:
-        return Choice("torch", "none", reasons=["no kernel of the static key is built"])
-    return Choice("family", "built", found.family, found.config)
+        return Choice("none", reasons=["no kernel of the static key is built"])
+    return Choice("built", found.spec)
 
 
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Report:
@@ -166,6 +165,6 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -
 
     call = AttentionCall.of(q, k, v, **options)
     if call.refusal:
-        return Report(None, call.target, Choice("torch", "none", reasons=[call.refusal]), None)
+        return Report(None, call.target, Choice("none", reasons=[call.refusal]), None)
     assert call.target is not None
     return explain_problem(call.problem, call.target, ours=call.want_lse)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from fagen import env, families
 from fagen.ablation.spec import Ablation, Step
+from fagen.codegen.spec import KernelSpec
 from fagen.dispatch import choose
 from fagen.errors import UsageError
-from fagen.families import Config, Family
+from fagen.families import Family
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -21,15 +22,14 @@ class Plan:
 
     step: str
     problem: Problem
-    family: Family | None = None
-    configs: tuple[Config, ...] = ()
+    specs: tuple[KernelSpec, ...] = ()  # of one family; the fastest is taken
     reason: str = ""
     provenance: str = ""  # of a tuned step
 
     @property
     def key(self) -> tuple:
         """Steps with the same key are the same kernel on the same inputs."""
-        return (self.family.name if self.family else "", self.problem, frozenset(self.configs))
+        return self.problem, frozenset(self.specs)
 
 
 def plan(ablation: Ablation, problem: Problem, target: Target) -> list[Plan]:
@@ -58,14 +58,14 @@ def _plan(step: Step, problem: Problem, target: Target) -> Plan:
         legal += [] if broken else [config]
     if not legal:
         return Plan(step.name, asked, reason=reasons[0])
-    return Plan(step.name, asked, family, tuple(dict.fromkeys(legal)))
+    return Plan(step.name, asked, tuple(KernelSpec(family, asked, target, config) for config in dict.fromkeys(legal)))
 
 
 def _tuned(step: Step, problem: Problem, target: Target) -> Plan:
     choice = choose.choose(problem, target, ours=True)
-    if choice.family is None or choice.config is None:
+    if choice.spec is None:
         return Plan(step.name, problem, reason=next(iter(choice.reasons), "no family serves this"))
-    return Plan(step.name, problem, choice.family, (choice.config,), provenance=choice.provenance)
+    return Plan(step.name, problem, (choice.spec,), provenance=choice.provenance)
 
 
 def variant(family: Family, name: str) -> Family:

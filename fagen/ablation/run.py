@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from fagen.bench import run as bench
 from fagen.bench.peers import reason
 from fagen.bench.prebuild import together
 from fagen.build.job import Artifact
+from fagen.codegen.spec import Key
 from fagen.errors import FagenError
 from fagen.families import Config
 from fagen.ops.attention.inputs import Inputs
@@ -32,7 +33,6 @@ _NEAR = 1.15  # times the best of a step's configs: timed once more
 _PICK_ROUNDS, _PICK_SECONDS = 5, 2.0
 
 Result = dict[str, Any]
-Key = tuple[str, str, Config]
 Built = dict[Key, "Artifact | FagenError"]
 
 
@@ -56,28 +56,18 @@ def described(told: Ablation) -> list[Result]:
     return found
 
 
-def keys(plans: list[Plan]) -> Iterator[tuple[Key, Plan, Config]]:
-    """What has to be compiled for some plans."""
-    for p in plans:
-        if p.family is not None:
-            for config in p.configs:
-                yield (p.family.name, p.problem.static_key, config), p, config
-
-
 def build(plans: list[Plan], target: Target, say: Callable[[str], None]) -> Built:
     """Every kernel, many compilers at a time, none while the clock runs."""
     from fagen.build import cache as builder
     from fagen.tuner.workers import compile_workers
 
-    work = {key: (p, config) for key, p, config in keys(plans)}
+    work = {spec.key: spec for p in plans for spec in p.specs}
     workers, built, start = compile_workers(target.is_gpu), Built(), time.perf_counter()
     say(f"compiling {len(work)} kernels, {workers} at a time")
 
     def one(key: Key) -> None:
-        p, config = work[key]
-        assert p.family is not None
         try:
-            built[key] = builder.build(p.family, p.problem, target, config)
+            built[key] = builder.build(work[key])
         except FagenError as error:
             built[key] = error
         if len(built) % max(1, len(work) // 4) == 0 or len(built) == len(work):
@@ -117,7 +107,7 @@ def _problem(problem: Problem, plans: list[Plan], built: Built, target: Target, 
     calls: dict[str, timer.Call] = {}
     earlier: dict[tuple, str] = {}
     for p in plans:
-        if p.family is not None and p.key in earlier:
+        if p.specs and p.key in earlier:
             result["steps"][p.step] = {"outcome": "same", "same_as": earlier[p.key]}
             continue
         facts, call = _step(p, sets, built, device)
@@ -141,17 +131,17 @@ def _step(p: Plan, sets: Sequence[Inputs], built: Built, device: str) -> tuple[R
     from fagen.runtime.kernel import launcher
     from fagen.timing import timer
 
-    if p.family is None:
+    if not p.specs:
         return {"outcome": "cannot", "reason": p.reason}, None
-    facts: Result = {"family": p.family.name, "visits": p.problem.mask, "provenance": p.provenance}
+    facts: Result = {"family": p.specs[0].family.name, "visits": p.problem.mask, "provenance": p.provenance}
     sets = [inputs.change(window=(p.problem.window_left, p.problem.window_right)) for inputs in sets]
-    artifacts = {config: built[key] for key, _, config in keys([p])}
+    artifacts = {spec: built[spec.key] for spec in p.specs}
     errors = [artifact.what for artifact in artifacts.values() if isinstance(artifact, FagenError)]
     facts["tried"] = len(artifacts) - len(errors)
     try:
         kernels = {
-            config: kernel.load(artifact, p.family, p.problem, config)
-            for config, artifact in artifacts.items()
+            spec.config: kernel.load(artifact, spec)
+            for spec, artifact in artifacts.items()
             if not isinstance(artifact, FagenError)
         }
         if not kernels:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from fagen import families
 from fagen.bench.peers import Cannot, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError
-from fagen.families import Config, Family
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def pick(problem: Problem, target: Target, name: str) -> tuple[Family, Config, str]:
-    """The family, its best record that fits, else its default; and where that comes from."""
+def pick(problem: Problem, target: Target, name: str) -> tuple[KernelSpec, str]:
+    """The family's best record that fits, else its default; and where that comes from."""
     from fagen.db.store import Database
 
     family = families.get(name)
@@ -31,8 +31,9 @@ def pick(problem: Problem, target: Target, name: str) -> tuple[Family, Config, s
             except FagenError:  # of another version of the family
                 continue
             if not family.rejects(problem, target, config):
-                return family, config, provenance
-    return family, family.require(problem, target, family.default(problem, target)), "default"
+                return KernelSpec(family, problem, target, config), provenance
+    default = family.require(problem, target, family.default(problem, target))
+    return KernelSpec(family, problem, target, default), "default"
 
 
 def ours(name: str, target: Target) -> Prepare:
@@ -41,8 +42,7 @@ def ours(name: str, target: Target) -> Prepare:
         from fagen.runtime.kernel import launcher
         from fagen.timing import timer
 
-        family, config, _ = pick(row.problem, target, name)
-        made = kernel.get(family, row.problem, target, config)
+        made = kernel.get(pick(row.problem, target, name)[0])
         calls: dict[int, timer.Call] = {}
 
         def serve(i: Inputs) -> torch.Tensor:
@@ -58,9 +58,9 @@ def choice(row: Row, target: Target, name: str) -> dict[str, Any]:
     """As the result keeps what dispatch picked."""
     from fagen.build import cache
 
-    family, config, provenance = pick(row.problem, target, name)
-    artifact = cache.lookup(family, row.problem, target, config)
+    spec, provenance = pick(row.problem, target, name)
+    artifact = cache.lookup(spec)
     return {
-        "key": row.problem.key, "family": family.name, "config": dict(config), "provenance": provenance,
+        "key": row.problem.key, "family": spec.family.name, "config": dict(spec.config), "provenance": provenance,
         "record": None, "facts": artifact.facts if artifact else {}, "served_by": "kernel",
     }  # fmt: skip

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fagen.bench.rows import Row
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError
-from fagen.families import Config, Family
 from fagen.target import Target
 
 
@@ -23,11 +23,10 @@ def build(chosen: list[Row], target: Target, say: Callable[[str], None], held: s
     work: dict[Any, Callable[[], object]] = {}
     seconds = 0.0
     for row in chosen:
-        family, config, built = _wanted(row, target, held)
-        if family is not None and config is not None and not built:
-            key = family.name, row.problem.static_key, config
-            seconds = max(seconds, builder.expected_seconds(family, target))
-            work[key] = functools.partial(builder.build, family, row.problem, target, config)
+        spec, built = _wanted(row, target, held)
+        if spec is not None and not built:
+            seconds = max(seconds, builder.expected_seconds(spec.family, target))
+            work[spec.key] = functools.partial(builder.build, spec)
     if work:
         say(f"compiling {len(work)} kernels (about {seconds:.0f} s each)")
 
@@ -47,7 +46,7 @@ def together(do: Callable[[Any], object], jobs: Iterable[Any], workers: int) -> 
         pool.shutdown(cancel_futures=True)
 
 
-def _wanted(row: Row, target: Target, held: str | None) -> tuple[Family | None, Config | None, bool]:
+def _wanted(row: Row, target: Target, held: str | None) -> tuple[KernelSpec | None, bool]:
     """What serves the row, and whether it is built."""
     from fagen import explanation
     from fagen.bench import family
@@ -56,9 +55,9 @@ def _wanted(row: Row, target: Target, held: str | None) -> tuple[Family | None, 
 
     if held is None:
         report = explanation.explain_problem(row.problem, target)
-        return report.choice.family, report.choice.config, bool(report.built)
+        return report.choice.spec, bool(report.built)
     try:
-        picked, config, _ = family.pick(row.problem, target, held)
-        return picked, config, builder.lookup(picked, row.problem, target, config) is not None
+        picked, _ = family.pick(row.problem, target, held)
+        return picked, builder.lookup(picked) is not None
     except (Cannot, FagenError):
-        return None, None, False
+        return None, False

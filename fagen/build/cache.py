@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING
 
 import filelock
 
-from fagen import env
+from fagen import env, ops
 from fagen.build import cachedir
 from fagen.build.compiler import parse_ptxas, run_build
 from fagen.build.job import KEY_SCHEMA, LIBRARY, LOG, MANIFEST, SOURCES, Artifact, Job, make_job
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import BuildError, CacheError, FagenError
 from fagen.ops.attention import flags
 from fagen.ops.attention.problem import Problem
@@ -35,23 +36,21 @@ from fagen.ops.attention.problem import Problem
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fagen.families import Config, Family
+    from fagen.families import Family
     from fagen.target import Target
 
 DEFAULT_TIMEOUT = 900.0
 _LISTINGS = [{source, LIBRARY, LOG} for source in SOURCES]  # the files of an entry, its manifest aside
 
 
-def lookup(family: Family, problem: Problem, target: Target, config: Config) -> Artifact | None:
+def lookup(spec: KernelSpec) -> Artifact | None:
     """The published kernel, if it is there and intact. Never compiles."""
-    return find(make_job(family, problem, target, config))
+    return find(make_job(spec))
 
 
-def build(
-    family: Family, problem: Problem, target: Target, config: Config, *, timeout: float | None = None
-) -> Artifact:
+def build(spec: KernelSpec, *, timeout: float | None = None) -> Artifact:
     """The published kernel, compiled now if need be."""
-    return make(make_job(family, problem, target, config), timeout=timeout)
+    return make(make_job(spec), timeout=timeout)
 
 
 def expected_seconds(family: Family, target: Target) -> float:
@@ -137,7 +136,7 @@ def make(job: Job, *, timeout: float | None = None, tell: Callable[[], None] = l
 def _command(job: Job) -> str:
     """The `fagen build` that makes it. The binding, which has no problem, is made beside any kernel."""
     problem = job.about.get("problem")
-    return flags.build_command(Problem.from_dict(problem) if problem else Problem(dtype="fp32", head_dim=64), job.arch)
+    return flags.build_command(ops.problem_from(problem) if problem else Problem(dtype="fp32", head_dim=64), job.arch)
 
 
 def _scratch() -> cachedir.Scratch | None:

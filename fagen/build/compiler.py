@@ -177,29 +177,44 @@ class _Builder:
 
 
 _PTXAS = re.compile(
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r"Compiling entry function '(?P<function>[^']+)'"
+    r"|(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
     r"|Used (?P<registers>\d+) registers(?P<rest>[^\n]*)"
 )
 
 
-def parse_ptxas(log: str) -> dict[str, int]:
-    """The worst of all entry functions: registers, spill_bytes (stored and loaded), stack, static smem_bytes.
+def parse_ptxas(log: str, main: str = "forward_kernel") -> dict[str, Any]:
+    """`functions`: of each kernel in the log its registers, spill_bytes (stored and loaded), stack, static smem_bytes.
 
-    `serialized` is there where ptxas had to make products of a warpgroup wait for each other.
+    The same names beside it are those of the `main` one, or of the one with the most registers. `serialized` is there
+    where ptxas had to make products of a warpgroup wait for each other.
     """
-    facts: dict[str, int] = {}
-
-    def at_least(name: str, value: int) -> None:
-        facts[name] = max(facts.get(name, 0), value)
-
+    functions: dict[str, dict[str, int]] = {}
+    name = ""
     for match in _PTXAS.finditer(log):
+        name = plain_name(match["function"]) if match["function"] else name
+        found = functions.setdefault(name, {})
         if match["stack"] is not None:
-            at_least("stack", int(match["stack"]))
-            at_least("spill_bytes", int(match["stores"]) + int(match["loads"]))
-        else:
-            at_least("registers", int(match["registers"]))
+            found["stack"] = int(match["stack"])
+            found["spill_bytes"] = int(match["stores"]) + int(match["loads"])
+        elif match["registers"] is not None:
             smem = re.search(r"(\d+) bytes smem", match["rest"])
-            at_least("smem_bytes", int(smem[1]) if smem else 0)
+            found |= {"registers": int(match["registers"]), "smem_bytes": int(smem[1]) if smem else 0}
+    if not functions:
+        return {}
+    largest = max(functions.values(), key=lambda found: found.get("registers", 0))
+    facts: dict[str, Any] = {**functions.get(main, largest), "functions": functions}
     if "instructions are serialized" in log:
         facts["serialized"] = 1
     return facts
+
+
+def plain_name(symbol: str) -> str:
+    """A function's own name out of its mangled one: the last of its names, each led by its length."""
+    rest, name = symbol.removeprefix("_Z").removeprefix("N") if symbol.startswith("_Z") else "", ""
+    while (digits := re.match(r"\d+", rest)) is not None:
+        end = digits.end() + int(digits[0])
+        name, rest = rest[digits.end() : end], rest[end:]
+        if not symbol.startswith("_ZN"):
+            break
+    return name or symbol

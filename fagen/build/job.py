@@ -7,16 +7,12 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fagen import env
 from fagen.build import toolchain
-from fagen.ops.attention.problem import Problem
-
-if TYPE_CHECKING:
-    from fagen.families import Config, Family
-    from fagen.target import Target
-
+from fagen.codegen.render import source_hash
+from fagen.codegen.spec import KernelSpec
 
 KEY_SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -79,11 +75,9 @@ class Job:
 # ---- kernels ------------------------------------------------------------------------------------------------------
 
 
-def make_job(family: Family, problem: Problem, target: Target, config: Config) -> Job:
-    """What building a kernel means, nothing run yet."""
-    from fagen.codegen import render
-
-    text = render.source(family, problem, target, config)
+def make_job(spec: KernelSpec) -> Job:
+    """The job that builds a kernel. Renders its source; nothing is run yet."""
+    family, problem, target, text = spec.family, spec.problem, spec.target, spec.source
     link_flags = ["-Wl,--as-needed"]
     if target.is_gpu:
         home = toolchain.cuda_home(toolchain.require_nvcc())
@@ -94,13 +88,13 @@ def make_job(family: Family, problem: Problem, target: Target, config: Config) -
         "family": family.name,
         "problem": problem.to_dict(),
         "static_key": problem.static_key,
-        "config": dict(config),
-        "source_hash": render.source_hash(text),
+        "config": dict(spec.config),
+        "source_hash": source_hash(text),
     }
     return Job(
         name=f"{family.name}-{target.arch}-{problem.static_key.replace('/', '-')}",
         source=text,
-        suffix=".cu" if target.is_gpu else ".cpp",
+        suffix=spec.suffix,
         flags=family.flags(target),
         link_flags=tuple(link_flags),
         arch=target.arch,

@@ -8,6 +8,7 @@ A verification belongs to a source hash. A kernel whose source has changed since
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -17,7 +18,8 @@ from typing import Any
 
 from fagen.cli.arguments import expand
 from fagen.cli.commands.emit import choose
-from fagen.codegen import emit, render
+from fagen.codegen import emit
+from fagen.codegen.spec import KernelSpec
 from fagen.db.record import now
 from fagen.errors import FagenError, MissingTool, UsageError, WrongResult
 from fagen.notices import say
@@ -28,8 +30,8 @@ LIST, MANIFEST = "kernels.toml", "manifest.json"
 _CPU = Target("cpu", "any", 8, simd="avx512")  # no machine in particular, so that the source is the same on all
 
 
-def listed(root: Path = ROOT) -> dict[str, emit.Kernel]:
-    """The kernels that kernels.toml asks for, by name."""
+def listed(root: Path = ROOT) -> dict[str, tuple[KernelSpec, str]]:
+    """The kernels that kernels.toml asks for, by name, each with where its config comes from."""
     kernels = {}
     if not (root / LIST).is_file():
         raise MissingTool(
@@ -74,8 +76,8 @@ def write(root: Path = ROOT) -> list[str]:
     kernels, old, entries = listed(root), read_manifest(root), {}
     for name in old.keys() - kernels.keys():  # no other folder is ours to remove
         shutil.rmtree(root / Path(name).name, ignore_errors=True)
-    for name, kernel in kernels.items():
-        manifest = emit.write(kernel, root / name, example=True)
+    for name, (spec, provenance) in kernels.items():
+        manifest = emit.write(spec, provenance, root / name, example=True)
         (root / name / emit.MANIFEST).unlink()  # there is one for all
         entries[name] = {
             key: manifest[key]
@@ -100,38 +102,37 @@ def record_verification(name: str, facts: dict[str, Any], root: Path = ROOT) -> 
 # ---- on a device ----------------------------------------------------------------------------------------------------
 
 
-def _left_out(kernel: emit.Kernel, target: Target) -> str:
+def _left_out(spec: KernelSpec, target: Target) -> str:
     """Why this machine cannot run the kernel as it was rendered; empty if it can."""
-    if target.arch != kernel.target.arch:
-        return f"it is for {kernel.target.arch}"
-    return ": ".join(kernel.family.rejects(kernel.problem, target, kernel.config) or ())
+    if target.arch != spec.target.arch:
+        return f"it is for {spec.target.arch}"
+    return ": ".join(spec.family.rejects(spec.problem, target, spec.config) or ())
 
 
-def measure(kernel: emit.Kernel, target: Target) -> dict[str, Any]:
+def measure(spec: KernelSpec, target: Target) -> dict[str, Any]:
     """Build, verify and time one kernel on the device that is here."""
     from fagen.ops.attention import reference
     from fagen.ops.attention.inputs import make_inputs
-    from fagen.runtime import kernel as loader
+    from fagen.runtime import kernel
     from fagen.runtime.kernel import launcher
     from fagen.timing import timer
 
-    hash_ = render.source_hash(kernel.source)
-    ready = loader.get(kernel.family, kernel.problem, target, kernel.config)
-    if ready.artifact.source_hash != hash_:
-        raise WrongResult("the kernel is another one on this device", f"{ready.artifact.source_hash}, not {hash_}")
-    inputs = make_inputs(kernel.problem, target)
+    ready = kernel.get(dataclasses.replace(spec, target=target))
+    if ready.artifact.source_hash != spec.hash:
+        raise WrongResult("the kernel is another one on this device", f"{ready.artifact.source_hash}, not {spec.hash}")
+    inputs = make_inputs(spec.problem, target)
     call = launcher(ready, inputs, lse=True)
     call()
     verdict = reference.check(inputs.call, inputs.outputs)
     if not verdict.ok:
-        raise WrongResult(f"{kernel.problem} is wrong on {target.device}", verdict.message)
+        raise WrongResult(f"{spec.problem} is wrong on {target.device}", verdict.message)
     seconds = timer.time_calls({"it": call}, device=inputs.call.q.device)["it"].median
     return {
-        "source_hash": hash_,
+        "source_hash": spec.hash,
         "device": target.device,
         "error": verdict.error,
         "seconds": seconds,
-        "tflops": kernel.problem.flops() / seconds / 1e12,
+        "tflops": spec.problem.flops() / seconds / 1e12,
         "date": now(),
     }
 
@@ -139,15 +140,15 @@ def measure(kernel: emit.Kernel, target: Target) -> dict[str, Any]:
 def verify_here(root: Path = ROOT) -> int:
     """Verify what this machine can run; the number of kernels that are wrong."""
     ran, wrong = 0, 0
-    for name, kernel in listed(root).items():
-        target = detect() if kernel.target.is_gpu else host()
-        reason = _left_out(kernel, target)
+    for name, (spec, _) in listed(root).items():
+        target = detect() if spec.target.is_gpu else host()
+        reason = _left_out(spec, target)
         if reason:
             say(f"{name}: left out, {reason}")
             continue
         ran += 1
         try:
-            facts = measure(kernel, target)
+            facts = measure(spec, target)
             record_verification(name, facts, root)
         except FagenError as error:
             wrong += 1
@@ -157,7 +158,8 @@ def verify_here(root: Path = ROOT) -> int:
             say(f"{name}: right, error {facts['error']:.3g}, {speed}")
     if not ran:
         raise MissingTool(
-            "no generated kernel is for this machine", ", ".join(sorted({k.target.arch for k in listed(root).values()}))
+            "no generated kernel is for this machine",
+            ", ".join(sorted({spec.target.arch for spec, _ in listed(root).values()})),
         )
     return wrong
 

@@ -7,17 +7,15 @@ import json
 import shlex
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fagen import __version__, env
+from fagen import __version__, env, ops
 from fagen.build import cache, toolchain
 from fagen.codegen import render
-from fagen.errors import BuildError, FagenError
-from fagen.families import Config, Family
-from fagen.ops.attention import flags
-from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
+from fagen.codegen.spec import KernelSpec
+from fagen.errors import BuildError, FagenError, UsageError
+from fagen.ops.attention.problem import INTERVAL_KINDS
 from fagen.target import Target
 
 HEADER, MANIFEST = "kernel.h", "manifest.json"
@@ -41,92 +39,77 @@ uint32_t fagen_params_size(void);
 """
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """What is emitted: a family's source for a problem, and where its config comes from."""
-
-    family: Family
-    problem: Problem
-    target: Target
-    config: Config
-    provenance: str  # in words: "the family's default", "tuned on NVIDIA H200", ...
-
-    @property
-    def suffix(self) -> str:
-        return ".cu" if self.target.is_gpu else ".cpp"
-
-    @property
-    def source_name(self) -> str:
-        return f"kernel{self.suffix}"
-
-    @property
-    def source(self) -> str:
-        return render.source(self.family, self.problem, self.target, self.config)
+def source_name(spec: KernelSpec) -> str:
+    return f"kernel{spec.suffix}"
 
 
-def command(kernel: Kernel) -> str:
+def command(spec: KernelSpec) -> str:
     """The `fagen emit` that makes the same kernel again, whatever the database and the defaults say then."""
-    p = kernel.problem
-    words = ["fagen", "emit", "--target", kernel.target.arch, *flags.of(p)]
-    words += ["--family", kernel.family.name, "--config", kernel.config.to_json(), "--out", "DIR"]
+    p = spec.problem
+    words = ["fagen", "emit", "--target", spec.target.arch, *ops.get(p.op).flags(p)]
+    words += ["--family", spec.family.name, "--config", spec.config.to_json(), "--out", "DIR"]
     return shlex.join(words)
 
 
-def build_command(kernel: Kernel, sources: Iterable[str], output: str, extra: Iterable[str] = ()) -> list[str]:
+def build_command(spec: KernelSpec, sources: Iterable[str], output: str, extra: Iterable[str] = ()) -> list[str]:
     """One compiler call with the flags that fagen itself builds with."""
-    compiler = "nvcc" if kernel.target.is_gpu else "g++"
-    flags = [flag for flag in kernel.family.flags(kernel.target) if flag != _VERBOSE]
+    compiler = "nvcc" if spec.target.is_gpu else "g++"
+    flags = [flag for flag in spec.family.flags(spec.target) if flag != _VERBOSE]
     return [compiler, *flags, *extra, "-o", output, *sources]
 
 
-def shared_command(kernel: Kernel, output: str = "kernel.so") -> list[str]:
-    pic = ["-Xcompiler", "-fPIC"] if kernel.target.is_gpu else ["-fPIC"]
-    return build_command(kernel, [kernel.source_name], output, ["-shared", *pic])
+def shared_command(spec: KernelSpec, output: str = "kernel.so") -> list[str]:
+    pic = ["-Xcompiler", "-fPIC"] if spec.target.is_gpu else ["-fPIC"]
+    return build_command(spec, [source_name(spec)], output, ["-shared", *pic])
 
 
-def example_command(kernel: Kernel) -> list[str]:
-    return build_command(kernel, [kernel.source_name, f"main{kernel.suffix}"], "example")
+def example_command(spec: KernelSpec) -> list[str]:
+    return build_command(spec, [source_name(spec), f"main{spec.suffix}"], "example")
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
 
 
-def kernel_text(kernel: Kernel) -> str:
+def kernel_text(spec: KernelSpec, provenance: str) -> str:
     """The source under a banner that says where it comes from and how to build and call it."""
-    needs = "the CUDA toolkit" if kernel.target.is_gpu else "a C++17 compiler"
+    needs = "the CUDA toolkit" if spec.target.is_gpu else "a C++17 compiler"
     banner = [
         f"An attention kernel made by fagen. It needs {needs} and nothing else: no torch, no Python.",
         "",
-        f"problem:  {kernel.problem.static_key}, its config chosen for {kernel.problem.size_key}",
-        f"config:   {kernel.config} ({kernel.provenance})",
-        f"made by:  {command(kernel)}",
-        f"build:    {shlex.join(shared_command(kernel))}",
+        f"problem:  {spec.problem.static_key}, its config chosen for {spec.problem.size_key}",
+        f"config:   {spec.config} ({provenance})",
+        f"made by:  {command(spec)}",
+        f"build:    {shlex.join(shared_command(spec))}",
         f"call:     fagen_launch(), declared in {HEADER} beside this file",
     ]
-    return _comment(banner) + "\n" + kernel.source
+    return _comment(banner) + "\n" + spec.source
 
 
-def header_text(kernel: Kernel) -> str:
-    params = (env.data_dir("templates") / "include" / "fagen" / "params.h").read_text()
+def header_text(spec: KernelSpec) -> str:
+    op = ops.get(spec.problem.op)
+    params = (env.data_dir("templates") / "include" / op.header).read_text()
     lines = [
-        f"The interface of {kernel.source_name}: attention {kernel.problem.op} for {kernel.problem.static_key}",
-        f"on {kernel.target.arch}. Plain C. All kernels of fagen have this interface; to link two of them into one",
+        f"The interface of {source_name(spec)}: {op.title} for {spec.problem.static_key}",
+        f"on {spec.target.arch}. Plain C. All kernels of fagen have this interface; to link two of them into one",
         "program, rename their functions on the compiler's command line: -Dfagen_launch=first_launch and so on.",
     ]
     return _comment(lines) + params + _FUNCTIONS
 
 
-def example_text(kernel: Kernel) -> str:
-    have = INTERVAL_KINDS.get(kernel.problem.intervals, ())
-    template = render._environment().get_template("example/main.j2")
-    return template.render(
-        problem=kernel.problem,
-        gpu=kernel.target.is_gpu,
+def example_text(spec: KernelSpec) -> str:
+    op = ops.get(spec.problem.op)
+    if not op.example:
+        raise UsageError(f"{op.title} has no example program", remedy="leave --example out")
+    have = INTERVAL_KINDS.get(spec.problem.intervals, ())
+    return render.render(
+        op.example,
+        problem=spec.problem,
+        gpu=spec.target.is_gpu,
         columns=len(have),
         bounds={name: have.index(name) if name in have else -1 for name in ("LTS", "LTE", "UTS", "UTE")},
-        flops=kernel.problem.flops(),
-        unit=_UNIT[kernel.problem.dtype],
-        build_command=shlex.join(example_command(kernel)),
+        flops=spec.problem.flops(),
+        unit=_UNIT[spec.problem.dtype],
+        build_command=shlex.join(example_command(spec)),
         binary="example",
     )
 
@@ -145,26 +128,26 @@ def _one_line(text: str) -> str:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def write(kernel: Kernel, folder: Path, *, example: bool = False) -> dict[str, Any]:
-    """The files that need no compiler; the manifest, as written."""
-    texts = {kernel.source_name: kernel_text(kernel), HEADER: header_text(kernel)}
+def write(spec: KernelSpec, provenance: str, folder: Path, *, example: bool = False) -> dict[str, Any]:
+    """The files that need no compiler; the manifest, as written. `provenance` is in words: "tuned on NVIDIA H200"."""
+    texts = {source_name(spec): kernel_text(spec, provenance), HEADER: header_text(spec)}
     if example:
-        texts[f"main{kernel.suffix}"] = example_text(kernel)
+        texts[f"main{spec.suffix}"] = example_text(spec)
     manifest = {
         "fagen": __version__,
-        "arch": kernel.target.arch,
-        "family": kernel.family.name,
-        "problem": kernel.problem.to_dict(),
-        "config": dict(kernel.config),
-        "provenance": kernel.provenance,
-        "source_hash": render.source_hash(kernel.source),
-        "command": command(kernel),
-        "build": shlex.join(shared_command(kernel)),
+        "arch": spec.target.arch,
+        "family": spec.family.name,
+        "problem": spec.problem.to_dict(),
+        "config": dict(spec.config),
+        "provenance": provenance,
+        "source_hash": spec.hash,
+        "command": command(spec),
+        "build": shlex.join(shared_command(spec)),
         "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
         "facts": None,
     }
     if example:
-        manifest["example"] = shlex.join(example_command(kernel))
+        manifest["example"] = shlex.join(example_command(spec))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -179,18 +162,18 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def compile_all(kernel: Kernel, folder: Path, manifest: dict[str, Any], *, example: bool = False) -> dict[str, Any]:
+def compile_all(spec: KernelSpec, folder: Path, manifest: dict[str, Any], *, example: bool = False) -> dict[str, Any]:
     """kernel.so, on a GPU kernel.cubin, and the example, beside the sources; the manifest with the facts."""
-    commands = {"kernel.so": shared_command(kernel)}
-    if kernel.target.is_gpu:
-        commands["kernel.cubin"] = build_command(kernel, [kernel.source_name], "kernel.cubin", ["-cubin", _VERBOSE])
+    commands = {"kernel.so": shared_command(spec)}
+    if spec.target.is_gpu:
+        commands["kernel.cubin"] = build_command(spec, [source_name(spec)], "kernel.cubin", ["-cubin", _VERBOSE])
     if example:
-        commands["example"] = example_command(kernel)
+        commands["example"] = example_command(spec)
     files, log = dict(manifest["files"]), ""
     for name, words in commands.items():
-        log += _compile(kernel.target, words, folder)
+        log += _compile(spec.target, words, folder)
         files[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    done = {**manifest, "files": files, "facts": _facts(kernel, log)}
+    done = {**manifest, "files": files, "facts": _facts(spec, log)}
     _write_manifest(folder, done)
     return done
 
@@ -205,10 +188,10 @@ def _compile(target: Target, words: list[str], folder: Path) -> str:
     return log
 
 
-def _facts(kernel: Kernel, log: str) -> dict[str, Any]:
+def _facts(spec: KernelSpec, log: str) -> dict[str, Any]:
     """The compiler, what it said of registers and spills, and what fagen derived."""
-    compiler = toolchain.nvcc() if kernel.target.is_gpu else toolchain.cxx()
+    compiler = toolchain.nvcc() if spec.target.is_gpu else toolchain.cxx()
     facts: dict[str, Any] = {"compiler": toolchain.compiler_version(compiler)} if compiler else {}
-    if kernel.target.is_gpu:
+    if spec.target.is_gpu:
         facts |= cache.parse_ptxas(log)
-    return facts | kernel.family.derive(kernel.problem, kernel.target, kernel.config)
+    return facts | spec.derived

@@ -1,4 +1,4 @@
-"""Problem, target and config to source: the same bytes on any machine for the same inputs.
+"""Templates to source: the same bytes on any machine for the same inputs, and the hash of its code.
 
 Jinja decides what text exists; constexpr C++ decides what it does. The rendered text includes our own headers;
 `fold` pastes them in, so that the file that is tuned, dispatched and emitted is one self-contained document.
@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen import env
 from fagen.errors import FagenError
-from fagen.families import Config, Family
-from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
-from fagen.target import Target
 
 if TYPE_CHECKING:
     import jinja2
 
 
 _INCLUDE = re.compile(r'^#include "(fagen/[^"]+)"\s*$', re.MULTILINE)
-_CPP_TYPES = {"fp32": "float", "fp16": "half_t", "bf16": "bfloat_t"}
 
 
 @functools.cache
@@ -40,48 +37,9 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def constants(family: Family, problem: Problem, target: Target, config: Config) -> list[tuple[str, str, str, str]]:
-    """The constexpr block: (type, name, value, comment), knobs last."""
-    rows = [
-        ("int", "kHeadDim", str(problem.head_dim_padded), "of q and k, padded"),
-        ("int", "kHeadDimV", str(problem.head_dim_v_padded), "of v and o, padded"),
-        ("Mask", "kMask", f"Mask::{problem.mask}", "which cells are visible"),
-        ("bool", "kSoftcap", str(problem.softcap).lower(), "s -> softcap * tanh(s / softcap)"),
-        ("bool", "kAlibi", str(problem.alibi).lower(), "s -> s - slope * distance from the diagonal"),
-        ("bool", "kAligned", str(problem.aligned).lower(), "rows are whole, aligned 16-byte pieces"),
-        ("int", "kIntervalColumns", str(len(INTERVAL_KINDS.get(problem.intervals, ()))), "bounds a key carries"),
-    ]
-    have = INTERVAL_KINDS.get(problem.intervals, ())
-    for bound in ("LTS", "LTE", "UTS", "UTE"):
-        index = have.index(bound) if bound in have else -1
-        rows.append(("int", f"k{bound}", str(index), f"column of {bound} in intervals, -1: absent"))
-    for knob in family.knobs:
-        kind, value = knob.literal(config[knob.name])
-        rows.append((kind, knob.cpp, value, knob.doc.split(";")[0].split(". ")[0]))
-    return rows
-
-
-def render(family: Family, problem: Problem, target: Target, config: Config) -> str:
-    """The kernel's source, its own headers still included by name."""
-    family.require(problem, target, config)
-    template = _environment().get_template(family.template)
-    enums = {
-        knob.cpp.removeprefix("k"): [str(c) for c in knob.choices]
-        for knob in family.knobs
-        if isinstance(knob.choices[0], str)
-    }
-    return template.render(
-        family=family,
-        problem=problem,
-        static_key=problem.static_key,
-        element=_CPP_TYPES[problem.dtype],
-        arch=target.arch,
-        config=config,
-        enums=enums,
-        constants=constants(family, problem, target, config),
-        derived=family.derive(problem, target, config),
-        **family.context(problem, config),
-    )
+def render(template: str, **names: Any) -> str:
+    """A template's text, own headers still included by name."""
+    return _environment().get_template(template).render(**names)
 
 
 def fold(source: str, *before: Path) -> str:
@@ -104,22 +62,32 @@ def fold(source: str, *before: Path) -> str:
     return _INCLUDE.sub(paste, source)
 
 
-def source(family: Family, problem: Problem, target: Target, config: Config) -> str:
-    """The self-contained source: what is built, hashed and emitted."""
-    return fold(render(family, problem, target, config))
+_LITERAL_OR_COMMENT = re.compile(r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'""", re.DOTALL)
+_SPACE = re.compile(r"(?<=\S)\s+(?=\S)")
+
+
+def code_of(text: str) -> str:
+    """The text without its comments, and without the white space that no compiler sees; literals as hex."""
+    text = _LITERAL_OR_COMMENT.sub(lambda m: " " if m[0].startswith("/") else f'"{m[0].encode().hex()}"', text)
+    parts: list[str] = []
+    for directive, lines in itertools.groupby(text.splitlines(), lambda line: line.lstrip().startswith("#")):
+        if directive:
+            parts += [" ".join(line.split()) for line in lines]
+        else:
+            parts.append(_SPACE.sub(_one_space, " ".join(lines).strip()))
+    return "\n".join(part for part in parts if part)
+
+
+def _one_space(match: re.Match[str]) -> str:
+    """White space between a word and a sign separates nothing; between two words or two signs it may."""
+    before, behind = match.string[match.start() - 1], match.string[match.end()]
+    return "" if _is_word(before) != _is_word(behind) else " "
+
+
+def _is_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
 
 
 def source_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-_hashes: dict[tuple[Any, ...], str] = {}
-
-
-def current_hash(family: Family, problem: Problem, target: Target, config: Config) -> str:
-    """Of the source that today's templates make; the sizes of the problem do not count."""
-
-    key = family.name, problem.static_key, target, config
-    if key not in _hashes:
-        _hashes[key] = source_hash(source(family, problem, target, config))
-    return _hashes[key]
+    """The hash of the code: a reworded comment or another line break leaves it alone."""
+    return hashlib.sha256(code_of(text).encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen import families
-from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import DatabaseError, FagenError
 from fagen.target import ARCHS, Target, host, known
 
@@ -60,7 +60,7 @@ def state(record: Record) -> tuple[str, str]:
         config = family.require(record.problem, target, family.config(record.config))
     except FagenError as error:
         return "illegal", error.what
-    today = render.current_hash(family, record.problem, target, config)
+    today = KernelSpec(family, record.problem, target, config).hash
     if today != record.source_hash:
         return "stale", f"its kernel source was {record.source_hash}, today it is {today}"
     return "current", ""

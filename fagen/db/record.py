@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fagen import schema
+from fagen import ops, schema
 from fagen.errors import DatabaseError, FagenError, InvalidArgument
 from fagen.ops.attention.problem import Problem
 from fagen.schema import shown
@@ -52,7 +52,7 @@ class Record:
     torch_seconds: float = 0.0  # of PyTorch's own attention in the same round; 0: it was not measured
 
     def __post_init__(self) -> None:
-        if not isinstance(self.problem, Problem):
+        if not ops.is_problem(self.problem):
             raise DatabaseError(f"a record's problem is none: {shown(self.problem)}")
         for name, check in _CHECKS.items():
             wrong = check(getattr(self, name))
@@ -82,7 +82,7 @@ class Record:
         if odd:
             raise DatabaseError("a record lacks a field or has one too many", ", ".join(map(shown, sorted(odd))))
         try:
-            problem = Problem.from_dict(fields["problem"])
+            problem = ops.problem_from(fields["problem"])
         except InvalidArgument as error:
             raise DatabaseError("a record's problem cannot be read", str(error).splitlines()[0]) from error
         return cls(**{**fields, "arch": arch, "device": device, "problem": problem})

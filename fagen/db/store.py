@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fagen import env, schema
+from fagen import env, ops, schema
 from fagen.db.record import SCHEMA, Record, slug
 from fagen.errors import DatabaseError, NewerDatabase
 from fagen.ops.attention.problem import Problem
-from fagen.ops.attention.size_point import distance
 from fagen.schema import shown
 from fagen.target import Target
 
@@ -186,9 +185,11 @@ class Database:
         device = slug(target.device)
         rows = self._by_static.get((target.arch, problem.static_key), ())
 
+        op = ops.get(problem.op)
+
         def order(record: Record) -> tuple[bool, bool, float, str, float]:
             elsewhere, other = slug(record.device) != device, record.key != problem.key
-            return elsewhere, other, distance(problem, record.problem, target.units), record.key, record.seconds
+            return elsewhere, other, op.distance(problem, record.problem, target.units), record.key, record.seconds
 
         for record in sorted(rows, key=order):
             if slug(record.device) != device:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fagen import families
+from fagen import families, ops
+from fagen.codegen.spec import KernelSpec
 from fagen.dispatch import freshness
 from fagen.errors import FagenError
 from fagen.ops.attention.problem import Problem
@@ -33,19 +34,29 @@ _MAX_REASONS = 4  # of records that were passed over; a database has thousands
 class Choice:
     """What serves a problem, and why each other choice does not."""
 
-    kind: str  # "family" or "torch"
     provenance: str  # a key of PROVENANCES
-    family: Family | None = None
-    config: Config | None = None
+    spec: KernelSpec | None = None  # None: PyTorch
     record: Record | None = None
     reasons: list[str] = field(default_factory=list)
     trust: Freshness | None = None  # of the record: whether its source is still what was tuned
 
+    @property
+    def kind(self) -> str:
+        return "family" if self.spec else "torch"
+
+    @property
+    def family(self) -> Family | None:
+        return self.spec.family if self.spec else None
+
+    @property
+    def config(self) -> Config | None:
+        return self.spec.config if self.spec else None
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
-            "family": self.family.name if self.family else None,
-            "config": dict(self.config) if self.config else None,
+            "family": self.spec.family.name if self.spec else None,
+            "config": dict(self.spec.config) if self.spec else None,
             "provenance": self.provenance,
             "record": self.record.key if self.record else None,
             "source": self.trust.state if self.trust else None,
@@ -65,13 +76,13 @@ def choose(problem: Problem, target: Target, *, check: bool = False, stale: str 
     able, refusals = families.candidates(problem, target)
     reasons = [f"{name}: {reason}" for name, reason in refusals.items()]
     if not able:
-        return Choice("torch", "none", reasons=reasons)
+        return Choice("none", reasons=reasons)
     skipped = wrong = 0
     beaten: tuple[Record, str] | None = None
     for record, provenance in Database.load().candidates(problem, target):
         if beaten and not beats_torch(record, beaten[0]):
             continue
-        torch_first = not ours and not beaten and lost(record, provenance) and torch_serves(problem)
+        torch_first = not ours and not beaten and lost(record, provenance) and ops.get(problem.op).torch_serves(problem)
         choice, reason = by_record(
             record, provenance, problem, target, able, refusals, check=check and not torch_first, stale=stale
         )
@@ -100,12 +111,13 @@ def by_record(
     """What a record makes of the problem, and why it may not serve, "" if it may. No size decides that."""
     family = next((f for f in able if f.name == record.family), None)
     if family is None:
-        return Choice("torch", provenance, record=record), refusals.get(record.family, "no such family")
+        return Choice(provenance, record=record), refusals.get(record.family, "no such family")
     config, reason = _legal(record, family, problem, target)
     if config is None:
-        return Choice("torch", provenance, family, record=record), reason
-    told = freshness.check(record, family, problem, target, config, check=check, stale=stale)
-    return Choice("family", provenance, family, config, record, trust=told), "" if told.usable else told.text
+        return Choice(provenance, record=record), reason
+    spec = KernelSpec(family, problem, target, config)
+    told = freshness.check(record, spec, check=check, stale=stale)
+    return Choice(provenance, spec, record, trust=told), "" if told.usable else told.text
 
 
 def known_only() -> str:
@@ -121,8 +133,8 @@ def by_default(problem: Problem, target: Target, able: list[Family], reasons: li
         except FagenError as error:
             reasons.append(f"{family.name}: its default does not fit: {error.what}")
             continue
-        return Choice("family", "default", family, config, reasons=reasons)
-    return Choice("torch", "none", reasons=reasons)
+        return Choice("default", KernelSpec(family, problem, target, config), reasons=reasons)
+    return Choice("none", reasons=reasons)
 
 
 def _legal(record: Record, family: Family, problem: Problem, target: Target) -> tuple[Config | None, str]:
@@ -140,12 +152,7 @@ def lost(record: Record, provenance: str) -> bool:
     from fagen.timing import timer  # what it imports takes milliseconds
 
     slower = provenance != "arch" and timer.lost(record.seconds, record.spread, record.torch_seconds)
-    return slower and torch_serves(record.problem)
-
-
-def torch_serves(p: Problem) -> bool:
-    """Whether SDPA computes this without a mask tensor: as `fallback` asks it. `Plan::find` in C++ asks the same."""
-    return p.mask in ("none", *(["causal"] if p.seqlen_q == p.seqlen_k else [])) and not (p.softcap or p.alibi)
+    return slower and ops.get(record.problem.op).torch_serves(record.problem)
 
 
 def beats_torch(record: Record, beaten: Record) -> bool:
@@ -158,7 +165,7 @@ def _by_torch(record: Record, provenance: str, problem: Problem, skipped: int, r
     times = f"{record.torch_seconds * 1e3:.4g} ms against {record.seconds * 1e3:.4g} ms"
     _say_runners_up(reasons, problem, provenance, skipped)
     told = f"{record.family}: PyTorch was faster when tuned: {times} ({provenance} record {record.key})"
-    return Choice("torch", provenance, record=record, reasons=[told, *reasons])
+    return Choice(provenance, record=record, reasons=[told, *reasons])
 
 
 def _say_runners_up(reasons: list[str], problem: Problem, provenance: str, skipped: int) -> None:

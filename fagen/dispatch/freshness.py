@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fagen import env
 from fagen.build import cachedir
-from fagen.codegen.render import current_hash
+from fagen.codegen.spec import KernelSpec
 from fagen.dispatch import kernels
 from fagen.errors import BuildError, CacheError, FagenError, LaunchError, UsageError
 from fagen.ops.attention import flags
@@ -29,7 +29,6 @@ from fagen.verify import checks
 
 if TYPE_CHECKING:
     from fagen.db.record import Record
-    from fagen.families import Config, Family
     from fagen.ops.attention.problem import Problem
     from fagen.target import Target
 
@@ -79,14 +78,12 @@ def mode() -> str:
     return word
 
 
-def check(
-    record: Record, family: Family, problem: Problem, target: Target, config: Config, *, check: bool, stale: str = ""
-) -> Freshness:
+def check(record: Record, spec: KernelSpec, *, check: bool, stale: str = "") -> Freshness:
     """What a legal config of a record is worth for the problem. `check` verifies now what was not verified before.
 
     `stale` stands for FAGEN_STALE where the caller decides.
     """
-    today = current_hash(family, problem, target, config)
+    today, target = spec.hash, spec.target
     if today == record.source_hash:
         return Freshness("current", "the source is the one that was tuned")
     changed = f"the source has changed since it was tuned ({record.source_hash}, now {today})"
@@ -99,13 +96,13 @@ def check(
     found = _verdicts.get(path) or _read(path)
     if found is None and (word == KNOWN or env.build_mode() == "never"):
         forbids, allow = env.forbidden()
-        remedy = f"this verifies it ahead: {allow} {flags.build_command(problem, target.arch)}"
+        remedy = f"this verifies it ahead: {allow} {flags.build_command(spec.problem, target.arch)}"
         return Freshness("refused", f"{changed} and was not verified; {forbids} forbids to do it now; {remedy}")
     if found is None and (not check or not kernels.device_is_ready(target)):
         return Freshness("unverified", f"{changed}; its first use verifies it")
     if found is None:
         with _one_at_a_time:
-            found = _verdicts.get(path) or _verify(path, record, family, problem, target, config)
+            found = _verdicts.get(path) or _verify(path, record, spec)
     if found.ok:
         return Freshness("verified", f"{changed}; verified here {found.date}, largest error {found.error:.2g}")
     return Freshness("wrong", f"{changed}; {found.reason}" + (f" (found here {found.date})" if found.date else ""))
@@ -120,14 +117,14 @@ def _slug(target: Target) -> str:
 # ---- verifying, and remembering -------------------------------------------------------------------------------------
 
 
-def _verify(path: Path, record: Record, family: Family, problem: Problem, target: Target, config: Config) -> Verdict:
+def _verify(path: Path, record: Record, spec: KernelSpec) -> Verdict:
     """Build, run and compare; the verdict is kept, unless it may be another tomorrow."""
     from fagen.db.record import now
     from fagen.notices import notify
 
     start = time.perf_counter()
     try:
-        kernel = kernels.built(family, problem, target, config)
+        kernel = kernels.built(spec)
     except BuildError as error:
         lasts = bool(error.log) and not error.killed
         return _keep(path, Verdict(False, f"today's source cannot be built: {error.what}", date=now()), lasts)
@@ -143,10 +140,10 @@ def _verify(path: Path, record: Record, family: Family, problem: Problem, target
             reason = "an earlier process ended while it verified this kernel"
             return _keep(path, Verdict(False, reason, date=now()), True)
         if found is None:
-            found = _run(path, kernel, problem, target)
+            found = _run(path, kernel, spec.problem, spec.target)
             took = f"{time.perf_counter() - start:.1f} s, once"
             outcome = f"right, largest error {found.error:.2g}" if found.ok else f"NOT used: {found.reason}"
-            notify(f"verified {family.name} {record.key}, whose source changed since tuning: {outcome} ({took})")
+            notify(f"verified {spec.family.name} {record.key}, whose source changed since tuning: {outcome} ({took})")
     _verdicts[path] = found
     return found
 

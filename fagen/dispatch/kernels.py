@@ -6,15 +6,12 @@ import contextlib
 
 from fagen.build import cache
 from fagen.build.job import make_job
+from fagen.codegen.spec import KernelSpec, Key
 from fagen.errors import FagenError
-from fagen.families import Config, Family
 from fagen.notices import notify
-from fagen.ops.attention.problem import Problem
 from fagen.runtime import kernel
 from fagen.runtime.kernel import Kernel
 from fagen.target import Target
-
-Key = tuple[str, str, Target, Config]  # family, static key, target, config: all that makes a kernel
 
 in_memory: dict[Key, Kernel] = {}
 failed: set[Key] = set()  # cannot be built; PyTorch computes instead
@@ -25,33 +22,29 @@ def forget() -> None:
     failed.clear()
 
 
-def key_of(family: Family, problem: Problem, target: Target, config: Config) -> Key:
-    return family.name, problem.static_key, target, config
-
-
-def built(family: Family, problem: Problem, target: Target, config: Config) -> Kernel:
+def built(spec: KernelSpec) -> Kernel:
     """Loaded, and compiled before that if need be, which is said. Rendered and read once a process."""
-    key = key_of(family, problem, target, config)
+    key = spec.key
     found = in_memory.get(key)
     if found is None:
-        job = make_job(family, problem, target, config)
+        job = make_job(spec)
 
         def tell() -> None:
-            notify(f"compiling {job.name} (about {cache.expected_seconds(family, target):.0f} s, once)")
+            notify(f"compiling {job.name} (about {cache.expected_seconds(spec.family, spec.target):.0f} s, once)")
 
-        found = in_memory[key] = kernel.load(cache.make(job, tell=tell), family, problem, config)
+        found = in_memory[key] = kernel.load(cache.make(job, tell=tell), spec)
     return found
 
 
-def loaded(family: Family, problem: Problem, target: Target, config: Config) -> Kernel | None:
+def loaded(spec: KernelSpec) -> Kernel | None:
     """Loaded, and from the cache before that; None where it is not built, or may not be read now."""
-    key = key_of(family, problem, target, config)
-    if key not in in_memory and not capturing(target):
+    key = spec.key
+    if key not in in_memory and not capturing(spec.target):
         with contextlib.suppress(FagenError):  # no compiler here, or a library that does not load
-            artifact = cache.lookup(family, problem, target, config)
+            artifact = cache.lookup(spec)
             if artifact is not None:
-                in_memory[key] = kernel.load(artifact, family, problem, config)
-                _prime(in_memory[key], target)
+                in_memory[key] = kernel.load(artifact, spec)
+                _prime(in_memory[key], spec.target)
     return in_memory.get(key)
 
 
@@ -72,7 +65,7 @@ def _prime(found: Kernel, target: Target) -> None:
     from fagen.ops.attention.call import AttentionCall
     from fagen.ops.attention.problem import INTERVAL_KINDS, TORCH_DTYPES
 
-    p, here = found.problem, torch.device("cuda", torch.cuda.current_device())
+    p, here = found.spec.problem, torch.device("cuda", torch.cuda.current_device())
     columns, window = len(INTERVAL_KINDS.get(p.intervals, ())), {"causal": (-1, 0), "window": (0, 0)}
     dtype = getattr(torch, TORCH_DTYPES[p.dtype])
     with contextlib.suppress(RuntimeError), torch.no_grad():  # out of memory, say: then its first call loads it

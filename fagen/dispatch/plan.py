@@ -11,10 +11,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen import families
-from fagen.dispatch import choose
-from fagen.ops.attention import size_point
+from fagen import families, ops
 from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Op
 from fagen.runtime import binding
 from fagen.target import Target
 
@@ -64,21 +63,22 @@ class Plan:
     meanwhile: Answer | None = None  # what serves all sizes until something is built, where no row can
     defaults: dict[Hashable, Answer] = field(default_factory=dict)
 
+    @property
+    def op(self) -> Op:
+        return ops.get(self.problem.op)
+
     def find(self, problem: Problem, ours: bool) -> Answer:
         """`ours`: a kernel also where PyTorch is faster."""
         row = self.nearest(problem)
         if row is None:
             return self.meanwhile or self.defaults.get(self.reads(problem), ASK)
-        if row.where_torch_may is not None and not ours and choose.torch_serves(problem):
+        if row.where_torch_may is not None and not ours and self.op.torch_serves(problem):
             return row.where_torch_may
         return row.answer
 
     def nearest(self, problem: Problem) -> Row | None:
         """As `db.Database.candidates` orders them, and `Plan::nearest` of the table does."""
-        wanted, weights = (
-            tuple(size_point.features(problem, self.target.units).values()),
-            tuple(size_point.WEIGHTS.values()),
-        )
+        wanted, weights = tuple(self.op.features(problem, self.target.units).values()), tuple(self.op.weights.values())
         best: tuple[Any, ...] | None = None
         found, size = None, problem.size_key
         for row in self.rows:
@@ -98,7 +98,7 @@ class Plan:
     def _where_torch_may(self) -> int:
         """Nowhere, everywhere, or at sizes with as many rows as keys: 0, 1, 2."""
         square, oblong = (self.problem.replace(seqlen_q=8, seqlen_k=keys) for keys in (8, 16))
-        return 0 if not choose.torch_serves(square) else 1 if choose.torch_serves(oblong) else 2
+        return 0 if not self.op.torch_serves(square) else 1 if self.op.torch_serves(oblong) else 2
 
     def words(self, ours: bool) -> list[int]:
         """For the table in C++, which reads them in `plan_of`."""

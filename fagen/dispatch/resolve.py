@@ -17,24 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fagen import env, families
+from fagen import env, families, ops
 from fagen.build import cache
-from fagen.build.job import make_job
+from fagen.codegen.spec import KernelSpec, Key
 from fagen.db import store
 from fagen.dispatch import choose, kernels
 from fagen.dispatch.plan import ASK, TORCH, Answer, Plan, Row
 from fagen.errors import FagenError, LaunchError
 from fagen.notices import notify
-from fagen.ops.attention import fallback, size_point
+from fagen.ops.attention import fallback
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.problem import Problem
-from fagen.runtime import background, binding, kernel, ops
+from fagen.runtime import background, binding, kernel, python_ops
 from fagen.target import Target
 
 if TYPE_CHECKING:
     from fagen.db.record import Record
     from fagen.dispatch.choose import Choice
-    from fagen.families import Config, Family
     from fagen.runtime.kernel import Kernel
 
 
@@ -112,14 +111,14 @@ def _decide(problem: Problem, target: Target, ours: bool) -> Answer:
     begun = _epoch
     waits = env.build_mode() != "background"
     choice = choose.choose(problem, target, check=waits, stale="" if waits else choose.known_only(), ours=ours)
-    if choice.family is None or choice.config is None:
+    if choice.spec is None:
         if choice.record is None:  # else PyTorch was the faster one, which `explain` says
             fallback.warn("; ".join(choice.reasons) or "no family serves the problem")
         found = TORCH
     elif waits:
-        found = _built_now(choice, problem, target)
+        found = _built_now(choice.spec)
     else:
-        found = _built_meanwhile(choice, problem, target)
+        found = _built_meanwhile(choice.spec)
     _pass_over(problem, target, choice)
     plan = _make_plan(problem, target)
     if choice.record is not None and not plan.rows:
@@ -132,50 +131,42 @@ def _decide(problem: Problem, target: Target, ours: bool) -> Answer:
     return found
 
 
-def _built_now(choice: Choice, problem: Problem, target: Target) -> Answer:
-    assert choice.family is not None and choice.config is not None
+def _built_now(spec: KernelSpec) -> Answer:
     try:
-        return Answer(True, kernels.built(choice.family, problem, target, choice.config))
+        return Answer(True, kernels.built(spec))
     except FagenError as error:
         if env.build_mode() == "never":
             raise
-        kernels.failed.add(kernels.key_of(choice.family, problem, target, choice.config))
+        kernels.failed.add(spec.key)
         fallback.warn(" ".join(str(error).splitlines()))
         return TORCH
 
 
-def _built_meanwhile(choice: Choice, problem: Problem, target: Target) -> Answer:
+def _built_meanwhile(spec: KernelSpec) -> Answer:
     """The chosen kernel if it is built; else what serves until it is."""
-    assert choice.family is not None and choice.config is not None
-    family, config = choice.family, choice.config
-    found = kernels.loaded(family, problem, target, config)
+    found = kernels.loaded(spec)
     if found is None:
-        _build_meanwhile(family, problem, target, config)
-        found = stand_in(problem, target)
+        _build_meanwhile(spec)
+        found = stand_in(spec.problem, spec.target)
     if found is None:
-        reason = (
-            "cannot be built"
-            if kernels.key_of(family, problem, target, config) in kernels.failed
-            else "is being compiled"
-        )
-        fallback.warn(f"the kernel of {problem.static_key} {reason}")
+        reason = "cannot be built" if spec.key in kernels.failed else "is being compiled"
+        fallback.warn(f"the kernel of {spec.problem.static_key} {reason}")
     return Answer(True, found)
 
 
-def _build_meanwhile(family: Family, problem: Problem, target: Target, config: Config) -> None:
-    key = kernels.key_of(family, problem, target, config)
+def _build_meanwhile(spec: KernelSpec) -> None:
+    static_key = spec.problem.static_key
 
     def work() -> None:
         try:
-            job = make_job(family, problem, target, config)
-            kernels.in_memory[key] = kernel.load(cache.make(job), family, problem, config)
+            kernels.in_memory[spec.key] = kernel.load(cache.build(spec), spec)
         except FagenError as error:
-            kernels.failed.add(key)
+            kernels.failed.add(spec.key)
             background.tell(" ".join(str(error).splitlines()))
-        renew(problem.static_key)
+        renew(static_key)
 
-    if key not in kernels.failed and background.submit(key, work):
-        notify(f"compiling a kernel of {problem.static_key} beside this process; another serves until it is built")
+    if spec.key not in kernels.failed and background.submit(spec.key, work):
+        notify(f"compiling a kernel of {static_key} beside this process; another serves until it is built")
 
 
 def stand_in(problem: Problem, target: Target) -> Kernel | None:
@@ -184,8 +175,8 @@ def stand_in(problem: Problem, target: Target) -> Kernel | None:
         if row.answer.kernel is not None:
             return row.answer.kernel
     choice = choose.by_default(problem, target, families.candidates(problem, target)[0], [])
-    if choice.family is not None and choice.config is not None:
-        found = kernels.loaded(choice.family, problem, target, choice.config)
+    if choice.spec is not None:
+        found = kernels.loaded(choice.spec)
         if found is not None:
             return found
     return _any_loaded(problem, target)
@@ -232,7 +223,7 @@ def _rows(problem: Problem, target: Target) -> Iterator[Row]:
     able, refusals = families.candidates(problem, target)
     waits = env.build_mode() != "background"
     stale = "" if waits else choose.known_only()
-    looked: set[kernels.Key] = set()
+    looked: set[Key] = set()
     for record, provenance in store.Database.load().candidates(problem, target):
         if _name(record) in _passed_over:
             continue
@@ -241,25 +232,25 @@ def _rows(problem: Problem, target: Target) -> Iterator[Row]:
             choice, reason = choose.by_record(record, provenance, problem, target, able, refusals, stale=stale)
             if reason:
                 continue
-            found = _answer_of(choice, problem, target)
-            if choice.family is not None and choice.config is not None:
-                key = kernels.key_of(choice.family, problem, target, choice.config)
+            found = _answer_of(choice)
+            if choice.spec is not None:
+                key = choice.spec.key
                 looked.add(key)
                 if not waits and (key in kernels.failed or (not found.known and background.pending(key))):
                     continue  # another one serves, until it is built
-        features = tuple(size_point.features(record.problem, target.units).values())
+        features = tuple(ops.get(problem.op).features(record.problem, target.units).values())
         yield Row(record, provenance == "arch", features, found)
 
 
-def _answer_of(choice: Choice, problem: Problem, target: Target) -> Answer:
+def _answer_of(choice: Choice) -> Answer:
     """What a usable record's kernel is, if it is built; no size counts."""
-    if choice.family is None or choice.config is None:
+    if choice.spec is None:
         return TORCH
     if choice.trust is not None and choice.trust.state == "unverified":
         return ASK
-    if kernels.key_of(choice.family, problem, target, choice.config) in kernels.failed:
+    if choice.spec.key in kernels.failed:
         return TORCH
-    found = kernels.loaded(choice.family, problem, target, choice.config)
+    found = kernels.loaded(choice.spec)
     return Answer(found is not None, found)
 
 
@@ -312,4 +303,4 @@ def _on_device(q: torch.Tensor) -> Any:
     return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
 
-ops.answer_with(resolve_words)
+python_ops.answer_with(resolve_words)

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from fagen import env, families
+from fagen.codegen.spec import KernelSpec, Key
 from fagen.db import store
 from fagen.dispatch import choose, kernels, resolve
 from fagen.errors import FagenError, InvalidArgument
@@ -134,22 +135,21 @@ def warmup(problems: Iterable[Problem], target: Target | None = None, *, max_seq
 
     target = target or detect()
     asked = list(problems) if max_seqlen is None else all_sizes(problems, target, max_seqlen)
-    wanted = {}
+    wanted: dict[Key, KernelSpec] = {}
     for problem in asked:
         choice = choose.choose(problem, target, ours=True)
-        if choice.family is not None and choice.config is not None:
-            key = kernels.key_of(choice.family, problem, target, choice.config)
-            wanted[key] = choice.family, problem, target, choice.config
+        if choice.spec is not None:
+            wanted[choice.spec.key] = choice.spec
 
-    def attempt(kernel: Any) -> None:
+    def attempt(spec: KernelSpec) -> None:
         try:
-            kernels.built(*kernel)
+            kernels.built(spec)
         except FagenError:
             if env.build_mode() == "never":
                 raise
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        jobs = [pool.submit(binding.load), *(pool.submit(attempt, kernel) for kernel in wanted.values())]
+        jobs = [pool.submit(binding.load), *(pool.submit(attempt, spec) for spec in wanted.values())]
         for job in jobs:
             job.result()
     resolve.renew()

@@ -27,7 +27,8 @@ def candidates(problem: Problem, target: Target) -> tuple[list[Family], dict[str
     """Families that can serve the problem on the target, and why each other one cannot."""
     able, reasons = [], {}
     for family in all_families():
-        reason = family.supports(problem, target)
+        same = family.op == problem.op
+        reason = family.supports(problem, target) if same else f"serves {family.op}, not {problem.op}"
         if reason:
             reasons[family.name] = reason
         else:

@@ -89,8 +89,6 @@ def _one_scheme(p: Problem, t: Target, c: Config) -> str | None:
 def _supports(p: Problem, t: Target) -> str | None:
     if t.is_gpu:
         return f"needs a CPU, the target is {t.arch}"
-    if p.op != "forward":
-        return f"serves forward, not {p.op}"
     return None
 
 

@@ -126,8 +126,6 @@ def _supports(p: Problem, t: Target) -> str | None:
         return "needs a GPU"
     if t.capability < 80:
         return f"needs sm_80 or newer, the target is {t.arch}"
-    if p.op != "forward":
-        return f"serves forward, not {p.op}"
     if p.dtype not in ("fp16", "bf16"):
         return f"serves fp16 and bf16, not {p.dtype}"
     return None

@@ -36,6 +36,13 @@ KNOBS = (
     Knob("pack_heads", "kPackHeads", (False, True), "rows of heads that share keys go into one tile", before=False),
 )
 
+# Shared memory, as sm90/smem_layout.cuh names it.
+ROW_BYTES = 128  # of a slab of 64 columns
+BARRIER_BYTES = 16  # of a stage: its full and its empty barrier
+QUEUE_BYTES = 2 * (32 + BARRIER_BYTES)  # two assignments
+TILE_MASK_BYTES = 2 * 48  # of a stage of keys: two masks
+SMEM_ALIGNMENT = 1024
+
 OTHER_REGISTERS = 24  # addresses, maxima and sums, loop state
 FEWEST_REGISTERS = 64  # that are too few for any product
 
@@ -53,14 +60,15 @@ def consumer_registers(c: Config) -> int:
 
 
 def _slabs(columns: int) -> int:
-    return -(-columns // 64)
+    return -(-columns // (ROW_BYTES // 2))
 
 
 def smem_bytes(p: Problem, c: Config) -> int:
     slabs, slabs_v = _slabs(p.head_dim_padded), _slabs(p.head_dim_v_padded)
     tiles = c.q_stages * c.tile_m * slabs + c.stages * c.tile_n * (slabs + slabs_v)
     tiles += c.tile_m * _slabs(int(c.tile_n)) if c.shared_weights else 0
-    return tiles * 128 + 16 * (c.q_stages + 2 * c.stages) + 96 + 96 * c.stages + 1024
+    barriers = BARRIER_BYTES * (c.q_stages + 2 * c.stages)
+    return tiles * ROW_BYTES + barriers + QUEUE_BYTES + TILE_MASK_BYTES * c.stages + SMEM_ALIGNMENT
 
 
 def fragment_registers(p: Problem, c: Config) -> int:
@@ -144,8 +152,6 @@ def _repeats(p: Problem, c: Config) -> bool:
 def _supports(p: Problem, t: Target) -> str | None:
     if not t.is_gpu or t.arch != "sm_90":
         return f"needs sm_90 (wgmma), the target is {t.arch}"
-    if p.op != "forward":
-        return f"serves forward, not {p.op}"
     if p.dtype not in ("fp16", "bf16"):
         return f"serves fp16 and bf16, not {p.dtype}"
     if not p.aligned:

@@ -1,0 +1,33 @@
+"""The registry of ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fagen.errors import InvalidArgument
+from fagen.ops.base import Op
+from fagen.schema import shown
+
+
+def all_ops() -> tuple[Op, ...]:
+    from fagen.ops.attention import forward
+
+    return (forward.OP,)
+
+
+def get(name: str) -> Op:
+    for op in all_ops():
+        if op.name == name:
+            return op
+    raise InvalidArgument(f"op {shown(name)} is unknown", f"known: {', '.join(op.name for op in all_ops())}")
+
+
+def problem_from(fields: Any) -> Any:
+    """A problem from the dict that `to_dict` made, whoever wrote it. Raises InvalidArgument with what is wrong."""
+    if not isinstance(fields, dict):
+        raise InvalidArgument(f"a problem is no JSON object: {shown(fields)}")
+    return get(fields.get("op", "forward")).problem.from_dict(fields)
+
+
+def is_problem(value: Any) -> bool:
+    return isinstance(value, tuple(op.problem for op in all_ops()))

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fagen import env, families
+from fagen import env, families, ops
 from fagen.errors import FagenError, UsageError
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
 from fagen.tuner import journal
@@ -114,7 +114,7 @@ def moment(value: Any) -> float | None:
 def problem_of(fields: Any) -> Problem | None:
     """Of a dict as in run.json, or of a key."""
     try:
-        return Problem.from_dict(fields) if isinstance(fields, dict) else _of_key(str(fields))
+        return ops.problem_from(fields) if isinstance(fields, dict) else _of_key(str(fields))
     except (FagenError, ValueError):  # the second: thousands of digits
         return None
 

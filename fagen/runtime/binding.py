@@ -1,4 +1,4 @@
-"""Builds and loads the C++ ops once. `ops.py` answers what they ask of Python.
+"""Builds and loads the C++ ops once. `python_ops.py` answers what they ask of Python.
 
 Building them takes some 20 s. A call does not wait for that: `ready` starts it beside the calls, which go through
 ctypes until the ops are there.
@@ -127,7 +127,7 @@ def _import(artifact: Artifact) -> Any:
     from importlib.machinery import ExtensionFileLoader
     from importlib.util import module_from_spec, spec_from_file_location
 
-    from fagen.runtime import ops  # and torch, to which the library binds
+    from fagen.runtime import python_ops  # and torch, to which the library binds
 
     loader = ExtensionFileLoader("kernel", str(artifact.path))
     spec = spec_from_file_location("kernel", artifact.path, loader=loader)
@@ -137,7 +137,7 @@ def _import(artifact: Artifact) -> Any:
         loader.exec_module(module)
     except ImportError as error:
         raise BuildError("the C++ binding cannot be loaded", str(error), "run: fagen cache clear") from error
-    ops.register()
+    python_ops.register()
     return module
 
 

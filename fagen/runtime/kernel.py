@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fagen.build import cache
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import InvalidArgument, LaunchError
 from fagen.ops.attention.params import Params, make_params
-from fagen.ops.attention.problem import Problem
-from fagen.target import Target
 from fagen.timing.timer import Call
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from fagen.build.job import Artifact
-    from fagen.families import Config, Family
     from fagen.ops.attention.call import AttentionCall
     from fagen.ops.attention.inputs import Inputs
 
@@ -69,11 +67,9 @@ def workspace_tensor(size: int, device: torch.device) -> tuple[torch.Tensor, int
 
 @dataclass(frozen=True)
 class Kernel:
-    """Callable for every size point of `problem`'s static key. Only the static part of `problem` counts."""
+    """Callable for every size point of the static key of `spec.problem`."""
 
-    family: Family
-    problem: Problem
-    config: Config
+    spec: KernelSpec
     artifact: Artifact
     library: Library = field(repr=False)
 
@@ -124,13 +120,13 @@ class Kernel:
     def _fail(self, status: int, call: AttentionCall) -> None:
         text = (self.library.error(status) or b"unknown").decode(errors="replace")
         shapes = " ".join(str(tuple(t.shape)) for t in (call.q, call.k, call.v))
-        raise LaunchError(f"{self.family.name} could not run: {text}", f"{shapes}: {self.config}")
+        raise LaunchError(f"{self.spec.family.name} could not run: {text}", f"{shapes}: {self.spec.config}")
 
     def _check(self, call: AttentionCall, outputs: Mapping[str, torch.Tensor]) -> None:
         """A valid call may still be one for another kernel, which would read it astray, or compute something else."""
         from fagen.ops.attention.arguments import is_aligned
 
-        mine, q = self.problem, call.q
+        mine, q = self.spec.problem, call.q
         wanted = "cpu" if self.artifact.arch == "cpu" else "cuda"
         _want(q.device.type == wanted, f"q is on {q.device}", f"the kernel is for {self.artifact.arch}")
         _want(not call.unreadable, call.unreadable)
@@ -176,13 +172,13 @@ def _library(path: Path, key: str) -> Library:
     return Library(path)
 
 
-def load(artifact: Artifact, family: Family, problem: Problem, config: Config) -> Kernel:
-    return Kernel(family, problem, config, artifact, _library(artifact.path, artifact.key))
+def load(artifact: Artifact, spec: KernelSpec) -> Kernel:
+    return Kernel(spec, artifact, _library(artifact.path, artifact.key))
 
 
-def get(family: Family, problem: Problem, target: Target, config: Config) -> Kernel:
+def get(spec: KernelSpec) -> Kernel:
     """Built if need be, and loaded."""
-    return load(cache.build(family, problem, target, config), family, problem, config)
+    return load(cache.build(spec), spec)
 
 
 def launcher(kernel: Kernel, inputs: Inputs, *, lse: bool = False) -> Call:

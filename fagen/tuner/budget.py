@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fagen import families
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError, UsageError
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
@@ -56,7 +57,7 @@ def least(problem: Problem, target: Target, only: str | None = None, slowdown: f
     compiles = [0.0]
     for family in able:
         try:
-            built = cache.lookup(family, problem, target, family.default(problem, target))
+            built = cache.lookup(KernelSpec(family, problem, target, family.default(problem, target)))
         except FagenError:
             built = None
         compiles.append(0.0 if built else cache.expected_seconds(family, target) + _CHILD_SECONDS)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from fagen import ops
 from fagen.errors import UsageError
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
@@ -44,10 +46,11 @@ def tune(
     from fagen.tuner.budget import duration
     from fagen.tuner.tune import run
 
-    begun, asked = time.monotonic(), [problems] if isinstance(problems, Problem) else list(dict.fromkeys(problems))
+    begun = time.monotonic()
+    asked: list[Any] = [problems] if ops.is_problem(problems) else list(dict.fromkeys(problems))  # type: ignore[arg-type]
     if not asked:
         raise UsageError("there is nothing to tune", remedy="give a Problem, or several")
-    if odd := next((each for each in asked if not isinstance(each, Problem)), None):
+    if odd := next((each for each in asked if not ops.is_problem(each)), None):
         raise UsageError(f"{odd!r} is no problem", remedy="make one with fagen.Problem(...)")
     seconds = duration(str(budget)) if budget is not None else None
     if seconds is None and trials is None:

@@ -9,14 +9,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fagen import families
 from fagen.errors import BuildError, CacheError, LaunchError
 from fagen.ops.attention.fallback import sdpa_call
 from fagen.ops.attention.inputs import Inputs, input_sets, make_inputs
 from fagen.ops.attention.problem import Problem
-from fagen.runtime.kernel import launcher
+from fagen.runtime.kernel import launcher, load
 from fagen.target import Target
 from fagen.timing import nvml, sustained, timer
 from fagen.timing.timer import Timing
@@ -24,7 +23,6 @@ from fagen.tuner.messages import (
     TORCH,
     Alive,
     Anchor,
-    Candidate,
     CompileRequest,
     Final,
     FinalRequest,
@@ -34,11 +32,6 @@ from fagen.tuner.messages import (
     Result,
 )
 from fagen.verify.checks import Damage, kept_inputs, synchronize, verify, where
-
-if TYPE_CHECKING:
-    from fagen.build.job import Artifact
-    from fagen.runtime.kernel import Kernel
-
 
 # bytes: a few registers of a loop that waits anyway (a producer warp's) cost nothing; the clock decides about those
 SPILL_TOLERANCE = 64
@@ -54,22 +47,27 @@ _FINAL_TRIES = 3
 def compile_one(request: CompileRequest) -> Result:
     from fagen.build import cache
 
-    candidate, start = request.candidate, time.monotonic()
-    family = families.get(candidate.family)
+    start = time.monotonic()
     try:
-        artifact = cache.build(family, candidate.problem, candidate.target, candidate.config, timeout=request.timeout)
+        artifact = cache.build(request.spec, timeout=request.timeout)
     except CacheError:
         raise  # the disk's fault, and every other candidate's too
     except BuildError as error:
         late = error.killed and time.monotonic() - start >= request.timeout
         return Result("timeout" if late else "compile", str(error), killed=error.killed and not late)
-    spilled = artifact.facts.get("spill_bytes", 0)
-    if spilled > SPILL_TOLERANCE:
-        registers = artifact.facts.get("registers", "?")
-        return Result("spill", f"{spilled} bytes spilled at {registers} registers", artifact=artifact)
-    if artifact.facts.get("serialized"):
-        return Result("spill", "ptxas serialized the warpgroup's products", artifact=artifact)
+    reason = refused_facts(artifact.facts)
+    if reason:
+        return Result("spill", reason, artifact=artifact)
     return Result("ok", artifact=artifact)
+
+
+def refused_facts(facts: dict[str, Any]) -> str:
+    """Why a kernel is not worth running by what ptxas says of it; "" if it may be."""
+    for name, function in facts.get("functions", {}).items():
+        spilled = function.get("spill_bytes", 0)
+        if spilled > SPILL_TOLERANCE:
+            return f"{name}: {spilled} bytes spilled at {function.get('registers', '?')} registers"
+    return "ptxas serialized the warpgroup's products" if facts.get("serialized") else ""
 
 
 # ---- verifying and timing -------------------------------------------------------------------------------------------
@@ -125,11 +123,11 @@ def _device(request: Request) -> Iterator[None]:
 
 def measure_one(request: MeasureRequest) -> Result:
     """Right before fast. After an error of the device, or stray writes, the process is of no more use."""
-    candidate, error = request.candidate, 0.0
+    spec, error = request.spec, 0.0
     try:
-        kernel = _load(candidate, request.artifact)
-        sets = functools.partial(timing_inputs, candidate.problem, candidate.target, request.seed)
-        error, message = verify(kernel, candidate.problem, candidate.target, lambda: sets()[0], kept_inputs)
+        kernel = load(request.artifact, spec)
+        sets = functools.partial(timing_inputs, spec.problem, spec.target, request.seed)
+        error, message = verify(kernel, spec.problem, spec.target, lambda: sets()[0], kept_inputs)
         if message:
             return Result("wrong", message, error=error)
         call = timer.InTurn([launcher(kernel, inputs) for inputs in sets()])
@@ -137,15 +135,9 @@ def measure_one(request: MeasureRequest) -> Result:
     except Damage as damage:
         return Result("wrong", str(damage), error=error, fatal=True)
     except LaunchError as problem:
-        return Result("crash", str(problem), fatal=candidate.target.is_gpu)
+        return Result("crash", str(problem), fatal=spec.target.is_gpu)
     except RuntimeError as problem:  # torch's, for whatever the device reported
         return Result("crash", str(problem).splitlines()[0], fatal=True)
-
-
-def _load(candidate: Candidate, artifact: Artifact) -> Kernel:
-    from fagen.runtime import kernel
-
-    return kernel.load(artifact, families.get(candidate.family), candidate.problem, candidate.config)
 
 
 Clock = Callable[..., Timing]  # of what is to be timed, with rounds and seconds as measure.time_calls takes them
@@ -169,8 +161,8 @@ def _beside(request: MeasureRequest) -> Clock:
 
 @functools.lru_cache(maxsize=1)
 def _anchored(anchor: Anchor, seed: int) -> timer.InTurn:
-    kernel = _load(anchor.candidate, anchor.artifact)
-    sets = timing_inputs(anchor.candidate.problem, anchor.candidate.target, seed)
+    kernel = load(anchor.artifact, anchor.spec)
+    sets = timing_inputs(anchor.spec.problem, anchor.spec.target, seed)
     return timer.InTurn([launcher(kernel, inputs) for inputs in sets])
 
 
@@ -226,8 +218,8 @@ def final_round(request: FinalRequest) -> Final:
     first = next(iter(request.entries.values()))[0]
     sets = timing_inputs(first.problem, first.target, request.seed)
     calls: dict[str, timer.Call] = {}
-    for label, (candidate, artifact) in request.entries.items():
-        kernel = _load(candidate, artifact)
+    for label, (spec, artifact) in request.entries.items():
+        kernel = load(artifact, spec)
         calls[label] = timer.InTurn([launcher(kernel, inputs) for inputs in sets])
     peers, how = [sdpa_call(inputs.call) for inputs in sets], "not possible with this mask"
     if peers[0] is not None:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fagen import families
+from fagen.codegen.spec import KernelSpec
 from fagen.db.record import Record, now
 from fagen.timing import nvml
 from fagen.timing.timer import Timing
 from fagen.tuner.evaluate import BEHIND
-from fagen.tuner.messages import TORCH, Candidate, Final
+from fagen.tuner.messages import TORCH, Final
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import DEFAULT, INCUMBENT, Tuned, choose
 
@@ -28,7 +28,7 @@ SECONDS = 3.0
 class Known:
     """A candidate that was evaluated, now or in the run that is resumed, here or elsewhere."""
 
-    item: Candidate
+    item: KernelSpec
     outcome: str
     timing: Timing | None
     error: float
@@ -41,7 +41,9 @@ def source(row: dict[str, Any]) -> str:
     return f"{row.get('host', '')}/{(row.get('device') or {}).get('gpu', '')}"
 
 
-def finalists(good: dict[Candidate, Known], default: Candidate, incumbent: Candidate | None) -> dict[str, Candidate]:
+def finalists(
+    good: dict[KernelSpec, Known], default: KernelSpec, incumbent: KernelSpec | None
+) -> dict[str, KernelSpec]:
     """Who takes part, by label."""
     labels = {DEFAULT: default}
     if incumbent is not None and incumbent != default:
@@ -56,7 +58,7 @@ def finalists(good: dict[Candidate, Known], default: Candidate, incumbent: Candi
     return labels | {f"#{number}": item for number, item in enumerate([*dict.fromkeys(chosen)][:MOST], 1)}
 
 
-def _median(good: dict[Candidate, Known], item: Candidate) -> float:
+def _median(good: dict[KernelSpec, Known], item: KernelSpec) -> float:
     timing = good[item].timing
     return timing.median if timing else math.inf
 
@@ -64,12 +66,12 @@ def _median(good: dict[Candidate, Known], item: Candidate) -> float:
 def hold(
     pool: Pool,
     tuned: Tuned,
-    known: dict[Candidate, Known],
-    default: Candidate,
-    incumbent: Candidate | None,
+    known: dict[KernelSpec, Known],
+    default: KernelSpec,
+    incumbent: KernelSpec | None,
     seconds: float,
     note: Callable[[str], None],
-) -> Candidate | None:
+) -> KernelSpec | None:
     """Time the best against default and incumbent, and fill in what came of it. The winner, if there is one."""
     good = {item: k for item, k in known.items() if k.timing is not None}
     if not good:
@@ -90,7 +92,7 @@ def hold(
     slowed = sorted(nvml.SPOILING.intersection(final.state.get("throttle", ())))
     if slowed:
         tuned.why += f"; the GPU was slowed down meanwhile ({', '.join(slowed)})"
-    tuned.family, tuned.config = item.family, dict(item.config)
+    tuned.family, tuned.config = item.family.name, dict(item.config)
     tuned.seconds, tuned.spread = timing.median, timing.spread
     tuned.error, tuned.torch_mode = good[item].error, final.notes.get(TORCH, "")
     medians = {label: t.median for label, t in final.timings.items()}
@@ -100,7 +102,7 @@ def hold(
     return item
 
 
-def _timed(pool: Pool, labels: dict[str, Candidate], good: dict[Candidate, Known], seconds: float) -> Final:
+def _timed(pool: Pool, labels: dict[str, KernelSpec], good: dict[KernelSpec, Known], seconds: float) -> Final:
     artifacts = pool.built(labels.values())
     entries = {label: (item, artifacts[item]) for label, item in labels.items() if item in artifacts}
     slowest = max(k.timing.median for k in good.values() if k.timing)
@@ -114,16 +116,14 @@ def _timed(pool: Pool, labels: dict[str, Candidate], good: dict[Candidate, Known
     )
 
 
-def record(tuned: Tuned, item: Candidate, trials: int, environment: dict[str, str]) -> Record:
+def record(tuned: Tuned, item: KernelSpec, trials: int, environment: dict[str, str]) -> Record:
     """The winner as the database keeps it, with the state of the GPU in its environment."""
-    from fagen.codegen import render
 
-    text = render.source(families.get(item.family), item.problem, item.target, item.config)
     state = {name: ",".join(v) if isinstance(v, list) else f"{v:g}" for name, v in tuned.device.items()}
     return Record(
-        problem=item.problem, arch=item.target.arch, device=item.target.device, family=item.family,
+        problem=item.problem, arch=item.target.arch, device=item.target.device, family=item.family.name,
         config=dict(item.config), seconds=tuned.seconds or 0.0, spread=tuned.spread or 0.0,
         default_seconds=tuned.default_seconds or 0.0, error=tuned.error or 0.0,
-        source_hash=render.source_hash(text), environment=environment | {k: v for k, v in state.items() if v},
+        source_hash=item.hash, environment=environment | {k: v for k, v in state.items() if v},
         date=now(), trials=trials, torch_seconds=tuned.torch_seconds or 0.0,
     )  # fmt: skip

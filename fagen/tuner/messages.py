@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen.families import Config
-from fagen.ops.attention.problem import Problem
+from fagen.codegen.spec import KernelSpec
 from fagen.target import Target
 from fagen.timing.timer import Timing
 
@@ -15,16 +14,6 @@ if TYPE_CHECKING:
     from fagen.build.job import Artifact
 
 OUTCOMES = ("ok", "constraint", "compile", "spill", "wrong", "crash", "timeout")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A config of a family for a problem on a target."""
-
-    family: str
-    problem: Problem
-    target: Target
-    config: Config
 
 
 @dataclass(frozen=True)
@@ -46,7 +35,7 @@ class Result:
 
 @dataclass(frozen=True)
 class CompileRequest:
-    candidate: Candidate
+    spec: KernelSpec
     timeout: float
 
 
@@ -55,14 +44,14 @@ class Anchor:
     """A candidate that was timed already. Others are timed in turn with it and told in its seconds, since a GPU's
     clock follows its power and temperature, and so differs from one minute of a run to the next."""
 
-    candidate: Candidate
+    spec: KernelSpec
     artifact: Artifact
     seconds: float
 
 
 @dataclass(frozen=True)
 class MeasureRequest:
-    candidate: Candidate
+    spec: KernelSpec
     artifact: Artifact
     seed: int = 0
     best: float = math.inf  # seconds of the best so far
@@ -71,7 +60,7 @@ class MeasureRequest:
 
     @property
     def target(self) -> Target:
-        return self.candidate.target
+        return self.spec.target
 
 
 @dataclass(frozen=True)
@@ -93,7 +82,7 @@ class Alive:
 class FinalRequest:
     """Finalists of one problem under labels; the first is what all are timed beside."""
 
-    entries: dict[str, tuple[Candidate, Artifact]]
+    entries: dict[str, tuple[KernelSpec, Artifact]]
     seed: int = 0
     device: int = 0
     seconds: float = 2.0

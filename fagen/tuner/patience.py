@@ -6,10 +6,11 @@ winner must beat is tried once more, with more time, before its problem is given
 
 from __future__ import annotations
 
+from fagen.codegen.spec import KernelSpec
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 from fagen.timing import load
-from fagen.tuner.messages import Candidate, Result
+from fagen.tuner.messages import Result
 
 PROBE_SECONDS = 60.0  # that a device may take to say that it works
 _SLOW = {"cpu": 1e9, "gpu": 5e11}  # FLOP/s below which a kernel of unknown speed counts as hung
@@ -22,15 +23,15 @@ class Patience:
     def __init__(self, target: Target, compile_timeout: float, run_timeout: float) -> None:
         self.target, self.compile_timeout, self.run_timeout = target, compile_timeout, run_timeout
         self.slowdown = load.Slowdown()
-        self._second: set[Candidate] = set()
+        self._second: set[KernelSpec] = set()
 
-    def _stretched(self, seconds: float, item: Candidate | None = None) -> float:
+    def _stretched(self, seconds: float, item: KernelSpec | None = None) -> float:
         return seconds * self.slowdown() * (_SECOND if item in self._second else 1.0)
 
-    def compiling(self, item: Candidate) -> float:
+    def compiling(self, item: KernelSpec) -> float:
         return self._stretched(self.compile_timeout, item)
 
-    def measuring(self, item: Candidate, best: float) -> float:
+    def measuring(self, item: KernelSpec, best: float) -> float:
         """`best`: seconds of a call of the best so far."""
         return self._stretched(self.run_timeout + self._estimate(item.problem, best), item)
 
@@ -46,7 +47,7 @@ class Patience:
         a_call = problem.flops() / _SLOW["gpu" if self.target.is_gpu else "cpu"]
         return _STAGED_SECONDS + 2 * min(a_call, 50 * best)
 
-    def once_more(self, item: Candidate, result: Result) -> bool:
+    def once_more(self, item: KernelSpec, result: Result) -> bool:
         """Whether a candidate that a winner must beat, and that ended so, shall be tried again. Once each."""
         if result.outcome not in RETRIED or item in self._second:
             return False

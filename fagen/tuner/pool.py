@@ -16,6 +16,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
@@ -24,7 +25,6 @@ from fagen.tuner.answers import line, result_of
 from fagen.tuner.messages import (
     Alive,
     Anchor,
-    Candidate,
     CompileRequest,
     Final,
     FinalRequest,
@@ -46,14 +46,14 @@ BATCH = 2  # candidates a compiler gets in a turn, on the CPU
 PROBES = 3  # that fail, then the device is given up
 _OOM = {"compiler": 800, "measurer": 400}  # what the system ends first when memory runs out
 
-Done = Callable[[Candidate, Result], None]
+Done = Callable[[KernelSpec, Result], None]
 
 
 @dataclass
 class _Probing:
     """A fresh process is asked whether its device works; only then is the one before it blamed on its candidate."""
 
-    suspect: tuple[Candidate, Result] | None = None
+    suspect: tuple[KernelSpec, Result] | None = None
     failures: int = 0
 
 
@@ -79,17 +79,17 @@ class Pool:
         self.devices = {
             Worker(steps.measure_any, log, steps.import_torch, oom=_OOM["measurer"]): device for device in devices
         }
-        self.ready: deque[tuple[Candidate, Artifact]] = deque()
-        self.ahead: deque[Candidate] = deque()  # of the next search: built when this one has no more use for compilers
+        self.ready: deque[tuple[KernelSpec, Artifact]] = deque()
+        self.ahead: deque[KernelSpec] = deque()  # of the next search: built when this one has no more use for compilers
         self.until = math.inf  # when the search that is under way ends; inf until something can be measured
         self.ends = math.inf  # when the whole run does, however little was found
         self.limits: dict[str, float] = {}  # what the machine can do at most, if it was measured
         self._allowed = workers  # compilers at a time: fewer after one was ended for want of memory
         self._rank: Callable[[Config], int] = lambda config: 0  # which of those that are ready is measured first
         self._needed: Callable[[Config], bool] = lambda config: False  # whether a winner must beat it
-        self._again: deque[Candidate] = deque()  # whose compiler was ended from outside
-        self._retried: set[Candidate] = set()
-        self._artifacts: dict[Candidate, Artifact] = {}
+        self._again: deque[KernelSpec] = deque()  # whose compiler was ended from outside
+        self._retried: set[KernelSpec] = set()
+        self._artifacts: dict[KernelSpec, Artifact] = {}
         self._anchor: Anchor | None = None  # what times on a GPU go by; one for all devices, each at its own clock
         self.pace = Pace()
         self._turn = 0  # candidates handed to compilers since the last measurement, on the CPU
@@ -111,9 +111,9 @@ class Pool:
         return sum(worker.busy for worker in self.compilers)
 
     @property
-    def measuring(self) -> dict[int, Candidate]:
+    def measuring(self) -> dict[int, KernelSpec]:
         """What is being measured, by device."""
-        return {d: w.job for w, d in self.devices.items() if w.busy and isinstance(w.job, Candidate)}
+        return {d: w.job for w, d in self.devices.items() if w.busy and isinstance(w.job, KernelSpec)}
 
     # ---- the search ---------------------------------------------------------------------------------------------
 
@@ -181,14 +181,14 @@ class Pool:
             config = self._again[0].config if self._again else search.next()
             if config is None:
                 return not search.waiting
-            item = Candidate(search.space.family.name, search.space.problem, self.target, config)
+            item = KernelSpec(search.space.family, search.space.problem, self.target, config)
             if self._again:
                 self._again.popleft()
             self._turn += 1
             self._compile(worker, item, item)
         return False
 
-    def _compile(self, worker: Worker, item: Candidate, job: Candidate | None) -> None:
+    def _compile(self, worker: Worker, item: KernelSpec, job: KernelSpec | None) -> None:
         # the worker's own limit is a little longer than the compiler's, which gives the better message
         limit = self.patience.compiling(item)
         worker.send(CompileRequest(item, limit), limit + 30, job)
@@ -230,7 +230,7 @@ class Pool:
             worker.send(request, self.patience.measuring(item, search.best), item)
 
     def _anchor_for(self, problem: Problem) -> Anchor | None:
-        return self._anchor if self._anchor and self._anchor.candidate.problem == problem else None
+        return self._anchor if self._anchor and self._anchor.spec.problem == problem else None
 
     # ---- answers ------------------------------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ class Pool:
             else:
                 self._hear_compiler(worker, job, reply, done)
 
-    def _hear_compiler(self, worker: Worker, item: Candidate | None, reply: Any, done: Done) -> None:
+    def _hear_compiler(self, worker: Worker, item: KernelSpec | None, reply: Any, done: Done) -> None:
         result = result_of(reply, False)
         if result.outcome == "ok" and result.artifact:
             self.pace.compiled(float(result.artifact.facts.get("compile_seconds", 0)))
@@ -264,7 +264,7 @@ class Pool:
         else:
             done(item, result)
 
-    def _hear_measurer(self, worker: Worker, job: Candidate | _Probing | None, reply: Any, done: Done) -> None:
+    def _hear_measurer(self, worker: Worker, job: KernelSpec | _Probing | None, reply: Any, done: Done) -> None:
         if isinstance(job, _Probing):
             self._hear_probe(worker, job, reply, done)
             return
@@ -290,7 +290,7 @@ class Pool:
         else:
             done(job, result)
 
-    def _second_chance(self, item: Candidate, result: Result) -> bool:
+    def _second_chance(self, item: KernelSpec, result: Result) -> bool:
         if not self._needed(item.config) or not self.patience.once_more(item, result):
             return False
         self.note(f"what a winner must beat ended in {result.outcome} ({line(result.reason)}); it is tried once more")
@@ -337,7 +337,7 @@ class Pool:
 
     # ---- the final round ----------------------------------------------------------------------------------------
 
-    def built(self, items: Iterable[Candidate]) -> dict[Candidate, Artifact]:
+    def built(self, items: Iterable[KernelSpec]) -> dict[KernelSpec, Artifact]:
         """The kernels of these candidates; those of an earlier run are built again, from the cache most often."""
         found = {}
         for item in items:
@@ -359,7 +359,7 @@ class Pool:
             worker.kill()
         return worker
 
-    def final(self, entries: dict[str, tuple[Candidate, Artifact]], seconds: float, slowest: float) -> Final | str:
+    def final(self, entries: dict[str, tuple[KernelSpec, Artifact]], seconds: float, slowest: float) -> Final | str:
         """Time finalists against each other on one device, or say why that failed twice."""
         while self._measurers_busy:  # a process that starts
             self._collect(lambda item, result: None)

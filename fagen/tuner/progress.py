@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen import notices
+from fagen.codegen.spec import KernelSpec
 from fagen.notices import clock, milliseconds
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 from fagen.timing import load
 
 if TYPE_CHECKING:
-    from fagen.tuner.messages import Candidate, Result
+    from fagen.tuner.messages import Result
     from fagen.tuner.pool import Pool
     from fagen.tuner.result import Report, Tuned
     from fagen.tuner.search import Search
@@ -30,7 +31,7 @@ class Progress:
     def start(self, target: Target, workers: int, run: Path) -> None: ...
     def note(self, text: str) -> None: ...
     def problem(self, problem: Problem, place: tuple[int, int], search: Search, pool: Pool) -> None: ...
-    def candidate(self, item: Candidate, result: Result, search: Search) -> None: ...
+    def candidate(self, item: KernelSpec, result: Result, search: Search) -> None: ...
     def refresh(self) -> None: ...
     def done(self, tuned: Tuned) -> None: ...
     def close(self) -> None: ...
@@ -55,7 +56,7 @@ class Lines(Progress):
         self.say(f"problem  {place[0] + 1}/{place[1]} {problem}")
         self.say(f"space    {search.space.family.name}: {len(search.space.legal)} of {search.space.total} legal{known}")
 
-    def candidate(self, item: Candidate, result: Result, search: Search) -> None:
+    def candidate(self, item: KernelSpec, result: Result, search: Search) -> None:
         said = f"{result.outcome}: {_first_line(result.reason)}"
         if result.timing:
             said = f"{milliseconds(result.timing.median):>8}  best {milliseconds(search.best)}"
@@ -94,7 +95,7 @@ class Live(Lines):
         self.now, self.failed, self.default = (problem, place, search, pool), {}, None
         self.refresh()
 
-    def candidate(self, item: Candidate, result: Result, search: Search) -> None:
+    def candidate(self, item: KernelSpec, result: Result, search: Search) -> None:
         if result.timing and item.config == search.space.family.default(item.problem, item.target):
             self.default = result.timing.median
         if not result.timing:

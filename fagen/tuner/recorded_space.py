@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fagen import families, schema
+from fagen import families, ops, schema
 from fagen.errors import FagenError, InvalidArgument, UsageError
 from fagen.families import Config, Family
 from fagen.ops.attention.problem import Problem
@@ -104,7 +104,7 @@ def _heads(meta: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Family]]:
     target = Target.from_dict(meta["target"])
     fixed = {name: tuple(values) for name, values in meta.get("fixed", {}).items()}
     for fields in meta["problems"]:
-        problem = Problem.from_dict(fields)
+        problem = ops.problem_from(fields)
         for every in tune.spaces(problem, target, meta.get("family"), fixed):
             space = every.of(problem)
             about = {
@@ -175,7 +175,7 @@ def _recorded(head: dict[str, Any]) -> Recorded:
             "the file is no recorded space of this version of fagen",
             f"{schema.shown(head.get('format'))} {schema.shown(head.get('schema'))}, not {FORMAT!r} {SCHEMA}",
         )
-    problem, target = Problem.from_dict(head["problem"]), Target.from_dict(head["target"])
+    problem, target = ops.problem_from(head["problem"]), Target.from_dict(head["target"])
     wrong = schema.integer(head["legal"], 1) or schema.identifier(head["family"])
     for name in ("knobs", "columns"):
         names = head[name] if isinstance(head[name], list) else [head[name]]

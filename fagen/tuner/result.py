@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fagen import families
+from fagen import ops
+from fagen.codegen.spec import KernelSpec
 from fagen.db.record import Record
 from fagen.errors import INTERRUPTED, NoCandidate
 from fagen.families.space import Fixed
-from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 from fagen.timing import timer
 from fagen.timing.timer import Timing
-from fagen.tuner.messages import Candidate
 
 DEFAULT, INCUMBENT = "default", "incumbent"
 
@@ -65,7 +64,7 @@ class Tuned:
 
     @property
     def key(self) -> str:
-        return Problem.from_dict(self.problem).key
+        return ops.problem_from(self.problem).key
 
     @property
     def is_default(self) -> bool:
@@ -126,7 +125,7 @@ class Report:
         }
 
 
-def choose(timings: dict[str, Timing], labels: dict[str, Candidate]) -> tuple[str, str]:
+def choose(timings: dict[str, Timing], labels: dict[str, KernelSpec]) -> tuple[str, str]:
     """The winner's label and why: it beats default and incumbent by more than the noise, ties go by a stable rule."""
     held = [label for label in (INCUMBENT, DEFAULT) if label in labels]
     able = [label for label in labels if all(timer.beats(timings[label], timings[h]) for h in held if h != label)]
@@ -140,7 +139,7 @@ def choose(timings: dict[str, Timing], labels: dict[str, Candidate]) -> tuple[st
 
     def rank(label: str) -> tuple[Any, str]:
         item = labels[label]
-        return families.get(item.family).resources(item.problem, item.target, item.config), item.config.to_json()
+        return item.family.resources(item.problem, item.target, item.config), item.config.to_json()
 
     winner = min(ties, key=rank) if len({labels[label].family for label in ties}) == 1 else best
     return winner, f"the fewest resources of {len(ties)} within the noise" if len(ties) > 1 else "the fastest"

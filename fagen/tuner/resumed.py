@@ -9,10 +9,9 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fagen import families
+from fagen import families, ops
 from fagen.errors import FagenError
 from fagen.families import Family
-from fagen.ops.attention.problem import Problem
 from fagen.tuner.messages import OUTCOMES
 from fagen.tuner.result import Tuned
 
@@ -73,7 +72,7 @@ def _is_winner(row: Any) -> bool:
     if not all(_matches(value, hints[name]) for name, value in row.items()):
         return False
     try:
-        Problem.from_dict(row["problem"])
+        ops.problem_from(row["problem"])
     except FagenError:
         return False
     return True

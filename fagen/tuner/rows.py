@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fagen.codegen.spec import KernelSpec
 from fagen.db.record import now
 from fagen.families import Family
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 from fagen.timing.timer import Timing
 from fagen.tuner.final_round import Known, source
-from fagen.tuner.messages import Candidate, Result
+from fagen.tuner.messages import Result
 
 
-def row_of(item: Candidate, result: Result, host: str = "") -> dict[str, Any]:
+def row_of(item: KernelSpec, result: Result, host: str = "") -> dict[str, Any]:
     """`host`: who measured it, where several processes share a study."""
     timing = result.timing
     row = {
         "problem": item.problem.key,
-        "family": item.family,
+        "family": item.family.name,
         "config": dict(item.config),
         "outcome": result.outcome,
         "reason": result.reason,
@@ -38,6 +39,6 @@ def row_of(item: Candidate, result: Result, host: str = "") -> dict[str, Any]:
 
 
 def known_of(row: dict[str, Any], family: Family, problem: Problem, target: Target) -> Known:
-    item = Candidate(row["family"], problem, target, family.config(row["config"]))
+    item = KernelSpec(family, problem, target, family.config(row["config"]))
     timing = Timing(row["seconds"], row["spread"], row["samples"]) if row["outcome"] == "ok" else None
     return Known(item, row["outcome"], timing, row["error"], row["reason"], source(row))

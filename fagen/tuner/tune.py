@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fagen import env, families
+from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record, environment, now
 from fagen.errors import FagenError, UnsupportedProblem, UsageError
@@ -30,7 +31,7 @@ from fagen.tuner import final_round, journal, resumed
 from fagen.tuner.budget import SHORTEST_FINAL, Budget
 from fagen.tuner.final_round import Known
 from fagen.tuner.journal import Run
-from fagen.tuner.messages import OUTCOMES, Candidate, Result
+from fagen.tuner.messages import OUTCOMES, Result
 from fagen.tuner.patience import RETRIED
 from fagen.tuner.pool import Pool
 from fagen.tuner.progress import Progress
@@ -225,7 +226,7 @@ class _Tuner:
     # ---- one problem --------------------------------------------------------------------------------------------
 
     def one(self, problem: Problem, to_come: Sequence[Problem], place: tuple[int, int]) -> tuple[Tuned, Record | None]:
-        known: dict[Candidate, Known] = {}
+        known: dict[KernelSpec, Known] = {}
         found = self._spaces(problem)
         problems = self.budget.among([problem, *to_come])
         planned, share = self.budget.each(problems), self.budget.share(problems, len(found))
@@ -244,7 +245,7 @@ class _Tuner:
             left, lacking = left + len(search.space.legal) - len(search.seen), lacking or search.lacking
         if self.pool.limits:
             self.run.describe(machine=self.pool.limits)
-        default = Candidate(found[0].family.name, problem, self.target, found[0].family.default(problem, self.target))
+        default = KernelSpec(found[0].family, problem, self.target, found[0].family.default(problem, self.target))
         outcomes = Counter(row["outcome"] for row in self.rows if row["problem"] == problem.key)
         stopped = self.interrupted.is_set() or (self.pool.ended and lacking)
         whole = not stopped and not (self.options.exhaustive and left)
@@ -266,14 +267,14 @@ class _Tuner:
             return tuned, None
         return tuned, final_round.record(tuned, item, len(known), self.environment) if item else None
 
-    def _ahead(self, spaces: list[Space]) -> deque[Candidate]:
+    def _ahead(self, spaces: list[Space]) -> deque[KernelSpec]:
         """What the next searches will ask for first."""
         found = []
         for space in spaces:
             family, problem = space.family, space.problem
             incumbent = self._incumbent(problem)
             first = guesses(family, problem, self.target, self.options.sampler)
-            found += [Candidate(family.name, problem, self.target, config) for config in first]
+            found += [KernelSpec(family, problem, self.target, config) for config in first]
             found += [incumbent] if incumbent else []
         return deque(dict.fromkeys(found))
 
@@ -284,14 +285,14 @@ class _Tuner:
         same = self.spaces[problem.static_key]  # but for the default, which may be another at another size
         return [space.of(problem) for space in same]
 
-    def _over(self, search: Search, known: dict[Candidate, Known]) -> bool:
+    def _over(self, search: Search, known: dict[KernelSpec, Known]) -> bool:
         if isinstance(search, SharedSearch):
             for row in search.news():
                 self._hear(search, row, known)
         self.progress.refresh()
         return self.interrupted.is_set()
 
-    def _hear(self, search: SharedSearch, row: dict[str, Any], known: dict[Candidate, Known]) -> None:
+    def _hear(self, search: SharedSearch, row: dict[str, Any], known: dict[KernelSpec, Known]) -> None:
         """What another process found, or this run before it was killed."""
         self._append(row)
         found = self._recalled(search, row)
@@ -301,20 +302,20 @@ class _Tuner:
         )
         self.progress.candidate(found.item, Result(found.outcome, found.reason, found.timing, found.error), search)
 
-    def _incumbent(self, problem: Problem) -> Candidate | None:
+    def _incumbent(self, problem: Problem) -> KernelSpec | None:
         """What the database has for exactly this problem, if it is still legal."""
         for record, provenance in self._database().candidates(problem, self.target):
             if provenance != "exact":
                 return None
             config = _legal(record, problem, self.target)
             if config and self.options.family in (None, record.family):
-                return Candidate(record.family, problem, self.target, config)
+                return KernelSpec(families.get(record.family), problem, self.target, config)
         return None
 
     def _database(self) -> store.Database:
         return store.Database.load((*store.default_paths(), *([self.options.out] if self.options.out else [])))
 
-    def _search(self, space: Space, seconds: float, known: dict[Candidate, Known]) -> Search:
+    def _search(self, space: Space, seconds: float, known: dict[KernelSpec, Known]) -> Search:
         family, problem = space.family, space.problem
         records = [r for r, _ in self._database().candidates(problem, self.target) if r.family == family.name]
         winners = [(r, _legal(r, problem, self.target)) for r in records[: NEIGHBOURS + 1]]
@@ -352,7 +353,7 @@ class _Tuner:
         search.publish({space.family.config(row["config"]): row for row in own})
         return search
 
-    def _remember(self, search: Search, row: dict[str, Any], known: dict[Candidate, Known]) -> None:
+    def _remember(self, search: Search, row: dict[str, Any], known: dict[KernelSpec, Known]) -> None:
         """A line of the run that is resumed."""
         found = self._recalled(search, row)
         known[found.item] = found
@@ -361,10 +362,10 @@ class _Tuner:
     def _recalled(self, search: Search, row: dict[str, Any]) -> Known:
         return known_of(row, search.space.family, search.space.problem, self.target)
 
-    def _done(self, search: Search, known: dict[Candidate, Known], item: Candidate, result: Result) -> None:
+    def _done(self, search: Search, known: dict[KernelSpec, Known], item: KernelSpec, result: Result) -> None:
         """A candidate's end: to the disk first, then to Optuna."""
         for config, (name, reason) in search.rejected.items():
-            illegal = Candidate(item.family, item.problem, self.target, config)
+            illegal = dataclasses.replace(item, config=config)
             self._append(self._row(illegal, Result("constraint", f"{name}: {reason}")))
         search.rejected.clear()
         row = self._row(item, result)
@@ -376,7 +377,7 @@ class _Tuner:
         search.tell(item.config, seconds, f"{result.outcome}: {result.reason}")
         self.progress.candidate(item, result, search)
 
-    def _row(self, item: Candidate, result: Result) -> dict[str, Any]:
+    def _row(self, item: KernelSpec, result: Result) -> dict[str, Any]:
         return row_of(item, result, self.board.owner if self.board else "")
 
     def _append(self, row: dict[str, Any]) -> None:

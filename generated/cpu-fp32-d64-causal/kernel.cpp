@@ -13,6 +13,8 @@
 //
 // Config: tile_m=64 tile_n=256 loop_order=q_outer schedule=dynamic block_rows=6 block_vectors=4 packing=direct
 
+namespace fagen {
+
 enum class Mask { none, causal, window, intervals };
 enum class LoopOrder { q_outer, kv_outer };
 enum class Schedule { blocked, dynamic, longest };
@@ -39,11 +41,15 @@ struct Config {
   static constexpr Packing kPacking = Packing::direct;  // k and v as contiguous float32
 };
 
-// What fagen derived from the config before compiling; the kernel asserts that it agrees.
+// Sizes that fagen derived from the config before compiling; the kernel asserts that it agrees.
 struct Derived {
   static constexpr int tile_bytes = 33280;
   static constexpr int scratch_bytes = 99456;
 };
+
+}  // namespace fagen
+
+using namespace fagen;  // the kernel is this one file
 
 #include <omp.h>
 
@@ -180,12 +186,12 @@ FAGEN_INLINE void store_some(Element* p, vec x, int count) {
 // ---- fagen/cpu/head.h ------------------------------------------------------------------------------------
 // One batch and head: where its rows, its masks and its parts of the workspace are.
 // ---- fagen/cpu/layout.h ----------------------------------------------------------------------------------
-// What lies where: the state of a tile of rows, a thread's scratch, the parts of the workspace.
+// Memory layout: the state of a row tile, a thread's scratch, the parts of the workspace.
 // ---- fagen/cpu/mask.h ------------------------------------------------------------------------------------
-// Which keys a range of rows sees, which tiles are visited, and the arithmetic for the tiles that are seen in part.
+// Masks: the keys that a range of rows sees, the tiles that are visited, and the arithmetic for partial tiles.
 
-// ---- fagen/params.h --------------------------------------------------------------------------------------
-// The one struct that crosses from a caller into a kernel. Plain C; no torch, no CUDA header.
+// ---- fagen/abi/forward.h ---------------------------------------------------------------------------------
+// The arguments of a forward kernel: the one struct that a caller passes. Plain C; no torch, no CUDA header.
 // Strides count elements, and the last dimension of q, k, v and o is contiguous.
 #include <stdint.h>
 
@@ -229,7 +235,7 @@ struct Band {
   int first, last;
 
   static constexpr int kFar = 1 << 30;
-  static constexpr int kLongest = kFar / 2;  // of a sequence: no sum below overflows
+  static constexpr int kLongest = kFar / 2;  // the longest sequence: no sum below overflows
 
   Band(const fagen_params& p, int left, int right) {
     const int shift = p.seqlen_k - p.seqlen_q;
@@ -240,7 +246,7 @@ struct Band {
   Range seen_by_all(Range rows) const { return {rows.end - 1 + first, rows.begin + last + 1}; }
   Range rows_that_see(Range keys) const { return {keys.begin - last, keys.end - first}; }
 
-  // Keys from `key` on that are alike to these rows: all rows see them, or the same vectors of rows see some of them.
+  // The keys from `key` on that these rows see alike: all rows see them, or the same vectors of rows see some of them.
   Range piece(int key, Range rows) const {
     const Range whole = seen_by_all(rows);
     if (whole.begin <= key && key < whole.end) return {key, whole.end};
@@ -252,7 +258,7 @@ struct Band {
   ivec sees(ivec row, int key) const { return (key - row >= first) & (key - row <= last); }
 };
 
-// The rows a key hides: [lts, lte) and [uts, ute). What a kind of intervals lacks is filled in.
+// The rows that a key is hidden from: [lts, lte) and [uts, ute). A bound that a kind of intervals lacks is filled in.
 struct Hidden {
   int lts, lte, uts, ute;
 };
@@ -357,28 +363,28 @@ FAGEN_INLINE vec tanh(vec x) {
 
 namespace fagen {
 
-// Some of a group's queries, as whole vectors: pointers to the first of them.
+// Some of a group's queries, as whole vectors: pointers to the first ones.
 template <int kWidth>
 struct Columns {
   float *q, *o, *max, *sum;
 };
 
-// What is kept of a group of kWidth queries while tiles of keys pass: the state of the algorithm. A weight is
+// The state of a group of kWidth queries while key tiles pass. A weight is
 // 2^(factor * (score - max)), so the scale costs nothing and rounds neither q nor k.
 template <int kHeadDim, int kHeadDimV, int kWidth>
-struct Rows {
+struct GroupState {
   alignas(64) float q[kHeadDim][kWidth];
   float o[kHeadDimV][kWidth];  // sum of weight * v
-  float max[kWidth];           // of the scores, or less by at most the slack
-  float sum[kWidth];           // of the weights
+  float max[kWidth];           // the scores' maximum, or less by at most the slack
+  float sum[kWidth];           // the sum of the weights
 
   Columns<kWidth> from(int lane) { return {q[0] + lane, o[0] + lane, max + lane, sum + lane}; }
 };
 
-// A maximum may be outgrown by this much before O is rescaled: weights then stay below 2^8, which float32 can bear.
+// Scores may exceed the maximum by this much before O is rescaled: weights then stay below 2^8, safe in float32.
 constexpr float kSlackLog2 = 8;
 
-// A row that has seen nothing has a maximum of -inf; subtracting 0 instead keeps its weights at 0 and not NaN.
+// A row that has seen no key has a maximum of -inf; subtracting 0 instead keeps its weights at 0 and not NaN.
 FAGEN_INLINE vec finite(vec max) { return max == broadcast(-INFINITY) ? vec{} : max; }
 
 template <int kVectors, int kWidth>
@@ -393,7 +399,7 @@ FAGEN_INLINE void rescale(Columns<kWidth> rows, const vec (&top)[kVectors], Scal
     store(rows.max + v * kLanes, top[v]);
     store(rows.sum + v * kLanes, load(rows.sum + v * kLanes) * shrink[v]);
   }
-  if (!any(begun)) return;  // o is 0 still
+  if (!any(begun)) return;  // O is still 0
   for (int d = 0; d < head_dim_v; ++d)
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
@@ -402,7 +408,7 @@ FAGEN_INLINE void rescale(Columns<kWidth> rows, const vec (&top)[kVectors], Scal
     }
 }
 
-// Scores become weights, in place. `finish(x, v, key)` makes a score of a raw product: softcap, bias, mask.
+// Turn scores into weights, in place. `finish(x, v, key)` makes a score of a raw product: softcap, bias, mask.
 template <int kVectors, bool kFinish, int kWidth, class Finish>
 FAGEN_INLINE void softmax(Columns<kWidth> rows, float* scores, int keys, ScaledExp2 exp2, int head_dim_v,
                           Finish finish) {
@@ -454,10 +460,10 @@ struct Layout {
   static constexpr bool kPackTile = Config::kPacking == decltype(Config::kPacking)::tile;
   static constexpr bool kPackHead = Config::kPacking == decltype(Config::kPacking)::head;
   static constexpr bool kIntervals = Config::kIntervalColumns > 0;
-  // of packed rows: one cache line more than the row, so that a column of v does not fall into few cache sets
+  // packed rows are one cache line longer than the row, so that a column of v does not fall into few cache sets
   static constexpr int kStrideK = Config::kHeadDim + kMaxLanes, kStrideV = Config::kHeadDimV + kMaxLanes;
 
-  using Group = Rows<Config::kHeadDim, Config::kHeadDimV, kGroup>;
+  using Group = GroupState<Config::kHeadDim, Config::kHeadDimV, kGroup>;
 
   // A thread's own memory, on its stack.
   struct Scratch {
@@ -492,7 +498,7 @@ struct Layout {
 }  // namespace fagen
 
 // ---- fagen/cpu/score.h -----------------------------------------------------------------------------------
-// From q.k to the score: scale, softcap, bias, mask. What is not needed costs nothing.
+// From q.k to the score: scale, softcap, bias, mask. A step that the config does not need costs nothing.
 
 
 namespace fagen {
@@ -502,7 +508,7 @@ template <class Config>
 struct Scale {
   static constexpr bool kTrueScore = Config::kSoftcap || Config::kAlibi;
 
-  float sign;    // of the scale, put on q so that a larger product always weighs more
+  float sign;    // the scale's, put on q so that a larger product always weighs more
   float inner;   // raw product to the argument of softcap, or to the true score
   float factor;  // score to the base-2 logarithm of its weight
 
@@ -743,7 +749,6 @@ inline Tile pack(float* to, int64_t to_stride, const Element* from, int64_t stri
 
 }  // namespace fagen
 
-using namespace fagen;
 using element = float;
 
 constexpr int kTileM = Config::kTileM, kTileN = Config::kTileN;

@@ -1,7 +1,7 @@
 // The interface of kernel.cu: attention forward for forward/bf16/d128/causal
 // on sm_90. Plain C. All kernels of fagen have this interface; to link two of them into one
 // program, rename their functions on the compiler's command line: -Dfagen_launch=first_launch and so on.
-// The one struct that crosses from a caller into a kernel. Plain C; no torch, no CUDA header.
+// The arguments of a forward kernel: the one struct that a caller passes. Plain C; no torch, no CUDA header.
 // Strides count elements, and the last dimension of q, k, v and o is contiguous.
 #pragma once
 #include <stdint.h>

@@ -13,6 +13,8 @@
 //
 // Config: tile_m=32 tile_n=128 warps=4 partition=split_k loop_order=kv_outer stages=1 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=1 rescale=each block_order=ascending
 
+namespace fagen {
+
 enum class Mask { none, causal, window, intervals };
 enum class Partition { split_q, split_k, pairs };
 enum class LoopOrder { q_outer, kv_outer };
@@ -47,16 +49,20 @@ struct Config {
   static constexpr BlockOrder kBlockOrder = BlockOrder::ascending;  // order of row tiles and heads
 };
 
-// What fagen derived from the config before compiling; the kernel asserts that it agrees.
+// Sizes that fagen derived from the config before compiling; the kernel asserts that it agrees.
 struct Derived {
   static constexpr int threads = 128;
   static constexpr int smem_bytes = 36864;
 };
 
+}  // namespace fagen
+
+using namespace fagen;  // the kernel is this one file
+
 #include <cuda_runtime.h>
 
-// ---- fagen/params.h --------------------------------------------------------------------------------------
-// The one struct that crosses from a caller into a kernel. Plain C; no torch, no CUDA header.
+// ---- fagen/abi/forward.h ---------------------------------------------------------------------------------
+// The arguments of a forward kernel: the one struct that a caller passes. Plain C; no torch, no CUDA header.
 // Strides count elements, and the last dimension of q, k, v and o is contiguous.
 #include <stdint.h>
 
@@ -83,12 +89,86 @@ typedef struct fagen_params {
   float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
 } fagen_params;
 
-// ---- fagen/element.cuh -----------------------------------------------------------------------------------
+// ---- fagen/host/launch.cuh -------------------------------------------------------------------------------
+// A launch on the host: sizes, the workspace, the start of a kernel.
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+namespace fagen {
+
+template <class Int>
+constexpr Int ceil_div(Int a, int b) {
+  return (a + b - 1) / b;
+}
+
+// Parts of the workspace begin at multiples of 256 bytes.
+constexpr uint64_t align_workspace(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Start a kernel, in clusters of kCluster blocks. With kEarly it may begin before the last kernel of the stream has
+// ended, ours or not, and waits for that itself.
+template <int kCluster = 1, bool kEarly = true, class... Parameters, class... Arguments>
+static cudaError_t launch_kernel(void (*kernel)(Parameters...), int blocks, int threads, int smem, cudaStream_t stream,
+                                 const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = kEarly;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {kCluster, 1, 1};
+  const cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem),
+                                     stream,       attributes,    kCluster > 1 ? 2u : 1u};
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace fagen
+
+// ---- fagen/host/prepare.cuh ------------------------------------------------------------------------------
+// Facts about a device that a kernel asks for once.
+#include <cuda_runtime.h>
+
+namespace fagen {
+
+// The facts of the present device. `find(index, facts)` finds them when the device is first used. Two threads may both
+// come to do so; both must find the same.
+template <class Facts, class Find>
+static cudaError_t once_per_device(Facts* facts, Find find) {
+  constexpr int kDevices = 64;
+  static Facts known[kDevices];
+  static volatile bool ready[kDevices];
+  int index = 0;
+  if (const cudaError_t e = cudaGetDevice(&index)) return e;
+  if (index >= kDevices) return cudaErrorInvalidDevice;
+  if (!ready[index]) {
+    Facts found;
+    if (const cudaError_t e = find(index, found)) return e;
+    known[index] = found;
+    ready[index] = true;
+  }
+  *facts = known[index];
+  return cudaSuccess;
+}
+
+}  // namespace fagen
+
+// ---- fagen/sm80/forward/q_outer.cuh ----------------------------------------------------------------------
+// FlashAttention 2's order: a block keeps one tile of rows, and the keys pass by.
+// ---- fagen/sm80/forward/epilogue.cuh ---------------------------------------------------------------------
+// From the warps' unnormalised sums to O and LSE in device memory.
+// ---- fagen/sm80/forward/pairs.cuh ------------------------------------------------------------------------
+// Two warps share rows: each computes the scores of half of the keys and half of the columns of O. A warp then holds
+// twice the rows for the same registers, so that every operand it reads from shared memory feeds twice the products.
+// The price: the weights, and now and then the maxima, pass through shared memory.
+// ---- fagen/sm80/forward/block.cuh ------------------------------------------------------------------------
+// A block's tiles and a warp's share of them: sizes, shared memory, copies. Both loop orders use it.
+// ---- fagen/common/warp_products.cuh ----------------------------------------------------------------------
+// A warp's products on tensor cores, S = Q K^T and O += P V by ldmatrix and mma, on top of its row state.
+// ---- fagen/common/element.cuh ----------------------------------------------------------------------------
 // The 16-bit element types and their packing into the 32-bit registers of the tensor cores.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
 #include <string.h>
+
+namespace fagen {
 
 using half_t = __half;
 using bfloat_t = __nv_bfloat16;
@@ -113,25 +193,136 @@ __device__ __forceinline__ uint32_t pack<half_t>(float low, float high) {
   return bits;
 }
 
-// ---- fagen/sm80/q_outer.cuh ------------------------------------------------------------------------------
-// FlashAttention 2's order: a block keeps one tile of rows, and the keys pass by.
-// ---- fagen/sm80/epilogue.cuh -----------------------------------------------------------------------------
-// From the warps' unnormalised sums to O and LSE in device memory.
-// ---- fagen/sm80/pairs.cuh --------------------------------------------------------------------------------
-// Two warps share rows: each computes the scores of half of the keys and half of the columns of O. A warp then holds
-// twice the rows for the same registers, so that every operand it reads from shared memory feeds twice the products.
-// The price is that the weights, and now and then the maxima, pass through shared memory.
-// ---- fagen/sm80/block.cuh --------------------------------------------------------------------------------
-// What one block works on and where its tiles lie: shapes, shared memory, the warp's share. Shared by both loop orders.
-// ---- fagen/attend.cuh ------------------------------------------------------------------------------------
-// One warp's part of attention: its rows of q against a tile of keys, and the sums that it carries along.
+}  // namespace fagen
 
-// ---- fagen/mask.cuh --------------------------------------------------------------------------------------
-// Which cells of the score matrix are visible: the band around the diagonal, and FlashMask's column intervals.
-#include <limits.h>
+// ---- fagen/common/row_state.cuh --------------------------------------------------------------------------
+// The state that a warp's rows carry from key tile to key tile: O, softmax, and what is done to the scores of a tile.
+// ---- fagen/common/softmax.cuh ----------------------------------------------------------------------------
+// Online softmax of the rows that a thread shares with the three other lanes of its quad.
 #include <math.h>
+
+// ---- fagen/ptx/math.cuh ----------------------------------------------------------------------------------
+// Single-instruction functions of the special-function unit.
+
+namespace fagen::ptx {
+
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace fagen::ptx
+
+namespace fagen {
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Scores come in raw; `scale_log2` takes them to the base-2 logarithm inside the exponential's one FMA.
+// `reference` is subtracted before the exponential: the row's maximum, or a value near enough below it.
+// The sum stays per thread until the end. Any reference gives the same O / sum, so keeping an old one is exact.
+//
+// The FMA subtracts reference * scale as rounded to float32. The rounding multiplies all weights of a row alike and
+// cancels in O / sum, unless it is of whole powers of two: from |reference * scale| = 2^24 on. Long before that,
+// references count as too large for the FMA: they are subtracted from the scores first, which is exact near them. Such
+// rows, like those that have seen no key, have no limit, so every tile takes the path where references move.
+template <int kRows, bool kDeferred>
+struct OnlineSoftmax {
+  // a weight may grow to 2^8 before a deferred reference moves: exact in float32, safe in 16 bits
+  static constexpr float kSlackLog2 = 8.f;
+  // an offset up to here rounds by no more than 2^-10
+  static constexpr float kLargestLog2 = 16384.f;
+  // the reference of rows that have seen no key: finite, so that no tile has to ask; scores below it count as hidden
+  static constexpr float kNoKeys = -1e30f;
+
+  float reference[kRows], limit[kRows], offset[kRows], sum[kRows];
+  float scale_log2;
+
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) { reset(); }
+
+  // Rows that have seen no key.
+  __device__ __forceinline__ void reset() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) reference[r] = kNoKeys, limit[r] = -INFINITY, sum[r] = 0.f;
+  }
+
+  // True if a row of this thread is above its reference by more than the slack.
+  __device__ __forceinline__ bool exceeds_slack(const float (&tile_max)[kRows]) const {
+    bool exceeds = !kDeferred;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) exceeds |= tile_max[r] > limit[r];
+    return exceeds;
+  }
+
+  // Raise the references to the rows' maxima; the caller multiplies O by `factor`, as the sums are here.
+  __device__ __forceinline__ void set_reference(const float (&row_max)[kRows], float (&factor)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float next = fmaxf(reference[r], row_max[r]);
+      factor[r] = ptx::ex2((reference[r] - next) * scale_log2);
+      reference[r] = next;
+      sum[r] *= factor[r];
+    }
+    refresh_limit();
+  }
+
+  // Compute offsets and limits from the references.
+  __device__ __forceinline__ void refresh_limit() {
+    refresh_offset();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      limit[r] = fabsf(offset[r]) > kLargestLog2 ? -INFINITY : reference[r] + kSlackLog2 / scale_log2;
+  }
+  // The offset is added to the scaled scores.
+  __device__ __forceinline__ void refresh_offset() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) offset[r] = -reference[r] * scale_log2;
+  }
+  __device__ __forceinline__ bool offset_too_large() const {
+    bool large = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) large |= fabsf(offset[r]) > kLargestLog2 && reference[r] != kNoKeys;
+    return large;
+  }
+
+  // The weight of a score of row r.
+  __device__ __forceinline__ float exponentiate(float score, int r) const {
+    return ptx::ex2(fmaf(score, scale_log2, offset[r]));
+  }
+
+  // Log-sum-exp of row r, natural, given the whole row's sum.
+  __device__ __forceinline__ float lse(int r, float row_sum) const {
+    return row_sum == 0.f ? -INFINITY : reference[r] * scale_log2 * 0.69314718056f + logf(row_sum);
+  }
+};
+
+}  // namespace fagen
+
+// ---- fagen/mask/mask.cuh ---------------------------------------------------------------------------------
+// A mask as a type: which elements of a row are visible, and the walk over the key tiles that a row tile sees.
+//
+//   BandMask       none, causal, window: one range of keys a row
+//   IntervalMask   column intervals, within a band
+// ---- fagen/mask/band.cuh ---------------------------------------------------------------------------------
+// The band around the diagonal (causal and window masks, the end of the keys), and the key tiles that rows see of it.
 #include <stdint.h>
 
+
+namespace fagen {
 
 constexpr int kFar = 1 << 29;  // beyond every index, and safe to add to one
 
@@ -147,23 +338,65 @@ struct Band {
   // the first key of row m, and one past its last
   __device__ __forceinline__ int begin(int m) const { return max(0, m + first); }
   __device__ __forceinline__ int end(int m) const { return max(0, min(seqlen_k, m + last + 1)); }
+
+  // The keys that row m sees, relative to a column of the tile that begins at a key.
+  struct Columns {
+    int begin, end;
+  };
+  __device__ __forceinline__ Columns visible_columns(int m, int key, int column) const {
+    return {begin(m) - key - column, end(m) - key - column};
+  }
 };
 
-// The minima and maxima of the interval bounds over one tile of keys.
+// Tiles [begin, end) hold every visible element of rows [m0, m1); those of [full_begin, full_end) hold no hidden one.
+// Tiles are visited from the last to the first.
+struct TileRange {
+  int begin, end, full_begin, full_end;
+
+  template <int kTileN>
+  static __device__ __forceinline__ TileRange of(const Band& band, int m0, int m1) {
+    TileRange r;
+    const int keys_end = band.end(m1 - 1);
+    r.end = (keys_end + kTileN - 1) / kTileN;
+    r.begin = min(band.begin(m0) / kTileN, r.end);
+    r.full_end = max(r.begin, min(band.end(m0), band.seqlen_k) / kTileN);
+    r.full_begin = min(r.full_end, max(r.begin, (band.begin(m1 - 1) + kTileN - 1) / kTileN));
+    return r;
+  }
+};
+
+}  // namespace fagen
+
+// ---- fagen/mask/intervals.cuh ----------------------------------------------------------------------------
+// FlashMask's column intervals: each key is hidden from up to two intervals of rows.
+#include <limits.h>
+#include <stdint.h>
+
+
+namespace fagen {
+
+// The minimum and maximum of an interval bound over one tile of keys.
 struct Extent {
   int low, high;
 };
 
 // Rows [ls, le) and [us, ue) do not see a key.
-struct Hidden {
+struct HiddenRows {
   int ls, le, us, ue;
-  __device__ __forceinline__ bool hides(int m) const { return (m >= ls && m < le) || (m >= us && m < ue); }
+  __device__ __forceinline__ bool contains(int m) const { return (m >= ls && m < le) || (m >= us && m < ue); }
+  // one of the two intervals covers all rows [m0, m1)
+  __device__ __forceinline__ bool covers(int m0, int m1) const {
+    return (m0 >= ls && m1 <= le) || (m0 >= us && m1 <= ue);
+  }
+  __device__ __forceinline__ bool equals(const HiddenRows& other) const {
+    return ls == other.ls && le == other.le && us == other.us && ue == other.ue;
+  }
 };
 
 // A head's interval vectors, and their extents tile by tile.
-template <class Config>
+template <class C>
 struct Intervals {
-  static constexpr int kColumns = Config::kIntervalColumns;
+  static constexpr int kColumns = C::kIntervalColumns;
   const int32_t* bounds;   // (seqlen_k, kColumns), keys `stride` apart
   int64_t stride;
   const Extent* extents;   // (tiles, kColumns)
@@ -184,34 +417,34 @@ struct Intervals {
     else
       return bounds[key * stride + kColumn];
   }
-  __device__ __forceinline__ Hidden at(int key) const {
-    return {bound<Config::kLTS>(key, kFar), bound<Config::kLTE>(key, kFar), bound<Config::kUTS>(key, -kFar),
-            bound<Config::kUTE>(key, -kFar)};
+  __device__ __forceinline__ HiddenRows at(int key) const {
+    return {bound<C::kLTS>(key, kFar), bound<C::kLTE>(key, kFar), bound<C::kUTS>(key, -kFar),
+            bound<C::kUTE>(key, -kFar)};
   }
 
-  // Rows [m0, m1) against a tile of keys: is no cell visible, and is any cell hidden?
+  // Rows [m0, m1) against a tile of keys: no element is visible, or some element is hidden.
   __device__ __forceinline__ void classify(int tile, int m0, int m1, bool& empty, bool& partial) const {
-    const Extent ls = extent<Config::kLTS>(tile, kFar), le = extent<Config::kLTE>(tile, kFar);
-    const Extent us = extent<Config::kUTS>(tile, -kFar), ue = extent<Config::kUTE>(tile, -kFar);
+    const Extent ls = extent<C::kLTS>(tile, kFar), le = extent<C::kLTE>(tile, kFar);
+    const Extent us = extent<C::kUTS>(tile, -kFar), ue = extent<C::kUTE>(tile, -kFar);
     empty = (m0 >= ls.high && m1 <= le.low) || (m0 >= us.high && m1 <= ue.low);
     partial = (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
   }
 };
 
-// Minima and maxima per tile of keys: one warp a tile, one pass over the vectors. Body of a kernel of its own.
-template <class Config>
+// Extents of every tile of keys: one warp a tile, one pass over the vectors. The body of a kernel of its own.
+template <class C>
 __device__ __forceinline__ void find_extents(const fagen_params& p, Extent* extents, int tiles) {
-  constexpr int kColumns = Config::kIntervalColumns;
+  constexpr int kColumns = C::kIntervalColumns;
   const int64_t index = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (index >= int64_t(p.batch) * p.mask_heads * tiles) return;
   const int tile = index % tiles, head = index / tiles % p.mask_heads, batch = index / tiles / p.mask_heads;
   const int32_t* bounds = p.intervals + batch * p.intervals_stride[0] + head * p.intervals_stride[1];
-  const int end = min(p.seqlen_k, (tile + 1) * Config::kTileN);
+  const int end = min(p.seqlen_k, (tile + 1) * C::kTileN);
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
     int low = INT_MAX, high = INT_MIN;
-    for (int key = tile * Config::kTileN + lane; key < end; key += 32) {
+    for (int key = tile * C::kTileN + lane; key < end; key += 32) {
       const int value = bounds[key * p.intervals_stride[2] + c];
       low = min(low, value);
       high = max(high, value);
@@ -222,41 +455,287 @@ __device__ __forceinline__ void find_extents(const fagen_params& p, Extent* exte
   }
 }
 
-// ---- fagen/ptx/barrier.cuh -------------------------------------------------------------------------------
-// Barriers among some of a block's warps (named barriers 1-15; 0 is __syncthreads).
+}  // namespace fagen
 
-namespace ptx {
+namespace fagen {
 
-// Waits for `threads` threads on barrier `id`, and orders their shared-memory accesses.
-__device__ __forceinline__ void barrier_sync(int id, int threads) {
-  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
+
+template <class C>
+struct BandMask {
+  static constexpr bool kIntervals = false;
+  static constexpr bool kHasBegin = C::kMask == Mask::window;  // rows may not see the first keys
+  static constexpr bool kHasEnd = C::kMask != Mask::none;      // nor the last ones
+  Band band;
+
+  // The walk over a row tile's key tiles, and its present one.
+  struct Walk {
+    int tile, begin;
+
+    __device__ __forceinline__ bool valid() const { return tile >= begin; }
+    __device__ __forceinline__ bool partial(const TileRange& range) const {
+      return tile < range.full_begin || tile >= range.full_end;
+    }
+    __device__ __forceinline__ void advance() { --tile; }
+
+    // Call visit(tile, partial) for the rest of the walk, with a loop of its own for tiles that need no mask.
+    template <class Visit>
+    __device__ __forceinline__ void visit_rest(const TileRange& range, Visit visit) {
+      for (; valid() && tile >= range.full_end; advance()) visit(tile, Constant<true>{});
+      for (; tile >= range.full_begin; advance()) visit(tile, Constant<false>{});
+      if constexpr (kHasBegin)
+        for (; valid(); advance()) visit(tile, Constant<true>{});
+    }
+  };
+
+  __device__ __forceinline__ explicit BandMask(const fagen_params& p) : band(p) {}
+  __device__ __forceinline__ Walk walk(const TileRange& range, int, int) const { return {range.end - 1, range.begin}; }
+};
+
+template <class C>
+struct IntervalMask {
+  static constexpr bool kIntervals = true, kHasBegin = true, kHasEnd = true;
+  Band band;
+  Intervals<C> intervals;
+
+  // The same walk. The lanes of a warp classify 32 tiles at once; the visible ones are then taken from the last to the
+  // first.
+  struct Walk {
+    const Intervals<C>& intervals;
+    TileRange range;
+    int m0, m1, group;      // tiles [group, group + 32) are classified
+    uint32_t seen, hidden;  // bits of tiles still to visit, and of those that need the mask
+    int tile;               // present tile, or -1
+
+    __device__ __forceinline__ Walk(const Intervals<C>& intervals, TileRange range, int m0, int m1)
+        : intervals(intervals), range(range), m0(m0), m1(m1), group(range.end), seen(0), hidden(0) {
+      advance();
+    }
+    __device__ __forceinline__ bool valid() const { return tile >= 0; }
+    __device__ __forceinline__ bool partial(const TileRange&) const {
+      return tile < range.full_begin || tile >= range.full_end || (hidden >> (tile - group) & 1);
+    }
+    __device__ __forceinline__ void advance() {
+      while (seen == 0) {
+        if (group <= range.begin) {
+          tile = -1;
+          return;
+        }
+        group -= 32;
+        const int mine = group + int(threadIdx.x % 32);
+        bool empty = true, partly = false;
+        if (mine >= range.begin && mine < range.end) intervals.classify(mine, m0, m1, empty, partly);
+        seen = __ballot_sync(~0u, !empty);
+        hidden = __ballot_sync(~0u, partly);
+      }
+      const int bit = 31 - __clz(seen);
+      seen ^= 1u << bit;
+      tile = group + bit;
+    }
+    template <class Visit>
+    __device__ __forceinline__ void visit_rest(const TileRange&, Visit visit) {
+      for (; valid(); advance()) partial(range) ? visit(tile, Constant<true>{}) : visit(tile, Constant<false>{});
+    }
+  };
+
+  __device__ __forceinline__ explicit IntervalMask(const fagen_params& p) : band(p) {}
+  __device__ __forceinline__ Walk walk(const TileRange& range, int m0, int m1) const {
+    return Walk(intervals, range, m0, m1);
+  }
+};
+
+// The config's mask.
+template <class C, bool kIntervals = C::kMask == Mask::intervals>
+struct SelectMask {
+  using Type = BandMask<C>;
+};
+template <class C>
+struct SelectMask<C, true> {
+  using Type = IntervalMask<C>;
+};
+template <class C>
+using MaskOf = typename SelectMask<C>::Type;
+
+}  // namespace fagen
+
+namespace fagen {
+
+// Changes of a score beyond the product: softcap, ALiBi. With either, scores are turned to base-2 logarithms here, and
+// the softmax's own scale is 1.
+template <class C>
+struct ScoreMod {
+  static constexpr bool kActive = C::kSoftcap || C::kAlibi;
+  static constexpr float kLog2e = 1.4426950408889634f;
+  float scale, cap_log2, slope_log2;
+  int shift;
+
+  __device__ __forceinline__ ScoreMod(const fagen_params& p, int batch, int head) : shift(p.seqlen_k - p.seqlen_q) {
+    scale = C::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e;
+    cap_log2 = p.softcap * kLog2e;
+    slope_log2 = C::kAlibi ? p.alibi_slopes[batch * p.alibi_stride + head] * kLog2e : 0.f;
+  }
+  static __device__ __forceinline__ float softmax_scale_log2(const fagen_params& p) {
+    return kActive ? 1.f : p.scale * kLog2e;
+  }
+  __device__ __forceinline__ float operator()(float score, int m, int key) const {
+    score *= scale;
+    if constexpr (C::kSoftcap) score = cap_log2 * ptx::tanh_approx(score);
+    if constexpr (C::kAlibi) score -= slope_log2 * fabsf(float(m + shift - key));
+    return score;
+  }
+};
+
+// A thread's place in an accumulator piece of 16 rows and 8 columns: it holds rows `row` and `row` + 8, columns
+// `column` and `column` + 1.
+struct Lane {
+  int id = threadIdx.x % 32;
+  int row = id / 4, column = id % 4 * 2;
+};
+
+template <int kPieces>
+__device__ __forceinline__ void clear(float (&pieces)[kPieces][4]) {
+#pragma unroll
+  for (auto& piece : pieces) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
 }
 
-// The same, and whether `vote` is true in any of them.
-__device__ __forceinline__ bool barrier_any(int id, int threads, bool vote) {
-  int any;
-  asm volatile(
-      "{\n"
-      ".reg .pred mine, all;\n"
-      "setp.ne.s32 mine, %3, 0;\n"
-      "barrier.red.or.pred all, %1, %2, mine;\n"
-      "selp.s32 %0, 1, 0, all;\n"
-      "}"
-      : "=r"(any)
-      : "r"(id), "r"(threads), "r"(int(vote))
-      : "memory");
-  return any != 0;
-}
+// kSlabs slabs of 16 rows: kColumns columns of O, unnormalised, in accumulators, and the softmax. kKeys keys a tile.
+template <class C, int kSlabs, int kKeys, int kColumns>
+struct RowState {
+  static constexpr int kRows = kSlabs * 2;  // rows a thread shares
+  using Scores = float[kSlabs][kKeys / 8][4];
+  using Softmax = OnlineSoftmax<kRows, C::kRescale == Rescale::deferred>;
 
-}  // namespace ptx
+  Lane lane;
+  float o[kSlabs][kColumns / 8][4];
+  Softmax softmax;
+
+  __device__ __forceinline__ explicit RowState(const fagen_params& p) : softmax(ScoreMod<C>::softmax_scale_log2(p)) {
+#pragma unroll
+    for (auto& slab : o) clear(slab);
+  }
+
+  // Score mods alone. `m` is the warp's first row of q, `key` its first key.
+  __device__ __forceinline__ void apply_score_mod(Scores& s_acc, const ScoreMod<C>& mod, int m, int key) {
+    if constexpr (ScoreMod<C>::kActive) {
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = m + s * 16 + half * 8 + lane.row;
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& score = s_acc[s][n][half * 2 + e];
+              score = mod(score, row, key + lane.column + n * 8 + e);
+            }
+        }
+    }
+  }
+
+  // Score mods and, on partial tiles, the mask. `m` is the warp's first row of q, `key` its first key.
+  template <bool kMasked>
+  __device__ __forceinline__ void modify(Scores& s_acc, const ScoreMod<C>& mod, const MaskOf<C>& mask, int m, int key) {
+    if constexpr (kMasked || ScoreMod<C>::kActive) {
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = m + s * 16 + half * 8 + lane.row;
+          // thresholds relative to the thread's first column: one comparison with a constant a side
+          const Band::Columns visible = mask.band.visible_columns(row, key, lane.column);
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& score = s_acc[s][n][half * 2 + e];
+              if constexpr (ScoreMod<C>::kActive) score = mod(score, row, key + lane.column + n * 8 + e);
+              if constexpr (kMasked) {
+                bool hidden = n * 8 + e >= visible.end;
+                if constexpr (MaskOf<C>::kHasBegin) hidden |= n * 8 + e < visible.begin;
+                if (hidden) score = -INFINITY;
+              }
+            }
+        }
+      if constexpr (kMasked && MaskOf<C>::kIntervals) hide_intervals(s_acc, mask.intervals, m, key);
+    }
+  }
+
+  __device__ __forceinline__ void hide_intervals(Scores& s_acc, const Intervals<C>& intervals, int m, int key) {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = min(key + lane.column + n * 8 + e, intervals.last_key);
+        const HiddenRows hidden = intervals.at(column);
+#pragma unroll
+        for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            if (hidden.contains(m + s * 16 + half * 8 + lane.row)) s_acc[s][n][half * 2 + e] = -INFINITY;
+      }
+  }
+
+  __device__ __forceinline__ void thread_maxima(const Scores& s_acc, float (&tile_max)[kRows]) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      tile_max[r] = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+        tile_max[r] = fmaxf(tile_max[r], fmaxf(s_acc[r / 2][n][r % 2 * 2], s_acc[r / 2][n][r % 2 * 2 + 1]));
+    }
+  }
+
+  // Take a new tile's maxima into the softmax; O follows.
+  __device__ __forceinline__ void update_max(Scores& s_acc) {
+    float tile_max[kRows], factor[kRows];
+    thread_maxima(s_acc, tile_max);
+    if (__any_sync(~0u, softmax.exceeds_slack(tile_max))) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) tile_max[r] = quad_max(tile_max[r]);
+      set_reference(s_acc, tile_max, factor);
+      rescale(factor);
+    } else {
+      softmax.refresh_offset();
+    }
+  }
+
+  // Raise the references to the rows' maxima, and subtract those that are too large for the exponential's FMA from the
+  // scores. Score mods leave a scale of 1, by which no product rounds.
+  __device__ __forceinline__ void set_reference(Scores& s_acc, const float (&row_max)[kRows], float (&factor)[kRows]) {
+    softmax.set_reference(row_max, factor);
+    if constexpr (!ScoreMod<C>::kActive)
+      while (__any_sync(~0u, softmax.offset_too_large())) {  // once; as a loop it stays out of the common tile's way
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+          for (auto& piece : s_acc[r / 2])
+            piece[r % 2 * 2] -= softmax.reference[r], piece[r % 2 * 2 + 1] -= softmax.reference[r];
+          softmax.offset[r] = 0.f;
+        }
+      }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (auto& piece : o[r / 2]) piece[r % 2 * 2] *= factor[r], piece[r % 2 * 2 + 1] *= factor[r];
+  }
+};
+
+}  // namespace fagen
 
 // ---- fagen/ptx/mma_sync.cuh ------------------------------------------------------------------------------
-// Tensor-core products of one warp (sm_80 and up): m16n8k16, 16-bit operands, float32 sums, and their operand loads.
+// Tensor-core products of one warp (sm_80 and up): m16n8k16, 16-bit operands, float32 sums; and their operand loads.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-namespace ptx {
+namespace fagen::ptx {
 
 // c += a b. Lane l holds of c: rows l/4 and l/4+8, columns 2(l%4) and +1, as (r,c) (r,c+1) (r+8,c) (r+8,c+1).
 template <class Element>
@@ -278,7 +757,7 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4], const uint32
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four 8x8 matrices; lanes 8i..8i+7 give the row addresses of matrix i.
+// Load four 8x8 matrices; lanes 8i..8i+7 give the row addresses of matrix i.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -293,215 +772,44 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "memory");
 }
 
-}  // namespace ptx
+}  // namespace fagen::ptx
 
-// ---- fagen/smem.cuh --------------------------------------------------------------------------------------
-// How a tile of rows lies in shared memory so that eight rows of one 16-byte column fall into different banks.
-#include <stdint.h>
+namespace fagen {
 
-// kSwizzled: the 16-byte pieces of a row are exchanged by bits of the row number; else each row is 16 bytes longer.
-template <int kRows, int kCols, bool kSwizzled>
-struct SharedTile {
-  static constexpr int kChunks = kCols / 8;  // 16-byte pieces of a row
-  static constexpr int kPitch = kCols * 2 + (kSwizzled ? 0 : 16);
-  static constexpr int kBytes = kRows * kPitch;
-
-  // as many exchanged bits as the row's length leaves free: 3 for multiples of 64 columns, 2 for 32, 1 for 16
-  static constexpr int kBits = !kSwizzled ? 0 : kChunks % 8 == 0 ? 3 : kChunks % 4 == 0 ? 2 : 1;
-  static constexpr uint32_t kExchanged = ((1u << kBits) - 1u) << 4;
-  static_assert(kCols % 16 == 0, "rows are whole 32-byte pieces");
-
-  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
-    const int exchange = kSwizzled ? (row >> (3 - kBits)) & ((1 << kBits) - 1) : 0;
-    return row * kPitch + ((chunk ^ exchange) << 4);
-  }
-
-  // From the address of (row, chunk 0 or 1) to (row + down, chunk + 2 * right); `down` is a multiple of 8.
-  static __device__ __forceinline__ uint32_t step(uint32_t address, int down, int right) {
-    const uint32_t across = right * 32;
-    return (address ^ (across & kExchanged)) + (across & ~kExchanged) + down * kPitch;
-  }
-};
-
-// ---- fagen/softmax.cuh -----------------------------------------------------------------------------------
-// Online softmax over the rows that one thread shares with the three other lanes of its quad.
-#include <math.h>
-
-// ---- fagen/ptx/math.cuh ----------------------------------------------------------------------------------
-// Single-instruction functions of the special-function unit.
-
-namespace ptx {
-
-__device__ __forceinline__ float ex2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+// This lane's address of a 16 x 16 piece for ldmatrix, rows down, pieces across: q, and v transposed on the way.
+template <class Tile>
+__device__ __forceinline__ uint32_t row_major_address(const Lane& lane, uint32_t tile, int row) {
+  return tile + Tile::offset(row + lane.id % 16, lane.id / 16);
+}
+// The same of a 16 x 16 piece whose rows are the product's columns: k.
+template <class Tile>
+__device__ __forceinline__ uint32_t column_major_address(const Lane& lane, uint32_t tile, int row) {
+  return tile + Tile::offset(row + lane.id / 16 * 8 + lane.id % 8, lane.id / 8 % 2);
 }
 
-__device__ __forceinline__ float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-}  // namespace ptx
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-// Scores come in raw; `scale_log2` takes them to the base-2 logarithm inside the exponential's one FMA.
-// `reference` is what is subtracted before the exponential: the rows' maximum, or one that is near enough below it.
-// The sum stays per thread until the end. Any reference gives the same O / sum, so keeping an old one is exact.
-//
-// The FMA subtracts reference * scale as rounded to float32. The rounding multiplies all weights of a row alike and
-// cancels in O / sum, unless it is of whole powers of two: from |reference * scale| = 2^24 on. Long before that,
-// references count as too large for the FMA: they are subtracted from the scores first, which is exact near them. Such
-// rows, like those that have seen no key, have no limit, so that every tile comes to where references move.
-template <int kRows, bool kDeferred>
-struct OnlineSoftmax {
-  // a weight may grow to 2^8 before a deferred reference moves: exact in float32, safe in 16 bits
-  static constexpr float kSlack_log2 = 8.f;
-  // an offset up to here rounds by no more than 2^-10
-  static constexpr float kLargest_log2 = 16384.f;
-  // the reference of rows that have seen no key: finite, so that no tile has to ask; scores below it count as hidden
-  static constexpr float kNothing = -1e30f;
-
-  float reference[kRows], limit[kRows], offset[kRows], sum[kRows];
-  float scale_log2;
-
-  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) { begin(); }
-
-  // Rows that have seen no key.
-  __device__ __forceinline__ void begin() {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) reference[r] = kNothing, limit[r] = -INFINITY, sum[r] = 0.f;
-  }
-
-  // Whether a row of this thread has outgrown its reference.
-  __device__ __forceinline__ bool outgrown(const float (&tile_max)[kRows]) const {
-    bool grown = !kDeferred;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) grown |= tile_max[r] > limit[r];
-    return grown;
-  }
-
-  // Move the references to the rows' maxima; O is to be multiplied by `factor`, as the sums are here.
-  __device__ __forceinline__ void move(const float (&row_max)[kRows], float (&factor)[kRows]) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const float next = fmaxf(reference[r], row_max[r]);
-      factor[r] = ptx::ex2((reference[r] - next) * scale_log2);
-      reference[r] = next;
-      sum[r] *= factor[r];
-    }
-    follow_references();
-  }
-
-  // Offsets and limits of the references as they stand.
-  __device__ __forceinline__ void follow_references() {
-    set_offsets();
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      limit[r] = fabsf(offset[r]) > kLargest_log2 ? -INFINITY : reference[r] + kSlack_log2 / scale_log2;
-  }
-  // What is added to the scaled scores.
-  __device__ __forceinline__ void set_offsets() {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) offset[r] = -reference[r] * scale_log2;
-  }
-  __device__ __forceinline__ bool too_large() const {
-    bool large = false;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) large |= fabsf(offset[r]) > kLargest_log2 && reference[r] != kNothing;
-    return large;
-  }
-
-  __device__ __forceinline__ float weight(float score, int r) const {
-    return ptx::ex2(fmaf(score, scale_log2, offset[r]));
-  }
-
-  // log sum exp of row r in natural logarithm, given the whole row's sum
-  __device__ __forceinline__ float lse(int r, float row_sum) const {
-    return row_sum == 0.f ? -INFINITY : reference[r] * scale_log2 * 0.69314718056f + logf(row_sum);
-  }
-};
-
-// What is done to a score beyond the product: softcap, ALiBi. With either, scores are turned to base-2 logarithms
-// here, and the softmax's own scale is 1.
-template <class Config>
-struct ScoreMod {
-  static constexpr bool kActive = Config::kSoftcap || Config::kAlibi;
-  static constexpr float kLog2e = 1.4426950408889634f;
-  float scale, cap_log2, slope_log2;
-  int shift;
-
-  __device__ __forceinline__ ScoreMod(const fagen_params& p, int batch, int head) : shift(p.seqlen_k - p.seqlen_q) {
-    scale = Config::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e;
-    cap_log2 = p.softcap * kLog2e;
-    slope_log2 = Config::kAlibi ? p.alibi_slopes[batch * p.alibi_stride + head] * kLog2e : 0.f;
-  }
-  static __device__ __forceinline__ float softmax_scale_log2(const fagen_params& p) {
-    return kActive ? 1.f : p.scale * kLog2e;
-  }
-  __device__ __forceinline__ float operator()(float score, int m, int key) const {
-    score *= scale;
-    if constexpr (Config::kSoftcap) score = cap_log2 * ptx::tanh_approx(score);
-    if constexpr (Config::kAlibi) score -= slope_log2 * fabsf(float(m + shift - key));
-    return score;
-  }
-};
-
-// Lane addresses: the operand tiles of `ldmatrix` seen from this lane.
-struct Lane {
-  int id = threadIdx.x % 32;
-  int row = id / 4, column = id % 4 * 2;  // of an accumulator: rows row and row + 8, columns column and column + 1
-
-  template <class Tile>  // a 16 x 16 piece, rows down, pieces across: q, and v transposed on the way
-  __device__ __forceinline__ uint32_t row_major(uint32_t tile, int row) const {
-    return tile + Tile::offset(row + id % 16, id / 16);
-  }
-  template <class Tile>  // a 16 x 16 piece whose rows are the product's columns: k
-  __device__ __forceinline__ uint32_t column_major(uint32_t tile, int row) const {
-    return tile + Tile::offset(row + id / 16 * 8 + id % 8, id / 8 % 2);
-  }
-};
-
-// State of kSlabs slabs of 16 rows: kColumns columns of O unnormalised in accumulators, and the softmax.
-template <class Config, int kSlabs, int kKeys, int kColumns, class Element, class TileQ, class TileK, class TileV>
-struct Attend {
-  static constexpr int kDepth = Config::kHeadDim / 16;
-  static constexpr int kRows = kSlabs * 2;  // rows a thread shares
-  static constexpr bool kQInRegisters = Config::kQSource == QSource::registers;
-  using Scores = float[kSlabs][kKeys / 8][4];
+template <class C, class Element, class TileQ, class TileK, class TileV, int kSlabs, int kKeys, int kColumns>
+struct WarpProducts : RowState<C, kSlabs, kKeys, kColumns> {
+  using State = RowState<C, kSlabs, kKeys, kColumns>;
+  using Scores = typename State::Scores;
   using Weights = uint32_t[kKeys / 16][kSlabs][4];
-  using Softmax = OnlineSoftmax<kRows, Config::kRescale == Rescale::deferred>;
+  using State::lane;
+  using State::o;
+  using State::softmax;
+  static constexpr int kDepth = C::kHeadDim / 16;
+  static constexpr bool kQInRegisters = C::kQSource == QSource::registers;
 
-  Lane lane;
-  float o[kSlabs][kColumns / 8][4];
-  Softmax softmax;
   uint32_t q_registers[kSlabs][kQInRegisters ? kDepth : 1][4];
 
-  __device__ __forceinline__ explicit Attend(const fagen_params& p) : softmax(ScoreMod<Config>::softmax_scale_log2(p)) {
-#pragma unroll
-    for (auto& slab : o)
-#pragma unroll
-      for (auto& piece : slab) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
-  }
+  __device__ __forceinline__ explicit WarpProducts(const fagen_params& p) : State(p) {}
 
-  __device__ __forceinline__ void hold_q(uint32_t q_tile, int first_row) {
+  __device__ __forceinline__ void load_q_registers(uint32_t q_tile, int first_row) {
     if constexpr (kQInRegisters) {
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s)
 #pragma unroll
         for (int d = 0; d < kDepth; ++d)
-          ptx::ldmatrix_x4(q_registers[s][d], TileQ::step(lane.row_major<TileQ>(q_tile, first_row), s * 16, d));
+          ptx::ldmatrix_x4(q_registers[s][d],
+                           TileQ::step(row_major_address<TileQ>(lane, q_tile, first_row), s * 16, d));
     }
   }
 
@@ -532,10 +840,10 @@ struct Attend {
   // S = Q K^T for the warp's rows and the kKeys keys that start at row `first_key` of the tile. `between` is called
   // kDepth * kKeys / 16 times with its number, to fill the gaps between products.
   template <class Between>
-  __device__ __forceinline__ void scores(Scores& s_acc, uint32_t q_tile, int first_row, uint32_t k_tile, int first_key,
-                                         Between between) {
-    const uint32_t q_lane = lane.row_major<TileQ>(q_tile, first_row);
-    const uint32_t k_lane = lane.column_major<TileK>(k_tile, first_key);
+  __device__ __forceinline__ void compute_scores(Scores& s_acc, uint32_t q_tile, int first_row, uint32_t k_tile,
+                                                 int first_key, Between between) {
+    const uint32_t q_lane = row_major_address<TileQ>(lane, q_tile, first_row);
+    const uint32_t k_lane = column_major_address<TileK>(lane, k_tile, first_key);
 #pragma unroll
     for (auto& slab : s_acc)
 #pragma unroll
@@ -544,97 +852,12 @@ struct Attend {
     for (int d = 0; d < kDepth; ++d) score_step(s_acc, q_lane, k_lane, d, between);
   }
 
-  // Score mods and, on partial tiles, the mask. `m` is the warp's first row of q, `key` its first key.
-  template <bool kMasked>
-  __device__ __forceinline__ void modify(Scores& s_acc, const ScoreMod<Config>& mod, const Band& band,
-                                         const Intervals<Config>& intervals, int m, int key) {
-    if constexpr (kMasked || ScoreMod<Config>::kActive) {
-#pragma unroll
-      for (int s = 0; s < kSlabs; ++s)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = m + s * 16 + half * 8 + lane.row;
-          // thresholds relative to the thread's first column: one comparison with a constant a side
-          const int begin = band.begin(row) - key - lane.column, end = band.end(row) - key - lane.column;
-#pragma unroll
-          for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& score = s_acc[s][n][half * 2 + e];
-              if constexpr (ScoreMod<Config>::kActive) score = mod(score, row, key + lane.column + n * 8 + e);
-              if constexpr (kMasked) {
-                bool hidden = n * 8 + e >= end;
-                if constexpr (Config::kMask == Mask::window || Config::kMask == Mask::intervals)
-                  hidden |= n * 8 + e < begin;
-                if (hidden) score = -INFINITY;
-              }
-            }
-        }
-      if constexpr (kMasked && Config::kMask == Mask::intervals) hide_intervals(s_acc, intervals, m, key);
-    }
-  }
-
-  __device__ __forceinline__ void hide_intervals(Scores& s_acc, const Intervals<Config>& intervals, int m, int key) {
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = min(key + lane.column + n * 8 + e, intervals.last_key);
-        const auto bounds = intervals.at(column);
-#pragma unroll
-        for (int s = 0; s < kSlabs; ++s)
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            if (bounds.hides(m + s * 16 + half * 8 + lane.row)) s_acc[s][n][half * 2 + e] = -INFINITY;
-      }
-  }
-
-  __device__ __forceinline__ void tile_maxima(const Scores& s_acc, float (&tile_max)[kRows]) const {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      tile_max[r] = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-        tile_max[r] = fmaxf(tile_max[r], fmaxf(s_acc[r / 2][n][r % 2 * 2], s_acc[r / 2][n][r % 2 * 2 + 1]));
-    }
-  }
-
-  // Take a new tile's maxima into the softmax; O follows.
-  __device__ __forceinline__ void observe(Scores& s_acc) {
-    float tile_max[kRows], factor[kRows];
-    tile_maxima(s_acc, tile_max);
-    if (__any_sync(~0u, softmax.outgrown(tile_max))) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) tile_max[r] = quad_max(tile_max[r]);
-      move(s_acc, tile_max, factor);
-      rescale(factor);
-    } else {
-      softmax.set_offsets();
-    }
-  }
-
-  // Move the references to the rows' maxima, and subtract those from the scores that are too large for the
-  // exponential's FMA. Score mods leave a scale of 1, by which no product rounds.
-  __device__ __forceinline__ void move(Scores& s_acc, const float (&row_max)[kRows], float (&factor)[kRows]) {
-    softmax.move(row_max, factor);
-    if constexpr (!ScoreMod<Config>::kActive)
-      while (__any_sync(~0u, softmax.too_large())) {  // once; as a loop it stays out of the common tile's way
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-          for (auto& piece : s_acc[r / 2])
-            piece[r % 2 * 2] -= softmax.reference[r], piece[r % 2 * 2 + 1] -= softmax.reference[r];
-          softmax.offset[r] = 0.f;
-        }
-      }
-  }
-
-  // One register of P = exp(S - reference): two columns of row i % 2 of piece 2 n + i / 2. The accumulator of S is
-  // already in the order of P's operand.
-  __device__ __forceinline__ void weigh(const Scores& s_acc, Weights& p_frag, int s, int n, int i) {
+  // One register of P = exp(S - reference): two columns of row i % 2 of piece 2 n + i / 2. The accumulator of S already
+  // has the order of P's operand.
+  __device__ __forceinline__ void exponentiate(const Scores& s_acc, Weights& p_frag, int s, int n, int i) {
     const float* pair = &s_acc[s][2 * n + i / 2][i % 2 * 2];
     const int r = s * 2 + i % 2;
-    const float first = softmax.weight(pair[0], r), second = softmax.weight(pair[1], r);
+    const float first = softmax.exponentiate(pair[0], r), second = softmax.exponentiate(pair[1], r);
     softmax.sum[r] += first + second;
     p_frag[n][s][i] = pack<Element>(first, second);
   }
@@ -654,58 +877,166 @@ struct Attend {
   }
 
   // The whole softmax and second product of a tile.
-  __device__ __forceinline__ void values(Scores& s_acc, uint32_t v_tile, int first_key) {
-    observe(s_acc);
-    const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
+  __device__ __forceinline__ void add_values(Scores& s_acc, uint32_t v_tile, int first_key) {
+    this->update_max(s_acc);
+    const uint32_t v_lane = row_major_address<TileV>(lane, v_tile, first_key);
     Weights p_frag;
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) weigh(s_acc, p_frag, s, n, i);
+        for (int i = 0; i < 4; ++i) exponentiate(s_acc, p_frag, s, n, i);
       value_step(p_frag[n], v_lane + n * 16 * TileV::kPitch);
     }
   }
 
   // O += P V of one tile while S of the next is computed: the exponentials fill the gaps between its products.
-  __device__ __forceinline__ void values_under_scores(const Scores& s_acc, uint32_t v_tile, Scores& s_next,
-                                                      uint32_t q_tile, int first_row, uint32_t k_next, int first_key) {
+  __device__ __forceinline__ void add_values_under_scores(const Scores& s_acc, uint32_t v_tile, Scores& s_next,
+                                                          uint32_t q_tile, int first_row, uint32_t k_next,
+                                                          int first_key) {
     constexpr int kWeights = kKeys / 16 * kSlabs * 4, kGaps = kDepth * (kKeys / 16);
     Weights p_frag;
-    scores(s_next, q_tile, first_row, k_next, first_key, [&](int gap) {
+    compute_scores(s_next, q_tile, first_row, k_next, first_key, [&](int gap) {
 #pragma unroll
       for (int w = gap * kWeights / kGaps; w < (gap + 1) * kWeights / kGaps; ++w)
-        weigh(s_acc, p_frag, w / 4 % kSlabs, w / 4 / kSlabs, w % 4);
+        exponentiate(s_acc, p_frag, w / 4 % kSlabs, w / 4 / kSlabs, w % 4);
     });
-    const uint32_t v_lane = lane.row_major<TileV>(v_tile, first_key);
+    const uint32_t v_lane = row_major_address<TileV>(lane, v_tile, first_key);
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) value_step(p_frag[n], v_lane + n * 16 * TileV::kPitch);
   }
+};
 
-  __device__ __forceinline__ void rescale(const float (&factor)[kRows]) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (auto& piece : o[r / 2]) piece[r % 2 * 2] *= factor[r], piece[r % 2 * 2 + 1] *= factor[r];
+}  // namespace fagen
+
+// ---- fagen/ptx/barrier.cuh -------------------------------------------------------------------------------
+// Named barriers among some of a block's warps (1-15; 0 is __syncthreads).
+
+namespace fagen::ptx {
+
+// Wait for `threads` threads on barrier `id`, and order their shared-memory accesses.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same; returns whether `vote` is true in any of them.
+__device__ __forceinline__ bool barrier_any(int id, int threads, bool vote) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, all;\n"
+      "setp.ne.s32 mine, %3, 0;\n"
+      "barrier.red.or.pred all, %1, %2, mine;\n"
+      "selp.s32 %0, 1, 0, all;\n"
+      "}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(int(vote))
+      : "memory");
+  return any != 0;
+}
+
+}  // namespace fagen::ptx
+
+// ---- fagen/schedule/tile_order.cuh -----------------------------------------------------------------------
+// The order in which row tiles are worked through: by batch, head and row, or the longest rows first.
+#include <stdint.h>
+
+
+namespace fagen {
+
+struct TileCoord {
+  int row_tile, head, batch;
+};
+
+// Division by a number that the host knows before a launch, as a product and a shift, of a number below 2^31.
+struct Divisor {
+  uint32_t by, shift, factor;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t by) : by(by), shift(31) {
+    while (1ull << (shift - 31) < by) ++shift;
+    factor = uint32_t(((1ull << shift) + by - 1) / by);
+  }
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const { return uint64_t(n) * factor >> shift; }
+  __device__ __forceinline__ uint32_t remainder(uint32_t n, uint32_t quotient) const { return n - quotient * by; }
+};
+
+// The `index`-th tile of the order, by divisions, for kernels that find one tile a block. `heads_at_once` (sectioned
+// order): as many heads as have their keys and values in L2 together.
+template <BlockOrder kOrder>
+__device__ __forceinline__ TileCoord tile_at(const fagen_params& p, uint32_t index, int row_tiles, int heads_at_once) {
+  const uint32_t heads = p.heads * p.batch;
+  uint32_t row, head;
+  if constexpr (kOrder == BlockOrder::ascending || kOrder == BlockOrder::descending) {
+    row = index % row_tiles;
+    head = index / row_tiles;
+    if (kOrder == BlockOrder::descending) row = row_tiles - 1 - row;
+  } else {  // longest rows of all heads first, section of heads by section
+    const uint32_t section = kOrder == BlockOrder::sectioned ? heads_at_once : heads;
+    const uint32_t number = index / (section * row_tiles);
+    const uint32_t here = min(section, heads - number * section), rest = index - number * section * row_tiles;
+    head = number * section + rest % here;
+    row = row_tiles - 1 - rest / here;
+  }
+  return {int(row), int(head % p.heads), int(head / p.heads)};
+}
+
+// The same order for kernels whose blocks look for tile after tile: the host prepares the divisors, and the device
+// divides nothing.
+struct TileOrder {
+  Divisor heads, row_tiles;       // heads per batch, row tiles per head
+  Divisor section, last_section;  // heads per section, heads in the last one
+  Divisor section_tiles;          // row tiles per section
+  uint32_t last;                  // the first tile of the last section
+
+  TileOrder() = default;
+  template <BlockOrder kOrder>
+  static TileOrder of(int row_tiles, int heads, int batch, int heads_at_once) {
+    const uint32_t all = heads * batch, section = kOrder == BlockOrder::sectioned ? heads_at_once : all;
+    const uint32_t before = (all - 1) / section * section;  // heads before the last section
+    TileOrder order;
+    order.heads = Divisor(heads), order.row_tiles = Divisor(row_tiles);
+    order.section = Divisor(section), order.last_section = Divisor(all - before);
+    order.section_tiles = Divisor(section * row_tiles), order.last = before * row_tiles;
+    return order;
+  }
+
+  template <BlockOrder kOrder>
+  __device__ __forceinline__ TileCoord tile_at(uint32_t index) const {
+    uint32_t row, head;
+    if constexpr (kOrder == BlockOrder::ascending || kOrder == BlockOrder::descending) {
+      head = row_tiles.quotient(index), row = row_tiles.remainder(index, head);
+      if (kOrder == BlockOrder::descending) row = row_tiles.by - 1 - row;
+    } else {  // longest rows of all heads first, section of heads by section
+      const uint32_t number = section_tiles.quotient(index), rest = section_tiles.remainder(index, number);
+      const Divisor& here = index < last ? section : last_section;
+      const uint32_t turn = here.quotient(rest);
+      head = number * section.by + here.remainder(rest, turn);
+      row = row_tiles.by - 1 - turn;
+    }
+    const uint32_t batch = heads.quotient(head);
+    return {int(row), int(heads.remainder(head, batch)), int(batch)};
   }
 };
 
-// ---- fagen/copy.cuh --------------------------------------------------------------------------------------
-// Tiles between global and shared memory, moved by all threads of a block together.
+}  // namespace fagen
+
+// ---- fagen/sm80/copy.cuh ---------------------------------------------------------------------------------
+// Tiles from global to shared memory, copied by all threads of a block together.
 #include <stdint.h>
 
 // ---- fagen/ptx/cp_async.cuh ------------------------------------------------------------------------------
 // Asynchronous copies from global to shared memory (sm_80 and up).
 #include <stdint.h>
 
-namespace ptx {
+namespace fagen::ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes past L1; where `valid` is false nothing is read and zeros are written.
+// Copy 16 bytes, not through L1; where `valid` is false nothing is read and zeros are written.
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
@@ -713,7 +1044,7 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool 
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most kPending of this thread's newest groups are still under way.
+// Wait until at most kPending of this thread's newest groups are still under way.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -737,15 +1068,16 @@ __device__ __forceinline__ void st_shared_4(uint32_t to, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
-}  // namespace ptx
+}  // namespace fagen::ptx
 
-// Rows [first, last) of a matrix whose rows are `stride` elements apart; rows and columns outside read as zero.
+namespace fagen {
+
+// A matrix in global memory whose rows are `stride` elements apart; rows and columns outside read as zero.
 template <class Element>
-struct Rows {
+struct GlobalMatrix {
   const Element* base;
   int64_t stride;
-  int last;  // rows there are
-  int cols;  // columns there are; the tile may be wider
+  int rows, cols;  // a tile may be wider
 };
 
 template <class Element>
@@ -763,147 +1095,79 @@ __device__ __forceinline__ uint4 gather_chunk(const Element* from, int count) {
 
 // Start copying tile rows [first, first + kRows) to shared memory; complete after cp_async_wait and a barrier.
 template <class Tile, int kRows, int kThreads, bool kAligned, class Element>
-__device__ __forceinline__ void load_tile(uint32_t to, const Rows<Element>& rows, int first, int thread) {
+__device__ __forceinline__ void load_tile(uint32_t to, const GlobalMatrix<Element>& from, int first, int thread) {
   constexpr int kChunks = Tile::kChunks;
   constexpr int kCount = kRows * kChunks;
   constexpr bool kSameColumn = kThreads % kChunks == 0;  // each thread stays in one column of chunks
   constexpr int kRowStep = kSameColumn ? kThreads / kChunks : 0;
   if constexpr (kSameColumn && kAligned) {
     const int chunk = thread % kChunks;
-    const bool in_columns = chunk * 8 < rows.cols;
+    const bool in_columns = chunk * 8 < from.cols;
     int row = thread / kChunks;
-    const Element* from = rows.base + (first + row) * rows.stride + chunk * 8;
+    const Element* source = from.base + (first + row) * from.stride + chunk * 8;
 #pragma unroll
     for (int i = 0; i < (kRows + kRowStep - 1) / kRowStep; ++i) {
       if (kRows % kRowStep == 0 || row < kRows)
-        ptx::cp_async_16(to + Tile::offset(row, chunk), from, in_columns && first + row < rows.last);
+        ptx::cp_async_16(to + Tile::offset(row, chunk), source, in_columns && first + row < from.rows);
       row += kRowStep;
-      from += kRowStep * rows.stride;
+      source += kRowStep * from.stride;
     }
   } else {
 #pragma unroll 4
     for (int i = thread; i < kCount; i += kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
-      const bool there = first + row < rows.last && chunk * 8 < rows.cols;
-      const Element* from = rows.base + (there ? (first + row) * rows.stride + chunk * 8 : 0);
+      const bool there = first + row < from.rows && chunk * 8 < from.cols;
+      const Element* source = from.base + (there ? (first + row) * from.stride + chunk * 8 : 0);
       const uint32_t at = to + Tile::offset(row, chunk);
       if constexpr (kAligned)
-        ptx::cp_async_16(at, from, there);
+        ptx::cp_async_16(at, source, there);
       else
-        ptx::st_shared_16(at, gather_chunk(from, there ? rows.cols - chunk * 8 : 0));
+        ptx::st_shared_16(at, gather_chunk(source, there ? from.cols - chunk * 8 : 0));
     }
   }
 }
 
-// ---- fagen/schedule.cuh ----------------------------------------------------------------------------------
-// Which tile of rows, head and batch a block takes.
+}  // namespace fagen
+
+// ---- fagen/sm80/smem_tile.cuh ----------------------------------------------------------------------------
+// The layout of a tile in shared memory: eight rows of one 16-byte column fall into different banks.
 #include <stdint.h>
 
+namespace fagen {
 
-struct Work {
-  int row_tile, head, batch;
-};
+// kSwizzled: the 16-byte pieces of a row are exchanged by bits of the row number; else each row is 16 bytes longer.
+template <int kRows, int kCols, bool kSwizzled>
+struct SmemTile {
+  static constexpr int kChunks = kCols / 8;  // 16-byte pieces of a row
+  static constexpr int kPitch = kCols * 2 + (kSwizzled ? 0 : 16);
+  static constexpr int kBytes = kRows * kPitch;
 
-// `heads_at_once` (sectioned order): as many heads as have their keys and values in L2 together.
-template <BlockOrder kOrder>
-__device__ __forceinline__ Work take_work(const fagen_params& p, uint32_t index, int row_tiles, int heads_at_once) {
-  const uint32_t heads = p.heads * p.batch;
-  uint32_t row, head;
-  if constexpr (kOrder == BlockOrder::ascending || kOrder == BlockOrder::descending) {
-    row = index % row_tiles;
-    head = index / row_tiles;
-    if (kOrder == BlockOrder::descending) row = row_tiles - 1 - row;
-  } else {  // longest rows of all heads first, section of heads by section
-    const uint32_t section = kOrder == BlockOrder::sectioned ? heads_at_once : heads;
-    const uint32_t whole = index / (section * row_tiles);
-    const uint32_t here = min(section, heads - whole * section), rest = index - whole * section * row_tiles;
-    head = whole * section + rest % here;
-    row = row_tiles - 1 - rest / here;
+  // as many exchanged bits as the row's length leaves free: 3 for multiples of 64 columns, 2 for 32, 1 for 16
+  static constexpr int kBits = !kSwizzled ? 0 : kChunks % 8 == 0 ? 3 : kChunks % 4 == 0 ? 2 : 1;
+  static constexpr uint32_t kExchanged = ((1u << kBits) - 1u) << 4;
+  static_assert(kCols % 16 == 0, "rows are whole 32-byte pieces");
+
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    const int exchange = kSwizzled ? (row >> (3 - kBits)) & ((1 << kBits) - 1) : 0;
+    return row * kPitch + ((chunk ^ exchange) << 4);
   }
-  return {int(row), int(head % p.heads), int(head / p.heads)};
-}
 
-// ---- fagen/walk.cuh --------------------------------------------------------------------------------------
-// The tiles of keys that a tile of rows visits, from the last to the first, and which of them need mask arithmetic.
-
-// Tiles [begin, end) hold every visible cell of rows [m0, m1); those of [full_begin, full_end) hold no hidden one.
-struct TileRange {
-  int begin, end, full_begin, full_end;
-
-  template <int kTileN>
-  static __device__ __forceinline__ TileRange of(const Band& band, int m0, int m1) {
-    TileRange r;
-    const int keys_end = band.end(m1 - 1);
-    r.end = (keys_end + kTileN - 1) / kTileN;
-    r.begin = min(band.begin(m0) / kTileN, r.end);
-    r.full_end = max(r.begin, min(band.end(m0), band.seqlen_k) / kTileN);
-    r.full_begin = min(r.full_end, max(r.begin, (band.begin(m1 - 1) + kTileN - 1) / kTileN));
-    return r;
+  // From the address of (row, chunk 0 or 1) to (row + down, chunk + 2 * right); `down` is a multiple of 8.
+  static __device__ __forceinline__ uint32_t step(uint32_t address, int down, int right) {
+    const uint32_t across = right * 32;
+    return (address ^ (across & kExchanged)) + (across & ~kExchanged) + down * kPitch;
   }
 };
 
-// Band masks: every tile of the range is visited.
-struct RangeWalk {
-  int tile, begin;
-  __device__ __forceinline__ bool valid() const { return tile >= begin; }
-  __device__ __forceinline__ void advance() { --tile; }
-};
-__device__ __forceinline__ bool needs_mask(const RangeWalk& walk, const TileRange& range) {
-  return walk.tile < range.full_begin || walk.tile >= range.full_end;
-}
+}  // namespace fagen
 
-// Intervals: the lanes of a warp classify 32 tiles at once; the visible ones are then taken from the top.
-template <class Config>
-struct IntervalWalk {
-  const Intervals<Config>& intervals;
-  TileRange range;
-  int m0, m1, group;        // tiles [group, group + 32) are classified
-  uint32_t seen, hidden;    // bits of tiles still to visit, and of those that need the mask
-  int tile;                 // present tile, or -1
-
-  __device__ __forceinline__ IntervalWalk(const Intervals<Config>& intervals, TileRange range, int m0, int m1)
-      : intervals(intervals), range(range), m0(m0), m1(m1), group(range.end), seen(0), hidden(0) {
-    advance();
-  }
-  __device__ __forceinline__ bool valid() const { return tile >= 0; }
-  __device__ __forceinline__ bool partial() const {
-    return tile < range.full_begin || tile >= range.full_end || (hidden >> (tile - group) & 1);
-  }
-  __device__ __forceinline__ void advance() {
-    while (seen == 0) {
-      if (group <= range.begin) {
-        tile = -1;
-        return;
-      }
-      group -= 32;
-      const int mine = group + int(threadIdx.x % 32);
-      bool empty = true, partly = false;
-      if (mine >= range.begin && mine < range.end) intervals.classify(mine, m0, m1, empty, partly);
-      seen = __ballot_sync(~0u, !empty);
-      hidden = __ballot_sync(~0u, partly);
-    }
-    const int bit = 31 - __clz(seen);
-    seen ^= 1u << bit;
-    tile = group + bit;
-  }
-};
-template <class Config>
-__device__ __forceinline__ bool needs_mask(const IntervalWalk<Config>& walk, const TileRange&) {
-  return walk.partial();
-}
+namespace fagen {
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-struct True {
-  static constexpr bool value = true;
-};
-struct False {
-  static constexpr bool value = false;
-};
-
 // Sizes that follow from the config; Python derives the same ones, and the asserts below hold the two together.
 template <class C>
-struct Shape {
+struct BlockShape {
   static constexpr int kThreads = C::kWarps * 32;
   static constexpr bool kSplitKeys = C::kPartition == Partition::split_k;
   static constexpr bool kPairs = C::kPartition == Partition::pairs;
@@ -916,19 +1180,19 @@ struct Shape {
                 "a warp's share is made of 16 x 16 pieces");
 
   static constexpr bool kSwizzled = C::kSmemLayout == SmemLayout::swizzled;
-  using TileQ = SharedTile<C::kTileM, C::kHeadDim, kSwizzled>;
-  using TileK = SharedTile<C::kTileN, C::kHeadDim, kSwizzled>;
-  using TileV = SharedTile<C::kTileN, C::kHeadDimV, kSwizzled>;
-  using TileO = SharedTile<C::kTileM, C::kHeadDimV, kSwizzled>;
+  using TileQ = SmemTile<C::kTileM, C::kHeadDim, kSwizzled>;
+  using TileK = SmemTile<C::kTileN, C::kHeadDim, kSwizzled>;
+  using TileV = SmemTile<C::kTileN, C::kHeadDimV, kSwizzled>;
+  using TileO = SmemTile<C::kTileM, C::kHeadDimV, kSwizzled>;
 
-  // q held in registers passes through the ring before the first keys arrive, so it needs no room of its own
-  static constexpr bool kQAliasesRing = C::kLoopOrder == LoopOrder::q_outer && C::kQSource == QSource::registers;
+  // q held in registers passes through the stages before the first keys arrive, so it needs no room of its own
+  static constexpr bool kQAliasesStages = C::kLoopOrder == LoopOrder::q_outer && C::kQSource == QSource::registers;
   static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
-  static constexpr int kRing = kQAliasesRing ? 0 : TileQ::kBytes;  // where the ring of K and V stages begins
-  static constexpr int kRingEnd = kRing + C::kStages * kStageBytes;
-  // pairs: the weights that two warps show each other, and their rows' maxima and sums
-  using TileP = SharedTile<C::kTileM, C::kTileN, kSwizzled>;
-  static constexpr int kPairStats = kRingEnd + (kPairs ? TileP::kBytes : 0);
+  static constexpr int kStagesBegin = kQAliasesStages ? 0 : TileQ::kBytes;  // the stages of K and V
+  static constexpr int kStagesEnd = kStagesBegin + C::kStages * kStageBytes;
+  // pairs: the weights that two warps exchange, and their rows' maxima and sums
+  using TileP = SmemTile<C::kTileM, C::kTileN, kSwizzled>;
+  static constexpr int kPairStats = kStagesEnd + (kPairs ? TileP::kBytes : 0);
   static constexpr int kPairEnd = kPairStats + (kPairs ? 2 * C::kTileM * 4 : 0);
   static constexpr int kMergeStats = C::kTileM * C::kHeadDimV * 4;  // split_k: sums of O, then maxima and sums
   static constexpr int kMergeBytes = kSplitKeys ? kMergeStats + C::kWarps * C::kTileM * 8 : 0;
@@ -939,69 +1203,70 @@ struct Shape {
 };
 
 // Computed once on the host for a launch.
-struct Launch {
-  int row_tiles;  // tiles of rows of a head
+struct GridArgs {
+  int row_tiles;       // per head
   int blocks_of_rows;  // blocks a head gets: row_tiles, or fewer when a block loops over rows
   int key_tiles;
-  int heads_at_once;  // sectioned order
-  Extent* extents;  // of the intervals, tile by tile
-  float4* state;  // kv_outer: O, maxima and sums between the passes
+  int heads_at_once;   // sectioned order
+  Extent* extents;     // intervals: of each key tile
+  float4* state;       // kv_outer: O, maxima and sums between the passes
 };
 
 template <class C, class Element>
 struct Block {
-  using S = Shape<C>;
-  using State = Attend<C, S::kSlabs, S::kWarpKeys, S::kWarpColumns, Element, typename S::TileQ, typename S::TileK,
-                       typename S::TileV>;
+  using S = BlockShape<C>;
+  using State = WarpProducts<C, Element, typename S::TileQ, typename S::TileK, typename S::TileV, S::kSlabs,
+                             S::kWarpKeys, S::kWarpColumns>;
 
   const fagen_params& p;
-  const Launch& launch;
-  Work work;
-  int warp, first_row, first_key, first_column;  // of the warp's share in the tiles
+  const GridArgs& grid;
+  TileCoord coord;
+  int warp, first_row, first_key, first_column;  // the warp's share of the tiles
   uint32_t smem;
   unsigned char* smem_bytes;
-  Rows<Element> q, k, v;
-  Band band;
+  GlobalMatrix<Element> q, k, v;
+  MaskOf<C> mask;
   ScoreMod<C> mod;
-  Intervals<C> intervals;
 
-  __device__ __forceinline__ Block(const fagen_params& p, const Launch& launch, unsigned char* shared)
+  __device__ __forceinline__ Block(const fagen_params& p, const GridArgs& grid, unsigned char* shared)
       : p(p),
-        launch(launch),
-        work(take_work<C::kBlockOrder>(p, blockIdx.x, launch.blocks_of_rows, launch.heads_at_once)),
+        grid(grid),
+        coord(tile_at<C::kBlockOrder>(p, blockIdx.x, grid.blocks_of_rows, grid.heads_at_once)),
         warp(__shfl_sync(~0u, threadIdx.x / 32, 0)),  // warp-uniform for the compiler as well
         smem(ptx::shared_address(shared)),
         smem_bytes(shared),
-        band(p),
-        mod(p, work.batch, work.head) {
+        mask(p),
+        mod(p, coord.batch, coord.head) {
     first_row = S::kSplitKeys ? 0 : (S::kPairs ? warp / 2 : warp) * S::kWarpRows;
     first_key = S::kSplitKeys ? warp * S::kWarpKeys : S::kPairs ? warp % 2 * S::kWarpKeys : 0;
     first_column = S::kPairs ? warp % 2 * S::kWarpColumns : 0;
-    const int kv_head = work.head / (p.heads / p.kv_heads);
-    q = rows(p.q, p.q_stride, work.head, p.seqlen_q, p.head_dim);
-    k = rows(p.k, p.k_stride, kv_head, p.seqlen_k, p.head_dim);
-    v = rows(p.v, p.v_stride, kv_head, p.seqlen_k, p.head_dim_v);
-    if constexpr (C::kMask == Mask::intervals) {
+    const int kv_head = coord.head / (p.heads / p.kv_heads);
+    q = matrix(p.q, p.q_stride, coord.head, p.seqlen_q, p.head_dim);
+    k = matrix(p.k, p.k_stride, kv_head, p.seqlen_k, p.head_dim);
+    v = matrix(p.v, p.v_stride, kv_head, p.seqlen_k, p.head_dim_v);
+    if constexpr (MaskOf<C>::kIntervals) {
       const int head = p.mask_heads == 1 ? 0 : kv_head;
-      intervals.bounds = p.intervals + work.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
-      intervals.stride = p.intervals_stride[2];
-      intervals.extents =
-          launch.extents + int64_t(work.batch * p.mask_heads + head) * launch.key_tiles * C::kIntervalColumns;
-      intervals.last_key = p.seqlen_k - 1;
+      mask.intervals.bounds = p.intervals + coord.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
+      mask.intervals.stride = p.intervals_stride[2];
+      mask.intervals.extents =
+          grid.extents + int64_t(coord.batch * p.mask_heads + head) * grid.key_tiles * C::kIntervalColumns;
+      mask.intervals.last_key = p.seqlen_k - 1;
     }
   }
 
-  __device__ __forceinline__ Rows<Element> rows(const void* base, const int64_t (&stride)[3], int head, int count,
-                                                int cols) const {
-    const Element* first = static_cast<const Element*>(base) + work.batch * stride[0] + head * stride[2];
-    return {first, stride[1], count, cols};
+  __device__ __forceinline__ GlobalMatrix<Element> matrix(const void* base, const int64_t (&stride)[3], int head,
+                                                          int rows, int cols) const {
+    const Element* first = static_cast<const Element*>(base) + coord.batch * stride[0] + head * stride[2];
+    return {first, stride[1], rows, cols};
   }
 
   // ---- copies: each is one part of a group that the caller commits
   __device__ __forceinline__ void load_q(uint32_t to, int row_tile) const {
     load_tile<typename S::TileQ, C::kTileM, S::kThreads, C::kAligned>(to, q, row_tile * C::kTileM, threadIdx.x);
   }
-  __device__ __forceinline__ uint32_t k_tile(int stage) const { return smem + S::kRing + stage * S::kStageBytes; }
+  __device__ __forceinline__ uint32_t k_tile(int stage) const {
+    return smem + S::kStagesBegin + stage * S::kStageBytes;
+  }
   __device__ __forceinline__ uint32_t v_tile(int stage) const { return k_tile(stage) + S::TileK::kBytes; }
   __device__ __forceinline__ void load_k(int stage, int tile) const {
     load_tile<typename S::TileK, C::kTileN, S::kThreads, C::kAligned>(k_tile(stage), k, tile * C::kTileN, threadIdx.x);
@@ -1009,9 +1274,9 @@ struct Block {
   __device__ __forceinline__ void load_v(int stage, int tile) const {
     load_tile<typename S::TileV, C::kTileN, S::kThreads, C::kAligned>(v_tile(stage), v, tile * C::kTileN, threadIdx.x);
   }
-  // All copies of this thread but the newest kPending groups have landed, and so have those of the others.
+  // Wait until all copies of the block but each thread's newest kPending groups have landed.
   template <int kPending>
-  __device__ __forceinline__ void arrive() const {
+  __device__ __forceinline__ void wait_copies() const {
     ptx::cp_async_wait<kPending>();
     __syncthreads();
   }
@@ -1022,32 +1287,14 @@ __device__ __forceinline__ int next_stage(int stage) {
   return stage == C::kStages - 1 ? 0 : stage + 1;
 }
 
-// The walk over the tiles that rows [m0, m1) see, at its first tile.
-template <class C, class Element>
-__device__ __forceinline__ auto first_tile(const Block<C, Element>& block, const TileRange& range, int m0, int m1) {
-  if constexpr (C::kMask == Mask::intervals)
-    return IntervalWalk<C>(block.intervals, range, m0, m1);
-  else
-    return RangeWalk{range.end - 1, range.begin};
-}
+}  // namespace fagen
 
-// Call visit(tile, masked) for the rest of the walk, with a loop of its own for tiles that need no mask.
-template <class C, class Walk, class Visit>
-__device__ __forceinline__ void visit_tiles(Walk& walk, const TileRange& range, Visit visit) {
-  if constexpr (C::kMask == Mask::intervals) {
-    for (; walk.valid(); walk.advance()) walk.partial() ? visit(walk.tile, True{}) : visit(walk.tile, False{});
-  } else {
-    for (; walk.valid() && walk.tile >= range.full_end; walk.advance()) visit(walk.tile, True{});
-    for (; walk.tile >= range.full_begin; walk.advance()) visit(walk.tile, False{});
-    if constexpr (C::kMask == Mask::window)
-      for (; walk.valid(); walk.advance()) visit(walk.tile, True{});
-  }
-}
+namespace fagen {
 
 template <class C, class Element>
 struct Pair {
   using B = Block<C, Element>;
-  using S = Shape<C>;
+  using S = BlockShape<C>;
   using State = typename B::State;
   using TileP = typename S::TileP;
   static constexpr int kRows = State::kRows, kPieces = S::kWarpKeys / 16;
@@ -1055,71 +1302,76 @@ struct Pair {
   const B& block;
   const Lane lane;
   int barrier = 1 + block.warp / 2;
-  uint32_t p_tile = block.smem + S::kRingEnd;
+  uint32_t p_tile = block.smem + S::kStagesEnd;
   float* mine = reinterpret_cast<float*>(block.smem_bytes + S::kPairStats) + block.warp * S::kWarpRows;
   const float* partner = reinterpret_cast<float*>(block.smem_bytes + S::kPairStats) + (block.warp ^ 1) * S::kWarpRows;
 
   __device__ __forceinline__ static int row(const Lane& lane, int r) { return r / 2 * 16 + r % 2 * 8 + lane.row; }
 
-  // Show the partner one number a row, and take its own.
-  __device__ __forceinline__ void exchange(const float (&shown)[kRows], float (&taken)[kRows]) const {
+  // Exchange one number a row with the partner.
+  __device__ __forceinline__ void exchange(const float (&sent)[kRows], float (&received)[kRows]) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-      if (lane.id % 4 == 0) mine[row(lane, r)] = shown[r];
+      if (lane.id % 4 == 0) mine[row(lane, r)] = sent[r];
     ptx::barrier_sync(barrier, 64);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) taken[r] = partner[row(lane, r)];
+    for (int r = 0; r < kRows; ++r) received[r] = partner[row(lane, r)];
   }
 
   // Both warps keep the same references: they move together or not at all.
-  __device__ __forceinline__ void observe(State& state, typename State::Scores& s_acc) const {
+  __device__ __forceinline__ void update_max(State& state, typename State::Scores& s_acc) const {
     float row_max[kRows], other[kRows], factor[kRows];
-    state.tile_maxima(s_acc, row_max);
-    if (ptx::barrier_any(barrier, 64, state.softmax.outgrown(row_max))) {
+    state.thread_maxima(s_acc, row_max);
+    if (ptx::barrier_any(barrier, 64, state.softmax.exceeds_slack(row_max))) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) row_max[r] = quad_max(row_max[r]);
       exchange(row_max, other);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) row_max[r] = fmaxf(row_max[r], other[r]);
-      state.move(s_acc, row_max, factor);
+      state.set_reference(s_acc, row_max, factor);
       state.rescale(factor);
     } else {
-      state.softmax.set_offsets();
+      state.softmax.refresh_offset();
     }
   }
 
   // Softmax of this warp's half of the keys, O += P V of all of them for its half of the columns.
-  __device__ __forceinline__ void values(State& state, typename State::Scores& s_acc, uint32_t v_tile) const {
-    observe(state, s_acc);  // its barrier also tells that the partner has read the weights of the tile before
-    typename State::Weights p_mine;
+  __device__ __forceinline__ void add_values(State& state, typename State::Scores& s_acc, uint32_t v_tile) const {
+    update_max(state, s_acc);  // its barrier also says that the partner has read the weights of the tile before
+    typename State::Weights own_weights;
 #pragma unroll
     for (int n = 0; n < kPieces; ++n)
 #pragma unroll
       for (int s = 0; s < S::kSlabs; ++s)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          state.weigh(s_acc, p_mine, s, n, i);
+          state.exponentiate(s_acc, own_weights, s, n, i);
           const int chunk = (block.first_key + n * 16) / 8 + i / 2;
           ptx::st_shared_4(p_tile + TileP::offset(block.first_row + row(lane, s * 2 + i % 2), chunk) + lane.column * 2,
-                           p_mine[n][s][i]);
+                           own_weights[n][s][i]);
         }
     const uint32_t v_lane =
-        S::TileV::step(lane.template row_major<typename S::TileV>(v_tile, 0), 0, block.first_column / 16);
+        S::TileV::step(row_major_address<typename S::TileV>(lane, v_tile, 0), 0, block.first_column / 16);
 #pragma unroll
     for (int n = 0; n < kPieces; ++n)
-      state.value_step(p_mine[n], v_lane + (block.first_key + n * 16) * S::TileV::kPitch);
+      state.value_step(own_weights[n], v_lane + (block.first_key + n * 16) * S::TileV::kPitch);
     ptx::barrier_sync(barrier, 64);  // the partner's weights are there
     const int other_key = block.first_key ^ S::kWarpKeys;
-    const uint32_t p_lane = lane.template row_major<TileP>(p_tile, block.first_row);
+    const uint32_t p_lane = row_major_address<TileP>(lane, p_tile, block.first_row);
 #pragma unroll
     for (int n = 0; n < kPieces; ++n) {
-      uint32_t p_other[S::kSlabs][4];
+      uint32_t other_weights[S::kSlabs][4];
 #pragma unroll
-      for (int s = 0; s < S::kSlabs; ++s) ptx::ldmatrix_x4(p_other[s], TileP::step(p_lane, s * 16, other_key / 16 + n));
-      state.value_step(p_other, v_lane + (other_key + n * 16) * S::TileV::kPitch);
+      for (int s = 0; s < S::kSlabs; ++s)
+        ptx::ldmatrix_x4(other_weights[s], TileP::step(p_lane, s * 16, other_key / 16 + n));
+      state.value_step(other_weights, v_lane + (other_key + n * 16) * S::TileV::kPitch);
     }
   }
 };
+
+}  // namespace fagen
+
+namespace fagen {
 
 // split_k: every warp has seen its own share of the keys for the same rows. Bring the sums to one reference and add
 // them up in warp 0, one warp after the other, so that the result never depends on timing.
@@ -1142,7 +1394,7 @@ __device__ __forceinline__ void merge_warps(const B& block, typename B::State& s
 #pragma unroll
   for (int r = 0; r < B::State::kRows; ++r) {
     const float2* row = stats + r / 2 * 16 + r % 2 * 8 + lane.row;
-    float top = B::State::Softmax::kNothing, sum = 0.f;
+    float top = B::State::Softmax::kNoKeys, sum = 0.f;
     for (int w = 0; w < kWarps; ++w) top = fmaxf(top, row[w * kTileRows].x);
     for (int w = 0; w < kWarps; ++w) sum += row[w * kTileRows].y * ptx::ex2((row[w * kTileRows].x - top) * scale_log2);
     factor[r] = ptx::ex2((state.softmax.reference[r] - top) * scale_log2);
@@ -1173,7 +1425,7 @@ __device__ __forceinline__ void merge_warps(const B& block, typename B::State& s
 template <class C, class Element>
 __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typename Block<C, Element>::State& state,
                                            int row_tile) {
-  using S = Shape<C>;
+  using S = BlockShape<C>;
   using TileO = typename S::TileO;
   constexpr int kRows = S::kSlabs * 2, kChunks = S::kWarpColumns / 8;
   const fagen_params& p = block.p;
@@ -1182,7 +1434,7 @@ __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typen
 #pragma unroll
   for (int r = 0; r < kRows; ++r) row_sum[r] = quad_sum(state.softmax.sum[r]);
   ptx::cp_async_wait<0>();
-  __syncthreads();  // the ring is free: what follows lies over it
+  __syncthreads();  // the stages are free: O and the merge lie over them
   if constexpr (S::kSplitKeys) {
     merge_warps(block, state, row_sum);
     if (block.warp != 0) return;
@@ -1199,7 +1451,7 @@ __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typen
     const int row = block.first_row + r / 2 * 16 + r % 2 * 8 + lane.row;
     const float inverse = row_sum[r] == 0.f ? 0.f : 1.f / row_sum[r];
     if (p.lse && block.first_column == 0 && lane.id % 4 == 0 && m0 + row < p.seqlen_q)
-      p.lse[(int64_t(block.work.batch) * p.heads + block.work.head) * p.seqlen_q + m0 + row] =
+      p.lse[(int64_t(block.coord.batch) * p.heads + block.coord.head) * p.seqlen_q + m0 + row] =
           state.softmax.lse(r, row_sum[r]);
 #pragma unroll
     for (int n = 0; n < S::kWarpColumns / 8; ++n) {
@@ -1209,7 +1461,7 @@ __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typen
     }
   }
   __syncwarp();  // a warp reads back only what it wrote
-  Element* out = static_cast<Element*>(p.o) + block.work.batch * p.o_stride[0] + block.work.head * p.o_stride[2];
+  Element* out = static_cast<Element*>(p.o) + block.coord.batch * p.o_stride[0] + block.coord.head * p.o_stride[2];
 #pragma unroll 4
   for (int i = lane.id; i < S::kWarpRows * kChunks; i += 32) {
     const int row = block.first_row + i / kChunks, chunk = block.first_column / 8 + i % kChunks;
@@ -1229,22 +1481,26 @@ __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typen
   }
 }
 
-template <class C, class Element>
-__device__ __forceinline__ void attend_q_outer(const Block<C, Element>& block) {
-  using S = Shape<C>;
-  typename Block<C, Element>::State state(block.p);
-  const int row_tile = block.work.row_tile;
-  const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, block.p.seqlen_q);
-  const TileRange range = TileRange::of<C::kTileN>(block.band, m0, m1);
+}  // namespace fagen
 
-  auto walk = first_tile(block, range, m0, m1);   // the tile that is computed
-  auto ahead = first_tile(block, range, m0, m1);  // the next tile to be loaded
+namespace fagen {
+
+template <class C, class Element>
+__device__ __forceinline__ void run_q_outer(const Block<C, Element>& block) {
+  using S = BlockShape<C>;
+  typename Block<C, Element>::State state(block.p);
+  const int row_tile = block.coord.row_tile;
+  const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, block.p.seqlen_q);
+  const TileRange range = TileRange::of<C::kTileN>(block.mask.band, m0, m1);
+
+  auto walk = block.mask.walk(range, m0, m1);   // the tile that is computed
+  auto ahead = block.mask.walk(range, m0, m1);  // the next tile to be loaded
 
   block.load_q(block.smem, row_tile);
   if constexpr (C::kQSource == QSource::registers) {
     ptx::cp_async_commit();
-    block.template arrive<0>();
-    state.hold_q(block.smem, block.first_row);
+    block.template wait_copies<0>();
+    state.load_q_registers(block.smem, block.first_row);
     __syncthreads();
   }
   if constexpr (C::kStages == 1) {
@@ -1268,11 +1524,11 @@ __device__ __forceinline__ void attend_q_outer(const Block<C, Element>& block) {
     const int key = tile * C::kTileN + block.first_key;
     typename Block<C, Element>::State::Scores s_acc;
     if constexpr (C::kStages == 1) {  // V lands while S is computed, the next K while O is
-      block.template arrive<0>();
+      block.template wait_copies<0>();
       block.load_v(0, tile);
       ptx::cp_async_commit();
     } else {  // the stage that everyone left a tile ago takes the newest tile
-      block.template arrive<C::kStages - 2>();
+      block.template wait_copies<C::kStages - 2>();
       if (ahead.valid()) {
         block.load_k(free_stage, ahead.tile);
         block.load_v(free_stage, ahead.tile);
@@ -1280,42 +1536,46 @@ __device__ __forceinline__ void attend_q_outer(const Block<C, Element>& block) {
       }
       ptx::cp_async_commit();
     }
-    state.scores(s_acc, block.smem, block.first_row, block.k_tile(stage), block.first_key, [](int) {});
-    state.template modify<kMasked>(s_acc, block.mod, block.band, block.intervals, m0 + block.first_row, key);
+    state.compute_scores(s_acc, block.smem, block.first_row, block.k_tile(stage), block.first_key, [](int) {});
+    state.template modify<kMasked>(s_acc, block.mod, block.mask, m0 + block.first_row, key);
     if constexpr (C::kStages == 1) {
-      block.template arrive<0>();
+      block.template wait_copies<0>();
       ahead.advance();
       if (ahead.valid()) block.load_k(0, ahead.tile);
       ptx::cp_async_commit();
     }
     if constexpr (S::kPairs)
-      Pair<C, Element>{block, state.lane}.values(state, s_acc, block.v_tile(stage));
+      Pair<C, Element>{block, state.lane}.add_values(state, s_acc, block.v_tile(stage));
     else
-      state.values(s_acc, block.v_tile(stage), block.first_key);
+      state.add_values(s_acc, block.v_tile(stage), block.first_key);
     if constexpr (C::kStages > 1) {
       free_stage = stage;
       stage = next_stage<C>(stage);
     }
   };
 
-  visit_tiles<C>(walk, range, visit);
+  walk.visit_rest(range, visit);
   store_rows(block, state, row_tile);
 }
 
-// ---- fagen/sm80/q_outer_overlapped.cuh -------------------------------------------------------------------
+}  // namespace fagen
+
+// ---- fagen/sm80/forward/q_outer_overlapped.cuh -----------------------------------------------------------
 // FlashAttention 2's order with FlashAttention 3's overlap inside a warp: the scores of the next tile are computed
 // under the softmax of this one, so keys are needed one tile earlier than values.
 
+namespace fagen {
+
 template <class C, class Element>
-__device__ __forceinline__ void attend_q_outer_overlapped(const Block<C, Element>& block) {
+__device__ __forceinline__ void run_q_outer_overlapped(const Block<C, Element>& block) {
   using Scores = typename Block<C, Element>::State::Scores;
   static_assert(!C::kOverlap || C::kStages > 1, "the next keys need a stage of their own");
   typename Block<C, Element>::State state(block.p);
-  const int row_tile = block.work.row_tile;
+  const int row_tile = block.coord.row_tile;
   const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, block.p.seqlen_q);
-  const TileRange range = TileRange::of<C::kTileN>(block.band, m0, m1);
-  auto walk = first_tile(block, range, m0, m1);   // the tile whose scores are next
-  auto ahead = first_tile(block, range, m0, m1);  // the next tile of keys to be loaded
+  const TileRange range = TileRange::of<C::kTileN>(block.mask.band, m0, m1);
+  auto walk = block.mask.walk(range, m0, m1);   // the tile whose scores are next
+  auto ahead = block.mask.walk(range, m0, m1);  // the next tile of keys to be loaded
 
   // A group of copies: the keys of one tile, and the values of the tile before it.
   int k_slot = 0, v_slot = 0, v_ahead = -1;
@@ -1337,8 +1597,8 @@ __device__ __forceinline__ void attend_q_outer_overlapped(const Block<C, Element
   block.load_q(block.smem, row_tile);
   if constexpr (C::kQSource == QSource::registers) {
     ptx::cp_async_commit();
-    block.template arrive<0>();
-    state.hold_q(block.smem, block.first_row);
+    block.template wait_copies<0>();
+    state.load_q_registers(block.smem, block.first_row);
     __syncthreads();
   }
 #pragma unroll
@@ -1346,14 +1606,14 @@ __device__ __forceinline__ void attend_q_outer_overlapped(const Block<C, Element
 
   int stage = 0;
   const auto modify = [&](Scores& s_acc, int tile, auto masked) {
-    state.template modify<decltype(masked)::value>(s_acc, block.mod, block.band, block.intervals, m0 + block.first_row,
+    state.template modify<decltype(masked)::value>(s_acc, block.mod, block.mask, m0 + block.first_row,
                                                    tile * C::kTileN + block.first_key);
   };
   Scores s_acc;
   if (walk.valid()) {
-    block.template arrive<C::kStages - 1>();
-    state.scores(s_acc, block.smem, block.first_row, block.k_tile(0), block.first_key, [](int) {});
-    needs_mask(walk, range) ? modify(s_acc, walk.tile, True{}) : modify(s_acc, walk.tile, False{});
+    block.template wait_copies<C::kStages - 1>();
+    state.compute_scores(s_acc, block.smem, block.first_row, block.k_tile(0), block.first_key, [](int) {});
+    walk.partial(range) ? modify(s_acc, walk.tile, Constant<true>{}) : modify(s_acc, walk.tile, Constant<false>{});
     walk.advance();
   } else {
     store_rows(block, state, row_tile);
@@ -1362,49 +1622,53 @@ __device__ __forceinline__ void attend_q_outer_overlapped(const Block<C, Element
   // S of `tile` is computed while the tile before it goes through softmax and second product.
   const auto visit = [&](int tile, auto masked) {
     const int next = next_stage<C>(stage);
-    state.observe(s_acc);
-    block.template arrive<C::kStages - 2>();
+    state.update_max(s_acc);
+    block.template wait_copies<C::kStages - 2>();
     load_next();
     Scores s_next;
-    state.values_under_scores(s_acc, block.v_tile(stage), s_next, block.smem, block.first_row, block.k_tile(next),
+    state.add_values_under_scores(s_acc, block.v_tile(stage), s_next, block.smem, block.first_row, block.k_tile(next),
                               block.first_key);
     modify(s_next, tile, masked);
 #pragma unroll
-    for (int s = 0; s < Shape<C>::kSlabs; ++s)
+    for (int s = 0; s < BlockShape<C>::kSlabs; ++s)
 #pragma unroll
-      for (int n = 0; n < Shape<C>::kWarpKeys / 8; ++n)
+      for (int n = 0; n < BlockShape<C>::kWarpKeys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) s_acc[s][n][i] = s_next[s][n][i];
     stage = next;
   };
-  visit_tiles<C>(walk, range, visit);
-  block.template arrive<0>();
-  state.values(s_acc, block.v_tile(stage), block.first_key);
+  walk.visit_rest(range, visit);
+  block.template wait_copies<0>();
+  state.add_values(s_acc, block.v_tile(stage), block.first_key);
   store_rows(block, state, row_tile);
 }
 
-// ---- fagen/sm80/kv_outer.cuh -----------------------------------------------------------------------------
+}  // namespace fagen
+
+// ---- fagen/sm80/forward/kv_outer.cuh ---------------------------------------------------------------------
 // FlashAttention 1's order: a block keeps one tile of keys and the rows pass by; O, maxima and sums wait in device
 // memory between two visits. A block owns a run of row tiles, so nothing is shared between blocks.
+
+namespace fagen {
 
 // A row tile's state as its threads hold it: 16 bytes a thread at a time, neighbours side by side.
 template <class C, class Element>
 struct StoredState {
   using State = typename Block<C, Element>::State;
-  static constexpr int kColumnPieces = Shape<C>::kWarpColumns / 8;
-  static constexpr int kPieces = Shape<C>::kSlabs * kColumnPieces, kStats = Shape<C>::kSlabs;
-  static constexpr int kFloat4s = (kPieces + kStats) * Shape<C>::kThreads;  // of one row tile
+  static constexpr int kColumnPieces = BlockShape<C>::kWarpColumns / 8;
+  static constexpr int kPieces = BlockShape<C>::kSlabs * kColumnPieces, kStats = BlockShape<C>::kSlabs;
+  static constexpr int kFloat4s = (kPieces + kStats) * BlockShape<C>::kThreads;  // per row tile
 
   static __device__ __forceinline__ void save(float4* to, const State& state) {
     to += threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const float (&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
-      to[i * Shape<C>::kThreads] = make_float4(x[0], x[1], x[2], x[3]);
+      to[i * BlockShape<C>::kThreads] = make_float4(x[0], x[1], x[2], x[3]);
     }
 #pragma unroll
     for (int i = 0; i < kStats; ++i)
-      to[(kPieces + i) * Shape<C>::kThreads] =
+      to[(kPieces + i) * BlockShape<C>::kThreads] =
           make_float4(state.softmax.reference[2 * i], state.softmax.reference[2 * i + 1], state.softmax.sum[2 * i],
                       state.softmax.sum[2 * i + 1]);
   }
@@ -1413,40 +1677,40 @@ struct StoredState {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       float (&x)[4] = state.o[i / kColumnPieces][i % kColumnPieces];
-      const float4 value = from[i * Shape<C>::kThreads];
+      const float4 value = from[i * BlockShape<C>::kThreads];
       x[0] = value.x, x[1] = value.y, x[2] = value.z, x[3] = value.w;
     }
 #pragma unroll
     for (int i = 0; i < kStats; ++i) {
-      const float4 value = from[(kPieces + i) * Shape<C>::kThreads];
+      const float4 value = from[(kPieces + i) * BlockShape<C>::kThreads];
       state.softmax.reference[2 * i] = value.x, state.softmax.reference[2 * i + 1] = value.y;
       state.softmax.sum[2 * i] = value.z, state.softmax.sum[2 * i + 1] = value.w;
     }
-    state.softmax.follow_references();
+    state.softmax.refresh_limit();
   }
 };
 
 template <class C, class Element>
-__device__ __forceinline__ void attend_kv_outer(const Block<C, Element>& block) {
-  using S = Shape<C>;
+__device__ __forceinline__ void run_kv_outer(const Block<C, Element>& block) {
+  using S = BlockShape<C>;
   using Stored = StoredState<C, Element>;
-  const Launch& launch = block.launch;
-  const int per_block = (launch.row_tiles + launch.blocks_of_rows - 1) / launch.blocks_of_rows;
-  const int first_tile = block.work.row_tile * per_block, end_tile = min(first_tile + per_block, launch.row_tiles);
+  const GridArgs& grid = block.grid;
+  const int per_block = (grid.row_tiles + grid.blocks_of_rows - 1) / grid.blocks_of_rows;
+  const int first_tile = block.coord.row_tile * per_block, end_tile = min(first_tile + per_block, grid.row_tiles);
   if (first_tile >= end_tile) return;
-  const int64_t head = int64_t(block.work.batch) * block.p.heads + block.work.head;
+  const int64_t head = int64_t(block.coord.batch) * block.p.heads + block.coord.head;
   const auto stored = [&](int row_tile) {
-    return launch.state + (head * launch.row_tiles + row_tile) * Stored::kFloat4s;
+    return grid.state + (head * grid.row_tiles + row_tile) * Stored::kFloat4s;
   };
   const auto range_of = [&](int first, int end) {
-    return TileRange::of<C::kTileN>(block.band, first * C::kTileM, min(end * C::kTileM, block.p.seqlen_q));
+    return TileRange::of<C::kTileN>(block.mask.band, first * C::kTileM, min(end * C::kTileM, block.p.seqlen_q));
   };
   typename Block<C, Element>::State state(block.p);
   for (int row_tile = first_tile; row_tile < end_tile; ++row_tile) Stored::save(stored(row_tile), state);
 
   const TileRange keys = range_of(first_tile, end_tile);
   for (int tile = keys.begin; tile < keys.end; ++tile) {
-    block.template arrive<0>();  // everyone is done with the previous keys, and no copy of theirs is under way
+    block.template wait_copies<0>();  // everyone is done with the previous keys, and no copy of theirs is under way
     block.load_k(0, tile);
     block.load_v(0, tile);
     ptx::cp_async_commit();
@@ -1455,9 +1719,9 @@ __device__ __forceinline__ void attend_kv_outer(const Block<C, Element>& block) 
       const TileRange range = range_of(row_tile, row_tile + 1);
       bool skip = tile < range.begin || tile >= range.end;
       bool partial = tile < range.full_begin || tile >= range.full_end;
-      if constexpr (C::kMask == Mask::intervals) {
+      if constexpr (MaskOf<C>::kIntervals) {
         bool empty, hidden;
-        block.intervals.classify(tile, m0, m1, empty, hidden);
+        block.mask.intervals.classify(tile, m0, m1, empty, hidden);
         skip |= empty;
         partial |= hidden;
       }
@@ -1466,17 +1730,17 @@ __device__ __forceinline__ void attend_kv_outer(const Block<C, Element>& block) 
       block.load_q(block.smem, row_tile);
       ptx::cp_async_commit();
       Stored::restore(stored(row_tile), state);
-      block.template arrive<0>();
-      state.hold_q(block.smem, block.first_row);
+      block.template wait_copies<0>();
+      state.load_q_registers(block.smem, block.first_row);
       const auto visit = [&](auto masked) {
         constexpr bool kMasked = decltype(masked)::value;
         typename Block<C, Element>::State::Scores s_acc;
-        state.scores(s_acc, block.smem, block.first_row, block.k_tile(0), block.first_key, [](int) {});
-        state.template modify<kMasked>(s_acc, block.mod, block.band, block.intervals, m0 + block.first_row,
+        state.compute_scores(s_acc, block.smem, block.first_row, block.k_tile(0), block.first_key, [](int) {});
+        state.template modify<kMasked>(s_acc, block.mod, block.mask, m0 + block.first_row,
                                        tile * C::kTileN + block.first_key);
-        state.values(s_acc, block.v_tile(0), block.first_key);
+        state.add_values(s_acc, block.v_tile(0), block.first_key);
       };
-      partial ? visit(True{}) : visit(False{});
+      partial ? visit(Constant<true>{}) : visit(Constant<false>{});
       Stored::save(stored(row_tile), state);
     }
   }
@@ -1487,20 +1751,24 @@ __device__ __forceinline__ void attend_kv_outer(const Block<C, Element>& block) 
   }
 }
 
-using Element = bfloat_t;
-using Sizes = Shape<Config>;
+}  // namespace fagen
 
-// One block takes one tile of rows of one head (q_outer), or a run of them (kv_outer).
-__global__ void __launch_bounds__(Sizes::kThreads, Config::kBlocksPerSm)
-forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
+namespace fagen {
+
+using Element = bfloat_t;
+using Shape = BlockShape<Config>;
+
+// One block takes one row tile of one head (q_outer), or a run of them (kv_outer).
+__global__ void __launch_bounds__(Shape::kThreads, Config::kBlocksPerSm)
+forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ GridArgs grid) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  const Block<Config, Element> block(p, launch, shared);
+  const Block<Config, Element> block(p, grid, shared);
   if constexpr (Config::kLoopOrder == LoopOrder::kv_outer)
-    attend_kv_outer(block);
+    run_kv_outer(block);
   else if constexpr (Config::kOverlap)
-    attend_q_outer_overlapped(block);
+    run_q_outer_overlapped(block);
   else
-    attend_q_outer(block);
+    run_q_outer(block);
 }
 
 __global__ void extents_kernel(const __grid_constant__ fagen_params p, Extent* extents, int tiles) {
@@ -1509,76 +1777,66 @@ __global__ void extents_kernel(const __grid_constant__ fagen_params p, Extent* e
 
 // ---- host ----------------------------------------------------------------------------------------------------------
 
-static uint64_t round_up(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
-
-static uint64_t extents_bytes(const fagen_params* p) {
-  if (Config::kMask != Mask::intervals) return 0;
-  const uint64_t tiles = (p->seqlen_k + Config::kTileN - 1) / Config::kTileN;
-  return round_up(sizeof(Extent) * tiles * p->batch * p->mask_heads * Config::kIntervalColumns);
+static uint64_t extents_bytes(const fagen_params& p) {
+  if (!MaskOf<Config>::kIntervals) return 0;
+  const uint64_t tiles = ceil_div(p.seqlen_k, Config::kTileN);
+  return align_workspace(sizeof(Extent) * tiles * p.batch * p.mask_heads * Config::kIntervalColumns);
 }
 
-static uint64_t state_bytes(const fagen_params* p) {
+static uint64_t state_bytes(const fagen_params& p) {
   if (Config::kLoopOrder != LoopOrder::kv_outer) return 0;
-  const uint64_t tiles = (p->seqlen_q + Config::kTileM - 1) / Config::kTileM;
-  return round_up(sizeof(float4) * StoredState<Config, Element>::kFloat4s * tiles * p->batch * p->heads);
+  const uint64_t tiles = ceil_div(p.seqlen_q, Config::kTileM);
+  return align_workspace(sizeof(float4) * StoredState<Config, Element>::kFloat4s * tiles * p.batch * p.heads);
 }
 
-extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
-
-extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) { return extents_bytes(p) + state_bytes(p); }
-
-extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
-
-// What is asked of the device once: more shared memory than the default, and its numbers.
 struct Device {
   int units, l2_bytes;
 };
 
-static cudaError_t prepare(Device* device) {
-  constexpr int kDevices = 64;
-  static Device known[kDevices];
-  static volatile bool ready[kDevices];
-  int index = 0;
-  if (const cudaError_t e = cudaGetDevice(&index)) return e;
-  if (index >= kDevices) return cudaErrorInvalidDevice;
-  if (!ready[index]) {  // two threads may both come here; both write the same
-    Device d;
-    if (const cudaError_t e = cudaDeviceGetAttribute(&d.units, cudaDevAttrMultiProcessorCount, index)) return e;
-    if (const cudaError_t e = cudaDeviceGetAttribute(&d.l2_bytes, cudaDevAttrL2CacheSize, index)) return e;
-    if (const cudaError_t e = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   Sizes::kSmemBytes))
-      return e;
-    known[index] = d;
-    ready[index] = true;
-  }
-  *device = known[index];
-  return cudaSuccess;
+// Asks the device for its numbers, and for more shared memory than the default.
+static cudaError_t prepare(int index, Device& device) {
+  if (const cudaError_t e = cudaDeviceGetAttribute(&device.units, cudaDevAttrMultiProcessorCount, index)) return e;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&device.l2_bytes, cudaDevAttrL2CacheSize, index)) return e;
+  return cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
 }
 
-extern "C" int fagen_launch(const fagen_params* p, void* stream_pointer) {
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
+static cudaError_t launch_forward(const fagen_params& p, cudaStream_t stream) {
   Device device;
-  if (const cudaError_t e = prepare(&device)) return e;
-  const int heads = p->heads * p->batch;
-  Launch launch;
-  launch.row_tiles = (p->seqlen_q + Config::kTileM - 1) / Config::kTileM;
-  launch.key_tiles = (p->seqlen_k + Config::kTileN - 1) / Config::kTileN;
-  launch.blocks_of_rows = launch.row_tiles;
+  if (const cudaError_t e = once_per_device(&device, prepare)) return e;
+  const int heads = p.heads * p.batch;
+  GridArgs grid;
+  grid.row_tiles = ceil_div(p.seqlen_q, Config::kTileM);
+  grid.key_tiles = ceil_div(p.seqlen_k, Config::kTileN);
+  grid.blocks_of_rows = grid.row_tiles;
   if (Config::kLoopOrder == LoopOrder::kv_outer) {  // as few blocks a head as still fill the machine
-    const int wanted = (device.units * Config::kBlocksPerSm + heads - 1) / heads;
-    launch.blocks_of_rows = wanted < launch.row_tiles ? wanted : launch.row_tiles;
+    const int wanted = ceil_div(device.units * Config::kBlocksPerSm, heads);
+    grid.blocks_of_rows = wanted < grid.row_tiles ? wanted : grid.row_tiles;
   }
   // as many heads at once as fit half of L2 with their keys and values, whole groups of heads that share them
-  const int64_t head_bytes = int64_t(p->seqlen_k) * (p->head_dim + p->head_dim_v) * sizeof(Element);
+  const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
   const int64_t fit = device.l2_bytes / 2 / head_bytes;
-  const int64_t at_once = (fit < 1 ? 1 : fit) * (p->heads / p->kv_heads);
-  launch.heads_at_once = at_once < heads ? int(at_once) : heads;
-  launch.extents = static_cast<Extent*>(p->workspace);
-  launch.state = reinterpret_cast<float4*>(static_cast<char*>(p->workspace) + extents_bytes(p));
-  if constexpr (Config::kMask == Mask::intervals) {
-    const int64_t warps = int64_t(launch.key_tiles) * p->batch * p->mask_heads;
-    extents_kernel<<<unsigned((warps + 7) / 8), 256, 0, stream>>>(*p, launch.extents, launch.key_tiles);
+  const int64_t at_once = (fit < 1 ? 1 : fit) * (p.heads / p.kv_heads);
+  grid.heads_at_once = at_once < heads ? int(at_once) : heads;
+  grid.extents = static_cast<Extent*>(p.workspace);
+  grid.state = reinterpret_cast<float4*>(static_cast<char*>(p.workspace) + extents_bytes(p));
+  if constexpr (MaskOf<Config>::kIntervals) {
+    const int64_t warps = int64_t(grid.key_tiles) * p.batch * p.mask_heads;
+    extents_kernel<<<unsigned(ceil_div(warps, 8)), 256, 0, stream>>>(p, grid.extents, grid.key_tiles);
   }
-  forward_kernel<<<unsigned(launch.blocks_of_rows) * heads, Sizes::kThreads, Sizes::kSmemBytes, stream>>>(*p, launch);
+  forward_kernel<<<unsigned(grid.blocks_of_rows) * heads, Shape::kThreads, Shape::kSmemBytes, stream>>>(p, grid);
   return cudaGetLastError();
+}
+
+}  // namespace fagen
+
+extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
+
+extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) {
+  return fagen::extents_bytes(*p) + fagen::state_bytes(*p);
+}
+
+extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+extern "C" int fagen_launch(const fagen_params* p, void* stream) {
+  return fagen::launch_forward(*p, static_cast<cudaStream_t>(stream));
 }

@@ -14,7 +14,7 @@ from fagen import families, target
 from fagen.ablation import plan, plot, report, run, spec
 from fagen.build import toolchain
 from fagen.cli import main
-from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import UsageError
 
 GPU, AMPERE, HOST = target.known("sm_90"), target.known("sm_80"), target.host()
@@ -54,16 +54,16 @@ def test_every_step_has_several_legal_configs_on_hopper(tokens):
     for series, steps in plans(GPU, seqlen=tokens).items():
         assert list(steps) == [step.name for step in told().steps]
         for name, p in steps.items():
-            assert p.family is not None, f"{series} {name}: {p.reason}"
-            assert len(p.configs) >= 3 or name == "tuned", f"{series} {name}"
-            assert all(p.family.rejects(p.problem, GPU, c) is None for c in p.configs)
+            assert p.specs, f"{series} {name}: {p.reason}"
+            assert len(p.specs) >= 3 or name == "tuned", f"{series} {name}"
+            assert all(s.family.rejects(p.problem, GPU, s.config) is None for s in p.specs)
 
 
 def test_the_steps_are_the_papers():
     steps = plans(GPU)["d128 causal"]
 
     def of(name: str, knob: str) -> set:
-        return {c[knob] for c in steps[name].configs}
+        return {spec.config[knob] for spec in steps[name].specs}
 
     for name, knob, value in (
         ("more-blocks", "loop_order", "kv_outer"), ("rows-outside", "loop_order", "q_outer"),
@@ -77,28 +77,28 @@ def test_the_steps_are_the_papers():
         assert of(name, knob) == {value}, f"{name} {knob}"
     assert {steps[n].problem.mask for n in steps} == {"none", "causal"}
     assert [n for n in steps if steps[n].problem.mask == "none"] == ["fa1"]
-    assert [n for n in steps if steps[n].family.name == "sm90_forward"] == list(steps)[8:]
+    assert [n for n in steps if steps[n].specs[0].family.name == "sm90_forward"] == list(steps)[8:]
     full = plans(GPU)["d128 full"]
     assert full["fa1"].key == full["skip-tiles"].key, "there is nothing to skip"
     assert full["longest-first"].key == full["split-rows"].key
     assert full["fa1"].key != full["more-blocks"].key
-    assert {c["schedule"] for c in full["blocks-stay"].configs} == {"balanced"}
+    assert {spec.config["schedule"] for spec in full["blocks-stay"].specs} == {"balanced"}
 
 
 def test_one_block_a_head_is_the_same_kernel_but_for_its_grid():
     p = plans(GPU)["d64 full"]["fa1"]
     own = families.get("sm80_forward")
-    texts = [render.source(f, p.problem, GPU, p.configs[0]).splitlines() for f in (own, p.family)]
+    texts = [KernelSpec(f, p.problem, GPU, p.specs[0].config).source.splitlines() for f in (own, p.specs[0].family)]
     normal, changed = (set(map(str.strip, text)) for text in texts)
     assert "#error" not in "\n".join(texts[1])
     assert sum("blocks_of_rows = wanted" in line for line in changed - normal) == 1
     assert len(changed - normal) == len(normal - changed) == 2, "that line, and the name in the first"
-    assert p.family not in families.all_families()
+    assert p.specs[0].family not in families.all_families()
 
 
 def test_a_gpu_without_wgmma_tells_the_rest_of_the_story():
     steps = plans(AMPERE)["d64 causal"]
-    lacking = {name for name, p in steps.items() if p.family is None}
+    lacking = {name for name, p in steps.items() if not p.specs}
     assert lacking == {"hopper", "ping-pong", "overlap", "blocks-stay", "sections"}
     assert all("needs sm_90" in steps[name].reason for name in lacking)
 
@@ -108,13 +108,13 @@ def test_the_cpu_has_its_own_story():
         host = target.Target("cpu", "some", 8, simd=simd)
         for series, steps in plans(host, seqlen="512", tokens="512").items():
             for name, p in steps.items():
-                assert p.configs, f"{simd} {series} {name}: {p.reason}"
+                assert p.specs, f"{simd} {series} {name}: {p.reason}"
 
 
 def test_a_head_dim_without_tiles_is_told():
     steps = plans(GPU, head_dim="256")["d256 full"]
     assert steps["hopper"].reason == "the ablation has no tiles for head dim 256"
-    assert steps["tuned"].family is not None
+    assert steps["tuned"].specs
 
 
 # ---- what a file may say --------------------------------------------------------------------------------------------
@@ -201,8 +201,8 @@ def test_the_example_of_the_page(tmp_path):
     ablation = spec.load(str(path), gpu=True)
     for problem in spec.problems(ablation, {}):
         shared, registers = plan.plan(ablation, problem, GPU)
-        assert {c["q_source"] for c in shared.configs} == {"shared"}
-        assert {c["q_source"] for c in registers.configs} == {"registers"}
+        assert {spec.config["q_source"] for spec in shared.specs} == {"shared"}
+        assert {spec.config["q_source"] for spec in registers.specs} == {"registers"}
 
 
 @pytest.mark.parametrize(
@@ -294,10 +294,10 @@ def test_a_step_that_is_wrong_or_does_not_build_is_not_timed(tmp_path, capsys, m
             check(*args, **options) if len(seen) != 2 else reference.Verdict(False, 1.0, 9.0, "out: error 1, bound 0.1")
         )
 
-    def fails(family, problem, where, config, **options):
-        if config["schedule"] == "dynamic" and config["packing"] == "tile":
+    def fails(spec, **options):
+        if spec.config["schedule"] == "dynamic" and spec.config["packing"] == "tile":
             raise BuildError("cannot compile it", "error: no such thing")
-        return make(family, problem, where, config, **options)
+        return make(spec, **options)
 
     monkeypatch.setattr(reference, "check", wrong_once)
     monkeypatch.setattr(cache, "build", fails)

@@ -17,7 +17,7 @@ import pytest
 
 from fagen.build import cachedir, toolchain
 from fagen.build.cache import find, make
-from fagen.build.compiler import _idle
+from fagen.build.compiler import _idle, parse_ptxas, plain_name
 from fagen.build.job import Artifact, Job
 from fagen.errors import BuildError, MissingTool
 from fagen.ops.attention import flags
@@ -468,3 +468,32 @@ def test_a_kernel_for_a_gpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch) ->
     assert "torch" not in subprocess.run(["ldd", made.path], capture_output=True, text=True).stdout
     log = (made.path.parent / "build.log").read_text()
     assert "sm_80" in log and "sm_90" not in log
+
+
+# ---- what ptxas says ------------------------------------------------------------------------------------------------
+
+PTXAS = """
+ptxas info    : Compiling entry function '_ZN5fagen14forward_kernelE12fagen_params' for 'sm_90'
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem, 380 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z11plan_kernelv' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 0 barriers
+"""
+
+
+def test_ptxas_facts_are_told_of_each_kernel() -> None:
+    forward = {"stack": 16, "spill_bytes": 20, "registers": 128, "smem_bytes": 1024}
+    plan = {"stack": 0, "spill_bytes": 0, "registers": 168, "smem_bytes": 0}
+    both = {"forward_kernel": forward, "plan_kernel": plan}
+    assert parse_ptxas(PTXAS) == {**forward, "functions": both}
+    assert parse_ptxas(PTXAS, "other_kernel") == {**plan, "functions": both}, "the one with the most registers"
+    assert parse_ptxas("nothing of the kind") == {}
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name"),
+    [("_Z11plan_kernelv", "plan_kernel"), ("_ZN5fagen4sm906kernelEv", "kernel"), ("plain", "plain"), ("_Z9", "_Z9")],
+)
+def test_a_mangled_name_holds_the_plain_one(symbol: str, name: str) -> None:
+    assert plain_name(symbol) == name

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from fagen.build import toolchain
+from fagen.cli import main
 from fagen.cli.arguments import expand
 from fagen.cli.commands.emit import choose
-from fagen.cli.main import main
-from fagen.codegen import emit, render
+from fagen.codegen import emit
 from fagen.errors import FagenError, InvalidConfig, UnsupportedProblem, UsageError
 from fagen.target import known
 from fagen.tuner.evaluate import SPILL_TOLERANCE
@@ -115,7 +115,7 @@ def test_the_source_can_be_had_without_torch_a_gpu_or_a_compiler(tmp_path):
 
 
 def test_the_command_in_the_file_makes_the_same_file(tmp_path):
-    knobs = dict(choose(*_problem_for("cpu"), "default").config)
+    knobs = dict(choose(*_problem_for("cpu"), "default")[0].config)
     name, value = next((k.name, c) for k in _family().knobs for c in k.choices if _legal(knobs, k.name, c))
     words = "--target cpu --dtype fp32 --head-dim 48-32 --window none,7 --softcap --seqlen-q 64 --seqlen-k 128"
     words += " --heads 6 --kv-heads 3"
@@ -237,10 +237,10 @@ def _legal(knobs, name, value):
 
 def test_manifest_and_header_tell_the_truth(tmp_path):
     manifest = run_emit(tmp_path, "--target sm_80 --head-dim 128 --dtype fp16 --mask causal --config default")
-    kernel = choose(expand({"head_dim": 128, "dtype": "fp16", "mask": "causal"})[0], known("sm_80"), "default")
-    assert manifest["source_hash"] == render.source_hash(kernel.source), "the hash that dispatch and database know"
-    assert manifest["config"] == dict(kernel.config)
-    assert (tmp_path / "kernel.cu").read_text().endswith(kernel.source)
+    spec, _ = choose(expand({"head_dim": 128, "dtype": "fp16", "mask": "causal"})[0], known("sm_80"), "default")
+    assert manifest["source_hash"] == spec.hash, "the hash that dispatch and database know"
+    assert manifest["config"] == dict(spec.config)
+    assert (tmp_path / "kernel.cu").read_text().endswith(spec.source)
     for name, sha in manifest["files"].items():
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == sha
     assert manifest["facts"] is None
@@ -288,7 +288,7 @@ def test_a_problem_that_no_family_serves_says_why():
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FagenError, match="cannot write"):
-        emit.write(choose(*_problem_for("cpu"), "default"), tmp_path / "file" / "folder")
+        emit.write(*choose(*_problem_for("cpu"), "default"), tmp_path / "file" / "folder")
 
 
 def test_best_is_what_was_tuned(tmp_path, monkeypatch):
@@ -297,11 +297,11 @@ def test_best_is_what_was_tuned(tmp_path, monkeypatch):
 
     monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path))
     problem, target = _problem_for("cpu")
-    kernel = choose(problem, target, "best")
-    assert "default" in kernel.provenance
-    knobs = dict(kernel.config)
+    spec, provenance = choose(problem, target, "best")
+    assert "default" in provenance
+    knobs = dict(spec.config)
     name, value = next((k.name, c) for k in _family().knobs for c in k.choices if _legal(knobs, k.name, c))
     put([Record(problem, "cpu", target.device, "cpu_forward", {**knobs, name: value}, 1e-3, 1e-6, 2e-3, 0.0, "0f")])
-    tuned = choose(problem, target, "best")
+    tuned, provenance = choose(problem, target, "best")
     assert tuned.config[name] == value
-    assert target.device in tuned.provenance
+    assert target.device in provenance

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fagen import families, target
+from fagen import env, families, target
 from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError, InvalidConfig
+from fagen.families import Config
 from fagen.ops.attention.problem import Problem
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +31,7 @@ CASES = [
 
 def made(name: str, arch: str, fields: dict) -> str:
     family, problem, where = families.get(name), Problem(**fields), target.known(arch)
-    return render.source(family, problem, where, family.default(problem, where))
+    return KernelSpec(family, problem, where, family.default(problem, where)).source
 
 
 @pytest.mark.parametrize(("name", "arch", "fields"), CASES)
@@ -49,8 +54,9 @@ def test_sizes_do_not_reach_the_source(name: str, arch: str, fields: dict) -> No
         sizes |= {"window_left": 9, "window_right": 4}
     family, where = families.get(name), target.known(arch)
     config = family.default(Problem(**fields), where)
-    assert render.source(family, Problem(**fields), where, config) == render.source(
-        family, Problem(**fields, **sizes), where, config
+    assert (
+        KernelSpec(family, Problem(**fields), where, config).source
+        == KernelSpec(family, Problem(**fields, **sizes), where, config).source
     )
 
 
@@ -75,7 +81,7 @@ def test_an_illegal_config_is_not_rendered() -> None:
     largest = {knob.name: knob.choices[-1] for knob in family.knobs}
     broken = family.default(problem, where).replace(**{k: v for k, v in largest.items() if isinstance(v, int)})
     with pytest.raises(InvalidConfig) as caught:
-        render.render(family, problem, where, broken)
+        assert KernelSpec(family, problem, where, broken).rendered
     assert family.rejects(problem, where, broken)[0] in str(caught.value)  # type: ignore[index]
 
 
@@ -87,3 +93,65 @@ def test_fold_pastes_each_header_once(tmp_path: Path) -> None:
     assert re.findall(r"int \w;", text) == ["int b;", "int a;", "int c;"] and "#include <math.h>" in text
     with pytest.raises(FagenError, match="missing.h cannot be read"):
         render.fold('#include "fagen/missing.h"\n', tmp_path)
+
+
+# ---- the hash of the code -------------------------------------------------------------------------------------------
+
+CODE = '#define f(x) x\nint a = 1;  // one\nasm("mov  b;");\nint c = a - -a;\n'
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        CODE.replace("// one", "// another word"),
+        CODE.replace("  // one", "/* on\n two lines */"),
+        CODE.replace("int a = 1;", "int a\n    =1 ;"),
+        CODE.replace("\n", "\n\n  "),
+    ],
+)
+def test_comments_and_white_space_leave_the_hash_alone(same: str) -> None:
+    assert same != CODE and render.source_hash(same) == render.source_hash(CODE)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        CODE.replace("= 1", "= 2"),
+        CODE.replace("- -a", "--a"),
+        CODE.replace("int a", "inta"),
+        CODE.replace("mov  b", "mov b"),
+        CODE.replace("f(x) x", "f (x) x"),
+        CODE.replace("#define f(x) x\n", "#define f(x) x "),
+        CODE.replace("// one", "// one\nint d;"),
+        CODE.replace('"mov  b;"', '"// mov  b;"'),
+    ],
+)
+def test_code_changes_the_hash(other: str) -> None:
+    assert other != CODE and render.source_hash(other) != render.source_hash(CODE)
+
+
+def test_a_reworded_comment_in_a_header_makes_no_record_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = KernelSpec(families.get("sm90_forward"), Problem(), target.known("sm_90"), _default("sm90_forward", "sm_90"))
+    before = render.source_hash(one.source)
+    shutil.copytree(env.data_dir("templates"), tmp_path / "templates")
+    for header in (tmp_path / "templates").rglob("*.cuh"):
+        header.write_text("// a new word\n" + header.read_text().replace("#pragma once\n", "#pragma once\n\n// more\n"))
+    original = env.data_dir
+    monkeypatch.setattr(env, "data_dir", lambda kind: tmp_path / kind if kind == "templates" else original(kind))
+    assert "a new word" in one.source and render.source_hash(one.source) == before
+
+
+# ---- specs ----------------------------------------------------------------------------------------------------------
+
+
+def _default(family: str, arch: str) -> Config:
+    return families.get(family).default(Problem(), target.known(arch))
+
+
+def test_a_spec_travels_by_its_familys_name() -> None:
+    one = KernelSpec(families.get("sm80_forward"), Problem(), target.known("sm_80"), _default("sm80_forward", "sm_80"))
+    other = pickle.loads(pickle.dumps(one))
+    assert other == one and hash(other) == hash(one) and other.family is one.family
+    longer = dataclasses.replace(one, problem=one.problem.replace(seqlen_q=77))
+    assert longer != one and longer.key == one.key and longer.hash == one.hash
+    assert dataclasses.replace(one, target=target.known("sm_90")) != one

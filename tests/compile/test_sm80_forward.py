@@ -11,7 +11,7 @@ import pytest
 from fagen import target
 from fagen.build import cache
 from fagen.build.job import make_job
-from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.families import sm80_forward
 from fagen.ops.attention.problem import Problem
 
@@ -38,7 +38,7 @@ SETS = [(arch, name) for i, arch in enumerate(ARCHS) for j, name in enumerate(PR
 def test_defaults_compile_without_spills(arch: str, name: str) -> None:
     problem, where = PROBLEMS[name], target.known(arch)
     config = FAMILY.require(problem, where, FAMILY.default(problem, where))
-    facts = cache.build(FAMILY, problem, where, config).facts
+    facts = cache.build(KernelSpec(FAMILY, problem, where, config)).facts
     assert facts["spill_bytes"] == 0, (facts, config)
     assert 0 < facts["registers"] <= 255
 
@@ -57,7 +57,7 @@ def test_every_legal_problem_has_a_legal_default(arch: str) -> None:
 def test_golden(name: str) -> None:
     """What Jinja writes, byte for byte. After a wanted change: FAGEN_UPDATE_GOLDENS=1, and read the diff."""
     problem, where = PROBLEMS[name], target.known("sm_90")
-    text = render.render(FAMILY, problem, where, FAMILY.default(problem, where))
+    text = KernelSpec(FAMILY, problem, where, FAMILY.default(problem, where)).rendered
     path = GOLDENS / f"{name}.cu"
     if os.environ.get("FAGEN_UPDATE_GOLDENS"):
         path.write_text(text)
@@ -67,7 +67,7 @@ def test_golden(name: str) -> None:
 def test_disagreement_with_python_is_a_compile_error() -> None:
     problem, where = Problem(head_dim=64), target.known("sm_80")
     config = FAMILY.default(problem, where)
-    job = make_job(FAMILY, problem, where, config)
+    job = make_job(KernelSpec(FAMILY, problem, where, config))
     wrong = job.source.replace(f"smem_bytes = {sm80_forward.smem_bytes(problem, config)}", "smem_bytes = 1024")
     assert wrong != job.source
     with pytest.raises(cache.BuildError, match="Python and CUDA disagree"):

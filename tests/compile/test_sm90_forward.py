@@ -9,6 +9,7 @@ import pytest
 from fagen import target
 from fagen.build import cache
 from fagen.build.job import make_job
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import BuildError, InvalidConfig
 from fagen.families import sm90_forward
 from fagen.ops.attention.problem import Problem
@@ -34,7 +35,7 @@ PROBLEMS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.static_key.replace("/", "-"))
 def test_defaults_compile_cleanly(problem: Problem) -> None:
-    facts = cache.build(FAMILY, problem, HOPPER, FAMILY.default(problem, HOPPER)).facts
+    facts = cache.build(KernelSpec(FAMILY, problem, HOPPER, FAMILY.default(problem, HOPPER))).facts
     assert facts["spill_bytes"] == 0 and "serialized" not in facts, facts
 
 
@@ -119,7 +120,7 @@ def test_every_legal_problem_has_a_legal_default() -> None:
 )
 def test_other_knobs_compile_cleanly(problem: Problem, changes: dict[str, object]) -> None:
     config = FAMILY.require(problem, HOPPER, BASE.replace(**changes))  # type: ignore[arg-type]
-    facts = cache.build(FAMILY, problem, HOPPER, config).facts
+    facts = cache.build(KernelSpec(FAMILY, problem, HOPPER, config)).facts
     assert facts["spill_bytes"] <= SPILL_TOLERANCE and "serialized" not in facts, facts
 
 
@@ -136,7 +137,7 @@ SHARES += [(_INTERVALS, 128, 1), (_INTERVALS, 192, 1)]
 def test_python_and_cuda_agree_about_registers(problem: Problem, tile_m: int, blocks: int) -> None:
     """That it compiles says so. And what ptxas gives the block is enough for all roles, or they would wait for ever."""
     config = FAMILY.require(problem, HOPPER, BASE.replace(tile_m=tile_m, blocks_per_sm=blocks, tile_n=32))
-    given = cache.build(FAMILY, problem, HOPPER, config).facts["registers"]
+    given = cache.build(KernelSpec(FAMILY, problem, HOPPER, config)).facts["registers"]
     groups, consumer = tile_m // 64, FAMILY.derive(problem, HOPPER, config)["registers"]
     assert consumer % 8 == 0 and given <= consumer <= 240
     assert given * (groups + 1) - consumer * groups >= 32, "nothing is left for the producer's warpgroup"
@@ -146,7 +147,7 @@ def test_python_and_cuda_agree_about_registers(problem: Problem, tile_m: int, bl
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["registers", "smem_bytes", "threads"])
 def test_disagreement_is_a_compile_error(what: str) -> None:
-    job = make_job(FAMILY, _CAUSAL, HOPPER, BASE)
+    job = make_job(KernelSpec(FAMILY, _CAUSAL, HOPPER, BASE))
     right = FAMILY.derive(_CAUSAL, HOPPER, BASE)[what]
     wrong = job.source.replace(f"{what} = {right}", f"{what} = {right + 8}")
     assert wrong != job.source

@@ -11,7 +11,7 @@ import pytest
 
 from fagen import env, families
 from fagen.cli.main import main
-from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.db import audit, merge, store
 from fagen.db.merge import Decision, put
 from fagen.db.record import SCHEMA, Record
@@ -32,7 +32,7 @@ def record(problem: Problem = PROBLEM, config=LEAN, **changes) -> Record:
     fields = {
         "problem": problem, "arch": "sm_90", "device": "NVIDIA H200", "family": FAMILY.name, "config": dict(config),
         "seconds": 1e-3, "spread": 1e-5, "default_seconds": 2e-3, "error": 1e-3,
-        "source_hash": render.current_hash(FAMILY, problem, GPU, config), "date": "2026-02-01", "trials": 5,
+        "source_hash": KernelSpec(FAMILY, problem, GPU, config).hash, "date": "2026-02-01", "trials": 5,
         "environment": {"torch": "2.11", "driver": "580"},
     }  # fmt: skip
     return Record(**{**fields, **changes})

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 
 from fagen import env, explanation, families, schema
 from fagen.cli.main import main
-from fagen.codegen import emit, render
+from fagen.codegen import emit
+from fagen.codegen.spec import KernelSpec
 from fagen.db import audit, merge, store
 from fagen.db import record as db_record
 from fagen.db.record import SCHEMA, Record, environment
 from fagen.db.store import Database
 from fagen.dispatch import choose
 from fagen.errors import DatabaseError, FagenError, InvalidArgument
-from fagen.ops.attention import size_point
+from fagen.ops.attention import forward
 from fagen.ops.attention.problem import Problem
 from fagen.target import known
 
@@ -293,11 +294,11 @@ HOSTILE = ["a\nint x;", "a\r\nint x;", "a\x0bb", "a\x85b", "a\u2028b", "\u202egn
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_a_comment_holds_any_text(text: str, tmp_path: Path) -> None:
-    kernel = emit.Kernel(FAMILY, PROBLEM, GPU, FAMILY.default(PROBLEM, GPU), f"tuned on {text}")
-    manifest = emit.write(kernel, tmp_path, example=True)
-    written = (tmp_path / kernel.source_name).read_bytes().decode("utf-8")
+    spec = KernelSpec(FAMILY, PROBLEM, GPU, FAMILY.default(PROBLEM, GPU))
+    manifest = emit.write(spec, f"tuned on {text}", tmp_path, example=True)
+    written = (tmp_path / emit.source_name(spec)).read_bytes().decode("utf-8")
     banner, _, rest = written.partition("\n\n")
-    assert rest == kernel.source
+    assert rest == spec.source
     assert re.fullmatch(r"(//[^\n]*\n)*//[^\n]*", banner) and len(banner.splitlines()) == banner.count("\n") + 1
     assert all(c.isprintable() for c in banner.replace("\n", ""))
     for lines in (banner, emit._comment([text, f"tuned on {text}"])):
@@ -346,13 +347,13 @@ def test_any_json_is_a_record_or_an_error_of_ours(changes: dict[str, Any]) -> No
         return
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
     assert audit.state(found)[0] in ("current", "stale", "illegal")
-    size_point.distance(PROBLEM, found.problem, 132), found.problem.flops(), found.problem.bytes(), found.speedup
+    forward.OP.distance(PROBLEM, found.problem, 132), found.problem.flops(), found.problem.bytes(), found.speedup
     try:
         target = audit.target_of(found)
         family = families.get(found.family)
-        text = render.source(
+        text = KernelSpec(
             family, found.problem, target, family.require(found.problem, target, family.config(found.config))
-        )
+        ).source
     except FagenError:
         return
     code = re.sub(r"//[^\n]*", "", text)

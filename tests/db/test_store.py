@@ -14,7 +14,7 @@ from fagen.db import merge, store
 from fagen.db.record import SCHEMA, Record
 from fagen.db.store import Database
 from fagen.errors import DatabaseError
-from fagen.ops.attention import size_point
+from fagen.ops.attention import forward
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -94,16 +94,16 @@ def test_nearest_size_then_other_devices(tmp_path):
 
 def test_distance_looks_at_waves_and_windows():
     base = Problem(heads=32, kv_heads=8)
-    assert size_point.distance(base, base, 132) == 0
-    assert size_point.distance(base, base.replace(kv_heads=32), 132) == 0  # nor does sharing keys
-    assert size_point.distance(base, base.replace(heads=16), 132) == pytest.approx(1)  # 0.97 waves or 1.9
-    assert 1 < size_point.distance(base, base.replace(batch=16), 132) < 1.1  # 1.9 or very many
+    assert forward.OP.distance(base, base, 132) == 0
+    assert forward.OP.distance(base, base.replace(kv_heads=32), 132) == 0  # nor does sharing keys
+    assert forward.OP.distance(base, base.replace(heads=16), 132) == pytest.approx(1)  # 0.97 waves or 1.9
+    assert 1 < forward.OP.distance(base, base.replace(batch=16), 132) < 1.1  # 1.9 or very many
     long = base.replace(seqlen_q=16384, seqlen_k=16384)
-    assert size_point.distance(long, long.replace(batch=4), 132) == 0  # many waves or more of them
+    assert forward.OP.distance(long, long.replace(batch=4), 132) == 0  # many waves or more of them
     wide = Problem(mask="window", window_left=127, window_right=0, seqlen_q=4096)
-    assert size_point.distance(wide, wide.replace(window_left=255), 132) == pytest.approx(1)
-    assert size_point.distance(wide, wide.replace(window_left=-1), 132) == 5  # as many keys as there are
-    assert size_point.distance(wide, wide.replace(seqlen_k=8192), 132) == 0  # the window is what a row sees of them
+    assert forward.OP.distance(wide, wide.replace(window_left=255), 132) == pytest.approx(1)
+    assert forward.OP.distance(wide, wide.replace(window_left=-1), 132) == 5  # as many keys as there are
+    assert forward.OP.distance(wide, wide.replace(seqlen_k=8192), 132) == 0  # the window is what a row sees of them
 
 
 def test_few_waves_are_near_few_waves(tmp_path):

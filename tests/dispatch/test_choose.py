@@ -12,7 +12,7 @@ import torch
 
 import fagen
 from fagen import env, explanation, families, target
-from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.dispatch import choose, kernels, resolve
@@ -227,7 +227,7 @@ def test_a_call_that_pytorch_computes_faster_is_served_by_sdpa(monkeypatch: pyte
         fagen.attention(q, k, v, causal=True, out=given)
         assert len(asked) == 3 and torch.equal(given, plain)
     assert right(plain, q, k, v, causal=True) and right((out, lse), q, k, v, causal=True)
-    assert cache.lookup(FAMILY, PROBLEM, HERE, other_config()) is not None
+    assert cache.lookup(KernelSpec(FAMILY, PROBLEM, HERE, other_config())) is not None
 
 
 def test_explain_says_that_pytorch_was_faster() -> None:
@@ -261,7 +261,7 @@ def test_explain_reads_well_and_compiles_nothing(tmp_path: Path, monkeypatch: py
 
 
 def test_explain_says_where_a_winner_comes_from(tmp_path: Path) -> None:
-    hash_today = render.current_hash(FAMILY, PROBLEM, HERE, other_config())
+    hash_today = KernelSpec(FAMILY, PROBLEM, HERE, other_config()).hash
     environment = {
         "fagen": "0.0.9",
         "torch": "2.0.1",
@@ -332,7 +332,7 @@ def test_attention_runs_the_recorded_winner(monkeypatch: pytest.MonkeyPatch) -> 
     merge.put([record()])
     resolve.forget()
     after = fagen.attention(q, k, v, causal=True)
-    assert used[-1].kernel.config == other_config()
+    assert used[-1].kernel.spec.config == other_config()
     for out in (before, after):
         assert right(out, q, k, v, causal=True)
     assert fagen.explain(q, k, v, causal=True).built is True

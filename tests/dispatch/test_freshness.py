@@ -17,7 +17,8 @@ import fagen
 from fagen import env, explanation
 from fagen.build import toolchain
 from fagen.cli.main import main
-from fagen.codegen import render
+from fagen.codegen import spec
+from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.dispatch import choose, freshness, kernels, resolve
@@ -52,7 +53,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process."""
     monkeypatch.setattr(freshness, "_verdicts", {})
-    monkeypatch.setattr(render, "_hashes", {})
+    monkeypatch.setattr(spec, "_hashes", {})
 
 
 def config(style: str = "plain", variant: int = 1) -> Config:
@@ -68,7 +69,7 @@ def record(style: str = "plain", variant: int = 1, *, seqlen: int = 192, source_
 
 
 def today(style: str = "plain", variant: int = 1) -> str:
-    return render.source_hash(render.source(FAMILY, PROBLEM, HERE, config(style, variant)))
+    return KernelSpec(FAMILY, PROBLEM, HERE, config(style, variant)).hash
 
 
 def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
@@ -271,7 +272,7 @@ def test_a_device_that_is_not_here_is_not_waited_for(monkeypatch):
 
 def test_a_cache_that_cannot_be_written_costs_each_process_a_check(monkeypatch, tmp_path):
     merge.put([record()])
-    kernel = kernels.built(FAMILY, PROBLEM, HERE, config())
+    kernel = kernels.built(KernelSpec(FAMILY, PROBLEM, HERE, config()))
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(kernels, "built", lambda *args: kernel)
     monkeypatch.setenv("FAGEN_CACHE_DIR", str(tmp_path / "file"))

@@ -17,17 +17,17 @@ import fagen
 from fagen import api, env, families, target
 from fagen.build import cache, toolchain
 from fagen.build.job import Job
-from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.dispatch import choose, freshness, kernels, resolve
 from fagen.dispatch.plan import Answer, Plan, Row
 from fagen.errors import InvalidArgument
 from fagen.families import Config
-from fagen.ops.attention import fallback, size_point
+from fagen.ops.attention import fallback, forward, size_point
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.problem import Problem
-from fagen.runtime import binding, ops
+from fagen.runtime import binding, python_ops
 from tests.support.calls import Case, example, right
 
 pytestmark = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
@@ -50,7 +50,7 @@ def record(problem: Problem, config: Config, here: target.Target = HERE, **chang
     fields: dict = {
         "problem": problem, "arch": here.arch, "device": here.device, "family": FAMILY.name, "config": dict(config),
         "seconds": 1e-3, "spread": 1e-5, "default_seconds": 2e-3, "error": 1e-6,
-        "source_hash": render.current_hash(FAMILY, problem, here, config) if here == HERE else "0" * 16,
+        "source_hash": KernelSpec(FAMILY, problem, here, config).hash if here == HERE else "0" * 16,
     }  # fmt: skip
     return Record(**fields | changes)
 
@@ -163,10 +163,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def tell_which(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel fills out with a number of its own: the tile_n of its config."""
 
-    def loaded(family, problem, where, config):
+    def loaded(spec):
         source = (
-            '#include "fagen/params.h"\nextern "C" int fagen_launch(const fagen_params* p, void*) {\n'
-            f"  static_cast<float*>(p->o)[0] = {config.tile_n};\n  return 0;\n}}\n"
+            '#include "fagen/abi/forward.h"\nextern "C" int fagen_launch(const fagen_params* p, void*) {\n'
+            f"  static_cast<float*>(p->o)[0] = {spec.config.tile_n};\n  return 0;\n}}\n"
             'extern "C" const char* fagen_error(int) { return ""; }\n'
             'extern "C" uint64_t fagen_workspace_bytes(const fagen_params*) { return 0; }\n'
             'extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }\n'
@@ -175,7 +175,7 @@ def tell_which(monkeypatch: pytest.MonkeyPatch) -> None:
         from fagen.runtime import kernel
 
         artifact = cache.make(Job("tells", render.fold(source), ".cpp", (), (), "cpu"))
-        return kernel.load(artifact, family, problem, config)
+        return kernel.load(artifact, spec)
 
     monkeypatch.setattr(kernels, "loaded", loaded)
     monkeypatch.setattr(kernels, "built", loaded)
@@ -222,7 +222,7 @@ def test_a_size_nearer_to_a_record_that_lost_to_pytorch_is_pytorchs(
     for length, keys, ours in itertools.product((30, 240, 250), (30, 240, 250), (False, True)):
         problem = PROBLEM.replace(seqlen_q=length, seqlen_k=keys)
         choice, served = choose.choose(problem, HERE, ours=ours), resolve.kernel_for(problem, HERE, ours=ours)
-        assert (served.config if served else None) == choice.config, problem.key
+        assert (served.spec.config if served else None) == choice.config, problem.key
 
 
 @pytest.mark.parametrize("other", [3e-4, 9e-4])
@@ -322,7 +322,7 @@ def test_a_window_as_wide_as_int32_is_right() -> None:
 
 def test_what_was_asked_before_forget_is_not_kept_after(asked: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel may become ready while another thread is being told what serves until then."""
-    words = ops._decide
+    words = python_ops._decide
     case = example()
 
     def forgets(*args, **named):
@@ -330,11 +330,11 @@ def test_what_was_asked_before_forget_is_not_kept_after(asked: list[object], mon
         binding.forget_table()
         return found
 
-    monkeypatch.setattr(ops, "_decide", forgets)
+    monkeypatch.setattr(python_ops, "_decide", forgets)
     fagen.attention(case.q, case.k, case.v)
     fagen.attention(case.q, case.k, case.v)
     assert len(asked) == 2
-    monkeypatch.setattr(ops, "_decide", words)
+    monkeypatch.setattr(python_ops, "_decide", words)
     for _ in range(3):
         fagen.attention(case.q, case.k, case.v)
     assert len(asked) == 3
@@ -345,8 +345,8 @@ def test_a_kernel_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from fagen.codegen import render
 
     rendered = []
-    source = render.source
-    monkeypatch.setattr(render, "source", lambda *args: rendered.append(args) or source(*args))
+    fold = render.fold
+    monkeypatch.setattr(render, "fold", lambda *args: rendered.append(args) or fold(*args))
     problem = PROBLEM.replace(seqlen_q=61)
     first = resolve.kernel_for(problem, HERE)
     count = len(rendered)
@@ -370,7 +370,7 @@ def test_a_default_that_depends_on_sizes_asks_once_for_each_that_differs(monkeyp
     monkeypatch.setattr(choose, "choose", lambda *args, **named: decided.append(args[0]) or original(*args, **named))
     for length in (20, 400, 30, 500, 99, 100):
         found = resolve.kernel_for(PROBLEM.replace(seqlen_q=length, seqlen_k=length), HERE)
-        assert found is not None and found.config == chosen[length < 100]
+        assert found is not None and found.spec.config == chosen[length < 100]
         attend_well(length)
     assert len(decided) == 2
 
@@ -408,5 +408,5 @@ def test_records_that_are_passed_over_are_not_judged_for_every_size(monkeypatch:
 def test_distances_round_as_in_cpp() -> None:
     """One addition after the other: sum() of newer Pythons compensates."""
     one, other = PROBLEM.replace(seqlen_q=77, seqlen_k=1234), PROBLEM.replace(seqlen_q=4097, seqlen_k=99, batch=3)
-    apart = list(size_point.differences(one, other, 132).values())
-    assert size_point.distance(one, other, 132) == (apart[0] + apart[1]) + apart[2] and math.isfinite(sum(apart))
+    apart = list(forward.OP.differences(one, other, 132).values())
+    assert forward.OP.distance(one, other, 132) == (apart[0] + apart[1]) + apart[2] and math.isfinite(sum(apart))

@@ -13,6 +13,7 @@ import fagen
 from fagen import api, families
 from fagen.build import cache
 from fagen.build.job import Job
+from fagen.codegen.spec import KernelSpec
 from fagen.dispatch import resolve
 from fagen.dispatch.plan import TORCH, Answer
 from fagen.errors import BuildError, LaunchError, MissingTool
@@ -21,7 +22,8 @@ from fagen.ops.attention import fallback
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.params import Params
 from fagen.ops.attention.problem import Problem
-from fagen.runtime import binding, kernel, ops
+from fagen.runtime import binding, kernel, python_ops
+from fagen.target import host
 from tests.support.calls import example, run
 
 NOTHING = list(TORCH.words)  # an answer without a plan
@@ -52,7 +54,7 @@ def test_a_second_call_does_not_ask_python(monkeypatch: pytest.MonkeyPatch) -> N
     case = example(causal=True)
     fagen.attention(case.q, case.k, case.v, causal=True)
     asked = []
-    monkeypatch.setattr(ops, "_decide", lambda *args, **named: asked.append(args) or NOTHING)
+    monkeypatch.setattr(python_ops, "_decide", lambda *args, **named: asked.append(args) or NOTHING)
     fagen.attention(case.q, case.k, case.v, causal=True)
     fagen.attention(case.q[:1], case.k[:1], case.v[:1], causal=True)  # nor for another size
     assert not asked
@@ -77,7 +79,7 @@ def test_the_table_tells_calls_apart(what: str, monkeypatch: pytest.MonkeyPatch)
     }[what]
     resolve.forget()
     asked = []
-    monkeypatch.setattr(ops, "_decide", lambda *args, **named: asked.append(args) or NOTHING)
+    monkeypatch.setattr(python_ops, "_decide", lambda *args, **named: asked.append(args) or NOTHING)
     fagen.attention(case.q, case.k, case.v)
     if what == "alignment":
         case.q = torch.empty(2, 4, 4, 17)[..., 1:]
@@ -94,8 +96,8 @@ def test_a_failed_launch_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> No
         f"uint32_t fagen_params_size(void) {{ return {ctypes.sizeof(Params)}; }}\n}}\n"
     )
     artifact = cache.make(Job("unlucky", source, ".cpp", (), (), "cpu"))
-    broken = kernel.load(artifact, families.get("cpu_forward"), Problem(), Config({}))
-    monkeypatch.setattr(ops, "_decide", lambda *args, **named: list(Answer(True, broken).words))
+    broken = kernel.load(artifact, KernelSpec(families.get("cpu_forward"), Problem(), host(), Config({})))
+    monkeypatch.setattr(python_ops, "_decide", lambda *args, **named: list(Answer(True, broken).words))
     resolve.forget()
     case = example()
     with pytest.raises(LaunchError, match="out of luck"):

@@ -15,6 +15,7 @@ from fagen import env, families, target
 from fagen.build import cache, toolchain
 from fagen.cli import arguments
 from fagen.cli.main import main
+from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.dispatch import choose, kernels, resolve, warmup
@@ -99,13 +100,12 @@ def test_a_bound_that_makes_no_sense(most: int, shipped: None) -> None:
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     """Two records of a static key, the second of a config of its own."""
-    from fagen.codegen import render
 
     monkeypatch.setattr(store, "default_paths", lambda: (tmp_path / "db",))
     configs = [FAMILY.default(SMALL, HERE), FAMILY.default(SMALL, HERE).replace(tile_n=64)]
     for length, config in zip((32, 4096), configs, strict=True):
         problem = SMALL.replace(seqlen_q=length, seqlen_k=length)
-        mine = render.current_hash(FAMILY, problem, HERE, config)
+        mine = KernelSpec(FAMILY, problem, HERE, config).hash
         merge.put([
             Record(problem=problem, arch="cpu", device=HERE.device, family=FAMILY.name, config=dict(config),
                       seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash=mine)
@@ -121,7 +121,7 @@ def test_after_warmup_nothing_is_compiled_or_read(two: list, monkeypatch: pytest
     assert warmup.warmup([SMALL], HERE, max_seqlen=8192) == 2
     monkeypatch.setattr(cache, "find", lambda job: pytest.fail("read"))
     monkeypatch.setattr(cache, "make", lambda job: pytest.fail("compiled"))
-    served = {resolve.kernel_for(SMALL.replace(seqlen_q=n, seqlen_k=n), HERE).config for n in (1, 64, 8192)}
+    served = {resolve.kernel_for(SMALL.replace(seqlen_q=n, seqlen_k=n), HERE).spec.config for n in (1, 64, 8192)}
     assert served == set(two)
 
 

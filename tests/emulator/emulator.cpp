@@ -116,7 +116,7 @@ void arrive_at(Barrier& barrier) {
 
 void copy(uint32_t to, const CUtensorMap* map, uint32_t barrier_address, std::initializer_list<int> where,
           unsigned blocks) {
-  Team* team = now->block->team;
+  Cluster* cluster = now->block->cluster;
   const unsigned mask = blocks ? blocks : 1u << now->block->rank;
   const CUtensorMap m = *map;
   const std::vector<int> begin = where;
@@ -124,12 +124,12 @@ void copy(uint32_t to, const CUtensorMap* map, uint32_t barrier_address, std::in
   if (to % 128) fail("a copy goes to a place that is not aligned");
   uint32_t rows = 1;
   for (int i = 1; i < m.rank; ++i) rows *= m.box[i];
-  for (unsigned rank = 0; rank < team->blocks.size(); ++rank)
+  for (unsigned rank = 0; rank < cluster->blocks.size(); ++rank)
     if (mask >> rank & 1) {
-      Block* block = team->blocks[rank].get();
+      Block* block = cluster->blocks[rank].get();
       Barrier* told = &barrier(barrier_address, block);
       block->at(to, 16), block->at(to + rows * 128 - 16, 16);
-      team->copies.push_back([=] {
+      cluster->copies.push_back([=] {
         for (uint32_t row = 0; row < rows; ++row) {
           const unsigned char* from = m.base;
           bool inside = true;
@@ -278,18 +278,18 @@ static std::string stuck(const std::vector<std::unique_ptr<Fiber>>& fibers) {
   return text;
 }
 
-static void copy_one(Team& team) {
-  std::swap(team.copies.back(), team.copies[chance(team.copies.size())]);
-  const auto copy = std::move(team.copies.back());
-  team.copies.pop_back();
+static void copy_one(Cluster& cluster) {
+  std::swap(cluster.copies.back(), cluster.copies[chance(cluster.copies.size())]);
+  const auto copy = std::move(cluster.copies.back());
+  cluster.copies.pop_back();
   copy();
 }
 
 // Some clusters side by side, to their end; false if they get stuck.
-static bool run(std::vector<std::unique_ptr<Team>>& teams) {
+static bool run(std::vector<std::unique_ptr<Cluster>>& clusters) {
   std::vector<std::unique_ptr<Fiber>> fibers;
-  for (auto& team : teams)
-    for (auto& block : team->blocks)
+  for (auto& cluster : clusters)
+    for (auto& block : cluster->blocks)
       for (int t = 0; t < block->threads; ++t) {
         auto fiber = std::make_unique<Fiber>();
         fiber->block = block.get(), fiber->thread = {unsigned(t), 0, 0}, fiber->stack = take_stack();
@@ -314,32 +314,32 @@ static bool run(std::vector<std::unique_ptr<Team>>& teams) {
         left -= fiber.done;
         fine = report.empty();
       }
-    for (auto& team : teams)
-      while (!team->copies.empty() && (!moved || !chance(8))) copy_one(*team), moved = true;
+    for (auto& cluster : clusters)
+      while (!cluster->copies.empty() && (!moved || !chance(8))) copy_one(*cluster), moved = true;
     if (!moved && fine) report = stuck(fibers), fine = false;
   }
   for (auto& fiber : fibers) stacks.push_back(fiber->stack);
   return fine;
 }
 
-bool launch(unsigned grid_blocks, unsigned block_threads, unsigned cluster, size_t shared_bytes,
+bool launch(unsigned grid_blocks, unsigned block_threads, unsigned cluster_size, size_t shared_bytes,
             const std::function<void()>& body) {
   entry = &body, gridDim = {grid_blocks, 1, 1}, blockDim = {block_threads, 1, 1};
   for (unsigned first = 0; first < grid_blocks;) {
-    std::vector<std::unique_ptr<Team>> teams;
-    for (; first < grid_blocks && teams.size() < std::max(1u, 2 * units / cluster); first += cluster) {
-      auto team = std::make_unique<Team>();
-      for (unsigned rank = 0; rank < cluster; ++rank) {
+    std::vector<std::unique_ptr<Cluster>> clusters;
+    for (; first < grid_blocks && clusters.size() < std::max(1u, 2 * units / cluster_size); first += cluster_size) {
+      auto cluster = std::make_unique<Cluster>();
+      for (unsigned rank = 0; rank < cluster_size; ++rank) {
         auto block = std::make_unique<Block>();
-        block->team = team.get(), block->index = first + rank, block->rank = rank, block->threads = block_threads;
+        block->cluster = cluster.get(), block->index = first + rank, block->rank = rank, block->threads = block_threads;
         block->shared.assign(shared_bytes, 0xff);  // not a number, read as any element
         block->warps.resize((block_threads + 31) / 32);
-        team->threads += block_threads;
-        team->blocks.push_back(std::move(block));
+        cluster->threads += block_threads;
+        cluster->blocks.push_back(std::move(block));
       }
-      teams.push_back(std::move(team));
+      clusters.push_back(std::move(cluster));
     }
-    if (!run(teams)) return false;
+    if (!run(clusters)) return false;
   }
   return true;
 }

@@ -56,14 +56,14 @@ struct Warp {
   const char* what = "";
 };
 struct Block;
-struct Team {  // a cluster of blocks
+struct Cluster {  // blocks that run side by side
   std::vector<std::unique_ptr<Block>> blocks;
   Work copies;  // under way
   Meeting meeting;
   int threads = 0;
 };
 struct Block {
-  Team* team;
+  Cluster* cluster;
   unsigned index, rank;  // in the grid, in the cluster
   std::vector<unsigned char> shared;
   std::map<uint32_t, Barrier> barriers;
@@ -166,7 +166,7 @@ void start_product(float* sums, int columns, bool b_row_major, uint64_t a, const
 // ---- launches
 
 // Runs `body` as every thread of a grid. False if they get stuck: `report` says who waits for what.
-bool launch(unsigned blocks, unsigned threads, unsigned cluster, size_t shared_bytes,
+bool launch(unsigned blocks, unsigned threads, unsigned cluster_size, size_t shared_bytes,
             const std::function<void()>& body);
 
 }  // namespace emulator

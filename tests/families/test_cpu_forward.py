@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import BuildError, InvalidConfig, LaunchError
 from fagen.families import cpu_forward
 from fagen.families.space import enumerate_space
@@ -34,7 +35,7 @@ def build(mask: str = "none", changes: tuple[tuple[str, Any], ...] = (), **stati
     """One compilation for all sizes; many tiles of keys unless asked otherwise."""
     problem = Problem(mask=mask, **{"dtype": "fp32", "head_dim": 64, "aligned": False, **static})
     config = FAMILY.default(problem, AVX512).replace(**{"tile_n": 64, **dict(changes)})
-    return kernel.get(FAMILY, problem, AVX512, config)
+    return kernel.get(KernelSpec(FAMILY, problem, AVX512, config))
 
 
 def inputs(k: Kernel, sq: int, sk: int, *, batch: int = 1, heads: int = 2, kv_heads: int = 0, d: int = 0, dv: int = 0):
@@ -338,9 +339,9 @@ def test_a_derived_value_that_drifts_is_a_compile_error(name, monkeypatch):
     problem = Problem(dtype="fp32", head_dim=16)
     config = FAMILY.default(problem, AVX512)
     derived = FAMILY.derive(problem, AVX512, config)
-    text = render.source(FAMILY, problem, AVX512, config)
+    text = KernelSpec(FAMILY, problem, AVX512, config).source
     drifted = text.replace(f"{name} = {derived[name]}", f"{name} = {derived[name] - 64}")
     assert drifted != text
-    monkeypatch.setattr(render, "source", lambda *args: drifted)
+    monkeypatch.setattr(render, "fold", lambda *args: drifted)
     with pytest.raises(BuildError):
-        kernel.get(FAMILY, problem, AVX512, config)
+        kernel.get(KernelSpec(FAMILY, problem, AVX512, config))

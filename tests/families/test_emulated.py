@@ -109,15 +109,15 @@ def test_rows_that_see_no_keys(folder: Path) -> None:
 # ---- what is wrong is found ------------------------------------------------------------------------------------------
 
 _BROKEN = Case("tma", mask="none", heads=4, kv_heads=2)
-_WAIT, _GIVE_BACK = "    ptx::wgmma_wait<kPending>();\n    pin(s_acc[0]);\n", "    rings.k.release();\n"
+_WAIT, _FREE = "    ptx::wgmma_wait<kPending>();\n    pin(s_acc[0]);\n", "    pipelines.k.release();\n"
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("    rings.v.release();\n", ""),  # the producer waits for a place
-        ("      ring.announce();\n", ""),  # the consumers wait for a tile
-        ("    ring.advance();\n", ""),  # the letters are read out of turn
+        ("    pipelines.v.release();\n", ""),  # the producer waits for an empty stage
+        ("      pipe.expect_bytes();\n", ""),  # the consumers wait for a tile
+        ("    pipe.advance();\n", ""),  # the assignments are read out of turn
     ],
 )
 def test_who_waits_for_ever_is_told(folder, old, new):
@@ -130,9 +130,9 @@ def test_who_waits_for_ever_is_told(folder, old, new):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("      ring.acquire();\n", ""),  # tiles are overwritten while they are read
-        ("    rings.k.wait();\n", ""),  # or read before they are there
-        (_WAIT + _GIVE_BACK, _GIVE_BACK + _WAIT),  # or given back before they are read
+        ("      pipe.acquire();\n", ""),  # tiles are overwritten while they are read
+        ("    pipelines.k.wait();\n", ""),  # or read before they are there
+        (_WAIT + _FREE, _FREE + _WAIT),  # or freed before they are read
     ],
 )
 def test_who_does_not_wait_is_wrong(folder, old, new):
@@ -207,8 +207,11 @@ ORDER = """
 #define __device__
 #define __forceinline__ inline
 using std::min;
+namespace fagen {
 enum class BlockOrder { ascending, descending, longest_first, sectioned };
-#include "fagen/sm90/order.cuh"
+}
+#include "fagen/schedule/tile_order.cuh"
+using namespace fagen;
 
 static int divisors() {
   const uint32_t most = (1u << 31) - 1, some[] = {1, 2, 3, 7, 64, 127, 132, 641, 65535, 65536, 1000003, most - 1, most};
@@ -229,26 +232,26 @@ static int orders() {
     for (int heads : {1, 4, 6})
       for (int batch : {1, 3})
         for (int at_once = 1; at_once <= heads * batch; ++at_once) {
-          const Order order = Order::of<kOrder>(row_tiles, heads, batch, at_once);
+          const TileOrder order = TileOrder::of<kOrder>(row_tiles, heads, batch, at_once);
           static bool seen[8 * 6 * 3];
           for (bool& one : seen) one = false;
           int last_row = -1, last_section = -1;
           for (int index = 0; index < row_tiles * heads * batch; ++index) {
-            const Work work = order.take<kOrder>(index);
-            const int head = work.batch * heads + work.head;
+            const TileCoord tile = order.tile_at<kOrder>(index);
+            const int head = tile.batch * heads + tile.head;
             const int section = kOrder == BlockOrder::sectioned ? head / at_once : 0;
-            if (work.row_tile < 0 || work.row_tile >= row_tiles || work.head >= heads || work.batch >= batch) return 2;
-            bool& one = seen[head * row_tiles + work.row_tile];
+            if (tile.row_tile < 0 || tile.row_tile >= row_tiles || tile.head >= heads || tile.batch >= batch) return 2;
+            bool& one = seen[head * row_tiles + tile.row_tile];
             if (one) return 3;
             one = true;
             if (kOrder == BlockOrder::ascending || kOrder == BlockOrder::descending) {
               const int place = index % row_tiles;
-              if (work.row_tile != (kOrder == BlockOrder::ascending ? place : row_tiles - 1 - place)) return 5;
+              if (tile.row_tile != (kOrder == BlockOrder::ascending ? place : row_tiles - 1 - place)) return 5;
               if (head != index / row_tiles) return 6;
               continue;
             }
-            if (section < last_section || (section == last_section && work.row_tile > last_row)) return 4;
-            last_row = work.row_tile, last_section = section;
+            if (section < last_section || (section == last_section && tile.row_tile > last_row)) return 4;
+            last_row = tile.row_tile, last_section = section;
           }
         }
   return 0;

@@ -12,6 +12,7 @@ import torch
 import fagen
 from fagen import env, families
 from fagen.build import cache
+from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.dispatch import choose, freshness, kernels, resolve
@@ -35,7 +36,7 @@ def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torc
         config=dict(config), seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash="01d",
     )  # fmt: skip
     merge.put([record])
-    kernels.built(family, call.problem, call.target, config)
+    kernels.built(KernelSpec(family, call.problem, call.target, config))
     binding.load()
     resolve.forget()
     yield tensors
@@ -55,7 +56,7 @@ def test_it_takes_less_than_a_compilation_once(stale: list[torch.Tensor]) -> Non
     print(f"the first call, verification and all: {seconds:.2f} s")
     call = AttentionCall.of(q, k, v, causal=True)
     choice = choose.choose(call.problem, call.target)
-    built = cache.lookup(choice.family, call.problem, call.target, choice.config)
+    built = cache.lookup(choice.spec)
     assert built and seconds < built.facts["compile_seconds"], "dearer than a compilation"
     assert right(out, q, k, v, causal=True)
     told = fagen.explain(q, k, v, causal=True)

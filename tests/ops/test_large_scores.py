@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fagen.codegen.spec import KernelSpec
 from fagen.families import cpu_forward
 from fagen.ops.attention import reference
 from fagen.ops.attention.call import AttentionCall
@@ -38,7 +39,7 @@ def test_cuda_kernels(scheme: str, tmp_path: Path) -> None:
 def test_cpu_kernel(magnitude: float) -> None:
     family = cpu_forward.FAMILY
     problem = Problem(dtype="bf16", head_dim=64, mask="causal")
-    one = kernel.get(family, problem, host(), family.default(problem, host()))
+    one = kernel.get(KernelSpec(family, problem, host(), family.default(problem, host())))
     q, k, v = ((torch.randn(1, 2, n, 64) * m).bfloat16() for n, m in ((130, magnitude), (300, magnitude), (300, 1.0)))
     outputs = {"out": torch.full_like(q, torch.nan), "lse": torch.full((1, 2, 130), torch.nan)}
     call = AttentionCall.of(q, k, v, layout="bhsd", causal=True)

@@ -17,6 +17,7 @@ from fagen import env, families, target
 from fagen.build import toolchain
 from fagen.cli import main
 from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import InvalidConfig
 from fagen.ops.attention.problem import Problem
 
@@ -154,7 +155,7 @@ def test_add_a_family(plain):
         choice = choose.choose(problem, target.host())
         assert choice.family is plain
         inputs = make_inputs(problem, target.host())
-        kernel.get(plain, problem, target.host(), choice.config).launch(inputs.call, inputs.outputs)
+        kernel.get(KernelSpec(plain, problem, target.host(), choice.config)).launch(inputs.call, inputs.outputs)
         verdict = reference.check(inputs.call, inputs.outputs)
         assert verdict.ok, verdict.message
     assert plain.supports(problem.replace(dtype="bf16"), target.host()) == "dtype bf16: only fp32"
@@ -168,7 +169,7 @@ def test_add_a_knob(plain):
     with pytest.raises(InvalidConfig, match="lacks knob 'row_order'"):
         grown.config(plain.default(problem, host))
     config = grown.config({**plain.default(problem, host), "row_order": "descending"})
-    text = render.source(grown, problem, host, config)
+    text = KernelSpec(grown, problem, host, config).source
     assert "enum class RowOrder { ascending, descending };" in text
     assert "static constexpr RowOrder kRowOrder = RowOrder::descending;" in text
     assert grown.size() == 2 * plain.size()
@@ -181,5 +182,5 @@ def test_add_a_target(monkeypatch):
         new, problem = target.known(arch), Problem(mask="causal")
         able, reasons = families.candidates(problem, new)
         assert able, reasons
-        text = render.source(able[0], problem, new, able[0].default(problem, new))
+        text = KernelSpec(able[0], problem, new, able[0].default(problem, new)).source
         assert arch in text

@@ -17,7 +17,7 @@ import fagen
 from fagen import api, env, explanation, families, target
 from fagen.build import cache, toolchain
 from fagen.build.job import Artifact, Job
-from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.dispatch import choose, freshness, kernels, resolve
@@ -83,7 +83,7 @@ def configs(count: int) -> list[Config]:
 
 def put(length: int, config: Config, source_hash: str | None = None) -> None:
     problem = PROBLEM.replace(seqlen_q=length, seqlen_k=length)
-    mine = render.current_hash(FAMILY, problem, HERE, config) if source_hash is None else source_hash
+    mine = KernelSpec(FAMILY, problem, HERE, config).hash if source_hash is None else source_hash
     merge.put([
         Record(problem=problem, arch="cpu", device=HERE.device, family=FAMILY.name, config=dict(config),
                   seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash=mine)
@@ -96,7 +96,7 @@ def attend(length: int) -> Config | None:
     case = example(b=1, sq=length, sk=length, h=2, causal=True)
     assert run(case)
     used.append(resolve.kernel_for(case.call().problem, HERE))
-    return used[0].config if used[0] is not None else None
+    return used[0].spec.config if used[0] is not None else None
 
 
 # ---- the variable -----------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_a_changed_source_is_passed_over_where_calls_do_not_wait(monkeypatch: py
     monkeypatch.setattr(checks, "compare", lambda *args: pytest.fail("verified in a call"))
     monkeypatch.setattr(freshness, "_verdicts", {})
     monkeypatch.setattr(freshness, "_read", lambda path: None)  # another test may have verified the same kernel
-    kernels.built(FAMILY, PROBLEM, HERE, default)
+    kernels.built(KernelSpec(FAMILY, PROBLEM, HERE, default))
     assert attend(64) == default
     text = str(explanation.explain_problem(PROBLEM, HERE))
     assert "was not verified; FAGEN_BUILD=background forbids" in text

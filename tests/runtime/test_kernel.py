@@ -19,6 +19,7 @@ import fagen
 from fagen import env, families, target
 from fagen.build import cache, toolchain
 from fagen.build.job import Job
+from fagen.codegen.spec import KernelSpec
 from fagen.dispatch import plan, resolve
 from fagen.errors import InvalidArgument, LaunchError
 from fagen.ops.attention.arguments import is_aligned
@@ -34,7 +35,7 @@ HERE = target.host()
 
 def made(**fields: object) -> kernel.Kernel:
     problem = Problem(**{"dtype": "fp32", "head_dim": 16, **fields})  # type: ignore[arg-type]
-    return kernel.get(FAMILY, problem, HERE, FAMILY.default(problem, HERE))
+    return kernel.get(KernelSpec(FAMILY, problem, HERE, FAMILY.default(problem, HERE)))
 
 
 def bhsd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> AttentionCall:
@@ -53,7 +54,7 @@ def plain() -> tuple[AttentionCall, dict[str, torch.Tensor]]:
 def test_params_is_the_struct_of_the_header(tmp_path: Path) -> None:
     names = [name for name, *_ in Params._fields_]
     lines = "".join(f'  printf("{n} %zu\\n", offsetof(fagen_params, {n}));\n' for n in names)
-    source = f'#include "fagen/params.h"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{\n{lines}'
+    source = f'#include "fagen/abi/forward.h"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{\n{lines}'
     (tmp_path / "p.cpp").write_text(source + '  printf("size %zu\\n", sizeof(fagen_params));\n}\n')
     include = f"-I{env.data_dir('templates') / 'include'}"
     command = [str(toolchain.require_cxx()), include, str(tmp_path / "p.cpp"), "-o", str(tmp_path / "p")]
@@ -62,7 +63,7 @@ def test_params_is_the_struct_of_the_header(tmp_path: Path) -> None:
     theirs = dict(line.split() for line in out.splitlines())
     ours = {name: str(getattr(Params, name).offset) for name in names}
     assert theirs == ours | {"size": str(ctypes.sizeof(Params))}
-    header = (env.data_dir("templates") / "include/fagen/params.h").read_text()
+    header = (env.data_dir("templates") / "include/fagen/abi/forward.h").read_text()
     fields = re.sub(r"//[^\n]*", "", header).partition("{")[2].partition("}")[0]
     assert re.findall(r"(\w+)(?:\[3\])?[,;]", fields) == names
 
@@ -167,7 +168,7 @@ def library(body: str, size: int = ctypes.sizeof(Params), need: int = 0) -> kern
     source = HEAD + body + TAIL.replace("SIZE", str(size)).replace("NEED", str(need))
     artifact = cache.make(Job("odd", source, ".cpp", ("-O1",), (), "cpu"))
     problem = Problem(dtype="fp32", head_dim=16)
-    return kernel.load(artifact, FAMILY, problem, FAMILY.default(problem, HERE))
+    return kernel.load(artifact, KernelSpec(FAMILY, problem, HERE, FAMILY.default(problem, HERE)))
 
 
 FAILS = (
@@ -190,7 +191,7 @@ def test_another_struct_is_refused() -> None:
 def test_a_library_without_our_functions_is_refused() -> None:
     artifact = cache.make(Job("empty", "int x;\n", ".cpp", (), (), "cpu"))
     with pytest.raises(LaunchError, match="cannot be loaded"):
-        kernel.load(artifact, FAMILY, Problem(dtype="fp32", head_dim=16), made().config)
+        kernel.load(artifact, made().spec)
 
 
 def test_workspace_is_aligned_and_large_enough() -> None:
@@ -284,19 +285,6 @@ def test_one_set_of_slopes_serves_all_batches() -> None:
     memory[0] = torch.tensor([0.5, 0.25, 1.0, 2.0])
     made(alibi=True).launch(bhsd(q, k, v, alibi_slopes=memory[:1]), {"out": out})
     assert right(out, q, k, v, layout="bhsd", alibi_slopes=memory[:1])
-
-
-def test_ptxas_facts_are_the_worst_of_all_kernels() -> None:
-    log = """
-ptxas info    : Compiling entry function '_Z1av' for 'sm_90'
-    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 128 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem, 380 bytes cmem[0]
-ptxas info    : Compiling entry function '_Z1bv' for 'sm_90'
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 168 registers, used 0 barriers
-"""
-    assert cache.parse_ptxas(log) == {"stack": 16, "spill_bytes": 20, "registers": 168, "smem_bytes": 1024}
-    assert cache.parse_ptxas("nothing of the kind") == {}
 
 
 def test_what_counts_as_aligned() -> None:

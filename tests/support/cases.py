@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fagen import target
+from fagen.codegen.spec import KernelSpec
 from fagen.families import Config, Family, sm80_forward, sm90_forward
 from fagen.ops.attention import reference
 from fagen.ops.attention.call import AttentionCall
@@ -196,7 +197,7 @@ def present() -> target.Target:
 
 def kernel_of(case: Case) -> Kernel:
     case.family.require(case.problem, present(), case.config)
-    return kernel.get(case.family, case.problem, present(), case.config)
+    return kernel.get(KernelSpec(case.family, case.problem, present(), case.config))
 
 
 def build_all(cases: list[Case]) -> None:

@@ -14,6 +14,7 @@ import filelock
 
 from fagen.build import toolchain
 from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.ops.attention.params import make_params
 from fagen.runtime.kernel import Library, workspace_tensor
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from fagen.target import Target
 
 EMULATOR = Path(__file__).parents[1] / "emulator"
-_WGMMA = re.compile(r"^namespace ptx \{\n.*?^\}  // namespace ptx\n", re.MULTILINE | re.DOTALL)  # rendered, no header
+_WGMMA = re.compile(
+    r"^namespace fagen::ptx \{\n.*?^\}  // namespace fagen::ptx\n", re.MULTILINE | re.DOTALL
+)  # rendered, no header
 _DYNAMIC = re.compile(r"extern __shared__ .*?unsigned char (\w+)\[\];")
 _STATIC = re.compile(r"__shared__ ([\w:]+) (\w+)(\[\w+\])?;")
 _ELEMENTS = {"bf16": "__nv_bfloat16", "fp16": "__half"}
@@ -39,7 +42,7 @@ _FLAGS = ("-std=c++17", "-Og", "-fno-exceptions", "-w", "-fPIC")
 
 def source(family: Family, problem: Problem, target: Target, config: Config) -> str:
     """What a C++ compiler takes: the emulator's fagen/ptx/ for ours, shared variables and launches by functions."""
-    text = render.fold(_WGMMA.sub("", render.render(family, problem, target, config)), EMULATOR)
+    text = render.fold(_WGMMA.sub("", KernelSpec(family, problem, target, config).rendered), EMULATOR)
     base = 0x400 if re.search(r"extern __shared__ __align__\(1024\)", text) else 0x430  # aligned as little as may be
     text = _DYNAMIC.sub(r"unsigned char* \1 = emulator::dynamic_shared();", text)
     text = _STATIC.sub(lambda m: f'auto& {m[2]} = emulator::shared_variable<{m[1]}{m[3] or ""}>("{m[2]}");', text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -34,7 +35,7 @@ ENDS = {
 }
 
 _SOURCE = r"""{% include "preamble.j2" %}
-#include "fagen/params.h"
+#include "fagen/abi/forward.h"
 #include <math.h>
 #include <signal.h>
 #include <unistd.h>
@@ -145,21 +146,14 @@ def install(put=setattr) -> None:
 _compile_one, _measure_any = evaluate.compile_one, evaluate.measure_any
 
 
-def _once() -> None:
-    if families.all_families is not _all_families:
-        install()
-
-
 def compile_one(request):
     """FAKE_COLD: seconds that it takes longer."""
-    _once()
     time.sleep(float(os.environ.get("FAKE_COLD", "0")))
     return _compile_one(request)
 
 
 def measure_any(request):
     """FAKE_BROKEN: a file that names a device which does not work."""
-    _once()
     broken = Path(os.environ.get("FAKE_BROKEN", "/nowhere"))
     if isinstance(request, Probe) and broken.exists() and str(request.device) == broken.read_text():
         raise RuntimeError("the device is in a bad mood")
@@ -194,6 +188,9 @@ def main(runs: str, out: str, trials: int) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
 
+
+if multiprocessing.current_process().name != "MainProcess":  # a worker of the tuner: it unpickles specs of this family
+    install()
 
 if __name__ == "__main__":
     from tests.support import fake_family

@@ -9,12 +9,12 @@ from random import Random
 import pytest
 
 from fagen import families
+from fagen.codegen.spec import KernelSpec
 from fagen.families import Config
 from fagen.target import host
 from fagen.timing import sustained, timer
 from fagen.timing.timer import Timing
 from fagen.tuner import result
-from fagen.tuner.messages import Candidate
 from tests.support.fake_family import FAMILY, PROBLEM
 
 LIMIT = 1.0  # of power
@@ -66,9 +66,7 @@ def winners(monkeypatch):
         calls = {name: lambda name=name: gpu.run(name) for name in gpu.kernels}
         ours = [name for name in calls if name != "torch"]
         configs = [Config({"style": "plain", "variant": n}) for n, _ in enumerate(ours, 1)]
-        labels = {
-            name: Candidate("fake_forward", PROBLEM, host(), config) for name, config in zip(ours, configs, strict=True)
-        }
+        labels = {name: KernelSpec(FAMILY, PROBLEM, host(), config) for name, config in zip(ours, configs, strict=True)}
         old = timer.time_calls(calls, device="cuda", rounds=30, min_seconds=seconds / 2, max_seconds=seconds)
         new = sustained.time_calls(calls, "default", device="cuda", seconds=seconds)
         find.times = old, new

@@ -11,6 +11,7 @@ import fagen
 from fagen import families
 from fagen.build import cache
 from fagen.build.job import Artifact
+from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.errors import NoCandidate, UsageError
@@ -19,7 +20,7 @@ from fagen.timing import load, nvml
 from fagen.timing.timer import Timing
 from fagen.tuner import budget, journal, progress, suite, tune
 from fagen.tuner.budget import Budget, Least
-from fagen.tuner.messages import Alive, Candidate, Final, Result
+from fagen.tuner.messages import Alive, Final, Result
 from fagen.tuner.patience import Patience
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options, Report, Tuned
@@ -28,7 +29,7 @@ from tests.support import runs
 from tests.support.fake_family import FAMILY, PROBLEM
 
 DEFAULT = FAMILY.default(PROBLEM, host())
-ITEM = Candidate(FAMILY.name, PROBLEM, host(), DEFAULT)
+ITEM = KernelSpec(FAMILY, PROBLEM, host(), DEFAULT)
 PROBLEMS = [PROBLEM, PROBLEM.replace(seqlen_q=96), PROBLEM.replace(seqlen_q=80)]
 GPU = known("sm_90")
 
@@ -243,7 +244,7 @@ LATE = Death(True, "no answer within 18 s; the worker was killed")
 
 @pytest.mark.parametrize("death", [LATE, Death(False, "the worker died: SIGKILL")])
 def test_a_default_that_does_not_answer_is_tried_again_with_more_time(pool, death):
-    ended: list[tuple[Candidate, Result]] = []
+    ended: list[tuple[KernelSpec, Result]] = []
     (worker,) = pool.devices
     first = pool.patience.measuring(ITEM, 1.0)
     pool._hear_measurer(worker, ITEM, death, lambda *told: ended.append(told))
@@ -261,7 +262,7 @@ def test_a_default_that_does_not_answer_is_tried_again_with_more_time(pool, deat
 def test_other_candidates_get_no_second_chance(pool):
     ended = []
     (worker,) = pool.devices
-    other = Candidate(FAMILY.name, PROBLEM, host(), DEFAULT.replace(variant=2))
+    other = KernelSpec(FAMILY, PROBLEM, host(), DEFAULT.replace(variant=2))
     pool._artifacts[other] = pool._artifacts[ITEM]
     pool._hear_measurer(worker, other, LATE, lambda *told: ended.append(told))
     pool._hear_probe(worker, worker.job, Alive(), lambda *told: ended.append(told))

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from fagen.build import cache, toolchain
+from fagen.codegen.spec import KernelSpec
 from fagen.db import store
 from fagen.errors import CacheError, DatabaseError, FagenError
 from fagen.families import Config
@@ -23,7 +24,7 @@ from fagen.families.space import enumerate_space
 from fagen.target import host
 from fagen.timing import load
 from fagen.tuner import budget, journal, tune, workers
-from fagen.tuner.messages import Candidate, Result
+from fagen.tuner.messages import Result
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options
 from fagen.tuner.search import FIRST_SHARE, Search, open_storage
@@ -66,7 +67,7 @@ class Explored:
         self.search = Search(space, storage, seed=0, first=first, limit=len(first), exhaustive=False)
 
     def run(self, watch=lambda pool: None, begin=lambda: None) -> dict[Config, Result]:
-        def done(item: Candidate, result: Result) -> None:
+        def done(item: KernelSpec, result: Result) -> None:
             assert item.config not in self.ended
             self.ended[item.config] = result
             self.search.tell(item.config, result.timing.median if result.timing else None)
@@ -285,7 +286,7 @@ def test_two_devices_measure_at_once(calm):
     together = []
 
     def ready() -> None:  # or one device might be done before the other one's process, or the next kernel, is there
-        explored.pool.built(Candidate(FAMILY.name, PROBLEM, host(), config) for config in configs)
+        explored.pool.built(KernelSpec(FAMILY, PROBLEM, host(), config) for config in configs)
         runs.until(lambda: explored.pool._collect(lambda *told: None) or len(explored.pool._alive) == 2)
 
     ended = explored.run(lambda pool: together.append(len(pool.measuring)), ready)
@@ -333,10 +334,10 @@ def test_compilers_that_would_be_too_late_build_for_the_next_search(calm, monkey
     assert pool._too_late(search)
     pool.until = time.monotonic() + 60
     assert not pool._too_late(search)
-    pool.ahead = deque([Candidate(FAMILY.name, following, host(), DEFAULT)])
+    pool.ahead = deque([KernelSpec(FAMILY, following, host(), DEFAULT)])
     with pool:
         pool.build_ahead()
         assert pool.compiling == 1 and not pool.ahead
         runs.until(lambda: pool._collect(explored.ended.__setitem__) or not pool.compiling)
-    assert cache.lookup(FAMILY, following, host(), DEFAULT)
+    assert cache.lookup(KernelSpec(FAMILY, following, host(), DEFAULT))
     assert not explored.ended, "nobody is told"

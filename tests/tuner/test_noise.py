@@ -10,20 +10,21 @@ import pytest
 
 from fagen import families
 from fagen.build.job import Artifact
+from fagen.codegen.spec import KernelSpec
 from fagen.families import Config
 from fagen.target import host, known
 from fagen.timing import nvml, sustained, timer
 from fagen.timing.timer import Timing
 from fagen.tuner import evaluate, final_round, result
 from fagen.tuner.final_round import Known
-from fagen.tuner.messages import TORCH, Anchor, Candidate, Final, FinalRequest, MeasureRequest, Result
+from fagen.tuner.messages import TORCH, Anchor, Final, FinalRequest, MeasureRequest, Result
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Tuned
 from tests.support.fake_family import FAMILY, PROBLEM
 
 
-def item(variant: int, style: str = "plain") -> Candidate:
-    return Candidate("fake_forward", PROBLEM, host(), Config({"style": style, "variant": variant}))
+def item(variant: int, style: str = "plain") -> KernelSpec:
+    return KernelSpec(FAMILY, PROBLEM, host(), Config({"style": style, "variant": variant}))
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_a_candidate_is_told_in_the_seconds_of_the_anchor(clock, monkeypatch):
 
 
 def test_a_loud_final_round_is_held_again(clock, monkeypatch):
-    monkeypatch.setattr(evaluate, "_load", lambda *words: None)
+    monkeypatch.setattr(evaluate, "load", lambda *words: None)
     monkeypatch.setattr(evaluate, "launcher", lambda *words: lambda: None)
     monkeypatch.setattr(evaluate, "sdpa_call", lambda *words: None)
     request = FinalRequest({"default": (item(1), None), "#1": (item(2), None)})
@@ -114,7 +115,7 @@ def test_every_device_and_host_sends_its_best_to_the_final_round(monkeypatch):
     good = {}
     for number in range(30):
         config = Config({"style": "plain", "variant": number})
-        here = Candidate("fake_forward", PROBLEM, host(), config)
+        here = KernelSpec(FAMILY, PROBLEM, host(), config)
         place = "slow/" if number % 3 == 0 else "fast/"
         seconds = 1.0 + number / 1000 + (0.1 if place == "slow/" else 0) + (9 if number > 27 else 0)
         good[here] = Known(here, "ok", Timing(seconds, 0.0, 15), 0.0, "", place)
@@ -129,9 +130,7 @@ def test_every_device_and_host_sends_its_best_to_the_final_round(monkeypatch):
 
 def test_the_record_keeps_the_state_of_the_gpu(monkeypatch):
     monkeypatch.setattr(families, "all_families", lambda: (FAMILY,))
-    from fagen.codegen import render
-
-    monkeypatch.setattr(render, "source", lambda *words: "")
+    monkeypatch.setattr(KernelSpec, "hash", "01d")
     tuned = Tuned(PROBLEM.to_dict(), True, {}, seconds=1.0, device={"clock_mhz": 1755.0, "throttle": ["power_cap"]})
     kept = final_round.record(tuned, item(1), 3, {"torch": "x"})
     assert kept.environment == {"torch": "x", "clock_mhz": "1755", "throttle": "power_cap"}
@@ -162,7 +161,7 @@ def test_all_gpus_go_by_one_anchor(tmp_path):
     pool.pace.ahead = lambda workers, measurers: asked_for.append((workers, measurers)) or 0
     pool._feed_compilers(types.SimpleNamespace(next=lambda: None))
     assert asked_for == [(1, 2)], "as many on their way as keep both GPUs busy"
-    asked = [Candidate("sm90_forward", PROBLEM, gpu, Config({"n": n})) for n in range(4)]
+    asked = [KernelSpec(families.get("sm90_forward"), PROBLEM, gpu, Config({"n": n})) for n in range(4)]
     pool.ready.extend((item, built) for item in asked)
     pool._artifacts.update((item, built) for item in asked)
     search = types.SimpleNamespace(space=types.SimpleNamespace(problem=PROBLEM), bar=1.0, best=1.0)

@@ -14,13 +14,12 @@ import pytest
 from fagen import families
 from fagen.build import toolchain
 from fagen.cli.main import main
-from fagen.codegen import render
+from fagen.codegen.spec import KernelSpec
 from fagen.families import Config
 from fagen.ops.attention.problem import Problem
 from fagen.report import export
 from fagen.target import host, known
 from fagen.tuner import recorded_space, search, simulate
-from fagen.tuner.messages import Candidate
 
 ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "benchmarks" / "spaces" / "h200_d64_causal.jsonl.xz"
@@ -57,7 +56,10 @@ def small(recorder, problem=PROBLEM, count=3):
 def test_a_unit_of_several_kernels_is_each_of_them(recorder, tmp_path):
     """Each is right, has facts of its own, and one that does not compile takes no other with it."""
     configs = recorder.plan((PROBLEM, host(), 2)).configs
-    items = [Candidate("cpu_forward", PROBLEM, host(), config) for config in dict.fromkeys((configs[0], configs[-1]))]
+    items = [
+        KernelSpec(families.get("cpu_forward"), PROBLEM, host(), config)
+        for config in dict.fromkeys((configs[0], configs[-1]))
+    ]
     built = recorder.compile_unit(recorder.Unit(tuple(items), str(tmp_path)))
     assert [(b.item, b.outcome, b.place) for b in built] == [(items[0], "ok", 0), (items[1], "ok", 1)]
     assert built[0].library == built[1].library
@@ -75,7 +77,7 @@ def test_what_does_not_compile_takes_no_other_with_it(recorder, tmp_path, monkey
     monkeypatch.setattr(recorder, "_run_compiler", compiler)
     space = recorder.enumerate_space(families.get("cpu_forward"), PROBLEM, host())
     bad, good = (next(c for c in space.legal if (c.tile_m == 32) is small) for small in (True, False))
-    items = tuple(Candidate("cpu_forward", PROBLEM, host(), config) for config in (bad, good))
+    items = tuple(KernelSpec(families.get("cpu_forward"), PROBLEM, host(), config) for config in (bad, good))
     built = recorder.compile_unit(recorder.Unit(items, str(tmp_path)))
     assert {b.item.config: b.outcome for b in built} == {bad: "compile", good: "ok"}
     assert "error: tile" in built[0].facts["reason"]
@@ -84,7 +86,7 @@ def test_what_does_not_compile_takes_no_other_with_it(recorder, tmp_path, monkey
 def test_sources_are_joined_and_told_apart(recorder):
     family, problem, target = families.get("sm90_forward"), Problem(head_dim=64, seqlen_q=512), known("sm_90")
     default = family.default(problem, target)
-    text = recorder.join([render.source(family, problem, target, c) for c in (default, default.replace(tile_n=48))])
+    text = recorder.join([KernelSpec(family, problem, target, c).source for c in (default, default.replace(tile_n=48))])
     assert text.count("#include <cuda.h>") == 1 and text.index("#include") < text.index("namespace candidate_0_")
     for place in (0, 1):
         assert text.count(f"int fagen_launch_{place}(") == text.count(f"fagen_error_{place}(") == 1
@@ -97,7 +99,7 @@ def test_sources_are_joined_and_told_apart(recorder):
         "ptxas info : Used 90 registers\n"
     )
     facts = [recorder.compiler.parse_ptxas(part) for part in recorder._logs(log, 2)]
-    assert facts[0] == {"registers": 90, "smem_bytes": 0}
+    assert facts[0]["functions"] == {"forward_kernel": {"registers": 90, "smem_bytes": 0}}
     assert facts[1]["registers"] == 168 and facts[1]["spill_bytes"] == 104
 
 

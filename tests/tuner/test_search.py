@@ -15,13 +15,14 @@ import pytest
 from fagen import families
 from fagen.cli import arguments, presets
 from fagen.cli.main import main
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import UsageError
 from fagen.families import Config, Family, Knob
 from fagen.families.space import Space, enumerate_space, restriction
 from fagen.ops.attention.problem import Problem
 from fagen.target import host, known
 from fagen.tuner import evaluate, journal, recorded_space, simulate, tune
-from fagen.tuner.messages import Candidate, CompileRequest, MeasureRequest
+from fagen.tuner.messages import CompileRequest, MeasureRequest
 from fagen.tuner.model import Model
 from fagen.tuner.result import Options
 from fagen.tuner.search import SAMPLERS, Pace, Search, portion
@@ -468,7 +469,7 @@ def test_the_cost_model_of_sm80_orders_what_an_h200_measured():
 
 def test_a_hopeless_candidate_is_timed_less_than_a_good_one(fake):
     config = Config({"style": "plain", "variant": 1})
-    item = Candidate(FAMILY.name, PROBLEM, host(), config)
+    item = KernelSpec(FAMILY, PROBLEM, host(), config)
     built = evaluate.compile_one(CompileRequest(item, 60.0))
     timings = []
     for best in (math.inf, 1e-9):

@@ -16,6 +16,7 @@ import pytest
 from fagen import families
 from fagen.build.job import Artifact
 from fagen.cli.main import main
+from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.dispatch import resolve
@@ -27,8 +28,8 @@ from fagen.ops.attention.problem import Problem
 from fagen.target import host, known
 from fagen.timing import load
 from fagen.timing.timer import Timing
-from fagen.tuner import budget, journal, progress, result, suite, tune, workers
-from fagen.tuner.messages import Candidate, MeasureRequest, Result
+from fagen.tuner import budget, evaluate, journal, progress, result, suite, tune, workers
+from fagen.tuner.messages import MeasureRequest, Result
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options, Tuned
 from fagen.tuner.search import Search, open_storage
@@ -99,10 +100,10 @@ def test_a_killed_worker_costs_one_candidate(calm, monkeypatch):
 
     def deadly(worker, request, seconds, job=None):
         lives = worker._process is not None and worker._process.is_alive() and worker._ready
-        chosen = lives and isinstance(request, MeasureRequest) and request.candidate.config.style == "plain"
+        chosen = lives and isinstance(request, MeasureRequest) and request.spec.config.style == "plain"
         if killed or not chosen:
             return send(worker, request, seconds, job)
-        killed.append(request.candidate.config)
+        killed.append(request.spec.config)
         os.kill(worker.pid, signal.SIGSTOP)  # it shall not answer before it dies
         send(worker, request, seconds, job)
         os.kill(worker.pid, signal.SIGKILL)
@@ -218,7 +219,7 @@ def test_a_lost_terminal_ends_a_run_unless_it_is_ignored(how, ends):
     """As nohup starts it."""
     code = """
 import os, signal
-from fagen.tuner import progress, tune
+from fagen.tuner import evaluate, progress, tune
 with tune._signals(progress.Progress()) as event:
     os.kill(os.getpid(), signal.SIGHUP)
     hung_up = event.is_set()
@@ -277,7 +278,7 @@ def test_the_default_is_measured_first_whichever_is_built_first(fake):
         pool._rank = lambda config: ranks.get(config, 2)
         pool._replies = lambda workers: [(pool.compilers[0], built)]
         for variant in (2, 4, 1, 3):
-            pool.compilers[0].job = Candidate(FAMILY.name, PROBLEM, host(), default.replace(variant=variant))
+            pool.compilers[0].job = KernelSpec(FAMILY, PROBLEM, host(), default.replace(variant=variant))
             pool._collect(lambda *told: None)
         assert [item.config.variant for item, _ in pool.ready] == [1, 4, 2, 3]
 
@@ -300,7 +301,7 @@ def test_tune_record_dispatch_on_the_real_cpu_family(folders, capsys):
     assert dict(choice.config) == tuned["config"]
     near = problem.replace(seqlen_q=50, seqlen_k=50)
     assert choose.choose(near, host(), ours=True).provenance == "nearest"
-    built = kernel.get(choice.family, problem, host(), choice.config)
+    built = kernel.get(choice.spec)
     inputs = make_inputs(problem, host())
     outputs = {"out": inputs.outputs["out"]}
     built.launch(inputs.call, outputs)
@@ -466,11 +467,11 @@ def test_the_sampler_beats_chance(tmp_path):
 # ---- winners --------------------------------------------------------------------------------------------------------
 
 
-def finalists(*names: str) -> dict[str, Candidate]:
+def finalists(*names: str) -> dict[str, KernelSpec]:
     found = {}
     for index, name in enumerate(names):
         config = Config({"style": "plain", "variant": 3 - index % 3})
-        found[name] = Candidate("fake_forward", PROBLEM, host(), config)
+        found[name] = KernelSpec(FAMILY, PROBLEM, host(), config)
     return found
 
 
@@ -620,3 +621,15 @@ def test_the_gpus_of_a_run(monkeypatch, words, target, said):
         return
     with pytest.raises(FagenError, match=said):
         tune.gpus(words, target)
+
+
+def test_a_spill_in_any_kernel_of_a_library_is_refused():
+    main, small = {"registers": 168, "spill_bytes": 0}, {"registers": 32, "spill_bytes": 0}
+    both = {"forward_kernel": main, "plan_kernel": small}
+    assert evaluate.refused_facts({**main, "functions": both}) == ""
+    assert evaluate.refused_facts({}) == "", "of a CPU's compiler nothing is known"
+    both["plan_kernel"] = small | {"spill_bytes": evaluate.SPILL_TOLERANCE + 1}
+    assert evaluate.refused_facts({**main, "functions": both}) == "plan_kernel: 65 bytes spilled at 32 registers"
+    both["plan_kernel"] = small | {"spill_bytes": evaluate.SPILL_TOLERANCE}
+    assert evaluate.refused_facts({**main, "functions": both}) == ""
+    assert "serialized" in evaluate.refused_facts({**main, "serialized": 1})

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from fagen.build import toolchain
+from fagen.codegen.spec import KernelSpec
 from fagen.families import Config
 from fagen.ops.attention.params import Params
 from fagen.runtime import kernel
 from fagen.runtime.kernel import Kernel
 from fagen.target import host
 from fagen.tuner import evaluate
-from fagen.tuner.messages import Candidate, MeasureRequest
+from fagen.tuner.messages import MeasureRequest
 from fagen.verify import checks
 from tests.support import fake_family
 
@@ -86,7 +87,7 @@ FAULTS = {
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     fake_family.install(monkeypatch.setattr)
-    return kernel.get(FAMILY, PROBLEM, HERE, PLAIN)
+    return kernel.get(KernelSpec(FAMILY, PROBLEM, HERE, PLAIN))
 
 
 def spoiled(good: Kernel, fault: Fault) -> Kernel:
@@ -105,10 +106,10 @@ def spoiled(good: Kernel, fault: Fault) -> Kernel:
 
 
 def by_the_tuner(it: Kernel, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(evaluate, "_load", lambda *args: it)
+    monkeypatch.setattr(evaluate, "load", lambda *args: it)
     checks.kept_inputs.cache_clear()
     evaluate.timing_inputs.cache_clear()
-    asked = MeasureRequest(Candidate(FAMILY.name, PROBLEM, HERE, PLAIN), it.artifact)
+    asked = MeasureRequest(KernelSpec(FAMILY, PROBLEM, HERE, PLAIN), it.artifact)
     result = evaluate.measure_one(asked)
     assert (result.outcome == "ok") == (result.reason == "")
     assert result.fatal == ("wrote" in result.reason), "the process is of no more use"

@@ -111,19 +111,21 @@ def _some(told: Any, words: str | None) -> Any:
 
 
 def _dry(args: argparse.Namespace, told: Any, chosen: list[Any], target: Target) -> int:
-    from fagen.ablation import plan, run
+    from fagen.ablation import plan
 
     plans = {problem.key: plan.plan(told, problem, target) for problem in chosen}
-    kernels = {key for of_problem in plans.values() for key, _, _ in run.keys(of_problem)}
+    kernels = {spec.key for of_problem in plans.values() for p in of_problem for spec in p.specs}
     say(f"{told.title}: {len(chosen)} problems, {len(kernels)} kernels, on {target}")
     for step in told.steps:
         mine = [p for of_problem in plans.values() for p in of_problem if p.step == step.name]
-        lacking = {p.reason for p in mine if p.family is None}
+        lacking = {p.reason for p in mine if not p.specs}
         say(f"  {step.name:<14} {'; '.join(sorted(lacking)) or step.says}")
     if args.json:
         emit_json(
             {
-                key: {p.step: {"reason": p.reason, "configs": [dict(c) for c in p.configs]} for p in of_problem}
+                key: {
+                    p.step: {"reason": p.reason, "configs": [dict(spec.config) for spec in p.specs]} for p in of_problem
+                }
                 for key, of_problem in plans.items()
             }
         )

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from fagen.cli.arguments import add_problem_flags, add_target_flag, add_verb, problems_from, target_from
+from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError, UsageError
 from fagen.notices import emit_json, say
 from fagen.ops.attention.parse import size
@@ -66,16 +67,16 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for problem in problems:
         choice = choose.choose(problem, target, ours=True)
-        if choice.family is None:
+        if choice.spec is None:
             say(f"{problem}: PyTorch serves it, nothing to build: {'; '.join(choice.reasons)}")
             rows.append({"problem": problem.key, "outcome": "torch", "reasons": choice.reasons})
         else:
-            work.setdefault((choice.family.name, problem.static_key, choice.config), (problem, choice))
+            work.setdefault(choice.spec.key, (problem, choice))
     binding.make()  # the op needs it besides the kernels
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows += pool.map(lambda item: _build(item[0], item[1], target), work.values())
+        rows += pool.map(lambda item: _build(item[1].spec), work.values())
         doubtful = [problem for problem, choice in work.values() if choice.trust and choice.trust.state == "unverified"]
-        rows += pool.map(lambda item: _build(item[0], item[1], target), _instead(doubtful, target, work).values())
+        rows += pool.map(lambda item: _build(item[1].spec), _instead(doubtful, target, work).values())
     failed = sum(row["outcome"] == "failed" for row in rows)
     say(f"{sum(row['outcome'] == 'ok' for row in rows)} kernels ready, {failed} failed")
     if args.json:
@@ -90,9 +91,9 @@ def _of_all_sizes(problems: list[Problem], target: Target, most: int) -> list[Pr
     kernels: dict[str, set[Any]] = {}
     for problem in problems:
         choice = choose.choose(problem, target, ours=True)
-        kernels.setdefault(problem.static_key, set()).add((choice.family and choice.family.name, choice.config))
+        kernels.setdefault(problem.static_key, set()).add(choice.spec.key if choice.spec else None)
     for key, some in kernels.items():
-        count = sum(family is not None for family, _ in some)
+        count = len(some - {None})
         say(f"{key}: {count} kernels serve any batch and all lengths up to {most}")
     return problems
 
@@ -107,10 +108,8 @@ def _instead(doubtful: list[Problem], target: Target, built: Collection[Any]) ->
         choice = choose.choose(problem, target, check=True, ours=True)
         if choice.trust and choice.trust.state == "unverified":
             choice = choose.choose(problem, target, stale="refuse", ours=True)
-        if choice.family is not None:
-            key = choice.family.name, problem.static_key, choice.config
-            if key not in built:
-                more[key] = problem, choice
+        if choice.spec is not None and choice.spec.key not in built:
+            more[choice.spec.key] = problem, choice
     return more
 
 
@@ -120,16 +119,16 @@ def _recorded(target: Target) -> list[Problem]:
     return [record.problem for record in Database.load().records if record.arch == target.arch]
 
 
-def _build(problem: Problem, choice: Choice, target: Target) -> dict[str, Any]:
+def _build(spec: KernelSpec) -> dict[str, Any]:
     from fagen.build import cache
 
-    assert choice.family is not None and choice.config is not None
-    row = {"problem": problem.key, "family": choice.family.name, "config": dict(choice.config)}
+    key = spec.problem.static_key
+    row = {"problem": spec.problem.key, "family": spec.family.name, "config": dict(spec.config)}
     start = time.perf_counter()
     try:
-        artifact = cache.build(choice.family, problem, target, choice.config)
+        artifact = cache.build(spec)
     except FagenError as error:
-        say(f"{problem.static_key}: {error}")
+        say(f"{key}: {error}")
         return {**row, "outcome": "failed", "error": str(error)}
-    say(f"{problem.static_key}: {choice.config} ({time.perf_counter() - start:.1f} s)")
+    say(f"{key}: {spec.config} ({time.perf_counter() - start:.1f} s)")
     return {**row, "outcome": "ok", "library": str(artifact.path), "facts": artifact.facts}

@@ -171,7 +171,7 @@ def _why(args: argparse.Namespace) -> int:
         emit_json({"key": problem.key, "target": str(target), **choice.to_dict(), "records": rows})
         return 0
     say(f"{problem.key} on {target}")
-    served = f"{choice.family.name}: {choice.config}" if choice.family else "PyTorch"
+    served = f"{choice.spec.family.name}: {choice.spec.config}" if choice.spec else "PyTorch"
     say(f"  served by {served}")
     say(f"  because   {choice.provenance}: {choose.PROVENANCES[choice.provenance]}")
     if choice.trust:

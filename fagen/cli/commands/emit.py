@@ -13,7 +13,7 @@ from fagen.notices import emit_json, say
 from fagen.target import host, memory
 
 if TYPE_CHECKING:
-    from fagen.codegen.emit import Kernel
+    from fagen.codegen.spec import KernelSpec
     from fagen.ops.attention.problem import Problem
     from fagen.target import Target
 
@@ -45,15 +45,16 @@ def run(args: argparse.Namespace) -> int:
     from fagen.codegen import emit
 
     problem, target = _asked(args)
-    kernel = choose(problem, target, args.config, args.family)
-    manifest = emit.write(kernel, args.out, example=args.example)
+    spec, provenance = choose(problem, target, args.config, args.family)
+    manifest = emit.write(spec, provenance, args.out, example=args.example)
     if args.build:
-        manifest = emit.compile_all(kernel, args.out, manifest, example=args.example)
-    say(f"{kernel.family.name} for {kernel.problem.key} on {kernel.target.arch}: {kernel.config} ({kernel.provenance})")
+        manifest = emit.compile_all(spec, args.out, manifest, example=args.example)
+    say(f"{spec.family.name} for {problem.key} on {target.arch}: {spec.config} ({provenance})")
     for name in [*manifest["files"], emit.MANIFEST]:
         say(f"  {args.out / name}")
     if manifest["facts"]:
-        say("facts: " + ", ".join(f"{name} {value}" for name, value in manifest["facts"].items()))
+        plain = {name: value for name, value in manifest["facts"].items() if name != "functions"}
+        say("facts: " + ", ".join(f"{name} {value}" for name, value in plain.items()))
     if args.example:
         if 0 < memory(host()) < problem.bytes():
             have = f"this machine has {gib(memory(host()))}"
@@ -80,9 +81,9 @@ def _asked(args: argparse.Namespace) -> tuple[Problem, Target]:
     return problem, target  # no target will do: choose says why this one does not
 
 
-def choose(problem: Problem, target: Target, config: str, only: str | None = None) -> Kernel:
-    """The kernel of a --config, of one family alone if that is asked for."""
-    from fagen.codegen.emit import Kernel
+def choose(problem: Problem, target: Target, config: str, only: str | None = None) -> tuple[KernelSpec, str]:
+    """The kernel of a --config, of one family alone if that is asked for; and where its config comes from."""
+    from fagen.codegen.spec import KernelSpec
     from fagen.families import candidates, get
 
     able, reasons = candidates(problem, target)
@@ -93,7 +94,7 @@ def choose(problem: Problem, target: Target, config: str, only: str | None = Non
         text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UnsupportedProblem(f"no family can make {problem.static_key} for {target.arch}", text)
     if config == "default":
-        return Kernel(able[0], problem, target, able[0].default(problem, target), "the family's default")
+        return KernelSpec(able[0], problem, target, able[0].default(problem, target)), "the family's default"
     if config != "best":
         return _given(able, problem, target, config)
     if only is not None:
@@ -101,27 +102,26 @@ def choose(problem: Problem, target: Target, config: str, only: str | None = Non
     from fagen.dispatch.choose import choose as choose_kernel
 
     choice = choose_kernel(problem, target, ours=True)
-    if choice.family is None or choice.config is None:
+    if choice.spec is None:
         raise UnsupportedProblem(f"no kernel serves {problem.static_key} on {target.arch}", "; ".join(choice.reasons))
     words = f"tuned on {choice.record.device}, {choice.provenance}" if choice.record else "the family's default"
     if choice.trust and choice.trust.state not in ("current", "verified"):
         words += f", {choice.trust.state}: the source has changed since"
-    return Kernel(choice.family, problem, target, choice.config, words)
+    return choice.spec, words
 
 
-def _best_of(only: str, problem: Problem, target: Target) -> Kernel:
+def _best_of(only: str, problem: Problem, target: Target) -> tuple[KernelSpec, str]:
     """The family's best record that fits, else its default."""
     from fagen.bench.family import pick
-    from fagen.codegen.emit import Kernel
     from fagen.dispatch.choose import PROVENANCES
 
-    family, config, provenance = pick(problem, target, only)
+    spec, provenance = pick(problem, target, only)
     words = "the family's default" if provenance == "default" else f"{provenance}: {PROVENANCES[provenance]}"
-    return Kernel(family, problem, target, config, words)
+    return spec, words
 
 
-def _given(able: list[Any], problem: Problem, target: Target, config: str) -> Kernel:
-    from fagen.codegen.emit import Kernel
+def _given(able: list[Any], problem: Problem, target: Target, config: str) -> tuple[KernelSpec, str]:
+    from fagen.codegen.spec import KernelSpec
 
     try:
         values = json.loads(config)
@@ -136,5 +136,5 @@ def _given(able: list[Any], problem: Problem, target: Target, config: str) -> Ke
             if family is able[-1]:
                 raise
             continue
-        return Kernel(family, problem, target, chosen, "as given")
+        return KernelSpec(family, problem, target, chosen), "as given"
     raise AssertionError("able is never empty")

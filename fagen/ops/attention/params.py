@@ -17,7 +17,7 @@ _Strides = ctypes.c_int64 * 3
 
 
 class Params(ctypes.Structure):
-    """`fagen_params` of templates/include/fagen/params.h; its size is compared with the kernel's when one is loaded."""
+    """`fagen_params` of `fagen/abi/forward.h`; its size is compared with the kernel's when one is loaded."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "q k v o lse intervals alibi_slopes workspace".split()),

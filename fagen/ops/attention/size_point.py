@@ -1,4 +1,4 @@
-"""How far two size points of a static key are apart: the features of a size, and what each counts."""
+"""The features of a size point of attention, and how much each counts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from fagen.ops.attention.problem import Problem
 WEIGHTS = {"keys": 1.0, "waves": 1.0, "rows": 0.25}  # of the features of a size; see docs/database.md
 MOST_WAVES, LEAST_WAVES = 4.0, 0.25  # beyond which their number no longer matters
 WAVE_ROWS = 128  # of a block of rows, about
-
-
-# ---- lookup ---------------------------------------------------------------------------------------------------------
 
 
 def features(problem: Problem, units: int, most_waves: float = MOST_WAVES) -> dict[str, float]:
@@ -32,17 +29,3 @@ def features(problem: Problem, units: int, most_waves: float = MOST_WAVES) -> di
         "waves": math.log2(min(max(waves, LEAST_WAVES), most_waves)),
         "rows": math.log2(p.seqlen_q),
     }
-
-
-def differences(a: Problem, b: Problem, units: int) -> dict[str, float]:
-    """How far two size points are apart on a device of so many units, in weighted doublings of each feature."""
-    others = features(b, units)
-    return {name: WEIGHTS[name] * abs(value - others[name]) for name, value in features(a, units).items()}
-
-
-def distance(a: Problem, b: Problem, units: int) -> float:
-    """The sum of the differences; 0 where two size points differ in nothing that counts."""
-    total = 0.0
-    for difference in differences(a, b, units).values():  # one rounding after the other, as C++ adds: sum() has fewer
-        total += difference
-    return total

@@ -22,7 +22,7 @@
 #include <vector>
 
 #include "constants.h"  // made by binding.py: kSizeWeights and the limits of ops/attention/size_point.py
-#include "fagen/params.h"
+#include "fagen/abi/forward.h"
 
 namespace fagen {
 

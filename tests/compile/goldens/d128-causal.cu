@@ -5,6 +5,8 @@
 //
 // Config: tile_m=128 tile_n=32 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=longest_first
 
+namespace fagen {
+
 enum class Mask { none, causal, window, intervals };
 enum class Partition { split_q, split_k, pairs };
 enum class LoopOrder { q_outer, kv_outer };
@@ -39,34 +41,41 @@ struct Config {
   static constexpr BlockOrder kBlockOrder = BlockOrder::longest_first;  // order of row tiles and heads
 };
 
-// What fagen derived from the config before compiling; the kernel asserts that it agrees.
+// Sizes that fagen derived from the config before compiling; the kernel asserts that it agrees.
 struct Derived {
   static constexpr int threads = 128;
   static constexpr int smem_bytes = 65536;
 };
 
+}  // namespace fagen
+
+using namespace fagen;  // the kernel is this one file
+
 #include <cuda_runtime.h>
 
-#include "fagen/params.h"
-#include "fagen/element.cuh"
-#include "fagen/sm80/q_outer.cuh"
-#include "fagen/sm80/q_outer_overlapped.cuh"
-#include "fagen/sm80/kv_outer.cuh"
+#include "fagen/abi/forward.h"
+#include "fagen/host/launch.cuh"
+#include "fagen/host/prepare.cuh"
+#include "fagen/sm80/forward/q_outer.cuh"
+#include "fagen/sm80/forward/q_outer_overlapped.cuh"
+#include "fagen/sm80/forward/kv_outer.cuh"
+
+namespace fagen {
 
 using Element = bfloat_t;
-using Sizes = Shape<Config>;
+using Shape = BlockShape<Config>;
 
-// One block takes one tile of rows of one head (q_outer), or a run of them (kv_outer).
-__global__ void __launch_bounds__(Sizes::kThreads, Config::kBlocksPerSm)
-forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ Launch launch) {
+// One block takes one row tile of one head (q_outer), or a run of them (kv_outer).
+__global__ void __launch_bounds__(Shape::kThreads, Config::kBlocksPerSm)
+forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ GridArgs grid) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  const Block<Config, Element> block(p, launch, shared);
+  const Block<Config, Element> block(p, grid, shared);
   if constexpr (Config::kLoopOrder == LoopOrder::kv_outer)
-    attend_kv_outer(block);
+    run_kv_outer(block);
   else if constexpr (Config::kOverlap)
-    attend_q_outer_overlapped(block);
+    run_q_outer_overlapped(block);
   else
-    attend_q_outer(block);
+    run_q_outer(block);
 }
 
 __global__ void extents_kernel(const __grid_constant__ fagen_params p, Extent* extents, int tiles) {
@@ -75,76 +84,66 @@ __global__ void extents_kernel(const __grid_constant__ fagen_params p, Extent* e
 
 // ---- host ----------------------------------------------------------------------------------------------------------
 
-static uint64_t round_up(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
-
-static uint64_t extents_bytes(const fagen_params* p) {
-  if (Config::kMask != Mask::intervals) return 0;
-  const uint64_t tiles = (p->seqlen_k + Config::kTileN - 1) / Config::kTileN;
-  return round_up(sizeof(Extent) * tiles * p->batch * p->mask_heads * Config::kIntervalColumns);
+static uint64_t extents_bytes(const fagen_params& p) {
+  if (!MaskOf<Config>::kIntervals) return 0;
+  const uint64_t tiles = ceil_div(p.seqlen_k, Config::kTileN);
+  return align_workspace(sizeof(Extent) * tiles * p.batch * p.mask_heads * Config::kIntervalColumns);
 }
 
-static uint64_t state_bytes(const fagen_params* p) {
+static uint64_t state_bytes(const fagen_params& p) {
   if (Config::kLoopOrder != LoopOrder::kv_outer) return 0;
-  const uint64_t tiles = (p->seqlen_q + Config::kTileM - 1) / Config::kTileM;
-  return round_up(sizeof(float4) * StoredState<Config, Element>::kFloat4s * tiles * p->batch * p->heads);
+  const uint64_t tiles = ceil_div(p.seqlen_q, Config::kTileM);
+  return align_workspace(sizeof(float4) * StoredState<Config, Element>::kFloat4s * tiles * p.batch * p.heads);
 }
 
-extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
-
-extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) { return extents_bytes(p) + state_bytes(p); }
-
-extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
-
-// What is asked of the device once: more shared memory than the default, and its numbers.
 struct Device {
   int units, l2_bytes;
 };
 
-static cudaError_t prepare(Device* device) {
-  constexpr int kDevices = 64;
-  static Device known[kDevices];
-  static volatile bool ready[kDevices];
-  int index = 0;
-  if (const cudaError_t e = cudaGetDevice(&index)) return e;
-  if (index >= kDevices) return cudaErrorInvalidDevice;
-  if (!ready[index]) {  // two threads may both come here; both write the same
-    Device d;
-    if (const cudaError_t e = cudaDeviceGetAttribute(&d.units, cudaDevAttrMultiProcessorCount, index)) return e;
-    if (const cudaError_t e = cudaDeviceGetAttribute(&d.l2_bytes, cudaDevAttrL2CacheSize, index)) return e;
-    if (const cudaError_t e = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   Sizes::kSmemBytes))
-      return e;
-    known[index] = d;
-    ready[index] = true;
-  }
-  *device = known[index];
-  return cudaSuccess;
+// Asks the device for its numbers, and for more shared memory than the default.
+static cudaError_t prepare(int index, Device& device) {
+  if (const cudaError_t e = cudaDeviceGetAttribute(&device.units, cudaDevAttrMultiProcessorCount, index)) return e;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&device.l2_bytes, cudaDevAttrL2CacheSize, index)) return e;
+  return cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
 }
 
-extern "C" int fagen_launch(const fagen_params* p, void* stream_pointer) {
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
+static cudaError_t launch_forward(const fagen_params& p, cudaStream_t stream) {
   Device device;
-  if (const cudaError_t e = prepare(&device)) return e;
-  const int heads = p->heads * p->batch;
-  Launch launch;
-  launch.row_tiles = (p->seqlen_q + Config::kTileM - 1) / Config::kTileM;
-  launch.key_tiles = (p->seqlen_k + Config::kTileN - 1) / Config::kTileN;
-  launch.blocks_of_rows = launch.row_tiles;
+  if (const cudaError_t e = once_per_device(&device, prepare)) return e;
+  const int heads = p.heads * p.batch;
+  GridArgs grid;
+  grid.row_tiles = ceil_div(p.seqlen_q, Config::kTileM);
+  grid.key_tiles = ceil_div(p.seqlen_k, Config::kTileN);
+  grid.blocks_of_rows = grid.row_tiles;
   if (Config::kLoopOrder == LoopOrder::kv_outer) {  // as few blocks a head as still fill the machine
-    const int wanted = (device.units * Config::kBlocksPerSm + heads - 1) / heads;
-    launch.blocks_of_rows = wanted < launch.row_tiles ? wanted : launch.row_tiles;
+    const int wanted = ceil_div(device.units * Config::kBlocksPerSm, heads);
+    grid.blocks_of_rows = wanted < grid.row_tiles ? wanted : grid.row_tiles;
   }
   // as many heads at once as fit half of L2 with their keys and values, whole groups of heads that share them
-  const int64_t head_bytes = int64_t(p->seqlen_k) * (p->head_dim + p->head_dim_v) * sizeof(Element);
+  const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
   const int64_t fit = device.l2_bytes / 2 / head_bytes;
-  const int64_t at_once = (fit < 1 ? 1 : fit) * (p->heads / p->kv_heads);
-  launch.heads_at_once = at_once < heads ? int(at_once) : heads;
-  launch.extents = static_cast<Extent*>(p->workspace);
-  launch.state = reinterpret_cast<float4*>(static_cast<char*>(p->workspace) + extents_bytes(p));
-  if constexpr (Config::kMask == Mask::intervals) {
-    const int64_t warps = int64_t(launch.key_tiles) * p->batch * p->mask_heads;
-    extents_kernel<<<unsigned((warps + 7) / 8), 256, 0, stream>>>(*p, launch.extents, launch.key_tiles);
+  const int64_t at_once = (fit < 1 ? 1 : fit) * (p.heads / p.kv_heads);
+  grid.heads_at_once = at_once < heads ? int(at_once) : heads;
+  grid.extents = static_cast<Extent*>(p.workspace);
+  grid.state = reinterpret_cast<float4*>(static_cast<char*>(p.workspace) + extents_bytes(p));
+  if constexpr (MaskOf<Config>::kIntervals) {
+    const int64_t warps = int64_t(grid.key_tiles) * p.batch * p.mask_heads;
+    extents_kernel<<<unsigned(ceil_div(warps, 8)), 256, 0, stream>>>(p, grid.extents, grid.key_tiles);
   }
-  forward_kernel<<<unsigned(launch.blocks_of_rows) * heads, Sizes::kThreads, Sizes::kSmemBytes, stream>>>(*p, launch);
+  forward_kernel<<<unsigned(grid.blocks_of_rows) * heads, Shape::kThreads, Shape::kSmemBytes, stream>>>(p, grid);
   return cudaGetLastError();
+}
+
+}  // namespace fagen
+
+extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
+
+extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) {
+  return fagen::extents_bytes(*p) + fagen::state_bytes(*p);
+}
+
+extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+extern "C" int fagen_launch(const fagen_params* p, void* stream) {
+  return fagen::launch_forward(*p, static_cast<cudaStream_t>(stream));
 }

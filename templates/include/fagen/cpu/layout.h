@@ -1,4 +1,4 @@
-// What lies where: the state of a tile of rows, a thread's scratch, the parts of the workspace.
+// Memory layout: the state of a row tile, a thread's scratch, the parts of the workspace.
 #pragma once
 #include "fagen/cpu/mask.h"
 #include "fagen/cpu/softmax.h"
@@ -15,10 +15,10 @@ struct Layout {
   static constexpr bool kPackTile = Config::kPacking == decltype(Config::kPacking)::tile;
   static constexpr bool kPackHead = Config::kPacking == decltype(Config::kPacking)::head;
   static constexpr bool kIntervals = Config::kIntervalColumns > 0;
-  // of packed rows: one cache line more than the row, so that a column of v does not fall into few cache sets
+  // packed rows are one cache line longer than the row, so that a column of v does not fall into few cache sets
   static constexpr int kStrideK = Config::kHeadDim + kMaxLanes, kStrideV = Config::kHeadDimV + kMaxLanes;
 
-  using Group = Rows<Config::kHeadDim, Config::kHeadDimV, kGroup>;
+  using Group = GroupState<Config::kHeadDim, Config::kHeadDimV, kGroup>;
 
   // A thread's own memory, on its stack.
   struct Scratch {

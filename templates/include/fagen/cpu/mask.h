@@ -1,7 +1,7 @@
-// Which keys a range of rows sees, which tiles are visited, and the arithmetic for the tiles that are seen in part.
+// Masks: the keys that a range of rows sees, the tiles that are visited, and the arithmetic for partial tiles.
 #pragma once
 #include "fagen/cpu/simd.h"
-#include "fagen/params.h"
+#include "fagen/abi/forward.h"
 
 namespace fagen {
 
@@ -20,7 +20,7 @@ struct Band {
   int first, last;
 
   static constexpr int kFar = 1 << 30;
-  static constexpr int kLongest = kFar / 2;  // of a sequence: no sum below overflows
+  static constexpr int kLongest = kFar / 2;  // the longest sequence: no sum below overflows
 
   Band(const fagen_params& p, int left, int right) {
     const int shift = p.seqlen_k - p.seqlen_q;
@@ -31,7 +31,7 @@ struct Band {
   Range seen_by_all(Range rows) const { return {rows.end - 1 + first, rows.begin + last + 1}; }
   Range rows_that_see(Range keys) const { return {keys.begin - last, keys.end - first}; }
 
-  // Keys from `key` on that are alike to these rows: all rows see them, or the same vectors of rows see some of them.
+  // The keys from `key` on that these rows see alike: all rows see them, or the same vectors of rows see some of them.
   Range piece(int key, Range rows) const {
     const Range whole = seen_by_all(rows);
     if (whole.begin <= key && key < whole.end) return {key, whole.end};
@@ -43,7 +43,7 @@ struct Band {
   ivec sees(ivec row, int key) const { return (key - row >= first) & (key - row <= last); }
 };
 
-// The rows a key hides: [lts, lte) and [uts, ute). What a kind of intervals lacks is filled in.
+// The rows that a key is hidden from: [lts, lte) and [uts, ute). A bound that a kind of intervals lacks is filled in.
 struct Hidden {
   int lts, lte, uts, ute;
 };

@@ -1,4 +1,4 @@
-// From q.k to the score: scale, softcap, bias, mask. What is not needed costs nothing.
+// From q.k to the score: scale, softcap, bias, mask. A step that the config does not need costs nothing.
 #pragma once
 #include "fagen/cpu/mask.h"
 #include "fagen/cpu/math.h"
@@ -10,7 +10,7 @@ template <class Config>
 struct Scale {
   static constexpr bool kTrueScore = Config::kSoftcap || Config::kAlibi;
 
-  float sign;    // of the scale, put on q so that a larger product always weighs more
+  float sign;    // the scale's, put on q so that a larger product always weighs more
   float inner;   // raw product to the argument of softcap, or to the true score
   float factor;  // score to the base-2 logarithm of its weight
 

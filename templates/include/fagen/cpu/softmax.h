@@ -4,28 +4,28 @@
 
 namespace fagen {
 
-// Some of a group's queries, as whole vectors: pointers to the first of them.
+// Some of a group's queries, as whole vectors: pointers to the first ones.
 template <int kWidth>
 struct Columns {
   float *q, *o, *max, *sum;
 };
 
-// What is kept of a group of kWidth queries while tiles of keys pass: the state of the algorithm. A weight is
+// The state of a group of kWidth queries while key tiles pass. A weight is
 // 2^(factor * (score - max)), so the scale costs nothing and rounds neither q nor k.
 template <int kHeadDim, int kHeadDimV, int kWidth>
-struct Rows {
+struct GroupState {
   alignas(64) float q[kHeadDim][kWidth];
   float o[kHeadDimV][kWidth];  // sum of weight * v
-  float max[kWidth];           // of the scores, or less by at most the slack
-  float sum[kWidth];           // of the weights
+  float max[kWidth];           // the scores' maximum, or less by at most the slack
+  float sum[kWidth];           // the sum of the weights
 
   Columns<kWidth> from(int lane) { return {q[0] + lane, o[0] + lane, max + lane, sum + lane}; }
 };
 
-// A maximum may be outgrown by this much before O is rescaled: weights then stay below 2^8, which float32 can bear.
+// Scores may exceed the maximum by this much before O is rescaled: weights then stay below 2^8, safe in float32.
 constexpr float kSlackLog2 = 8;
 
-// A row that has seen nothing has a maximum of -inf; subtracting 0 instead keeps its weights at 0 and not NaN.
+// A row that has seen no key has a maximum of -inf; subtracting 0 instead keeps its weights at 0 and not NaN.
 FAGEN_INLINE vec finite(vec max) { return max == broadcast(-INFINITY) ? vec{} : max; }
 
 template <int kVectors, int kWidth>
@@ -40,7 +40,7 @@ FAGEN_INLINE void rescale(Columns<kWidth> rows, const vec (&top)[kVectors], Scal
     store(rows.max + v * kLanes, top[v]);
     store(rows.sum + v * kLanes, load(rows.sum + v * kLanes) * shrink[v]);
   }
-  if (!any(begun)) return;  // o is 0 still
+  if (!any(begun)) return;  // O is still 0
   for (int d = 0; d < head_dim_v; ++d)
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
@@ -49,7 +49,7 @@ FAGEN_INLINE void rescale(Columns<kWidth> rows, const vec (&top)[kVectors], Scal
     }
 }
 
-// Scores become weights, in place. `finish(x, v, key)` makes a score of a raw product: softcap, bias, mask.
+// Turn scores into weights, in place. `finish(x, v, key)` makes a score of a raw product: softcap, bias, mask.
 template <int kVectors, bool kFinish, int kWidth, class Finish>
 FAGEN_INLINE void softmax(Columns<kWidth> rows, float* scores, int keys, ScaledExp2 exp2, int head_dim_v,
                           Finish finish) {

@@ -1,14 +1,14 @@
-// Barriers among some of a block's warps (named barriers 1-15; 0 is __syncthreads).
+// Named barriers among some of a block's warps (1-15; 0 is __syncthreads).
 #pragma once
 
-namespace ptx {
+namespace fagen::ptx {
 
-// Waits for `threads` threads on barrier `id`, and orders their shared-memory accesses.
+// Wait for `threads` threads on barrier `id`, and order their shared-memory accesses.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The same, and whether `vote` is true in any of them.
+// The same; returns whether `vote` is true in any of them.
 __device__ __forceinline__ bool barrier_any(int id, int threads, bool vote) {
   int any;
   asm volatile(
@@ -24,4 +24,4 @@ __device__ __forceinline__ bool barrier_any(int id, int threads, bool vote) {
   return any != 0;
 }
 
-}  // namespace ptx
+}  // namespace fagen::ptx

@@ -2,13 +2,13 @@
 #pragma once
 #include <stdint.h>
 
-namespace ptx {
+namespace fagen::ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes past L1; where `valid` is false nothing is read and zeros are written.
+// Copy 16 bytes, not through L1; where `valid` is false nothing is read and zeros are written.
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
@@ -16,7 +16,7 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool 
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most kPending of this thread's newest groups are still under way.
+// Wait until at most kPending of this thread's newest groups are still under way.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -40,4 +40,4 @@ __device__ __forceinline__ void st_shared_4(uint32_t to, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
-}  // namespace ptx
+}  // namespace fagen::ptx

@@ -1,7 +1,7 @@
 // Single-instruction functions of the special-function unit.
 #pragma once
 
-namespace ptx {
+namespace fagen::ptx {
 
 __device__ __forceinline__ float ex2(float x) {
   float y;
@@ -15,4 +15,4 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return y;
 }
 
-}  // namespace ptx
+}  // namespace fagen::ptx

@@ -2,13 +2,13 @@
 #pragma once
 #include <stdint.h>
 
-namespace ptx {
+namespace fagen::ptx {
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine.
+// Make initialised barriers visible to the copy engine.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -17,8 +17,8 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// At the barrier that lies at the same place in another block of the cluster, or in this one. What it speaks for are
-// reads of shared memory that are over: nothing is released to the whole cluster, which would cost a fence.
+// Arrive at the barrier at the same place in another block of the cluster, or in this one. It stands for reads of
+// shared memory that are over: nothing is released to the whole cluster, which would cost a fence.
 __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, int block) {
   asm volatile(
       "{\n"
@@ -35,7 +35,7 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int byt
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Until the phase of this parity is over. A fresh barrier counts as past its phase of parity 1.
+// Wait until the phase of this parity is over. A fresh barrier counts as past its phase of parity 1.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
   asm volatile(
       "{\n"
@@ -48,11 +48,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
-// A word that a barrier speaks for.
+// Load a word from shared memory; a barrier has said that it is there.
 __device__ __forceinline__ uint32_t ld_shared_4(uint32_t from) {
   uint32_t value;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
   return value;
 }
 
-}  // namespace ptx
+}  // namespace fagen::ptx

@@ -3,13 +3,13 @@
 #include <cuda.h>
 #include <stdint.h>
 
-namespace ptx {
+namespace fagen::ptx {
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// One box of a 4-dimensional tensor to shared memory; `barrier` learns of its bytes. Outside the tensor reads zero.
+// Copy one box of a 4-dimensional tensor to shared memory; `barrier` counts its bytes. Outside the tensor reads zero.
 __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row,
                                          int head, int batch) {
   asm volatile(
@@ -19,8 +19,7 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, ui
       : "memory");
 }
 
-// The same box to the same place of several blocks of the cluster, a bit of `blocks` each; the barrier of each learns
-// of it.
+// Copy a box to the same place of several blocks of the cluster, a bit of `blocks` each; each one's barrier counts it.
 __device__ __forceinline__ void tma_load_to_all(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column,
                                                 int row, int head, int batch, uint16_t blocks) {
   asm volatile(
@@ -30,7 +29,7 @@ __device__ __forceinline__ void tma_load_to_all(uint32_t to, const CUtensorMap* 
       : "memory");
 }
 
-// One box of a 5-dimensional tensor, whose second dimension is taken whole.
+// Copy one box of a 5-dimensional tensor, the whole of its second dimension.
 __device__ __forceinline__ void tma_load_packed(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column,
                                                 int row, int head, int batch) {
   asm volatile(
@@ -40,4 +39,4 @@ __device__ __forceinline__ void tma_load_packed(uint32_t to, const CUtensorMap* 
       : "memory");
 }
 
-}  // namespace ptx
+}  // namespace fagen::ptx

@@ -1,7 +1,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
-namespace ptx {
+namespace fagen::ptx {
 inline void barrier_sync(int id, int threads) {
   emulator::meet(emulator::now->block->meetings[id], threads, "named barrier", id);
 }
@@ -14,4 +14,4 @@ inline bool barrier_any(int id, int threads, bool vote) {
   barrier_sync(id, threads);
   return any;
 }
-}  // namespace ptx
+}  // namespace fagen::ptx

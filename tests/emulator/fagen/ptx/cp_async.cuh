@@ -1,7 +1,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
-namespace ptx {
+namespace fagen::ptx {
 
 inline uint32_t shared_address(const void* pointer) {
   const uint32_t offset = static_cast<const unsigned char*>(pointer) - emulator::dynamic_shared();
@@ -21,4 +21,4 @@ inline void st_shared_16(uint32_t to, uint4 value) { emulator::shared_at<uint4>(
 inline uint4 ld_shared_16(uint32_t from) { return emulator::shared_at<uint4>(from); }
 inline void st_shared_4(uint32_t to, uint32_t value) { emulator::shared_at<uint32_t>(to) = value; }
 
-}  // namespace ptx
+}  // namespace fagen::ptx

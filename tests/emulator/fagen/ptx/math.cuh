@@ -1,7 +1,7 @@
 #pragma once
 #include <math.h>
 
-namespace ptx {
+namespace fagen::ptx {
 inline float ex2(float x) { return exp2f(x); }
 inline float tanh_approx(float x) { return tanhf(x); }
-}  // namespace ptx
+}  // namespace fagen::ptx

@@ -1,7 +1,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
-namespace ptx {
+namespace fagen::ptx {
 
 inline void mbarrier_init(uint32_t barrier, int arrivals) {
   emulator::now->block->at(barrier, 8);
@@ -10,7 +10,7 @@ inline void mbarrier_init(uint32_t barrier, int arrivals) {
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(uint32_t barrier) { emulator::arrive_at(emulator::barrier(barrier)); }
 inline void mbarrier_arrive_at(uint32_t barrier, int block) {
-  emulator::arrive_at(emulator::barrier(barrier, emulator::now->block->team->blocks[block].get()));
+  emulator::arrive_at(emulator::barrier(barrier, emulator::now->block->cluster->blocks[block].get()));
 }
 inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
   emulator::barrier(barrier).bytes += bytes;
@@ -22,4 +22,4 @@ inline void mbarrier_wait(uint32_t barrier, int parity) {
 }
 inline uint32_t ld_shared_4(uint32_t from) { return emulator::shared_at<uint32_t>(from); }
 
-}  // namespace ptx
+}  // namespace fagen::ptx

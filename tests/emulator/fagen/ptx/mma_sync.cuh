@@ -2,7 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-namespace ptx {
+namespace fagen::ptx {
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   const uint64_t* rows = emulator::exchange(address, "ldmatrix");
@@ -24,4 +24,4 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   emulator::multiply_tile<Element>(c, a, b0, b1);
 }
 
-}  // namespace ptx
+}  // namespace fagen::ptx

@@ -3,7 +3,7 @@
 
 #include "fagen/ptx/mbarrier.cuh"
 
-namespace ptx {
+namespace fagen::ptx {
 
 inline void prefetch_map(const CUtensorMap*) {}
 inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row, int head, int batch) {
@@ -18,4 +18,4 @@ inline void tma_load_packed(uint32_t to, const CUtensorMap* map, uint32_t barrie
   emulator::copy(to, map, barrier, {column, 0, row, head, batch}, 0);
 }
 
-}  // namespace ptx
+}  // namespace fagen::ptx

@@ -2,7 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-namespace ptx {
+namespace fagen::ptx {
 
 template <int kRegisters>
 void more_registers() {}
@@ -13,8 +13,8 @@ inline void barrier_arrive(int id, int threads) {
   emulator::arrive(meeting, threads);
 }
 inline void cluster_sync() {
-  emulator::Team& team = *emulator::now->block->team;
-  emulator::meet(team.meeting, team.threads, "all of the cluster", 0);
+  emulator::Cluster& cluster = *emulator::now->block->cluster;
+  emulator::meet(cluster.meeting, cluster.threads, "all of the cluster", 0);
 }
 inline void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
   const uint64_t* rows = emulator::exchange(address, "stmatrix");
@@ -51,4 +51,4 @@ void wgmma_registers(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64
   emulator::start_product<EMULATOR_ELEMENT>(&c[0][0], kColumns, false, 0, a, b, true);
 }
 
-}  // namespace ptx
+}  // namespace fagen::ptx
