@@ -23,6 +23,7 @@ from fagen.codegen.spec import KernelSpec
 from fagen.db.record import environment
 from fagen.families import cpu_forward
 from fagen.ops.attention import reference
+from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.inputs import make_inputs
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import kernel
@@ -45,9 +46,10 @@ def calls_of(problem: Problem, layout: str) -> tuple[dict[str, Callable[[], obje
     """What is timed against each other, and the config behind each name."""
     target, family = host(), cpu_forward.FAMILY
     inputs = make_inputs(problem, target)
-    q, k, v, out = (inputs[name].transpose(1, 2) for name in ("q", "k", "v", "out"))
+    q, k, v, out = (t.transpose(1, 2) for t in (inputs.call.q, inputs.call.k, inputs.call.v, inputs.outputs["out"]))
     if layout == "bhsd":
         q, k, v, out = (t.contiguous() for t in (q, k, v, out))
+    call = AttentionCall(q, k, v, layout="bhsd", window=inputs.call.window)
     causal = problem.mask == "causal"
     calls: dict[str, Callable[[], object]] = {
         "sdpa": lambda: scaled_dot_product_attention(q, k, v, is_causal=causal),
@@ -55,12 +57,12 @@ def calls_of(problem: Problem, layout: str) -> tuple[dict[str, Callable[[], obje
     configs = {}
     for i, config in enumerate([family.default(problem, target), *family.first_configs(problem, target)]):
         name = f"seed {i}" if i else "default"
-        calls[name] = kernel.get(KernelSpec(family, problem, target, config)).bind(q, k, v, out)
+        calls[name] = kernel.get(KernelSpec(family, problem, target, config)).bind(call, {"out": out})
         configs[name] = str(config)
         if problem.seqlen_q <= VERIFIED_UP_TO:
             out.fill_(math.nan)
             calls[name]()
-            verdict = reference.check(out, None, q, k, v, inputs["semantics"])
+            verdict = reference.check(call, {"out": out})
             if not verdict:
                 raise SystemExit(f"{problem} {config}: {verdict.message}")
     return calls, configs

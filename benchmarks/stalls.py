@@ -33,10 +33,11 @@ from fagen.bench.rows import Row
 from fagen.cli import arguments
 from fagen.db.record import environment, now
 from fagen.notices import emit_json, say
+from fagen.ops.attention.call import AttentionCall
+from fagen.ops.attention.inputs import Inputs
 from fagen.ops.attention.problem import TORCH_DTYPES, Problem
 from fagen.target import Target
 
-Inputs = dict[str, torch.Tensor]
 Call = Callable[[Inputs], object]
 
 STALL = 0.05  # seconds of a call that a user of a server notices
@@ -71,18 +72,18 @@ def inputs(p: Problem, target: Target, some: list[tuple[int, int, int]]) -> Iter
     make = lambda rows, heads: torch.randn(most[0], rows, heads, p.head_dim, device=device, dtype=dtype)  # noqa: E731
     q, k, v = make(most[1], p.heads), make(most[2], p.kv_heads), make(most[2], p.kv_heads)
     for batch, rows, keys in some:
-        yield {"q": q[:batch, :rows], "k": k[:batch, :keys], "v": v[:batch, :keys]}
+        yield Inputs(AttentionCall(q[:batch, :rows], k[:batch, :keys], v[:batch, :keys], window=(-1, 0)), {})
 
 
 # ---- who is called --------------------------------------------------------------------------------------------------
 
 
 def ours(i: Inputs) -> object:
-    return fagen.attention(i["q"], i["k"], i["v"], causal=True)
+    return fagen.attention(i.call.q, i.call.k, i.call.v, causal=True)
 
 
 def sdpa(i: Inputs) -> object:
-    q, k, v = (i[name].transpose(1, 2) for name in ("q", "k", "v"))
+    q, k, v = i.call.bhsd()
     square = q.shape[2] == k.shape[2]  # a single row sees all keys
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=square, enable_gqa=True)
 
@@ -91,10 +92,11 @@ def others(names: list[str], problem: Problem, target: Target, paths: dict[str, 
     """How each is called, and why others are not. What a peer prepares does not depend on sizes."""
     found: dict[str, Call] = {"sdpa": sdpa} if "sdpa" in names else {}
     here, absent = peers.load([n for n in names if n != "sdpa"], "cuda" if target.is_gpu else "cpu", paths)
-    device = {"q": torch.empty(0, device="cuda" if target.is_gpu else "cpu")}  # all that is asked of the inputs
+    nothing = torch.empty(0, device="cuda" if target.is_gpu else "cpu")
+    given = Inputs(AttentionCall(nothing, nothing, nothing), {})  # only its device is asked for
     for name, loaded in here.items():
         try:
-            found[name] = loaded.prepare(Row("stalls", problem), device)  # type: ignore[arg-type]
+            found[name] = loaded.prepare(Row("stalls", problem), given)
         except peers.Cannot as error:
             absent[name] = str(error)
     return found, absent

@@ -111,7 +111,7 @@ def participant(variant: dict[str, Any], artifact: Artifact) -> peers.Prepare:
 
         def serve(given: rows.Inputs) -> Any:
             launcher(made, given)()
-            return given["out"]
+            return given.outputs["out"]
 
         return serve
 

@@ -8,9 +8,9 @@ from typing import Any, Literal, overload
 import torch
 
 from fagen.dispatch.resolve import resolve
-from fagen.ops.attention import arguments, fallback
+from fagen.ops.attention import fallback
 from fagen.ops.attention.arguments import Window
-from fagen.ops.attention.call import _refusal
+from fagen.ops.attention.call import AttentionCall
 from fagen.runtime import binding
 
 _fast: Callable[..., Any] | None = None  # the C++ road, once it is loaded
@@ -77,46 +77,30 @@ def attention(
         answer = _fast(q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out)
         if answer is not None:
             return answer
-    return _attention(q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out)
+    return _attention(
+        AttentionCall.of(
+            q, k, v, layout=layout, causal=causal, window=window, intervals=intervals, softcap=softcap,
+            alibi_slopes=alibi_slopes, scale=scale, return_lse=return_lse, out=out,
+        )
+    )  # fmt: skip
 
 
-def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: str,
-    causal: bool,
-    window: Window,
-    intervals: torch.Tensor | None,
-    softcap: float,
-    alibi_slopes: torch.Tensor | None,
-    scale: float | None,
-    return_lse: bool,
-    out: torch.Tensor | None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def _attention(call: AttentionCall) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Every call that is not of the usual kind, or the first; also what torch.compile traces."""
-    return_lse = arguments.flag("return_lse", return_lse)
-    causal, window, softcap, scale = arguments.check(
-        q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, out
-    )
-    options: dict[str, Any] = {
-        "layout": layout, "causal": causal, "window": window, "intervals": intervals, "softcap": softcap,
-        "alibi_slopes": alibi_slopes, "scale": scale,
-    }  # fmt: skip
-    reason = _refusal(q, k, v, alibi_slopes, scale)
+    reason = call.op_refusal
     if reason:
         fallback.warn(reason)
     if torch.compiler.is_compiling():
         ready = _ops_registered()
     else:
-        ready = _ops_ready() or (not reason and not _plain(q, k, v, intervals, alibi_slopes, out) and _ops_registered())
+        ready = _ops_ready() or (not reason and not _plain(call) and _ops_registered())
     if reason or not ready:
-        return _without_ops(q, k, v, options, return_lse, out, reason)
-    args = (q, k, v, intervals, alibi_slopes, layout == "bhsd", causal, *window, softcap, scale)
-    if out is not None:
-        lse = torch.ops.fagen.forward_out(*args, return_lse, out)
-        return (out, lse) if return_lse else out
-    if return_lse:
+        return _without_ops(call, reason)
+    args = call.op_arguments()
+    if call.out is not None:
+        lse = torch.ops.fagen.forward_out(*args, call.want_lse, call.out)
+        return (call.out, lse) if call.want_lse else call.out
+    if call.want_lse:
         return torch.ops.fagen.forward_lse(*args)
     return torch.ops.fagen.forward(*args)
 
@@ -142,41 +126,35 @@ def _take(module: Any) -> bool:
 vars(_ops_registered)["_dynamo_marked_constant"] = True
 
 
-def _plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether a kernel may be handed their addresses: no subclass, mode or transform that wants to see an op."""
-    if not all(_has_memory(t) for t in tensors if t is not None):
+def _plain(call: AttentionCall) -> bool:
+    """Whether a kernel may be handed the addresses: no subclass, mode or transform that wants to see an op."""
+    if not _has_memory(call):
         return False
     stacks = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
     return stacks == 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
-def _without_ops(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any], return_lse: bool, out: Any, reason: str
-) -> Any:
+def _has_memory(call: AttentionCall) -> bool:
+    """No tensor of torch.func's, of a tracer's or of a subclass, which a kernel cannot be handed through ctypes."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    tensors = [*call.inputs().values(), *([] if call.out is None else [call.out])]
+    return all(type(t) in (torch.Tensor, torch.nn.Parameter) and not wrapped(t) and not t.is_neg() for t in tensors)
+
+
+def _without_ops(call: AttentionCall, reason: str) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The C++ ops are not there yet, or cannot be asked: a kernel is called through ctypes, else PyTorch computes."""
-    tensors = {"q": q, "k": k, "v": v, "intervals": options["intervals"], "alibi_slopes": options["alibi_slopes"]}
-    plain = not torch.compiler.is_compiling() and all(_has_memory(t) for t in (*tensors.values(), out) if t is not None)
-    if plain and out is not None:
-        arguments.refuse_overlap(out, **tensors)
-    found = resolve(q, k, v, out=out, return_lse=return_lse, **options) if plain and not reason else None
+    plain = not torch.compiler.is_compiling() and _has_memory(call)
+    if plain:
+        call.refuse_overlap()
+    found = resolve(call) if plain and not reason else None
     if plain and not reason:
         binding.start()  # after the kernel, which this call waited for
     if found is None:
-        value, lse = fallback.attend(q, k, v, want_lse=return_lse, **options)
-        value = value if out is None else out.copy_(value)
-        return (value, lse) if return_lse else value
-    layout = options["layout"]
-    row, head = (1, 2) if layout == "bshd" else (2, 1)
-    result = q.new_empty((*q.shape[:3], v.shape[3])) if out is None else out
-    rows_lse = q.new_empty((q.shape[0], q.shape[head], q.shape[row]), dtype=torch.float32) if return_lse else None
-    names = ("intervals", "alibi_slopes", "window", "scale", "softcap")
-    if out is not None:
-        torch.autograd.graph.increment_version(out)
-    found.launch(q, k, v, result, rows_lse, layout=layout, **{name: options[name] for name in names})
-    return (result, rows_lse) if return_lse else result
-
-
-def _has_memory(t: torch.Tensor) -> bool:
-    """Not one of torch.func's, of a tracer's or of a subclass, which a kernel cannot be handed through ctypes."""
-    functional = torch._C._functorch.is_functorch_wrapped_tensor(t)
-    return type(t) in (torch.Tensor, torch.nn.Parameter) and not functional and not t.is_neg()
+        value, lse = fallback.attend(call)
+        value = value if call.out is None else call.out.copy_(value)
+        return (value, lse) if call.want_lse else value
+    outputs = call.new_outputs()
+    if call.out is not None:
+        torch.autograd.graph.increment_version(call.out)
+    found.launch(call, outputs)
+    return (outputs["out"], outputs["lse"]) if call.want_lse else outputs["out"]

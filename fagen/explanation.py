@@ -10,7 +10,7 @@ from fagen import env, ops
 from fagen.dispatch.choose import PROVENANCES, Choice, choose, known_only
 from fagen.errors import FagenError
 from fagen.ops.attention.problem import Problem
-from fagen.target import Target, target_of
+from fagen.target import Target
 
 if TYPE_CHECKING:
     import torch
@@ -161,11 +161,10 @@ def _meanwhile(problem: Problem, target: Target) -> Choice:
 
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Explanation:
     """What `fagen.attention` would do with the same arguments, and why each other choice was not taken."""
-    from fagen.ops.attention.call import describe
+    from fagen.ops.attention.call import AttentionCall
 
-    call = describe(q, k, v, **options)
+    call = AttentionCall.of(q, k, v, **options)
     if call.refusal:
-        target = target_of(q.device)
-        return Explanation(call.problem, target, Choice("none", reasons=[call.refusal]), None)
-    assert call.problem is not None and call.target is not None
-    return explain_problem(call.problem, call.target, ours=bool(options.get("return_lse")))
+        return Explanation(None, call.target, Choice("none", reasons=[call.refusal]), None)
+    assert call.target is not None
+    return explain_problem(call.problem, call.target, ours=call.want_lse)

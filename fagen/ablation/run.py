@@ -23,6 +23,7 @@ from fagen.build.job import Artifact
 from fagen.codegen.spec import Key
 from fagen.errors import FagenError
 from fagen.families import Config
+from fagen.ops.attention.inputs import Inputs
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -124,9 +125,8 @@ def _problem(problem: Problem, plans: list[StepPlan], built: Built, target: Targ
     return result
 
 
-def _step(p: StepPlan, sets: Sequence[Result], built: Built, device: str) -> tuple[Result, Any]:
+def _step(p: StepPlan, sets: Sequence[Inputs], built: Built, device: str) -> tuple[Result, Any]:
     """The step's facts so far, and a call of its best config if what that computes is right."""
-    from fagen.ops.attention import reference
     from fagen.runtime import kernel
     from fagen.runtime.kernel import launcher
     from fagen.timing import timer
@@ -134,9 +134,7 @@ def _step(p: StepPlan, sets: Sequence[Result], built: Built, device: str) -> tup
     if not p.specs:
         return {"outcome": "cannot", "reason": p.reason}, None
     facts: Result = {"family": p.specs[0].family.name, "visits": p.problem.mask, "provenance": p.provenance}
-    sets = [
-        inputs | {"semantics": reference.Semantics((p.problem.window_left, p.problem.window_right))} for inputs in sets
-    ]
+    sets = [inputs.change(window=(p.problem.window_left, p.problem.window_right)) for inputs in sets]
     artifacts = {spec: built[spec.key] for spec in p.specs}
     errors = [artifact.what for artifact in artifacts.values() if isinstance(artifact, FagenError)]
     facts["tried"] = len(artifacts) - len(errors)
@@ -152,10 +150,10 @@ def _step(p: StepPlan, sets: Sequence[Result], built: Built, device: str) -> tup
             config: timer.RoundRobin([launcher(made, inputs) for inputs in sets]) for config, made in kernels.items()
         }
         config = _best(calls, device)
-        sets[0]["out"].fill_(math.nan)
+        sets[0].outputs["out"].fill_(math.nan)
         launcher(kernels[config], sets[0])()
         bench.synchronize(device)
-        verdict, checked = bench.verified(sets[0]["out"], sets[0], _CELLS[device])
+        verdict, checked = bench.verified(sets[0].outputs["out"], sets[0].call, _CELLS[device])
     except (FagenError, RuntimeError) as error:
         bench.alive(device, p.step, p.problem.key)
         return facts | {"outcome": "failed", "reason": reason(error)}, None

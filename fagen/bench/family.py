@@ -47,7 +47,7 @@ def ours(name: str, target: Target) -> Prepare:
 
         def serve(i: Inputs) -> torch.Tensor:
             calls.setdefault(id(i), launcher(made, i))()
-            return i["out"]
+            return i.outputs["out"]
 
         return serve
 

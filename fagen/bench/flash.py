@@ -65,8 +65,9 @@ def _lengths(row: Row, device: torch.device) -> torch.Tensor:
     return lengths.cumsum(0).to(device=device, dtype=torch.int32)
 
 
-def _packed(t: torch.Tensor) -> torch.Tensor:
-    return t.flatten(0, 1)
+def _packed(i: Inputs) -> list[torch.Tensor]:
+    """q, k and v, all sequences one behind the other."""
+    return [t.flatten(0, 1) for t in (i.call.q, i.call.k, i.call.v)]
 
 
 def _first(result: Any) -> torch.Tensor:
@@ -111,11 +112,16 @@ def _load_library(path: Path) -> None:
 def _through_op(op: Any) -> Prepare:
     def prepare(row: Row, inputs: Inputs) -> Serve:
         _require(row)
-        wanted = {**_settings(row, -1), **_document_arguments(row, inputs["q"].device)}
+        wanted = {**_settings(row, -1), **_document_arguments(row, inputs.call.q.device)}
         fixed = fill(op._schema, wanted)
         if not row.documents:
-            return lambda i: _first(op(q=i["q"], k=i["k"], v=i["v"], **fixed))
-        return lambda i: _first(op(q=_packed(i["q"]), k=_packed(i["k"]), v=_packed(i["v"]), **fixed)).view_as(i["out"])
+            return lambda i: _first(op(q=i.call.q, k=i.call.k, v=i.call.v, **fixed))
+
+        def serve(i: Inputs) -> torch.Tensor:
+            q, k, v = _packed(i)
+            return _first(op(q=q, k=k, v=v, **fixed)).view_as(i.outputs["out"])
+
+        return serve
 
     return prepare
 
@@ -178,12 +184,11 @@ def _through_functions(module: Any, unbounded: int | None) -> Prepare:
         given = {"causal": s["causal"], "window_size": (s["window_left"], s["window_right"]), "softcap": s["softcap"]}
         if not row.documents:
             call = module.flash_attn_func
-            return lambda i: _first(call(i["q"], i["k"], i["v"], **given))
-        varlen, given = module.flash_attn_varlen_func, given | _document_arguments(row, inputs["q"].device)
+            return lambda i: _first(call(i.call.q, i.call.k, i.call.v, **given))
+        varlen, given = module.flash_attn_varlen_func, given | _document_arguments(row, inputs.call.q.device)
 
         def serve(i: Inputs) -> torch.Tensor:
-            packed = (_packed(i[name]) for name in ("q", "k", "v"))
-            return _first(varlen(*packed, **given)).view_as(i["out"])
+            return _first(varlen(*_packed(i), **given)).view_as(i.outputs["out"])
 
         return serve
 
@@ -229,13 +234,13 @@ def through_flashinfer(flashinfer: Any) -> Prepare:
         if p.window_right > 0 or (p.window_left >= 0 and not row.causal):
             raise Cannot("it has no window right of the diagonal")
         given: dict[str, Any] = {
-            "causal": row.causal, "window_left": p.window_left, "logits_soft_cap": inputs["semantics"].softcap or None
+            "causal": row.causal, "window_left": p.window_left, "logits_soft_cap": inputs.call.softcap or None
         }  # fmt: skip
         if p.batch == 1 and not row.documents:
             single = functools.partial(flashinfer.single_prefill_with_kv_cache, kv_layout="NHD", **given)
-            return lambda i: single(i["q"][0], i["k"][0], i["v"][0])[None]
+            return lambda i: single(i.call.q[0], i.call.k[0], i.call.v[0])[None]
         wrapper = _planned(flashinfer, row, inputs, given)
-        return lambda i: wrapper.run(_packed(i["q"]), _packed(i["k"]), _packed(i["v"])).view_as(i["out"])
+        return lambda i: wrapper.run(*_packed(i)).view_as(i.outputs["out"])
 
     return prepare
 
@@ -244,7 +249,7 @@ def _planned(flashinfer: Any, row: Row, inputs: Inputs, given: dict[str, Any]) -
     """Its ragged prefill; the plan is made ahead, as its users make it once for all layers."""
     import torch
 
-    p, device = row.problem, inputs["q"].device
+    p, device = row.problem, inputs.call.q.device
     if row.documents:
         of_q = of_k = _lengths(row, device)
     else:
@@ -253,6 +258,6 @@ def _planned(flashinfer: Any, row: Row, inputs: Inputs, given: dict[str, Any]) -
     workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device)
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
     wrapper.plan(
-        of_q, of_k, p.heads, p.kv_heads, p.head_dim, head_dim_vo=p.head_dim_v, q_data_type=inputs["q"].dtype, **given
+        of_q, of_k, p.heads, p.kv_heads, p.head_dim, head_dim_vo=p.head_dim_v, q_data_type=inputs.call.q.dtype, **given
     )  # fmt: skip
     return wrapper

@@ -13,6 +13,8 @@ from fagen.ops.attention.problem import INTERVAL_KINDS
 if TYPE_CHECKING:
     import torch
 
+    from fagen.ops.attention.call import AttentionCall
+
 Mod = Callable[..., Any]
 
 
@@ -27,12 +29,12 @@ def _prepare(compiled: bool) -> Prepare:
         import torch
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        p, device = row.problem, inputs["q"].device
-        mask, score = mask_mod(row, inputs), score_mod(row, inputs)
-        batch, heads = _planes(row, inputs)
+        p, call = row.problem, inputs.call
+        mask, score = mask_mod(row, call), score_mod(row, call)
+        batch, heads = _planes(row, call)
         blocks = None
         if mask is not None:
-            blocks = create_block_mask(mask, batch, heads, p.seqlen_q, p.seqlen_k, device=str(device))
+            blocks = create_block_mask(mask, batch, heads, p.seqlen_q, p.seqlen_k, device=str(call.q.device))
         attend: Any = flex_attention
         if compiled:
             torch.compiler.reset()  # else the limit of recompilations makes later rows eager
@@ -40,24 +42,23 @@ def _prepare(compiled: bool) -> Prepare:
         shared = p.heads != p.kv_heads
 
         def serve(i: Inputs) -> torch.Tensor:
-            q, k, v = i["q"].transpose(1, 2), i["k"].transpose(1, 2), i["v"].transpose(1, 2)
-            return attend(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=shared).transpose(1, 2)
+            return attend(*i.call.bhsd(), score_mod=score, block_mask=blocks, enable_gqa=shared).transpose(1, 2)
 
         return serve
 
     return prepare
 
 
-def _planes(row: Row, inputs: Inputs) -> tuple[int | None, int | None]:
+def _planes(row: Row, call: AttentionCall) -> tuple[int | None, int | None]:
     """Batches and heads whose masks differ; None where one serves all."""
-    intervals = inputs["intervals"]
+    intervals = call.intervals
     if intervals is None or row.documents or row.prefix:
         return None, None
     batch, planes = intervals.shape[:2]
     return (batch if batch > 1 else None), (row.problem.heads if planes > 1 else None)
 
 
-def mask_mod(row: Row, inputs: Inputs) -> Mod | None:
+def mask_mod(row: Row, call: AttentionCall) -> Mod | None:
     """Which (batch, head, row, key) is visible; None: all are."""
     from torch.nn.attention.flex_attention import and_masks
 
@@ -65,12 +66,12 @@ def mask_mod(row: Row, inputs: Inputs) -> Mod | None:
     shift, left, right = p.seqlen_k - p.seqlen_q, p.window_left, p.window_right
     parts: list[Mod] = []
     if row.documents:
-        parts.append(_documents(row, inputs["q"].device))
+        parts.append(_documents(row, call.q.device))
     elif row.prefix:
         prefix = row.prefix
         parts.append(lambda b, h, q, k: (k < prefix) | (q + shift >= k))
-    elif inputs["intervals"] is not None:
-        parts.append(_intervals(row, inputs["intervals"]))
+    elif call.intervals is not None:
+        parts.append(_intervals(row, call.intervals))
     if right >= 0:
         parts.append(lambda b, h, q, k: q + shift + right >= k)
     if left >= 0:
@@ -106,19 +107,19 @@ def _intervals(row: Row, intervals: torch.Tensor) -> Mod:
     return seen
 
 
-def score_mod(row: Row, inputs: Inputs) -> Mod | None:
+def score_mod(row: Row, call: AttentionCall) -> Mod | None:
     """Softcap, then ALiBi, as `fagen.attention` orders them."""
     import torch
 
-    p, cap, slopes = row.problem, inputs["semantics"].softcap, inputs["alibi_slopes"]
-    if not p.softcap and not p.alibi:
+    p, cap, slopes = row.problem, call.softcap, call.alibi_slopes
+    if not cap and slopes is None:
         return None
     shift = p.seqlen_k - p.seqlen_q
 
     def change(score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
-        if p.softcap:
+        if cap:
             score = cap * torch.tanh(score / cap)
-        if p.alibi:
+        if slopes is not None:
             score = score - slopes[b, h] * (q + shift - k).abs()
         return score
 

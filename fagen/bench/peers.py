@@ -105,16 +105,16 @@ def ours(row: Row, inputs: Inputs) -> Serve:
     """`fagen.attention` as a user calls it, dispatch and all, but for `out`, which a graph replay needs to stay."""
     from fagen import api
 
-    given = options(row, inputs)
-    return lambda i: api.attention(i["q"], i["k"], i["v"], out=i["out"], **given)
+    given = options(row, inputs.call)
+    return lambda i: api.attention(i.call.q, i.call.k, i.call.v, out=i.outputs["out"], **given)
 
 
 def ours_eager(row: Row, inputs: Inputs) -> Serve:
     """The same with an output of its own, as the host time of a call counts it."""
     from fagen import api
 
-    given = options(row, inputs)
-    return lambda i: api.attention(i["q"], i["k"], i["v"], **given)
+    given = options(row, inputs.call)
+    return lambda i: api.attention(i.call.q, i.call.k, i.call.v, **given)
 
 
 def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
@@ -123,12 +123,13 @@ def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
 
     from fagen import explanation
     from fagen.dispatch import resolve
+    from fagen.ops.attention.call import AttentionCall
 
-    tensors = [inputs[name] for name in ("q", "k", "v")]
-    given = {**options(row, inputs), "layout": "bshd", "out": inputs["out"]}
+    tensors = inputs.call.q, inputs.call.k, inputs.call.v
+    given = {**options(row, inputs.call), "out": inputs.outputs["out"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said in the result
-        kernel = resolve.resolve(*tensors, **given)
+        kernel = resolve.resolve(AttentionCall.of(*tensors, **given))
     report = explanation.explain(*tensors, **given).to_dict()
     names = ("key", "family", "config", "provenance", "record", "facts")
     return {name: report[name] for name in names} | {"served_by": "kernel" if kernel is not None else "torch"}
@@ -184,8 +185,7 @@ def _through_sdpa(backend: str) -> Prepare:
         attend = torch.nn.functional.scaled_dot_product_attention
 
         def serve(i: Inputs) -> torch.Tensor:
-            q, k, v = i["q"].transpose(1, 2), i["k"].transpose(1, 2), i["v"].transpose(1, 2)
-            return attend(q, k, v, is_causal=causal, enable_gqa=shared).transpose(1, 2)
+            return attend(*i.call.bhsd(), is_causal=causal, enable_gqa=shared).transpose(1, 2)
 
         def held(i: Inputs) -> torch.Tensor:
             with sdpa_kernel(getattr(SDPBackend, backend)):

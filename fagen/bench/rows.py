@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fagen.ops.attention import inputs
+from fagen.ops.attention.inputs import Inputs
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
 
 if TYPE_CHECKING:
     import torch
 
+    from fagen.ops.attention.call import AttentionCall
     from fagen.target import Target
-
-Inputs = dict[str, Any]  # of measure.make_inputs
 
 
 @dataclass(frozen=True)
@@ -54,38 +55,36 @@ def make_inputs(row: Row, where: Target | str, seed: int = 0) -> Inputs:
     import torch
 
     from fagen.ops.attention import masks
-    from fagen.ops.attention.inputs import make_inputs as of_problem_inputs
 
-    inputs = of_problem_inputs(row.problem, where, seed)
-    device = inputs["q"].device
+    made = inputs.make_inputs(row.problem, where, seed)
+    device = made.call.q.device
     if row.documents:
         ids = torch.arange(len(row.documents)).repeat_interleave(torch.tensor(row.documents))
-        inputs["intervals"] = masks.from_documents(ids[None], causal=row.causal).to(device)
-    elif row.prefix:
-        inputs["intervals"] = masks.from_prefix([row.prefix], row.problem.seqlen_q).to(device)
-    return inputs
+        return made.change(intervals=masks.from_documents(ids[None], causal=row.causal).to(device))
+    if row.prefix:
+        return made.change(intervals=masks.from_prefix([row.prefix], row.problem.seqlen_q).to(device))
+    return made
 
 
-def options(row: Row, inputs: Inputs) -> dict[str, Any]:
+def options(row: Row, call: AttentionCall) -> dict[str, Any]:
     """The arguments of `fagen.attention` beside the tensors."""
-    left, right = row.problem.window_left, row.problem.window_right
+    left, right = call.window
     return {
         "causal": row.causal,
         "window": (None if left < 0 else left, None if right < 0 or row.causal else right),
-        "intervals": inputs["intervals"],
-        "softcap": inputs["semantics"].softcap,
-        "alibi_slopes": inputs["alibi_slopes"],
+        "intervals": call.intervals,
+        "softcap": call.softcap,
+        "alibi_slopes": call.alibi_slopes,
     }
 
 
-def flops(row: Row, inputs: Inputs) -> float:
+def flops(row: Row, call: AttentionCall) -> float:
     """2 products of 2 FLOP a visible cell; a causal square counts half, as the field counts."""
     p = row.problem
-    if inputs["intervals"] is None:
+    if call.intervals is None:
         return p.flops()
-    intervals = inputs["intervals"]
-    planes = intervals.shape[0] * intervals.shape[1]
-    cells = visible_cells(p, intervals) * (p.batch * p.heads / planes)
+    planes = call.intervals.shape[0] * call.intervals.shape[1]
+    cells = visible_cells(p, call.intervals) * (p.batch * p.heads / planes)
     return 2.0 * cells * (p.head_dim + p.head_dim_v)
 
 

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fagen.bench import family, peers, rows
 from fagen.bench.peers import OURS, Cannot, Prepare
@@ -22,6 +22,12 @@ from fagen.bench.rows import Inputs, Row
 from fagen.errors import LaunchError
 from fagen.target import Target
 from fagen.timing.machine import Machine
+
+if TYPE_CHECKING:
+    import torch
+
+    from fagen.ops.attention.call import AttentionCall
+    from fagen.ops.attention.reference import Verdict
 
 FORMAT = 1
 _CELLS = {"cuda": 1 << 32, "cpu": 1 << 25}  # scores that are verified; of longer rows some heads are
@@ -88,7 +94,7 @@ def time_row(
     device = "cuda" if target.is_gpu else "cpu"
     count = input_sets(row.problem, target)
     sets = [rows.make_inputs(row, target, settings.seed + i) for i in range(count)]
-    flops = rows.flops(row, sets[0])
+    flops = rows.flops(row, sets[0].call)
     result: Result = {
         "name": row.name, "series": row.series, "length": row.problem.seqlen_q, "problem": row.problem.to_dict(),
         "key": row.problem.key, "flops": flops, "bytes": rows.least_bytes(row), "input_sets": count,
@@ -164,7 +170,7 @@ def prepared(prepare: Prepare, row: Row, inputs: Inputs, device: str, name: str)
             out = serve(inputs)
             synchronize(device)
             seconds = time.perf_counter() - start
-            verdict, checked = verified(out, inputs, _CELLS[device])
+            verdict, checked = verified(out, inputs.call, _CELLS[device])
         except Cannot as error:
             return {"outcome": "cannot", "reason": str(error)}, None
         except Exception as error:  # whatever a participant raises is its outcome
@@ -202,39 +208,23 @@ def alive(device: str, name: str, where: str) -> None:
         ) from error
 
 
-def verified(out: Any, inputs: Inputs, cells: int) -> tuple[Any, str]:
+def verified(out: torch.Tensor, call: AttentionCall, cells: int) -> tuple[Verdict, str]:
     """The oracle on the whole output, or, where that takes too long, on evenly spread heads of the same output."""
     from fagen.ops.attention import reference
 
-    q, k, v, intervals, alibi = (inputs[name] for name in ("q", "k", "v", "intervals", "alibi_slopes"))
-    batch, group, planes = q.shape[0], q.shape[2] // k.shape[2], k.shape[2]
-    each = group * q.shape[1] * k.shape[1]
-    units = batch * planes
+    group, planes = call.heads // call.kv_heads, call.kv_heads
+    each, units = group * call.seqlen_q * call.seqlen_k, call.batch * planes
     if units * each <= cells or units <= 2:
-        given = {"intervals": intervals, "alibi": alibi, "layout": "bshd"}
-        return reference.check(out, None, q, k, v, inputs["semantics"], **given), "all"
+        return reference.check(call, {"out": out}), "all"
     wanted = min(units, max(2, cells // each))
     picked = sorted({round(i * (units - 1) / (wanted - 1)) for i in range(wanted)})
-    verdicts = [_one_unit(out, inputs, unit // planes, unit % planes, group) for unit in picked]
+    verdicts = []
+    for b, kv in (divmod(unit, planes) for unit in picked):  # a kv head, and the query heads that share it
+        heads = slice(kv * group, (kv + 1) * group)
+        verdicts.append(reference.check(*reference.part(call, {"out": out}, b, heads)))
     worst = max(verdicts, key=lambda verdict: (not verdict.ok, verdict.ratio))
     error = max(verdict.error for verdict in verdicts)
     return reference.Verdict(worst.ok, error, worst.ratio, worst.message), f"{len(picked)} of {units} kv heads"
-
-
-def _one_unit(out: Any, inputs: Inputs, b: int, kv: int, group: int) -> Any:
-    """One kv head of one batch, and the query heads that share it."""
-    from fagen.ops.attention import reference
-
-    of_q, of_k = slice(kv * group, (kv + 1) * group), slice(kv, kv + 1)
-    intervals, alibi = inputs["intervals"], inputs["alibi_slopes"]
-    if intervals is not None:
-        at_b, at_plane = b % intervals.shape[0], kv % intervals.shape[1]
-        intervals = intervals[at_b : at_b + 1, at_plane : at_plane + 1]
-    return reference.check(
-        out[b : b + 1, :, of_q], None, inputs["q"][b : b + 1, :, of_q], inputs["k"][b : b + 1, :, of_k],
-        inputs["v"][b : b + 1, :, of_k], inputs["semantics"], intervals=intervals,
-        alibi=alibi if alibi is None else alibi[b : b + 1, of_q], layout="bshd",
-    )  # fmt: skip
 
 
 # ---- ours against the best of the others ----------------------------------------------------------------------------

@@ -111,11 +111,11 @@ def _left_out(spec: KernelSpec, target: Target) -> str:
 
 def measure(spec: KernelSpec, target: Target) -> dict[str, Any]:
     """Build, verify and time one kernel on the device that is here."""
+    from fagen.ops.attention import reference
     from fagen.ops.attention.inputs import make_inputs
     from fagen.runtime import kernel
     from fagen.runtime.kernel import launcher
     from fagen.timing import timer
-    from fagen.verify import checks
 
     ready = kernel.get(dataclasses.replace(spec, target=target))
     if ready.artifact.source_hash != spec.hash:
@@ -123,10 +123,10 @@ def measure(spec: KernelSpec, target: Target) -> dict[str, Any]:
     inputs = make_inputs(spec.problem, target)
     call = launcher(ready, inputs, lse=True)
     call()
-    verdict = checks.check(inputs)
+    verdict = reference.check(inputs.call, inputs.outputs)
     if not verdict.ok:
         raise WrongResult(f"{spec.problem} is wrong on {target.device}", verdict.message)
-    seconds = timer.time_calls({"it": call}, device=inputs["q"].device)["it"].median
+    seconds = timer.time_calls({"it": call}, device=inputs.call.q.device)["it"].median
     return {
         "source_hash": spec.hash,
         "device": target.device,

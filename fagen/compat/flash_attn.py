@@ -6,7 +6,7 @@ import torch
 
 from fagen import api
 from fagen.errors import InvalidArgument, UnsupportedProblem
-from fagen.ops.attention import arguments, fallback
+from fagen.ops.attention import arguments, derivatives
 
 
 def flash_attn_func(
@@ -31,7 +31,7 @@ def flash_attn_func(
         raise UnsupportedProblem("dropout is not supported", f"dropout_p={dropout_p}", "pass dropout_p=0.0")
     want_probs = arguments.flag("return_attn_probs", return_attn_probs)
     # PyTorch's own attention adds up gradients in any order, but has no LSE: asked for one, `fallback` does without it
-    same_bits = arguments.flag("deterministic", deterministic) and fallback.differentiated(q, k, v, alibi_slopes)
+    same_bits = arguments.flag("deterministic", deterministic) and derivatives.differentiated(q, k, v, alibi_slopes)
     result = api.attention(
         q, k, v, causal=causal, window=_window(window_size), softcap=softcap, alibi_slopes=alibi_slopes,
         scale=softmax_scale, return_lse=want_probs or same_bits,

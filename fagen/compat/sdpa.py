@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from fagen import api
-from fagen.ops.attention import arguments, fallback
+from fagen.ops.attention import arguments, call, fallback
+from fagen.ops.attention.derivatives import in_forward_mode
 
 
 def sdpa(
@@ -97,11 +98,11 @@ def _why_torch(
         return f"no kernels for device {query.device.type}"
     shape, of_keys, of_values = query.shape, key.shape, value.shape
     if 0 in shape or 0 in of_keys or 0 in of_values:
-        return fallback.EMPTY
+        return call.EMPTY
     heads_agree = shape[1] == of_keys[1] == of_values[1]
     if shape[0] != of_keys[0] or of_keys[:3] != of_values[:3] or not (heads_agree or enable_gqa):
         return "sdpa was given tensors that broadcast"
     wants_grad = query.requires_grad or key.requires_grad or value.requires_grad
-    if wants_grad and torch.is_grad_enabled() and not fallback.in_forward_mode():
-        return fallback.NO_BACKWARD
+    if wants_grad and torch.is_grad_enabled() and not in_forward_mode():
+        return call.NO_BACKWARD
     return ""

@@ -62,19 +62,20 @@ def _prime(found: Kernel, target: Target) -> None:
         return
     import torch
 
+    from fagen.ops.attention.call import AttentionCall
     from fagen.ops.attention.problem import INTERVAL_KINDS, TORCH_DTYPES
 
     p, here = found.spec.problem, torch.device("cuda", torch.cuda.current_device())
-    dims = (p.head_dim, p.head_dim, p.head_dim_v, p.head_dim_v)
     columns, window = len(INTERVAL_KINDS.get(p.intervals, ())), {"causal": (-1, 0), "window": (0, 0)}
+    dtype = getattr(torch, TORCH_DTYPES[p.dtype])
     with contextlib.suppress(RuntimeError), torch.no_grad():  # out of memory, say: then its first call loads it
-        tensors = [torch.zeros(1, 1, 1, n, dtype=getattr(torch, TORCH_DTYPES[p.dtype]), device=here) for n in dims]
-        found.launch(
-            *tensors,
+        q, k, v = (torch.zeros(1, 1, 1, n, dtype=dtype, device=here) for n in (p.head_dim, p.head_dim, p.head_dim_v))
+        call = AttentionCall(
+            q, k, v, window=window.get(p.mask, (-1, -1)), kind=p.intervals, softcap=float(p.softcap),
             intervals=torch.zeros(1, 1, 1, columns, dtype=torch.int32, device=here) if columns else None,
             alibi_slopes=torch.zeros(1, dtype=torch.float32, device=here) if p.alibi else None,
-            window=window.get(p.mask, (-1, -1)), softcap=float(p.softcap), layout="bshd",
         )  # fmt: skip
+        found.launch(call, call.new_outputs())
 
 
 def device_is_ready(target: Target) -> bool:

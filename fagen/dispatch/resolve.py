@@ -26,9 +26,9 @@ from fagen.dispatch.plan import ASK, TORCH, Answer, Plan, PlannedRecord
 from fagen.errors import FagenError, LaunchError
 from fagen.notices import notify
 from fagen.ops.attention import fallback
-from fagen.ops.attention.call import Call, describe
+from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.problem import Problem
-from fagen.runtime import background, binding, kernel
+from fagen.runtime import background, binding, kernel, python_ops
 from fagen.target import Target
 
 if TYPE_CHECKING:
@@ -270,34 +270,32 @@ def _pass_over(problem: Problem, target: Target, choice: Choice) -> None:
 # ---- a call's kernel ------------------------------------------------------------------------------------------------
 
 
-def resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> kernel.Kernel | None:
+def resolve(call: AttentionCall) -> kernel.Kernel | None:
     """The kernel for a call, built and loaded; None (and a warning) where PyTorch computes."""
-    call = _describe_quietly(q, k, v, **options)
-    if call.refusal:
+    if _refused(call):
         return None
-    assert call.problem is not None and call.target is not None
-    with _on_device(q):
-        return kernel_for(call.problem, call.target, ours=bool(options.get("return_lse")))
+    assert call.target is not None
+    with _on_device(call.q):
+        return kernel_for(call.problem, call.target, ours=call.want_lse)
 
 
-def resolve_words(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> list[int]:
+def resolve_words(call: AttentionCall) -> list[int]:
     """The same for the C++ table: what serves this call, and the plan of its static key where there is one."""
-    call = _describe_quietly(q, k, v, **options)
-    if call.refusal:
+    if _refused(call):
         return list(TORCH.words)
-    assert call.problem is not None and call.target is not None
-    ours = bool(options.get("return_lse"))
-    with _on_device(q):
-        found = answer(call.problem, call.target, ours=ours)
-    return [*found.words, *plan_words(call.problem, call.target, ours=ours)]
+    problem, target = call.problem, call.target
+    assert target is not None
+    with _on_device(call.q):
+        found = answer(problem, target, ours=call.want_lse)
+    return [*found.words, *plan_words(problem, target, ours=call.want_lse)]
 
 
-def _describe_quietly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Call:
+def _refused(call: AttentionCall) -> bool:
     with torch.no_grad():  # whether gradients are needed was decided before
-        call = describe(q, k, v, **options)
-    if call.refusal:
-        fallback.warn(call.refusal)
-    return call
+        reason = call.refusal
+    if reason:
+        fallback.warn(reason)
+    return bool(reason)
 
 
 def _on_device(q: torch.Tensor) -> Any:
@@ -305,4 +303,4 @@ def _on_device(q: torch.Tensor) -> Any:
     return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
 
-binding.answer_with(resolve_words)
+python_ops.answer_with(resolve_words)

@@ -1,4 +1,4 @@
-"""Builds and loads the C++ ops once, and answers what they ask of Python: resolve, fallback, fail, refuse.
+"""Builds and loads the C++ ops once. `python_ops.py` answers what they ask of Python.
 
 Building them takes some 20 s. A call does not wait for that: `ready` starts it beside the calls, which go through
 ctypes until the ops are there.
@@ -9,21 +9,18 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen import env
 from fagen.build import cache
 from fagen.build.job import Job
-from fagen.errors import BuildError, FagenError, InvalidArgument, LaunchError
+from fagen.errors import BuildError, FagenError
 from fagen.notices import notify
 from fagen.ops.attention import size_point
 from fagen.runtime import background
 
 if TYPE_CHECKING:
-    import torch
-
     from fagen.build.job import Artifact
 
 
@@ -34,10 +31,8 @@ FUNCTIONS = ("fagen_launch", "fagen_error", "fagen_workspace_bytes")  # in the o
 
 _lock = threading.RLock()
 _module: Any = None
-_decide: Callable[..., list[int]]  # `answer_with` sets it
 _failure: FagenError | None = None
 _begun = False  # whether this process has looked for a built one
-_libraries: list[Any] = []  # torch unregisters what is collected
 
 
 def _after_fork() -> None:
@@ -132,7 +127,7 @@ def _import(artifact: Artifact) -> Any:
     from importlib.machinery import ExtensionFileLoader
     from importlib.util import module_from_spec, spec_from_file_location
 
-    import torch  # noqa: F401  (the library binds to torch's)
+    from fagen.runtime import python_ops  # and torch, to which the library binds
 
     loader = ExtensionFileLoader("kernel", str(artifact.path))
     spec = spec_from_file_location("kernel", artifact.path, loader=loader)
@@ -142,88 +137,8 @@ def _import(artifact: Artifact) -> Any:
         loader.exec_module(module)
     except ImportError as error:
         raise BuildError("the C++ binding cannot be loaded", str(error), "run: fagen cache clear") from error
-    _register()
+    python_ops.register()
     return module
-
-
-def _register() -> None:
-    import torch
-
-    library = torch.library.Library("fagen", "IMPL")
-    library.impl("resolve", _resolve, "CompositeExplicitAutograd")
-    library.impl("fallback", _fallback, "CompositeImplicitAutograd")
-    library.impl("fail", _fail, "CompositeExplicitAutograd")
-    library.impl("refuse", _refuse, "CompositeExplicitAutograd")
-    library.impl("refuse_overlap", _refuse_overlap, "CompositeExplicitAutograd")
-    _libraries.append(library)
-    for name, fake in (("forward", _fake), ("forward_lse", _fake_lse), ("forward_out", _fake_out)):
-        torch.library.register_fake(f"fagen::{name}", fake)
-
-
-def _fail(what: str, numbers: str) -> None:
-    raise LaunchError(what, numbers)
-
-
-def _refuse(what: str, numbers: str) -> None:
-    raise InvalidArgument(what, numbers)
-
-
-def _refuse_overlap(q: Any, k: Any, v: Any, intervals: Any, alibi_slopes: Any, out: torch.Tensor) -> None:
-    from fagen.ops.attention import arguments
-
-    arguments.refuse_overlap(out, q=q, k=k, v=v, intervals=intervals, alibi_slopes=alibi_slopes)
-
-
-_Args = tuple[Any, ...]
-
-
-def _named(args: _Args) -> dict[str, Any]:
-    """The arguments that all ops begin with, after q, k and v, as `api.describe` and `fallback.attend` want them."""
-    intervals, alibi_slopes, bhsd, causal, left, right, softcap, scale = args
-    return {
-        "layout": "bhsd" if bhsd else "bshd",
-        "causal": causal,
-        "window": (left, right),
-        "intervals": intervals,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "scale": scale,
-    }
-
-
-def answer_with(resolve: Callable[..., list[int]]) -> None:
-    """Hand over the function that decides a call the C++ table does not know, and plans other sizes of its kind."""
-    global _decide
-    _decide = resolve
-
-
-def _resolve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> list[int]:
-    return _decide(q, k, v, out=args[-2], return_lse=args[-1], **_named(args[:-2]))
-
-
-def _fallback(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    from fagen.ops.attention import fallback
-
-    return fallback.attend(q, k, v, want_lse=args[-1], **_named(args[:-1]))
-
-
-def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[3]))
-
-
-def _fake_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    head, row = (1, 2) if args[2] else (2, 1)
-    lse = q.new_empty((q.shape[0], q.shape[head], q.shape[row]), dtype=torch.float32)
-    return _fake(q, k, v), lse
-
-
-def _fake_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:
-    import torch
-
-    want_lse = args[-2]
-    return _fake_lse(q, k, v, *args)[1] if want_lse else q.new_empty((0,), dtype=torch.float32)
 
 
 def forget_table() -> None:

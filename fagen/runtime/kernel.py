@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 from fagen.build import cache
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import InvalidArgument, LaunchError
-from fagen.ops.attention.params import Params, _order, _want, is_aligned, make_params
-from fagen.ops.attention.problem import INTERVAL_KINDS, TORCH_DTYPES
+from fagen.ops.attention.params import Params, make_params
 from fagen.timing.timer import Call
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
 
     from fagen.build.job import Artifact
+    from fagen.ops.attention.call import AttentionCall
+    from fagen.ops.attention.inputs import Inputs
 
 WORKSPACE_ALIGNMENT = 256
 
@@ -75,41 +77,25 @@ class Kernel:
     def facts(self) -> dict[str, Any]:
         return self.artifact.facts
 
-    def launch(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *args: Any, **options: Any
-    ) -> torch.Tensor:
-        """Fill `out` (and `lse`) as `bind` describes; asynchronous on a GPU. Returns `out`."""
-        self.bind(q, k, v, out, *args, **options)()
-        return out
+    def launch(self, call: AttentionCall, outputs: Mapping[str, torch.Tensor], **options: Any) -> None:
+        """Fill the outputs as `bind` describes; asynchronous on a GPU."""
+        self.bind(call, outputs, **options)()
 
     def bind(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None = None,
+        call: AttentionCall,
+        outputs: Mapping[str, torch.Tensor],
         *,
-        intervals: torch.Tensor | None = None,
-        alibi_slopes: torch.Tensor | None = None,
-        window: tuple[int, int] = (-1, -1),
-        scale: float | None = None,
-        softcap: float = 0.0,
-        layout: str = "bhsd",
         workspace: torch.Tensor | None = None,
         stream: int | None = None,
     ) -> Callable[[], None]:
         """All checks and preparations of a launch done once; what is returned only launches (for timing).
 
-        It runs on the stream that is current now, or on `stream`, and keeps the tensors alive.
+        The outputs are `out` and, if wanted, `lse`. It runs on the stream that is current now, or on `stream`, and
+        keeps the tensors alive.
         """
-        if self.spec.problem.mask == "causal" and window == (-1, -1):
-            window = (-1, 0)
-        self._check(q, k, v, out, lse, intervals, alibi_slopes, window, softcap, layout)
-        params = make_params(
-            q, k, v, out, lse, intervals=intervals, alibi_slopes=alibi_slopes, window=window, scale=scale,
-            softcap=softcap, layout=layout,
-        )  # fmt: skip
+        self._check(call, outputs)
+        q, params = call.q, make_params(call, outputs)
         need = self.library.workspace_bytes(ctypes.byref(params))
         if need and workspace is None:
             workspace, params.workspace = workspace_tensor(need, q.device)
@@ -121,80 +107,49 @@ class Kernel:
         if q.is_cuda and stream is None:
             stream = _current_stream(q)
         launch, reference = self.library.launch, ctypes.byref(params)
-        alive = (q, k, v, out, lse, intervals, alibi_slopes, workspace)
+        alive = (call, dict(outputs), workspace)
 
-        def call() -> None:
+        def start() -> None:
             with device:
                 status = launch(reference, stream)
             if status != 0:
-                self._fail(status, alive)
+                self._fail(status, alive[0])
 
-        return call
+        return start
 
-    def _fail(self, status: int, tensors: tuple[Any, ...]) -> None:
+    def _fail(self, status: int, call: AttentionCall) -> None:
         text = (self.library.error(status) or b"unknown").decode(errors="replace")
-        shapes = " ".join(str(tuple(t.shape)) for t in tensors[:3])
+        shapes = " ".join(str(tuple(t.shape)) for t in (call.q, call.k, call.v))
         raise LaunchError(f"{self.spec.family.name} could not run: {text}", f"{shapes}: {self.spec.config}")
 
-    def _check(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        intervals: torch.Tensor | None,
-        alibi_slopes: torch.Tensor | None,
-        window: tuple[int, int],
-        softcap: float,
-        layout: str,
-    ) -> None:
-        """What would make the kernel read or write where it must not, or compute something else than it is asked."""
-        mine = self.spec.problem
-        _, row, head = _order(layout)
-        for name, t in (("q", q), ("k", k), ("v", v), ("out", out)):
-            good = str(t.dtype) == f"torch.{TORCH_DTYPES[mine.dtype]}"
-            _want(good, f"{name} is {t.dtype}", f"the kernel is for {mine.dtype}")
-            _want(t.device == q.device, f"{name} is on {t.device}", f"q is on {q.device}")
-            _want(t.dim() == 4 and t.stride(3) == 1, f"{name} must have 4 dimensions, the last one contiguous")
-            if mine.aligned:
-                _want(is_aligned(t), f"{name} is not aligned", "the kernel needs rows of whole 16-byte pieces")
+    def _check(self, call: AttentionCall, outputs: Mapping[str, torch.Tensor]) -> None:
+        """A valid call may still be one for another kernel, which would read it astray, or compute something else."""
+        from fagen.ops.attention.arguments import is_aligned
+
+        mine, q = self.spec.problem, call.q
         wanted = "cpu" if self.artifact.arch == "cpu" else "cuda"
         _want(q.device.type == wanted, f"q is on {q.device}", f"the kernel is for {self.artifact.arch}")
-        batch, sq, heads, sk, kv = q.shape[0], q.shape[row], q.shape[head], k.shape[row], k.shape[head]
-        _want(mine.replace(head_dim=q.shape[3], head_dim_v=v.shape[3]).static_key == mine.static_key, "head_dim",
-              f"{q.shape[3]}-{v.shape[3]}, the kernel is for {mine.static_key}")  # fmt: skip
-        wants = {
-            "k": (batch, sk, kv, q.shape[3]),
-            "v": (batch, sk, kv, v.shape[3]),
-            "out": (batch, sq, heads, v.shape[3]),
-        }
-        for name, t in (("k", k), ("v", v), ("out", out)):
-            have = (t.shape[0], t.shape[row], t.shape[head], t.shape[3])
-            _want(have == wants[name], f"{name} has the wrong shape", f"{tuple(t.shape)} in layout {layout}")
-        _want(kv > 0 and heads % kv == 0, "heads must be a multiple of kv_heads", f"heads={heads} kv_heads={kv}")
-        _want_extra("lse", lse, lse is not None, q, "float32", [(batch, heads, sq)])
-        _want(lse is None or lse.is_contiguous(), "lse must be contiguous")
-        columns = len(INTERVAL_KINDS.get(mine.intervals, ()))
-        shapes: list[tuple[int, ...]] = [(b, h, sk, columns) for b in (1, batch) for h in (1, kv)]
-        _want_extra("intervals", intervals, mine.mask == "intervals", q, "int32", shapes)
-        shapes = [(heads,), (1, heads), (batch, heads)]
-        _want_extra("alibi_slopes", alibi_slopes, mine.alibi, q, "float32", shapes)
-        _want(bool(softcap) == mine.softcap, f"softcap={softcap}", f"the kernel has softcap={mine.softcap}")
-        bands = {"none": window == (-1, -1), "causal": window == (-1, 0)}
-        _want(bands.get(mine.mask, True), f"window={window}", f"the kernel's mask is {mine.mask}")
+        _want(not call.unreadable, call.unreadable)
+        its = call.problem
+        if its.static_key != mine.static_key:  # some kernels serve more than their own
+            mask = "window" if mine.mask == "window" and not its.intervals else its.mask
+            its = its.replace(mask=mask, aligned=its.aligned and mine.aligned)
+            have = f"the call is {call.problem.static_key}"
+            _want(its.static_key == mine.static_key, f"the kernel is for {mine.static_key}", have)
+        types = call.output_types()
+        for name, t in outputs.items():
+            shape, dtype = types[name]
+            good = tuple(t.shape) == shape and t.dtype == dtype and t.device == q.device and t.stride(-1) == 1
+            have = f"it is {t.dtype} {tuple(t.shape)} on {t.device}"
+            _want(good, f"{name} must be {dtype} {shape} on {q.device}, its last dimension contiguous", have)
+        rows = "the kernel needs rows of whole 16-byte pieces"
+        _want(not mine.aligned or is_aligned(outputs["out"]), "out is not aligned", rows)
+        _want("lse" not in outputs or outputs["lse"].is_contiguous(), "lse must be contiguous")
 
 
-def _want_extra(
-    name: str, t: torch.Tensor | None, due: bool, q: torch.Tensor, dtype: str, shapes: list[tuple[int, ...]]
-) -> None:
-    """A tensor that some kernels take and others do not."""
-    _want((t is not None) == due, f"{name} {'is missing' if due else 'is not what this kernel takes'}")
-    if t is not None:
-        have = f"{t.dtype} {tuple(t.shape)} on {t.device}"
-        _want(tuple(t.shape) in shapes, f"{name} must have shape {shapes[-1]}", have)
-        good = str(t.dtype) == f"torch.{dtype}" and t.device == q.device and t.stride(-1) == 1
-        _want(good, f"{name} must be {dtype} on {q.device}, its last dimension contiguous", have)
+def _want(good: bool, what: str, numbers: str = "") -> None:
+    if not good:
+        raise InvalidArgument(what, numbers)
 
 
 def _select(q: torch.Tensor) -> Any:
@@ -226,15 +181,12 @@ def get(spec: KernelSpec) -> Kernel:
     return load(cache.build(spec), spec)
 
 
-def launcher(kernel: Kernel, inputs: dict[str, Any], *, lse: bool = False) -> Call:
+def launcher(kernel: Kernel, inputs: Inputs, *, lse: bool = False) -> Call:
     """The kernel on these inputs, to be called again and again.
 
     A GPU launch is prepared anew each time, since a graph captures it on a stream of its own.
     """
-    s = inputs["semantics"]
-    tensors = [inputs[name] for name in ("q", "k", "v", "out")] + ([inputs["lse"]] if lse else [])
-    options = {name: inputs[name] for name in ("intervals", "alibi_slopes", "layout")}
-    options |= {"window": s.window, "scale": s.scale, "softcap": s.softcap}
-    if inputs["q"].is_cuda:
-        return functools.partial(kernel.launch, *tensors, **options)
-    return kernel.bind(*tensors, **options)
+    outputs = {name: t for name, t in inputs.outputs.items() if lse or name != "lse"}
+    if inputs.call.q.is_cuda:
+        return functools.partial(kernel.launch, inputs.call, outputs)
+    return kernel.bind(inputs.call, outputs)

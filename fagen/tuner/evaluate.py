@@ -221,7 +221,7 @@ def final_round(request: FinalRequest) -> Final:
     for label, (spec, artifact) in request.entries.items():
         kernel = load(artifact, spec)
         calls[label] = timer.RoundRobin([launcher(kernel, inputs) for inputs in sets])
-    peers, how = [sdpa_call(first.problem, inputs) for inputs in sets], "not possible with this mask"
+    peers, how = [sdpa_call(inputs.call) for inputs in sets], "not possible with this mask"
     if peers[0] is not None:
         try:
             peers[0][0]()

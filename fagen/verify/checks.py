@@ -25,41 +25,22 @@ if TYPE_CHECKING:
 _SAMPLED_HEADS, _SAMPLED_BLOCKS = 4, 4  # that are checked at a problem's own size
 
 
-def check(inputs: dict[str, Any], *, lse: bool = True) -> reference.Verdict:
-    """Whether what a kernel left in `out` and `lse` is right."""
-    return reference.check(
-        inputs["out"], inputs["lse"] if lse else None, inputs["q"], inputs["k"], inputs["v"], inputs["semantics"],
-        intervals=inputs["intervals"], alibi=inputs["alibi_slopes"], layout=inputs["layout"],
-    )  # fmt: skip
-
-
-def check_sample(inputs: dict[str, Any], seed: int = 0, *, lse: bool = False) -> reference.Verdict:
+def check_sample(inputs: Inputs, seed: int = 0, *, lse: bool = False) -> reference.Verdict:
     """Whether `out` (and `lse`, if asked) is right in a few heads and blocks of rows, first and last among them.
 
     For sizes at which to check all of it would take longer than to time it.
     """
-    random = Random(seed)
-    batch, rows, heads, _ = inputs["q"].shape
-    group = heads // inputs["k"].shape[2]
-    planes = batch * heads
+    random, call = Random(seed), inputs.call
+    outputs = {name: t for name, t in inputs.outputs.items() if lse or name != "lse"}
+    planes = call.batch * call.heads
     chosen = {0, planes - 1, *(random.randrange(planes) for _ in range(_SAMPLED_HEADS - 2))}
-    last = (rows - 1) // reference.ROW_BLOCK
+    last = (call.seqlen_q - 1) // reference.ROW_BLOCK
     blocks = {0, last, *(random.randint(0, last) for _ in range(_SAMPLED_BLOCKS - 2))}
-    slices = [slice(i * reference.ROW_BLOCK, min(rows, (i + 1) * reference.ROW_BLOCK)) for i in sorted(blocks)]
+    slices = [slice(i * reference.ROW_BLOCK, min(call.seqlen_q, (i + 1) * reference.ROW_BLOCK)) for i in sorted(blocks)]
     worst = reference.Verdict(True, 0.0, 0.0)
     for plane in sorted(chosen):
-        b, h = divmod(plane, heads)
-        mine, shared = (slice(b, b + 1), slice(None), slice(h, h + 1)), slice(h // group, h // group + 1)
-        theirs = (mine[0], slice(None), shared)
-        intervals, alibi = inputs["intervals"], inputs["alibi_slopes"]
-        if intervals is not None:
-            intervals = intervals[mine[0], shared] if intervals.shape[1] > 1 else intervals[mine[0]]
-        verdict = reference.check(
-            inputs["out"][mine], inputs["lse"][mine[0], mine[2]] if lse else None,
-            inputs["q"][mine], inputs["k"][theirs], inputs["v"][theirs],
-            inputs["semantics"], intervals=intervals, alibi=None if alibi is None else alibi[mine[0], mine[2]],
-            layout=inputs["layout"], rows=slices,
-        )  # fmt: skip
+        b, h = divmod(plane, call.heads)
+        verdict = reference.check(*reference.part(call, outputs, b, slice(h, h + 1)), slices)
         if not verdict:
             return dataclasses.replace(verdict, message=f"sample of batch {b} head {h}: {verdict.message}")
         worst = max(worst, verdict, key=lambda v: v.ratio)
@@ -140,7 +121,7 @@ def verify(
     for small in problems:
         inputs = make(small, device, small is not problems[-1])
         _run(kernel, inputs, small, device, lse=True)
-        verdict = check(inputs)
+        verdict = reference.check(inputs.call, inputs.outputs)
         worst = max(worst, verdict.error)
         if not verdict:
             return worst, f"{small.size_key}: {verdict.message}"
@@ -154,8 +135,8 @@ def _at_own_size(kernel: Kernel, inputs: Inputs, problem: Problem, device: str) 
 
     for lse in (True, False):
         _run(kernel, inputs, problem, device, lse=lse)
-        for name in ("out", "lse"):
-            if bool(torch.isnan(inputs[name]).any()):
+        for name, t in inputs.outputs.items():
+            if bool(torch.isnan(t).any()):
                 return f"{problem.size_key}: part of {name} was not written at the problem's own size"
     verdict = check_sample(inputs, lse=True)
     return "" if verdict else f"{problem.size_key}: {verdict.message}"
@@ -163,8 +144,9 @@ def _at_own_size(kernel: Kernel, inputs: Inputs, problem: Problem, device: str) 
 
 def _run(kernel: Kernel, inputs: Inputs, problem: Problem, device: str, *, lse: bool) -> None:
     """Once, into outputs full of NaN."""
-    for name in ("out", "lse") if lse else ("out",):
-        inputs[name].fill_(math.nan)
+    for name, t in inputs.outputs.items():
+        if lse or name != "lse":
+            t.fill_(math.nan)
     launcher(kernel, inputs, lse=lse)()
     synchronize(device)
     damage = inputs.damage()

@@ -20,9 +20,9 @@ from fagen.build import toolchain
 from fagen.cli import main
 from fagen.errors import UsageError
 from fagen.ops.attention import masks, reference
+from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.inputs import input_bytes
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
-from fagen.ops.attention.reference import Semantics
 from fagen.timing import load
 
 GPU = target.known("sm_90")
@@ -152,8 +152,8 @@ def test_the_masks_suite():
         row = found[name]
         small = row.problem.replace(head_dim=1, head_dim_v=1, heads=1, kv_heads=1)
         inputs = rows.make_inputs(dataclasses.replace(row, problem=small), "cpu")
-        assert rows.visible_cells(row.problem, inputs["intervals"]) == cells
-        assert rows.flops(row, inputs) == 4.0 * cells * 128 * 16
+        assert rows.visible_cells(row.problem, inputs.call.intervals) == cells
+        assert rows.flops(row, inputs.call) == 4.0 * cells * 128 * 16
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
@@ -187,13 +187,13 @@ MASK_ROWS = [
 @pytest.mark.parametrize("row", MASK_ROWS, ids=lambda row: row.name)
 def test_masks_are_what_their_names_say(row):
     inputs, want, p = rows.make_inputs(row, "cpu"), brute(row), row.problem
-    given = {"intervals": inputs["intervals"], "kind": p.intervals}
+    given = {"intervals": inputs.call.intervals, "kind": p.intervals}
     seen = masks.dense(p.seqlen_q, p.seqlen_k, window=(p.window_left, p.window_right), **given)
     assert torch.equal(seen[0, 0], want)
-    assert rows.flops(row, inputs) == 4.0 * int(want.sum()) * 16 * p.heads * p.batch
+    assert rows.flops(row, inputs.call) == 4.0 * int(want.sum()) * 16 * p.heads * p.batch
     from torch.nn.attention.flex_attention import create_mask
 
-    theirs = create_mask(flex.mask_mod(row, inputs), None, None, p.seqlen_q, p.seqlen_k, device="cpu")
+    theirs = create_mask(flex.mask_mod(row, inputs.call), None, None, p.seqlen_q, p.seqlen_k, device="cpu")
     assert torch.equal(theirs[0, 0], want)
 
 
@@ -205,12 +205,12 @@ def test_any_intervals_are_counted_and_handed_to_flex(kind):
     row = rows.of_problem(problem)
     assert row.causal == (kind == "lower2"), "two columns mean this only where the call is causal"
     inputs, p = rows.make_inputs(row, "cpu"), row.problem
-    seen = masks.dense(30, 41, window=(p.window_left, p.window_right), intervals=inputs["intervals"], kind=kind)
-    assert rows.visible_cells(p, inputs["intervals"]) == int(seen.sum())
-    theirs = create_mask(flex.mask_mod(row, inputs), 2, 1, 30, 41, device="cpu")
+    seen = masks.dense(30, 41, window=(p.window_left, p.window_right), intervals=inputs.call.intervals, kind=kind)
+    assert rows.visible_cells(p, inputs.call.intervals) == int(seen.sum())
+    theirs = create_mask(flex.mask_mod(row, inputs.call), 2, 1, 30, 41, device="cpu")
     assert torch.equal(theirs, seen.expand_as(theirs))
     shown = peers.ours(row, inputs)(inputs)
-    assert run.verified(shown, inputs, 1 << 30)[0]
+    assert run.verified(shown, inputs.call, 1 << 30)[0]
 
 
 SCORES = rows.of_problem(Problem(**SHAPE, mask="causal", softcap=True, alibi=True, seqlen_q=20, seqlen_k=31))
@@ -223,7 +223,7 @@ CAUSAL = rows.of_problem(Problem(**SHAPE, mask="causal", seqlen_q=20))
 def test_flex_and_ours_agree_with_the_oracle(row):
     inputs = rows.make_inputs(row, "cpu")
     for prepare in (flex._prepare(compiled=False), peers.ours, peers.ours_eager):
-        verdict, checked = run.verified(prepare(row, inputs)(inputs), inputs, 1 << 30)
+        verdict, checked = run.verified(prepare(row, inputs)(inputs), inputs.call, 1 << 30)
         assert verdict, verdict.message
         assert checked == "all"
 
@@ -235,13 +235,13 @@ def test_flex_and_ours_agree_with_the_oracle(row):
 def test_long_rows_are_verified_on_some_of_their_heads(row):
     inputs = rows.make_inputs(row, "cpu")
     out = peers.ours(row, inputs)(inputs)
-    verdict, checked = run.verified(out, inputs, 1)
+    verdict, checked = run.verified(out, inputs.call, 1)
     assert verdict, verdict.message
     assert checked == f"2 of {row.problem.batch * 2} kv heads"
     out[-1, 3, -1, 2] += 0.5  # in the last head, which is always looked at
-    assert not run.verified(out, inputs, 1)[0]
+    assert not run.verified(out, inputs.call, 1)[0]
     out[-1, 3, -1, 2] = float("nan")
-    assert not run.verified(out, inputs, 1)[0]
+    assert not run.verified(out, inputs.call, 1)[0]
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_documents_are_a_varlen_batch_of_flash_attention(row):
 
     module = types.SimpleNamespace(flash_attn_func=plain, flash_attn_varlen_func=varlen)
     for prepare in (flash._through_op(op), flash._through_functions(module, None)):
-        verdict, _ = run.verified(prepare(row, inputs)(inputs), inputs, 1 << 30)
+        verdict, _ = run.verified(prepare(row, inputs)(inputs), inputs.call, 1 << 30)
         assert verdict, verdict.message
 
 
@@ -389,8 +389,8 @@ class FakeFlashInfer:
         assert q.shape[2] == k.shape[2]
         assert q.shape[1] % k.shape[1] == 0
         seen = masks.dense(len(q), len(k), window=(window_left, 0 if causal else -1))
-        given = Semantics(softcap=cap or 0.0)
-        out, _ = reference.attend(*(t.transpose(0, 1)[None] for t in (q, k, v)), seen, given)
+        call = AttentionCall(*(t[None] for t in (q, k, v)), softcap=cap or 0.0)
+        out, _ = reference.attend(call, call.bhsd(), seen)
         return out[0].transpose(0, 1).contiguous()
 
 
@@ -436,7 +436,7 @@ def test_flashinfer_is_asked_for_the_same(row):
     library, inputs = FakeFlashInfer(), rows.make_inputs(row, "cpu")
     serve = flash.through_flashinfer(library)(row, inputs)
     for _ in range(2):
-        verdict, _ = run.verified(serve(inputs), inputs, 1 << 30)
+        verdict, _ = run.verified(serve(inputs), inputs.call, 1 << 30)
         assert verdict, verdict.message
     alone = row.problem.batch == 1 and not row.documents
     assert (library.plans, library.singles, library.layouts) == ((0, 2, {"NHD"}) if alone else (1, 0, {"NHD"}))
@@ -479,7 +479,7 @@ def planted(monkeypatch):
     """Peers of one's own: wrong, failing, and unable to do causal rows."""
 
     def wrong(row, inputs):
-        return lambda i: by_sdpa(i["q"], i["k"], i["v"], row.causal) * 1.01
+        return lambda i: by_sdpa(i.call.q, i.call.k, i.call.v, row.causal) * 1.01
 
     def failing(row, inputs):
         raise ValueError("no such kernel\nat all")
@@ -487,7 +487,7 @@ def planted(monkeypatch):
     def picky(row, inputs):
         if row.causal:
             raise Cannot("no causal")
-        return lambda i: by_sdpa(i["q"], i["k"], i["v"], False)
+        return lambda i: by_sdpa(i.call.q, i.call.k, i.call.v, False)
 
     planted = types.ModuleType("planted")
     for function in (wrong, failing, picky):
@@ -579,7 +579,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(tmp_path, capsys, planted, monk
     monkeypatch.setattr(run, "alive", lambda device, name, row: (asked.append(name), alive(device, name, row)))
     monkeypatch.setattr(run, "synchronize", synchronize)
     late = lambda paths: Loaded(  # noqa: E731
-        lambda row, inputs: 1 / 0 if row.causal else lambda i: by_sdpa(i["q"], i["k"], i["v"], False)
+        lambda row, inputs: 1 / 0 if row.causal else lambda i: by_sdpa(i.call.q, i.call.k, i.call.v, False)
     )
     monkeypatch.setattr(sys.modules["planted"], "failing", late)
     out = tmp_path / "result.json"
@@ -629,7 +629,7 @@ def test_an_interrupt_drops_what_has_not_begun():
 
 @needs_cxx
 def test_ours_wrong_is_an_error(capsys, monkeypatch):
-    monkeypatch.setattr(peers, "ours", lambda row, inputs: lambda i: by_sdpa(i["q"], i["k"], i["v"], True) * 1.1)
+    monkeypatch.setattr(peers, "ours", lambda row, inputs: lambda i: by_sdpa(i.call.q, i.call.k, i.call.v, True) * 1.1)
     words = [*TINY[:-6], "--seqlen", "24", "--heads", "2", *QUICK, "--json"]
     assert main.main(["bench", *words]) == 1
     out, err = capsys.readouterr()

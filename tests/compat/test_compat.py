@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import fagen
 from fagen import api
 from fagen.errors import UnsupportedProblem
-from fagen.ops.attention import fallback, reference
-from fagen.ops.attention.reference import Semantics
+from fagen.ops.attention import fallback
 from fagen.runtime import binding
+from tests.support.calls import right
 
 F = torch.nn.functional
 
@@ -46,8 +46,8 @@ def test_flash_attn_func() -> None:
     q, k, v = (t.transpose(1, 2) for t in bhsd(hk=2))
     out, lse, nothing = fagen.flash_attn_func(q, k, v, 0.0, 0.3, True, (9, -1), 2.0, None, True, True)
     assert nothing is None
-    assert reference.check(out, lse, q, k, v, Semantics((9, 0), "", 2.0, 0.3), layout="bshd")
-    assert reference.check(fagen.flash_attn_func(q, k, v), None, q, k, v, Semantics(), layout="bshd")
+    assert right((out, lse), q, k, v, causal=True, window=(9, None), softcap=2.0, scale=0.3)
+    assert right(fagen.flash_attn_func(q, k, v), q, k, v)
 
 
 def test_flash_attn_dropout_is_refused() -> None:
@@ -310,7 +310,7 @@ def test_torch_compile_mutates_out() -> None:
     out = torch.empty(2, 4, 33, 16)
     with torch.no_grad():
         doubled = into(out)
-    assert reference.check(out, None, q, k, v, Semantics()) and torch.equal(doubled, out * 2)
+    assert right(out, q, k, v, layout="bhsd") and torch.equal(doubled, out * 2)
 
 
 def test_other_modes_see_the_op() -> None:

@@ -29,6 +29,7 @@ from fagen.runtime import binding
 from fagen.target import Target, host
 from fagen.verify import checks
 from tests.support import fake_family
+from tests.support.calls import right
 
 pytestmark = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
 FAMILY, PROBLEM, HERE = fake_family.FAMILY, fake_family.PROBLEM, host()
@@ -223,8 +224,8 @@ def test_a_verification_that_fails_by_itself_is_no_verdict_on_the_kernel(monkeyp
 def test_what_the_caller_has_set_does_not_reach_the_verification(monkeypatch):
     merge.put([record()])
     before, seen = torch.get_default_dtype(), []
-    check = checks.check
-    monkeypatch.setattr(checks, "check", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or check(*args))
+    check = reference.check
+    monkeypatch.setattr(reference, "check", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or check(*args))
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -314,7 +315,7 @@ def test_attention_verifies_on_its_first_call_alone(monkeypatch):
     assert len(runs) == 1 and len(judged) == first
     assert torch.equal(torch.rand(1), wanted)  # the caller's random numbers are as they were
     for out in outs:
-        assert reference.check(out, None, q, k, v, reference.Semantics((-1, 0)), layout="bshd")
+        assert right(out, q, k, v, causal=True)
     text = str(fagen.explain(q, k, v, causal=True))
     assert "source   verified: the source has changed since it was tuned (01d, now " in text
 

@@ -24,10 +24,11 @@ from fagen.dispatch import choose, freshness, kernels, resolve
 from fagen.dispatch.plan import Answer, Plan, PlannedRecord
 from fagen.errors import InvalidArgument
 from fagen.families import Config
-from fagen.ops.attention import fallback, forward, reference, size_point
+from fagen.ops.attention import fallback, forward, size_point
+from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.problem import Problem
-from fagen.runtime import binding
-from tests.support.calls import Case, example
+from fagen.runtime import binding, python_ops
+from tests.support.calls import Case, example, right
 
 pytestmark = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
 FAMILY, HERE, H200 = families.get("cpu_forward"), target.host(), target.known("sm_90")
@@ -154,8 +155,8 @@ def test_a_default_depends_on_nothing_that_it_does_not_say() -> None:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Calls for which the table asked Python."""
     found: list[object] = []
-    words = binding._decide
-    monkeypatch.setattr(binding, "_decide", lambda *args, **named: found.append(args) or words(*args, **named))
+    given = AttentionCall.of_op
+    monkeypatch.setattr(AttentionCall, "of_op", lambda a, **own: found.append(a) or given(a, **own))
     return found
 
 
@@ -207,16 +208,16 @@ def test_a_size_nearer_to_a_record_that_lost_to_pytorch_is_pytorchs(
     merge.put([record(PROBLEM.replace(seqlen_q=256, seqlen_k=256), far, **lost)])
     torched = []
     attend = fallback.attend
-    monkeypatch.setattr(fallback, "attend", lambda *a, **k: torched.append(a[0].shape[1]) or attend(*a, **k))
+    monkeypatch.setattr(fallback, "attend", lambda *a, **k: torched.append(a[0].seqlen_q) or attend(*a, **k))
     warnings.simplefilter("error", fallback.FallbackWarning)  # it is no loss
     for length in (30, 34, 240, 250, 28, 260):
         attend_well(length)
     assert torched == [240, 250, 260] and len(asked) == 1
     q, k = torch.randn(1, 240, 2, 16), torch.randn(1, 250, 2, 16)
     out, lse = fagen.attention(k, k, k, causal=True, return_lse=True)
-    assert reference.check(out, lse, k, k, k, reference.Semantics((-1, 0)), layout="bshd")
+    assert right((out, lse), k, k, k, causal=True)
     out = fagen.attention(q, k, k, causal=True)
-    assert reference.check(out, None, q, k, k, reference.Semantics((-1, 0)), layout="bshd")
+    assert right(out, q, k, k, causal=True)
     assert torched == [240, 250, 260]
     for length, keys, ours in itertools.product((30, 240, 250), (30, 240, 250), (False, True)):
         problem = PROBLEM.replace(seqlen_q=length, seqlen_k=keys)
@@ -251,7 +252,7 @@ def test_what_beats_pytorch_serves_in_the_place_of_what_lost(other: float, monke
 def attend_well(length: int) -> None:
     q = torch.randn(1, length, 2, 16)
     out = fagen.attention(q, q, q, causal=True)
-    assert reference.check(out, None, q, q, q, reference.Semantics((-1, 0)), layout="bshd")
+    assert right(out, q, q, q, causal=True)
 
 
 # What a size may have wrong, for static facts that are known.
@@ -321,7 +322,7 @@ def test_a_window_as_wide_as_int32_is_right() -> None:
 
 def test_what_was_asked_before_forget_is_not_kept_after(asked: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel may become ready while another thread is being told what serves until then."""
-    words = binding._decide
+    words = python_ops._decide
     case = example()
 
     def forgets(*args, **named):
@@ -329,11 +330,11 @@ def test_what_was_asked_before_forget_is_not_kept_after(asked: list[object], mon
         binding.forget_table()
         return found
 
-    monkeypatch.setattr(binding, "_decide", forgets)
+    monkeypatch.setattr(python_ops, "_decide", forgets)
     fagen.attention(case.q, case.k, case.v)
     fagen.attention(case.q, case.k, case.v)
     assert len(asked) == 2
-    monkeypatch.setattr(binding, "_decide", words)
+    monkeypatch.setattr(python_ops, "_decide", words)
     for _ in range(3):
         fagen.attention(case.q, case.k, case.v)
     assert len(asked) == 3

@@ -19,10 +19,10 @@ from fagen.dispatch.plan import TORCH, Answer
 from fagen.errors import BuildError, LaunchError, MissingTool
 from fagen.families import Config
 from fagen.ops.attention import fallback
-from fagen.ops.attention.call import describe
+from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.params import Params
 from fagen.ops.attention.problem import Problem
-from fagen.runtime import binding, kernel
+from fagen.runtime import binding, kernel, python_ops
 from fagen.target import host
 from tests.support.calls import example, run
 
@@ -40,7 +40,7 @@ def _quiet_fallbacks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_describe_names_the_static_mask() -> None:
     def described(**options: object) -> object:
         case = example(**options)
-        return describe(case.q, case.k, case.v, **case.options).problem
+        return AttentionCall.of(case.q, case.k, case.v, **case.options).problem
 
     assert described().mask == "none" and described(causal=True).mask == "causal"
     assert described(window=(None, 0)).mask == "causal" and described(window=(3, 3), causal=True).window_right == 0
@@ -54,7 +54,7 @@ def test_a_second_call_does_not_ask_python(monkeypatch: pytest.MonkeyPatch) -> N
     case = example(causal=True)
     fagen.attention(case.q, case.k, case.v, causal=True)
     asked = []
-    monkeypatch.setattr(binding, "_decide", lambda *args, **named: asked.append(args) or NOTHING)
+    monkeypatch.setattr(python_ops, "_decide", lambda *args, **named: asked.append(args) or NOTHING)
     fagen.attention(case.q, case.k, case.v, causal=True)
     fagen.attention(case.q[:1], case.k[:1], case.v[:1], causal=True)  # nor for another size
     assert not asked
@@ -79,7 +79,7 @@ def test_the_table_tells_calls_apart(what: str, monkeypatch: pytest.MonkeyPatch)
     }[what]
     resolve.forget()
     asked = []
-    monkeypatch.setattr(binding, "_decide", lambda *args, **named: asked.append(args) or NOTHING)
+    monkeypatch.setattr(python_ops, "_decide", lambda *args, **named: asked.append(args) or NOTHING)
     fagen.attention(case.q, case.k, case.v)
     if what == "alignment":
         case.q = torch.empty(2, 4, 4, 17)[..., 1:]
@@ -97,7 +97,7 @@ def test_a_failed_launch_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> No
     )
     artifact = cache.make(Job("unlucky", source, ".cpp", (), (), "cpu"))
     broken = kernel.load(artifact, KernelSpec(families.get("cpu_forward"), Problem(), host(), Config({})))
-    monkeypatch.setattr(binding, "_decide", lambda *args, **named: list(Answer(True, broken).words))
+    monkeypatch.setattr(python_ops, "_decide", lambda *args, **named: list(Answer(True, broken).words))
     resolve.forget()
     case = example()
     with pytest.raises(LaunchError, match="out of luck"):

@@ -14,9 +14,10 @@ from fagen.codegen.spec import KernelSpec
 from fagen.errors import BuildError, InvalidConfig, LaunchError
 from fagen.families import cpu_forward
 from fagen.families.space import enumerate_space
+from fagen.ops.attention import reference
+from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.params import make_params
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
-from fagen.ops.attention.reference import Semantics, check
 from fagen.runtime import kernel
 from fagen.runtime.kernel import Kernel
 from fagen.target import Target, host, known
@@ -46,22 +47,28 @@ def inputs(k: Kernel, sq: int, sk: int, *, batch: int = 1, heads: int = 2, kv_he
     return [torch.randn(shape, generator=random).to(dtype) for shape in shapes]
 
 
-def run(k: Kernel, q, key, v, *, window=(-1, -1), softcap=0.0, scale=None, intervals=None, alibi=None):
-    """Output and LSE, poisoned before."""
-    out = torch.full((*q.shape[:3], v.shape[3]), math.nan, dtype=q.dtype)
-    lse = torch.full(q.shape[:3], math.nan)
-    k.launch(q, key, v, out, lse, window=window, softcap=softcap, scale=scale, intervals=intervals, alibi_slopes=alibi)
-    return out, lse
-
-
-def verify(k: Kernel, q, key, v, *, window=(-1, -1), softcap=0.0, scale=None, intervals=None, alibi=None):
+def launched(k: Kernel, q, key, v, *, window=(-1, -1), softcap=0.0, scale=None, intervals=None, alibi=None):
+    """The call and its outputs, poisoned before."""
     if k.problem.mask == "causal":
         window = (-1, 0)
-    out, lse = run(k, q, key, v, window=window, softcap=softcap, scale=scale, intervals=intervals, alibi=alibi)
-    semantics = Semantics(window, k.problem.intervals, softcap, scale)
-    verdict = check(out, lse, q, key, v, semantics, intervals=intervals, alibi=alibi)
+    call = AttentionCall(
+        q, key, v, "bhsd", window, intervals, k.problem.intervals, softcap, alibi, scale, want_lse=True
+    )  # fmt: skip
+    outputs = {name: t.fill_(math.nan) for name, t in call.new_outputs().items()}
+    k.launch(call, outputs)
+    return call, outputs
+
+
+def run(k: Kernel, *tensors, **options):
+    """Output and LSE."""
+    return tuple(launched(k, *tensors, **options)[1].values())
+
+
+def verify(k: Kernel, q, key, v, **options):
+    call, outputs = launched(k, q, key, v, **options)
+    verdict = reference.check(call, outputs)
     assert verdict, f"{verdict.message} ({tuple(q.shape)} {tuple(key.shape)} {k.config})"
-    return out, lse
+    return tuple(outputs.values())
 
 
 def random_intervals(kind: str, batch: int, heads: int, sq: int, sk: int) -> torch.Tensor:
@@ -198,8 +205,9 @@ def test_any_strides(dtype):
     q, key, v = (t.transpose(1, 2)[..., i : i + 50] for i, t in enumerate(wide))
     out = torch.full((2, 90, 4, 131), math.nan, dtype=DTYPES[dtype])
     view = out[..., 3:53].transpose(1, 2)
-    k.launch(q, key, v, view)
-    assert check(view, None, q, key, v, Semantics((-1, 0)))
+    call = AttentionCall.of(q, key, v, layout="bhsd", causal=True)
+    k.launch(call, {"out": view})
+    assert reference.check(call, {"out": view})
     outside = torch.cat([out[..., :3], out[..., 53:]], dim=-1)
     assert outside.isnan().all(), "wrote outside of the output"
 
@@ -209,8 +217,9 @@ def test_layouts(layout):
     k = build("none")
     q, key, v = (torch.randn(2, 70, 70, 64) for _ in range(3))
     out = torch.full_like(q, math.nan)
-    k.launch(q, key, v, out, layout=layout)
-    assert check(out, None, q, key, v, Semantics(), layout=layout)
+    call = AttentionCall.of(q, key, v, layout=layout)
+    k.launch(call, {"out": out})
+    assert reference.check(call, {"out": out})
 
 
 def test_rows_that_see_nothing():
@@ -271,7 +280,7 @@ def test_errors_of_a_launch():
     q, key, v = inputs(k, 10, 10)
     packed = build("causal", tuple(CONFIGS[2].items()))
     out = torch.empty_like(q)
-    params = make_params(q, key, v, out)
+    params = make_params(AttentionCall.of(q, key, v, layout="bhsd"), {"out": out})
     assert packed.library.launch(params, None) != 0
     assert b"workspace" in packed.library.error(packed.library.launch(params, None))
     params.head_dim = 65

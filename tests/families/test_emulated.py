@@ -18,6 +18,7 @@ from fagen import env
 from fagen.build import toolchain
 from fagen.families import Config
 from fagen.ops.attention import masks
+from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target, known
 from tests.support import emulated
@@ -100,7 +101,8 @@ def test_rows_that_see_no_keys(folder: Path) -> None:
         assert verdict, verdict.message
     q, k = torch.randn(1, 70, 4, 64, dtype=torch.bfloat16), torch.empty(1, 0, 2, 64, dtype=torch.bfloat16)
     out, lse = torch.full_like(q, torch.nan), torch.full((1, 4, 70), torch.nan)
-    emulated.launch(emulated.build(_source(case), folder), q, k, k, out, lse, window=(-1, 0), layout="bshd")
+    call = AttentionCall.of(q, k, k, causal=True)
+    emulated.launch(emulated.build(_source(case), folder), call, {"out": out, "lse": lse})
     assert (out == 0).all() and (lse == -torch.inf).all()
 
 

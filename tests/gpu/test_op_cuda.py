@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import fagen
 from fagen import api
-from fagen.ops.attention import masks, reference
+from fagen.ops.attention import masks
+from tests.support.calls import right
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +33,7 @@ def _inputs(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> 
 def test_right(layout: str, causal: bool, dtype: torch.dtype) -> None:
     q, k, v = _inputs(2, 300, 4, 64, dtype=dtype) if layout == "bshd" else _inputs(2, 4, 300, 64, dtype=dtype)
     out, lse = fagen.attention(q, k, v, layout=layout, causal=causal, return_lse=True)
-    verdict = reference.check(out, lse, q, k, v, reference.Semantics(window=(-1, 0 if causal else -1)), layout=layout)
+    verdict = right((out, lse), q, k, v, layout=layout, causal=causal)
     assert verdict, verdict.message
     best = "sm90_forward" if torch.cuda.get_device_capability() == (9, 0) else "sm80_forward"
     assert best in str(fagen.explain(q, k, v, layout=layout, causal=causal))
@@ -47,7 +48,7 @@ def test_strided_views_are_not_copied() -> None:
     del out
     out = fagen.attention(q, k, v)
     assert torch.cuda.max_memory_allocated() - before <= out.numel() * 2
-    assert reference.check(out, None, q, k, v, reference.Semantics(), layout="bshd")
+    assert right(out, q, k, v)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)])
@@ -57,7 +58,7 @@ def test_sdpa_keeps_the_querys_layout(order: tuple[int, ...]) -> None:
     q = stored.permute(*(order.index(i) for i in range(3)), 3)
     k, v, _ = _inputs(2, 4, 300, 64)
     out = fagen.sdpa(q, k, v)
-    assert out.stride() == q.stride() and reference.check(out, None, q, k, v, reference.Semantics())
+    assert out.stride() == q.stride() and right(out, q, k, v, layout="bhsd")
 
 
 def test_out_apart_from_its_inputs() -> None:
@@ -65,7 +66,7 @@ def test_out_apart_from_its_inputs() -> None:
     out = torch.empty_like(q)
     version = out._version
     assert fagen.attention(q, k, v, out=out) is out and out._version > version
-    assert reference.check(out, None, q, k, v, reference.Semantics(), layout="bshd")
+    assert right(out, q, k, v)
     for t in (q, k, v):
         with pytest.raises(ValueError, match="out shares memory"):
             fagen.attention(q, k, v, out=t)
@@ -89,8 +90,7 @@ def test_documents() -> None:
     ids = torch.repeat_interleave(torch.arange(5, device="cuda"), 100).expand(2, -1)
     intervals = masks.from_documents(ids)
     out = fagen.attention(q, k, v, causal=True, intervals=intervals)
-    semantics = reference.Semantics(window=(-1, 0), kind="lower1")
-    assert reference.check(out, None, q, k, v, semantics, intervals=intervals, layout="bshd")
+    assert right(out, q, k, v, causal=True, intervals=intervals)
 
 
 def test_cuda_graph() -> None:
@@ -103,7 +103,7 @@ def test_cuda_graph() -> None:
         t.copy_(new)
     graph.replay()
     torch.cuda.synchronize()
-    assert reference.check(out, None, q, k, v, reference.Semantics(window=(-1, 0)), layout="bshd")
+    assert right(out, q, k, v, causal=True)
 
 
 def test_nothing_compiles_during_capture() -> None:
@@ -140,14 +140,14 @@ def test_other_stream() -> None:
     with torch.cuda.stream(stream):
         out = fagen.attention(q, k, v)
     stream.synchronize()
-    assert reference.check(out, None, q, k, v, reference.Semantics(), layout="bshd")
+    assert right(out, q, k, v)
 
 
 def test_float32_and_gradients_fall_back() -> None:
     q, k, v = _inputs(1, 64, 2, 32, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert reference.check(fagen.attention(q, k, v), None, q, k, v, reference.Semantics(), layout="bshd")
+        assert right(fagen.attention(q, k, v), q, k, v)
         q, k, v = (t.bfloat16().requires_grad_() for t in (q, k, v))
         fagen.attention(q, k, v, causal=True).float().square().sum().backward()
     assert q.grad is not None and torch.isfinite(q.grad).all() and q.grad.abs().max() > 0
@@ -159,7 +159,7 @@ def test_scales_that_are_not_positive(scale: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = fagen.attention(q, k, v, causal=True, scale=scale)
-    assert reference.check(out, None, q, k, v, reference.Semantics(window=(-1, 0), scale=scale), layout="bshd")
+    assert right(out, q, k, v, causal=True, scale=scale)
 
 
 def _host_seconds(call: Callable[[], object], calls: int = 300) -> float:
@@ -194,4 +194,4 @@ def test_expanded_keys() -> None:
     q, k, v = _inputs(2, 200, 4, 64)
     k, v = (t[:, :, :1].expand(2, 200, 4, 64) for t in (k, v))
     out = fagen.attention(q, k, v, causal=True)
-    assert reference.check(out, None, q, k, v, reference.Semantics(window=(-1, 0)), layout="bshd")
+    assert right(out, q, k, v, causal=True)

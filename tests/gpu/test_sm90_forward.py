@@ -8,10 +8,11 @@ import torch
 
 from fagen import target
 from fagen.families import Config
-from fagen.ops.attention import masks, reference
+from fagen.ops.attention import masks
 from fagen.ops.attention.problem import Problem
 from tests.gpu.test_sm80_forward import EDGES
 from tests.support import cases
+from tests.support.calls import right
 from tests.support.cases import HOPPER, SCHEMES_90, Case, run
 
 pytestmark = pytest.mark.skipif(
@@ -159,7 +160,7 @@ def test_rows_that_see_nothing(name: str) -> None:
     q = torch.randn(1, 300, 2, 64, device="cuda").bfloat16()
     k, v = (torch.randn(1, 100, 2, 64, device="cuda").bfloat16() for _ in range(2))
     out, lse = _poisoned(q)
-    cases.kernel_of(Case(name)).launch(q, k, v, out, lse, layout="bshd")
+    cases.kernel_of(Case(name)).launch(Case(name).call(q, k, v), {"out": out, "lse": lse})
     assert (out[:, :200] == 0).all() and (lse[:, :, :200] == -torch.inf).all()
     assert torch.isfinite(out).all() and torch.isfinite(lse[:, :, 200:]).all()
 
@@ -172,7 +173,7 @@ def test_no_keys_at_all(mask: str) -> None:
     k, v = (torch.randn(2, 0, 4, 64, device="cuda").bfloat16() for _ in range(2))
     intervals = torch.zeros(2, 1, 0, 4, device="cuda", dtype=torch.int32) if mask == "intervals" else None
     out, lse = _poisoned(q)
-    cases.kernel_of(case).launch(q, k, v, out, lse, layout="bshd", window=case.band, intervals=intervals)
+    cases.kernel_of(case).launch(case.call(q, k, v, intervals=intervals), {"out": out, "lse": lse})
     assert (out == 0).all() and (lse == -torch.inf).all()
 
 
@@ -225,9 +226,14 @@ def _poisoned(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.full_like(q, torch.nan), torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.nan, device="cuda")
 
 
+def named(outputs: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(zip(("out", "lse"), outputs, strict=True))
+
+
 def _launched(name: str, inputs: list[torch.Tensor], mask: str = "causal") -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = _poisoned(inputs[0])
-    cases.kernel_of(Case(name, mask=mask)).launch(*inputs, out, lse, layout="bshd", window=Case(name, mask=mask).band)
+    case = Case(name, mask=mask)
+    cases.kernel_of(case).launch(case.call(*inputs), {"out": out, "lse": lse})
     return out, lse
 
 
@@ -252,7 +258,7 @@ def test_launches_on_two_streams_at_once(name: str) -> None:
     streams = [torch.cuda.Stream() for _ in inputs]
     outputs = [[_poisoned(x[0]) for _ in range(10)] for x in inputs]
     calls = [
-        [kernel.bind(*x, *output, layout="bshd", stream=stream.cuda_stream) for output in many]
+        [kernel.bind(Case(name).call(*x), named(output), stream=stream.cuda_stream) for output in many]
         for x, many, stream in zip(inputs, outputs, streams, strict=True)
     ]
     torch.cuda.synchronize()
@@ -262,7 +268,7 @@ def test_launches_on_two_streams_at_once(name: str) -> None:
     torch.cuda.synchronize()
     for (out, lse), many, x in zip(alone, outputs, inputs, strict=True):
         assert all(torch.equal(out, o) and torch.equal(lse, e) for o, e in many)
-        assert reference.check(out, lse, *x, reference.Semantics(window=(-1, 0)), layout="bshd")
+        assert right((out, lse), *x, causal=True)
 
 
 @pytest.mark.parametrize("name", [*DYNAMIC, "tma", "tma_single"])
@@ -270,12 +276,13 @@ def test_a_graph_replays(name: str) -> None:
     """Two launches in a row are captured; each replay sees new inputs in the same place."""
     kernel, inputs = cases.kernel_of(Case(name)), _inputs(21)
     first, second = _poisoned(inputs[0]), _poisoned(inputs[0])
-    kernel.launch(*inputs, *first, layout="bshd")
+    call = Case(name).call(*inputs)
+    kernel.launch(call, named(first))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernel.launch(*inputs, *first, layout="bshd")
-        kernel.launch(*inputs, *second, layout="bshd")
+        kernel.launch(call, named(first))
+        kernel.launch(call, named(second))
     for seed in range(22, 27):
         for tensor, new in zip(inputs, _inputs(seed), strict=True):
             tensor.copy_(new)
@@ -286,4 +293,4 @@ def test_a_graph_replays(name: str) -> None:
         out, lse = _launched(name, inputs)
         for o, e in (first, second):
             assert torch.equal(out, o) and torch.equal(lse, e)
-    assert reference.check(out, lse, *inputs, reference.Semantics(window=(-1, 0)), layout="bshd")
+    assert right((out, lse), *inputs, causal=True)

@@ -16,9 +16,9 @@ from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.dispatch import choose, freshness, kernels, resolve
-from fagen.ops.attention import reference
-from fagen.ops.attention.call import describe
+from fagen.ops.attention.call import AttentionCall
 from fagen.runtime import binding
+from tests.support.calls import right
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torc
     monkeypatch.setattr(store, "default_paths", lambda: (tmp_path / "shipped", tmp_path))
     monkeypatch.setattr(freshness, "_verdicts", {})
     tensors = [torch.randn(2, 4096, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    call = describe(*tensors, causal=True)
+    call = AttentionCall.of(*tensors, causal=True)
     family = families.candidates(call.problem, call.target)[0][0]
     config = family.default(call.problem, call.target)
     record = Record(
@@ -54,11 +54,11 @@ def test_it_takes_less_than_a_compilation_once(stale: list[torch.Tensor]) -> Non
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     print(f"the first call, verification and all: {seconds:.2f} s")
-    call = describe(q, k, v, causal=True)
+    call = AttentionCall.of(q, k, v, causal=True)
     choice = choose.choose(call.problem, call.target)
     built = cache.lookup(choice.spec)
     assert built and seconds < built.facts["compile_seconds"], "dearer than a compilation"
-    assert reference.check(out, None, q, k, v, reference.Semantics((-1, 0)), layout="bshd")
+    assert right(out, q, k, v, causal=True)
     told = fagen.explain(q, k, v, causal=True)
     assert told.choice.trust is not None and told.choice.trust.state == "verified"
     before = torch.cuda.memory_allocated()
@@ -72,7 +72,7 @@ def test_it_takes_less_than_a_compilation_once(stale: list[torch.Tensor]) -> Non
 
 def test_never_in_a_capture(stale: list[torch.Tensor]) -> None:
     q, k, v = stale
-    call = describe(q, k, v, causal=True)
+    call = AttentionCall.of(q, k, v, causal=True)
     states = []
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         with pytest.raises(Exception, match="fagen build"):

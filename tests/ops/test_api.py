@@ -21,9 +21,7 @@ import fagen
 from fagen.dispatch import warmup
 from fagen.errors import InvalidArgument
 from fagen.ops.attention import fallback, masks, reference
-from fagen.ops.attention.call import describe
 from fagen.ops.attention.problem import Problem
-from fagen.ops.attention.reference import Semantics
 from fagen.runtime import binding
 from fagen.target import host
 from tests.support.calls import Case, example, run
@@ -168,9 +166,7 @@ def test_float64() -> None:
     case.q, case.k, case.v = (t.double() for t in (case.q, case.k, case.v))
     with pytest.warns(fallback.FallbackWarning, match="no kernels for torch.float64"):
         out, lse = fagen.attention(case.q, case.k, case.v, causal=True, return_lse=True)
-    want, want_lse = reference.attend(
-        *(t.transpose(1, 2) for t in (case.q, case.k, case.v)), masks.dense(33, 47, window=(-1, 0)), Semantics()
-    )
+    want, want_lse = reference.attend(case.call(), case.call().bhsd(), masks.dense(33, 47, window=(-1, 0)))
     assert (out.transpose(1, 2) - want).abs().max() < 1e-12 and (lse - want_lse).abs().max() < 1e-5
 
 
@@ -262,7 +258,7 @@ def test_refusals(words: str, spoil: Callable, warm: bool) -> None:
         fagen.attention(case.q, case.k, case.v, **case.options)
     assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 3
     with pytest.raises(InvalidArgument):
-        describe(case.q, case.k, case.v, **case.options)
+        case.call()
 
 
 def test_a_mistake_is_a_value_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import random
@@ -16,11 +17,10 @@ import torch
 import fagen
 from fagen import api
 from fagen.errors import InvalidArgument
-from fagen.ops.attention import arguments, fallback, reference
-from fagen.ops.attention.call import describe
-from fagen.ops.attention.reference import Semantics
+from fagen.ops.attention import arguments, fallback
+from fagen.ops.attention.call import AttentionCall, OpArguments
 from fagen.runtime import binding
-from tests.support.calls import Case, example
+from tests.support.calls import Case, example, right
 
 
 @pytest.fixture(params=["ops", "ctypes", "PyTorch"])
@@ -87,7 +87,7 @@ def test_out_may_lie_between_its_inputs(road: dict) -> None:
     buffer, case = packed()
     out = buffer[:, :, 3]
     assert attend(case, out=out, **road) is out
-    assert reference.check(out, None, case.q, case.k, case.v, Semantics(scale=road.get("scale")), layout="bshd")
+    assert right(out, case.q, case.k, case.v, **road)
 
 
 def test_a_call_of_the_op_itself_is_refused_too() -> None:
@@ -230,8 +230,7 @@ def test_wide_windows_show_everything(road: dict) -> None:
         case = example(sq=sq, sk=sk)
         for window in ((2**31 - 1, 2**31 - 1), (2**31 - 1, 40), (40, 2**31 - 1)):
             out = attend(case, window=window, **road)
-            semantics = Semantics(window, scale=road.get("scale"))
-            assert reference.check(out, None, case.q, case.k, case.v, semantics, layout="bshd"), (sq, sk, window)
+            assert right(out, case.q, case.k, case.v, window=window, **road), (sq, sk, window)
 
 
 def sparse(t: torch.Tensor) -> torch.Tensor:
@@ -293,7 +292,7 @@ def test_refused_in_words_of_our_own(road: dict, words: str, kind: type[Exceptio
     given: dict[str, Any] = {"q": case.q, "k": case.k, "v": case.v, **road}
     for name, value in changes.items():
         given[name] = value(given[name]) if callable(value) else value
-    for call in (fagen.attention, describe):
+    for call in (fagen.attention, AttentionCall.of):
         with pytest.raises(InvalidArgument) as caught:
             call(**given)
         assert words in str(caught.value) and isinstance(caught.value, kind), caught.value
@@ -363,17 +362,49 @@ def test_the_op_itself_leaves_a_scale_that_is_not_positive_to_pytorch(monkeypatc
     asked: list[object] = []
     monkeypatch.setattr(fallback, "attend", lambda *a, real=fallback.attend, **o: asked.append(o) or real(*a, **o))
     out = torch.ops.fagen.forward(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, -0.25)
-    assert asked and reference.check(out, None, case.q, case.k, case.v, Semantics(scale=-0.25), layout="bshd")
+    assert asked and right(out, case.q, case.k, case.v, scale=-0.25)
 
 
 def test_lengths_that_kernels_take_for_no_bound_are_left_to_pytorch() -> None:
     q, k = repeated((1, 1, 1, 16)), repeated((1, 2**29 + 1, 1, 16))
-    assert "larger than 536870912" in describe(q, k, k).refusal
-    assert describe(q, k[:, :-1], k[:, :-1]).refusal == ""
-    assert "larger than 536870912" in describe(k, q, q).refusal
+    assert "larger than 536870912" in AttentionCall.of(q, k, k).refusal
+    assert AttentionCall.of(q, k[:, :-1], k[:, :-1]).refusal == ""
+    assert "larger than 536870912" in AttentionCall.of(k, q, q).refusal
 
 
-def test_settings_hold_what_the_ops_take() -> None:
-    case = example()
-    got = arguments.check(case.q, case.k, case.v, causal=1, window=(torch.tensor(4), None), softcap=2, scale=True)
-    assert got == (True, (4, 0), 2.0, 1.0) and [type(value) for value in got] == [bool, tuple, float, float]
+# ---- a call in the form that all else takes -------------------------------------------------------------------------
+
+
+def test_a_call_holds_what_the_ops_take() -> None:
+    case = example(causal=1, window=(torch.tensor(4), None), softcap=2, scale=True, return_lse=1)
+    call = case.call()
+    assert (call.window, call.softcap, call.scale, call.want_lse) == ((4, 0), 2.0, 1.0, True)
+    given = call.op_arguments()[5:]
+    assert [type(value) for value in given] == [bool, bool, int, int, float, float] and call.want_lse is True
+
+
+@pytest.mark.parametrize("columns", [0, 1, 2, 4])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [(None, None), (None, 0), (3, 0), (3, 5)])
+def test_the_ops_arguments_are_the_call_again(columns: int, causal: bool, window: tuple) -> None:
+    """Causal is folded into the window, and still tells what two columns of intervals mean."""
+    intervals = torch.zeros(1, 1, 47, columns, dtype=torch.int32) if columns else None
+    call = example(causal=causal, window=window, intervals=intervals, alibi_slopes=torch.rand(4)).call()
+    for again in (
+        AttentionCall.of_op(call.op_arguments(), want_lse=False),
+        AttentionCall.trusting(call.op_arguments(), want_lse=False),
+    ):
+        for name in AttentionCall.__dataclass_fields__:
+            mine, other = getattr(call, name), getattr(again, name)
+            assert mine is other if isinstance(mine, torch.Tensor) else mine == other, name
+
+
+def test_python_and_cpp_name_the_same_arguments() -> None:
+    """The ops' schema in C++, the list of it in Python, and the order in which the fast road is handed a call."""
+    module, own = binding.load(), {"forward_out": ["want_lse", "out"], "resolve": ["out", "want_lse"]}
+    own |= {"fallback": ["want_lse"], "refuse_overlap": ["out"], "forward": [], "forward_lse": []}
+    for name, more in own.items():
+        schema = getattr(torch.ops.fagen, name).default._schema
+        assert [argument.name for argument in schema.arguments] == [*OpArguments._fields, *more], name
+    public = ", ".join(inspect.signature(fagen.attention).parameters)
+    assert module.attention.__doc__ == f"attention({public})" and module.sdpa.__doc__ == f"sdpa({public})"

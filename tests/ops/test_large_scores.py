@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from fagen.codegen.spec import KernelSpec
 from fagen.families import cpu_forward
 from fagen.ops.attention import reference
+from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import kernel
 from fagen.target import host, known
@@ -29,10 +31,7 @@ def test_cuda_kernels(scheme: str, tmp_path: Path) -> None:
         target = known("sm_90" if case.family is HOPPER else "sm_80")
         library = emulated.build(emulated.source(case.family, case.problem, target, case.config), tmp_path)
 
-        def launch(q, *others, library=library, **options) -> None:
-            emulated.launch(library, q, *others, **options)
-
-        verdict = run(case, 130, 300, batch=1, device="cpu", launch=launch)
+        verdict = run(case, 130, 300, batch=1, device="cpu", launch=functools.partial(emulated.launch, library))
         assert verdict, f"{magnitude}: {verdict.message}"
 
 
@@ -42,7 +41,8 @@ def test_cpu_kernel(magnitude: float) -> None:
     problem = Problem(dtype="bf16", head_dim=64, mask="causal")
     one = kernel.get(KernelSpec(family, problem, host(), family.default(problem, host())))
     q, k, v = ((torch.randn(1, 2, n, 64) * m).bfloat16() for n, m in ((130, magnitude), (300, magnitude), (300, 1.0)))
-    out, lse = torch.full_like(q, torch.nan), torch.full((1, 2, 130), torch.nan)
-    one.launch(q, k, v, out, lse)
-    verdict = reference.check(out, lse, q, k, v, reference.Semantics(window=(-1, 0)))
+    outputs = {"out": torch.full_like(q, torch.nan), "lse": torch.full((1, 2, 130), torch.nan)}
+    call = AttentionCall.of(q, k, v, layout="bhsd", causal=True)
+    one.launch(call, outputs)
+    verdict = reference.check(call, outputs)
     assert verdict, verdict.message

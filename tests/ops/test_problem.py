@@ -126,10 +126,10 @@ def test_the_longest_sequence_costs_no_time() -> None:
 def test_bytes_are_those_of_the_tensors(fields: dict) -> None:
     p = Problem(batch=2, heads=4, kv_heads=2, head_dim=48, head_dim_v=32, seqlen_q=9, seqlen_k=17, **fields)
     inputs = make_inputs(p, "cpu")
-    tensors = [inputs[name] for name in ("q", "k", "v", "out", "lse", "alibi_slopes")]
-    if inputs["intervals"] is not None:
-        tensors.append(inputs["intervals"].expand(-1, p.kv_heads, -1, -1))  # at most: each head has its own
-    assert p.bytes() == sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    tensors = inputs.call.inputs() | inputs.outputs
+    if p.intervals:
+        tensors["intervals"] = tensors["intervals"].expand(-1, p.kv_heads, -1, -1)  # at most: each head has its own
+    assert p.bytes() == sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def test_vocabulary_is_closed() -> None:

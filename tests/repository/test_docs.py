@@ -155,10 +155,8 @@ def test_add_a_family(plain):
         choice = choose.choose(problem, target.host())
         assert choice.family is plain
         inputs = make_inputs(problem, target.host())
-        semantics = inputs.pop("semantics")
-        kernel.get(KernelSpec(plain, problem, target.host(), choice.config)).launch(**inputs, window=semantics.window)
-        tensors = (inputs[n] for n in ("out", "lse", "q", "k", "v"))
-        verdict = reference.check(*tensors, semantics, layout="bshd")
+        kernel.get(KernelSpec(plain, problem, target.host(), choice.config)).launch(inputs.call, inputs.outputs)
+        verdict = reference.check(inputs.call, inputs.outputs)
         assert verdict.ok, verdict.message
     assert plain.supports(problem.replace(dtype="bf16"), target.host()) == "dtype bf16: only fp32"
     assert choose.choose(problem.replace(dtype="bf16"), target.host()).family is not plain

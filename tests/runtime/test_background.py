@@ -24,7 +24,7 @@ from fagen.dispatch import choose, freshness, kernels, resolve
 from fagen.errors import BuildError, LaunchError, UsageError
 from fagen.families import Config
 from fagen.ops.attention import fallback
-from fagen.ops.attention.call import describe
+from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import background, binding
 from fagen.verify import checks
@@ -95,8 +95,7 @@ def attend(length: int) -> Config | None:
     used: list[object] = []
     case = example(b=1, sq=length, sk=length, h=2, causal=True)
     assert run(case)
-    call = describe(case.q, case.k, case.v, causal=True)
-    used.append(resolve.kernel_for(call.problem, HERE))
+    used.append(resolve.kernel_for(case.call().problem, HERE))
     return used[0].spec.config if used[0] is not None else None
 
 
@@ -304,8 +303,11 @@ def test_what_wants_to_see_an_op_waits_for_the_binding(no_binding: None) -> None
             seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    assert not api._plain(case.q.as_subclass(Mine), None) and api._plain(torch.nn.Parameter(case.q), None)
-    torch.vmap(lambda t: seen.append(api._plain(t)) or t)(case.q)
+    def plain(q: torch.Tensor) -> bool:
+        return api._plain(AttentionCall(q, case.k, case.v))
+
+    assert not plain(case.q.as_subclass(Mine)) and plain(torch.nn.Parameter(case.q))
+    torch.vmap(lambda t: seen.append(plain(t)) or t)(case.q)
     assert seen == [False]
     with Mode():
         fagen.attention(case.q, case.k, case.v)

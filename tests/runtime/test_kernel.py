@@ -22,11 +22,12 @@ from fagen.build.job import Job
 from fagen.codegen.spec import KernelSpec
 from fagen.dispatch import plan, resolve
 from fagen.errors import InvalidArgument, LaunchError
-from fagen.ops.attention import reference
-from fagen.ops.attention.params import Params, is_aligned, make_params
+from fagen.ops.attention.arguments import is_aligned
+from fagen.ops.attention.call import AttentionCall
+from fagen.ops.attention.params import Params, make_params
 from fagen.ops.attention.problem import Problem
-from fagen.ops.attention.reference import Semantics
 from fagen.runtime import kernel
+from tests.support.calls import right
 
 FAMILY = families.get("cpu_forward")
 HERE = target.host()
@@ -37,8 +38,17 @@ def made(**fields: object) -> kernel.Kernel:
     return kernel.get(KernelSpec(FAMILY, problem, HERE, FAMILY.default(problem, HERE)))
 
 
+def bhsd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> AttentionCall:
+    return AttentionCall.of(q, k, v, layout="bhsd", **options)  # type: ignore[arg-type]
+
+
 def tensors(b: int = 2, sq: int = 20, sk: int = 30, h: int = 4, hk: int = 2, d: int = 16, dv: int = 16) -> list:
     return [torch.randn(b, h, sq, d), torch.randn(b, hk, sk, d), torch.randn(b, hk, sk, dv), torch.empty(b, h, sq, dv)]
+
+
+def plain() -> tuple[AttentionCall, dict[str, torch.Tensor]]:
+    q, k, v, out = tensors()
+    return bhsd(q, k, v), {"out": out}
 
 
 def test_params_is_the_struct_of_the_header(tmp_path: Path) -> None:
@@ -60,20 +70,19 @@ def test_params_is_the_struct_of_the_header(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_launches(layout: str) -> None:
-    q, k, v, out = tensors()
+    q, k, v, out = (t.transpose(1, 2) if layout == "bshd" else t for t in tensors())
     lse = torch.empty(2, 4, 20)
-    given = [t.transpose(1, 2) if layout == "bshd" else t for t in (q, k, v, out)]
-    assert made().launch(*given, lse, layout=layout) is given[3]
-    assert reference.check(out, lse, q, k, v, Semantics())
+    made().launch(AttentionCall.of(q, k, v, layout=layout), {"out": out, "lse": lse})
+    assert right((out, lse), q, k, v, layout=layout)
 
 
 def test_bound_once_launched_often() -> None:
     q, k, v, out = tensors()
-    call = made(mask="causal").bind(q, k, v, out)
+    call = made(mask="causal").bind(bhsd(q, k, v, causal=True), {"out": out})
     for _ in range(2):
         q.normal_()
         call()
-        assert reference.check(out, None, q, k, v, Semantics((-1, 0)))
+        assert right(out, q, k, v, layout="bhsd", causal=True)
 
 
 def test_facts_and_repetition() -> None:
@@ -86,55 +95,64 @@ def _half(t: torch.Tensor) -> torch.Tensor:
     return t.to(torch.bfloat16)
 
 
+ANOTHER = "the kernel is for forward/fp32/d16/none"
 REFUSED: list[tuple[str, Callable[[list], tuple[list, dict]]]] = [
-    ("q is torch.bfloat16", lambda t: ([_half(t[0]), *t[1:]], {})),
-    ("out is torch.float64", lambda t: ([*t[:3], t[3].double()], {})),
-    ("4 dimensions", lambda t: ([t[0][0], *t[1:]], {})),
-    ("last one contiguous", lambda t: ([t[0], t[1].mT.contiguous().mT, *t[2:]], {})),
-    ("v has the wrong shape", lambda t: ([t[0], t[1][:, :, :-1], *t[2:]], {})),
-    ("k has the wrong shape", lambda t: ([t[0], t[1][..., :12], *t[2:]], {})),
-    ("out has the wrong shape", lambda t: ([*t[:3], t[3][:, :, :-1]], {})),
-    ("multiple of kv_heads", lambda t: ([t[0][:, :3], t[1], t[2], t[3][:, :3]], {})),
-    ("head_dim", lambda t: ([torch.randn(2, 4, 20, 32), torch.randn(2, 2, 30, 32), *t[2:]], {})),
-    ("not aligned", lambda t: ([torch.randn(2, 4, 20, 17)[..., :16], *t[1:]], {})),
-    ("lse must have shape (2, 4, 20)", lambda t: ([*t, torch.empty(2, 20, 4)], {})),
-    ("intervals", lambda t: (t, {"intervals": torch.zeros(2, 1, 30, 1, dtype=torch.int32)})),
-    ("alibi_slopes", lambda t: (t, {"alibi_slopes": torch.zeros(4)})),
-    ("softcap=3.0", lambda t: (t, {"softcap": 3.0})),
-    ("window=(3, 0)", lambda t: (t, {"window": (3, 0)})),
-    ("layout 'sbhd'", lambda t: (t, {"layout": "sbhd"})),
+    (ANOTHER, lambda t: ([_half(x) for x in t], {})),
+    ("no kernels for torch.float64", lambda t: ([x.double() for x in t], {})),
+    ("the last dimension of k is not contiguous", lambda t: ([t[0], t[1].mT.contiguous().mT, *t[2:]], {})),
+    (ANOTHER, lambda t: ([torch.randn(2, 4, 20, 32), torch.randn(2, 2, 30, 32), *t[2:]], {})),
+    ("head_dim 300 is larger", lambda t: ([torch.randn(2, 4, 20, 300), torch.randn(2, 2, 30, 300), *t[2:]], {})),
+    (ANOTHER, lambda t: ([torch.randn(2, 4, 20, 17)[..., :16], *t[1:]], {})),
+    (ANOTHER, lambda t: ([*t[:2], t[2][:, :1].expand(2, 2, 30, 16), t[3]], {})),
+    (ANOTHER, lambda t: (t, {"intervals": torch.zeros(2, 1, 30, 1, dtype=torch.int32)})),
+    (ANOTHER, lambda t: (t, {"alibi_slopes": torch.zeros(4)})),
+    (ANOTHER, lambda t: (t, {"softcap": 3.0})),
+    (ANOTHER, lambda t: (t, {"causal": True})),
+    (ANOTHER, lambda t: (t, {"window": (3, 0)})),
+    ("out must be torch.float32 (2, 4, 20, 16)", lambda t: ([*t[:3], t[3].double()], {})),
+    ("out must be torch.float32 (2, 4, 20, 16)", lambda t: ([*t[:3], t[3][:, :, :-1]], {})),
+    ("its last dimension contiguous", lambda t: ([*t[:3], t[3].mT.contiguous().mT], {})),
+    ("out is not aligned", lambda t: ([*t[:3], torch.empty(2, 4, 20, 17)[..., :16]], {})),
+    ("lse must be torch.float32 (2, 4, 20)", lambda t: ([*t, torch.empty(2, 20, 4)], {})),
+    ("lse must be torch.float32 (2, 4, 20)", lambda t: ([*t, torch.empty(2, 4, 20).double()], {})),
+    ("lse must be contiguous", lambda t: ([*t, torch.empty(2, 4, 40)[..., :20]], {})),
 ]
 
 
-@pytest.mark.parametrize(("words", "change"), REFUSED, ids=[words for words, _ in REFUSED])
+@pytest.mark.parametrize(("words", "change"), REFUSED, ids=range(len(REFUSED)))
 def test_refuses(words: str, change: Callable) -> None:
-    arguments, options = change(tensors())
+    """A valid call, but not this kernel's; or outputs that are not the call's."""
+    (q, k, v, *outputs), options = change(tensors())
+    call = bhsd(q, k, v, **options)
     with pytest.raises(InvalidArgument) as caught:
-        made().launch(*arguments, **options)
+        made().launch(call, dict(zip(("out", "lse"), outputs, strict=False)))
     assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 3
 
 
-@pytest.mark.parametrize(
-    "intervals",
-    [
-        torch.zeros(2, 1, 30, 1, dtype=torch.int64),
-        torch.zeros(2, 1, 30, 2, dtype=torch.int32),
-        torch.zeros(2, 1, 29, 1, dtype=torch.int32),
-        torch.zeros(2, 4, 30, 1, dtype=torch.int32),
-        torch.zeros(3, 1, 30, 1, dtype=torch.int32),
-        None,
-    ],
-)
-def test_refuses_intervals_that_do_not_fit(intervals: torch.Tensor | None) -> None:
-    masked = made(mask="intervals", intervals="lower1")
-    with pytest.raises(InvalidArgument, match="intervals"):
-        masked.launch(*tensors(), intervals=intervals)
+def test_a_kernel_may_serve_more_than_its_own_problem() -> None:
+    """Any band by that of a window; aligned rows by that which does not count on it."""
+    q, k, v, out = tensors()
+    wide, any_rows = made(mask="window"), made(aligned=False)
+    for options in ({}, {"causal": True}, {"window": (3, 5)}):
+        wide.launch(bhsd(q, k, v, **options), {"out": out})
+        assert right(out, q, k, v, layout="bhsd", **options)
+    any_rows.launch(bhsd(q, k, v), {"out": out})
+    assert right(out, q, k, v, layout="bhsd")
+    with pytest.raises(InvalidArgument, match="the call is forward/fp32/d16/intervals-lower1"):
+        wide.launch(bhsd(q, k, v, intervals=torch.zeros(2, 1, 30, 1, dtype=torch.int32)), {"out": out})
+
+
+@pytest.mark.parametrize("intervals", [torch.zeros(2, 1, 30, 2, dtype=torch.int32), None])
+def test_refuses_intervals_of_another_kind(intervals: torch.Tensor | None) -> None:
+    q, k, v, out = tensors()
+    with pytest.raises(InvalidArgument, match="the kernel is for forward/fp32/d16/intervals-lower1"):
+        made(mask="intervals", intervals="lower1").launch(bhsd(q, k, v, intervals=intervals), {"out": out})
 
 
 def test_a_kernel_of_another_machine_is_refused() -> None:
     there = dataclasses.replace(made(), artifact=dataclasses.replace(made().artifact, arch="sm_90"))
     with pytest.raises(InvalidArgument, match="q is on cpu"):
-        there.launch(*tensors())
+        there.launch(*plain())
 
 
 # ---- libraries that are not what they should be -------------------------------------------------------------------
@@ -161,7 +179,7 @@ FAILS = (
 
 def test_a_failed_launch_says_why() -> None:
     with pytest.raises(LaunchError, match="out of luck") as caught:
-        library(FAILS).launch(*tensors())
+        library(FAILS).launch(*plain())
     assert len(str(caught.value).splitlines()) <= 3
 
 
@@ -183,9 +201,9 @@ def test_workspace_is_aligned_and_large_enough() -> None:
         'const char* fagen_error(int) { return "not aligned"; }\n'
     )
     needy = library(body, need=5000)
-    needy.launch(*tensors())
+    needy.launch(*plain())
     with pytest.raises(InvalidArgument, match="5000 bytes"):
-        needy.launch(*tensors(), workspace=torch.empty(4999, dtype=torch.uint8))
+        needy.launch(*plain(), workspace=torch.empty(4999, dtype=torch.uint8))
 
 
 COPIES = (
@@ -245,7 +263,7 @@ def test_both_roads_fill_the_same_params(call: dict, want_lse: bool) -> None:
     shape = (*q.shape[:3], v.shape[3])
     room = torch.zeros(max(4096, q.numel() * 24))
     mine, theirs = (room.clone()[: math.prod(shape)].view(shape) for _ in range(2))
-    params = make_params(out=mine, lse=None, **call)
+    params = make_params(AttentionCall.of(**call), {"out": mine})
     lse = torch.zeros(16384) if want_lse else None
     if lse is not None:
         params.lse = lse.data_ptr()
@@ -265,15 +283,8 @@ def test_one_set_of_slopes_serves_all_batches() -> None:
     q, k, v, out = tensors(b=3)
     memory = torch.full((3, 4), 100.0)
     memory[0] = torch.tensor([0.5, 0.25, 1.0, 2.0])
-    made(alibi=True).launch(q, k, v, out, alibi_slopes=memory[:1])
-    assert reference.check(out, None, q, k, v, Semantics(), alibi=memory[:1])
-
-
-def test_a_size_that_32_bits_do_not_hold_is_not_cut() -> None:
-    q, k = torch.zeros(16).expand(1, 1, 2**31, 16), torch.zeros(1, 1, 3, 16)
-    for first, second in ((q, k), (k, q)):
-        with pytest.raises(InvalidArgument, match="2147483648"):
-            make_params(first, second, second, first)
+    made(alibi=True).launch(bhsd(q, k, v, alibi_slopes=memory[:1]), {"out": out})
+    assert right(out, q, k, v, layout="bhsd", alibi_slopes=memory[:1])
 
 
 def test_what_counts_as_aligned() -> None:

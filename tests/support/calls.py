@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 import fagen
-from fagen.ops.attention import masks, reference
-from fagen.ops.attention.reference import Semantics
+from fagen.ops.attention import reference
+from fagen.ops.attention.call import AttentionCall
+
+Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # of `fagen.attention`
 
 
 @dataclasses.dataclass
@@ -18,18 +21,11 @@ class Case:
     v: torch.Tensor
     options: dict
 
-    def semantics(self) -> Semantics:
-        o = self.options
-        left, right = (-1 if bound is None else bound for bound in o.get("window", (None, None)))
-        intervals = o.get("intervals")
-        kind = masks.interval_kind(intervals.shape[3], o.get("causal", False)) if intervals is not None else ""
-        window = (left, 0 if o.get("causal") else right)
-        return Semantics(window, kind, o.get("softcap", 0.0), o.get("scale"))
+    def call(self) -> AttentionCall:
+        return AttentionCall.of(self.q, self.k, self.v, **self.options)
 
     def check(self, out: torch.Tensor, lse: torch.Tensor | None) -> reference.Verdict:
-        tensors = {"intervals": self.options.get("intervals"), "alibi": self.options.get("alibi_slopes")}
-        layout = self.options.get("layout", "bshd")
-        return reference.check(out, lse, self.q, self.k, self.v, self.semantics(), layout=layout, **tensors)
+        return reference.check(self.call(), {"out": out} if lse is None else {"out": out, "lse": lse})
 
 
 def example(b: int = 2, sq: int = 33, sk: int = 47, h: int = 4, hk: int = 2, d: int = 16, **options: object) -> Case:
@@ -40,3 +36,9 @@ def example(b: int = 2, sq: int = 33, sk: int = 47, h: int = 4, hk: int = 2, d: 
 
 def run(case: Case) -> reference.Verdict:
     return case.check(*fagen.attention(case.q, case.k, case.v, return_lse=True, **case.options))
+
+
+def right(result: Result, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> reference.Verdict:
+    """Whether that is what `fagen.attention` should have returned for these arguments."""
+    out, lse = (result, None) if isinstance(result, torch.Tensor) else result
+    return Case(q, k, v, options).check(out, lse)

@@ -14,6 +14,7 @@ from fagen import target
 from fagen.codegen.spec import KernelSpec
 from fagen.families import Config, Family, sm80_forward, sm90_forward
 from fagen.ops.attention import reference
+from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import kernel
 from fagen.runtime.kernel import Kernel
@@ -166,6 +167,21 @@ class Case:
     def band(self) -> tuple[int, int]:
         return (-1, 0) if self.mask == "causal" else self.window
 
+    def call(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: str = "bshd",
+        *,
+        intervals: torch.Tensor | None = None,
+        alibi: torch.Tensor | None = None,
+    ) -> AttentionCall:
+        """Of this case's mask and scores; the kind of intervals may be one that no caller can ask for with its band."""
+        return AttentionCall(
+            q, k, v, layout, self.band, intervals, self.intervals, softcap=self.softcap, alibi_slopes=alibi
+        )  # fmt: skip
+
     def __str__(self) -> str:
         d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
         changes = (f"{k}={v}" for k, v in self.changes)
@@ -241,7 +257,6 @@ def run(
     if case.intervals and intervals is None:
         intervals = random_intervals(case.intervals, batch, case.kv_heads, rows, keys, g)
     alibi = torch.rand(case.heads, device=device, generator=g) if case.alibi else None
-    options = {"intervals": intervals, "alibi_slopes": alibi, "window": case.band, "softcap": case.softcap}
-    (launch or kernel_of(case).launch)(q, k, v, out, lse, layout=layout, **options)
-    semantics = reference.Semantics(window=case.band, kind=case.intervals, softcap=case.softcap)
-    return reference.check(out, lse, q, k, v, semantics, intervals=intervals, alibi=alibi, layout=layout)
+    call, outputs = case.call(q, k, v, layout, intervals=intervals, alibi=alibi), {"out": out, "lse": lse}
+    (launch or kernel_of(case).launch)(call, outputs)
+    return reference.check(call, outputs)

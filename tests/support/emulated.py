@@ -8,7 +8,7 @@ import hashlib
 import re
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import filelock
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from fagen.families import Config, Family
+    from fagen.ops.attention.call import AttentionCall
     from fagen.ops.attention.problem import Problem
     from fagen.target import Target
 
@@ -97,13 +98,13 @@ def _compile(source: Path, to: Path, *flags: str) -> None:
 
 
 def launch(
-    library: Library, q: torch.Tensor, *others: torch.Tensor, seed: int = 0, units: int = 3, **options: Any
+    library: Library, call: AttentionCall, outputs: dict[str, torch.Tensor], *, seed: int = 0, units: int = 3
 ) -> None:
     """On a GPU of so many SMs; `seed` decides what comes first wherever that is open."""
     import torch
 
     library._library.emulator_begin(ctypes.c_uint64(seed), ctypes.c_int(units))
-    params, memory = make_params(q, *others, **options), torch.empty(0)
+    params, memory = make_params(call, outputs), torch.empty(0)
     if need := library.workspace_bytes(ctypes.byref(params)):
         memory, params.workspace = workspace_tensor(need, torch.device("cpu"))
         memory.fill_(0xA5)

@@ -61,15 +61,15 @@ def test_one_call_alone_keeps_all_of_its_noise():
 def test_inputs_have_the_problems_shapes(mask, dtype):
     problem = Problem(**{**SMALL, "dtype": dtype}, mask=mask, window_left=7 if mask == "window" else -1, head_dim_v=24)
     inputs = make_inputs(problem, "cpu")
-    assert inputs["q"].shape == (2, 70, 4, 16)
-    assert inputs["k"].shape == (2, 100, 2, 16)
-    assert inputs["v"].shape == (2, 100, 2, 24)
-    assert inputs["out"].shape == (2, 70, 4, 24)
-    assert inputs["out"].isnan().all()
-    assert inputs["lse"].isnan().all()
-    assert inputs["semantics"].window == (problem.window_left, problem.window_right)
-    assert torch.equal(inputs["q"], make_inputs(problem, "cpu")["q"])
-    assert not torch.equal(inputs["q"], make_inputs(problem, "cpu", seed=1)["q"])
+    assert inputs.call.q.shape == (2, 70, 4, 16)
+    assert inputs.call.k.shape == (2, 100, 2, 16)
+    assert inputs.call.v.shape == (2, 100, 2, 24)
+    assert inputs.outputs["out"].shape == (2, 70, 4, 24)
+    assert inputs.outputs["out"].isnan().all()
+    assert inputs.outputs["lse"].isnan().all()
+    assert inputs.call.window == (problem.window_left, problem.window_right)
+    assert torch.equal(inputs.call.q, make_inputs(problem, "cpu").call.q)
+    assert not torch.equal(inputs.call.q, make_inputs(problem, "cpu", seed=1).call.q)
 
 
 @pytest.mark.parametrize("varied", [False, True])
@@ -78,12 +78,12 @@ def test_intervals_are_documents(kind, varied):
     causal = kind.startswith("lower")
     problem = Problem(**SMALL, mask="intervals", intervals=kind, window_right=0 if causal else -1)
     inputs = make_inputs(problem, "cpu", varied=varied)
-    vectors = inputs["intervals"]
+    vectors = inputs.call.intervals
     assert vectors.dtype == torch.int32
     assert vectors.shape == (2, 2 if varied else 1, 100, len(INTERVAL_KINDS[kind]))
     assert vectors.min() >= 0
     assert vectors.max() <= 70
-    seen = masks.dense(70, 100, window=inputs["semantics"].window, intervals=vectors, kind=kind)
+    seen = masks.dense(70, 100, window=inputs.call.window, intervals=vectors, kind=kind)
     assert 0.05 < seen.float().mean() < 0.95
     if not varied:  # a block diagonal: each row sees its own key's document
         rows = torch.arange(70)
@@ -94,7 +94,7 @@ def test_documents_of_a_causal_and_a_full_kind_agree_below_the_diagonal():
     full = Problem(**SMALL, mask="intervals", intervals="both2")
     lower = full.replace(intervals="lower1", window_right=0)
     a, b = (
-        masks.dense(70, 100, window=(-1, 0), intervals=make_inputs(p, "cpu")["intervals"], kind=p.intervals)
+        masks.dense(70, 100, window=(-1, 0), intervals=make_inputs(p, "cpu").call.intervals, kind=p.intervals)
         for p in (full, lower)
     )
     assert torch.equal(a, b)
@@ -103,10 +103,10 @@ def test_documents_of_a_causal_and_a_full_kind_agree_below_the_diagonal():
 def test_features_and_alignment():
     problem = Problem(**SMALL, softcap=True, alibi=True, aligned=False)
     inputs = make_inputs(problem, "cpu")
-    assert inputs["semantics"].softcap > 0
-    assert inputs["alibi_slopes"].shape == (2, 4)
-    assert inputs["q"].stride(2) % 4 != 0
-    assert inputs["q"].stride(3) == 1
+    assert inputs.call.softcap > 0
+    assert inputs.call.alibi_slopes.shape == (2, 4)
+    assert inputs.call.q.stride(2) % 4 != 0
+    assert inputs.call.q.stride(3) == 1
 
 
 def test_small_inputs_are_taken_in_turn_on_a_gpu():
@@ -161,7 +161,7 @@ def test_time_limits(monkeypatch):
 
 def _beyond(inputs, name, offset):
     """The element at some distance from the output's first one."""
-    t = inputs[name]
+    t = inputs.outputs[name]
     return t._base[t.storage_offset() + offset : t.storage_offset() + offset + 1]
 
 
@@ -172,8 +172,8 @@ def test_writes_beside_an_output_are_seen(name, aligned):
     room = {"out": 2 * 70 * 4 * (16 if aligned else 17), "lse": 2 * 4 * 70}[name]
     for offset in (-1, -200, room, room + 200, *([16] if name == "out" and not aligned else [])):
         inputs = make_inputs(problem, "cpu")
-        inputs["out"].zero_()
-        inputs["lse"].zero_()
+        inputs.outputs["out"].zero_()
+        inputs.outputs["lse"].zero_()
         assert inputs.damage() == ""
         _beyond(inputs, name, offset).zero_()
         assert inputs.damage() == f"wrote outside of {name}"
@@ -182,16 +182,16 @@ def test_writes_beside_an_output_are_seen(name, aligned):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_writes_into_an_input_are_seen(dtype):
     inputs = make_inputs(Problem(**{**SMALL, "dtype": dtype, "seqlen_k": 101, "kv_heads": 1, "heads": 1}), "cpu")
-    inputs["v"][1, 100, 0, 15] += 1
-    inputs["q"][0, 0, 0, 0] = float("nan")
+    inputs.call.v[1, 100, 0, 15] += 1
+    inputs.call.q[0, 0, 0, 0] = float("nan")
     assert inputs.damage() == "wrote into its input q and wrote into its input v"
 
 
 def test_outputs_are_as_aligned_as_kernels_want():
-    from fagen.ops.attention.params import is_aligned
+    from fagen.ops.attention.arguments import is_aligned
 
     for dtype in ("fp32", "bf16"):
-        assert is_aligned(make_inputs(Problem(**{**SMALL, "dtype": dtype}), "cpu")["out"])
+        assert is_aligned(make_inputs(Problem(**{**SMALL, "dtype": dtype}), "cpu").outputs["out"])
 
 
 SAMPLED = [
@@ -208,15 +208,13 @@ def test_a_sample_of_rows_is_checked(mask):
     from fagen.ops.attention import reference
 
     inputs = make_inputs(Problem(**{**SMALL, "seqlen_q": 200, "seqlen_k": 150}, **mask), "cpu", varied=True)
-    q, k, v = (inputs[name].transpose(1, 2) for name in "qkv")
-    s = inputs["semantics"]
-    ((_, seen),) = reference.row_blocks(q, k, s, inputs["intervals"])
-    right = reference.attend(q, k, v, seen, s, inputs["alibi_slopes"])[0].transpose(1, 2)
-    inputs["out"].copy_(right)
+    call = inputs.call
+    right = reference.attend(call, call.bhsd(), reference.visible(call))[0].transpose(1, 2)
+    inputs.outputs["out"].copy_(right)
     assert checks.check_sample(inputs)
     for plane in ((0, 0, 0), (1, 199, 3)):  # the first and the last are always among them
-        inputs["out"].copy_(right)
-        inputs["out"][plane] += 0.01
+        inputs.outputs["out"].copy_(right)
+        inputs.outputs["out"][plane] += 0.01
         verdict = checks.check_sample(inputs)
         assert not verdict
         assert f"sample of batch {plane[0]} head {plane[2]}: O: error 0.01" in verdict.message
@@ -243,7 +241,7 @@ def test_guards_hold_in_inference_mode_too(aligned):
     """Where views do not know their base, as inside of an op."""
     with torch.inference_mode():
         inputs = make_inputs(Problem(**SMALL, aligned=aligned), "cpu")
-        assert inputs["out"]._base is None and inputs.damage() == ""
-        behind = inputs["out"].as_strided((1,), (1,), inputs["out"].storage_offset() - 1)
+        assert inputs.outputs["out"]._base is None and inputs.damage() == ""
+        behind = inputs.outputs["out"].as_strided((1,), (1,), inputs.outputs["out"].storage_offset() - 1)
         behind.zero_()
         assert inputs.damage() == "wrote outside of out"

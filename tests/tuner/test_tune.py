@@ -303,10 +303,10 @@ def test_tune_record_dispatch_on_the_real_cpu_family(folders, capsys):
     assert choose.choose(near, host(), ours=True).provenance == "nearest"
     built = kernel.get(choice.spec)
     inputs = make_inputs(problem, host())
-    q, k, v, out = (inputs[name] for name in ("q", "k", "v", "out"))
-    built.launch(q, k, v, out, window=(-1, 0), layout="bshd")
-    assert torch.isfinite(out).all()
-    assert reference.check(out, None, q, k, v, inputs["semantics"], layout="bshd")
+    outputs = {"out": inputs.outputs["out"]}
+    built.launch(inputs.call, outputs)
+    assert torch.isfinite(outputs["out"]).all()
+    assert reference.check(inputs.call, outputs)
 
 
 @pytest.mark.slow

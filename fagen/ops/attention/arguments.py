@@ -1,4 +1,4 @@
-"""Is a call attention at all? Every argument is looked at before anything is built, computed or written."""
+"""Arguments one by one: what is taken for a flag, a number, a bound or a tensor, and where a tensor's memory lies."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 
 from fagen.errors import InvalidArgument, InvalidType
-from fagen.ops.attention.masks import interval_kind
 
 LARGEST_SIZE = 2**31 - 1  # kernels count in 32 bits
 LEAST_NUMBER = 1.1754943508222875e-38  # a positive float32 that a kernel does not take for 0
 LARGEST_NUMBER = 2.3e38  # times log2(e) it still is a float32
 _MOST_STEPS = 20_000  # of the search for an address that two tensors share
+
+ALIGNMENT = 16  # bytes, of every row of an `aligned` problem
 
 Window = tuple[int | None, int | None]
 
@@ -27,51 +28,10 @@ class Settings(NamedTuple):
     scale: float | None
 
 
-def check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: str = "bshd",
-    causal: bool = False,
-    window: Window = (None, None),
-    intervals: torch.Tensor | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    scale: float | None = None,
-    out: torch.Tensor | None = None,
-) -> Settings:
-    """Raise InvalidArgument for what is not attention. Whether `out` overlaps an input is for `refuse_overlap`."""
-    if layout not in ("bshd", "bhsd"):
-        raise InvalidArgument(f"layout {shown(layout)} is unknown", "known: bshd, bhsd")
-    row, head = (1, 2) if layout == "bshd" else (2, 1)
-    settings = _settings(causal, window, softcap, scale)
-    _check_qkv(q, k, v, layout)
-    batch, heads, kv_heads = q.shape[0], q.shape[head], k.shape[head]
-    keys = (batch, k.shape[row], kv_heads)
-    for name, t, size in (("k", k, q.shape[3]), ("v", v, v.shape[3])):
-        if (t.shape[0], t.shape[row], t.shape[head], t.shape[3]) != (*keys, size):
-            wants = "(batch_size, seqlen_k, num_heads_k, head_size)"
-            have = f"{name} {tuple(t.shape)}, q {tuple(q.shape)}, k {tuple(k.shape)} in layout {layout}"
-            raise InvalidArgument(f"{name} must have shape {wants}", have)
-    if q.shape[3] == 0 or v.shape[3] == 0 or heads == 0 or kv_heads == 0:
-        raise InvalidArgument("heads and head_dim must be at least 1", f"q {tuple(q.shape)}, v {tuple(v.shape)}")
-    if heads % kv_heads:
-        raise InvalidArgument(
-            "Number of heads in key/value must divide number of heads in query", f"heads={heads} kv_heads={kv_heads}"
-        )
-    if intervals is not None:
-        _check_intervals(intervals, q, keys, settings.causal)
-    if alibi_slopes is not None:
-        _check_alibi(alibi_slopes, q, heads)
-    if out is not None:
-        _check_out(out, (*q.shape[:3], v.shape[3]), q)
-    return settings
-
-
 # ---- numbers ------------------------------------------------------------------------------------------------------
 
 
-def _settings(causal: Any, window: Any, softcap: Any, scale: Any) -> Settings:
+def settings(causal: Any, window: Any, softcap: Any, scale: Any) -> Settings:
     causal, softcap = flag("causal", causal), number("softcap", softcap)
     if not softcap >= 0:
         raise InvalidArgument(f"softcap={softcap} must be positive, or 0 for none")
@@ -168,73 +128,28 @@ def dense(name: str, t: Any) -> None:
         raise InvalidArgument(f"{name} must be a dense tensor, not {kind or t.layout}", f"it has dtype {t.dtype}")
 
 
-def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
-    named = (("q", q), ("k", k), ("v", v))
-    for name, t in named:
-        dense(name, t)
-    for name, t in named:
-        if t.dim() != 4:
-            raise InvalidArgument(f"{name} has {t.dim()} dimensions", f"layout {layout} has 4: {tuple(t.shape)}")
-        if t.dtype != q.dtype or not t.dtype.is_floating_point or t.dtype.itemsize < 2:
-            have = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
-            raise InvalidArgument("q, k and v must have the same floating-point dtype", have, "cast them: x.to(...)")
-        if t.device != q.device:
-            raise InvalidArgument("q, k and v must be on the same device", f"q {q.device}, k {k.device}, v {v.device}")
-        # a traced size is a symbol, which must not get a bound from here: the op looks at it when it runs
-        if not torch.compiler.is_compiling() and max(t.shape) > LARGEST_SIZE:
-            raise InvalidArgument(f"{name} has a size beyond {LARGEST_SIZE}", f"{name} {tuple(t.shape)}")
+# ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-def _check_intervals(intervals: torch.Tensor, q: torch.Tensor, keys: tuple[int, int, int], causal: bool) -> None:
-    dense("intervals", intervals)
-    batch, seqlen_k, kv_heads = keys
-    wants = f"(1 or {batch}, 1 or {kv_heads}, {seqlen_k}, 1, 2 or 4)"
-    if intervals.dtype != torch.int32:
-        raise InvalidArgument(f"intervals must be int32, not {intervals.dtype}", "", "cast them: x.to(torch.int32)")
-    if intervals.device != q.device:
-        raise InvalidArgument(f"intervals are on {intervals.device}", f"q is on {q.device}")
-    shape = tuple(intervals.shape)
-    # `in` would not do: torch.compile's sizes are symbols
-    good = len(shape) == 4 and (shape[0] == 1 or shape[0] == batch) and (shape[1] == 1 or shape[1] == kv_heads)
-    if not good or shape[2] != seqlen_k:
-        raise InvalidArgument(f"intervals must have shape {wants}", f"they have {shape}")
-    interval_kind(shape[3], causal)
+def is_aligned(t: torch.Tensor) -> bool:
+    """Every row starts at a multiple of 16 bytes, is whole 16-byte pieces, and lies apart from the others.
+
+    An expanded dimension (stride 0) counts as not aligned: a tensor map is not known to take it.
+    """
+    item = t.element_size()
+    if t.data_ptr() % ALIGNMENT or t.shape[-1] * item % ALIGNMENT:
+        return False
+    strides = (t.stride(i) for i in range(t.dim() - 1) if t.shape[i] > 1)  # others are never used
+    return all(stride != 0 and stride * item % ALIGNMENT == 0 for stride in strides)
 
 
-def _check_alibi(slopes: torch.Tensor, q: torch.Tensor, heads: int) -> None:
-    dense("alibi_slopes", slopes)
-    if slopes.dtype != torch.float32:
-        raise InvalidArgument("ALiBi slopes must have dtype fp32", f"they have {slopes.dtype}")
-    if slopes.device != q.device:
-        raise InvalidArgument(f"alibi_slopes are on {slopes.device}", f"q is on {q.device}")
-    shape = tuple(slopes.shape)
-    if shape != (heads,) and shape != (1, heads) and shape != (q.shape[0], heads):
-        raise InvalidArgument(
-            "alibi_slopes must have shape (heads) or (batch, heads)", f"they have {tuple(slopes.shape)}, heads={heads}"
-        )
-
-
-def _check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor) -> None:
-    dense("out", out)
-    if tuple(out.shape) != shape or out.dtype != q.dtype or out.device != q.device:
-        have = f"it is {out.dtype} {tuple(out.shape)} on {out.device}"
-        raise InvalidArgument(f"out must be {q.dtype} {shape} on {q.device}", have)
-    if not torch.compiler.is_compiling() and out.is_inference() and not torch.is_inference_mode_enabled():
-        raise InvalidArgument("out is an inference tensor, and this is not inference mode", "", "pass out.clone()")
-    if out.requires_grad and torch.is_grad_enabled():
-        raise InvalidArgument("out requires a gradient", "", "pass out.detach(), or no out")
-
-
-# ---- memory that out shares ---------------------------------------------------------------------------------------
-
-
-def refuse_overlap(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
+def refuse_overlap(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
     """A kernel reads its inputs, q as well, after it has begun to write: `out` must lie apart from all of them."""
     if overlaps_itself(out):
         have = f"sizes {tuple(out.shape)}, strides {out.stride()}"
         raise InvalidArgument("out: two of its elements share memory", have, "pass a tensor that is not expanded")
     for name, t in inputs.items():
-        if t is not None and may_overlap(out, t):
+        if may_overlap(out, t):
             raise InvalidArgument(f"out shares memory with {name}", "", f"pass a clone of {name}, or no out")
 
 

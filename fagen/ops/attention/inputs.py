@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fagen.ops.attention import masks
 from fagen.ops.attention.problem import INTERVAL_KINDS, TORCH_DTYPES, Problem
-from fagen.ops.attention.reference import Semantics
 from fagen.target import Target
 
 if TYPE_CHECKING:
     import torch
 
+    from fagen.ops.attention.call import AttentionCall
 
 SOFTCAP = 30.0
 DOCUMENTS = 4  # a sequence, in the inputs of the intervals mask
@@ -25,31 +27,40 @@ _SENTINEL = -1536.0  # what nobody may overwrite; exact in every dtype
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
-class Inputs(dict[str, Any]):
-    """The arguments of a call by name. Remembers what no kernel may change."""
+@dataclass(frozen=True)
+class Inputs:
+    """A call, and room for its outputs by name. Remembers what no kernel may change."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._guarded: dict[str, torch.Tensor] = {}
+    call: AttentionCall
+    outputs: dict[str, torch.Tensor]
+    _memory: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # of each output, guards and all
+    _sums: dict[str, int] = field(default_factory=dict, repr=False)  # of q, k and v
 
-    def guard(self, name: str, shape: tuple[int, ...], shown: int, dtype: torch.dtype, device: torch.device) -> None:
-        """An output full of NaN, with sentinels before, behind, and between rows that show less than they hold."""
-        import torch
-
-        guard = GUARD_BYTES // dtype.itemsize
-        memory = torch.full((math.prod(shape) + 2 * guard,), _SENTINEL, dtype=dtype, device=device)
-        self[name] = memory[guard:-guard].view(shape)[..., :shown].fill_(math.nan)
-        self._guarded[name] = memory  # a tensor made in inference mode, or inside an op, does not know its base
-
-    def seal(self) -> Inputs:
-        self._sums = {name: _bits(self[name]) for name in ("q", "k", "v")}
-        return self
+    def change(self, **fields: Any) -> Inputs:
+        """Other arguments of the call, with the same outputs."""
+        return dataclasses.replace(self, call=dataclasses.replace(self.call, **fields))
 
     def damage(self) -> str:
         """What a kernel wrote where it must not: into q, k or v, or beside its outputs. Empty if it did not."""
-        changed = [f"wrote into its input {name}" for name, bits in self._sums.items() if _bits(self[name]) != bits]
-        beside = [f"wrote outside of {n}" for n, memory in self._guarded.items() if not _intact(self[n], memory)]
+        changed = [
+            f"wrote into its input {n}" for n, bits in self._sums.items() if _bits(getattr(self.call, n)) != bits
+        ]
+        beside = [f"wrote outside of {n}" for n, memory in self._memory.items() if not _intact(self.outputs[n], memory)]
         return " and ".join(changed + beside)
+
+
+def _guarded(
+    shape: tuple[int, ...], shown: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output full of NaN, and its memory: sentinels before, behind, and between rows that show less than they hold.
+
+    A tensor made in inference mode, or inside an op, does not know its base.
+    """
+    import torch
+
+    guard = GUARD_BYTES // dtype.itemsize
+    memory = torch.full((math.prod(shape) + 2 * guard,), _SENTINEL, dtype=dtype, device=device)
+    return memory[guard:-guard].view(shape)[..., :shown].fill_(math.nan), memory
 
 
 def _bits(t: torch.Tensor) -> int:
@@ -74,6 +85,8 @@ def make_inputs(problem: Problem, where: Target | torch.device | str, seed: int 
     """
     import torch
 
+    from fagen.ops.attention.call import AttentionCall
+
     device = torch.device(("cuda" if where.is_gpu else "cpu") if isinstance(where, Target) else where)
     dtype = getattr(torch, TORCH_DTYPES[problem.dtype])
     random = torch.Generator(device).manual_seed(seed)
@@ -86,26 +99,23 @@ def make_inputs(problem: Problem, where: Target | torch.device | str, seed: int 
     def tensor(length: int, heads: int, dim: int) -> torch.Tensor:
         return torch.randn(shape(length, heads, dim), generator=random, dtype=dtype, device=device)[..., :dim]
 
-    inputs = Inputs()
-    inputs |= {
-        "q": tensor(p.seqlen_q, p.heads, p.head_dim),
-        "k": tensor(p.seqlen_k, p.kv_heads, p.head_dim),
-        "v": tensor(p.seqlen_k, p.kv_heads, p.head_dim_v),
-        "intervals": None,
-        "alibi_slopes": None,
-        "layout": "bshd",
-        "semantics": Semantics((p.window_left, p.window_right), p.intervals, SOFTCAP if p.softcap else 0.0, None),
+    q = tensor(p.seqlen_q, p.heads, p.head_dim)
+    k, v = (tensor(p.seqlen_k, p.kv_heads, dim) for dim in (p.head_dim, p.head_dim_v))
+    made = {
+        "out": _guarded(shape(p.seqlen_q, p.heads, p.head_dim_v), p.head_dim_v, dtype, device),
+        "lse": _guarded((p.batch, p.heads, p.seqlen_q), p.seqlen_q, torch.float32, device),
     }
-    inputs.guard("out", shape(p.seqlen_q, p.heads, p.head_dim_v), p.head_dim_v, dtype, device)
-    inputs.guard("lse", (p.batch, p.heads, p.seqlen_q), p.seqlen_q, torch.float32, device)
-    if p.intervals:
-        inputs["intervals"] = documents(p, seed, varied=varied).to(device)
+    intervals = documents(p, seed, varied=varied).to(device) if p.intervals else None
+    slopes = None
     if p.alibi:
-        slopes = [2.0 ** (-8.0 * (head + 1) / p.heads) for head in range(p.heads)]
-        inputs["alibi_slopes"] = (
-            torch.tensor(slopes, dtype=torch.float32, device=device).expand(p.batch, -1).contiguous()
-        )
-    return inputs.seal()
+        of_heads = [2.0 ** (-8.0 * (head + 1) / p.heads) for head in range(p.heads)]
+        slopes = torch.tensor(of_heads, dtype=torch.float32, device=device).expand(p.batch, -1).contiguous()
+    call = AttentionCall(
+        q, k, v, window=(p.window_left, p.window_right), intervals=intervals, kind=p.intervals,
+        softcap=SOFTCAP if p.softcap else 0.0, alibi_slopes=slopes, out=made["out"][0],
+    )  # fmt: skip
+    outputs, memory = ({name: pair[i] for name, pair in made.items()} for i in (0, 1))
+    return Inputs(call, outputs, memory, {name: _bits(getattr(call, name)) for name in ("q", "k", "v")})
 
 
 def documents(problem: Problem, seed: int, *, varied: bool) -> torch.Tensor:

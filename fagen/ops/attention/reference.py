@@ -8,8 +8,9 @@ in that head), plus one rounding of the output's dtype at the block's largest ma
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,18 +19,12 @@ from fagen.ops.attention.masks import dense
 if TYPE_CHECKING:
     import torch
 
+    from fagen.ops.attention.call import AttentionCall
+
+    Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k and v in bhsd order
+
 ROW_BLOCK = 64
 _BYTES_A_STEP = 512 << 20
-
-
-@dataclass(frozen=True)
-class Semantics:
-    """What to compute, tensors aside: the arguments of `fagen.attention` in resolved form (-1: unbounded)."""
-
-    window: tuple[int, int] = (-1, -1)
-    kind: str = ""  # of the intervals
-    softcap: float = 0.0
-    scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,33 +38,34 @@ class Verdict:
         return self.ok
 
 
+def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    q, k, v = tensors
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    seen: torch.Tensor | None,
-    semantics: Semantics,
-    alibi: torch.Tensor | None = None,
-    rows: slice = slice(None),
+    call: AttentionCall, tensors: Tensors, seen: torch.Tensor | None, rows: slice = slice(None)
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention of bhsd tensors in their own dtype for some rows; rows that see nothing give 0 and -inf.
+    """Plain attention in the dtype of `tensors`, the call's q, k and v in bhsd order, for some rows; rows that see
+    nothing give 0 and -inf.
 
     `seen` is the dense mask of those rows. Differentiable; this is also the fallback of last resort.
     """
     import torch
 
+    q, k, v = tensors
     heads, kv_heads, group = q.shape[1], k.shape[1], q.shape[1] // k.shape[1]
-    scale = semantics.scale if semantics.scale is not None else 1.0 / math.sqrt(q.shape[-1])
+    scale = call.scale if call.scale is not None else 1.0 / math.sqrt(q.shape[-1])
     sq, sk = q.shape[2], k.shape[2]
     q = q[:, :, rows]
     grouped = q.reshape(q.shape[0], kv_heads, group, q.shape[2], q.shape[3])
     scores = torch.matmul(grouped * scale, k[:, :, None].transpose(-1, -2)).flatten(1, 2)
-    if semantics.softcap:
-        scores = semantics.softcap * torch.tanh(scores / semantics.softcap)
-    if alibi is not None:
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.alibi_slopes is not None:
         row = torch.arange(sq, device=q.device)[rows, None] + (sk - sq)
         distance = (row - torch.arange(sk, device=q.device)[None]).abs()
-        slopes = alibi.to(scores.dtype).reshape(-1, heads, 1, 1)
+        slopes = call.alibi_slopes.to(scores.dtype).reshape(-1, heads, 1, 1)
         scores = scores - slopes * distance.to(scores.dtype)
     if seen is not None:
         if seen.shape[1] not in (1, heads):
@@ -85,57 +81,73 @@ def attend(
     return torch.matmul(grouped, v[:, :, None]).flatten(1, 2), lse
 
 
-def row_blocks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    semantics: Semantics,
-    intervals: torch.Tensor | None,
-    only: Iterable[slice] | None = None,
-) -> Iterator[tuple[slice, torch.Tensor | None]]:
-    """Blocks of rows whose scores fit in memory, and what they see (None: everything); bhsd tensors."""
-    sq, sk = q.shape[2], k.shape[2]
-    a_row = q.shape[0] * q.shape[1] * sk * 8
+def visible(call: AttentionCall, rows: slice = slice(None)) -> torch.Tensor | None:
+    """The dense mask of some rows; None: they see everything."""
+    if call.window == (-1, -1) and call.intervals is None:
+        return None
+    return dense(
+        call.seqlen_q, call.seqlen_k, window=call.window, intervals=call.intervals, kind=call.kind, rows=rows,
+        device=call.q.device,
+    )  # fmt: skip
+
+
+def row_blocks(call: AttentionCall, only: Iterable[slice] | None = None) -> Iterator[tuple[slice, torch.Tensor | None]]:
+    """Blocks of rows whose scores fit in memory, and what they see (None: everything)."""
+    sq = call.seqlen_q
+    a_row = call.batch * call.heads * call.seqlen_k * 8
     step = max(ROW_BLOCK, _BYTES_A_STEP // max(1, a_row) // ROW_BLOCK * ROW_BLOCK)
-    window, kind, device = semantics.window, semantics.kind, q.device
     for rows in only or (slice(start, min(start + step, sq)) for start in range(0, sq, step)):
-        seen = None
-        if window != (-1, -1) or intervals is not None:
-            seen = dense(sq, sk, window=window, intervals=intervals, kind=kind, rows=rows, device=device)
-        yield rows, seen
+        yield rows, visible(call, rows)
 
 
-def check(
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    semantics: Semantics,
-    *,
-    intervals: torch.Tensor | None = None,
-    alibi: torch.Tensor | None = None,
-    layout: str = "bhsd",
-    rows: Iterable[slice] | None = None,
-) -> Verdict:
-    """Whether `out` (and `lse`, if given) is attention of q, k, v, in all rows or in some. NaN never passes."""
+def part(
+    call: AttentionCall, outputs: Mapping[str, torch.Tensor], b: int, heads: slice
+) -> tuple[AttentionCall, dict[str, torch.Tensor]]:
+    """The call of some heads of one batch, which share a kv head or all of theirs, and its outputs."""
+    group, batch = call.heads // call.kv_heads, slice(b, b + 1)
+    kv_heads = slice(heads.start // group, (heads.stop - 1) // group + 1)
+
+    def cut(t: torch.Tensor, heads: slice) -> torch.Tensor:
+        return t[batch, :, heads] if call.layout == "bshd" else t[batch, heads]
+
+    intervals, slopes = call.intervals, call.alibi_slopes
+    if intervals is not None:
+        at = b % intervals.shape[0]
+        intervals = intervals[at : at + 1, kv_heads if intervals.shape[1] > 1 else slice(None)]
+    if slopes is not None:
+        slopes = slopes[b % slopes.shape[0] if slopes.dim() == 2 else ..., heads]
+    small = dataclasses.replace(
+        call, q=cut(call.q, heads), k=cut(call.k, kv_heads), v=cut(call.v, kv_heads), intervals=intervals,
+        alibi_slopes=slopes, out=None,
+    )  # fmt: skip
+    return small, {name: t[batch, heads] if name == "lse" else cut(t, heads) for name, t in outputs.items()}
+
+
+def check(call: AttentionCall, outputs: Mapping[str, torch.Tensor], rows: Iterable[slice] | None = None) -> Verdict:
+    """Whether the outputs by name (`out`, and `lse` if it is there) are the call's, in all rows or in some.
+
+    NaN never passes.
+    """
     import torch
 
-    if layout == "bshd":
-        out, q, k, v = (t.transpose(1, 2) for t in (out, q, k, v))
-    exact = torch.float64 if q.dtype == torch.float32 else torch.float32
-    if tuple(out.shape) != (*q.shape[:3], v.shape[3]):
-        return Verdict(False, math.inf, math.inf, f"shape {tuple(out.shape)}, not {(*q.shape[:3], v.shape[3])}")
+    out, lse = outputs["out"], outputs.get("lse")
+    low = call.bhsd()
+    exact = cast(low, torch.float64 if call.q.dtype == torch.float32 else torch.float32)
+    shape = call.output_types()["out"][0]
+    if tuple(out.shape) != shape:
+        return Verdict(False, math.inf, math.inf, f"shape {tuple(out.shape)}, not {shape}")
+    if call.layout == "bshd":
+        out = out.transpose(1, 2)
     worst, largest, where = 0.0, 0.0, ""
     with torch.no_grad():
-        exact_q, exact_k, exact_v = (t.to(exact) for t in (q, k, v))
-        for block, seen in row_blocks(q, k, semantics, intervals, rows):
-            ref, ref_lse = attend(exact_q, exact_k, exact_v, seen, semantics, alibi, block)
-            low, low_lse = attend(q, k, v, seen, semantics, alibi, block)
-            pairs = [("O", out[:, :, block], ref, low, torch.finfo(out.dtype).eps / 2)]
+        for block, seen in row_blocks(call, rows):
+            ref, ref_lse = attend(call, exact, seen, block)
+            peer, peer_lse = attend(call, low, seen, block)
+            pairs = [("O", out[:, :, block], ref, peer, torch.finfo(out.dtype).eps / 2)]
             if lse is not None:
-                pairs.append(("LSE", lse[:, :, block, None], ref_lse[..., None], low_lse[..., None], 2e-5))
-            for name, mine, want, peer, rounding in pairs:
-                verdict = _compare(name, mine, want, peer, rounding, block.start)
+                pairs.append(("LSE", lse[:, :, block, None], ref_lse[..., None], peer_lse[..., None], 2e-5))
+            for name, mine, want, theirs, rounding in pairs:
+                verdict = _compare(name, mine, want, theirs, rounding, block.start)
                 if verdict.ratio > worst:
                     worst, where = verdict.ratio, verdict.message
                 if name == "O":

@@ -18,7 +18,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -27,10 +29,6 @@
 #include "table.h"  // pasted in by binding.py
 
 namespace fagen {
-
-using Overlap = void(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&,
-                     const Tensor&);
-using ForwardOut = Tensor(FAGEN_PARAMS, bool, Tensor&);
 
 // ---- what a kernel cannot be asked --------------------------------------------------------------------------------
 
@@ -70,10 +68,9 @@ bool shares_no_memory(const Tensor& a, const Tensor& b) {
 // What lies in one buffer, one beside the other, Python looks at more closely.
 void refuse_overlap(const Call& c, const Tensor& out) {
   static const auto look = handle<Overlap>("fagen::refuse_overlap");
-  const bool apart = out.is_non_overlapping_and_dense() && shares_no_memory(out, c.q) && shares_no_memory(out, c.k) &&
-                     shares_no_memory(out, c.v) && (!c.intervals || shares_no_memory(out, *c.intervals)) &&
-                     (!c.alibi_slopes || shares_no_memory(out, *c.alibi_slopes));
-  if (!apart) look.call(c.q, c.k, c.v, c.intervals, c.alibi_slopes, out);
+  const bool apart = out.is_non_overlapping_and_dense() &&
+                     c.all_tensors([&out](const Tensor& t) { return shares_no_memory(out, t); });
+  if (!apart) call_op(look, c, out);
 }
 
 // The kernel's functions, or none where PyTorch shall compute.
@@ -124,7 +121,7 @@ fagen_params params_of(const Call& c, const Tensor& out, const Tensor* lse) {
   p.head_dim_v = static_cast<int32_t>(c.v.size(3));
   // a wider band shows no more, and its sum with a row would leave 32 bits
   p.window_left = static_cast<int32_t>(std::min<int64_t>(c.window_left, p.seqlen_k));
-  p.window_right = static_cast<int32_t>(std::min<int64_t>(c.right(), p.seqlen_q));
+  p.window_right = static_cast<int32_t>(std::min<int64_t>(c.window_right, p.seqlen_q));
   p.scale = static_cast<float>(c.scale ? *c.scale : 1.0 / std::sqrt(static_cast<double>(c.q.size(3))));
   p.softcap = static_cast<float>(c.softcap);
   return p;
@@ -163,11 +160,10 @@ Tensor new_lse(const Call& c) {
 
 std::tuple<Tensor, Tensor> by_torch(const Call& c, bool want_lse) {
   static const auto op = handle<Fallback>("fagen::fallback");
-  return op.call(FAGEN_FIELDS(c), want_lse);
+  return call_op(op, c, want_lse);
 }
 
-Tensor forward(FAGEN_PARAMS) {
-  const Call c{FAGEN_ARGS};
+Tensor forward(const Call& c) {
   const Entry entry = entry_for(c, nullptr, false);
   if (!entry.launch) return std::get<0>(by_torch(c, false));
   Tensor out = new_out(c);
@@ -175,8 +171,7 @@ Tensor forward(FAGEN_PARAMS) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> forward_lse(FAGEN_PARAMS) {
-  const Call c{FAGEN_ARGS};
+std::tuple<Tensor, Tensor> forward_lse(const Call& c) {
   const Entry entry = entry_for(c, nullptr, true);
   if (!entry.launch) return by_torch(c, true);
   Tensor out = new_out(c), lse = new_lse(c);
@@ -185,8 +180,7 @@ std::tuple<Tensor, Tensor> forward_lse(FAGEN_PARAMS) {
 }
 
 // Fills `out`; returns the LSE, or an empty tensor if it is not wanted.
-Tensor forward_out(FAGEN_PARAMS, bool want_lse, Tensor& out) {
-  const Call c{FAGEN_ARGS};
+Tensor forward_out(const Call& c, bool want_lse, Tensor& out) {
   refuse_overlap(c, out);
   const Entry entry = entry_for(c, &out, want_lse);
   if (!entry.launch) {
@@ -202,46 +196,45 @@ Tensor forward_out(FAGEN_PARAMS, bool want_lse, Tensor& out) {
 // ---- gradients ------------------------------------------------------------------------------------------------------
 
 // Whether a gradient is wanted of the output, or forward mode put a tangent on an input.
-bool differentiated(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& alibi_slopes,
-                    const Tensor* out = nullptr) {
+bool differentiated(const Call& c, const Tensor* out = nullptr) {
   const bool grad = at::GradMode::is_enabled();
-  const auto wanted = [grad](const Tensor& t) {
-    return (grad && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
+  const auto constant = [grad](const Tensor& t) {
+    return !(grad && t.requires_grad()) && !t._fw_grad(/*level=*/0).defined();
   };
-  return wanted(q) || wanted(k) || wanted(v) || (alibi_slopes && wanted(*alibi_slopes)) || (out && wanted(*out));
+  return !c.all_tensors(constant) || (out && !constant(*out));
 }
 
-Tensor forward_autograd(FAGEN_PARAMS) {
+Tensor forward_autograd(const Call& c) {
   static const auto op = handle<Forward>("fagen::forward");
-  if (differentiated(q, k, v, alibi_slopes)) return std::get<0>(by_torch(Call{FAGEN_ARGS}, false));
+  if (differentiated(c)) return std::get<0>(by_torch(c, false));
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(FAGEN_ARGS);
+  return call_op(op, c);
 }
 
-std::tuple<Tensor, Tensor> forward_lse_autograd(FAGEN_PARAMS) {
+std::tuple<Tensor, Tensor> forward_lse_autograd(const Call& c) {
   static const auto op = handle<ForwardLse>("fagen::forward_lse");
-  if (differentiated(q, k, v, alibi_slopes)) return by_torch(Call{FAGEN_ARGS}, true);
+  if (differentiated(c)) return by_torch(c, true);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(FAGEN_ARGS);
+  return call_op(op, c);
 }
 
-Tensor forward_out_autograd(FAGEN_PARAMS, bool want_lse, Tensor& out) {
+Tensor forward_out_autograd(const Call& c, bool want_lse, Tensor& out) {
   static const auto op = handle<ForwardOut>("fagen::forward_out");
-  if (differentiated(q, k, v, alibi_slopes, &out)) {
-    auto [result, lse] = by_torch(Call{FAGEN_ARGS}, want_lse);
+  if (differentiated(c, &out)) {
+    auto [result, lse] = by_torch(c, want_lse);
     out.copy_(result);
     return want_lse ? lse : at::empty({0}, lse.options());
   }
   const at::AutoDispatchBelowAutograd guard;
-  return op.call(FAGEN_ARGS, want_lse, out);
+  return call_op(op, c, want_lse, out);
 }
 
 // Whoever saved `out` for a gradient must learn that it has changed.
-Tensor forward_out_in_place(FAGEN_PARAMS, bool want_lse, Tensor& out) {
+Tensor forward_out_in_place(const Call& c, bool want_lse, Tensor& out) {
   static const auto op = handle<ForwardOut>("fagen::forward_out");
   out.unsafeGetTensorImpl()->bump_version();
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(FAGEN_ARGS, want_lse, out);
+  return call_op(op, c, want_lse, out);
 }
 
 // ---- from Python ----------------------------------------------------------------------------------------------------
@@ -254,10 +247,10 @@ bool plain(PyObject* object) {
 }
 
 // One that has kernels; the dispatcher would send a mixture to whichever device it ranks highest.
-bool one_device(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& a, const MaybeTensor& b) {
-  const at::Device device = q.device();
-  return (device.is_cpu() || device.is_cuda()) && k.device() == device && v.device() == device &&
-         (!a || a->device() == device) && (!b || b->device() == device);
+bool one_device(const Call& c) {
+  const at::Device device = c.q.device();
+  return (device.is_cpu() || device.is_cuda()) &&
+         c.all_tensors([device](const Tensor& t) { return t.device() == device; });
 }
 
 bool window_bound(PyObject* object, int64_t& bound) {
@@ -315,14 +308,14 @@ PyObject* answer(const Call& c, bool want_lse) {
     std::tuple<Tensor, Tensor> both;
     {
       const pybind11::gil_scoped_release release;
-      both = op_lse.call(FAGEN_FIELDS(c));
+      both = call_op(op_lse, c);
     }
     return pair(std::move(std::get<0>(both)), std::move(std::get<1>(both)));
   }
   Tensor out;
   {
     const pybind11::gil_scoped_release release;
-    out = op.call(FAGEN_FIELDS(c));
+    out = call_op(op, c);
   }
   return THPVariable_Wrap(std::move(out));
 }
@@ -332,44 +325,76 @@ PyObject* answer_into(const Call& c, bool want_lse, Tensor out) {
   Tensor lse;
   {
     const pybind11::gil_scoped_release release;
-    lse = op.call(FAGEN_FIELDS(c), want_lse, out);
+    lse = call_op(op, c, want_lse, out);
   }
   return want_lse ? pair(std::move(out), std::move(lse)) : THPVariable_Wrap(std::move(out));
 }
 
-// attention(q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out) of the usual
-// kind; None for everything else, which the caller then handles at leisure. `like_query`: the output lies in memory as
-// q does.
+// The arguments of fagen.attention, in the order in which api.py hands them over.
+#define FAGEN_HANDED(X)                                                                                       \
+  X(q) X(k) X(v) X(layout) X(causal) X(window) X(intervals) X(softcap) X(alibi_slopes) X(scale) X(return_lse) \
+  X(out)
+
+struct Handed {
+#define FAGEN_OBJECT(name) PyObject* name;
+  FAGEN_HANDED(FAGEN_OBJECT)
+#undef FAGEN_OBJECT
+};
+constexpr Py_ssize_t kHanded = sizeof(Handed) / sizeof(PyObject*);
+
+std::string doc_of(const char* name) {
+#define FAGEN_NAME(name) ", " #name
+  return name + ("(" + std::string(FAGEN_HANDED(FAGEN_NAME)).substr(2)) + ")";
+#undef FAGEN_NAME
+}
+
+// A call of the usual kind; None for everything else, which the caller then handles at leisure. `like_query`: the output
+// lies in memory as q does.
 PyObject* fast_call(PyObject* const* args, Py_ssize_t count, bool like_query) {
   HANDLE_TH_ERRORS
-  if (count != 12 || !plain(args[0]) || !plain(args[1]) || !plain(args[2]) || !PyUnicode_Check(args[3])) Py_RETURN_NONE;
-  const bool bhsd = PyUnicode_CompareWithASCIIString(args[3], "bhsd") == 0;
-  if (!bhsd && PyUnicode_CompareWithASCIIString(args[3], "bshd") != 0) Py_RETURN_NONE;
-  if (!PyBool_Check(args[4]) || !PyTuple_CheckExact(args[5]) || PyTuple_GET_SIZE(args[5]) != 2) Py_RETURN_NONE;
+  if (count != kHanded) Py_RETURN_NONE;
+  Handed a;
+  std::memcpy(&a, args, sizeof a);
+  if (!plain(a.q) || !plain(a.k) || !plain(a.v) || !PyUnicode_Check(a.layout)) Py_RETURN_NONE;
+  const bool bhsd = PyUnicode_CompareWithASCIIString(a.layout, "bhsd") == 0;
+  if (!bhsd && PyUnicode_CompareWithASCIIString(a.layout, "bshd") != 0) Py_RETURN_NONE;
+  if (!PyBool_Check(a.causal) || !PyTuple_CheckExact(a.window) || PyTuple_GET_SIZE(a.window) != 2) Py_RETURN_NONE;
   int64_t left = -1, right = -1;
-  if (!window_bound(PyTuple_GET_ITEM(args[5], 0), left) || !window_bound(PyTuple_GET_ITEM(args[5], 1), right))
+  if (!window_bound(PyTuple_GET_ITEM(a.window, 0), left) || !window_bound(PyTuple_GET_ITEM(a.window, 1), right))
     Py_RETURN_NONE;
   double softcap = 0, scale = 1;
-  if (!number(args[7], softcap) || (args[9] != Py_None && !number(args[9], scale))) {
+  if (!number(a.softcap, softcap) || (a.scale != Py_None && !number(a.scale, scale))) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
   if (!(scale >= kLeast) || !held(softcap, scale)) Py_RETURN_NONE;
   MaybeTensor intervals, alibi_slopes;
-  if (!maybe_tensor(args[6], intervals) || !maybe_tensor(args[8], alibi_slopes)) Py_RETURN_NONE;
-  if (!PyBool_Check(args[10]) || (args[11] != Py_None && !plain(args[11]))) Py_RETURN_NONE;
-  const Tensor &q = THPVariable_Unpack(args[0]), &k = THPVariable_Unpack(args[1]), &v = THPVariable_Unpack(args[2]);
-  const Tensor* out = args[11] == Py_None ? nullptr : &THPVariable_Unpack(args[11]);
-  if (!one_device(q, k, v, intervals, alibi_slopes) || differentiated(q, k, v, alibi_slopes, out)) Py_RETURN_NONE;
-  if ((out && !may_be_filled(*out, q)) || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
-  const auto maybe_scale = args[9] == Py_None ? std::nullopt : std::optional<double>(scale);
-  const Call call{q, k, v, intervals, alibi_slopes, bhsd, args[4] == Py_True, left, right, softcap, maybe_scale};
-  if (out) return answer_into(call, args[10] == Py_True, *out);
+  if (!maybe_tensor(a.intervals, intervals) || !maybe_tensor(a.alibi_slopes, alibi_slopes)) Py_RETURN_NONE;
+  if (!PyBool_Check(a.return_lse) || (a.out != Py_None && !plain(a.out))) Py_RETURN_NONE;
+  const bool causal = a.causal == Py_True, want_lse = a.return_lse == Py_True;
+  const Tensor* out = a.out == Py_None ? nullptr : &THPVariable_Unpack(a.out);
+  const Call call{
+      .q = THPVariable_Unpack(a.q),
+      .k = THPVariable_Unpack(a.k),
+      .v = THPVariable_Unpack(a.v),
+      .intervals = intervals,
+      .alibi_slopes = alibi_slopes,
+      .bhsd = bhsd,
+      .causal = causal,
+      .window_left = left,
+      .window_right = causal ? 0 : right,
+      .softcap = softcap,
+      .scale = a.scale == Py_None ? std::nullopt : std::optional<double>(scale),
+  };
+  if (!one_device(call) || differentiated(call, out)) Py_RETURN_NONE;
+  if ((out && !may_be_filled(*out, call.q)) || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
+  if (out) return answer_into(call, want_lse, *out);
+  const Tensor& q = call.q;
   const bool as_named = q.dim() == 4 && q.stride(0) >= q.stride(1) && q.stride(1) >= q.stride(2);
-  if (!like_query || as_named) return answer(call, args[10] == Py_True);
-  auto room = out_like_query(q, v);
+  if (!like_query || as_named) return answer(call, want_lse);
+  auto room = out_like_query(q, call.v);
   if (!room) Py_RETURN_NONE;
-  return answer_into(call, args[10] == Py_True, std::move(*room));
+  return answer_into(call, want_lse, std::move(*room));
   END_HANDLE_TH_ERRORS
 }
 
@@ -397,9 +422,18 @@ PyObject* nearest_row(PyObject*, PyObject* args) {
   return PyLong_FromLongLong(known.nearest({s[0], s[1], s[2], s[3], s[4], s[5], s[6]}));
 }
 
+using FastCall = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyMethodDef fast_method(const char* name, FastCall* function) {
+  static std::list<std::string> docs;  // which Python points to
+  docs.push_back(doc_of(name));
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
+          docs.back().c_str()};
+}
+
 PyMethodDef methods[] = {
-    {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast_attention)), METH_FASTCALL, nullptr},
-    {"sdpa", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast_sdpa)), METH_FASTCALL, nullptr},
+    fast_method("attention", fast_attention),
+    fast_method("sdpa", fast_sdpa),
     {"forget", forget_all, METH_NOARGS, nullptr},
     {"nearest", nearest_row, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -409,29 +443,34 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "kernel", nullptr, -1, methods, nul
 }  // namespace fagen
 
 TORCH_LIBRARY(fagen, m) {
-  m.def("forward(" FAGEN_SCHEMA ") -> Tensor");
-  m.def("forward_lse(" FAGEN_SCHEMA ") -> (Tensor, Tensor)");
-  m.def("forward_out(" FAGEN_SCHEMA ", bool want_lse, Tensor(a!) out) -> Tensor");
+  const auto define = [&m, arguments = fagen::schema()](const std::string& name, const std::string& rest) {
+    m.def((name + "(" + arguments + rest).c_str());
+  };
+  define("forward", ") -> Tensor");
+  define("forward_lse", ") -> (Tensor, Tensor)");
+  define("forward_out", ", bool want_lse, Tensor(a!) out) -> Tensor");
   // implemented in Python
-  m.def("resolve(" FAGEN_SCHEMA ", Tensor? out, bool want_lse) -> int[]");
-  m.def("fallback(" FAGEN_SCHEMA ", bool want_lse) -> (Tensor, Tensor)");
+  define("resolve", ", Tensor? out, bool want_lse) -> int[]");
+  define("fallback", ", bool want_lse) -> (Tensor, Tensor)");
+  define("refuse_overlap", ", Tensor out) -> ()");
   m.def("fail(str what, str numbers) -> ()");
   m.def("refuse(str what, str numbers) -> ()");
-  m.def("refuse_overlap(Tensor q, Tensor k, Tensor v, Tensor? intervals, Tensor? alibi_slopes, Tensor out) -> ()");
 }
 
-#define FAGEN_REGISTER(m)                     \
-  m.impl("forward", &fagen::forward);         \
-  m.impl("forward_lse", &fagen::forward_lse); \
-  m.impl("forward_out", &fagen::forward_out)
+#define FAGEN_REGISTER(m)                                      \
+  m.impl("forward", &fagen::AsOp<fagen::forward>::op);         \
+  m.impl("forward_lse", &fagen::AsOp<fagen::forward_lse>::op); \
+  m.impl("forward_out", &fagen::AsOp<fagen::forward_out>::op)
 
 TORCH_LIBRARY_IMPL(fagen, CPU, m) { FAGEN_REGISTER(m); }
 TORCH_LIBRARY_IMPL(fagen, CUDA, m) { FAGEN_REGISTER(m); }
 TORCH_LIBRARY_IMPL(fagen, Autograd, m) {
-  m.impl("forward", &fagen::forward_autograd);
-  m.impl("forward_lse", &fagen::forward_lse_autograd);
-  m.impl("forward_out", &fagen::forward_out_autograd);
+  m.impl("forward", &fagen::AsOp<fagen::forward_autograd>::op);
+  m.impl("forward_lse", &fagen::AsOp<fagen::forward_lse_autograd>::op);
+  m.impl("forward_out", &fagen::AsOp<fagen::forward_out_autograd>::op);
 }
-TORCH_LIBRARY_IMPL(fagen, ADInplaceOrView, m) { m.impl("forward_out", &fagen::forward_out_in_place); }
+TORCH_LIBRARY_IMPL(fagen, ADInplaceOrView, m) {
+  m.impl("forward_out", &fagen::AsOp<fagen::forward_out_in_place>::op);
+}
 
 PyMODINIT_FUNC PyInit_kernel() { return PyModule_Create(&fagen::module); }

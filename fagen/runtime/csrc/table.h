@@ -14,7 +14,11 @@
 #include <cmath>
 #include <mutex>
 #include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "constants.h"  // made by binding.py: kSizeWeights and the limits of ops/attention/size_point.py
@@ -31,73 +35,168 @@ constexpr size_t kMaxEntries = 1 << 16;  // then the table starts anew: sizes th
 
 // ---- the arguments of a call ----------------------------------------------------------------------------------------
 
-struct Call {
-  const Tensor& q;
-  const Tensor& k;
-  const Tensor& v;
-  const MaybeTensor& intervals;
-  const MaybeTensor& alibi_slopes;
-  bool bhsd;
-  bool causal;
-  int64_t window_left;
-  int64_t window_right;
-  double softcap;
-  std::optional<double> scale;
+// The one list of what every op begins with: X(type, name, type in the schema). Call, the schemas, the signatures and the
+// key of the table follow from it. `OpArguments` of ops/attention/call.py is the same list in Python.
+#define FAGEN_ARGUMENTS(X)                       \
+  X(const Tensor&, q, "Tensor")                  \
+  X(const Tensor&, k, "Tensor")                  \
+  X(const Tensor&, v, "Tensor")                  \
+  X(const MaybeTensor&, intervals, "Tensor?")    \
+  X(const MaybeTensor&, alibi_slopes, "Tensor?") \
+  X(bool, bhsd, "bool")                          \
+  X(bool, causal, "bool")                        \
+  X(int64_t, window_left, "int")                 \
+  X(int64_t, window_right, "int")                \
+  X(double, softcap, "float")                    \
+  X(std::optional<double>, scale, "float?")
 
-  int64_t right() const { return causal ? 0 : window_right; }  // a window's own right bound is at least 0
+struct Call {
+#define FAGEN_FIELD(type, name, schema) type name;
+  FAGEN_ARGUMENTS(FAGEN_FIELD)
+#undef FAGEN_FIELD
+
+  // All fields, as an op takes them.
+  auto arguments() const {
+#define FAGEN_TUPLE(type, name, schema) std::tuple<type>(name),
+    return std::tuple_cat(FAGEN_ARGUMENTS(FAGEN_TUPLE) std::tuple<>());
+#undef FAGEN_TUPLE
+  }
+
+  // Whether `test` holds for each tensor that is there.
+  template <class Test>
+  bool all_tensors(Test test) const {
+    const auto holds = [&test](const auto& argument) {
+      using Type = std::decay_t<decltype(argument)>;
+      if constexpr (std::is_same_v<Type, Tensor>) return test(argument);
+      if constexpr (std::is_same_v<Type, MaybeTensor>) return !argument || test(*argument);
+      return true;
+    };
+    return std::apply([&holds](const auto&... each) { return (holds(each) && ...); }, arguments());
+  }
+
   int row() const { return bhsd ? 2 : 1; }
   int head() const { return bhsd ? 1 : 2; }
 };
 
-// The signatures of the ops, which all begin with the fields of Call.
-#define FAGEN_PARAMS                                                                                                \
-  const Tensor &q, const Tensor &k, const Tensor &v, const MaybeTensor &intervals, const MaybeTensor &alibi_slopes, \
-      bool bhsd, bool causal, int64_t window_left, int64_t window_right, double softcap, std::optional<double> scale
-#define FAGEN_ARGS q, k, v, intervals, alibi_slopes, bhsd, causal, window_left, window_right, softcap, scale
-#define FAGEN_SCHEMA                                                                                \
-  "Tensor q, Tensor k, Tensor v, Tensor? intervals, Tensor? alibi_slopes, bool bhsd, bool causal, " \
-  "int window_left, int window_right, float softcap, float? scale"
-#define FAGEN_FIELDS(c) \
-  c.q, c.k, c.v, c.intervals, c.alibi_slopes, c.bhsd, c.causal, c.window_left, c.window_right, c.softcap, c.scale
+using Arguments = decltype(std::declval<const Call&>().arguments());
 
-using Forward = Tensor(FAGEN_PARAMS);
-using ForwardLse = std::tuple<Tensor, Tensor>(FAGEN_PARAMS);
-using Fallback = std::tuple<Tensor, Tensor>(FAGEN_PARAMS, bool);
-using Resolve = std::vector<int64_t>(FAGEN_PARAMS, const MaybeTensor&, bool);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+// The arguments in a schema, in words.
+std::string schema() {
+#define FAGEN_SCHEMA(type, name, schema) ", " schema " " #name
+  return std::string(FAGEN_ARGUMENTS(FAGEN_SCHEMA)).substr(2);
+#undef FAGEN_SCHEMA
 }
+
+template <class Result, class All, class... Own>
+struct SignatureOf;
+template <class Result, class... Each, class... Own>
+struct SignatureOf<Result, std::tuple<Each...>, Own...> {
+  using Type = Result(Each..., Own...);
+};
+// The signature of an op that takes a call, and arguments of its own behind it.
+template <class Result, class... Own>
+using Signature = typename SignatureOf<Result, Arguments, Own...>::Type;
+
+using Forward = Signature<Tensor>;
+using ForwardLse = Signature<std::tuple<Tensor, Tensor>>;
+using ForwardOut = Signature<Tensor, bool, Tensor&>;
+using Fallback = Signature<std::tuple<Tensor, Tensor>, bool>;
+using Resolve = Signature<std::vector<int64_t>, const MaybeTensor&, bool>;
+using Overlap = Signature<void, const Tensor&>;
+
+template <class Function>
+c10::TypedOperatorHandle<Function> handle(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Function>();
+}
+
+template <class Function, class... Own>
+auto call_op(const c10::TypedOperatorHandle<Function>& op, const Call& c, Own&&... own) {
+  const auto with = [&](auto&&... each) { return op.call(each..., std::forward<Own>(own)...); };
+  return std::apply(with, c.arguments());
+}
+
+// A function of a call and of arguments of its own, as an op: AsOp<function>::op.
+template <auto kFunction, class All = Arguments>
+struct AsOp;
+template <class Result, class... Own, Result (*kFunction)(const Call&, Own...), class... Each>
+struct AsOp<kFunction, std::tuple<Each...>> {
+  static Result op(Each... each, Own... own) {
+    Call c{each...};
+    if (c.causal) c.window_right = 0;  // a window's own right bound is at least 0
+    return kFunction(c, own...);
+  }
+};
 
 // ---- the facts of a call --------------------------------------------------------------------------------------------
 
-struct Facts {
-  std::array<int64_t, 31> words{};
+constexpr size_t kTensorWords = 5;
 
-  // Sizes, dtype, device and the contiguity of the last dimension of a tensor of up to four dimensions.
-  void put(size_t at, const Tensor& t) {
-    const int64_t dims = t.dim();
-    const int64_t device = (static_cast<int64_t>(t.device().type()) << 8) | static_cast<uint8_t>(t.device().index());
-    const int64_t contiguous = t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1;
-    words[at] = (device << 16) | (static_cast<int64_t>(t.scalar_type()) << 4) | (contiguous << 3) | dims;
-    for (int64_t i = 0; i < dims; ++i) words[at + 1 + i] = t.size(i);
-  }
+template <class Each>
+constexpr size_t kWordsOf = std::is_same_v<Each, const Tensor&> || std::is_same_v<Each, const MaybeTensor&>
+                                ? kTensorWords
+                                : std::is_same_v<Each, int64_t>;
+template <class All>
+constexpr size_t kWordsOfAll = 0;
+template <class... Each>
+constexpr size_t kWordsOfAll<std::tuple<Each...>> = (kWordsOf<Each> + ...);
+
+struct Facts {
+  // flags, `out`, the arguments; an even number of words
+  std::array<int64_t, (1 + kTensorWords + kWordsOfAll<Arguments> + 1) / 2 * 2> words{};
+
   bool operator==(const Facts& other) const { return words == other.words; }
 };
 
 struct HashFacts {
   size_t operator()(const Facts& facts) const {
-    uint64_t hash = 0x9e3779b97f4a7c15u;
-    for (int64_t word : facts.words) {
-      hash = (hash ^ static_cast<uint64_t>(word)) * 0xff51afd7ed558ccdu;
-      hash ^= hash >> 32;
+    uint64_t even = 0x9e3779b97f4a7c15u, odd = 0;  // a CPU multiplies for both at once
+    for (size_t i = 0; i < facts.words.size(); i += 2) {
+      even = (even ^ static_cast<uint64_t>(facts.words[i])) * 0xff51afd7ed558ccdu;
+      odd = (odd ^ static_cast<uint64_t>(facts.words[i + 1])) * 0xff51afd7ed558ccdu;
+      even ^= even >> 32;
+      odd ^= odd >> 32;
     }
-    return hash;
+    return even ^ (odd * 0xc4ceb9fe1a85ec53u);
   }
 };
 
-// As ops/attention/params.is_aligned: a stride of zero counts as not aligned.
+// Writes what counts of each argument. Without sizes, tensors of other lengths, heads and batch are the same: of a
+// tensor's sizes only the fourth is left, the head_dim, or the columns of intervals.
+template <bool kSizes>
+class FactsWriter {
+ public:
+  explicit FactsWriter(Facts& facts) : words_(facts.words) {}
+
+  void flag(bool value) { flags_ |= static_cast<int64_t>(value) << bit_++; }
+  void finish() { words_[0] = flags_; }
+
+  // Sizes, dtype, device and the contiguity of the last dimension of a tensor of up to four dimensions.
+  void put(const Tensor* t) {
+    if (t) {
+      const int64_t dims = t->dim();
+      const int64_t device =
+          (static_cast<int64_t>(t->device().type()) << 8) | static_cast<uint8_t>(t->device().index());
+      const int64_t contiguous = t->size(dims - 1) <= 1 || t->stride(dims - 1) == 1;
+      words_[at_] = (device << 16) | (static_cast<int64_t>(t->scalar_type()) << 4) | (contiguous << 3) | dims;
+      for (int64_t i = kSizes ? 0 : 3; i < dims; ++i) words_[at_ + 1 + i] = t->size(i);
+    }
+    at_ += kTensorWords;
+  }
+  void put(const Tensor& t) { put(&t); }
+  void put(const MaybeTensor& t) { put(t ? &*t : nullptr); }
+  void put(bool value) { flag(value); }
+  void put(int64_t bound) { words_[at_++] = kSizes ? bound : 0; }
+  void put(double softcap) { flag(softcap > 0), flag(softcap < 0); }
+  void put(const std::optional<double>&) {}  // any scale that a kernel takes: entry_for leaves others to PyTorch
+
+ private:
+  decltype(Facts::words)& words_;
+  size_t at_ = 1;
+  int64_t flags_ = 0;
+  int bit_ = 0;
+};
+
+// As ops/attention/arguments.is_aligned: a stride of zero counts as not aligned.
 bool rows_aligned(const Tensor& t) {
   const int64_t item = t.element_size();
   if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment || t.size(3) * item % kAlignment) return false;
@@ -107,26 +206,28 @@ bool rows_aligned(const Tensor& t) {
   return true;
 }
 
-// Everything that decides whether the call is legal and which kernel serves it; false if the ranks alone are wrong.
-bool facts_of(const Call& c, const Tensor* out, bool want_lse, Facts& facts) {
+bool ranks_are_right(const Call& c, const Tensor* out) {
   if (c.q.dim() != 4 || c.k.dim() != 4 || c.v.dim() != 4 || (out && out->dim() != 4)) return false;
   if (c.intervals && c.intervals->dim() != 4) return false;
-  if (c.alibi_slopes && c.alibi_slopes->dim() != 1 && c.alibi_slopes->dim() != 2) return false;
-  facts.put(0, c.q);
-  facts.put(5, c.k);
-  facts.put(10, c.v);
-  if (out) facts.put(15, *out);
+  return !c.alibi_slopes || c.alibi_slopes->dim() == 1 || c.alibi_slopes->dim() == 2;
+}
+
+// Everything that decides whether a call of the right ranks is legal and which kernel serves it. Without sizes, what is
+// the same for all calls of a plan.
+template <bool kSizes>
+Facts facts_of(const Call& c, const Tensor* out, bool want_lse) {
+  Facts facts;
+  FactsWriter<kSizes> write(facts);
+  write.put(out);
+  std::apply([&write](const auto&... each) { (write.put(each), ...); }, c.arguments());
   // a fresh output starts at an aligned address
   const bool out_aligned = out ? rows_aligned(*out) : c.v.size(3) * c.q.element_size() % kAlignment == 0;
-  const bool aligned = out_aligned && rows_aligned(c.q) && rows_aligned(c.k) && rows_aligned(c.v);
-  const int64_t capped = c.softcap == 0 ? 0 : c.softcap > 0 ? 1 : 2;
-  facts.words[20] = (static_cast<int64_t>(want_lse) << 5) | (capped << 3) | (aligned << 2) | (c.bhsd << 1) |
-                    static_cast<int64_t>(c.causal);
-  facts.words[21] = c.window_left;
-  facts.words[22] = c.right();
-  if (c.alibi_slopes) facts.put(23, *c.alibi_slopes);
-  if (c.intervals) facts.put(26, *c.intervals);
-  return true;
+  write.flag(out_aligned && rows_aligned(c.q) && rows_aligned(c.k) && rows_aligned(c.v));
+  write.flag(want_lse);
+  write.flag(c.window_left < 0 && c.window_right < 0);   // no mask
+  write.flag(c.window_left < 0 && c.window_right == 0);  // causal; else a window
+  write.finish();
+  return facts;
 }
 
 // ---- plans ----------------------------------------------------------------------------------------------------------
@@ -243,26 +344,14 @@ Plan plan_of(const int64_t* words, size_t count) {
   return plan;
 }
 
-// ---- sizes apart from static facts ----------------------------------------------------------------------------------
-
-// The same facts without what is only a size: tensors of other lengths, heads and batch have the same ones.
-Facts static_of(const Facts& facts) {
-  Facts fixed = facts;
-  for (size_t at : {0, 5, 10, 15}) std::fill_n(fixed.words.begin() + at + 1, 3, 0);
-  const int64_t left = facts.words[21], right = facts.words[22];
-  fixed.words[21] = left < 0 && right < 0 ? 0 : left < 0 && right == 0 ? 1 : 2;  // no mask, causal, window
-  fixed.words[22] = 0;
-  std::fill_n(fixed.words.begin() + 24, 2, 0);  // of slopes
-  std::fill_n(fixed.words.begin() + 27, 3, 0);  // of intervals, whose columns stay
-  return fixed;
-}
+// ---- sizes ------------------------------------------------------------------------------------------------------------
 
 Sizes sizes_of(const Call& c) {
   return {c.q.size(0),       c.q.size(c.head()), c.k.size(c.head()), c.q.size(c.row()),
-          c.k.size(c.row()), c.window_left,      c.right()};
+          c.k.size(c.row()), c.window_left,      c.window_right};
 }
 
-// What fagen.api.check wants of sizes, given that a call of the same static facts passed it; and no size is 0, which
+// What AttentionCall.of wants of sizes, given that a call of the same static facts passed it; and no size is 0, which
 // PyTorch answers. Python finds the words for what is wrong.
 bool sizes_agree(const Call& c, const Tensor* out) {
   const Sizes s = sizes_of(c);
@@ -307,6 +396,7 @@ void remember(const Facts& facts, const Entry& entry) {
   table()[facts] = entry;
 }
 
+// `facts`: what to remember the answer under, if the ranks are right.
 Entry ask_python(const Call& c, const Tensor* out, bool want_lse, const Facts* facts) {
   static const auto op = handle<Resolve>("fagen::resolve");
   uint64_t before;
@@ -315,26 +405,26 @@ Entry ask_python(const Call& c, const Tensor* out, bool want_lse, const Facts* f
     before = generation;
   }
   // may compile: no lock is held
-  const auto words = op.call(FAGEN_FIELDS(c), out ? MaybeTensor(*out) : MaybeTensor(), want_lse);
+  const auto words = call_op(op, c, out ? MaybeTensor(*out) : MaybeTensor(), want_lse);
   const Answer answer = answer_of(words.data());
   std::lock_guard<std::mutex> guard(table_lock);
   if (!facts || generation != before || !answer.known) return answer.entry;
   remember(*facts, answer.entry);
   if (words.size() >= kAnswerWords + kPlanWords) {
     if (plans().size() >= kMaxEntries) plans().clear();
-    plans()[static_of(*facts)] = plan_of(words.data() + kAnswerWords, words.size() - kAnswerWords);
+    plans()[facts_of<false>(c, out, want_lse)] = plan_of(words.data() + kAnswerWords, words.size() - kAnswerWords);
   }
   return answer.entry;
 }
 
 Entry find(const Call& c, const Tensor* out, bool want_lse) {
-  Facts facts;
-  if (!facts_of(c, out, want_lse, facts)) return ask_python(c, out, want_lse, nullptr);  // which raises the error
+  if (!ranks_are_right(c, out)) return ask_python(c, out, want_lse, nullptr);  // which raises the error
+  const Facts facts = facts_of<true>(c, out, want_lse);
   {
     std::lock_guard<std::mutex> guard(table_lock);
     const auto found = table().find(facts);
     if (found != table().end()) return found->second;
-    const auto known = plans().find(static_of(facts));
+    const auto known = plans().find(facts_of<false>(c, out, want_lse));
     if (known != plans().end() && sizes_agree(c, out)) {
       const Answer& answer = known->second.find(sizes_of(c));
       if (answer.known) {
