@@ -325,10 +325,10 @@ def test_live_calls_pick_up_a_new_winner(calm, monkeypatch):
     monkeypatch.setattr(resolve, "answer", lambda *p, **how: asked.append(answer(*p, **how)) or asked[-1])
     for _ in range(2):
         fagen.attention(q, k, k, causal=True, return_lse=True)  # or PyTorch would be asked, which is faster
-    assert [found.kernel.config.style for found in asked] == ["slow"]
+    assert [found.kernel.spec.config.style for found in asked] == ["slow"]
     tune.run([PROBLEM], host(), options(calm, trials=9))
     fagen.attention(q, k, k, causal=True, return_lse=True)
-    assert [found.kernel.config.style for found in asked] == ["slow", "plain"]
+    assert [found.kernel.spec.config.style for found in asked] == ["slow", "plain"]
     resolve.forget()
 
 
