@@ -274,7 +274,9 @@ def _visit_cycles(p: Problem, c: Config) -> float:
         overhead = 85
     visit = max(products, softmax) + exposed * min(products, softmax) + overhead
     visit += 0.54 * dv if c.rescale == "each" else 0  # nothing hides it: O += P V waits for it
-    late = {1: 460 * (1.6 if c.cluster > 1 else 1.0), 2: 45}.get(int(c.stages), 0)  # keys and values that are waited for
+    late = {1: 460 * (1.6 if c.cluster > 1 else 1.0), 2: 45}.get(
+        int(c.stages), 0
+    )  # keys and values that are waited for
     return groups * visit + late / blocks
 
 

@@ -3,8 +3,8 @@
 A Gaussian process over the logarithm of the time. Its mean is the family's cost model where there is one. Two
 configs are alike in the knobs that they share, numbers the more so the nearer they are: a part of the time is each
 knob's own and adds up (a few trials say something about all configs), a part belongs to the combination. Candidates
-in flight count as if they had come out as guessed, so that many can be asked for at once and differ. A config that
-failed says nothing about times: a second process guesses which configs work at all.
+in flight count as if they had come out as guessed, so that many can be asked for at once and differ. So do those that
+failed, which say nothing about times: a second process guesses which configs work at all.
 
 The legal configs are a finite list, and a row of the Cholesky factor is added for each candidate; a proposal costs
 milliseconds.
@@ -26,12 +26,16 @@ NOISE = 1e-4  # variance of a time's logarithm: 1 % from one measurement to the 
 CLIP = 0.9  # log of how many times the best something is; what is slower is just slow
 PRIOR = 0.08  # variance around the mean before anything is known
 MISTRUST = 0.5  # of the cost model's slope
+ODD = (
+    0.5  # part of the distance of two numbers that is the same however near they are: 128 keys a tile beat 112 and 144
+)
 # how the knobs matter and how much a measurement is disturbed, decided by likelihood; the first until then
 _SHAPES = [
     (share, scale, noise) for share in (0.6, 0.35, 0.85) for scale in (0.8, 0.35, 1.8) for noise in (NOISE, 9 * NOISE)
 ]
 FAILURE_NOISE = 0.05  # variance of whether a config works, beside a prior of 1
-LEAST_HOPE = 0.05  # the probability that a config works is not taken for less
+LEAST_HOPE = 0.05  # what a config's hope to work is not taken for less than
+CAUTION = 3  # power of that hope: what fails leaves its neighbours unknown, and the unknown promises much
 _REFIT = (8, 16, 32, 64, 128, 256, 512)  # told candidates after which the shape is chosen anew
 
 Array = np.ndarray
@@ -48,9 +52,9 @@ class Model:
         self._prior = logs[keep] - logs[keep].mean()
         spread = float(self._prior.std())
         self._slope = self._prior / spread * min(spread, 1.0) * MISTRUST if spread > 0 else self._prior
-        self._codes, self._apart = self._distances(spread)
-        self._taken: list[int] = []  # told a time or in flight, in order
-        self._values: list[float | None] = []  # their log seconds; None in flight
+        self._codes, self._apart = self._distances()
+        self._taken: list[int] = []  # in order
+        self._values: list[float | None] = []  # their log seconds; None in flight and of what failed
         self._failed: list[int] = []
         self._pivots: list[float] = []
         self._free = np.ones(len(self.configs), bool)
@@ -65,7 +69,7 @@ class Model:
         rest = [i for i in range(count) if i not in among]
         return ranked + self._random.sample(rest, POOL - len(ranked))
 
-    def _distances(self, spread: float) -> tuple[Array, list[Array]]:
+    def _distances(self) -> tuple[Array, list[Array]]:
         """Each config's place among the values of each knob, and how far those are apart: 0 to 1."""
         codes, apart = [], []
         for name in self.configs[0]:
@@ -75,10 +79,12 @@ class Model:
             place = {value: i for i, value in enumerate(values)}
             codes.append([place[config[name]] for config in self.configs])
             ranks = np.arange(len(values))
+            unequal = (ranks[:, None] != ranks[None, :]).astype(float)
             if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-                apart.append(np.abs(ranks[:, None] - ranks[None, :]) / max(2, len(values) - 1))
+                near = np.abs(ranks[:, None] - ranks[None, :]) / max(2, len(values) - 1)
+                apart.append(ODD * unequal + (1 - ODD) * near)
             else:
-                apart.append((ranks[:, None] != ranks[None, :]).astype(float))
+                apart.append(unequal)
         return np.array(codes, int).reshape(len(codes), len(self.configs)), apart
 
     # ---- the process --------------------------------------------------------------------------------------------
@@ -123,14 +129,6 @@ class Model:
         self._pivots.append(pivot)
         self._taken.append(index)
 
-    def _remove(self, place: int) -> None:
-        """What was taken there failed: the factor's rows from it on are made anew without it."""
-        later = self._taken[place + 1 :]
-        self._left += (self._rows[place : len(self._taken)] ** 2).sum(axis=0)
-        del self._taken[place:], self._pivots[place:], self._values[place]
-        for index in later:
-            self._add(index)
-
     def _residuals(self) -> tuple[list[float | None], float]:
         """What came out over the mean, slow ones clipped; and the best log of a time."""
         best = min((value for value in self._values if value is not None), default=0.0)
@@ -147,7 +145,7 @@ class Model:
         count = len(self._taken)
         z = np.zeros(count)
         for n, (index, value) in enumerate(zip(self._taken, residuals, strict=True)):
-            if value is not None:  # in flight: as guessed, which is zero here
+            if value is not None:  # else as guessed, which is zero here
                 z[n] = (value - level - float(self._rows[:n, index] @ z[:n])) / self._pivots[n]
         mean = self._prior + level + z @ self._rows[:count]
         return mean, np.sqrt(np.maximum(self._left, 0)), best
@@ -167,13 +165,9 @@ class Model:
         index = self.index.get(config)
         if index is None:
             return
-        if index in self._taken:
-            place = self._taken.index(index)
-            if seconds:
-                self._values[place] = math.log(seconds)
-            else:
-                self._remove(place)
-                self._failed.append(index)
+        self._values[self._taken.index(index)] = math.log(seconds) if seconds else None
+        if not seconds:
+            self._failed.append(index)
         told = sum(value is not None for value in self._values)
         if self._refits and told >= self._refits[0]:
             self._refits = [n for n in self._refits if n > told]
@@ -188,20 +182,20 @@ class Model:
             best = float(mean[self._free].min())
         z = (best - mean) / np.maximum(deviation, 1e-9)
         gain = deviation * (z * _normal_below(z) + np.exp(-z * z / 2) / math.sqrt(2 * math.pi))
-        gain *= self._hope()
+        gain = gain * self._hope()
         gain[~self._free] = -1.0
         return self.configs[int(np.argmax(gain))]
 
-    def _hope(self) -> Array:
-        """The probability that a config works at all: 1 where nothing is known."""
+    def _hope(self) -> Array | float:
+        """The weight of a gain by how likely the config works at all."""
+        if not self._failed:
+            return 1.0
         worked = [index for index, value in zip(self._taken, self._values, strict=True) if value is not None]
         told = self._failed + worked
-        if not self._failed:
-            return np.ones(len(self.configs))
         alike = np.array([self._alike(index) for index in told])
         missing = np.array([-1.0] * len(self._failed) + [0.0] * len(worked))
         weights = np.linalg.solve(alike[:, told] + FAILURE_NOISE * np.eye(len(told)), missing)
-        return np.clip(1 + weights @ alike, LEAST_HOPE, 1)
+        return np.clip(1 + weights @ alike, LEAST_HOPE, 1) ** CAUTION
 
     def _choose_shape(self) -> None:
         """The shape under which what was told is likeliest."""
