@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from fagen.families.base import Config, Constraint, Family, Knob
-from fagen.families.cost import key_bytes, makespan, walk
+from fagen.families.cost import Walk, key_bytes, makespan, walk
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -272,41 +274,70 @@ def _default(p: Problem, t: Target) -> Config:
     return next(roomy, guesses[-1])
 
 
-def cost(p: Problem, t: Target, c: Config) -> float:
-    """Cycles, roughly: the slower of products and softmax with a part of the other, copies, boundaries, the tail.
+def _visit_cycles(p: Problem, c: Config) -> float:
+    """Cycles of an SM that a tile of keys takes of a block's rows, when nothing else limits it.
 
-    A warpgroup's rows are 64. Its S reads q and k from shared memory at 128 bytes a cycle, so that few keys a tile
-    cost more than their products; exponentials are 16 a cycle of an SM, and all else of a softmax about as much.
+    A warpgroup's rows are 64. S reads q and k from shared memory at 128 bytes a cycle, so that few keys a tile cost
+    more than their products. The faster of products and softmax hides under the slower one, the better the more
+    warpgroups share the SM.
     """
     d, dv, n, blocks = p.head_dim_padded, p.head_dim_v_padded, int(c.tile_n), int(c.blocks_per_sm)
     groups = int(c.tile_m) // 64
-    values = max(n * dv / 32, (64 + dv) * n / 64) + n if c.shared_weights else n * dv / 32
-    products = max(n * d / 32, (64 + n) * d / 64) + values
-    softmax = (6.5 if c.rescale == "deferred" else 6.5 + 0.5 * dv / n) * n
-    slow, fast = max(products, softmax), min(products, softmax)
+    values = max(n * dv / 32, (64 + dv) * n / 64) + 0.6 * n if c.shared_weights else n * dv / 32
+    products, softmax = max(n * d / 32, (64 + n) * d / 64) + values, 4.4 * n
     if groups * blocks == 1:
-        visit = slow + (0.6 if c.overlap else 0.9) * fast + 200
+        exposed, overhead = 1.28 - 0.46 * c.overlap, 350
     else:
-        beside = 0.35 - 0.1 * c.ping_pong - 0.05 * (groups * blocks > 2) + 0.12 * (not c.overlap)
-        visit = slow + beside * fast + 60
-    copies = n * (d + dv) * 2 / (48 * int(c.cluster)) + (600 / blocks if c.stages == 1 else 0)
-    visit = max(groups * visit, copies) + (500 / blocks if c.stages == 1 else 0)
-    joined = c.schedule != "single"
-    boundary = (1800 - 600 * joined - 300 * (c.q_stages - 1)) / (1 + 0.5 * (blocks - 1)) + 2.0 * dv * groups
+        exposed = (0.63 if groups * blocks == 2 else 0.29) - 0.11 * c.overlap - 0.06 * c.ping_pong
+        overhead = 85
+    visit = max(products, softmax) + exposed * min(products, softmax) + overhead
+    visit += 0.54 * dv if c.rescale == "each" else 0  # nothing hides it: O += P V waits for it
+    late = {1: 460 * (1.6 if c.cluster > 1 else 1.0), 2: 45}.get(
+        int(c.stages), 0
+    )  # keys and values that are waited for
+    return groups * visit + late / blocks
+
+
+def _memory_cycles(p: Problem, t: Target, c: Config, seen: Walk, heads: int) -> float:
+    """Cycles that memory takes: q, O, keys and values once, and again what of the latter L2 does not hold."""
+    keys, kv_heads = key_bytes(p), p.batch * p.kv_heads
+    if c.block_order == "longest_first":
+        reread = keys
+    elif c.block_order == "sectioned":
+        reread = min(keys, int(c.section_mb) * 2**20)
+    else:  # the heads that all blocks work on at one time
+        at_once = math.ceil(t.units * int(c.blocks_per_sm) / max(1, seen.row_tiles) * kv_heads / heads)
+        reread = min(keys, keys // kv_heads * at_once)
+    columns = (p.head_dim_padded + p.head_dim_v_padded) * p.itemsize
+    loads = heads * seen.visits * int(c.tile_n) * columns / int(c.cluster)
+    missed = max(0.0, 1 - 0.9 * t.l2 / max(1, reread)) * max(0.0, loads - keys)
+    rows = p.batch * p.heads * p.seqlen_q * columns
+    return (rows + keys + missed) / (11 * t.units)
+
+
+def cost(p: Problem, t: Target, c: Config) -> float:
+    """Cycles, roughly: visits of tiles of keys, boundaries between tiles of rows, the tail, memory where it is slower.
+
+    The constants are fitted to the spaces of `benchmarks/spaces/` (docs/notes/search.md).
+    """
+    groups, blocks, cluster = int(c.tile_m) // 64, int(c.blocks_per_sm), int(c.cluster)
     packed = packed_heads(p) if c.pack_heads else 1
-    seen = walk(p, max(1, int(c.tile_m) // packed), n)
-    heads = p.batch * p.heads // packed
-    work = heads * (seen.visits * visit + seen.masked * 3 * n * groups + seen.row_tiles * boundary)
-    longest = seen.most * visit + boundary
+    seen, heads = walk(p, max(1, int(c.tile_m) // packed), int(c.tile_n)), p.batch * p.heads // packed
+    visit, joined = _visit_cycles(p, c), c.schedule != "single"
+    boundary = (2900 - 2400 * joined - 300 * (c.q_stages - 1)) / (1 + 0.85 * (blocks - 1))
+    boundary += 2.0 * p.head_dim_v_padded * groups
     uneven = seen.most * seen.row_tiles > seen.visits
-    tail = 0.1 if not uneven or c.block_order in ("longest_first", "sectioned") else 0.6
-    teams, pieces = t.units // int(c.cluster), heads * -(-seen.row_tiles // int(c.cluster))
-    total = makespan(work / int(c.cluster), longest, pieces, teams, tail)
-    if c.schedule == "balanced":  # some SMs are a little slower than others
-        total *= 1.12 if uneven else 1.02
-    if c.block_order == "longest_first" and key_bytes(p) > t.l2:
+    tail = 0.15 if not uneven or c.block_order in ("longest_first", "sectioned") else 0.36
+    teams, pieces = t.units // cluster, heads * -(-seen.row_tiles // cluster)
+    work, longest = heads * (seen.visits * visit + seen.row_tiles * boundary), seen.most * visit + boundary
+    total = makespan(work / cluster, longest, pieces, teams, tail)
+    if c.schedule == "balanced" and uneven:  # some SMs are a little slower than others
         total *= 1.06
-    return total + (0 if c.schedule != "dynamic" or uneven else 1500)
+    total = (total**6 + _memory_cycles(p, t, c, seen, heads) ** 6) ** (1 / 6)  # nearly the larger of the two
+    if c.schedule == "dynamic" and pieces > teams:  # a kernel of its own sets the counter to zero
+        total += 6000
+    spare = consumer_registers(c) - fragment_registers(p, c)
+    return total * (1.5 if spare <= OTHER_REGISTERS else 1)  # such configs are legal, and nearly all of them spill
 
 
 FAMILY = Family(

@@ -3,7 +3,8 @@
 A Gaussian process over the logarithm of the time. Its mean is the family's cost model where there is one. Two
 configs are alike in the knobs that they share, numbers the more so the nearer they are: a part of the time is each
 knob's own and adds up (a few trials say something about all configs), a part belongs to the combination. Candidates
-in flight count as if they had come out as guessed, so that many can be asked for at once and differ.
+in flight count as if they had come out as guessed, so that many can be asked for at once and differ. So do those that
+failed, which say nothing about times: a second process guesses which configs work at all.
 
 The legal configs are a finite list, and a row of the Cholesky factor is added for each candidate; a proposal costs
 milliseconds.
@@ -22,13 +23,19 @@ from fagen.families.base import Value
 
 POOL = 8192  # configs that are kept in mind: the cheapest by the cost model, and some by chance
 NOISE = 1e-4  # variance of a time's logarithm: 1 % from one measurement to the next
-CLIP = 0.9  # log of how many times the best something is; what is slower is just slow, and what fails is as bad
-PRIOR = 0.16  # variance around the mean before anything is known
+CLIP = 0.9  # log of how many times the best something is; what is slower is just slow
+PRIOR = 0.08  # variance around the mean before anything is known
 MISTRUST = 0.5  # of the cost model's slope
+ODD = (
+    0.5  # part of the distance of two numbers that is the same however near they are: 128 keys a tile beat 112 and 144
+)
 # how the knobs matter and how much a measurement is disturbed, decided by likelihood; the first until then
 _SHAPES = [
     (share, scale, noise) for share in (0.6, 0.35, 0.85) for scale in (0.8, 0.35, 1.8) for noise in (NOISE, 9 * NOISE)
 ]
+FAILURE_NOISE = 0.05  # variance of whether a config works, beside a prior of 1
+LEAST_HOPE = 0.05  # what a config's hope to work is not taken for less than
+CAUTION = 3  # power of that hope: what fails leaves its neighbours unknown, and the unknown promises much
 _REFIT = (8, 16, 32, 64, 128, 256, 512)  # told candidates after which the shape is chosen anew
 
 Array = np.ndarray
@@ -45,12 +52,12 @@ class Model:
         self._prior = logs[keep] - logs[keep].mean()
         spread = float(self._prior.std())
         self._slope = self._prior / spread * min(spread, 1.0) * MISTRUST if spread > 0 else self._prior
-        self._codes, self._apart = self._distances(spread)
-        self._values: list[float | None] = []  # of the taken, in order: log seconds; inf failed; None in flight
-        self._taken: list[int] = []
+        self._codes, self._apart = self._distances()
+        self._taken: list[int] = []  # in order
+        self._values: list[float | None] = []  # their log seconds; None in flight and of what failed
+        self._failed: list[int] = []
         self._pivots: list[float] = []
         self._free = np.ones(len(self.configs), bool)
-        self._places: dict[int, int] = {}
         self._refits = list(_REFIT)
         self._shape(*_SHAPES[0])
 
@@ -62,7 +69,7 @@ class Model:
         rest = [i for i in range(count) if i not in among]
         return ranked + self._random.sample(rest, POOL - len(ranked))
 
-    def _distances(self, spread: float) -> tuple[Array, list[Array]]:
+    def _distances(self) -> tuple[Array, list[Array]]:
         """Each config's place among the values of each knob, and how far those are apart: 0 to 1."""
         codes, apart = [], []
         for name in self.configs[0]:
@@ -72,10 +79,12 @@ class Model:
             place = {value: i for i, value in enumerate(values)}
             codes.append([place[config[name]] for config in self.configs])
             ranks = np.arange(len(values))
+            unequal = (ranks[:, None] != ranks[None, :]).astype(float)
             if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-                apart.append(np.abs(ranks[:, None] - ranks[None, :]) / max(2, len(values) - 1))
+                near = np.abs(ranks[:, None] - ranks[None, :]) / max(2, len(values) - 1)
+                apart.append(ODD * unequal + (1 - ODD) * near)
             else:
-                apart.append((ranks[:, None] != ranks[None, :]).astype(float))
+                apart.append(unequal)
         return np.array(codes, int).reshape(len(codes), len(self.configs)), apart
 
     # ---- the process --------------------------------------------------------------------------------------------
@@ -85,20 +94,28 @@ class Model:
         self._share, self._noise = share, noise
         self._like = [np.exp(-scale * table) for table in self._apart]
         self._alone = [np.exp(-2.5 * scale * table) for table in self._apart]
+        self._likeness: dict[int, Array] = {}
         self._rows, self._pivots = np.zeros((0, len(self.configs))), []
         self._left = np.full(len(self.configs), PRIOR) + PRIOR + self._slope**2
         taken, self._taken = self._taken, []
         for index in taken:
             self._add(index)
 
-    def _kernel(self, index: int) -> Array:
+    def _alike(self, index: int) -> Array:
+        """How alike each config is to this one: 0 to 1."""
+        if index in self._likeness:
+            return self._likeness[index]
         together, alone = np.ones(len(self.configs)), np.zeros(len(self.configs))
         for code, like, own in zip(self._codes, self._like, self._alone, strict=True):
             together *= like[code[index]][code]
             alone += own[code[index]][code]
         alone = alone / len(self._like) if self._like else together
-        mixed = self._share * alone + (1 - self._share) * together
-        return PRIOR * mixed + PRIOR + self._slope[index] * self._slope  # the second: the level is unknown as well
+        self._likeness[index] = self._share * alone + (1 - self._share) * together
+        return self._likeness[index]
+
+    def _kernel(self, index: int) -> Array:
+        level = PRIOR  # it is unknown as well
+        return PRIOR * self._alike(index) + level + self._slope[index] * self._slope
 
     def _add(self, index: int) -> None:
         """A row more of the Cholesky factor, for a candidate that was taken."""
@@ -113,8 +130,8 @@ class Model:
         self._taken.append(index)
 
     def _residuals(self) -> tuple[list[float | None], float]:
-        """What came out over the mean, slow and failed ones clipped; and the best log of a time."""
-        best = min((v for v in self._values if v is not None and v != math.inf), default=0.0)
+        """What came out over the mean, slow ones clipped; and the best log of a time."""
+        best = min((value for value in self._values if value is not None), default=0.0)
         return [
             None if value is None else min(value, best + CLIP) - float(self._prior[index])
             for index, value in zip(self._taken, self._values, strict=True)
@@ -128,7 +145,7 @@ class Model:
         count = len(self._taken)
         z = np.zeros(count)
         for n, (index, value) in enumerate(zip(self._taken, residuals, strict=True)):
-            if value is not None:  # in flight: as guessed, which is zero here
+            if value is not None:  # else as guessed, which is zero here
                 z[n] = (value - level - float(self._rows[:n, index] @ z[:n])) / self._pivots[n]
         mean = self._prior + level + z @ self._rows[:count]
         return mean, np.sqrt(np.maximum(self._left, 0)), best
@@ -141,7 +158,6 @@ class Model:
         if index is not None and self._free[index]:
             self._add(index)
             self._values.append(None)
-            self._places[index] = len(self._values) - 1
             self._free[index] = False
 
     def tell(self, config: Config, seconds: float | None) -> None:
@@ -149,7 +165,9 @@ class Model:
         index = self.index.get(config)
         if index is None:
             return
-        self._values[self._places[index]] = math.log(seconds) if seconds else math.inf
+        self._values[self._taken.index(index)] = math.log(seconds) if seconds else None
+        if not seconds:
+            self._failed.append(index)
         told = sum(value is not None for value in self._values)
         if self._refits and told >= self._refits[0]:
             self._refits = [n for n in self._refits if n > told]
@@ -160,12 +178,24 @@ class Model:
         if not self._free.any():
             return None
         mean, deviation, best = self._solve()
-        if not any(value is not None and value != math.inf for value in self._values):
+        if not any(value is not None for value in self._values):
             best = float(mean[self._free].min())
         z = (best - mean) / np.maximum(deviation, 1e-9)
         gain = deviation * (z * _normal_below(z) + np.exp(-z * z / 2) / math.sqrt(2 * math.pi))
+        gain = gain * self._hope()
         gain[~self._free] = -1.0
         return self.configs[int(np.argmax(gain))]
+
+    def _hope(self) -> Array | float:
+        """The weight of a gain by how likely the config works at all."""
+        if not self._failed:
+            return 1.0
+        worked = [index for index, value in zip(self._taken, self._values, strict=True) if value is not None]
+        told = self._failed + worked
+        alike = np.array([self._alike(index) for index in told])
+        missing = np.array([-1.0] * len(self._failed) + [0.0] * len(worked))
+        weights = np.linalg.solve(alike[:, told] + FAILURE_NOISE * np.eye(len(told)), missing)
+        return np.clip(1 + weights @ alike, LEAST_HOPE, 1) ** CAUTION
 
     def _choose_shape(self) -> None:
         """The shape under which what was told is likeliest."""
