@@ -30,12 +30,7 @@ from fagen.tuner.tune import fingerprint
 from tests.support import fake_family
 from tests.support.fake_family import FAMILY, PROBLEM
 
-# whole restricted spaces; what the samples of wide ones (h100_*) show is in docs/search.md, and not held by a test yet
-SPACES = [
-    path
-    for path in sorted((Path(__file__).parents[2] / "benchmarks" / "spaces").glob("*.xz"))
-    if "_sample" not in path.name
-]
+SPACES = sorted((Path(__file__).parents[2] / "benchmarks" / "spaces").glob("*.xz"))
 H200 = known("sm_90")
 
 
@@ -338,6 +333,15 @@ def test_what_failed_is_not_where_the_search_goes_on():
     assert sum(failed[20:]) <= 12
 
 
+def test_a_failure_does_not_condemn_its_neighbours():
+    """The best config by the cost model fails, and the next ones differ from it in a single knob."""
+    search = make(easy_family(lambda p, t, c: steps(c)), "guided")
+    for _ in range(8):
+        config = search.next()
+        search.tell(config, None if steps(config) == 1.0 else steps(config), "spill")
+    assert search.best == pytest.approx(1.1)
+
+
 def test_a_resumed_search_knows_what_was_told():
     first, again = make(easy_family(), "guided"), make(easy_family(), "guided")
     for _ in range(30):
@@ -464,6 +468,17 @@ def test_the_cost_model_of_sm80_orders_what_an_h200_measured():
     assert statistics.mean(correlations) > 0.75
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in SPACES if p.name.startswith("h")], ids=lambda path: path.name.split(".")[0]
+)
+def test_the_cost_model_of_sm90_orders_what_was_recorded(path):
+    """Of those that are not hopeless: all configs alike, good and bad, would be ordered more easily."""
+    (space,) = recorded_space.read(path)
+    timed = {c: e.seconds for c, e in space.of_chance().entries.items() if e.seconds and e.seconds < 2 * space.best}
+    costs = [space.family.cost(space.problem, space.target, config) for config in timed]
+    assert rank_correlation(costs, list(timed.values())) > (0.85 if "d256_causal_4096" not in path.name else 0.74)
+
+
 # ---- hopeless ones are cut short ------------------------------------------------------------------------------------
 
 
@@ -555,6 +570,19 @@ def test_the_search_earns_its_place_on_recorded_spaces(path, capsys):
     seeds = "5" if path.stem.endswith("_sample.jsonl") else "20"  # samples are larger
     words = ["tune", "--simulate", str(path), "--sampler", "guided,random", "--seeds", seeds]
     assert main([*words, "--expect", "within=2%,trials=15%"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.name.partition(".")[0])
+def test_a_cold_search_is_within_1_percent_after_40_trials(path):
+    """Of ten seeds nine at least: with no winner, no default and no guess to begin with."""
+    (space,) = recorded_space.read(path)
+    space, near = space.of_chance(), 0
+    for seed in range(10):
+        tried = simulate.replay(space, "guided", seed, workers=1, trials=40, cold=True).tried
+        assert len(tried) == 40
+        near += min(space.entries[c].seconds or math.inf for c in tried) <= 1.01 * space.best
+    assert near >= 9
 
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
