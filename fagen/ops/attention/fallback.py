@@ -57,8 +57,9 @@ def _sdpa_serves(call: AttentionCall) -> bool:
 
 
 def _by_sdpa(call: AttentionCall) -> torch.Tensor:
+    shared = {"enable_gqa": True} if call.heads != call.kv_heads else {}  # of traced sizes `!=` alone is a symbol
     return torch.nn.functional.scaled_dot_product_attention(
-        *call.bhsd(), is_causal=call.window == (-1, 0), scale=call.scale, enable_gqa=call.heads != call.kv_heads
+        *call.bhsd(), is_causal=call.window == (-1, 0), scale=call.scale, **shared
     )
 
 
