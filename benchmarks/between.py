@@ -72,7 +72,7 @@ def configs_of(
         won = [r for r, how in tuned.candidates(problem, target) if how == "exact" and r.family == family.name]
         wanted += [("tuned", family.config(record.config)) for record in won[:1]]
     wanted += [(f"neighbour {n}", family.config(r.config)) for n, r in enumerate(near)]
-    wanted += [(f"guess {n}", c) for n, c in enumerate(family.seeds(problem, target)[:GUESSES])]
+    wanted += [(f"guess {n}", c) for n, c in enumerate(family.first_configs(problem, target)[:GUESSES])]
     for label, config in wanted:
         if not family.rejects(problem, target, config):
             labels.setdefault(config, label)
@@ -117,7 +117,7 @@ def measure_row(
         if wrong:
             failed[label] = wrong
         else:
-            calls[label] = timer.InTurn([launcher(loaded, inputs) for inputs in sets])
+            calls[label] = timer.RoundRobin([launcher(loaded, inputs) for inputs in sets])
     times = timer.time_calls(calls, device=device, rounds=args.rounds, min_seconds=args.seconds, max_seconds=8.0)
     return {
         "problem": problem.key, "fields": problem.to_dict(), "family": family.name,

@@ -55,7 +55,7 @@ def calls_of(problem: Problem, layout: str) -> tuple[dict[str, Callable[[], obje
         "sdpa": lambda: scaled_dot_product_attention(q, k, v, is_causal=causal),
     }
     configs = {}
-    for i, config in enumerate([family.default(problem, target), *family.seeds(problem, target)]):
+    for i, config in enumerate([family.default(problem, target), *family.first_configs(problem, target)]):
         name = f"seed {i}" if i else "default"
         calls[name] = kernel.get(KernelSpec(family, problem, target, config)).bind(call, {"out": out})
         configs[name] = str(config)

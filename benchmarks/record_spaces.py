@@ -174,7 +174,7 @@ def measure_one(request: Timed) -> dict[str, Any]:
         if message:
             known["reason"] = message
         else:
-            call = timer.InTurn([launcher(kernel, each) for each in inputs()])
+            call = timer.RoundRobin([launcher(kernel, each) for each in inputs()])
             known |= {"outcome": "ok", **_time(call, request)}
     except checks.Damage as damage:
         known |= {"reason": str(damage), "fatal": True}
@@ -183,7 +183,7 @@ def measure_one(request: Timed) -> dict[str, Any]:
     return known | {"measure_seconds": round(time.monotonic() - start, 4)}
 
 
-def _time(call: timer.InTurn, request: Timed) -> dict[str, Any]:
+def _time(call: timer.RoundRobin, request: Timed) -> dict[str, Any]:
     calls, device = {"it": call}, checks.where(request.built.item.target)
     if request.default:
         calls["default"] = _default_call(request.default)
@@ -197,14 +197,14 @@ def _time(call: timer.InTurn, request: Timed) -> dict[str, Any]:
     return {"seconds": timing.median, "spread": timing.spread, "samples": timing.samples}
 
 
-_defaults: dict[Built, timer.InTurn] = {}
+_defaults: dict[Built, timer.RoundRobin] = {}
 
 
-def _default_call(built: Built) -> timer.InTurn:
+def _default_call(built: Built) -> timer.RoundRobin:
     if built not in _defaults:
         _defaults.clear()  # with another problem's inputs
         sets = evaluate.timing_inputs(built.item.problem, built.item.target, 0)
-        _defaults[built] = timer.InTurn([launcher(load(built), inputs) for inputs in sets])
+        _defaults[built] = timer.RoundRobin([launcher(load(built), inputs) for inputs in sets])
     return _defaults[built]
 
 
@@ -251,7 +251,7 @@ def plan(work: tuple[Problem, Target, int]) -> Plan:
     space = enumerate_space(family, problem, target).of(problem)
     chance = random.Random(f"record/{problem.key}")
     drawn = chance.sample(space.legal, min(count, len(space.legal)))
-    first = [family.default(problem, target), *family.seeds(problem, target)]
+    first = [family.default(problem, target), *family.first_configs(problem, target)]
     legal = set(space.legal)
     configs = tuple(c for c in dict.fromkeys([*first, *drawn]) if c in legal)
     return Plan(problem, target, family.name, len(space.legal), configs, frozenset(drawn))

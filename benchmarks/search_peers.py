@@ -90,7 +90,7 @@ def by_chance(space: Recorded, seed: int) -> Tried:
 
 def guesses(space: Recorded, count: int) -> list[Config]:
     family, where = space.family, (space.problem, space.target)
-    return list(dict.fromkeys([family.default(*where), *family.seeds(*where)]))[:count]
+    return list(dict.fromkeys([family.default(*where), *family.first_configs(*where)]))[:count]
 
 
 # ---- Kernel Tuner ----------------------------------------------------------------------------------------------------

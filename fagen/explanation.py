@@ -27,7 +27,7 @@ _NOT_BUILT = {
 
 
 @dataclass(frozen=True)
-class Report:
+class Explanation:
     """What a call of `fagen.attention` would do. `str()` is for people."""
 
     problem: Problem | None
@@ -131,7 +131,7 @@ def _version(text: str) -> str:
     return found[-1] if found else text
 
 
-def explain_problem(problem: Problem, target: Target, *, ours: bool = False) -> Report:
+def explain_problem(problem: Problem, target: Target, *, ours: bool = False) -> Explanation:
     """What serves the problem; nothing is compiled."""
     from fagen.build import cache
     from fagen.db.store import Database
@@ -140,14 +140,14 @@ def explain_problem(problem: Problem, target: Target, *, ours: bool = False) -> 
     choice = choose(problem, target, stale="" if waits else known_only(), ours=ours)
     choice.reasons.extend(f"database: {warning}" for warning in Database.load().warnings)
     if choice.spec is None:
-        return Report(problem, target, choice, None)
+        return Explanation(problem, target, choice, None)
     try:
         artifact = cache.lookup(choice.spec)
     except FagenError as error:  # no compiler: then nothing is built either
         choice.reasons.append(f"{choice.spec.family.name}: cannot be built here: {error.what}")
-        return Report(problem, target, choice, False)
+        return Explanation(problem, target, choice, False)
     meanwhile = None if waits or artifact is not None else _meanwhile(problem, target)
-    return Report(problem, target, choice, artifact is not None, artifact.facts if artifact else {}, meanwhile)
+    return Explanation(problem, target, choice, artifact is not None, artifact.facts if artifact else {}, meanwhile)
 
 
 def _meanwhile(problem: Problem, target: Target) -> Choice:
@@ -159,12 +159,12 @@ def _meanwhile(problem: Problem, target: Target) -> Choice:
     return Choice("built", found.spec)
 
 
-def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Report:
+def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Explanation:
     """What `fagen.attention` would do with the same arguments, and why each other choice was not taken."""
     from fagen.ops.attention.call import AttentionCall
 
     call = AttentionCall.of(q, k, v, **options)
     if call.refusal:
-        return Report(None, call.target, Choice("none", reasons=[call.refusal]), None)
+        return Explanation(None, call.target, Choice("none", reasons=[call.refusal]), None)
     assert call.target is not None
     return explain_problem(call.problem, call.target, ours=call.want_lse)

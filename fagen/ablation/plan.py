@@ -17,7 +17,7 @@ from fagen.target import Target
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """`problem` is what the kernel is asked; `reason` says why there is nothing to run."""
 
     step: str
@@ -32,11 +32,11 @@ class Plan:
         return self.problem, frozenset(self.specs)
 
 
-def plan(ablation: Ablation, problem: Problem, target: Target) -> list[Plan]:
+def plan(ablation: Ablation, problem: Problem, target: Target) -> list[StepPlan]:
     return [_plan(step, problem, target) for step in ablation.steps]
 
 
-def _plan(step: Step, problem: Problem, target: Target) -> Plan:
+def _plan(step: Step, problem: Problem, target: Target) -> StepPlan:
     if step.tuned:
         return _tuned(step, problem, target)
     family = variant(families.get(step.family), step.variant)
@@ -45,11 +45,11 @@ def _plan(step: Step, problem: Problem, target: Target) -> Plan:
         asked = problem.replace(mask="none", window_left=-1, window_right=-1)
     reason = family.supports(asked, target)
     if reason:
-        return Plan(step.name, asked, reason=reason)
+        return StepPlan(step.name, asked, reason=reason)
     size, reasons, legal = max(asked.head_dim_padded, asked.head_dim_v_padded), [], []
     limit = next((limit for limit in sorted(step.tiles) if size <= limit), None)
     if step.tiles and limit is None:
-        return Plan(step.name, asked, reason=f"the ablation has no tiles for head dim {size}")
+        return StepPlan(step.name, asked, reason=f"the ablation has no tiles for head dim {size}")
     base = {**family.default(asked, target), **step.config, **(step.causal if asked.mask != "none" else {})}
     for tile in step.tiles[limit] if limit else ({},):
         config = family.config({**base, **tile})
@@ -57,15 +57,17 @@ def _plan(step: Step, problem: Problem, target: Target) -> Plan:
         reasons += [": ".join(broken)] if broken else []
         legal += [] if broken else [config]
     if not legal:
-        return Plan(step.name, asked, reason=reasons[0])
-    return Plan(step.name, asked, tuple(KernelSpec(family, asked, target, config) for config in dict.fromkeys(legal)))
+        return StepPlan(step.name, asked, reason=reasons[0])
+    return StepPlan(
+        step.name, asked, tuple(KernelSpec(family, asked, target, config) for config in dict.fromkeys(legal))
+    )
 
 
-def _tuned(step: Step, problem: Problem, target: Target) -> Plan:
+def _tuned(step: Step, problem: Problem, target: Target) -> StepPlan:
     choice = choose.choose(problem, target, ours=True)
     if choice.spec is None:
-        return Plan(step.name, problem, reason=next(iter(choice.reasons), "no family serves this"))
-    return Plan(step.name, problem, (choice.spec,), provenance=choice.provenance)
+        return StepPlan(step.name, problem, reason=next(iter(choice.reasons), "no family serves this"))
+    return StepPlan(step.name, problem, (choice.spec,), provenance=choice.provenance)
 
 
 def variant(family: Family, name: str) -> Family:

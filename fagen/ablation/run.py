@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fagen.ablation.plan import Plan, plan
+from fagen.ablation.plan import StepPlan, plan
 from fagen.ablation.spec import Ablation, series
 from fagen.bench import run as bench
 from fagen.bench.peers import reason
@@ -56,7 +56,7 @@ def described(told: Ablation) -> list[Result]:
     return found
 
 
-def build(plans: list[Plan], target: Target, say: Callable[[str], None]) -> Built:
+def build(plans: list[StepPlan], target: Target, say: Callable[[str], None]) -> Built:
     """Every kernel, many compilers at a time, none while the clock runs."""
     from fagen.build import cache as builder
     from fagen.tuner.workers import compile_workers
@@ -93,7 +93,7 @@ def run_ablation(
 # ---- a problem ------------------------------------------------------------------------------------------------------
 
 
-def _problem(problem: Problem, plans: list[Plan], built: Built, target: Target, settings: Settings) -> Result:
+def _problem(problem: Problem, plans: list[StepPlan], built: Built, target: Target, settings: Settings) -> Result:
     from fagen.ops.attention.inputs import input_sets, make_inputs
     from fagen.timing import timer
 
@@ -125,7 +125,7 @@ def _problem(problem: Problem, plans: list[Plan], built: Built, target: Target, 
     return result
 
 
-def _step(p: Plan, sets: Sequence[Inputs], built: Built, device: str) -> tuple[Result, Any]:
+def _step(p: StepPlan, sets: Sequence[Inputs], built: Built, device: str) -> tuple[Result, Any]:
     """The step's facts so far, and a call of its best config if what that computes is right."""
     from fagen.runtime import kernel
     from fagen.runtime.kernel import launcher
@@ -146,7 +146,9 @@ def _step(p: Plan, sets: Sequence[Inputs], built: Built, device: str) -> tuple[R
         }
         if not kernels:
             return facts | {"outcome": "failed", "reason": errors[0]}, None
-        calls = {config: timer.InTurn([launcher(made, inputs) for inputs in sets]) for config, made in kernels.items()}
+        calls = {
+            config: timer.RoundRobin([launcher(made, inputs) for inputs in sets]) for config, made in kernels.items()
+        }
         config = _best(calls, device)
         sets[0].outputs["out"].fill_(math.nan)
         launcher(kernels[config], sets[0])()

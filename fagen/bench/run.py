@@ -106,7 +106,7 @@ def time_row(
         facts, serve = prepared(prepare, row, sets[0], device, name)
         result["participants"][name] = facts
         if serve is not None:
-            calls[name] = timer.InTurn([_Shielded(serve, inputs, facts) for inputs in sets])
+            calls[name] = timer.RoundRobin([_Shielded(serve, inputs, facts) for inputs in sets])
     if calls:
         clock = functools.partial(timer.time_calls, device=device, rounds=settings.rounds)
         try:

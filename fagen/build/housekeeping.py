@@ -21,7 +21,7 @@ _FILES = (*SOURCES, LIBRARY, LOG, MANIFEST)
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     path: Path
     bytes: int
     intact: bool
@@ -50,16 +50,16 @@ def _entries(name: str) -> list[Path]:
     return [path for path in _children(name) if _ENTRY.fullmatch(path.name)]
 
 
-def entries() -> list[Entry]:
+def entries() -> list[CacheEntry]:
     """Every built kernel, its files checked against its manifest."""
     return [_entry(path) for path in _entries("kernels")]
 
 
-def _entry(path: Path) -> Entry:
+def _entry(path: Path) -> CacheEntry:
     try:
-        return Entry(path, _size(path), cache.read_entry(path) is not None)
+        return CacheEntry(path, _size(path), cache.read_entry(path) is not None)
     except CacheError as error:
-        return Entry(path, _size(path), False, error)
+        return CacheEntry(path, _size(path), False, error)
 
 
 def failed() -> list[Path]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MODES = ("verify", "trust", "refuse")  # of FAGEN_STALE
 KNOWN = "known"  # in its place: use what was verified before, and verify nothing now
 _LOCK_SECONDS = 60.0
-_verdicts: dict[Path, Verdict] = {}  # of this process
+_verdicts: dict[Path, Verification] = {}  # of this process
 _one_at_a_time = threading.Lock()
 
 
@@ -50,7 +50,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     """What a verification found."""
 
     ok: bool
@@ -117,7 +117,7 @@ def _slug(target: Target) -> str:
 # ---- verifying, and remembering -------------------------------------------------------------------------------------
 
 
-def _verify(path: Path, record: Record, spec: KernelSpec) -> Verdict:
+def _verify(path: Path, record: Record, spec: KernelSpec) -> Verification:
     """Build, run and compare; the verdict is kept, unless it may be another tomorrow."""
     from fagen.db.record import now
     from fagen.notices import notify
@@ -127,18 +127,18 @@ def _verify(path: Path, record: Record, spec: KernelSpec) -> Verdict:
         kernel = kernels.built(spec)
     except BuildError as error:
         lasts = bool(error.log) and not error.killed
-        return _keep(path, Verdict(False, f"today's source cannot be built: {error.what}", date=now()), lasts)
+        return _keep(path, Verification(False, f"today's source cannot be built: {error.what}", date=now()), lasts)
     except FagenError as error:
-        return _keep(path, Verdict(False, f"it cannot be built here: {error.what}"), False)
+        return _keep(path, Verification(False, f"it cannot be built here: {error.what}"), False)
     with _alone(path) as held:
         found = _read(path)  # another process may have been quicker
         if found is None and not held:
             return _keep(
-                path, Verdict(False, f"another process has not ended verifying it in {_LOCK_SECONDS:.0f} s"), False
+                path, Verification(False, f"another process has not ended verifying it in {_LOCK_SECONDS:.0f} s"), False
             )
         if found is None and _begun(path).exists():
             reason = "an earlier process ended while it verified this kernel"
-            return _keep(path, Verdict(False, reason, date=now()), True)
+            return _keep(path, Verification(False, reason, date=now()), True)
         if found is None:
             found = _run(path, kernel, spec.problem, spec.target)
             took = f"{time.perf_counter() - start:.1f} s, once"
@@ -148,7 +148,7 @@ def _verify(path: Path, record: Record, spec: KernelSpec) -> Verdict:
     return found
 
 
-def _run(path: Path, kernel: Any, problem: Problem, target: Target) -> Verdict:
+def _run(path: Path, kernel: Any, problem: Problem, target: Target) -> Verification:
     """The verdict of running it. An error of the device leaves the process without it: that is raised."""
     import torch
 
@@ -160,13 +160,13 @@ def _run(path: Path, kernel: Any, problem: Problem, target: Target) -> Verdict:
     broken: Exception | None = None
     try:
         error, message = checks.compare(kernel, problem, target)
-        found, lasts = Verdict(not message, message or "right", error, now()), True
+        found, lasts = Verification(not message, message or "right", error, now()), True
     except LaunchError as error:
-        found, lasts = Verdict(False, f"it cannot run: {error.what}", date=now()), True
+        found, lasts = Verification(False, f"it cannot run: {error.what}", date=now()), True
     except Exception as error:
         broken = error if target.is_gpu and _of_device(error) else None
         text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        found, lasts = Verdict(False, f"it could not be verified: {text}", date=now()), broken is not None
+        found, lasts = Verification(False, f"it could not be verified: {text}", date=now()), broken is not None
     finally:
         with contextlib.suppress(OSError):
             _begun(path).unlink(missing_ok=True)
@@ -215,19 +215,19 @@ def _begun(path: Path) -> Path:
     return path.with_suffix(".begun")
 
 
-def _read(path: Path) -> Verdict | None:
+def _read(path: Path) -> Verification | None:
     """A verdict that another user could have written is none."""
     try:
         cachedir.guard_root()
         cachedir.guard(path.parent, folder=True)
         cachedir.guard(path)
         fields = json.loads(path.read_bytes())
-        return Verdict(bool(fields["ok"]), str(fields["reason"]), float(fields["error"]), str(fields["date"]))
+        return Verification(bool(fields["ok"]), str(fields["reason"]), float(fields["error"]), str(fields["date"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, CacheError):
         return None
 
 
-def _keep(path: Path, found: Verdict, lasts: bool) -> Verdict:
+def _keep(path: Path, found: Verification, lasts: bool) -> Verification:
     """For this process, and where it lasts for those to come."""
     _verdicts[path] = found
     if lasts:

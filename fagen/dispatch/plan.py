@@ -42,7 +42,7 @@ ASK, TORCH = Answer(False), Answer(True)
 
 
 @dataclass(frozen=True)
-class Row:
+class PlannedRecord:
     """A record that may serve sizes of the static key."""
 
     record: Record
@@ -58,7 +58,7 @@ class Plan:
 
     problem: Problem  # any of the static key
     target: Target
-    rows: tuple[Row, ...]
+    rows: tuple[PlannedRecord, ...]
     families: tuple[Family, ...] = ()  # whose defaults serve where there are no rows
     meanwhile: Answer | None = None  # what serves all sizes until something is built, where no row can
     defaults: dict[Hashable, Answer] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Plan:
             return row.where_torch_may
         return row.answer
 
-    def nearest(self, problem: Problem) -> Row | None:
+    def nearest(self, problem: Problem) -> PlannedRecord | None:
         """As `db.Database.candidates` orders them, and `Plan::nearest` of the table does."""
         wanted, weights = tuple(self.op.features(problem, self.target.units).values()), tuple(self.op.weights.values())
         best: tuple[Any, ...] | None = None

@@ -22,7 +22,7 @@ from fagen.build import cache
 from fagen.codegen.spec import KernelSpec, Key
 from fagen.db import store
 from fagen.dispatch import choose, kernels
-from fagen.dispatch.plan import ASK, TORCH, Answer, Plan, Row
+from fagen.dispatch.plan import ASK, TORCH, Answer, Plan, PlannedRecord
 from fagen.errors import FagenError, LaunchError
 from fagen.notices import notify
 from fagen.ops.attention import fallback
@@ -210,7 +210,7 @@ def _make_plan(problem: Problem, target: Target) -> Plan:
     return plan
 
 
-def _where_torch_may(row: Row, behind: list[Row]) -> Row:
+def _where_torch_may(row: PlannedRecord, behind: list[PlannedRecord]) -> PlannedRecord:
     """With what `dispatch.choose` takes in the place of a kernel that lost to PyTorch."""
     if not choose.lost(row.record, "arch" if row.elsewhere else "nearest"):
         return row
@@ -218,7 +218,7 @@ def _where_torch_may(row: Row, behind: list[Row]) -> Row:
     return dataclasses.replace(row, where_torch_may=better)
 
 
-def _rows(problem: Problem, target: Target) -> Iterator[Row]:
+def _rows(problem: Problem, target: Target) -> Iterator[PlannedRecord]:
     """The records of the static key that may serve, the nearest first. No kernel is built, no source verified."""
     able, refusals = families.candidates(problem, target)
     waits = env.build_mode() != "background"
@@ -239,7 +239,7 @@ def _rows(problem: Problem, target: Target) -> Iterator[Row]:
                 if not waits and (key in kernels.failed or (not found.known and background.pending(key))):
                     continue  # another one serves, until it is built
         features = tuple(ops.get(problem.op).features(record.problem, target.units).values())
-        yield Row(record, provenance == "arch", features, found)
+        yield PlannedRecord(record, provenance == "arch", features, found)
 
 
 def _answer_of(choice: Choice) -> Answer:

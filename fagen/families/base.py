@@ -69,7 +69,7 @@ class Knob:
     cpp: str
     choices: tuple[Value, ...]
     doc: str
-    before: Value | None = None  # what configs did that are older than the knob; None: there are none
+    implied_by_old_records: Value | None = None  # what configs did that are older than the knob; None: there are none
 
     def literal(self, value: Value) -> tuple[str, str]:
         """C++ type and value."""
@@ -120,7 +120,7 @@ class Family:
     # what the template is given beside problem, config and constants
     context: Callable[[Problem, Config], dict[str, Any]] = field(default=lambda problem, config: {})
     # configs worth trying first, best guess first (the default is always tried and need not be repeated)
-    seeds: Callable[[Problem, Target], list[Config]] = field(default=lambda problem, target: [])
+    first_configs: Callable[[Problem, Target], list[Config]] = field(default=lambda problem, target: [])
     # whether a config only repeats another at a problem's sizes, which constraints do not look at: it is not searched
     repeats: Callable[[Problem, Config], bool] = field(default=lambda problem, config: False)
     # about how many seconds a config will take, to order the first trials; only ratios between configs matter
@@ -140,7 +140,7 @@ class Family:
             self.knob(name)
         ordered: dict[str, Value] = {}
         for knob in self.knobs:
-            value = values.get(knob.name, knob.before)
+            value = values.get(knob.name, knob.implied_by_old_records)
             if value is None:
                 raise InvalidConfig(f"{self.name}: the config lacks knob {knob.name!r}", f"it has: {dict(values)}")
             if not any(value == c and type(value) is type(c) for c in knob.choices):

@@ -167,7 +167,7 @@ FAMILY = Family(
     default=_make,
     default_reads=nothing,
     flags=lambda t: FLAGS,
-    seeds=_seeds,
+    first_configs=_seeds,
     cost=cost,
     resources=lambda p, t, c: (_scratch_bytes(p, c),),
 )

@@ -267,7 +267,7 @@ FAMILY = Family(
     default=_default,
     default_reads=nothing,
     flags=lambda t: (f"-gencode=arch=compute_{t.capability},code=sm_{t.capability}", *FLAGS),
-    seeds=lambda p, t: _guesses(p, t)[1:],
+    first_configs=lambda p, t: _guesses(p, t)[1:],
     cost=cost,
     resources=_resources,
 )

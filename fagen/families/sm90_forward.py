@@ -31,9 +31,21 @@ KNOBS = (
         "order of row tiles and heads",
     ),
     Knob("section_mb", "kSectionMb", (16, 32, 64), "megabytes of keys and values that a section of heads may have"),
-    Knob("cluster", "kCluster", (1, 2), "blocks that share each tile of keys and values", before=1),
-    Knob("shared_weights", "kSharedWeights", (False, True), "P goes by shared memory, not registers", before=False),
-    Knob("pack_heads", "kPackHeads", (False, True), "rows of heads that share keys go into one tile", before=False),
+    Knob("cluster", "kCluster", (1, 2), "blocks that share each tile of keys and values", implied_by_old_records=1),
+    Knob(
+        "shared_weights",
+        "kSharedWeights",
+        (False, True),
+        "P goes by shared memory, not registers",
+        implied_by_old_records=False,
+    ),
+    Knob(
+        "pack_heads",
+        "kPackHeads",
+        (False, True),
+        "rows of heads that share keys go into one tile",
+        implied_by_old_records=False,
+    ),
 )
 
 # Shared memory, as sm90/smem_layout.cuh names it.
@@ -315,7 +327,7 @@ FAMILY = Family(
         "column_widths": [p.head_dim_v_padded] if c.shared_weights else [],
         "register_widths": [] if c.shared_weights else [p.head_dim_v_padded],
     },
-    seeds=_guesses,
+    first_configs=_guesses,
     repeats=_repeats,
     cost=cost,
     resources=lambda p, t, c: (smem_bytes(p, c), int(c.tile_m), fragment_registers(p, c)),

@@ -27,7 +27,7 @@ LEAST_GAIN = 0.005  # below this no difference counts, however quiet the machine
 _SAMPLE_SECONDS = {"cpu": 2e-4, "cuda": 1e-3}  # calls are repeated in a sample until it lasts this long
 _MOST_CALLS = 256  # in a sample
 _FEW_CALLS = 8  # that hide the start of a graph
-LOUD = 0.05  # a spread above this part of the median is worth another try
+NOISY = 0.05  # a spread above this part of the median is worth another try
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Timing:
 def quietest(measure: Callable[[], Timing], tries: int = 3, seconds: float = 1.5) -> tuple[Timing, int]:
     """A timing of small spread, else the quietest of `tries` more begun within `seconds`; and how many more."""
     best, again, until = measure(), 0, time.monotonic() + seconds
-    while best.spread > LOUD * best.median and again < tries and time.monotonic() < until:
+    while best.spread > NOISY * best.median and again < tries and time.monotonic() < until:
         best = min(best, measure(), key=lambda t: t.spread / t.median)
         again += 1
     return best, again
@@ -71,7 +71,7 @@ def lost(seconds: float, spread: float, other: float) -> bool:
     return 0 < other < seconds - max(spread, LEAST_GAIN * seconds)
 
 
-class InTurn:
+class RoundRobin:
     """One call that goes through several, one at a time: the same kernel on each set of inputs."""
 
     def __init__(self, calls: Sequence[Call]) -> None:

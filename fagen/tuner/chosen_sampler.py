@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from fagen.families import Config
 
 
-class Told(optuna.samplers.BaseSampler):
+class ChosenSampler(optuna.samplers.BaseSampler):
     """Asks for `choice`, or for what another sampler likes best when there is none."""
 
     def __init__(self, other: optuna.samplers.BaseSampler) -> None:

@@ -22,12 +22,12 @@ from fagen.timing.timer import Timing
 from fagen.tuner.messages import (
     TORCH,
     Alive,
-    Anchor,
     CompileRequest,
     Final,
     FinalRequest,
     MeasureRequest,
     Probe,
+    ReferenceCandidate,
     Request,
     Result,
 )
@@ -130,7 +130,7 @@ def measure_one(request: MeasureRequest) -> Result:
         error, message = verify(kernel, spec.problem, spec.target, lambda: sets()[0], kept_inputs)
         if message:
             return Result("wrong", message, error=error)
-        call = timer.InTurn([launcher(kernel, inputs) for inputs in sets()])
+        call = timer.RoundRobin([launcher(kernel, inputs) for inputs in sets()])
         return replace(_time(call, request, _beside(request)), error=error)
     except Damage as damage:
         return Result("wrong", str(damage), error=error, fatal=True)
@@ -160,13 +160,13 @@ def _beside(request: MeasureRequest) -> Clock:
 
 
 @functools.lru_cache(maxsize=1)
-def _anchored(anchor: Anchor, seed: int) -> timer.InTurn:
+def _anchored(anchor: ReferenceCandidate, seed: int) -> timer.RoundRobin:
     kernel = load(anchor.artifact, anchor.spec)
     sets = timing_inputs(anchor.spec.problem, anchor.spec.target, seed)
-    return timer.InTurn([launcher(kernel, inputs) for inputs in sets])
+    return timer.RoundRobin([launcher(kernel, inputs) for inputs in sets])
 
 
-def _time(call: timer.InTurn, request: MeasureRequest, clock: Clock) -> Result:
+def _time(call: timer.RoundRobin, request: MeasureRequest, clock: Clock) -> Result:
     """Staged: one call, a few, many; a candidate that falls behind is given up early."""
     device = where(request.target)
     once = timer.time_once(call, device=device)
@@ -220,16 +220,16 @@ def final_round(request: FinalRequest) -> Final:
     calls: dict[str, timer.Call] = {}
     for label, (spec, artifact) in request.entries.items():
         kernel = load(artifact, spec)
-        calls[label] = timer.InTurn([launcher(kernel, inputs) for inputs in sets])
+        calls[label] = timer.RoundRobin([launcher(kernel, inputs) for inputs in sets])
     peers, how = [sdpa_call(inputs.call) for inputs in sets], "not possible with this mask"
     if peers[0] is not None:
         try:
             peers[0][0]()
-            calls[TORCH], how = timer.InTurn([peer[0] for peer in peers if peer]), peers[0][1]
+            calls[TORCH], how = timer.RoundRobin([peer[0] for peer in peers if peer]), peers[0][1]
         except RuntimeError as error:
             how = str(error).splitlines()[0]
     rounds: list[tuple[float, dict[str, Timing], dict[str, Any]]] = []
-    while not rounds or (min(rounds, key=_noise)[0] > timer.LOUD and len(rounds) < _FINAL_TRIES):
+    while not rounds or (min(rounds, key=_noise)[0] > timer.NOISY and len(rounds) < _FINAL_TRIES):
         timings = sustained.time_calls(
             calls, next(iter(calls)), device=where(first.target), seconds=request.seconds, seed=len(rounds)
         )

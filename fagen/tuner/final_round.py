@@ -63,7 +63,7 @@ def _median(good: dict[KernelSpec, Known], item: KernelSpec) -> float:
     return timing.median if timing else math.inf
 
 
-def hold(
+def run_final_round(
     pool: Pool,
     tuned: Tuned,
     known: dict[KernelSpec, Known],

@@ -40,7 +40,7 @@ class CompileRequest:
 
 
 @dataclass(frozen=True)
-class Anchor:
+class ReferenceCandidate:
     """A candidate that was timed already. Others are timed in turn with it and told in its seconds, since a GPU's
     clock follows its power and temperature, and so differs from one minute of a run to the next."""
 
@@ -56,7 +56,7 @@ class MeasureRequest:
     seed: int = 0
     best: float = math.inf  # seconds of the best so far
     device: int = 0
-    anchor: Anchor | None = None
+    anchor: ReferenceCandidate | None = None
 
     @property
     def target(self) -> Target:

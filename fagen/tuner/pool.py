@@ -24,12 +24,12 @@ from fagen.tuner import evaluate as steps
 from fagen.tuner.answers import line, result_of
 from fagen.tuner.messages import (
     Alive,
-    Anchor,
     CompileRequest,
     Final,
     FinalRequest,
     MeasureRequest,
     Probe,
+    ReferenceCandidate,
     Result,
 )
 from fagen.tuner.patience import Patience
@@ -90,7 +90,9 @@ class Pool:
         self._again: deque[KernelSpec] = deque()  # whose compiler was ended from outside
         self._retried: set[KernelSpec] = set()
         self._artifacts: dict[KernelSpec, Artifact] = {}
-        self._anchor: Anchor | None = None  # what times on a GPU go by; one for all devices, each at its own clock
+        self._anchor: ReferenceCandidate | None = (
+            None  # what times on a GPU go by; one for all devices, each at its own clock
+        )
         self.pace = Pace()
         self._turn = 0  # candidates handed to compilers since the last measurement, on the CPU
         self._compiled = 0  # answers of compilers in this search
@@ -229,7 +231,7 @@ class Pool:
             request = MeasureRequest(item, artifact, self.seed, search.bar, device, anchor)
             worker.send(request, self.patience.measuring(item, search.best), item)
 
-    def _anchor_for(self, problem: Problem) -> Anchor | None:
+    def _anchor_for(self, problem: Problem) -> ReferenceCandidate | None:
         return self._anchor if self._anchor and self._anchor.spec.problem == problem else None
 
     # ---- answers ------------------------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ class Pool:
         artifact = self._artifacts.get(job)
         if self.target.is_gpu and result.whole and artifact and self._anchor_for(job.problem) is None:
             assert result.timing is not None
-            self._anchor = Anchor(job, artifact, result.timing.median)
+            self._anchor = ReferenceCandidate(job, artifact, result.timing.median)
         device = self.devices[worker]
         state = {**result.state, "gpu": device} if len(self.devices) > 1 else result.state
         result = replace(result, artifact=result.artifact or artifact, state=state)

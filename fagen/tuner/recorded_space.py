@@ -30,7 +30,7 @@ DRAWN = "drawn"  # a column of records that are a sample: false where a config w
 
 
 @dataclass(frozen=True)
-class Entry:
+class RecordedTrial:
     """What became of one config. Times in seconds."""
 
     outcome: str
@@ -48,7 +48,7 @@ class Recorded:
     head: dict[str, Any]
     problem: Problem
     target: Target
-    entries: dict[Config, Entry]
+    entries: dict[Config, RecordedTrial]
 
     @property
     def family(self) -> Family:  # by its name: a family cannot be sent to another process
@@ -202,9 +202,9 @@ def _put(space: Recorded, line: list[Any], where: str) -> None:
     if type(values.get(DRAWN, True)) is not bool:
         raise UsageError(f"{where}: {DRAWN}: {schema.shown(values[DRAWN])} is neither true nor false")
     default = space.family.default(space.problem, space.target)
-    since = {knob.name: default[knob.name] for knob in space.family.knobs if knob.before is None}
+    since = {knob.name: default[knob.name] for knob in space.family.knobs if knob.implied_by_old_records is None}
     config = space.family.config({**since, **dict(zip(knobs, line, strict=False))})
-    space.entries[config] = Entry(
+    space.entries[config] = RecordedTrial(
         values["outcome"], values["seconds"], values["spread"] or 0.0,
         values["compile_seconds"] or 0.0, values["measure_seconds"] or 0.0, values.get(DRAWN, True),
     )  # fmt: skip

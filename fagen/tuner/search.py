@@ -79,7 +79,7 @@ class Search:
     ) -> None:  # fmt: skip
         import optuna
 
-        from fagen.tuner.chosen_sampler import Told
+        from fagen.tuner.chosen_sampler import ChosenSampler
 
         self.space, self.limit, self.exhaustive, self.whole, self.sampler = space, limit, exhaustive, whole, sampler
         self.rival = rival
@@ -99,7 +99,7 @@ class Search:
                 if sampler == "tpe"
                 else optuna.samplers.RandomSampler(seed=seed)  # which is always told what to choose
             )
-        self._told = Told(chooser)
+        self._told = ChosenSampler(chooser)
         self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             name: optuna.distributions.CategoricalDistribution(values) for name, values in _used(space).items()
         }
@@ -269,7 +269,7 @@ class Pace:
 
 def guesses(family: Family, problem: Problem, target: Target, sampler: str = SAMPLERS[0]) -> list[Config]:
     """What to try first, the default before all. A cost model knows better than most of the family's own guesses."""
-    found = list(dict.fromkeys([family.default(problem, target), *family.seeds(problem, target)]))
+    found = list(dict.fromkeys([family.default(problem, target), *family.first_configs(problem, target)]))
     return found[:GUESSES] if family.cost and sampler == "guided" else found
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from fagen.errors import UsageError
 from fagen.families import Config
 from fagen.families.space import Space
-from fagen.tuner.recorded_space import Entry, Recorded
+from fagen.tuner.recorded_space import Recorded, RecordedTrial
 from fagen.tuner.search import Pace, Search, guesses
 
 WITHIN = (0.02, 0.05)  # of the best, that are reported
@@ -129,7 +129,7 @@ def run(search: Search, recorded: Recorded, workers: int, noise: random.Random) 
     return Replay(found, tuple(tried))
 
 
-def disturbed(entry: Entry, noise: random.Random) -> float | None:
+def disturbed(entry: RecordedTrial, noise: random.Random) -> float | None:
     """As another measurement might have come out."""
     if entry.seconds is None:
         return None

@@ -108,7 +108,7 @@ def _tune(run: Run, problems: Sequence[Problem], target: Target, options: Option
     if busy := load.note(target, options.devices[0]):
         progress.note(busy)
     with pool, _signals(progress) as interrupted, _board(run, options, progress) as board:
-        return _Tuner(run, target, options, pool, progress, interrupted, board).all(problems)
+        return _Tuner(run, target, options, pool, progress, interrupted, board).tune_all(problems)
 
 
 @contextlib.contextmanager
@@ -193,7 +193,7 @@ class _Tuner:
         self.budget = Budget(options.budget, options.begun)
         self.spaces: dict[str, list[Space]] = {}
 
-    def all(self, problems: Sequence[Problem]) -> Report:
+    def tune_all(self, problems: Sequence[Problem]) -> Report:
         report = Report(self.run.path, self.target)
         open_ = [p for p in problems if p.key not in self.finished]
         if short := self.budget.plan(open_, self.target, self.options.family):
@@ -209,7 +209,7 @@ class _Tuner:
                 report.left.append(problem.key)
                 continue
             to_come = [p for p in problems[index + 1 :] if p.key not in self.finished]
-            tuned, record = self.one(problem, to_come, (index, len(problems)))
+            tuned, record = self.tune_problem(problem, to_come, (index, len(problems)))
             report.results.append(tuned)
             if record:  # before the run remembers that this problem is done
                 written = merge.put([record], self.options.out)
@@ -225,7 +225,9 @@ class _Tuner:
 
     # ---- one problem --------------------------------------------------------------------------------------------
 
-    def one(self, problem: Problem, to_come: Sequence[Problem], place: tuple[int, int]) -> tuple[Tuned, Record | None]:
+    def tune_problem(
+        self, problem: Problem, to_come: Sequence[Problem], place: tuple[int, int]
+    ) -> tuple[Tuned, Record | None]:
         known: dict[KernelSpec, Known] = {}
         found = self._spaces(problem)
         problems = self.budget.among([problem, *to_come])
@@ -258,7 +260,7 @@ class _Tuner:
         begin = time.monotonic()
         seconds = final_round.SECONDS / 3 if self.interrupted.is_set() else self.budget.of_final(planned)
         seconds = SHORTEST_FINAL if self.pool.ended else seconds
-        item = final_round.hold(self.pool, tuned, known, default, incumbent, seconds, self.progress.note)
+        item = final_round.run_final_round(self.pool, tuned, known, default, incumbent, seconds, self.progress.note)
         self.budget.finals.append(time.monotonic() - begin)
         if not item and self.pool.ended:
             tuned.why = "the budget ended before its default was measured"
@@ -288,11 +290,11 @@ class _Tuner:
     def _over(self, search: Search, known: dict[KernelSpec, Known]) -> bool:
         if isinstance(search, SharedSearch):
             for row in search.news():
-                self._hear(search, row, known)
+                self.merge_remote_result(search, row, known)
         self.progress.refresh()
         return self.interrupted.is_set()
 
-    def _hear(self, search: SharedSearch, row: dict[str, Any], known: dict[KernelSpec, Known]) -> None:
+    def merge_remote_result(self, search: SharedSearch, row: dict[str, Any], known: dict[KernelSpec, Known]) -> None:
         """What another process found, or this run before it was killed."""
         self._append(row)
         found = self._recalled(search, row)

@@ -18,7 +18,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def finding(name: str) -> doctor.Finding:
+def finding(name: str) -> doctor.Diagnosis:
     return next(f for f in doctor.examine() if f.name == name)
 
 
@@ -152,7 +152,7 @@ def test_variables_are_listed_and_misspelt_ones_found(monkeypatch):
 
 def test_a_check_that_fails_is_a_finding(monkeypatch):
     def check():
-        yield doctor.Finding("first", "ok", "")
+        yield doctor.Diagnosis("first", "ok", "")
         raise OSError("the disk is gone")
 
     found = doctor._guarded(check)()

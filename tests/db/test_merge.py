@@ -23,7 +23,7 @@ from fagen.target import known
 GPU = known("sm_90")
 FAMILY = families.get("sm90_forward")
 PROBLEM = Problem(mask="causal", heads=32, seqlen_q=4096)
-GUESSES = FAMILY.seeds(PROBLEM, GPU)
+GUESSES = FAMILY.first_configs(PROBLEM, GPU)
 LEAN = min(GUESSES, key=lambda c: FAMILY.resources(PROBLEM, GPU, c))
 RICH = max(GUESSES, key=lambda c: FAMILY.resources(PROBLEM, GPU, c))
 

@@ -21,7 +21,7 @@ from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.dispatch import choose, freshness, kernels, resolve
-from fagen.dispatch.plan import Answer, Plan, Row
+from fagen.dispatch.plan import Answer, Plan, PlannedRecord
 from fagen.errors import InvalidArgument
 from fagen.families import Config
 from fagen.ops.attention import fallback, forward, size_point
@@ -69,7 +69,7 @@ def configs(count: int) -> list[Config]:
 def plan_of(records: list[Record], where: target.Target) -> Plan:
     rows = sorted(records, key=lambda r: (r.device != where.device, r.key, r.seconds))
     features = [tuple(size_point.features(r.problem, where.units).values()) for r in rows]
-    made = (Row(r, r.device != where.device, f, Answer(True)) for r, f in zip(rows, features, strict=True))
+    made = (PlannedRecord(r, r.device != where.device, f, Answer(True)) for r, f in zip(rows, features, strict=True))
     return Plan(records[0].problem, where, tuple(made))
 
 
@@ -234,7 +234,7 @@ def test_what_beats_pytorch_serves_in_the_place_of_what_lost(other: float, monke
     second = dataclasses.replace(FAMILY, name="second")
     monkeypatch.setattr(families, "all_families", lambda: (FAMILY, second))
     beaten, better = record(PROBLEM, near, torch_seconds=5e-4), record(PROBLEM, far, seconds=other, family="second")
-    rows = [Row(r, False, (6.0, 0.0, 6.0), Answer(True, r)) for r in (beaten, better)]  # type: ignore[arg-type]
+    rows = [PlannedRecord(r, False, (6.0, 0.0, 6.0), Answer(True, r)) for r in (beaten, better)]  # type: ignore[arg-type]
     made = resolve._where_torch_may(rows[0], rows[1:])
     assert made.where_torch_may == (Answer(True, better) if other < 5e-4 else Answer(True))  # type: ignore[arg-type]
     assert resolve._where_torch_may(rows[1], []) is rows[1]

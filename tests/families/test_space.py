@@ -37,7 +37,7 @@ def test_every_config_is_legal_or_removed_by_a_constraint(family: Family, name: 
     legal, chance = set(space.legal), random.Random(0)
     assert len(legal) == len(space.legal)
     assert family.default(problem, where) in legal
-    assert set(family.seeds(problem, where)) <= legal
+    assert set(family.first_configs(problem, where)) <= legal
     for _ in range(2000):
         config = Config({knob.name: chance.choice(knob.choices) for knob in family.knobs})
         assert (config in legal) == (family.rejects(problem, where, config) is None), config
@@ -107,7 +107,9 @@ def test_what_only_repeats_at_its_sizes_is_not_searched() -> None:
     assert {config.pack_heads for config in fewer.legal} == {False}
     assert len(fewer.legal) + sum(fewer.removed.values()) == fewer.total
     assert fewer.removed["repeats"] == len(every.legal) - len(fewer.legal) > 0
-    assert set(family.seeds(grouped, where)) - set(family.seeds(alone, where)), "only grouped heads are packed"
+    assert set(family.first_configs(grouped, where)) - set(family.first_configs(alone, where)), (
+        "only grouped heads are packed"
+    )
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "packed"), [(8, 8, 1), (32, 8, 4), (12, 2, 2), (128, 1, 64), (15, 5, 1)])

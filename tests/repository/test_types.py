@@ -81,7 +81,7 @@ def seen(tmp_path_factory) -> dict[int, str]:
         ("remedi", 'has no attribute "remedi"'),
         ("import nothing", 'has no attribute "nothing"'),
         ("Problem().heads", '"int"'),
-        ("reveal_type(fagen.explain)", "Report"),
+        ("reveal_type(fagen.explain)", "Explanation"),
         ("reveal_type(attention(1, 2, 3))", 'is "Any"'),
         ("3, return_lse=False", 'is "Any"'),  # a tensor: torch is not followed here
         ("return_lse=True", 'is "tuple[Any, Any]"'),

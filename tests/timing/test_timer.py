@@ -116,7 +116,7 @@ def test_small_inputs_are_taken_in_turn_on_a_gpu():
     assert input_sets(large, gpu) == 1
     assert input_sets(small, Target("cpu", "x", 2)) == 1
     calls = []
-    turn = timer.InTurn([lambda: calls.append("a"), lambda: calls.append("b")])
+    turn = timer.RoundRobin([lambda: calls.append("a"), lambda: calls.append("b")])
     for _ in range(3):
         turn()
     assert calls == ["a", "b", "a"]

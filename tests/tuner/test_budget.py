@@ -111,7 +111,7 @@ def served(calm, monkeypatch):
         record = Record(problem, "cpu", host().device, FAMILY.name, won["config"], 1.0, 0.0, 2.0, 0.0, "0a54")
         return Tuned(problem.to_dict(), True, {"ok": 3}, **won, default_seconds=2.0), record
 
-    monkeypatch.setattr(tune._Tuner, "one", one)
+    monkeypatch.setattr(tune._Tuner, "tune_problem", one)
     return calm
 
 

@@ -17,7 +17,7 @@ from fagen.timing import nvml, sustained, timer
 from fagen.timing.timer import Timing
 from fagen.tuner import evaluate, final_round, result
 from fagen.tuner.final_round import Known
-from fagen.tuner.messages import TORCH, Anchor, Final, FinalRequest, MeasureRequest, Result
+from fagen.tuner.messages import TORCH, Final, FinalRequest, MeasureRequest, ReferenceCandidate, Result
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Tuned
 from tests.support.fake_family import FAMILY, PROBLEM
@@ -64,7 +64,7 @@ def test_what_was_timed_on_a_slowed_down_gpu_is_timed_again(clock, states, media
 def test_a_candidate_is_told_in_the_seconds_of_the_anchor(clock, monkeypatch):
     """The anchor took 2 s when it was timed; today everything takes 1.5 times as long."""
     monkeypatch.setattr(evaluate, "_anchored", lambda anchor, seed: lambda: None)
-    anchor = Anchor(item(1), None, 2.0)
+    anchor = ReferenceCandidate(item(1), None, 2.0)
     clock([Timing(1.5, 0.15, 15), Timing(3.0, 0.3, 15)])
     timing = evaluate._beside(MeasureRequest(item(2), None, anchor=anchor))(lambda: None)
     assert (timing.median, timing.samples) == (1.0, 15) and timing.spread == pytest.approx(0.1)
@@ -177,7 +177,7 @@ def test_all_gpus_go_by_one_anchor(tmp_path):
     whole = Result("ok", timing=Timing(2.0, 0.0, 15), whole=True)
     pool._hear_measurer(one, one.job, whole, lambda *told: ended.append(told))
     pool._feed_measurers(search)
-    anchor = Anchor(asked[1], built, 2.0)
+    anchor = ReferenceCandidate(asked[1], built, 2.0)
     assert one.sent[-1].anchor == two.sent[-1].anchor == anchor
     assert len(ended) == 2
     assert pool._anchor_for(PROBLEM.replace(batch=7)) is None

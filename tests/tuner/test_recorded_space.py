@@ -189,7 +189,7 @@ def test_scores(peers):
     entries = dict(
         zip(
             configs,
-            (recorded_space.Entry("ok" if s else "spill", s, 0, 1, 1) for s in (2, None, 1.5, 1.015, 1)),
+            (recorded_space.RecordedTrial("ok" if s else "spill", s, 0, 1, 1) for s in (2, None, 1.5, 1.015, 1)),
             strict=True,
         )
     )
@@ -231,7 +231,10 @@ def test_a_cost_model_leaves_one_guess(space):
     family, where = space.family, (space.problem, space.target)
     assert search.guesses(family, *where) == [family.default(*where)]
     everything = search.guesses(family, *where, "tpe")
-    assert everything == list(dict.fromkeys([family.default(*where), *family.seeds(*where)])) and len(everything) > 9
+    assert (
+        everything == list(dict.fromkeys([family.default(*where), *family.first_configs(*where)]))
+        and len(everything) > 9
+    )
     assert search.guesses(dataclasses.replace(family, cost=None), *where) == everything
 
 

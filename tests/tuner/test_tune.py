@@ -171,7 +171,7 @@ def test_a_winner_is_in_the_database_before_its_problem_counts_as_done(calm, mon
 
     won = Tuned(PROBLEM.to_dict(), True, {"ok": 1}, "fake_forward", {"style": "plain", "variant": 1}, 1.0)
     record = Record(PROBLEM, "cpu", host().device, FAMILY.name, won.config, 1.0, 0.0, 1.0, 0.0, "0a54")
-    monkeypatch.setattr(tune._Tuner, "one", lambda *words: (won, record))
+    monkeypatch.setattr(tune._Tuner, "tune_problem", lambda *words: (won, record))
     monkeypatch.setattr(merge, "put", killed)
     with pytest.raises(KeyboardInterrupt):
         tune.run([PROBLEM], host(), options(calm, trials=1))
@@ -325,10 +325,10 @@ def test_live_calls_pick_up_a_new_winner(calm, monkeypatch):
     monkeypatch.setattr(resolve, "answer", lambda *p, **how: asked.append(answer(*p, **how)) or asked[-1])
     for _ in range(2):
         fagen.attention(q, k, k, causal=True, return_lse=True)  # or PyTorch would be asked, which is faster
-    assert [found.kernel.config.style for found in asked] == ["slow"]
+    assert [found.kernel.spec.config.style for found in asked] == ["slow"]
     tune.run([PROBLEM], host(), options(calm, trials=9))
     fagen.attention(q, k, k, causal=True, return_lse=True)
-    assert [found.kernel.config.style for found in asked] == ["slow", "plain"]
+    assert [found.kernel.spec.config.style for found in asked] == ["slow", "plain"]
     resolve.forget()
 
 

@@ -10,7 +10,7 @@ from fagen.cli.arguments import add_verb
 from fagen.notices import emit_json, say
 
 if TYPE_CHECKING:
-    from fagen.build.housekeeping import Entry
+    from fagen.build.housekeeping import CacheEntry
 
 _ACTIONS = {
     "info": "where the cache is, how many kernels it holds, how large it is",
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _state(entry: Entry) -> str:
+def _state(entry: CacheEntry) -> str:
     return f"  REFUSED: {entry.refused.what}" if entry.refused else "" if entry.intact else "  DAMAGED"
 
 
