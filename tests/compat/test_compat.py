@@ -283,6 +283,25 @@ def test_torch_compile_without_a_break(dynamic: bool) -> None:
                 same(got, want)
 
 
+@pytest.mark.parametrize("columns", [0, 2])
+def test_torch_compile_where_every_size_is_a_symbol(columns: int) -> None:
+    """Heads and columns of intervals as well, with a gradient and without."""
+    torch._dynamo.reset()
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: torch.Tensor | None) -> torch.Tensor:
+        return fagen.attention(q * 2, k, v, layout="bhsd", causal=True, intervals=intervals)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for wanted in (False, True):
+        q, k, v = (t.requires_grad_(wanted) for t in bhsd(40, 40))
+        intervals = torch.full((1, 1, 40, columns), 30, dtype=torch.int32) if columns else None
+        got = compiled(q, k, v, intervals)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            same(got, attend(q, k, v, intervals))
+        assert got.requires_grad == wanted
+
+
 def test_torch_compile_with_gradients() -> None:
     torch._dynamo.reset()
     inputs = [t.requires_grad_() for t in bhsd()]

@@ -109,7 +109,7 @@ class AttentionCall:
     def trusting(cls, a: OpArguments, *, want_lse: bool) -> AttentionCall:
         """The same, of an op that validated it; its sizes may be symbols, which must not get a bound from here."""
         window = (a.window_left, 0 if a.causal else a.window_right)
-        kind = "" if a.intervals is None else interval_kind(a.intervals.shape[3], a.causal)
+        kind = "" if a.intervals is None else interval_kind(int(a.intervals.shape[3]), a.causal)
         return cls(
             a.q, a.k, a.v, a.layout, window, a.intervals, kind, a.softcap, a.alibi_slopes, a.scale, want_lse, None
         )

@@ -57,8 +57,11 @@ def _sdpa_serves(call: AttentionCall) -> bool:
 
 
 def _by_sdpa(call: AttentionCall) -> torch.Tensor:
+    shared = False
+    if call.heads != call.kv_heads:  # of traced sizes the comparison is a symbol, which SDPA does not take
+        shared = True
     return torch.nn.functional.scaled_dot_product_attention(
-        *call.bhsd(), is_causal=call.window == (-1, 0), scale=call.scale, enable_gqa=call.heads != call.kv_heads
+        *call.bhsd(), is_causal=call.window == (-1, 0), scale=call.scale, enable_gqa=shared
     )
 
 

@@ -449,7 +449,7 @@ TORCH_LIBRARY(fagen, m) {
   define("forward", ") -> Tensor");
   define("forward_lse", ") -> (Tensor, Tensor)");
   define("forward_out", ", bool want_lse, Tensor(a!) out) -> Tensor");
-  // implemented in Python
+  // implemented by runtime/python_ops.py
   define("resolve", ", Tensor? out, bool want_lse) -> int[]");
   define("fallback", ", bool want_lse) -> (Tensor, Tensor)");
   define("refuse_overlap", ", Tensor out) -> ()");
