@@ -105,9 +105,10 @@ def built(variant: dict[str, Any], row: rows.Row, where: Target) -> Artifact:
     return cache.make(job)
 
 
-def participant(variant: dict[str, Any], artifact: Artifact) -> peers.Prepare:
+def participant(variant: dict[str, Any], artifact: Artifact, where: Target) -> peers.Prepare:
     def prepare(row: rows.Row, inputs: rows.Inputs) -> peers.Serve:
-        made = kernel.load(artifact, families.get(variant["family"]), row.problem, Config(variant["config"]))
+        spec = KernelSpec(families.get(variant["family"]), row.problem, where, Config(variant["config"]))
+        made = kernel.load(artifact, spec)
 
         def serve(given: rows.Inputs) -> Any:
             launcher(made, given)()
@@ -123,7 +124,7 @@ def race(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     where, row = request["target"], all_rows(request["target"])[request["row"]]
-    entrants = {name: participant(*entry) for name, entry in request["entries"].items()}
+    entrants = {name: participant(*entry, where) for name, entry in request["entries"].items()}
     if not request["timed"]:
         device = "cuda" if where.is_gpu else "cpu"
         inputs = rows.make_inputs(row, where, 0)
