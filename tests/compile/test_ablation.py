@@ -7,7 +7,6 @@ import pytest
 from fagen import target
 from fagen.ablation import plan, spec
 from fagen.build import cache
-from fagen.codegen.spec import KernelSpec
 
 GPU = target.known("sm_90")
 
@@ -17,5 +16,5 @@ def test_one_block_a_head_compiles():
     ablation = spec.load("fa1-fa2-fa3", gpu=True)
     (problem,) = spec.problems(ablation, {"head_dim": "64", "mask": "causal", "seqlen": "4k"})
     p = {p.step: p for p in plan.plan(ablation, problem, GPU)}["skip-tiles"]
-    artifact = cache.build(KernelSpec(p.family, p.problem, GPU, p.configs[0]))
+    artifact = cache.build(p.specs[0])
     assert artifact.facts["spill_bytes"] == 0
