@@ -157,7 +157,7 @@ METHODS: dict[str, Callable[[Recorded, int], Tried]] = {
     **{name: lambda space, seed, name=name: kernel_tuner(space, seed, name) for name in STRATEGIES},
     "random": by_chance,
 }
-_FEWER = {"cost-alone": 20, "tpe": 30, "bayes_opt": 30}  # seeds, at most: of what hardly differs, or takes seconds each
+_FEWER = {"cost-alone": 20, "tpe": 20, "bayes_opt": 30}  # seeds, at most: of what hardly differs, or takes seconds each
 _WARM = {"guided", "guesses-3", "guesses-all"}  # begin with what is recorded beside the drawn configs
 
 

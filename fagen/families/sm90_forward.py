@@ -292,10 +292,8 @@ def _visit_cycles(p: Problem, c: Config) -> float:
         overhead = 85
     visit = max(products, softmax) + exposed * min(products, softmax) + overhead
     visit += 0.54 * dv if c.rescale == "each" else 0  # nothing hides it: O += P V waits for it
-    late = {1: 460 * (1.6 if c.cluster > 1 else 1.0), 2: 45}.get(
-        int(c.stages), 0
-    )  # keys and values that are waited for
-    return groups * visit + late / blocks
+    waiting = {1: 460 * (1.6 if c.cluster > 1 else 1.0), 2: 45}.get(int(c.stages), 0)  # for keys and values
+    return groups * visit + waiting / blocks
 
 
 def _memory_cycles(p: Problem, t: Target, c: Config, seen: Walk, heads: int) -> float:
@@ -318,7 +316,7 @@ def _memory_cycles(p: Problem, t: Target, c: Config, seen: Walk, heads: int) -> 
 def cost(p: Problem, t: Target, c: Config) -> float:
     """Cycles, roughly: visits of tiles of keys, boundaries between tiles of rows, the tail, memory where it is slower.
 
-    The constants are fitted to the spaces of `benchmarks/spaces/` (docs/notes/search.md).
+    The constants are fitted to the eight spaces of GPUs in `benchmarks/spaces/`.
     """
     groups, blocks, cluster = int(c.tile_m) // 64, int(c.blocks_per_sm), int(c.cluster)
     packed = packed_heads(p) if c.pack_heads else 1

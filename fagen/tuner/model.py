@@ -26,9 +26,8 @@ NOISE = 1e-4  # variance of a time's logarithm: 1 % from one measurement to the 
 CLIP = 0.9  # log of how many times the best something is; what is slower is just slow
 PRIOR = 0.08  # variance around the mean before anything is known
 MISTRUST = 0.5  # of the cost model's slope
-ODD = (
-    0.5  # part of the distance of two numbers that is the same however near they are: 128 keys a tile beat 112 and 144
-)
+# part of the distance of two numbers that is the same however near they are: 128 keys a tile beat 112 and 144
+ODD = 0.5
 # how the knobs matter and how much a measurement is disturbed, decided by likelihood; the first until then
 _SHAPES = [
     (share, scale, noise) for share in (0.6, 0.35, 0.85) for scale in (0.8, 0.35, 1.8) for noise in (NOISE, 9 * NOISE)
