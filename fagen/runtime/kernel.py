@@ -123,9 +123,10 @@ class Kernel:
         raise LaunchError(f"{self.spec.family.name} could not run: {text}", f"{shapes}: {self.spec.config}")
 
     def _check(self, call: AttentionCall, outputs: Mapping[str, torch.Tensor]) -> None:
-        """A valid call may still be one for another kernel, which would read it astray, or compute something else."""
+        """A call that contradicts itself, or that is one for another kernel, would be read astray."""
         from fagen.ops.attention.arguments import is_aligned
 
+        call.check_tensors()
         mine, q = self.spec.problem, call.q
         wanted = "cpu" if self.artifact.arch == "cpu" else "cuda"
         _want(q.device.type == wanted, f"q is on {q.device}", f"the kernel is for {self.artifact.arch}")

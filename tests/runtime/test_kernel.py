@@ -129,6 +129,47 @@ def test_refuses(words: str, change: Callable) -> None:
     assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 3
 
 
+ASTRAY = [
+    ("v must have shape", lambda q, k, v: {"v": v[:, :, :-1]}),
+    ("k must have shape", lambda q, k, v: {"k": k[..., :12]}),
+    ("must divide number of heads", lambda q, k, v: {"q": q[:, :3]}),
+    ("4: ", lambda q, k, v: {"q": q[0]}),
+    ("same floating-point dtype", lambda q, k, v: {"q": _half(q)}),
+    ("layout 'sbhd' is unknown", lambda q, k, v: {"layout": "sbhd"}),
+    ("alibi_slopes must have shape", lambda q, k, v: {"alibi_slopes": torch.zeros(5)}),
+    ("dtype fp32", lambda q, k, v: {"alibi_slopes": torch.zeros(4, dtype=torch.float64)}),
+    ("of kind 'lower1'", lambda q, k, v: {"intervals": torch.zeros(2, 1, 30, 1, dtype=torch.int32)}),
+    ("of kind ''", lambda q, k, v: {"kind": "lower1"}),
+    ("of kind 'both2'", lambda q, k, v: {"intervals": torch.zeros(2, 1, 30, 2, dtype=torch.int32), "kind": "lower2"}),
+    *[
+        (words, lambda q, k, v, t=t: {"intervals": t, "kind": "lower1"})
+        for words, t in (
+            ("must be int32", torch.zeros(2, 1, 30, 1, dtype=torch.int64)),
+            ("intervals must have shape", torch.zeros(2, 1, 29, 1, dtype=torch.int32)),
+            ("intervals must have shape", torch.zeros(2, 4, 30, 1, dtype=torch.int32)),
+            ("intervals must have shape", torch.zeros(3, 1, 30, 1, dtype=torch.int32)),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize(("words", "change"), ASTRAY, ids=range(len(ASTRAY)))
+def test_refuses_a_call_that_nobody_validated(words: str, change) -> None:
+    """One put together by hand, whose tensors contradict each other: a kernel would read beyond them."""
+    q, k, v, out = tensors()
+    call = AttentionCall(**{"q": q, "k": k, "v": v, "layout": "bhsd", **change(q, k, v)})
+    with pytest.raises(InvalidArgument) as caught:
+        made().launch(call, {"out": out})
+    assert words in str(caught.value)
+
+
+def test_a_size_that_32_bits_do_not_hold_is_not_cut() -> None:
+    q, k = torch.zeros(16).expand(1, 1, 2**31, 16), torch.zeros(1, 1, 3, 16)
+    for first, second in ((q, k), (k, q)):
+        with pytest.raises(InvalidArgument, match="2147483648"):
+            made().launch(AttentionCall(first, second, second, layout="bhsd"), {"out": first})
+
+
 def test_a_kernel_may_serve_more_than_its_own_problem() -> None:
     """Any band by that of a window; aligned rows by that which does not count on it."""
     q, k, v, out = tensors()

@@ -90,11 +90,26 @@ class AttentionCall:
         _check_qkv(q, k, v, layout)
         kind = "" if intervals is None else _checked_kind(intervals, q, k, layout, causal)
         call = cls(q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out)
-        if alibi_slopes is not None:
-            _check_alibi(alibi_slopes, call)
-        if out is not None:
-            _check_out(out, call)
+        call._check_slopes_and_out()
         return call
+
+    def check_tensors(self) -> None:
+        """As `of` has done, for a kernel that is handed a call which may have been put together without it."""
+        if self.layout not in _AXES:
+            raise InvalidArgument(f"layout {arguments.shown(self.layout)} is unknown", "known: bshd, bhsd")
+        _check_qkv(self.q, self.k, self.v, self.layout)
+        kind = ""
+        if self.intervals is not None:
+            kind = _checked_kind(self.intervals, self.q, self.k, self.layout, self._causal)
+        if kind != self.kind:
+            raise InvalidArgument(f"the intervals are of kind {kind!r}", f"the call says {self.kind!r}")
+        self._check_slopes_and_out()
+
+    def _check_slopes_and_out(self) -> None:
+        if self.alibi_slopes is not None:
+            _check_alibi(self.alibi_slopes, self)
+        if self.out is not None:
+            _check_out(self.out, self)
 
     @classmethod
     def of_op(cls, a: OpArguments, *, want_lse: bool, out: torch.Tensor | None = None) -> AttentionCall:
@@ -115,12 +130,15 @@ class AttentionCall:
         )
 
     def op_arguments(self) -> OpArguments:
-        """For the ops, which tell the two meanings of two columns of intervals apart by `causal`."""
-        causal = self.window[1] == 0 and self.kind != "both2"
         return OpArguments(
-            self.q, self.k, self.v, self.intervals, self.alibi_slopes, self.layout == "bhsd", causal, *self.window,
-            self.softcap, self.scale,
+            self.q, self.k, self.v, self.intervals, self.alibi_slopes, self.layout == "bhsd", self._causal,
+            *self.window, self.softcap, self.scale,
         )  # fmt: skip
+
+    @property
+    def _causal(self) -> bool:
+        """The flag that tells the two meanings of two columns of intervals apart."""
+        return self.window[1] == 0 and self.kind != "both2"
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
