@@ -57,7 +57,9 @@ def render() -> None:
 
     told = {}
     for name, one in json.load(sys.stdin).items():
-        where = target.known(one["target"]) if isinstance(one["target"], str) else target.Target(**one["target"])
+        where = (
+            target.known(one["target"]) if isinstance(one["target"], str) else target.Target.from_dict(one["target"])
+        )
         family = families.get(one["family"])
         spec = KernelSpec(family, Problem.from_dict(one["problem"]), where, family.config(one["config"]))
         told[name] = {"source": spec.source, "hash": spec.hash, "flags": family.flags(where)}

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # behind the checkout that PYTHONPATH names
 SEQLEN = 4096  # some defaults depend on it
 
 # name: what the problem asks for; the family's default serves it
@@ -194,15 +195,10 @@ _SYMBOL = re.compile(r"[\w.$]*\b_?_Z\w+(?:\$\w+)*|[\w.$]*\$_Z\w+")
 
 
 def plain_name(symbol: str) -> str:
-    """A function's own name, without namespaces and parameters, of a mangled one."""
-    rest = symbol.removeprefix("_Z").removeprefix("N") if symbol.startswith("_Z") else ""
-    name = ""
-    while length := re.match(r"\d+", rest):
-        end = length.end() + int(length[0])
-        name, rest = rest[length.end() : end], rest[end:]
-        if not symbol.startswith("_ZN"):
-            break
-    return name or symbol
+    """By this checkout's fagen. Imported late: `render` runs with another checkout's, which may not have it."""
+    from fagen.build import compiler
+
+    return compiler.plain_name(symbol)
 
 
 def _numbered(text: str, labels: dict[str, str]) -> str:

@@ -15,22 +15,9 @@ def notify(text: str) -> None:
         print(f"fagen: {text}", file=sys.stderr, flush=True)
 
 
-# ---- output ------------------------------------------------------------------------------------------------------
-
-
 def say(text: str = "") -> None:
     """A line for the person in front of the terminal."""
     print(text, file=sys.stderr, flush=True)
-
-
-def emit_json(value: Any) -> None:
-    """Data for the next program."""
-    emit_text(json.dumps(value, indent=2, default=str) + "\n")
-
-
-def emit_text(text: str) -> None:
-    """The only writer to stdout."""
-    print(text, end="", flush=True)
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -48,3 +35,16 @@ def clock(seconds: float) -> str:
     if seconds == float("inf"):
         return "-"
     return f"{int(max(0, seconds)) // 60}:{int(max(0, seconds)) % 60:02d}"
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def emit_json(value: Any) -> None:
+    """Data for the next program."""
+    emit_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def emit_text(text: str) -> None:
+    """The only writer to stdout."""
+    print(text, end="", flush=True)

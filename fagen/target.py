@@ -18,22 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 
-@functools.cache
-def _gpu(index: int) -> Target | None:
-    return gpu(index)
-
-
-def target_of(device: torch.device) -> Target | None:
-    """Where a tensor lives; None for devices that no family knows."""
-    if device.type == "cpu":
-        return host()
-    if device.type != "cuda":
-        return None
-    import torch
-
-    return _gpu(device.index if device.index is not None else torch.cuda.current_device())
-
-
 @dataclass(frozen=True)
 class Target:
     """`arch` is cpu or sm_NN; sizes in bytes. `device` is the name under which winners are filed."""
@@ -167,3 +151,19 @@ def memory(target: Target, index: int = 0) -> int:
 def detect() -> Target:
     """The GPU if there is one, else the CPU."""
     return gpu() or host()
+
+
+@functools.cache
+def _gpu(index: int) -> Target | None:
+    return gpu(index)
+
+
+def target_of(device: torch.device) -> Target | None:
+    """Where a tensor lives; None for devices that no family knows."""
+    if device.type == "cpu":
+        return host()
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return _gpu(device.index if device.index is not None else torch.cuda.current_device())

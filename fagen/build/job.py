@@ -23,7 +23,7 @@ SOURCES = ("kernel.cpp", "kernel.cu")
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published library, and what its build told: compile_seconds, and of nvcc registers, spills, stack, smem."""
+    """A published library and its build facts: compile_seconds, and of each device function what ptxas says of it."""
 
     path: Path
     key: str

@@ -59,16 +59,16 @@ def t4_winners(records: Iterable[Record]) -> tuple[str, str]:
     for r in records:
         about = {"problem": r.key, "family": r.family, "arch": r.arch, "device": r.device}
         facts = {"trials": r.trials, "source_hash": r.source_hash, "torch_seconds": r.torch_seconds}
-        results.append(_result({**about, **r.config}, "ok", r.seconds, r.spread, r.error, facts, date=r.date))
+        results.append(result_row({**about, **r.config}, "ok", r.seconds, r.spread, r.error, facts, date=r.date))
         where.append({"arch": r.arch, **r.environment})
-    return _results(results), _metadata(where)
+    return results_text(results), metadata_text(where)
 
 
-def _results(results: list[dict[str, Any]]) -> str:
+def results_text(results: list[dict[str, Any]]) -> str:
     return json.dumps({"schema_version": T4_VERSION, "results": results}, indent=1)
 
 
-def _result(
+def result_row(
     configuration: dict[str, Any],
     outcome: str,
     seconds: float | None,
@@ -99,7 +99,7 @@ def _result(
     }  # fmt: skip
 
 
-def _metadata(where: Iterable[dict[str, str]]) -> str:
+def metadata_text(where: Iterable[dict[str, str]]) -> str:
     """The machines on which it was measured, as the records tell; `requirements` are those of the first."""
     machines = list({json.dumps(facts, sort_keys=True): facts for facts in where}.values())
     first = machines[0] if machines else {}

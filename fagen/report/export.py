@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from fagen.db.export import _metadata, _result, _results
+from fagen.db.export import metadata_text, result_row, results_text
 from fagen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def t4_run(word: str) -> tuple[str, str]:
     if not results:
         raise UsageError(f"{run} holds no tuning run", "it has no candidates")
     target, where = load.mapping(meta.get("target")), load.mapping(meta.get("environment"))
-    return _results(results), _metadata(
+    return results_text(results), metadata_text(
         [{"arch": str(target.get("arch", "")), **{k: str(v) for k, v in where.items()}}]
     )
 
@@ -36,7 +36,7 @@ def _candidate(row: dict[str, Any]) -> dict[str, Any]:
     compiled = load.number(known.pop("compile_seconds", None)) or 0.0
     about = {"problem": load.key_of(row["problem"]), "family": told["family"]}
     date = row.get("date")
-    return _result(
+    return result_row(
         {**about, **told["config"]}, told["outcome"], told["seconds"], told["spread"], told["error"],
         {**known, "outcome": told["outcome"], "reason": told["reason"]},
         date=date if isinstance(date, str) else "", compiled=compiled,

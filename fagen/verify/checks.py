@@ -22,56 +22,9 @@ from fagen.target import Target
 if TYPE_CHECKING:
     from fagen.runtime.kernel import Kernel
 
-_SAMPLED_HEADS, _SAMPLED_BLOCKS = 4, 4  # that are checked at a problem's own size
-
-
-def check_sample(inputs: Inputs, seed: int = 0, *, lse: bool = False) -> reference.Verdict:
-    """Whether `out` (and `lse`, if asked) is right in a few heads and blocks of rows, first and last among them.
-
-    For sizes at which to check all of it would take longer than to time it.
-    """
-    random, call = Random(seed), inputs.call
-    outputs = {name: t for name, t in inputs.outputs.items() if lse or name != "lse"}
-    planes = call.batch * call.heads
-    chosen = {0, planes - 1, *(random.randrange(planes) for _ in range(_SAMPLED_HEADS - 2))}
-    last = (call.seqlen_q - 1) // reference.ROW_BLOCK
-    blocks = {0, last, *(random.randint(0, last) for _ in range(_SAMPLED_BLOCKS - 2))}
-    slices = [slice(i * reference.ROW_BLOCK, min(call.seqlen_q, (i + 1) * reference.ROW_BLOCK)) for i in sorted(blocks)]
-    worst = reference.Verdict(True, 0.0, 0.0)
-    for plane in sorted(chosen):
-        b, h = divmod(plane, call.heads)
-        verdict = reference.check(*reference.part(call, outputs, b, slice(h, h + 1)), slices)
-        if not verdict:
-            return dataclasses.replace(verdict, message=f"sample of batch {b} head {h}: {verdict.message}")
-        worst = max(worst, verdict, key=lambda v: v.ratio)
-    return worst
-
-
-def compare(kernel: Any, problem: Problem, target: Target) -> tuple[float, str]:
-    """The largest error, and what is wrong, if anything, by the tuner's own checks.
-
-    Leaves the caller's random numbers and modes as they were.
-    """
-    import torch
-
-    device = where(target)
-
-    def own() -> Any:
-        try:
-            return check_inputs(problem, device, False)
-        except torch.OutOfMemoryError:  # the caller's own tensors leave no room: the small sizes have to do
-            return None
-
-    with torch.no_grad(), torch.autocast(device, enabled=False), torch.device("cpu"):
-        try:
-            error, message = verify(kernel, problem, target, own)
-        except Damage as damage:
-            error, message = 0.0, str(damage)
-    return error, f"wrong at {message}" if message else ""
-
-
 _VERIFY_SEQLEN = {"cpu": 512, "gpu": 2048}  # the largest of the problem itself, made small
 _VERIFY_HEADS = 4
+_SAMPLED_HEADS, _SAMPLED_BLOCKS = 4, 4  # that are checked at a problem's own size
 
 
 class Damage(Exception):
@@ -80,6 +33,13 @@ class Damage(Exception):
 
 def where(target: Target) -> str:
     return "cuda" if target.is_gpu else "cpu"
+
+
+def synchronize(where: str) -> None:
+    if where == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
 
 
 def check_problems(problem: Problem, target: Target) -> list[Problem]:
@@ -129,6 +89,29 @@ def verify(
     return worst, _at_own_size(kernel, whole, problem, device) if whole is not None else ""
 
 
+def compare(kernel: Any, problem: Problem, target: Target) -> tuple[float, str]:
+    """The largest error, and what is wrong, if anything, by the tuner's own checks.
+
+    Leaves the caller's random numbers and modes as they were.
+    """
+    import torch
+
+    device = where(target)
+
+    def own() -> Any:
+        try:
+            return check_inputs(problem, device, False)
+        except torch.OutOfMemoryError:  # the caller's own tensors leave no room: the small sizes have to do
+            return None
+
+    with torch.no_grad(), torch.autocast(device, enabled=False), torch.device("cpu"):
+        try:
+            error, message = verify(kernel, problem, target, own)
+        except Damage as damage:
+            error, message = 0.0, str(damage)
+    return error, f"wrong at {message}" if message else ""
+
+
 def _at_own_size(kernel: Kernel, inputs: Inputs, problem: Problem, device: str) -> str:
     """What is wrong there, with an LSE and, as it is timed, without: all is written, and a sample of it right."""
     import torch
@@ -142,6 +125,28 @@ def _at_own_size(kernel: Kernel, inputs: Inputs, problem: Problem, device: str) 
     return "" if verdict else f"{problem.size_key}: {verdict.message}"
 
 
+def check_sample(inputs: Inputs, seed: int = 0, *, lse: bool = False) -> reference.Verdict:
+    """Whether `out` (and `lse`, if asked) is right in a few heads and blocks of rows, first and last among them.
+
+    For sizes at which to check all of it would take longer than to time it.
+    """
+    random, call = Random(seed), inputs.call
+    outputs = {name: t for name, t in inputs.outputs.items() if lse or name != "lse"}
+    planes = call.batch * call.heads
+    chosen = {0, planes - 1, *(random.randrange(planes) for _ in range(_SAMPLED_HEADS - 2))}
+    last = (call.seqlen_q - 1) // reference.ROW_BLOCK
+    blocks = {0, last, *(random.randint(0, last) for _ in range(_SAMPLED_BLOCKS - 2))}
+    slices = [slice(i * reference.ROW_BLOCK, min(call.seqlen_q, (i + 1) * reference.ROW_BLOCK)) for i in sorted(blocks)]
+    worst = reference.Verdict(True, 0.0, 0.0)
+    for plane in sorted(chosen):
+        b, h = divmod(plane, call.heads)
+        verdict = reference.check(*reference.part(call, outputs, b, slice(h, h + 1)), slices)
+        if not verdict:
+            return dataclasses.replace(verdict, message=f"sample of batch {b} head {h}: {verdict.message}")
+        worst = max(worst, verdict, key=lambda v: v.ratio)
+    return worst
+
+
 def _run(kernel: Kernel, inputs: Inputs, problem: Problem, device: str, *, lse: bool) -> None:
     """Once, into outputs full of NaN."""
     for name, t in inputs.outputs.items():
@@ -152,10 +157,3 @@ def _run(kernel: Kernel, inputs: Inputs, problem: Problem, device: str, *, lse: 
     damage = inputs.damage()
     if damage:
         raise Damage(f"{problem.size_key}: it {damage}")
-
-
-def synchronize(where: str) -> None:
-    if where == "cuda":
-        import torch
-
-        torch.cuda.synchronize()

@@ -24,9 +24,6 @@ GUARD_BYTES = 4096  # before and behind each output
 _SENTINEL = -1536.0  # what nobody may overwrite; exact in every dtype
 
 
-# ---- inputs ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Inputs:
     """A call, and room for its outputs by name. Remembers what no kernel may change."""
