@@ -138,9 +138,10 @@ ASTRAY = [
     ("layout 'sbhd' is unknown", lambda q, k, v: {"layout": "sbhd"}),
     ("alibi_slopes must have shape", lambda q, k, v: {"alibi_slopes": torch.zeros(5)}),
     ("dtype fp32", lambda q, k, v: {"alibi_slopes": torch.zeros(4, dtype=torch.float64)}),
-    ("of kind 'lower1'", lambda q, k, v: {"intervals": torch.zeros(2, 1, 30, 1, dtype=torch.int32)}),
-    ("of kind ''", lambda q, k, v: {"kind": "lower1"}),
-    ("of kind 'both2'", lambda q, k, v: {"intervals": torch.zeros(2, 1, 30, 2, dtype=torch.int32), "kind": "lower2"}),
+    ("the call says they are ''", lambda q, k, v: {"intervals": torch.zeros(2, 1, 30, 1, dtype=torch.int32)}),
+    ("have 0 columns", lambda q, k, v: {"kind": "lower1"}),
+    ("have 2 columns", lambda q, k, v: {"intervals": torch.zeros(2, 1, 30, 2, dtype=torch.int32), "kind": "lower1"}),
+    ("have 1 columns", lambda q, k, v: {"intervals": torch.zeros(2, 1, 30, 1, dtype=torch.int32), "kind": "none such"}),
     *[
         (words, lambda q, k, v, t=t: {"intervals": t, "kind": "lower1"})
         for words, t in (

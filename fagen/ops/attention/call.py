@@ -12,7 +12,7 @@ from fagen.ops.attention import arguments
 from fagen.ops.attention.arguments import ALIGNMENT, LARGEST_SIZE, Window, is_aligned
 from fagen.ops.attention.derivatives import differentiated
 from fagen.ops.attention.masks import interval_kind
-from fagen.ops.attention.problem import MAX_HEAD_DIM, TORCH_DTYPES, Problem
+from fagen.ops.attention.problem import INTERVAL_KINDS, MAX_HEAD_DIM, TORCH_DTYPES, Problem
 from fagen.target import Target, target_of
 
 EMPTY = "there is nothing to compute"
@@ -88,7 +88,7 @@ class AttentionCall:
             raise InvalidArgument(f"layout {arguments.shown(layout)} is unknown", "known: bshd, bhsd")
         causal, bounds, softcap, scale = arguments.settings(causal, window, softcap, scale)
         _check_qkv(q, k, v, layout)
-        kind = "" if intervals is None else _checked_kind(intervals, q, k, layout, causal)
+        kind = "" if intervals is None else interval_kind(_checked_columns(intervals, q, k, layout), causal)
         call = cls(q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out)
         call._check_slopes_and_out()
         return call
@@ -98,11 +98,9 @@ class AttentionCall:
         if self.layout not in _AXES:
             raise InvalidArgument(f"layout {arguments.shown(self.layout)} is unknown", "known: bshd, bhsd")
         _check_qkv(self.q, self.k, self.v, self.layout)
-        kind = ""
-        if self.intervals is not None:
-            kind = _checked_kind(self.intervals, self.q, self.k, self.layout, self._causal)
-        if kind != self.kind:
-            raise InvalidArgument(f"the intervals are of kind {kind!r}", f"the call says {self.kind!r}")
+        columns = 0 if self.intervals is None else _checked_columns(self.intervals, self.q, self.k, self.layout)
+        if columns != len(INTERVAL_KINDS.get(self.kind, ())):
+            raise InvalidArgument(f"the intervals have {columns} columns", f"the call says they are {self.kind!r}")
         self._check_slopes_and_out()
 
     def _check_slopes_and_out(self) -> None:
@@ -309,8 +307,8 @@ def _check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str)
         )
 
 
-def _checked_kind(intervals: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: str, causal: bool) -> str:
-    """The kind of the intervals."""
+def _checked_columns(intervals: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: str) -> int:
+    """How many bounds the intervals have for each key."""
     arguments.dense("intervals", intervals)
     if intervals.dtype != torch.int32:
         raise InvalidArgument(f"intervals must be int32, not {intervals.dtype}", "", "cast them: x.to(torch.int32)")
@@ -323,7 +321,7 @@ def _checked_kind(intervals: torch.Tensor, q: torch.Tensor, k: torch.Tensor, lay
     if not good or shape[2] != seqlen_k:
         wants = f"(1 or {batch}, 1 or {kv_heads}, {seqlen_k}, 1, 2 or 4)"
         raise InvalidArgument(f"intervals must have shape {wants}", f"they have {shape}")
-    return interval_kind(shape[3], causal)
+    return shape[3]
 
 
 def _check_alibi(slopes: torch.Tensor, call: AttentionCall) -> None:
