@@ -10,9 +10,9 @@ from fagen.schema import shown
 
 
 def all_ops() -> tuple[Op, ...]:
-    from fagen.ops.attention import forward
+    from fagen.ops.attention import backward, forward
 
-    return (forward.OP,)
+    return (forward.OP, backward.OP)
 
 
 def get(name: str) -> Op:

@@ -59,10 +59,10 @@ class Problem:
 
     def __post_init__(self) -> None:
         """The door for problems from anywhere: what stands behind it may be rendered, multiplied and filed."""
-        for name, default in _DEFAULTS.items():
-            value = getattr(self, name)
-            if type(value) is not type(default):  # a bool is no int here, nor the other way round
-                raise InvalidArgument(f"{name}={shown(value)} must be of type {type(default).__name__}")
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), type(field.default)
+            if type(value) is not wanted:  # a bool is no int here, nor the other way round
+                raise InvalidArgument(f"{field.name}={shown(value)} must be of type {wanted.__name__}")
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         put("head_dim_v", self.head_dim_v or self.head_dim)
         put("kv_heads", self.kv_heads or self.heads)
@@ -73,8 +73,8 @@ class Problem:
         self._check()
 
     def _check(self) -> None:
-        if self.op != "forward":
-            raise InvalidArgument(f"op {shown(self.op)} is unknown", "known: forward")
+        if self.op != type(self).op:
+            raise InvalidArgument(f"op {shown(self.op)} is unknown", f"known: {type(self).op}")
         if self.dtype not in DTYPES:
             raise InvalidArgument(f"dtype {shown(self.dtype)} is not supported", f"supported: {', '.join(DTYPES)}")
         if self.mask not in MASKS:
@@ -174,7 +174,8 @@ class Problem:
     def from_dict(cls, fields: Any) -> Problem:
         if not isinstance(fields, dict):
             raise InvalidArgument(f"a problem is an object of named fields, not {shown(fields)}")
-        unknown = [name for name in fields if name not in _DEFAULTS]
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = [name for name in fields if name not in known]
         if unknown:
             raise InvalidArgument(f"unknown problem field {shown(unknown[0])}")
         return cls(**fields)
@@ -187,9 +188,6 @@ class Problem:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)
-
-
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Problem)}  # each of the type of its field
 
 
 def _clamped_sum(end: int, most: int) -> int:

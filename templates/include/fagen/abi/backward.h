@@ -1,0 +1,26 @@
+// The arguments of a backward kernel: the one struct that a caller passes. Plain C; no torch, no CUDA header.
+#pragma once
+#include "fagen/abi/tensor.h"
+
+// Strides of q, k, v, o and their gradients are those of batch, row and head.
+typedef struct fagen_backward_params {
+  fagen_tensor q;     // (batch, seqlen_q, heads, head_dim)
+  fagen_tensor k;     // (batch, seqlen_k, kv_heads, head_dim)
+  fagen_tensor v;     // (batch, seqlen_k, kv_heads, head_dim_v)
+  fagen_tensor o;     // (batch, seqlen_q, heads, head_dim_v), what forward made
+  fagen_tensor dout;  // its gradient
+  fagen_tensor dq;    // written: each like its own
+  fagen_tensor dk;
+  fagen_tensor dv;
+  fagen_tensor intervals;     // int32 (batch, mask_heads, seqlen_k, columns); strides: batch (0 to broadcast), mask head, key
+  fagen_tensor alibi_slopes;  // float (batch, heads); strides: batch (0 to broadcast), the others unused
+  const float* lse;    // (batch, heads, seqlen_q) contiguous, natural log, what forward made; -inf where nothing is seen
+  const float* dlse; // its gradient, contiguous; null if the call has none
+  void* workspace;     // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
+  int32_t batch, heads, kv_heads, mask_heads;
+  int32_t seqlen_q, seqlen_k;
+  int32_t head_dim, head_dim_v;       // as the caller has them; the kernel works on padded sizes
+  int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
+  float scale;                        // multiplies q.k before the softmax
+  float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
+} fagen_backward_params;
