@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.api import attention as attention
+    from fagen.compat import hf as hf
     from fagen.compat.flash_attn import flash_attn_func as flash_attn_func
     from fagen.compat.sdpa import sdpa as sdpa
     from fagen.dispatch.warmup import warmup as warmup
@@ -30,6 +31,7 @@ _WHERE = {
     "Target": "fagen.target",
     "FagenError": "fagen.errors",
     "masks": "fagen.ops.attention.masks",
+    "hf": "fagen.compat.hf",
 }
 
 __all__ = ["__version__", *_WHERE]
@@ -42,7 +44,7 @@ if not TYPE_CHECKING:  # a checker that saw this would take any name for one of 
         from importlib import import_module
 
         module = import_module(_WHERE[name])
-        value = globals()[name] = getattr(module, name, module)  # `masks` is a module itself
+        value = globals()[name] = getattr(module, name, module)  # `masks` and `hf` are modules themselves
         return value
 
 
