@@ -97,8 +97,8 @@ def make_mask(
     """What transformers asks of an AttentionMaskInterface. A tensor, dense and bool, where columns cannot say it."""
     tracing = torch.compiler.is_compiling()
     shape = (batch_size, 1, q_length, kv_length)
-    if isinstance(q_offset, torch.Tensor) and not tracing:
-        q_offset = int(q_offset)
+    if isinstance(q_offset, torch.Tensor) and not tracing and q_length > 1:
+        q_offset = int(q_offset)  # not while decoding: a number would be another one in each step of a compiled model
     padding = _padding(attention_mask, kv_length, kv_offset)
     if padding is not None and not tracing and bool(padding.all()):
         padding = None

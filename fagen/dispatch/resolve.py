@@ -52,6 +52,11 @@ def forget() -> None:
     renew()
 
 
+def epoch() -> object:
+    """Another object each time that what was chosen may no longer hold."""
+    return _epoch
+
+
 def renew(static_key: str | None = None) -> None:
     """Make plans anew when they are next asked for, of what is loaded by then: those of a static key, or all."""
     global _epoch
@@ -272,11 +277,16 @@ def _pass_over(problem: Problem, target: Target, choice: Choice) -> None:
 
 def resolve(call: AttentionCall) -> kernel.Kernel | None:
     """The kernel for a call, built and loaded; None (and a warning) where PyTorch computes."""
+    return answer_to(call, ours=call.want_lse).kernel
+
+
+def answer_to(call: AttentionCall, *, ours: bool) -> Answer:
+    """What serves a call: see `answer`."""
     if _refused(call):
-        return None
+        return TORCH
     assert call.target is not None
     with _on_device(call.q):
-        return kernel_for(call.problem, call.target, ours=call.want_lse)
+        return answer(call.problem, call.target, ours=ours)
 
 
 def resolve_words(call: AttentionCall) -> list[int]:

@@ -298,6 +298,28 @@ def test_usual_masks_are_said_without_intervals() -> None:
     assert decode.everything and not decode.causal
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_decoding_with_a_static_cache_is_one_graph(window: int | None) -> None:
+    """As `generate` goes: masks are made before each step, outside of what is compiled."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    q, k, v = tensors(1, 10)
+    options: dict = {} if window is None else {
+        "mask_function": theirs.sliding_window_causal_mask_function(window), "local_size": window, "config": CONFIG,
+    }  # fmt: skip
+    compiled = torch.compile(hf_attention.attend, fullgraph=True, backend=backend)
+    for at in (2, 5, 8):
+        mask = hf_masks.make_mask(2, 1, 10, torch.tensor(at), attention_mask=PADDINGS["left"], **options)
+        want = hf_attention._by_hand(q, k, v, mask.dense(), hf_attention._Scores(None, 0.0, None, None, 0.0))
+        close(compiled(torch.nn.Module(), q, k, v, mask)[0], want.transpose(1, 2))
+    assert len(graphs) == 1
+
+
 def test_a_mask_that_is_cut_or_moved_stays_right() -> None:
     mask = hf_masks.make_mask(2, 10, 10, attention_mask=PADDINGS["left"])
     assert torch.equal(mask[:, :, 2:5, :7], mask.dense()[:, :, 2:5, :7])
