@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fagen import ops
 from fagen.build import cache
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import InvalidArgument, LaunchError
-from fagen.ops.attention.params import Params, make_params
+from fagen.ops import abi
+from fagen.ops.attention.params import make_params
 from fagen.timing.timer import Call
 
 if TYPE_CHECKING:
@@ -29,26 +31,27 @@ WORKSPACE_ALIGNMENT = 256
 
 
 class Library:
-    """The four functions that every kernel's .so exports."""
+    """The functions that every kernel's .so exports, for the params with which it was built."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, params: abi.Struct) -> None:
         try:
             self._library = ctypes.CDLL(str(path))
             self.launch = self._library.fagen_launch
             self.error = self._library.fagen_error
             self.workspace_bytes = self._library.fagen_workspace_bytes
-            params_size = self._library.fagen_params_size
+            params_layout = self._library.fagen_params_layout
         except (OSError, AttributeError) as error:
             raise LaunchError(f"kernel {path} cannot be loaded", str(error)) from error
-        self.launch.restype, self.launch.argtypes = ctypes.c_int, [ctypes.POINTER(Params), ctypes.c_void_p]
+        self.launch.restype, self.launch.argtypes = ctypes.c_int, [ctypes.POINTER(params), ctypes.c_void_p]
         self.error.restype, self.error.argtypes = ctypes.c_char_p, [ctypes.c_int]
         self.workspace_bytes.restype = ctypes.c_uint64
-        self.workspace_bytes.argtypes = [ctypes.POINTER(Params)]
-        params_size.restype, params_size.argtypes = ctypes.c_uint32, []
-        if params_size() != ctypes.sizeof(Params):
+        self.workspace_bytes.argtypes = [ctypes.POINTER(params)]
+        params_layout.restype, params_layout.argtypes = ctypes.c_char_p, []
+        built, ours = (params_layout() or b"").decode(errors="replace"), abi.layout(params)
+        if built != ours:
             raise LaunchError(
-                f"kernel {path} was built for another fagen_params",
-                f"its size there {params_size()}, here {ctypes.sizeof(Params)} bytes",
+                f"kernel {path} was built for another {params.__name__}",
+                abi.difference(built, ours),
                 "run: fagen cache clear",
             )
 
@@ -169,12 +172,12 @@ def _current_stream(q: torch.Tensor) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _library(path: Path, key: str) -> Library:
-    return Library(path)
+def _library(path: Path, key: str, params: abi.Struct) -> Library:
+    return Library(path, params)
 
 
 def load(artifact: Artifact, spec: KernelSpec) -> Kernel:
-    return Kernel(spec, artifact, _library(artifact.path, artifact.key))
+    return Kernel(spec, artifact, _library(artifact.path, artifact.key, abi.params(ops.get(spec.problem.op).header)))
 
 
 def get(spec: KernelSpec) -> Kernel:
