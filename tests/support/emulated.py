@@ -15,7 +15,7 @@ import filelock
 from fagen.build import toolchain
 from fagen.codegen import render
 from fagen.codegen.spec import KernelSpec
-from fagen.ops.attention.params import make_params
+from fagen.ops.attention.params import Params, make_params
 from fagen.runtime.kernel import Library, workspace_tensor
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def build(text: str, folder: Path) -> Library:
             path = library.with_suffix(".cpp")
             path.write_text(text)
             _compile(path, library, "-shared", "-include", str(folder / "all.h"))
-    return Library(library)
+    return Library(library, Params)
 
 
 @functools.cache
