@@ -13,11 +13,12 @@ from fagen.families.cpu_forward import FLAGS, LANES, SCRATCH_BYTES, VECTOR_REGIS
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
+_PARTS = (1, 4, 16, 64, 256)
 KNOBS = (
     Knob("tile_m", "kTileM", (32, 48, 64, 96, 128), "rows of q and dout of a tile"),
     Knob("tile_n", "kTileN", (32, 64, 96, 128, 256), "keys of a tile"),
     Knob("loop_order", "kLoopOrder", ("q_outer", "kv_outer"), "whose gradients are complete at once; the others are sums"),
-    Knob("parts", "kParts", (1, 4, 16, 64, 256), "pieces of work at least; each sums gradients of its own"),
+    Knob("parts", "kParts", _PARTS, "pieces of work at least; each sums gradients of its own"),
     Knob("schedule", "kSchedule", ("blocked", "dynamic"), "how threads share the parts"),
     Knob("block_rows", "kBlockRows", (4, 6, 8, 12), "rows of a register block"),
     Knob("block_vectors", "kBlockVectors", (2, 3, 4), "vectors of a register block"),
@@ -69,14 +70,54 @@ def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
 
 
 def _make(p: Problem, t: Target, **changes: int | str) -> Config:
-    """The default config with changes."""
-    vectors = 4 if t.simd in VECTOR_REGISTERS else 2
-    large = p.head_dim_padded + p.head_dim_v_padded > 256
+    """The default config with changes. Large tiles, as far as they fit; parts for every thread, and to even out."""
+    vectors, dims = 4 if t.simd in VECTOR_REGISTERS else 2, p.head_dim_padded + p.head_dim_v_padded
+    parts = next((n for n in _PARTS if n >= 2 * t.units), _PARTS[-1])
     values: dict[str, int | str] = {
-        "tile_m": 64, "tile_n": 64 if large else 128, "loop_order": "q_outer", "parts": 16, "schedule": "dynamic",
-        "block_rows": 6, "block_vectors": vectors, "packing": "direct" if p.dtype == "fp32" else "head",
+        "tile_m": 128 if dims <= 256 else 64, "tile_n": 64, "loop_order": "q_outer", "parts": parts,
+        "schedule": "dynamic", "block_rows": 6, "block_vectors": vectors,
+        "packing": "direct" if p.dtype == "fp32" else "head",
     }  # fmt: skip
     return FAMILY.config(values | changes)
+
+
+def _seeds(p: Problem, t: Target) -> list[Config]:
+    default = _make(p, t)
+    packed = "direct" if p.dtype == "fp32" else "tile"
+    candidates = [
+        _make(p, t, loop_order="kv_outer", packing=packed),
+        _make(p, t, loop_order="kv_outer", packing=packed, tile_n=128, tile_m=64),
+        _make(p, t, tile_n=128),
+        _make(p, t, packing="head"),
+        _make(p, t, parts=default.parts * 4 if default.parts < _PARTS[-1] else 1),
+    ]
+    return [c for c in candidates if c != default and FAMILY.rejects(p, t, c) is None]
+
+
+def cost(p: Problem, t: Target, c: Config) -> float:
+    """Vector operations, roughly: the blocks' products with the loads and stores of their sums, P and dS, packing,
+    the sums of the parts, threads that wait for the last one."""
+    d, dv, m, n = p.head_dim_padded, p.head_dim_v_padded, int(c.tile_m), int(c.tile_n)
+    rows, vectors = int(c.block_rows), int(c.block_vectors)
+    lanes = {"avx512": 16, "avx2": 8}.get(t.simd, 4)
+    feed = 1 + 0.5 * (1 / rows + 1 / vectors) / 2 + max(0.0, 10 - rows * vectors) / 10
+    seen = walk(p, m, n)
+    last = p.seqlen_q / (seen.row_tiles * m)  # the last tile of rows may be less
+    cells = (seen.visits - 0.4 * seen.masked) * m * n * last / lanes  # of a masked tile only what is seen
+    of_dq, of_dk = d / n, (d + dv) / m  # a sum is loaded and stored once a tile
+    work = cells * ((3 * d + 2 * dv) * feed + 4 * (of_dq + of_dk) + 40)
+    heads, group, q_outer = p.batch * p.heads, p.heads // p.kv_heads, c.loop_order == "q_outer"
+    tiles = group * seen.row_tiles if q_outer else -(-p.seqlen_k // n)
+    parts = max(1, min(tiles, -(-int(c.parts) // (p.batch * p.kv_heads))))
+    moved = (d + dv) * p.seqlen_k / lanes * 8
+    if c.packing == "tile":
+        work += moved * (seen.visits / max(1, -(-p.seqlen_k // n)) if q_outer else 1 / group)
+    elif c.packing == "head":
+        work += moved / group
+    sums = (d + dv) * p.seqlen_k / group if q_outer else d * p.seqlen_q
+    work += 12 * sums * parts / lanes + (0 if q_outer else 8 * (2 * d + dv) * p.seqlen_q / lanes)
+    pieces = p.batch * p.kv_heads * parts
+    return makespan(heads * work, heads * work / pieces, pieces, t.units, 0.5 if c.schedule == "dynamic" else 0.9)
 
 
 FAMILY = Family(
@@ -97,5 +138,7 @@ FAMILY = Family(
     default=_make,
     default_reads=nothing,
     flags=lambda t: FLAGS,
+    first_configs=_seeds,
+    cost=cost,
     resources=lambda p, t, c: (_scratch_bytes(p, c),),
 )

@@ -14,7 +14,7 @@ from fagen.ops.attention.arguments import is_aligned
 from fagen.ops.attention.backward import BackwardProblem
 from fagen.ops.attention.backward_call import GRADIENTS, BackwardCall
 from fagen.ops.attention.inputs import make_inputs
-from fagen.ops.attention.params import BackwardParams, make_backward_params
+from fagen.ops.attention.backward_params import BackwardParams, make_backward_params
 from fagen.ops.base import Calls
 from fagen.ops.inputs import Inputs, guarded
 

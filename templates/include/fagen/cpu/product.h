@@ -20,11 +20,7 @@ template <Product kProduct, int kRows, int kVectors, int kWidth>
 FAGEN_INLINE void product_block(const float* a, int64_t stride, const float* b, int steps, float* c) {
   constexpr bool kScores = kProduct == Product::scores, kAcross = kProduct == Product::output;
   const int64_t row_stride = kAcross ? 1 : stride, step_stride = kAcross ? stride : 1;
-  vec sum[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = kScores ? vec{} : load(c + r * kWidth + v * kLanes);
+  vec sum[kRows][kVectors] = {};
 #pragma GCC unroll 1
   for (int step = 0; step < steps; ++step, b += kWidth, a += step_stride) {
     vec lanes[kVectors];
@@ -38,7 +34,11 @@ FAGEN_INLINE void product_block(const float* a, int64_t stride, const float* b, 
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) store(c + r * kWidth + v * kLanes, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* const at = c + r * kWidth + v * kLanes;
+      // c is added last: many short sums round less than a long one
+      store(at, kScores ? sum[r][v] : load(at) + sum[r][v]);
+    }
 }
 
 // As many blocks of kRows as fit, then smaller ones for what is left. Not inlined: registers are dealt out per
