@@ -15,7 +15,6 @@ from fagen.build import cache, toolchain
 from fagen.codegen import render
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import BuildError, FagenError, UsageError
-from fagen.ops.attention.problem import INTERVAL_KINDS
 from fagen.target import Target
 
 HEADER, MANIFEST = "kernel.h", "manifest.json"
@@ -100,13 +99,11 @@ def example_text(spec: KernelSpec) -> str:
     op = ops.get(spec.problem.op)
     if not op.example:
         raise UsageError(f"{op.title} has no example program", remedy="leave --example out")
-    have = INTERVAL_KINDS.get(spec.problem.intervals, ())
     return render.render(
         op.example,
         problem=spec.problem,
         gpu=spec.target.is_gpu,
-        columns=len(have),
-        bounds={name: have.index(name) if name in have else -1 for name in ("LTS", "LTE", "UTS", "UTE")},
+        **op.example_names(spec.problem),
         flops=spec.problem.flops(),
         unit=_UNIT[spec.problem.dtype],
         build_command=shlex.join(example_command(spec)),

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from fagen import families, ops
 from fagen.codegen import render
 from fagen.families import Config, Family
-from fagen.ops.attention.problem import Problem
-from fagen.ops.base import Constant
+from fagen.ops.base import Constant, Problem
 from fagen.target import Target
 
 Key = tuple[str, str, Target, Config]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fagen.errors import UsageError
 from fagen.families.base import Config, Constraint, Family, Knob, nothing
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 
 __all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates", "get", "nothing"]

@@ -24,7 +24,7 @@ from fagen.db.record import Record, environment, now
 from fagen.errors import FagenError, UnsupportedProblem, UsageError
 from fagen.families import Config, Family
 from fagen.families.space import Fixed, Space, enumerate_space
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 from fagen.timing import load
 from fagen.tuner import final_round, journal, resumed
