@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fagen import __version__, env, ops
+from fagen import __version__, extensions, ops
 from fagen.build import cache, toolchain
 from fagen.codegen import render
 from fagen.codegen.spec import KernelSpec
@@ -86,7 +86,7 @@ def kernel_text(spec: KernelSpec, provenance: str) -> str:
 
 def header_text(spec: KernelSpec) -> str:
     op = ops.get(spec.problem.op)
-    params = (env.data_dir("templates") / "include" / op.header).read_text()
+    params = extensions.read_header(op.header)
     lines = [
         f"The interface of {source_name(spec)}: {op.title} for {spec.problem.static_key}",
         f"on {spec.target.arch}. Plain C. All kernels of fagen have this interface; to link two of them into one",

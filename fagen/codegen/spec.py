@@ -37,20 +37,18 @@ class KernelSpec:
     @property
     def rendered(self) -> str:
         """The source, its own headers still included by name."""
+        op = ops.get(self.problem.op)
         self.family.require(self.problem, self.target, self.config)
         return render.render(
             self.family.template,
+            op=op,
             family=self.family,
             problem=self.problem,
             static_key=self.problem.static_key,
             element=_CPP_TYPES[self.problem.dtype],
             arch=self.target.arch,
             config=self.config,
-            enums={
-                knob.cpp.removeprefix("k"): [str(c) for c in knob.choices]
-                for knob in self.family.knobs
-                if isinstance(knob.choices[0], str)
-            },
+            enums={**op.enums, **self._knob_enums},
             constants=self.constants,
             derived=self.derived,
             **self.family.context(self.problem, self.config),
@@ -81,6 +79,11 @@ class KernelSpec:
             kind, value = knob.literal(self.config[knob.name])
             rows.append((kind, knob.cpp, value, knob.doc.split(";")[0].split(". ")[0]))
         return rows
+
+    @property
+    def _knob_enums(self) -> dict[str, list[str]]:
+        named = [knob for knob in self.family.knobs if isinstance(knob.choices[0], str)]
+        return {knob.cpp.removeprefix("k"): [str(choice) for choice in knob.choices] for knob in named}
 
     def _identity(self) -> tuple[str, Problem, Target, Config]:
         return self.family.name, self.problem, self.target, self.config

@@ -1,10 +1,11 @@
-"""The registry of ops."""
+"""The registry of ops: ours, and those of the extensions."""
 
 from __future__ import annotations
 
 import shlex
 from typing import Any
 
+from fagen import extensions
 from fagen.errors import InvalidArgument
 from fagen.ops.base import Op, Problem
 from fagen.schema import shown
@@ -13,7 +14,7 @@ from fagen.schema import shown
 def all_ops() -> tuple[Op, ...]:
     from fagen.ops.attention import backward, forward
 
-    return (forward.OP, backward.OP)
+    return extensions.with_offered((forward.OP, backward.OP), "OPS")
 
 
 def get(name: str) -> Op:

@@ -52,4 +52,6 @@ OP = Op(
     weights=size_point.WEIGHTS,
     flags=_flags,
     torch_serves=_torch_serves,
+    symbols=forward.OP.symbols,
+    enums=forward.OP.enums,
 )

@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from fagen.ops.attention import flags, size_point
-from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
+from fagen.ops.attention.problem import INTERVAL_KINDS, MASKS, Problem
 from fagen.ops.base import Calls, Constant, Op
+
+
+SYMBOLS = (
+    "Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.",
+    "Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.",
+)
+ENUMS = {"Mask": MASKS}
 
 
 def _constants(p: Problem) -> list[Constant]:
@@ -54,6 +61,8 @@ OP = Op(
     weights=size_point.WEIGHTS,
     flags=flags.of,
     torch_serves=_torch_serves,
+    symbols=SYMBOLS,
+    enums=ENUMS,
     calls=_calls,
     example_names=_example_names,
     example="example/main.j2",
