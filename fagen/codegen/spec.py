@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fagen import families, ops
 from fagen.codegen import render
 from fagen.families import Config, Family
+from fagen.ops import abi
 from fagen.ops.base import Constant, Problem
 from fagen.target import Target
 
@@ -36,10 +37,10 @@ class KernelSpec:
 
     @property
     def rendered(self) -> str:
-        """The source, its own headers still included by name."""
+        """The source, its own headers still included by name. The function that tells the params' layout is its end."""
         op = ops.get(self.problem.op)
         self.family.require(self.problem, self.target, self.config)
-        return render.render(
+        kernel = render.render(
             self.family.template,
             op=op,
             family=self.family,
@@ -53,6 +54,7 @@ class KernelSpec:
             derived=self.derived,
             **self.family.context(self.problem, self.config),
         )
+        return kernel + abi.layout_function(op.header)
 
     @property
     def source(self) -> str:

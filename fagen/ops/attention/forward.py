@@ -8,7 +8,6 @@ from fagen.ops.attention import flags, size_point
 from fagen.ops.attention.problem import INTERVAL_KINDS, MASKS, Problem
 from fagen.ops.base import Calls, Constant, Op
 
-
 SYMBOLS = (
     "Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.",
     "Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.",
