@@ -76,9 +76,10 @@ def example_command(spec: KernelSpec) -> list[str]:
 
 def kernel_text(spec: KernelSpec, provenance: str) -> str:
     """The source under a banner that says where it comes from and how to build and call it."""
+    title = ops.get(spec.problem.op).title
     needs = "the CUDA toolkit" if spec.target.is_gpu else "a C++17 compiler"
     banner = [
-        f"An attention kernel made by fagen. It needs {needs} and nothing else: no torch, no Python.",
+        f"A kernel for {title}, made by fagen. It needs {needs} and nothing else: no torch, no Python.",
         "",
         f"problem:  {spec.problem.static_key}, its config chosen for {spec.problem.size_key}",
         f"config:   {spec.config} ({provenance})",
