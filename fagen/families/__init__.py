@@ -1,10 +1,11 @@
-"""The registry: families in the order in which dispatch tries them."""
+"""The registry: families in the order in which dispatch tries them, those of the extensions last."""
 
 from __future__ import annotations
 
+from fagen import extensions
 from fagen.errors import UsageError
 from fagen.families.base import Config, Constraint, Family, Knob, nothing
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 
 __all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates", "get", "nothing"]
@@ -13,7 +14,8 @@ __all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates
 def all_families() -> tuple[Family, ...]:
     from fagen.families import cpu_backward, cpu_forward, sm80_forward, sm90_forward
 
-    return (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY, cpu_backward.FAMILY)
+    ours = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY, cpu_backward.FAMILY)
+    return extensions.with_offered(ours, "FAMILIES")
 
 
 def get(name: str) -> Family:

@@ -99,7 +99,7 @@ def test_only_notices_writes_to_stdout_and_only_env_reads_the_variables(path):
 def test_heavy_imports_wait_for_their_use(path):
     """What `import fagen` and the command line's help reach imports nothing heavy at its top level."""
     heavy = {"optuna", "jinja2", "rich", "numpy"}
-    on_tensors = ("api.py", "arguments.py", "call.py", "derivatives.py", "fallback.py", "python_ops.py", "resolve.py")
+    on_tensors = ("api.py", "arguments.py", "attention.py", "call.py", "derivatives.py", "fallback.py", "python_ops.py")
     if path.name not in on_tensors and path.parent.name != "compat":
         heavy.add("torch")
     heavy -= {"model.py": {"numpy"}, "chosen_sampler.py": {"optuna"}}.get(

@@ -15,6 +15,7 @@ import pytest
 
 from fagen import families
 from fagen.build.job import Artifact
+from fagen.cli import suite
 from fagen.cli.main import main
 from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
@@ -29,7 +30,7 @@ from fagen.ops.attention.problem import Problem
 from fagen.target import host, known
 from fagen.timing import load
 from fagen.timing.timer import Timing
-from fagen.tuner import budget, evaluate, journal, progress, result, suite, tune, workers
+from fagen.tuner import budget, evaluate, journal, progress, result, tune, workers
 from fagen.tuner.messages import MeasureRequest, Result
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options, Tuned
