@@ -1,0 +1,201 @@
+// A consumer warpgroup: 64 keys against row tile after row tile. Scores are computed with keys down, so that P^T and
+// dS^T are operands of dV += P^T dO and dK += dS^T Q where they are, in registers. Only dQ = dS K, which sums over the
+// keys of all warpgroups, has its dS from shared memory.
+#pragma once
+#include "fagen/ptx/barrier.cuh"
+#include "fagen/sm90/backward/dq.cuh"
+#include "fagen/sm90/backward/scores.cuh"
+#include "fagen/sm90/operand.cuh"
+
+namespace fagen {
+
+template <class C, class Element>
+struct BackwardConsumer {
+  using L = BackwardLayout<C>;
+  using Dq = DqShare<C>;
+  static constexpr int kPieces = C::kTileM / 8;  // 8 rows each
+  static constexpr int kSteps = C::kTileM / 16;  // 16 rows each
+  static constexpr int kBarrier = 1;
+
+  const fagen_backward_params& p;
+  const BackwardLaunch& launch;
+  const KeyTile<C>& keys;
+  const RowBand& band;
+  const int group;
+  const Dq share;
+  BackwardPipelines<C> pipelines;
+  ScoreChange<C> change;
+  float s[kPieces][4], dp[kPieces][4];
+  uint32_t weights[kSteps][4], ds[kSteps][4];  // P^T and dS^T as operands
+  float dq[Dq::kColumns / 8][4];
+  float dk[C::kHeadDim / 8][4], dv[C::kHeadDimV / 8][4];
+
+  __device__ __forceinline__ BackwardConsumer(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                              const KeyTile<C>& keys, const RowBand& band, uint32_t smem, int group)
+      : p(p), launch(launch), keys(keys), band(band), group(group), share{group}, pipelines(smem, group), change(p) {}
+
+  // ---- products: each starts, and is waited for later
+
+  // The product of two operands whose rows are `kDepth` long, of this group's keys and a row tile.
+  template <int kDepth>
+  __device__ __forceinline__ void start_scores(float (&c)[kPieces][4], uint32_t of_keys, uint32_t of_rows) const {
+    const Operand a = Operand::of_rows(of_keys + group * kGroupKeys * kRowBytes), b = Operand::of_rows(of_rows);
+    pin(c);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < kDepth / 16; ++d) {
+      const int within = d % 4 * 32;  // bytes into a slab's row
+      ptx::wgmma<C::kTileM, false, false>(c, a.at(d / 4 * C::kTileN * kRowBytes + within),
+                                          b.at(d / 4 * C::kTileM * kRowBytes + within), d > 0);
+    }
+    ptx::wgmma_commit();
+  }
+  // dV += P^T dO, or dK += dS^T Q
+  template <int kColumns>
+  __device__ __forceinline__ void start_gradient(float (&c)[kColumns / 8][4], uint32_t (&a)[kSteps][4], uint32_t rows) {
+    const Operand b = Operand::of_columns(rows, C::kTileM * kRowBytes);
+    pin(c), pin(a);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n) ptx::wgmma<kColumns, true>(c, a[n], b.at(n * 2048), true);
+    ptx::wgmma_commit();
+  }
+  // dQ = dS K, this group's part of a chunk of 64 rows
+  __device__ __forceinline__ void start_dq(int chunk) {
+    const Operand a = Operand::of_rows(pipelines.ds() + (share.first_chunk() + chunk) * 64 * kRowBytes);
+    const Operand b = Operand::of_columns(pipelines.k.tile() + share.first_slab() * C::kTileN * kRowBytes,
+                                          C::kTileN * kRowBytes);
+    pin(dq);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < C::kTileN / 16; ++n)
+      ptx::wgmma<Dq::kColumns, false, true>(dq, a.at(n / 4 * L::kDsSlabBytes + n % 4 * 32), b.at(n * 2048), n > 0);
+    ptx::wgmma_commit();
+  }
+
+  // ---- between products
+
+  template <bool kMasked>
+  __device__ __forceinline__ void exponentiate(float (&derivatives)[kPieces][4], const RowTileVisit& at) {
+    const Place place;
+    const int key = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + place.row;
+    fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
+                                    pipelines.lse() + place.column * 4, pipelines.smem + L::kBounds + key * 16);
+  }
+  // P and dP become operands.
+  __device__ __forceinline__ void form_ds(const float (&derivatives)[kPieces][4]) {
+    const uint32_t stat = pipelines.delta() + Place().column * 4;
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+      const float2 delta = ptx::ld_shared_8(stat + j * 32);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        dp[j][i] = s[j][i] * (dp[j][i] - (i % 2 ? delta.y : delta.x));
+        if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
+      }
+    }
+    pack_operand(weights, s), pack_operand(ds, dp);
+  }
+  static __device__ __forceinline__ void pack_operand(uint32_t (&operand)[kSteps][4], const float (&c)[kPieces][4]) {
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = &c[2 * n + i / 2][i % 2 * 2];
+        operand[n][i] = pack<Element>(pair[0], pair[1]);
+      }
+  }
+  // dS, rows of q down, this group's keys in a slab of their own.
+  __device__ __forceinline__ void store_ds() {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const uint32_t row = pipelines.ds() + group * L::kDsSlabBytes + (lane / 16 * 8 + lane % 8) * kRowBytes;
+    const uint32_t place = row + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n) ptx::stmatrix_x4_trans(place + n * 16 * kRowBytes, ds[n]);
+    ptx::fence_shared_writes();
+  }
+
+  // ---- a row tile
+
+  __device__ __forceinline__ void visit(const RowTileVisit& at) {
+    float derivatives[kPieces][4];
+    if (C::kAlibi) change.set_head(p, keys.batch, at.head);
+    pipelines.q.wait();
+    start_scores<C::kHeadDim>(s, pipelines.k.tile(), pipelines.q.tile());
+    pipelines.dout.wait();
+    start_scores<C::kHeadDimV>(dp, pipelines.v.tile(), pipelines.dout.tile());
+    ptx::wgmma_wait<1>();
+    pin(s);
+    if (at.partial)
+      exponentiate<true>(derivatives, at);
+    else
+      exponentiate<false>(derivatives, at);
+    ptx::wgmma_wait<0>();
+    pin(dp);
+    form_ds(derivatives);
+    start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
+    if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last dS
+    store_ds();
+    ptx::barrier_sync(kBarrier, L::kGroups * 128);
+    float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
+    if (share.owns()) start_dq(0);
+    share.owns() ? ptx::wgmma_wait<1>() : ptx::wgmma_wait<0>();
+    pin(dv);
+    pipelines.dout.release();
+    start_gradient<C::kHeadDim>(dk, ds, pipelines.q.tile());
+    if (share.owns()) {
+      ptx::wgmma_wait<1>();
+      pin(dq);
+      sink_dq<C>(dq, share, 0, pipelines, tile);
+#pragma unroll
+      for (int chunk = 1; chunk < Dq::kChunks; ++chunk) {
+        start_dq(chunk);
+        ptx::wgmma_wait<0>();
+        pin(dq);
+        sink_dq<C>(dq, share, chunk, pipelines, tile);
+      }
+    }
+    ptx::wgmma_wait<0>();
+    pin(dk);
+    pipelines.q.release();
+    if (++pipelines.ds_stage == C::kDsStages) pipelines.ds_stage = 0;
+  }
+
+  __device__ __forceinline__ void run() {
+#pragma unroll
+    for (auto& piece : dk) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
+#pragma unroll
+    for (auto& piece : dv) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
+    pipelines.k.wait();
+    pipelines.v.wait();
+    keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
+    store<C::kHeadDim>(p.dk, dk, p.head_dim, p.scale);
+    store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, 1.f);
+  }
+
+  // Store 64 keys of a gradient, two a thread. Lanes of a quad hold two columns each of pieces of 8; neighbours swap so
+  // that each has four of one piece, and a quad writes 32 whole bytes at once.
+  template <int kColumns>
+  __device__ __forceinline__ void store(const fagen_tensor& to, const float (&c)[kColumns / 8][4], int columns,
+                                        float scale) const {
+    const bool odd = threadIdx.x % 2;
+    const int column = odd * 8 + threadIdx.x % 4 / 2 * 4;  // in two pieces
+    const int first = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + Place().row;
+    Element* out = static_cast<Element*>(to.data) + keys.batch * to.stride[0] + keys.kv_head * to.stride[2] + column;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int key = first + r * 8, left = key < p.seqlen_k ? columns - column : 0;
+      const auto word = [&](int n) { return pack<Element>(c[n][r * 2] * scale, c[n][r * 2 + 1] * scale); };
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; n += 2) {
+        const uint32_t mine[2] = {word(n), word(n + 1)};
+        const uint32_t other = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
+        if (n * 8 < left)
+          *reinterpret_cast<uint2*>(out + key * to.stride[1] + n * 8) =
+              odd ? make_uint2(other, mine[1]) : make_uint2(mine[0], other);
+      }
+    }
+  }
+};
+
+}  // namespace fagen
