@@ -16,6 +16,9 @@ struct BackwardConsumer {
   static constexpr int kPieces = C::kTileM / 8;  // 8 rows each
   static constexpr int kSteps = C::kTileM / 16;  // 16 rows each
   static constexpr int kBarrier = 1;
+  using Scores = float[kPieces][4];
+  using Operands = uint32_t[kSteps][4];
+  using DqPart = float[Dq::kColumns / 8][4];
 
   const fagen_backward_params& p;
   const BackwardLaunch& launch;
@@ -25,9 +28,6 @@ struct BackwardConsumer {
   const Dq share;
   BackwardPipelines<C> pipelines;
   ScoreChange<C> change;
-  float s[kPieces][4], dp[kPieces][4];
-  uint32_t weights[kSteps][4], ds[kSteps][4];  // P^T and dS^T as operands
-  float dq[Dq::kColumns / 8][4];
   float dk[C::kHeadDim / 8][4], dv[C::kHeadDimV / 8][4];
 
   __device__ __forceinline__ BackwardConsumer(const fagen_backward_params& p, const BackwardLaunch& launch,
@@ -38,7 +38,7 @@ struct BackwardConsumer {
 
   // The product of two operands whose rows are `kDepth` long, of this group's keys and a row tile.
   template <int kDepth>
-  __device__ __forceinline__ void start_scores(float (&c)[kPieces][4], uint32_t of_keys, uint32_t of_rows) const {
+  __device__ __forceinline__ void start_scores(Scores& c, uint32_t of_keys, uint32_t of_rows) const {
     const Operand a = Operand::of_rows(of_keys + group * kGroupKeys * kRowBytes), b = Operand::of_rows(of_rows);
     pin(c);
     ptx::wgmma_fence();
@@ -52,7 +52,7 @@ struct BackwardConsumer {
   }
   // dV += P^T dO, or dK += dS^T Q
   template <int kColumns>
-  __device__ __forceinline__ void start_gradient(float (&c)[kColumns / 8][4], uint32_t (&a)[kSteps][4], uint32_t rows) {
+  __device__ __forceinline__ void start_gradient(float (&c)[kColumns / 8][4], Operands& a, uint32_t rows) {
     const Operand b = Operand::of_columns(rows, C::kTileM * kRowBytes);
     pin(c), pin(a);
     ptx::wgmma_fence();
@@ -61,7 +61,7 @@ struct BackwardConsumer {
     ptx::wgmma_commit();
   }
   // dQ = dS K, this group's part of a chunk of 64 rows
-  __device__ __forceinline__ void start_dq(int chunk) {
+  __device__ __forceinline__ void start_dq(DqPart& dq, int chunk) const {
     const Operand a = Operand::of_rows(pipelines.ds() + (share.first_chunk() + chunk) * 64 * kRowBytes);
     const Operand b = Operand::of_columns(pipelines.k.tile() + share.first_slab() * C::kTileN * kRowBytes,
                                           C::kTileN * kRowBytes);
@@ -76,14 +76,14 @@ struct BackwardConsumer {
   // ---- between products
 
   template <bool kMasked>
-  __device__ __forceinline__ void exponentiate(float (&derivatives)[kPieces][4], const RowTileVisit& at) {
+  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowTileVisit& at) {
     const Place place;
     const int key = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + place.row;
     fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
                                     pipelines.lse() + place.column * 4, pipelines.smem + L::kBounds + key * 16);
   }
   // P and dP become operands.
-  __device__ __forceinline__ void form_ds(const float (&derivatives)[kPieces][4]) {
+  __device__ __forceinline__ void form_ds(Scores& s, Scores& dp, const Scores& derivatives, Operands& weights, Operands& ds) const {
     const uint32_t stat = pipelines.delta() + Place().column * 4;
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
@@ -96,7 +96,7 @@ struct BackwardConsumer {
     }
     pack_operand(weights, s), pack_operand(ds, dp);
   }
-  static __device__ __forceinline__ void pack_operand(uint32_t (&operand)[kSteps][4], const float (&c)[kPieces][4]) {
+  static __device__ __forceinline__ void pack_operand(Operands& operand, const Scores& c) {
 #pragma unroll
     for (int n = 0; n < kSteps; ++n)
 #pragma unroll
@@ -106,7 +106,7 @@ struct BackwardConsumer {
       }
   }
   // dS, rows of q down, this group's keys in a slab of their own.
-  __device__ __forceinline__ void store_ds() {
+  __device__ __forceinline__ void store_ds(const Operands& ds) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const uint32_t row = pipelines.ds() + group * L::kDsSlabBytes + (lane / 16 * 8 + lane % 8) * kRowBytes;
     const uint32_t place = row + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
@@ -118,7 +118,8 @@ struct BackwardConsumer {
   // ---- a row tile
 
   __device__ __forceinline__ void visit(const RowTileVisit& at) {
-    float derivatives[kPieces][4];
+    Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
+    Operands weights, ds;       // P^T and dS^T
     if (C::kAlibi) change.set_head(p, keys.batch, at.head);
     pipelines.q.wait();
     start_scores<C::kHeadDim>(s, pipelines.k.tile(), pipelines.q.tile());
@@ -127,38 +128,53 @@ struct BackwardConsumer {
     ptx::wgmma_wait<1>();
     pin(s);
     if (at.partial)
-      exponentiate<true>(derivatives, at);
+      exponentiate<true>(s, derivatives, at);
     else
-      exponentiate<false>(derivatives, at);
+      exponentiate<false>(s, derivatives, at);
     ptx::wgmma_wait<0>();
     pin(dp);
-    form_ds(derivatives);
+    form_ds(s, dp, derivatives, weights, ds);
     start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last dS
-    store_ds();
+    store_ds(ds);
     ptx::barrier_sync(kBarrier, L::kGroups * 128);
-    float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
-    if (share.owns()) start_dq(0);
-    share.owns() ? ptx::wgmma_wait<1>() : ptx::wgmma_wait<0>();
+    if (share.owns())
+      finish_with_dq(ds, at);
+    else
+      finish(ds);
+    pipelines.q.release();
+    if (++pipelines.ds_stage == C::kDsStages) pipelines.ds_stage = 0;
+  }
+
+  // dV is under way, dS is there: dK, and dQ where this group has a part of it.
+  __device__ __forceinline__ void finish(Operands& ds) {
+    ptx::wgmma_wait<0>();
     pin(dv);
     pipelines.dout.release();
     start_gradient<C::kHeadDim>(dk, ds, pipelines.q.tile());
-    if (share.owns()) {
-      ptx::wgmma_wait<1>();
-      pin(dq);
-      sink_dq<C>(dq, share, 0, pipelines, tile);
-#pragma unroll
-      for (int chunk = 1; chunk < Dq::kChunks; ++chunk) {
-        start_dq(chunk);
-        ptx::wgmma_wait<0>();
-        pin(dq);
-        sink_dq<C>(dq, share, chunk, pipelines, tile);
-      }
-    }
     ptx::wgmma_wait<0>();
     pin(dk);
-    pipelines.q.release();
-    if (++pipelines.ds_stage == C::kDsStages) pipelines.ds_stage = 0;
+  }
+  __device__ __forceinline__ void finish_with_dq(Operands& ds, const RowTileVisit& at) {
+    float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
+    DqPart dq;
+    start_dq(dq, 0);
+    ptx::wgmma_wait<1>();
+    pin(dv);
+    pipelines.dout.release();
+    start_gradient<C::kHeadDim>(dk, ds, pipelines.q.tile());
+    ptx::wgmma_wait<1>();
+    pin(dq);
+    sink_dq<C>(dq, share, 0, pipelines, tile);
+    ptx::wgmma_wait<0>();
+    pin(dk);
+#pragma unroll
+    for (int chunk = 1; chunk < Dq::kChunks; ++chunk) {
+      start_dq(dq, chunk);
+      ptx::wgmma_wait<0>();
+      pin(dq);
+      sink_dq<C>(dq, share, chunk, pipelines, tile);
+    }
   }
 
   __device__ __forceinline__ void run() {

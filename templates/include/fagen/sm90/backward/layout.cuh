@@ -26,7 +26,9 @@ struct DqShare {
   const int group;
   __device__ __forceinline__ int first_slab() const { return kByRows ? 0 : group * kSlabs; }
   __device__ __forceinline__ int first_chunk() const { return kByRows ? group * kChunks : 0; }
-  __device__ __forceinline__ bool owns() const { return group < kOwners && first_slab() < kAllSlabs; }
+  // with a part for every group there is nothing to ask
+  static constexpr bool kEach = kOwners == kGroups && (kByRows || (kOwners - 1) * kSlabs < kAllSlabs);
+  __device__ __forceinline__ bool owns() const { return kEach || (group < kOwners && first_slab() < kAllSlabs); }
   // how many pieces there are of the group's columns
   __device__ __forceinline__ int pieces() const { return min(kColumns / 8, kChunkPieces - first_slab() * 8); }
   // where the group's part of a chunk begins in the float32 tile of dQ, which is in the order of fragments
