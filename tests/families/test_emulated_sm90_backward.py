@@ -1,0 +1,253 @@
+"""sm90_backward run on the CPU: right gradients, and nobody waits for ever, whatever comes first.
+
+What a GPU has beyond the emulator (tests/emulator) is left to tests/gpu: rounding, fences, registers, time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fagen.families import Config, sm90_backward
+from fagen.ops.attention import masks
+from fagen.ops.attention.backward import BackwardProblem
+from fagen.ops.attention.call import AttentionCall
+from fagen.target import known
+from tests.support import backward, emulated
+from tests.support.cases import DTYPES, random_intervals
+
+FAMILY, TARGET = sm90_backward.FAMILY, known("sm_90")
+BASE: dict[str, Any] = {
+    "tile_m": 64, "tile_n": 128, "q_stages": 2, "dout_stages": 2, "ds_stages": 1, "dq_sink": "bulk", "dq_owner": "all",
+    "row_order": "ascending", "block_order": "ascending", "section_mb": 32,
+}  # fmt: skip
+
+
+def config(**changes: Any) -> Config:
+    return FAMILY.config({**BASE, **changes})
+
+
+SCHEMES: Mapping[str, Config] = {
+    "base": config(),
+    "red": config(dq_sink="red"),
+    "one_group": config(tile_n=64, q_stages=1, dout_stages=1),
+    "three_groups": config(tile_n=192, q_stages=1, ds_stages=2),
+    "long_tiles": config(tile_m=128, ds_stages=1),
+    "long_tiles_one_group": config(tile_m=128, tile_n=64, ds_stages=2, row_order="shifted"),
+    "three_stages": config(tile_n=64, q_stages=3, dout_stages=3, dq_sink="red"),
+    "first_owner": config(dq_owner="first", ds_stages=2),
+    "first_owner_red": config(dq_owner="first", dq_sink="red", tile_m=128, row_order="descending"),
+    "descending": config(row_order="descending", block_order="descending"),
+    "longest_first": config(block_order="longest_first", row_order="shifted", ds_stages=2),
+    "sectioned": config(block_order="sectioned", section_mb=16),
+    "sectioned_red": config(block_order="sectioned", section_mb=64, dq_sink="red", tile_n=192),
+}
+BANDS = {"none": (-1, -1), "causal": (-1, 0), "window": (70, 20), "intervals": (-1, -1)}
+KINDS = ("lower1", "lower2", "both2", "both4")
+
+
+@dataclass(frozen=True)
+class Case:
+    scheme: str
+    mask: str = "causal"
+    intervals: str = ""
+    dtype: str = "bf16"
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    head_dim_v: int = 0
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: bool = False
+    deterministic: bool = False
+    changes: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def problem(self) -> BackwardProblem:
+        return BackwardProblem(
+            dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v, mask=self.mask,
+            intervals=self.intervals, softcap=bool(self.softcap), alibi=self.alibi, deterministic=self.deterministic,
+        )  # fmt: skip
+
+    @property
+    def config(self) -> Config:
+        return SCHEMES[self.scheme].replace(**dict(self.changes))
+
+    def __str__(self) -> str:
+        d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
+        extra = [name for name in ("softcap", "alibi", "deterministic") if getattr(self, name)]
+        parts = [self.scheme, self.mask, self.intervals, self.dtype, d, f"h{self.heads}-{self.kv_heads}", *extra]
+        return "-".join(filter(None, parts))
+
+
+def _case(number: int, scheme: str) -> Case | None:
+    """Masks turn from scheme to scheme, past those that a scheme cannot serve."""
+    for turn in range(4):
+        mask = list(BANDS)[(number + turn) % 4]
+        kind = KINDS[number % 4] if mask == "intervals" else ""
+        dtype = ("bf16", "fp16")[number % 2]
+        case = Case(scheme, mask=mask, intervals=kind, window=BANDS[mask], dtype=dtype)
+        if not FAMILY.rejects(case.problem, TARGET, case.config):
+            return case
+    return None
+
+
+CASES = [case for number, scheme in enumerate(SCHEMES) if (case := _case(number, scheme))]
+CASES += [Case("base", head_dim=d, head_dim_v=dv, heads=2) for d, dv in ((40, 0), (96, 0), (128, 0), (64, 128))]
+CASES += [Case("base", mask="none", head_dim=128, heads=2), Case("red", head_dim=96, heads=3, kv_heads=1)]
+CASES += [Case("base", softcap=2.0), Case("base", alibi=True), Case("red", softcap=2.0, alibi=True, dtype="fp16")]
+CASES += [Case("base", mask="window", window=(40, 0), heads=2)]
+CASES += [Case("long_tiles", mask="intervals", intervals=kind, window=(-1, 0)) for kind in ("lower1", "lower2")]
+DETERMINISTIC = [
+    Case("base", deterministic=True, kv_heads=4),
+    Case("descending", deterministic=True),
+    Case("longest_first", mask="window", window=(70, 20), deterministic=True),
+    Case("long_tiles_one_group", mask="intervals", intervals="both2", deterministic=True),
+    Case("first_owner", mask="none", deterministic=True),
+]
+
+
+@pytest.fixture
+def folder(cache_folder: Path) -> Path:
+    return cache_folder / "emulated"
+
+
+@functools.cache
+def _source(case: Case) -> str:
+    return emulated.source(FAMILY, case.problem, TARGET, case.config)
+
+
+def check(
+    case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, units: int = 2, text: str = "", magnitude: float = 1.0,
+    dlse: bool = False, intervals: torch.Tensor | None = None, layout: str = "bshd",
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    library = emulated.compiled(text or _source(case), folder)
+    g = torch.Generator().manual_seed(seed)
+
+    def tensor(length: int, heads: int, size: int) -> torch.Tensor:
+        shape = (1, length, heads, size) if layout == "bshd" else (1, heads, length, size)
+        return (torch.randn(shape, generator=g) * magnitude).to(DTYPES[case.dtype])
+
+    d, dv = case.head_dim, case.head_dim_v or case.head_dim
+    q, k, v = tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv)
+    if case.intervals and intervals is None:
+        intervals = random_intervals(case.intervals, 1, case.kv_heads, rows, keys, g)
+    slopes = torch.rand(case.heads, generator=g) if case.alibi else None
+    window = (-1, 0) if case.mask == "causal" else case.window
+    call = AttentionCall(
+        q, k, v, layout, window, intervals, case.intervals, softcap=case.softcap, alibi_slopes=slopes
+    )  # fmt: skip
+    return backward.check(call, lambda tensors: backward.launch(library, call, tensors, seed, units), g, dlse)
+
+
+SIZES = ((150, 150), (70, 210), (210, 90))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
+    for seed, (rows, keys) in enumerate(SIZES):
+        layout = ("bshd", "bhsd")[seed % 2]
+        check(case, folder, rows, keys, seed=seed, units=(3, 2, 5)[seed], dlse=seed == 1, layout=layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+def test_the_order_of_blocks_changes_no_bit(case: Case, folder: Path) -> None:
+    for rows, keys in SIZES:
+        intervals = None
+        if case.intervals:
+            g = torch.Generator().manual_seed(5)
+            intervals = random_intervals(case.intervals, 1, case.kv_heads, rows, keys, g)
+        text, runs = _source(case), []
+        for chance in range(3):
+            torch.manual_seed(0)
+            runs.append(_with_chance(case, folder, rows, keys, chance, text, intervals))
+        for other in runs[1:]:
+            for name, t in runs[0].items():
+                assert torch.equal(t, other[name]), name
+
+
+def _with_chance(
+    case: Case, folder: Path, rows: int, keys: int, chance: int, text: str, intervals: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The same inputs; what comes first is drawn anew."""
+    moved = text.replace("emulator::begin(seed, units", f"emulator::begin(seed + {chance}, units + {chance}")
+    assert moved != text or chance == 0
+    return check(case, folder, rows, keys, text=moved, intervals=intervals)
+
+
+@pytest.mark.slow
+def test_packed_documents(folder: Path) -> None:
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor((150, 17, 100, 60)))
+    for case in CASES:
+        if case.intervals == "lower1" and case.window == (-1, 0):
+            bounds = masks.from_documents(ids[None], causal=True).to(torch.int32)
+            check(case, folder, 327, 327, intervals=bounds)
+
+
+def test_rows_and_keys_that_see_nothing(folder: Path) -> None:
+    case = Case("base")
+    for rows, keys in ((300, 1), (1, 300), (130, 64)):
+        filled = check(case, folder, rows, keys, dlse=True)
+        if rows > keys:
+            assert (filled["dq"][:, : rows - keys] == 0).all()
+    for rows, keys in ((0, 70), (70, 0)):
+        q, k = (torch.randn(1, n, 2, 64, dtype=torch.bfloat16) for n in (rows, keys))
+        call = AttentionCall.of(q, k, k, causal=True)
+        filled = {name: torch.full_like(t, torch.nan) for name, t in (("dq", q), ("dk", k), ("dv", k))}
+        tensors = {"o": q, "dout": q, "lse": torch.empty(1, 2, rows), "dlse": None} | filled
+        backward.launch(emulated.compiled(_source(case), folder), call, tensors, 0, 2)
+        assert all((t == 0).all() for t in filled.values())
+
+
+def test_large_scores_stay_finite(folder: Path) -> None:
+    check(Case("base", mask="none"), folder, 70, 70, magnitude=30.0)
+
+
+# ---- what is wrong is found ------------------------------------------------------------------------------------------
+
+_BROKEN = Case("base", mask="none")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("    pipelines.q.acquire();\n", ""),  # q is overwritten while it is read
+        ("    pipelines.dout.wait();\n", ""),  # dO is read before it is there
+        ("    pipelines.dq.acquire();\n", ""),  # dQ is overwritten before it is added
+        ("    ptx::barrier_sync(kBarrier, L::kGroups * 128);\n", ""),  # dS is read before all have stored theirs
+        ("    if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);", ""),
+    ],
+)
+def test_who_does_not_wait_is_wrong(folder: Path, old: str, new: str) -> None:
+    text = _source(_BROKEN)
+    assert old in text
+    wrong = 0
+    for seed in range(6):
+        try:
+            check(_BROKEN, folder, 200, 200, seed=seed, text=text.replace(old, new))
+        except AssertionError:
+            wrong += 1
+    assert wrong
+
+
+@pytest.mark.parametrize(
+    "old", ["    pipelines.dout.release();\n", "      ptx::mbarrier_arrive(pipelines.dq.empty());\n"]
+)
+def test_who_waits_for_ever_is_told(folder: Path, old: str) -> None:
+    text = _source(_BROKEN)
+    assert old in text
+    with pytest.raises(AssertionError, match="(?s)nothing can go on.*waits for barrier at"):
+        check(_BROKEN, folder, 300, 100, text=text.replace(old, ""))
+
+
+def test_every_value_of_every_knob_is_run() -> None:
+    for knob in FAMILY.knobs:
+        assert {scheme[knob.name] for scheme in SCHEMES.values()} == set(knob.choices), knob.name
