@@ -305,12 +305,20 @@ static bool run(std::vector<std::unique_ptr<Cluster>>& clusters) {
   const auto warps = fibers.size() / 32;
   size_t left = fibers.size();
   bool fine = true;
+  size_t slow = 0, width = 1;  // now and then a warp or a warpgroup is left behind for some rounds
+  int rounds = 0;
   while (left && fine) {
     bool moved = false;
     const size_t first = chance(warps), step = chance(2) ? 1 : warps - 1;
+    if (rounds > 0)
+      --rounds;
+    else if (chance(32) == 0)
+      rounds = 1 + chance(128), width = chance(2) ? 1 : 4, slow = chance(warps) / width;
     for (size_t w = 0; w < warps && fine; ++w)
       for (size_t lane = 0; lane < 32 && fine; ++lane) {
-        Fiber& fiber = *fibers[(first + w * step) % warps * 32 + lane];
+        const size_t warp = (first + w * step) % warps;
+        Fiber& fiber = *fibers[warp * 32 + lane];
+        if (rounds > 0 && warp / width == slow) continue;
         if (fiber.done || !fiber.waiting.over()) continue;
         moved = true;
         fiber.waiting.count = nullptr;
@@ -320,7 +328,10 @@ static bool run(std::vector<std::unique_ptr<Cluster>>& clusters) {
       }
     for (auto& cluster : clusters)
       while (!cluster->copies.empty() && (!moved || !chance(8))) copy_one(*cluster), moved = true;
-    if (!moved && fine) report = stuck(fibers), fine = false;
+    if (!moved && rounds > 0)
+      rounds = 0;
+    else if (!moved && fine)
+      report = stuck(fibers), fine = false;
   }
   for (auto& fiber : fibers) stacks.push_back(fiber->stack);
   return fine;
