@@ -24,7 +24,7 @@ from tests.support.cases import DTYPES, random_intervals
 
 FAMILY, TARGET = sm90_backward.FAMILY, known("sm_90")
 BASE: dict[str, Any] = {
-    "tile_m": 64, "tile_n": 128, "q_stages": 2, "dout_stages": 2, "ds_stages": 1, "dq_sink": "bulk", "dq_owner": "all",
+    "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "q_stages": 2, "dout_stages": 2, "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk", "dq_owner": "all",
     "row_order": "ascending", "block_order": "ascending", "section_mb": 32,
 }  # fmt: skip
 
@@ -35,19 +35,24 @@ def config(**changes: Any) -> Config:
 
 SCHEMES: Mapping[str, Config] = {
     "base": config(),
-    "red": config(dq_sink="red"),
-    "one_group": config(tile_n=64, q_stages=1, dout_stages=1),
-    "three_groups": config(tile_n=192, q_stages=1, ds_stages=2),
-    "long_tiles": config(tile_m=128, ds_stages=1),
-    "long_tiles_one_group": config(tile_m=128, tile_n=64, ds_stages=2, row_order="shifted"),
-    "three_stages": config(tile_n=64, q_stages=3, dout_stages=3, dq_sink="red"),
+    "red": config(dq_sink="red", dv_start="before_ds"),
+    "one_group": config(tile_n=64, warpgroups=1, q_stages=1, dout_stages=1),
+    "three_groups": config(tile_n=192, warpgroups=3, q_stages=1, ds_stages=2),
+    "long_tiles": config(tile_m=128, ds_stages=1, dv_start="before_ds"),
+    "long_tiles_one_group": config(tile_m=128, tile_n=64, warpgroups=1, ds_stages=2, row_order="shifted"),
+    "three_stages": config(tile_n=64, warpgroups=1, q_stages=3, dout_stages=3, dq_sink="red"),
     "first_owner": config(dq_owner="first", ds_stages=2),
     "first_owner_red": config(dq_owner="first", dq_sink="red", tile_m=128, row_order="descending"),
     "descending": config(row_order="descending", block_order="descending"),
     "longest_first": config(block_order="longest_first", row_order="shifted", ds_stages=2),
     "sectioned": config(block_order="sectioned", section_mb=16),
-    "sectioned_red": config(block_order="sectioned", section_mb=64, dq_sink="red", tile_n=192),
+    "shared": config(operands="shared"),
+    "shared_red": config(operands="shared", tile_n=80, dq_sink="red", q_stages=1, dout_stages=1),
+    "shared_three_groups": config(operands="shared", tile_n=96, warpgroups=3, ds_stages=2, row_order="shifted"),
+    "shared_first_owner": config(operands="shared", tile_n=96, dq_owner="first", block_order="longest_first"),
+    "sectioned_red": config(block_order="sectioned", section_mb=64, dq_sink="red", tile_n=192, warpgroups=3),
 }
+ONE_STAGE = (("q_stages", 1), ("dout_stages", 1), ("ds_stages", 1))
 BANDS = {"none": (-1, -1), "causal": (-1, 0), "window": (70, 20), "intervals": (-1, -1)}
 KINDS = ("lower1", "lower2", "both2", "both4")
 
@@ -104,7 +109,16 @@ CASES += [Case("base", mask="none", head_dim=128, heads=2), Case("red", head_dim
 CASES += [Case("base", softcap=2.0), Case("base", alibi=True), Case("red", softcap=2.0, alibi=True, dtype="fp16")]
 CASES += [Case("base", mask="window", window=(40, 0), heads=2)]
 CASES += [Case("long_tiles", mask="intervals", intervals=kind, window=(-1, 0)) for kind in ("lower1", "lower2")]
+SHARED = [("shared", 64, 256, 0), ("shared_red", 80, 256, 0), ("shared_red", 96, 96, 208), ("shared", 64, 64, 192)]
+SHARED += [("shared_three_groups", 96, 192, 128), ("shared_three_groups", 96, 160, 0)]
+CASES += [
+    Case(scheme, head_dim=d, head_dim_v=dv, heads=2, kv_heads=1, changes=(("tile_n", n), *ONE_STAGE))
+    for scheme, n, d, dv in SHARED
+]
+CASES += [Case("shared", mask="intervals", intervals=kind, window=(-1, 0)) for kind in ("lower1", "both4")]
+CASES += [Case("shared_red", softcap=2.0, alibi=True), Case("shared_three_groups", mask="window", window=(40, 9))]
 DETERMINISTIC = [
+    Case("shared_three_groups", deterministic=True),
     Case("base", deterministic=True, kv_heads=4),
     Case("descending", deterministic=True),
     Case("longest_first", mask="window", window=(70, 20), deterministic=True),
@@ -143,7 +157,7 @@ def check(
     call = AttentionCall(
         q, k, v, layout, window, intervals, case.intervals, softcap=case.softcap, alibi_slopes=slopes
     )  # fmt: skip
-    return backward.check(call, lambda tensors: backward.launch(library, call, tensors, seed, units), g, dlse)
+    return backward.check(call, lambda tensors: backward.launch_emulated(library, call, tensors, seed, units), g, dlse)
 
 
 SIZES = ((150, 150), (70, 210), (210, 90))
@@ -203,7 +217,7 @@ def test_rows_and_keys_that_see_nothing(folder: Path) -> None:
         call = AttentionCall.of(q, k, k, causal=True)
         filled = {name: torch.full_like(t, torch.nan) for name, t in (("dq", q), ("dk", k), ("dv", k))}
         tensors = {"o": q, "dout": q, "lse": torch.empty(1, 2, rows), "dlse": None} | filled
-        backward.launch(emulated.compiled(_source(case), folder), call, tensors, 0, 2)
+        backward.launch_emulated(emulated.compiled(_source(case), folder), call, tensors, 0, 2)
         assert all((t == 0).all() for t in filled.values())
 
 

@@ -32,7 +32,7 @@ class Params(ctypes.Structure):
     )
 
 
-def make_params(call: AttentionCall, tensors: dict[str, torch.Tensor | None]) -> Params:
+def make_params(call: AttentionCall, tensors: dict[str, "torch.Tensor | None"]) -> Params:
     """`tensors`: o, dout, lse, dlse and the gradients, by name. They must outlive the params."""
     params = Params()
     for name, t in ({"q": call.q, "k": call.k, "v": call.v} | tensors).items():
@@ -61,17 +61,25 @@ def make_params(call: AttentionCall, tensors: dict[str, torch.Tensor | None]) ->
     return params
 
 
-def launch(library: Path, call: AttentionCall, tensors: dict[str, torch.Tensor | None], seed: int, units: int) -> None:
+Tensors = dict[str, "torch.Tensor | None"]
+
+
+def launch_emulated(library: Path, call: AttentionCall, tensors: Tensors, seed: int, units: int) -> None:
     """On an emulated GPU of so many SMs; `seed` decides what comes first wherever that is open."""
+    ctypes.CDLL(str(library)).emulator_begin(ctypes.c_uint64(seed), ctypes.c_int(units))
+    launch(library, call, tensors)
+
+
+def launch(library: Path, call: AttentionCall, tensors: Tensors, stream: int | None = None) -> None:
     kernel, params = ctypes.CDLL(str(library)), make_params(call, tensors)
     assert kernel.fagen_params_size() == ctypes.sizeof(Params)
     kernel.fagen_workspace_bytes.restype, kernel.fagen_error.restype = ctypes.c_uint64, ctypes.c_char_p
-    kernel.emulator_begin(ctypes.c_uint64(seed), ctypes.c_int(units))
+    kernel.fagen_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     memory = torch.empty(0)
     if need := kernel.fagen_workspace_bytes(ctypes.byref(params)):
-        memory, params.workspace = workspace_tensor(need, torch.device("cpu"))
+        memory, params.workspace = workspace_tensor(need, call.q.device)
         memory.fill_(0xA5)
-    status = kernel.fagen_launch(ctypes.byref(params), None)
+    status = kernel.fagen_launch(ctypes.byref(params), stream)
     assert status == 0, kernel.fagen_error(status).decode()
 
 
@@ -86,7 +94,7 @@ def gradients(call: AttentionCall, dout: torch.Tensor, dlse: torch.Tensor | None
 
 def check(
     call: AttentionCall,
-    run: Callable[[dict[str, torch.Tensor | None]], None],
+    run: Callable[[Tensors], None],
     generator: torch.Generator,
     with_dlse: bool = False,
 ) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ struct BackwardConsumer {
   static constexpr int kSteps = C::kTileM / 16;  // 16 rows each
   static constexpr int kBarrier = 1;
   using Scores = float[kPieces][4];
-  using Operands = uint32_t[kSteps][4];
+  using Fragments = uint32_t[kSteps][4];
   using DqPart = float[Dq::kColumns / 8][4];
 
   const fagen_backward_params& p;
@@ -52,7 +52,7 @@ struct BackwardConsumer {
   }
   // dV += P^T dO, or dK += dS^T Q
   template <int kColumns>
-  __device__ __forceinline__ void start_gradient(float (&c)[kColumns / 8][4], Operands& a, uint32_t rows) {
+  __device__ __forceinline__ void start_gradient(float (&c)[kColumns / 8][4], Fragments& a, uint32_t rows) {
     const Operand b = Operand::of_columns(rows, C::kTileM * kRowBytes);
     pin(c), pin(a);
     ptx::wgmma_fence();
@@ -60,10 +60,10 @@ struct BackwardConsumer {
     for (int n = 0; n < kSteps; ++n) ptx::wgmma<kColumns, true>(c, a[n], b.at(n * 2048), true);
     ptx::wgmma_commit();
   }
-  // dQ = dS K, this group's part of a chunk of 64 rows
+  // dQ = dS K, a chunk of this group's part
   __device__ __forceinline__ void start_dq(DqPart& dq, int chunk) const {
-    const Operand a = Operand::of_rows(pipelines.ds() + (share.first_chunk() + chunk) * 64 * kRowBytes);
-    const Operand b = Operand::of_columns(pipelines.k.tile() + share.first_slab() * C::kTileN * kRowBytes,
+    const Operand a = Operand::of_rows(pipelines.ds() + share.row_chunk(chunk) * 64 * kRowBytes);
+    const Operand b = Operand::of_columns(pipelines.k.tile() + share.slab(chunk) * C::kTileN * kRowBytes,
                                           C::kTileN * kRowBytes);
     pin(dq);
     ptx::wgmma_fence();
@@ -82,8 +82,8 @@ struct BackwardConsumer {
     fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
                                     pipelines.lse() + place.column * 4, pipelines.smem + L::kBounds + key * 16);
   }
-  // P and dP become operands.
-  __device__ __forceinline__ void form_ds(Scores& s, Scores& dp, const Scores& derivatives, Operands& weights, Operands& ds) const {
+  // dS in place of dP
+  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives) const {
     const uint32_t stat = pipelines.delta() + Place().column * 4;
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
@@ -94,9 +94,8 @@ struct BackwardConsumer {
         if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
       }
     }
-    pack_operand(weights, s), pack_operand(ds, dp);
   }
-  static __device__ __forceinline__ void pack_operand(Operands& operand, const Scores& c) {
+  static __device__ __forceinline__ void pack_operand(Fragments& operand, const Scores& c) {
 #pragma unroll
     for (int n = 0; n < kSteps; ++n)
 #pragma unroll
@@ -106,7 +105,7 @@ struct BackwardConsumer {
       }
   }
   // dS, rows of q down, this group's keys in a slab of their own.
-  __device__ __forceinline__ void store_ds(const Operands& ds) const {
+  __device__ __forceinline__ void store_ds(const Fragments& ds) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const uint32_t row = pipelines.ds() + group * L::kDsSlabBytes + (lane / 16 * 8 + lane % 8) * kRowBytes;
     const uint32_t place = row + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
@@ -119,7 +118,7 @@ struct BackwardConsumer {
 
   __device__ __forceinline__ void visit(const RowTileVisit& at) {
     Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
-    Operands weights, ds;       // P^T and dS^T
+    Fragments weights, ds;      // P^T and dS^T
     if (C::kAlibi) change.set_head(p, keys.batch, at.head);
     pipelines.q.wait();
     start_scores<C::kHeadDim>(s, pipelines.k.tile(), pipelines.q.tile());
@@ -131,10 +130,19 @@ struct BackwardConsumer {
       exponentiate<true>(s, derivatives, at);
     else
       exponentiate<false>(s, derivatives, at);
-    ptx::wgmma_wait<0>();
+    if constexpr (C::kDvStart == DvStart::before_ds) {
+      pack_operand(weights, s);
+      start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
+      ptx::wgmma_wait<1>();
+    } else {
+      ptx::wgmma_wait<0>();
+    }
     pin(dp);
-    form_ds(s, dp, derivatives, weights, ds);
-    start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
+    form_ds(s, dp, derivatives);
+    if constexpr (C::kDvStart == DvStart::after_ds) pack_operand(weights, s);
+    pack_operand(ds, dp);
+    if constexpr (C::kDvStart == DvStart::after_ds)
+      start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last dS
     store_ds(ds);
     ptx::barrier_sync(kBarrier, L::kGroups * 128);
@@ -147,7 +155,7 @@ struct BackwardConsumer {
   }
 
   // dV is under way, dS is there: dK, and dQ where this group has a part of it.
-  __device__ __forceinline__ void finish(Operands& ds) {
+  __device__ __forceinline__ void finish(Fragments& ds) {
     ptx::wgmma_wait<0>();
     pin(dv);
     pipelines.dout.release();
@@ -155,7 +163,7 @@ struct BackwardConsumer {
     ptx::wgmma_wait<0>();
     pin(dk);
   }
-  __device__ __forceinline__ void finish_with_dq(Operands& ds, const RowTileVisit& at) {
+  __device__ __forceinline__ void finish_with_dq(Fragments& ds, const RowTileVisit& at) {
     float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
     DqPart dq;
     start_dq(dq, 0);

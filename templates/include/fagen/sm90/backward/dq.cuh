@@ -15,11 +15,11 @@ __device__ __forceinline__ int64_t row_tile_index(const fagen_backward_params& p
   return (int64_t(batch) * p.heads + head) * launch.row_tiles + tile;
 }
 
-// The consumer's side: one chunk of 64 rows of its part.
+// The consumer's side: one chunk of its part.
 template <class C>
 __device__ __forceinline__ void sink_dq(const float (&dq)[DqShare<C>::kColumns / 8][4], const DqShare<C>& share,
                                         int chunk, BackwardPipelines<C>& pipelines, float* tile) {
-  const int pieces = share.pieces(), thread = threadIdx.x % 128;
+  const int pieces = share.pieces(chunk), thread = threadIdx.x % 128;
   if constexpr (C::kDqSink == DqSink::bulk) {
     pipelines.dq.acquire();
     const uint32_t to = pipelines.dq.tile() + thread * 16;
@@ -45,16 +45,16 @@ __device__ __forceinline__ void drain_dq(const fagen_backward_params& p, const B
   using Dq = DqShare<C>;
   const Dq share{owner};
   BackwardPipelines<C> pipelines(smem, owner);
-  const int bytes = share.pieces() * kPieceBytes;
   const auto turn_of = [&](int head, int tile) {
     return launch.turns + row_tile_index<C>(p, launch, keys.batch, head, tile) * Dq::kGroups + owner;
   };
   const auto add = [&](const RowTileVisit& at) {
     float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
-    for (int chunk = 0; chunk < Dq::kChunks; ++chunk) {
+    for (int chunk = 0; chunk < Dq::kChunks && share.owns(chunk); ++chunk) {
       pipelines.dq.wait();
       if (C::kDeterministic && chunk == 0) ptx::wait_for_turn(turn_of(at.head, at.tile), keys.turn(band, at.tile));
-      ptx::bulk_add(tile + share.offset(chunk), pipelines.dq.tile(), bytes);
+      ptx::bulk_add(tile + share.offset(chunk), pipelines.dq.tile(),
+                    share.pieces(chunk) * kPieceBytes);
       ptx::bulk_commit();
       ptx::bulk_wait_read();
       ptx::mbarrier_arrive(pipelines.dq.empty());

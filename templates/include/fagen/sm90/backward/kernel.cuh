@@ -1,6 +1,7 @@
 // The backward kernel for Hopper: a block has one tile of keys, and visits the row tiles that see them.
 //
 //   warpgroups 0 .. kGroups - 1   consumers: 64 keys each                                 consumer.cuh
+//                               or, with shared operands, some columns of a head        shared_consumer.cuh
 //   the last one, warp 0          loads k, and q with its LSE                             producer.cuh
 //                 warp 1          loads v, and dO with its delta (with three consumers    producer.cuh
 //                                 warp 0 loads these as well)
@@ -11,8 +12,20 @@
 #pragma once
 #include "fagen/sm90/backward/consumer.cuh"
 #include "fagen/sm90/backward/producer.cuh"
+#include "fagen/sm90/backward/shared_consumer.cuh"
 
 namespace fagen {
+
+template <class C, class Element, bool kShared = kSharedOperands<C>>
+struct SelectedConsumer {
+  using Type = BackwardConsumer<C, Element>;
+};
+template <class C, class Element>
+struct SelectedConsumer<C, Element, true> {
+  using Type = SharedConsumer<C, Element>;
+};
+template <class C, class Element>
+using SelectConsumer = typename SelectedConsumer<C, Element>::Type;
 
 template <class C, class Element>
 __device__ __forceinline__ void run_backward_block(const fagen_backward_params& p, const BackwardLaunch& launch,
@@ -47,7 +60,7 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
       drain_dq<C>(p, launch, keys, band, smem, owner);
   } else {
     ptx::more_registers<L::kConsumerRegisters>();
-    BackwardConsumer<C, Element>(p, launch, keys, band, smem, group).run();
+    SelectConsumer<C, Element>(p, launch, keys, band, smem, group).run();
   }
 }
 

@@ -8,46 +8,59 @@ namespace fagen {
 constexpr int kGroupKeys = 64;      // a warpgroup's keys
 constexpr int kPieceBytes = 2048;   // a piece of 8 columns of 64 rows of dQ, float32: 16 bytes a thread
 
-// How the consumers share the product dQ = dS K, in row chunks of 64 and slabs of 64 columns: by rows where each can
-// have as many chunks as the others, else by slabs.
+template <class C>
+constexpr bool kSharedOperands = C::kOperands == Operands::shared;
+
+// How the consumers share the product dQ = dS K, in chunks one after another. A chunk is 64 rows of some slabs of
+// columns: by rows where each consumer can have as many chunks as the others, else by slabs. With P and dS in shared
+// memory there are 64 rows, and a chunk is one slab, since registers are few.
 template <class C>
 struct DqShare {
-  static constexpr int kGroups = C::kTileN / kGroupKeys;
+  static constexpr int kGroups = C::kWarpgroups;
   static constexpr int kOwners = C::kDqOwner == DqOwner::all ? kGroups : 1;
   static constexpr int kRowChunks = C::kTileM / 64, kAllSlabs = slabs(C::kHeadDim);
-  static constexpr bool kByRows = kRowChunks % kOwners == 0;
-  static constexpr int kChunks = kByRows ? kRowChunks / kOwners : kRowChunks;  // one after another
-  static constexpr int kSlabs = kByRows ? kAllSlabs : (kAllSlabs + kOwners - 1) / kOwners;
-  static constexpr int kColumns = kByRows ? C::kHeadDim : kSlabs * kSlabColumns;
+  static constexpr bool kBySlab = kSharedOperands<C>, kByRows = !kBySlab && kRowChunks % kOwners == 0;
+  static constexpr int kOwnSlabs = (kAllSlabs + kOwners - 1) / kOwners;  // where the slabs are shared
+  static constexpr int kChunks = kBySlab ? kOwnSlabs : kByRows ? kRowChunks / kOwners : kRowChunks;
+  static constexpr int kColumns = kBySlab ? kSlabColumns : kByRows ? C::kHeadDim : kOwnSlabs * kSlabColumns;
   static constexpr int kChunkPieces = C::kHeadDim / 8;  // of all columns
   static constexpr int kTileFloats = C::kTileM * C::kHeadDim;
   static constexpr int kStageBytes = C::kDqSink == DqSink::bulk ? kColumns / 8 * kPieceBytes : 0;
+  // every group has all of its chunks: there is nothing to ask
+  static constexpr bool kEach =
+      kOwners == kGroups && (kByRows || (kBySlab ? kAllSlabs % kOwners == 0 : (kOwners - 1) * kOwnSlabs < kAllSlabs));
 
   const int group;
-  __device__ __forceinline__ int first_slab() const { return kByRows ? 0 : group * kSlabs; }
-  __device__ __forceinline__ int first_chunk() const { return kByRows ? group * kChunks : 0; }
-  // with a part for every group there is nothing to ask
-  static constexpr bool kEach = kOwners == kGroups && (kByRows || (kOwners - 1) * kSlabs < kAllSlabs);
-  __device__ __forceinline__ bool owns() const { return kEach || (group < kOwners && first_slab() < kAllSlabs); }
-  // how many pieces there are of the group's columns
-  __device__ __forceinline__ int pieces() const { return min(kColumns / 8, kChunkPieces - first_slab() * 8); }
-  // where the group's part of a chunk begins in the float32 tile of dQ, which is in the order of fragments
+  __device__ __forceinline__ int slab(int chunk) const {
+    return kByRows ? 0 : group * kOwnSlabs + (kBySlab ? chunk : 0);
+  }
+  __device__ __forceinline__ int row_chunk(int chunk) const {
+    return kBySlab ? 0 : kByRows ? group * kChunks + chunk : chunk;
+  }
+  __device__ __forceinline__ bool owns(int chunk = 0) const {
+    return kEach || (group < kOwners && slab(chunk) < kAllSlabs);
+  }
+  // how many pieces there are of a chunk's columns
+  __device__ __forceinline__ int pieces(int chunk) const { return min(kColumns / 8, kChunkPieces - slab(chunk) * 8); }
+  // where a chunk begins in the float32 tile of dQ, which is in the order of fragments
   __device__ __forceinline__ int offset(int chunk) const {
-    return ((first_chunk() + chunk) * kChunkPieces + first_slab() * 8) * (kPieceBytes / 4);
+    return (row_chunk(chunk) * kChunkPieces + slab(chunk) * 8) * (kPieceBytes / 4);
   }
 };
 
 template <class C>
 struct BackwardLayout {
   using Dq = DqShare<C>;
-  static constexpr int kGroups = C::kTileN / kGroupKeys;  // consumer warpgroups
+  static constexpr int kGroups = C::kWarpgroups;  // consumers
   static constexpr int kThreads = (kGroups + 1) * 128;
   static constexpr int kSlabs = slabs(C::kHeadDim), kSlabsV = slabs(C::kHeadDimV);
   static constexpr int kKBytes = C::kTileN * kRowBytes * kSlabs, kVBytes = C::kTileN * kRowBytes * kSlabsV;
   static constexpr int kQBytes = C::kTileM * kRowBytes * kSlabs, kDoutBytes = C::kTileM * kRowBytes * kSlabsV;
-  static constexpr int kDsSlabBytes = C::kTileM * kRowBytes, kDsBytes = kGroups * kDsSlabBytes;
+  // dS, and before it P if that goes by shared memory, in slabs of 64 keys
+  static constexpr int kDsSlabBytes = C::kTileM * kRowBytes, kDsTileBytes = slabs(C::kTileN) * kDsSlabBytes;
+  static constexpr int kDsBytes = kDsTileBytes * (kSharedOperands<C> ? 2 : 1);
   static constexpr int kStatBytes = C::kTileM * 4;  // the LSE, or delta, of a row tile
-  static constexpr bool kIntervals = C::kMask == Mask::intervals;
+  static constexpr bool kIntervals = MaskOf<C>::kIntervals;
   static constexpr int kBoundBytes = kIntervals ? C::kTileN * 16 : 0, kExtentBytes = kIntervals ? 32 : 0;
 
   // Offsets: k, v, the stages of q, of dO and of dS, the owners' parts of dQ, the LSE of each stage of q, delta of each
@@ -66,7 +79,9 @@ struct BackwardLayout {
   static constexpr int kConsumerShare = ((kGroups + 1) * kRegisters - kProducerRegisters) / kGroups / 8 * 8;
   static constexpr int kConsumerRegisters = kConsumerShare > 240 ? 240 : kConsumerShare;
 
-  static_assert(C::kTileM % 64 == 0 && C::kTileN % kGroupKeys == 0, "a product is 64 rows or 64 keys at least");
+  static_assert(kSharedOperands<C> ? C::kTileM == 64 && C::kTileN % 16 == 0 && C::kTileN / 8 % kGroups == 0
+                                   : C::kTileM % 64 == 0 && C::kTileN == kGroups * kGroupKeys,
+                "a product is 64 rows or 64 keys");
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
   static_assert(kConsumerRegisters == Derived::registers, "Python and CUDA disagree about the registers of a thread");

@@ -55,7 +55,7 @@ struct SeenRows {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       begin[r] = band.begin(key + r * 8), end[r] = band.end(key + r * 8);
-      if constexpr (C::kMask == Mask::intervals) {
+      if constexpr (MaskOf<C>::kIntervals) {
         const uint4 x = ptx::ld_shared_16(bounds + r * 8 * 16);
         hidden[r] = {int(x.x), int(x.y), int(x.z), int(x.w)};
       }
@@ -63,7 +63,7 @@ struct SeenRows {
   }
   __device__ __forceinline__ bool contains(int m, int r) const {
     bool seen = m >= begin[r] && m < end[r];
-    if constexpr (C::kMask == Mask::intervals) seen &= !hidden[r].contains(m);
+    if constexpr (MaskOf<C>::kIntervals) seen &= !hidden[r].contains(m);
     return seen;
   }
 };

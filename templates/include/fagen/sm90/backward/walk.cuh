@@ -42,13 +42,13 @@ struct RowTileVisit {
 
 template <class C>
 struct KeyTile {
-  static constexpr bool kIntervals = C::kMask == Mask::intervals;
+  static constexpr bool kIntervals = MaskOf<C>::kIntervals;
   static constexpr bool kLastFirst = C::kBlockOrder == BlockOrder::descending;
 
   int tile, kv_head, batch, n0;
   int begin, end;            // row tiles that see any of its keys, by the band
   int full_begin, full_end;  // rows that see all of them
-  Extent ls, le, us, ue;     // intervals: of its keys' bounds
+  uint32_t extents;          // intervals: where those of its keys' bounds are; read anew, since registers are few
 
   // Orders that put the longest first take the last index of a head first; of key tiles the first is the longest.
   __device__ __forceinline__ KeyTile(const BackwardLaunch& launch, const RowBand& band, uint32_t smem) {
@@ -62,21 +62,19 @@ struct KeyTile {
     end = first_row < end_row ? (end_row + C::kTileM - 1) / C::kTileM : begin;
     full_begin = band.begin(last_key);
     full_end = last_key == n0 + C::kTileN - 1 ? band.end(n0) : 0;
-    if constexpr (kIntervals) {
-      const uint4 a = ptx::ld_shared_16(smem + BackwardLayout<C>::kExtents);
-      const uint4 b = ptx::ld_shared_16(smem + BackwardLayout<C>::kExtents + 16);
-      ls = {int(a.x), int(a.y)}, le = {int(a.z), int(a.w)}, us = {int(b.x), int(b.y)}, ue = {int(b.z), int(b.w)};
-    }
+    extents = smem + BackwardLayout<C>::kExtents;
   }
 
-  __device__ __forceinline__ bool hidden(int m0, int m1) const {
-    if constexpr (!kIntervals) return false;
-    return (m0 >= ls.high && m1 <= le.low) || (m0 >= us.high && m1 <= ue.low);
-  }
-  __device__ __forceinline__ bool partial(int m0, int m1) const {
-    if (m0 < full_begin || m1 > full_end) return true;
-    if constexpr (!kIntervals) return false;
-    return (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
+  // Rows [m0, m1): no key is visible to them, or some may be hidden.
+  __device__ __forceinline__ void classify(int m0, int m1, bool& hidden, bool& partial) const {
+    hidden = false, partial = m0 < full_begin || m1 > full_end;
+    if constexpr (kIntervals) {
+      const uint4 lower = ptx::ld_shared_16(extents), upper = ptx::ld_shared_16(extents + 16);
+      const Extent ls = {int(lower.x), int(lower.y)}, le = {int(lower.z), int(lower.w)};
+      const Extent us = {int(upper.x), int(upper.y)}, ue = {int(upper.z), int(upper.w)};
+      hidden = (m0 >= ls.high && m1 <= le.low) || (m0 >= us.high && m1 <= ue.low);
+      partial |= (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
+    }
   }
 
   // Call visit(RowTileVisit) for every row tile that sees any of the keys, head after head; skip(head, tile) for those
@@ -92,7 +90,9 @@ struct KeyTile {
         int t = C::kRowOrder == RowOrder::descending ? end - 1 - i : begin + i + shift;
         if (C::kRowOrder == RowOrder::shifted && t >= end) t -= tiles;
         const int m0 = t * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
-        hidden(m0, m1) ? skip(head, t) : visit(RowTileVisit{head, t, partial(m0, m1)});
+        bool hidden, partial;
+        classify(m0, m1, hidden, partial);
+        hidden ? skip(head, t) : visit(RowTileVisit{head, t, partial});
       }
   }
   template <class Visit>
