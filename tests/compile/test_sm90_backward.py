@@ -19,8 +19,8 @@ FAMILY, HOPPER = sm90_backward.FAMILY, target.known("sm_90")
 BASE = FAMILY.config(
     {
         "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "q_stages": 2, "dout_stages": 2,
-        "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk", "dq_owner": "all", "row_order": "ascending", "block_order": "ascending",
-        "section_mb": 32,
+        "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk", "dq_owner": "all", "row_order": "ascending",
+        "block_order": "ascending", "section_mb": 32,
     }
 )  # fmt: skip
 PROBLEMS = [
@@ -94,9 +94,10 @@ REJECTED = [
     ("shape_fits", "whole 8 keys, not 80 / 3", {}, {**SHARED, "tile_n": 80, "warpgroups": 3}, {"warpgroups": 2}),
     ("shape_fits", "stores P and dS together", {}, {**SHARED, "dv_start": "before_ds"}, {"dv_start": "after_ds"}),
     ("smem_fits", "bytes of shared memory on sm_90", {"head_dim": 128}, {"tile_m": 128}, {"tile_m": 64}),
-    ("registers_fit", "registers a thread", {"head_dim": 128}, {"tile_m": 128, "dout_stages": 1, "q_stages": 1, "dq_sink": "red"},
-     {"tile_m": 64}),
-    ("owner_matters", "a lone warpgroup", {}, {"tile_n": 64, "warpgroups": 1, "dq_owner": "first"}, {"dq_owner": "all"}),
+    ("registers_fit", "registers a thread", {"head_dim": 128},
+     {"tile_m": 128, "dout_stages": 1, "q_stages": 1, "dq_sink": "red"}, {"tile_m": 64}),
+    ("owner_matters", "a lone warpgroup", {}, {"tile_n": 64, "warpgroups": 1, "dq_owner": "first"},
+     {"dq_owner": "all"}),
     ("sum_is_ordered", "added up in turns", {"deterministic": True}, {"dq_sink": "red"}, {"dq_sink": "bulk"}),
     ("order_matters", "only repeats another", {}, {"block_order": "descending"}, {"block_order": "sectioned"}),
     ("section_matters", "has no sections", {}, {"section_mb": 16}, {"section_mb": 32}),

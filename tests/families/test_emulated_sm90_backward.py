@@ -24,8 +24,9 @@ from tests.support.cases import DTYPES, random_intervals
 
 FAMILY, TARGET = sm90_backward.FAMILY, known("sm_90")
 BASE: dict[str, Any] = {
-    "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "q_stages": 2, "dout_stages": 2, "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk", "dq_owner": "all",
-    "row_order": "ascending", "block_order": "ascending", "section_mb": 32,
+    "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "q_stages": 2, "dout_stages": 2,
+    "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk", "dq_owner": "all", "row_order": "ascending",
+    "block_order": "ascending", "section_mb": 32,
 }  # fmt: skip
 
 
@@ -138,8 +139,9 @@ def _source(case: Case) -> str:
 
 
 def check(
-    case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, units: int = 2, text: str = "", magnitude: float = 1.0,
-    dlse: bool = False, intervals: torch.Tensor | None = None, layout: str = "bshd",
+    case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, units: int = 2, text: str = "",
+    magnitude: float = 1.0, dlse: bool = False, intervals: torch.Tensor | None = None,
+    layout: str = "bshd",
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     library = emulated.compiled(text or _source(case), folder)
     g = torch.Generator().manual_seed(seed)

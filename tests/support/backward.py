@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ class Params(ctypes.Structure):
     )
 
 
-def make_params(call: AttentionCall, tensors: dict[str, "torch.Tensor | None"]) -> Params:
+def make_params(call: AttentionCall, tensors: dict[str, torch.Tensor | None]) -> Params:
     """`tensors`: o, dout, lse, dlse and the gradients, by name. They must outlive the params."""
     params = Params()
     for name, t in ({"q": call.q, "k": call.k, "v": call.v} | tensors).items():
@@ -99,7 +100,7 @@ def check(
     with_dlse: bool = False,
 ) -> dict[str, torch.Tensor]:
     """`run` fills the gradients; each is asserted to be within 3 x PyTorch's own error in the call's dtype."""
-    like = dict(device=call.q.device, generator=generator)
+    like: dict[str, Any] = {"device": call.q.device, "generator": generator}
     shape = (call.batch, call.heads, call.seqlen_q)
     dout = torch.randn(*shape, call.v.shape[3], **like).to(call.q.dtype)
     dlse = torch.randn(shape, **like) if with_dlse else None
