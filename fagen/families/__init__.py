@@ -11,9 +11,10 @@ __all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates
 
 
 def all_families() -> tuple[Family, ...]:
-    from fagen.families import cpu_forward, sm80_forward, sm90_backward, sm90_forward
+    from fagen.families import cpu_backward, cpu_forward, sm80_forward, sm90_backward, sm90_forward
 
-    return (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY, sm90_backward.FAMILY)
+    forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY)
+    return (*forward, sm90_backward.FAMILY, cpu_backward.FAMILY)
 
 
 def get(name: str) -> Family:

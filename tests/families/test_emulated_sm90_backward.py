@@ -15,11 +15,14 @@ import pytest
 import torch
 
 from fagen.families import Config, sm90_backward
-from fagen.ops.attention import masks
+from fagen.ops.attention import gradients, masks, reference
 from fagen.ops.attention.backward import BackwardProblem
+from fagen.ops.attention.backward_call import BackwardCall
 from fagen.ops.attention.call import AttentionCall
+from fagen.ops.attention.params import BackwardParams, make_backward_params
+from fagen.runtime.kernel import Library
 from fagen.target import known
-from tests.support import backward, emulated
+from tests.support import emulated
 from tests.support.cases import DTYPES, random_intervals
 
 FAMILY, TARGET = sm90_backward.FAMILY, known("sm_90")
@@ -138,28 +141,48 @@ def _source(case: Case) -> str:
     return emulated.source(FAMILY, case.problem, TARGET, case.config)
 
 
-def check(
-    case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, units: int = 2, text: str = "",
+def make_call(
+    case: Case, rows: int, keys: int, g: torch.Generator, *, batch: int = 1, layout: str = "bshd",
     magnitude: float = 1.0, dlse: bool = False, intervals: torch.Tensor | None = None,
-    layout: str = "bshd",
-) -> dict[str, torch.Tensor]:  # fmt: skip
-    library = emulated.compiled(text or _source(case), folder)
-    g = torch.Generator().manual_seed(seed)
+) -> BackwardCall:  # fmt: skip
+    """Random tensors, and what forward makes of them in float32."""
 
     def tensor(length: int, heads: int, size: int) -> torch.Tensor:
-        shape = (1, length, heads, size) if layout == "bshd" else (1, heads, length, size)
-        return (torch.randn(shape, generator=g) * magnitude).to(DTYPES[case.dtype])
+        shape = (batch, length, heads, size) if layout == "bshd" else (batch, heads, length, size)
+        return (torch.randn(shape, device=g.device, generator=g) * magnitude).to(DTYPES[case.dtype])
 
     d, dv = case.head_dim, case.head_dim_v or case.head_dim
     q, k, v = tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv)
     if case.intervals and intervals is None:
-        intervals = random_intervals(case.intervals, 1, case.kv_heads, rows, keys, g)
-    slopes = torch.rand(case.heads, generator=g) if case.alibi else None
+        intervals = random_intervals(case.intervals, batch, case.kv_heads, rows, keys, g)
+    slopes = torch.rand(case.heads, device=g.device, generator=g) if case.alibi else None
     window = (-1, 0) if case.mask == "causal" else case.window
-    call = AttentionCall(
-        q, k, v, layout, window, intervals, case.intervals, softcap=case.softcap, alibi_slopes=slopes
-    )  # fmt: skip
-    return backward.check(call, lambda tensors: backward.launch_emulated(library, call, tensors, seed, units), g, dlse)
+    call = AttentionCall(q, k, v, layout, window, intervals, case.intervals, softcap=case.softcap, alibi_slopes=slopes)
+    out, lse = reference.attend(call, reference.cast(call.bhsd(), torch.float32), reference.visible(call))
+    out = (out.transpose(1, 2) if layout == "bshd" else out).to(q.dtype).contiguous()
+    dout = torch.randn(out.shape, device=g.device, generator=g).to(q.dtype)
+    of_lse = torch.randn(lse.shape, device=g.device, generator=g) if dlse else None
+    return BackwardCall.after(call, out, lse.contiguous(), dout, of_lse, deterministic=case.deterministic)
+
+
+def poisoned(call: BackwardCall) -> dict[str, torch.Tensor]:
+    return {name: t.fill_(torch.nan) for name, t in call.new_outputs().items()}
+
+
+def load(text: str, folder: Path) -> Library:
+    return emulated.build(text, folder, BackwardParams)
+
+
+def check(
+    case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, units: int = 2, text: str = "", **more: Any
+) -> dict[str, torch.Tensor]:
+    call = make_call(case, rows, keys, torch.Generator().manual_seed(seed), **more)
+    outputs = poisoned(call)
+    library = load(text or _source(case), folder)
+    emulated.launch(library, call, outputs, seed=seed, units=units, fill=make_backward_params)
+    verdict = gradients.check(call, outputs)
+    assert verdict, verdict.message
+    return outputs
 
 
 SIZES = ((150, 150), (70, 210), (210, 90))
@@ -216,11 +239,11 @@ def test_rows_and_keys_that_see_nothing(folder: Path) -> None:
             assert (filled["dq"][:, : rows - keys] == 0).all()
     for rows, keys in ((0, 70), (70, 0)):
         q, k = (torch.randn(1, n, 2, 64, dtype=torch.bfloat16) for n in (rows, keys))
-        call = AttentionCall.of(q, k, k, causal=True)
-        filled = {name: torch.full_like(t, torch.nan) for name, t in (("dq", q), ("dk", k), ("dv", k))}
-        tensors = {"o": q, "dout": q, "lse": torch.empty(1, 2, rows), "dlse": None} | filled
-        backward.launch_emulated(emulated.compiled(_source(case), folder), call, tensors, 0, 2)
-        assert all((t == 0).all() for t in filled.values())
+        call: Any = AttentionCall.of(q, k, k, causal=True)
+        call = BackwardCall.after(call, q, torch.full((1, 2, rows), -torch.inf), q)
+        outputs = poisoned(call)
+        emulated.launch(load(_source(case), folder), call, outputs, fill=make_backward_params)
+        assert all((t == 0).all() for t in outputs.values())
 
 
 def test_large_scores_stay_finite(folder: Path) -> None:

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from fagen.build import cache
 from fagen.codegen.spec import KernelSpec
 from fagen.families import Config
-from fagen.ops.attention.call import AttentionCall
-from tests.families.test_emulated_sm90_backward import CASES, DETERMINISTIC, FAMILY, SCHEMES, Case
-from tests.support import backward
-from tests.support.cases import DTYPES, present, random_intervals
+from fagen.ops.attention import gradients
+from fagen.runtime import kernel
+from tests.families.test_emulated_sm90_backward import (
+    CASES,
+    DETERMINISTIC,
+    FAMILY,
+    SCHEMES,
+    Case,
+    make_call,
+    poisoned,
+)  # fmt: skip
+from tests.support.cases import present
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU (sm_90)"
 )
 
 
-def check(case: Case, rows: int, keys: int, *, seed: int = 0, batch: int = 2, layout: str = "bshd", **more):
+def check(case: Case, rows: int, keys: int, *, seed: int = 0, batch: int = 2, **more: Any) -> dict[str, torch.Tensor]:
     g = torch.Generator("cuda").manual_seed(seed)
-
-    def tensor(length: int, heads: int, size: int) -> torch.Tensor:
-        shape = (batch, length, heads, size) if layout == "bshd" else (batch, heads, length, size)
-        return torch.randn(shape, device="cuda", generator=g).to(DTYPES[case.dtype])
-
-    d, dv = case.head_dim, case.head_dim_v or case.head_dim
-    q, k, v = tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv)
-    intervals = random_intervals(case.intervals, batch, case.kv_heads, rows, keys, g) if case.intervals else None
-    slopes = torch.rand(case.heads, device="cuda", generator=g) if case.alibi else None
-    window = (-1, 0) if case.mask == "causal" else case.window
-    call = AttentionCall(q, k, v, layout, window, intervals, case.intervals, softcap=case.softcap, alibi_slopes=slopes)
-    library = cache.build(KernelSpec(FAMILY, case.problem, present(), case.config)).path
-    stream = torch.cuda.current_stream().cuda_stream
-    filled = backward.check(call, lambda tensors: backward.launch(library, call, tensors, stream), g, **more)
-    torch.cuda.synchronize()
-    return filled
+    call = make_call(case, rows, keys, g, batch=batch, **more)
+    outputs = poisoned(call)
+    kernel.get(KernelSpec(FAMILY, case.problem, present(), case.config)).launch(call, outputs)
+    verdict = gradients.check(call, outputs)
+    assert verdict, verdict.message
+    return outputs
 
 
 def _edges(config: Config) -> tuple[tuple[int, int], ...]:
@@ -50,7 +49,7 @@ def _edges(config: Config) -> tuple[tuple[int, int], ...]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_right_at_the_edges_of_tiles(case: Case) -> None:
     for seed, (rows, keys) in enumerate(_edges(case.config)):
-        check(case, rows, keys, seed=seed, layout=("bshd", "bhsd")[seed % 2], with_dlse=seed % 3 == 1)
+        check(case, rows, keys, seed=seed, layout=("bshd", "bhsd")[seed % 2], dlse=seed % 3 == 1)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal"])

@@ -7,15 +7,17 @@ import functools
 import hashlib
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from fagen.build import toolchain
 from fagen.codegen import render
 from fagen.codegen.spec import KernelSpec
-from fagen.ops.attention.params import make_params
+from fagen.ops import abi
+from fagen.ops.attention.params import Params, make_params
 from fagen.runtime.kernel import Library, workspace_tensor
 
 if TYPE_CHECKING:
@@ -50,12 +52,7 @@ def source(family: Family, problem: Problem, target: Target, config: Config) -> 
     return f"#define EMULATOR_ELEMENT {_ELEMENTS[problem.dtype]}\n{text}{_BEGIN % base}"
 
 
-def build(text: str, folder: Path) -> Library:
-    """A kernel of the forward op, loaded."""
-    return Library(compiled(text, folder))
-
-
-def compiled(text: str, folder: Path) -> Path:
+def build(text: str, folder: Path, params: abi.Struct = Params) -> Library:
     """Compiled once for all who share the folder, whatever processes they are."""
     folder = _common(folder)
     library = folder / f"{render.source_hash(text)}.so"
@@ -64,7 +61,7 @@ def compiled(text: str, folder: Path) -> Path:
             path = library.with_suffix(".cpp")
             path.write_text(text)
             _compile(path, library, "-shared", "-include", str(folder / "all.h"))
-    return library
+    return Library(library, params)
 
 
 @functools.cache
@@ -103,13 +100,20 @@ def _compile(source: Path, to: Path, *flags: str) -> None:
 
 
 def launch(
-    library: Library, call: AttentionCall, outputs: dict[str, torch.Tensor], *, seed: int = 0, units: int = 3
+    library: Library,
+    call: AttentionCall,
+    outputs: dict[str, torch.Tensor],
+    *,
+    seed: int = 0,
+    units: int = 3,
+    fill: Callable[[Any, dict[str, torch.Tensor]], ctypes.Structure] = make_params,
 ) -> None:
-    """On a GPU of so many SMs; `seed` decides what comes first wherever that is open."""
+    """On a GPU of so many SMs; `seed` decides what comes first wherever that is open. `fill`: the op's params."""
     import torch
 
     library._library.emulator_begin(ctypes.c_uint64(seed), ctypes.c_int(units))
-    params, memory = make_params(call, outputs), torch.empty(0)
+    params: Any = fill(call, outputs)
+    memory = torch.empty(0)
     if need := library.workspace_bytes(ctypes.byref(params)):
         memory, params.workspace = workspace_tensor(need, torch.device("cpu"))
         memory.fill_(0xA5)
