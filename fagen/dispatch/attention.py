@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fagen.dispatch import resolve
-from fagen.dispatch.plan import TORCH
+from fagen.dispatch.plan import TORCH, Answer
 from fagen.ops.attention import fallback
 from fagen.ops.attention.call import AttentionCall
 from fagen.runtime import python_ops
@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 
 def kernel_of(call: AttentionCall) -> Kernel | None:
     """The kernel for a call, built and loaded; None (and a warning) where PyTorch computes."""
+    return answer_to(call, ours=call.want_lse).kernel
+
+
+def answer_to(call: AttentionCall, *, ours: bool) -> Answer:
+    """What serves a call: see `resolve.answer`."""
     if _refused(call):
-        return None
+        return TORCH
     assert call.target is not None
     with _on_device(call.q):
-        return resolve.kernel_for(call.problem, call.target, ours=call.want_lse)
+        return resolve.answer(call.problem, call.target, ours=ours)
 
 
 def words_of(call: AttentionCall) -> list[int]:

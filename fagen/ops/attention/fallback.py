@@ -29,10 +29,10 @@ def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     Where it does, all is computed by products of matrices, whose gradient is the same bits each time.
     """
     q, k, v = call.bhsd()
-    plain = not call.want_lse and call.intervals is None and call.alibi_slopes is None
+    plain = not call.want_lse and call.intervals is None and call.alibi_slopes is None and call.sinks is None
     device = q.device.type  # the result has the inputs' dtype, as a kernel's has, whatever autocast would make of it
     with torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext():
-        if 0 in q.shape or 0 in k.shape:
+        if 0 in q.shape or (0 in k.shape and call.sinks is None):
             out, lse = q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
         elif plain and _sdpa_serves(call):
             out, lse = _by_sdpa(call), q.new_empty(0, dtype=torch.float32)
