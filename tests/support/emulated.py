@@ -51,7 +51,11 @@ def source(family: Family, problem: Problem, target: Target, config: Config) -> 
 
 
 def build(text: str, folder: Path) -> Library:
-    """Compiled once for all who share the folder, whatever processes they are."""
+    return Library(compiled(text, folder))
+
+
+def compiled(text: str, folder: Path) -> Path:
+    """A library, compiled once for all who share the folder, whatever processes they are."""
     folder = _common(folder)
     library = folder / f"{render.source_hash(text)}.so"
     with filelock.FileLock(library.with_suffix(".lock")):
@@ -59,7 +63,7 @@ def build(text: str, folder: Path) -> Library:
             path = library.with_suffix(".cpp")
             path.write_text(text)
             _compile(path, library, "-shared", "-include", str(folder / "all.h"))
-    return Library(library)
+    return library
 
 
 @functools.cache
