@@ -78,7 +78,7 @@ def fragment_registers(p: Problem, c: Config) -> int:
         held += (lines if c.weights_source == "registers" else cells) * dv // 64
     scores = lines * cells // 32
     dq = c.tile_m * d // c.warps // 32 if c.dq_route == "atomics" else 0
-    return held + max(2 * scores + scores // 2, dq)
+    return held + max(2 * scores, dq)  # P and dS in 16 bits take the room of S and dP
 
 
 def dq_registers(p: Problem, c: Config) -> int:

@@ -241,57 +241,38 @@ struct KeyBlock {
   }
 };
 
-// The walk of the copies: one tile ahead of the products, through all heads of the group.
-template <class C>
-struct RowsAhead {
-  const KeyTileMask<C>& tiles;
-  const MaskOf<C>& mask;
-  int first, tile, head, last_head;
-
-  __device__ __forceinline__ RowsAhead(const KeyTileMask<C>& tiles, const MaskOf<C>& mask, int first_head, int heads)
-      : tiles(tiles),
-        mask(mask),
-        first(tiles.next(mask, tiles.range.begin)),
-        tile(first),
-        head(first_head),
-        last_head(first_head + heads - 1) {}
-  __device__ __forceinline__ bool valid() const { return tile < tiles.range.end && head <= last_head; }
-  __device__ __forceinline__ void advance() {
-    tile = tiles.next(mask, tile + 1);
-    if (tile >= tiles.range.end) tile = first, ++head;
-  }
-};
-
 template <class C, class Element>
 __device__ __forceinline__ void run_key_block(KeyBlock<C, Element>& block) {
   using S = KeyBlockShape<C>;
   const KeyTileMask<C> tiles(block.mask, block.first_key(), block.p.seqlen_q);
-  RowsAhead<C> ahead(tiles, block.mask, block.first_head, block.heads);
+  const int first = tiles.next(block.mask, tiles.range.begin), heads_end = block.first_head + block.heads;
   int q_stage = 0, dout_stage = 0;
 
   block.load_keys();
-  if (ahead.valid()) {
-    block.load_q(0, ahead.head, ahead.tile);
-    block.load_dout(0, ahead.head, ahead.tile);
-    ahead.advance();
+  if (first < tiles.range.end) {
+    block.load_q(0, block.first_head, first);
+    block.load_dout(0, block.first_head, first);
   }
   ptx::cp_async_commit();
 
-  for (int head = block.first_head; head < block.first_head + block.heads; ++head) {
+  for (int head = block.first_head; head < heads_end; ++head) {
     const ScoreGradient<C> score(block.args.forward, block.coord.batch, head);
     tiles.visit_all(block.mask, [&](int tile, auto masked) {
       constexpr bool kOneStage = C::kQStages == 1 || C::kDoutStages == 1;
+      // the copies are one tile ahead of the products, through all heads of the group
+      int next = tiles.next(block.mask, tile + 1), next_head = head;
+      if (next >= tiles.range.end) next = first, ++next_head;
+      const bool more = next_head < heads_end;
       ptx::cp_async_wait<0>();
       __syncthreads();  // the tile is there, and nobody works on the one before
-      if (C::kQStages == 2 && ahead.valid()) block.load_q(q_stage ^ 1, ahead.head, ahead.tile);
-      if (C::kDoutStages == 2 && ahead.valid()) block.load_dout(dout_stage ^ 1, ahead.head, ahead.tile);
+      if (C::kQStages == 2 && more) block.load_q(q_stage ^ 1, next_head, next);
+      if (C::kDoutStages == 2 && more) block.load_dout(dout_stage ^ 1, next_head, next);
       block.template visit<decltype(masked)::value>(score, head, tile, q_stage, dout_stage, [&] {
         if constexpr (kOneStage || (S::kTransposed && S::kAddsDq)) __syncthreads();
-        if (C::kQStages == 1 && ahead.valid()) block.load_q(0, ahead.head, ahead.tile);
-        if (C::kDoutStages == 1 && ahead.valid()) block.load_dout(0, ahead.head, ahead.tile);
+        if (C::kQStages == 1 && more) block.load_q(0, next_head, next);
+        if (C::kDoutStages == 1 && more) block.load_dout(0, next_head, next);
         ptx::cp_async_commit();
       });
-      ahead.advance();
       if (C::kQStages == 2) q_stage ^= 1;
       if (C::kDoutStages == 2) dout_stage ^= 1;
     });

@@ -11,21 +11,23 @@ struct FragmentSums {
   static constexpr int kFloats = kThreads * kSlabs * kPieces * 4;
   using Sums = float[kSlabs][kPieces][4];
 
-  static __device__ __forceinline__ int offset(int piece, int i) {
-    if constexpr (ptx::kReduceWidth == 4) return (piece * kThreads + int(threadIdx.x)) * 4 + i;
-    return (piece * 4 + i) * kThreads + int(threadIdx.x);
+  // This thread's first number, and the others from there.
+  static __device__ __forceinline__ int first() { return int(threadIdx.x) * ptx::kReduceWidth; }
+  static __device__ __forceinline__ constexpr int offset(int piece, int i) {
+    return ptx::kReduceWidth == 4 ? piece * kThreads * 4 + i : (piece * 4 + i) * kThreads;
   }
   static __device__ __forceinline__ void add(float* tile, const Sums& sums) {
+    float* mine = tile + first();
 #pragma unroll
     for (int s = 0; s < kSlabs; ++s)
 #pragma unroll
       for (int n = 0; n < kPieces; ++n) {
         const int piece = s * kPieces + n;
         if constexpr (ptx::kReduceWidth == 4) {
-          ptx::reduce_add_4(tile + offset(piece, 0), sums[s][n]);
+          ptx::reduce_add_4(mine + offset(piece, 0), sums[s][n]);
         } else {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) ptx::reduce_add(tile + offset(piece, i), sums[s][n][i]);
+          for (int i = 0; i < 4; ++i) ptx::reduce_add(mine + offset(piece, i), sums[s][n][i]);
         }
       }
   }
@@ -35,7 +37,7 @@ struct FragmentSums {
 #pragma unroll
       for (int n = 0; n < kPieces; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[s][n][i] = tile[offset(s * kPieces + n, i)];
+        for (int i = 0; i < 4; ++i) sums[s][n][i] = tile[first() + offset(s * kPieces + n, i)];
   }
 };
 
