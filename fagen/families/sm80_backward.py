@@ -207,29 +207,28 @@ _GUESSES = (
     (
         64,
         [
-            _held(8, tile_m=64, tile_n=128, dq_row_warps=4, dout_stages=2),
             _make(tile_m=64, tile_n=128, **_EIGHT, dq_row_warps=4, dout_stages=2),
-            _held(4, tile_m=64, tile_n=64, dq_row_warps=4, dout_stages=2, blocks_per_sm=2),
+            _held(8, tile_m=64, tile_n=128, dq_row_warps=4),
+            _make(tile_m=64, tile_n=64, **_EIGHT, dout_stages=2),
             _make(tile_m=64, tile_n=64, blocks_per_sm=2),
         ],
     ),
     (
         128,
         [
-            _make(tile_m=64, tile_n=128, **_EIGHT, dq_row_warps=2),
+            _make(tile_m=64, tile_n=128, **_EIGHT, smem_layout="padded"),
+            _make(tile_m=64, tile_n=128, **_EIGHT, q_stages=1),
+            _make(tile_m=64, tile_n=64, **_EIGHT, dout_stages=2),
+            _make(tile_m=64, tile_n=64, **_EIGHT),
             _held(8, tile_m=64, tile_n=128, dq_row_warps=2),
-            _make(tile_m=64, tile_n=64, **_EIGHT, dq_row_warps=2, dout_stages=2),
-            _make(tile_m=64, tile_n=64),
-            _make(tile_m=64, tile_n=64, q_stages=1),
         ],
     ),
     (
         256,
         [
-            _make(tile_m=64, tile_n=64, **_EIGHT, dq_row_warps=2, q_stages=1),
-            _make(tile_m=64, tile_n=64, **_EIGHT, dq_row_warps=2, q_stages=1, smem_layout="padded"),
+            _make(tile_m=64, tile_n=64, **_EIGHT, q_stages=1),
+            _make(tile_m=64, tile_n=64, **_EIGHT, q_stages=1, smem_layout="padded"),
             _make(tile_m=32, tile_n=32, q_stages=1),
-            _make(tile_m=32, tile_n=32, q_stages=1, smem_layout="padded"),
         ],
     ),
 )
@@ -255,8 +254,8 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
 
 
 def _default(p: Problem, t: Target) -> Config:
-    """The first guess with registers to spare: nobody has looked at its spills for this very problem and GPU."""
-    spare = 40 + (10 if p.mask == "intervals" or p.softcap or p.alibi else 0)
+    """The first guess with registers to spare: ptxas keeps operands of the next products in all that there are."""
+    spare = 40 + (30 if p.mask == "intervals" or p.softcap or p.alibi else 0)
     guesses = _guesses(p, t)
     roomy = (c for c in guesses if fragment_registers(p, c) + spare <= register_limit(c))
     return next(roomy, guesses[-1])

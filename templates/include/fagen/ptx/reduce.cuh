@@ -5,9 +5,9 @@ namespace fagen::ptx {
 
 // Numbers that one instruction adds: four neighbours from sm_90 up, else one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr int kReduceWidth = 4;
+inline constexpr int kReduceWidth = 4;
 #else
-constexpr int kReduceWidth = 1;
+inline constexpr int kReduceWidth = 1;
 #endif
 
 __device__ __forceinline__ void reduce_add(float* to, float x) {

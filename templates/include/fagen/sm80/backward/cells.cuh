@@ -52,6 +52,9 @@ struct Cells {
   using Sums = float[kSlabs][kColumns / 8][4];
   using Pairs = Packed<kSlabs, kColumns>;
   static constexpr int kLines = kSlabs * 2;  // lines a thread shares
+  // whether a line may have hidden cells before its visible ones, and after them; keys end somewhere in any case
+  static constexpr bool kHidesFirst = kTransposed || MaskOf<C>::kHasBegin;
+  static constexpr bool kHidesLast = !kTransposed || MaskOf<C>::kHasBegin;
 
   // Where this lane's first cell lies in the matrix; the stats of its rows.
   const Lane& lane;
@@ -66,8 +69,7 @@ struct Cells {
   __device__ __forceinline__ Band::Columns visible(int i) const {
     if constexpr (!kTransposed) return mask.band.visible_columns(row + line(i) + lane.row, key, lane.column);
     const int n = key + line(i) + lane.row, first = row + lane.column;
-    if (n >= mask.band.seqlen_k) return {0, 0};
-    return {n - mask.band.last - first, n - mask.band.first + 1 - first};
+    return {n < mask.band.seqlen_k ? n - mask.band.last - first : kFar, n - mask.band.first + 1 - first};
   }
 
   // P and dS in 16 bits, from S and dP.
@@ -100,7 +102,8 @@ struct Cells {
           const int cell_key = key + (kTransposed ? at : lane.column + column);
           bool hidden = false;
           if constexpr (kMasked) {
-            hidden = column >= seen[i].end || column < seen[i].begin;
+            if constexpr (kHidesFirst) hidden = column < seen[i].begin;
+            if constexpr (kHidesLast) hidden |= column >= seen[i].end;
             if constexpr (MaskOf<C>::kIntervals)
               hidden |= (kTransposed ? hidden_rows[i] : hidden_keys[e]).contains(m);
           }

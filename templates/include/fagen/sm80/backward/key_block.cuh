@@ -8,7 +8,7 @@ namespace fagen {
 template <class C>
 struct KeyBlockShare {
   using S = KeyBlockShape<C>;
-  int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // warp-uniform for the compiler as well
+  int warp = threadIdx.x / 32;
   int line = (S::kTransposed ? warp : warp % C::kRowWarps) * S::kLines;           // of S and dP
   int cell = S::kTransposed ? 0 : warp / C::kRowWarps * S::kCells;
   int key = warp % S::kKeyWarps * S::kKeySlabs * 16, part = warp / S::kKeyWarps;  // of dK and dV
@@ -203,8 +203,9 @@ struct KeyBlock {
   // ---- one tile of rows: `load_next` starts the copies that need the room of q and dO
 
   template <bool kMasked, class LoadNext>
-  __device__ __forceinline__ void visit(const ScoreGradient<C>& score, int head, int tile, int q_stage, int dout_stage,
+  __device__ __forceinline__ void visit(const ScoreGradient<C>& score, int head, int tile, int parity,
                                         LoadNext load_next) {
+    const int q_stage = C::kQStages == 2 ? parity : 0, dout_stage = C::kDoutStages == 2 ? parity : 0;
     const uint32_t weights_tile = smem + S::kWeights, gradients_tile = smem + S::kGradients;
     typename WarpCells::Pairs weights, gradients;
     {
@@ -246,7 +247,7 @@ __device__ __forceinline__ void run_key_block(KeyBlock<C, Element>& block) {
   using S = KeyBlockShape<C>;
   const KeyTileMask<C> tiles(block.mask, block.first_key(), block.p.seqlen_q);
   const int first = tiles.next(block.mask, tiles.range.begin), heads_end = block.first_head + block.heads;
-  int q_stage = 0, dout_stage = 0;
+  int parity = 0;  // of the tile: its stage, where there are two
 
   block.load_keys();
   if (first < tiles.range.end) {
@@ -265,16 +266,15 @@ __device__ __forceinline__ void run_key_block(KeyBlock<C, Element>& block) {
       const bool more = next_head < heads_end;
       ptx::cp_async_wait<0>();
       __syncthreads();  // the tile is there, and nobody works on the one before
-      if (C::kQStages == 2 && more) block.load_q(q_stage ^ 1, next_head, next);
-      if (C::kDoutStages == 2 && more) block.load_dout(dout_stage ^ 1, next_head, next);
-      block.template visit<decltype(masked)::value>(score, head, tile, q_stage, dout_stage, [&] {
+      if (C::kQStages == 2 && more) block.load_q(parity ^ 1, next_head, next);
+      if (C::kDoutStages == 2 && more) block.load_dout(parity ^ 1, next_head, next);
+      block.template visit<decltype(masked)::value>(score, head, tile, parity, [&] {
         if constexpr (kOneStage || (S::kTransposed && S::kAddsDq)) __syncthreads();
         if (C::kQStages == 1 && more) block.load_q(0, next_head, next);
         if (C::kDoutStages == 1 && more) block.load_dout(0, next_head, next);
         ptx::cp_async_commit();
       });
-      if (C::kQStages == 2) q_stage ^= 1;
-      if (C::kDoutStages == 2) dout_stage ^= 1;
+      parity ^= 1;
     });
   }
   block.store();

@@ -33,24 +33,25 @@ struct Selected<false, First, Second> {
 template <bool kFirst, class First, class Second>
 using Select = typename Selected<kFirst, First, Second>::Type;
 
-// An operand in shared memory, seen from this lane. `down` and `right` count 16 x 16 pieces of the tile.
+// An operand in shared memory, seen from this lane. `down` and `right` count 16 x 16 pieces of the tile. The lane's
+// place is kept apart from the tile's, so that tiles of equal rows share it.
 template <class Tile>
 struct Operand {
-  uint32_t address;
+  uint32_t tile, place;
 
   // Lanes 0-15 take the rows of the two left 8 x 8 matrices of a piece: A as it lies, or B transposed on the way.
   static __device__ __forceinline__ Operand rows_first(const Lane& lane, uint32_t tile, int row, int right) {
-    return {Tile::step(tile + Tile::offset(row + lane.id % 16, lane.id / 16), 0, right)};
+    return {tile, Tile::step(Tile::offset(row + lane.id % 16, lane.id / 16), 0, right)};
   }
   // Lanes 0-15 take the two upper matrices: B as it lies, or A transposed on the way.
   static __device__ __forceinline__ Operand columns_first(const Lane& lane, uint32_t tile, int row, int right) {
-    return {Tile::step(tile + Tile::offset(row + lane.id / 16 * 8 + lane.id % 8, lane.id / 8 % 2), 0, right)};
+    return {tile, Tile::step(Tile::offset(row + lane.id / 16 * 8 + lane.id % 8, lane.id / 8 % 2), 0, right)};
   }
   __device__ __forceinline__ void load(uint32_t (&fragment)[4], int down, int right) const {
-    ptx::ldmatrix_x4(fragment, Tile::step(address, down * 16, right));
+    ptx::ldmatrix_x4(fragment, tile + Tile::step(place, down * 16, right));
   }
   __device__ __forceinline__ void load_transposed(uint32_t (&fragment)[4], int down, int right) const {
-    ptx::ldmatrix_x4_trans(fragment, Tile::step(address, down * 16, right));
+    ptx::ldmatrix_x4_trans(fragment, tile + Tile::step(place, down * 16, right));
   }
 };
 

@@ -32,7 +32,7 @@ struct RowBlock {
         coord(BlockCoord::of<C::kBlockOrder, true>(blockIdx.x, args.row_tiles, p.heads, p.batch)),
         smem(ptx::shared_address(shared)),
         kv_head(coord.head / (p.heads / p.kv_heads)),
-        first_row(__shfl_sync(~0u, threadIdx.x / 32, 0) * S::kSlabs * 16),
+        first_row(threadIdx.x / 32 * S::kSlabs * 16),
         mask(mask_of<R>(args, coord.batch, kv_head, args.extents, (p.seqlen_k + S::kTileN - 1) / S::kTileN)),
         score(args.forward, coord.batch, coord.head),
         stats(args.stats + (int64_t(coord.batch) * p.heads + coord.head) * args.stats_rows +
