@@ -1,4 +1,4 @@
-"""sm80_backward on the CPU (tests/emulator), against autograd in float64: right in whatever order blocks and copies come.
+"""sm80_backward on the CPU (tests/emulator), against autograd: right in whatever order blocks and copies come.
 
 Registers, rounding of the tensor cores and time are left to tests/gpu.
 """
@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from fagen.families import Config
-from fagen.ops.attention import masks
+from fagen.ops.attention import gradients, masks
 from fagen.ops.attention.backward import BackwardProblem
+from fagen.ops.attention.params import BackwardParams
+from fagen.ops.oracle import Verdict
+from fagen.runtime.kernel import Library
 from fagen.target import known
 from tests.support import backward, emulated
-from tests.support.backward import FAMILY, GRADIENTS, SCHEMES, Case, Inputs, Library, make_inputs, run, wrong
+from tests.support.backward import FAMILY, SCHEMES, Case, launch, make_call, run
 
 SM80 = known("sm_80")
 MASKS = ("none", "causal", "window", "intervals")
@@ -113,29 +116,32 @@ def _source(case: Case) -> str:
     return emulated.source(FAMILY, case.problem, SM80, case.config)
 
 
-def _launch(inputs: Inputs, library: Library, seed: int, units: int) -> None:
-    library.library.emulator_begin(ctypes.c_uint64(seed), ctypes.c_int(units))
-    library.launch(inputs)
+def _library(text: str, folder: Path, seed: int) -> Library:
+    """On a GPU of a few SMs; `seed` decides what comes first wherever that is open."""
+    library = emulated.build(text, folder, BackwardParams)
+    library._library.emulator_begin(ctypes.c_uint64(seed), ctypes.c_int(2 + seed % 3))
+    return library
 
 
-def check(case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, text: str = "", **more) -> str:
-    library = Library(emulated.compiled(text or _source(case), folder))
-    launch = functools.partial(_launch, library=library, seed=seed, units=2 + seed % 3)
-    return run(case, rows, keys, launch, seed=seed, **more)
+def check(case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, text: str = "", **more) -> Verdict:
+    return run(case, rows, keys, _library(text or _source(case), folder, seed), seed=seed, **more)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
     for seed, (rows, keys) in enumerate(case.sizes):
-        assert check(case, folder, rows, keys, seed=seed) == "", (rows, keys)
+        verdict = check(case, folder, rows, keys, seed=seed)
+        assert verdict, f"{rows}x{keys}: {verdict.message}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "held", "own_dq", "gqa_sums"])
 def test_two_batches_in_the_other_layout(name: str, folder: Path) -> None:
-    assert check(Case(name, heads=4, kv_heads=2), folder, 75, 100, batch=2, layout="bhsd") == ""
-    assert check(Case(name, heads=4, kv_heads=2), folder, 75, 100, batch=2) == ""
+    verdict = check(Case(name, heads=4, kv_heads=2), folder, 75, 100, batch=2, layout="bhsd")
+    assert verdict, verdict.message
+    verdict = check(Case(name, heads=4, kv_heads=2), folder, 75, 100, batch=2)
+    assert verdict, verdict.message
 
 
 @pytest.mark.slow
@@ -148,7 +154,8 @@ def test_packed_documents(name: str, folder: Path) -> None:
         band = (-1, 0) if causal else (-1, -1)
         kind = "lower1" if causal else "both2"
         case = Case(name, mask="intervals", intervals=kind, window=band)
-        assert check(case, folder, 337, 337, intervals=bounds) == ""
+        verdict = check(case, folder, 337, 337, intervals=bounds)
+        assert verdict, verdict.message
 
 
 @pytest.mark.slow
@@ -157,19 +164,20 @@ def test_rows_and_keys_that_see_nothing(name: str, folder: Path) -> None:
     """Their gradients are 0, whatever that of their logsumexp is."""
     case = Case(name, dlse=True)
     for rows, keys in ((150, 1), (1, 150), (200, 40)):
-        assert check(case, folder, rows, keys) == "", (rows, keys)
+        verdict = check(case, folder, rows, keys)
+        assert verdict, verdict.message
     hidden = Case(name, mask="intervals", intervals="lower1", dlse=True)
-    assert check(hidden, folder, 80, 90, intervals=torch.zeros(1, 1, 90, 1, dtype=torch.int32)) == ""
+    verdict = check(hidden, folder, 80, 90, intervals=torch.zeros(1, 1, 90, 1, dtype=torch.int32))
+    assert verdict, verdict.message
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "own_dq"])
 def test_no_keys_at_all_and_no_rows(name: str, folder: Path) -> None:
-    library = Library(emulated.compiled(_source(Case(name)), folder))
+    library = _library(_source(Case(name)), folder, 0)
     for rows, keys in ((70, 0), (0, 70)):
-        inputs = make_inputs(Case(name), rows, keys)
-        _launch(inputs, library, 0, 3)
-        assert all((inputs.gradients[one] == 0).all() for one in GRADIENTS)
+        found = launch(Case(name), make_call(Case(name), rows, keys), library)
+        assert all((t == 0).all() for t in found.values())
 
 
 @pytest.mark.slow
@@ -178,15 +186,13 @@ def test_deterministic_is_equal_in_every_bit(name: str, folder: Path) -> None:
     """Whatever comes first: each run has another order of blocks and copies, and another number of SMs."""
     mask = "none" if "longest" not in name else "causal"
     case = Case(name, mask=mask, deterministic=True, heads=4, kv_heads=2)
-    library = Library(emulated.compiled(_source(case), folder))
-    first: dict[str, torch.Tensor] = {}
+    call, first = make_call(case, 150, 130, seed=5), {}
     for seed in range(4):
-        inputs = make_inputs(case, 150, 130, seed=5)
-        _launch(inputs, library, seed, 2 + seed)
-        found = {name: t.clone() for name, t in inputs.gradients.items()}
+        found = launch(case, call, _library(_source(case), folder, seed))
         first = first or found
-        assert all(torch.equal(found[one], first[one]) for one in GRADIENTS)
-    assert wrong(inputs) == ""
+        assert all(torch.equal(t, first[one]) for one, t in found.items())
+    verdict = gradients.check(call, first)
+    assert verdict, verdict.message
 
 
 @pytest.mark.slow
@@ -195,7 +201,27 @@ def test_additions_one_by_one(folder: Path) -> None:
     for name in ("base", "gqa_sums"):
         text = _source(Case(name))
         assert "kReduceWidth = 4" in text
-        assert check(Case(name), folder, 90, 130, text=text.replace("kReduceWidth = 4", "kReduceWidth = 1")) == ""
+        verdict = check(Case(name), folder, 90, 130, text=text.replace("kReduceWidth = 4", "kReduceWidth = 1"))
+        assert verdict, verdict.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("base", "      ptx::cp_async_wait<0>();\n      __syncthreads();", "      __syncthreads();"),  # tiles that are not there
+        ("base", "      __syncthreads();  // the tile is there", "      // the tile is there"),  # or not of all threads
+        ("one_stage", "if constexpr (kOneStage || (S::kTransposed && S::kAddsDq)) __syncthreads();", ""),
+        ("held", "if constexpr (kOneStage || (S::kTransposed && S::kAddsDq)) __syncthreads();", ""),
+        ("base", "    if constexpr (!S::kTransposed) __syncthreads();\n", ""),  # P and dS that are not there yet
+    ],
+)
+def test_who_does_not_wait_is_wrong(name: str, old: str, new: str, folder: Path) -> None:
+    case = Case(name, mask="none")
+    text = _source(case)
+    assert old in text
+    text = text.replace(old, new)
+    assert not all(check(case, folder, 130, 130, seed=seed, text=text) for seed in range(6))
 
 
 # ---- the family ------------------------------------------------------------------------------------------------------

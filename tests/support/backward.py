@@ -1,28 +1,25 @@
-"""Backward kernels in the tests: their params, inputs with guards around the gradients, and the oracle.
-
-The oracle is autograd through `reference.attend` in float64. A gradient is right when in every head its largest error is
-at most three times that of autograd in the same dtype, plus one rounding at the head's largest magnitude.
-"""
+"""Backward kernels in the tests: what they run, their inputs, and guards around their gradients and workspace."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fagen.families import Config, sm80_backward
-from fagen.ops.attention import reference
+from fagen.ops.attention import gradients, reference
 from fagen.ops.attention.backward import BackwardProblem
+from fagen.ops.attention.backward_call import GRADIENTS, BackwardCall
 from fagen.ops.attention.call import AttentionCall
+from fagen.ops.attention.params import make_backward_params
+from fagen.ops.oracle import Verdict
+from fagen.runtime.kernel import Library
 from tests.support.cases import DTYPES, random_intervals
 
 FAMILY = sm80_backward.FAMILY
-GRADIENTS = ("dq", "dk", "dv")
 _SENTINEL = 77.0  # stands where nothing may be written
 
 BASE: dict[str, Any] = {
@@ -121,108 +118,19 @@ class Case:
         return "-".join(filter(None, [self.scheme, self.mask, *extra]))
 
 
-# ---- the struct of a launch ------------------------------------------------------------------------------------------
+# ---- inputs, a launch between guards, the oracle -----------------------------------------------------------------------
 
 
-class Tensor(ctypes.Structure):
-    """`fagen_tensor`."""
-
-    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 3)]
-
-
-class Params(ctypes.Structure):
-    """`fagen_backward_params` of `fagen/abi/backward.h`."""
-
-    _fields_ = [
-        *((name, Tensor) for name in "q k v o dout dq dk dv intervals alibi_slopes".split()),
-        *((name, ctypes.c_void_p) for name in ("lse", "dlse", "workspace")),
-        *(
-            (name, ctypes.c_int32)
-            for name in "batch heads kv_heads mask_heads seqlen_q seqlen_k head_dim head_dim_v "
-            "window_left window_right".split()
-        ),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-    ]
-
-
-@dataclass
-class Inputs:
-    """A call, what forward made of it, the gradients of that, and poisoned memory for its own."""
-
-    call: AttentionCall
-    out: torch.Tensor
-    lse: torch.Tensor
-    dout: torch.Tensor
-    dlse: torch.Tensor | None
-    gradients: dict[str, torch.Tensor]  # views into the next
-    memory: dict[str, torch.Tensor]
-
-    def params(self) -> Params:
-        call = self.call
-        tensors = {"q": call.q, "k": call.k, "v": call.v, "o": self.out, "dout": self.dout, **self.gradients}
-        axes = (0, call.row_axis, call.head_axis)
-        params = Params(lse=self.lse.data_ptr(), dlse=None if self.dlse is None else self.dlse.data_ptr())
-        for name, t in tensors.items():
-            setattr(params, name, Tensor(t.data_ptr(), (ctypes.c_int64 * 3)(*(t.stride(i) for i in axes))))
-        if call.intervals is not None:
-            t, params.mask_heads = call.intervals, call.intervals.shape[1]
-            strides = (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1), t.stride(2))
-            params.intervals = Tensor(t.data_ptr(), (ctypes.c_int64 * 3)(*strides))
-        if call.alibi_slopes is not None:
-            params.alibi_slopes = Tensor(call.alibi_slopes.data_ptr(), (ctypes.c_int64 * 3)(0, 0, 0))
-        params.batch, params.heads, params.kv_heads = call.batch, call.heads, call.kv_heads
-        params.seqlen_q, params.seqlen_k = call.seqlen_q, call.seqlen_k
-        params.head_dim, params.head_dim_v = call.q.shape[3], call.v.shape[3]
-        left, right = call.window
-        params.window_left, params.window_right = min(left, call.seqlen_k), min(right, call.seqlen_q)
-        params.scale = 1.0 / math.sqrt(call.q.shape[3]) if call.scale is None else call.scale
-        params.softcap = call.softcap
-        return params
-
-
-class Library:
-    """A backward kernel, however it was compiled."""
-
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        self.library.fagen_workspace_bytes.restype = ctypes.c_uint64
-        self.library.fagen_error.restype = ctypes.c_char_p
-        self.library.fagen_params_size.restype = ctypes.c_uint32
-        assert self.library.fagen_params_size() == ctypes.sizeof(Params)
-
-    def launch(self, inputs: Inputs, stream: int | None = None) -> None:
-        params, device = inputs.params(), inputs.call.q.device
-        need = self.library.fagen_workspace_bytes(ctypes.byref(params))
-        memory = torch.full((need + 512,), 0xA5, dtype=torch.uint8, device=device)  # guards at both ends
-        params.workspace = -(-(memory.data_ptr() + 1) // 256) * 256
-        begin = params.workspace - memory.data_ptr()
-        status = self.library.fagen_launch(ctypes.byref(params), ctypes.c_void_p(stream))
-        assert status == 0, self.library.fagen_error(status).decode()
-        assert (memory[:begin] == 0xA5).all() and (memory[begin + need :] == 0xA5).all(), "workspace overrun"
-
-
-# ---- inputs and the oracle -------------------------------------------------------------------------------------------
-
-
-def make_inputs(
+def make_call(
     case: Case, rows: int, keys: int, *, seed: int = 0, batch: int = 1, layout: str = "bshd", device: str = "cpu",
     intervals: torch.Tensor | None = None,
-) -> Inputs:  # fmt: skip
-    """Random; what forward made comes from PyTorch."""
+) -> BackwardCall:  # fmt: skip
+    """Random tensors; what forward made of them comes from PyTorch."""
     g = torch.Generator(device).manual_seed(seed)
-    dtype, d, dv = DTYPES[case.dtype], case.head_dim, case.head_dim_v or case.head_dim
-    pad = 8 if case.aligned else 3
-
-    def memory(length: int, heads: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Guards stand behind the last row and behind every row."""
-        shape = (batch, length + 1, heads, size + pad) if layout == "bshd" else (batch, heads, length + 1, size + pad)
-        all_of_it = torch.full(shape, _SENTINEL, dtype=dtype, device=device)
-        part = all_of_it[:, :length] if layout == "bshd" else all_of_it[:, :, :length]
-        return all_of_it, part[..., :size]
+    d, dv = case.head_dim, case.head_dim_v or case.head_dim
 
     def tensor(length: int, heads: int, size: int) -> torch.Tensor:
-        part = memory(length, heads, size)[1]
+        part = _memory(case, layout, (batch, length, heads, size), device)[1]
         return part.copy_(torch.randn(part.shape, device=device, generator=g) * case.magnitude)
 
     q, k, v = tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv)
@@ -232,61 +140,50 @@ def make_inputs(
     call = AttentionCall(
         q, k, v, layout, case.band, intervals, case.intervals, softcap=case.softcap, alibi_slopes=alibi
     )
-    exact = reference.cast(call.bhsd(), torch.float32)
     with torch.no_grad():
-        made, lse = reference.attend(call, exact, reference.visible(call))
-    out, dout = memory(rows, case.heads, dv)[1], tensor(rows, case.heads, dv)
+        made, lse = reference.attend(call, reference.cast(call.bhsd(), torch.float32), reference.visible(call))
+    out = _memory(case, layout, (batch, rows, case.heads, dv), device)[1]
     out.copy_(made.transpose(1, 2) if layout == "bshd" else made)
     dlse = torch.randn(lse.shape, device=device, generator=g) if case.dlse else None
-    shapes = {"dq": (rows, case.heads, d), "dk": (keys, case.kv_heads, d), "dv": (keys, case.kv_heads, dv)}
-    pairs = {name: memory(*shape) for name, shape in shapes.items()}
-    for _, part in pairs.values():
-        part.fill_(math.nan)
-    return Inputs(
-        call, out, lse.contiguous(), dout, dlse, {name: part for name, (_, part) in pairs.items()},
-        {name: whole for name, (whole, _) in pairs.items()},
-    )  # fmt: skip
+    dout = tensor(rows, case.heads, dv)
+    return BackwardCall.after(call, out, lse.contiguous(), dout, dlse, deterministic=case.deterministic)
 
 
-def autograd(inputs: Inputs, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The gradients as autograd has them, in bhsd order."""
-    call = inputs.call
-    leaves = [t.detach().to(dtype).requires_grad_() for t in call.bhsd()]
-    out, lse = reference.attend(call, (leaves[0], leaves[1], leaves[2]), reference.visible(call))
-    dout = inputs.dout.transpose(1, 2) if call.layout == "bshd" else inputs.dout
-    results, above = [out], [dout.to(out.dtype)]
-    if inputs.dlse is not None:
-        results.append(lse)
-        above.append(inputs.dlse.to(lse.dtype))
-    return dict(zip(GRADIENTS, torch.autograd.grad(results, leaves, above), strict=True))
+def _memory(case: Case, layout: str, shape: tuple[int, ...], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (batch, rows, heads, head_dim) tensor in the layout's order, behind the guards around it."""
+    batch, length, heads, size = shape
+    pad = 8 if case.aligned else 3
+    whole = (batch, length + 1, heads, size + pad) if layout == "bshd" else (batch, heads, length + 1, size + pad)
+    memory = torch.full(whole, _SENTINEL, dtype=DTYPES[case.dtype], device=device)
+    part = memory[:, :length] if layout == "bshd" else memory[:, :, :length]
+    return memory, part[..., :size]
 
 
-def wrong(inputs: Inputs) -> str:
-    """The first gradient that is not right, in words; empty if all are."""
-    want = autograd(inputs, torch.float64)
-    peer = autograd(inputs, inputs.call.q.dtype)
-    for name in GRADIENTS:
-        mine = inputs.gradients[name].transpose(1, 2) if inputs.call.layout == "bshd" else inputs.gradients[name]
-        if not torch.isfinite(mine).all():
-            return f"{name} is not finite at {[int(i) for i in (~torch.isfinite(mine)).nonzero()[0]]}"
-        errors = [(t.double() - want[name]).abs().amax((-2, -1)) for t in (mine, peer[name])]
-        largest = want[name].abs().amax((-2, -1))
-        bound = 3 * errors[1] + torch.finfo(mine.dtype).eps / 2 * largest + 1e-6
-        ratio = (errors[0] / bound).max()
-        if not ratio <= 1:
-            return f"{name}: error {float(errors[0].max()):.3g} is {float(ratio):.2f} of its bound"
-        part = inputs.gradients[name]
-        guards = inputs.memory[name].clone()
-        (guards[:, : part.shape[1]] if inputs.call.layout == "bshd" else guards[:, :, : part.shape[2]])[
-            ..., : part.shape[3]
-        ].fill_(_SENTINEL)
-        if not (guards == _SENTINEL).all():
-            return f"{name}: something was written beside it"
-    return ""
+def launch(case: Case, call: BackwardCall, library: Library, stream: int | None = None) -> dict[str, torch.Tensor]:
+    """The gradients of a call, from poisoned memory. Nothing may be written beside them, nor beside the workspace."""
+    lengths = {"dq": (call.seqlen_q, call.heads), "dk": (call.seqlen_k, call.kv_heads)}
+    outputs, memory = {}, {}
+    for name, like in GRADIENTS.items():
+        shape = (call.batch, *lengths.get(name, lengths["dk"]), getattr(call, like).shape[3])
+        memory[name], outputs[name] = _memory(case, call.layout, shape, str(call.q.device))
+        outputs[name].fill_(math.nan)
+    params = make_backward_params(call, outputs)
+    need = library.workspace_bytes(ctypes.byref(params))
+    workspace = torch.full((need + 512,), 0xA5, dtype=torch.uint8, device=call.q.device)
+    params.workspace = -(-(workspace.data_ptr() + 1) // 256) * 256
+    begin = params.workspace - workspace.data_ptr()
+    status = library.launch(ctypes.byref(params), stream)
+    assert status == 0, library.error(status).decode()
+    assert (workspace[:begin] == 0xA5).all() and (workspace[begin + need :] == 0xA5).all(), "beside the workspace"
+    for name, part in outputs.items():
+        found = part.clone()
+        part.fill_(_SENTINEL)
+        assert (memory[name] == _SENTINEL).all(), f"something was written beside {name}"
+        outputs[name] = part.copy_(found)
+    return outputs
 
 
-def run(case: Case, rows: int, keys: int, launch: Callable[[Inputs], None], **options: Any) -> str:
-    """Launch on fresh random inputs; what is wrong with the gradients, in words."""
-    inputs = make_inputs(case, rows, keys, **options)
-    launch(inputs)
-    return wrong(inputs)
+def run(case: Case, rows: int, keys: int, library: Library, stream: int | None = None, **options: Any) -> Verdict:
+    """Launch on fresh random inputs, and ask the oracle."""
+    call = make_call(case, rows, keys, **options)
+    return gradients.check(call, launch(case, call, library, stream))

@@ -1,11 +1,10 @@
 // Memory layout: the state of a row tile, a thread's scratch, the parts of the workspace.
 #pragma once
+#include "fagen/abi/forward.h"
 #include "fagen/cpu/mask.h"
 #include "fagen/cpu/softmax.h"
 
 namespace fagen {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Config>
 struct Layout {
@@ -32,7 +31,7 @@ struct Layout {
   struct Workspace {
     uint64_t bounds, keys, values, groups, total = 0;
 
-    explicit Workspace(const fagen_params& p) {
+    explicit Workspace(const fagen_forward_params& p) {
       const uint64_t rows_k = uint64_t(p.batch) * p.kv_heads * p.seqlen_k;
       const uint64_t tiles = uint64_t(p.batch) * p.mask_heads * ceil_div(p.seqlen_k, Config::kTileN);
       bounds = take(kIntervals ? tiles * sizeof(HiddenBounds) : 0);

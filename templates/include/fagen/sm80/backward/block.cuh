@@ -11,7 +11,7 @@ namespace fagen {
 
 // Computed once on the host for a launch.
 struct GradientArgs {
-  fagen_params forward;  // the forward call as masks and scores read it
+  fagen_forward_params forward;  // the forward call as masks and scores read it
   int row_tiles, key_tiles;
   int stats_rows;     // a head's rows of stats: whole tiles
   RowStats* stats;    // (batch, heads, stats_rows)
@@ -33,12 +33,12 @@ __device__ __forceinline__ GlobalMatrix<Element> matrix(const fagen_tensor& t, i
 template <class C>
 __device__ __forceinline__ MaskOf<C> mask_of(const GradientArgs& args, int batch, int kv_head, const Extent* extents,
                                              int key_tiles) {
-  const fagen_params& p = args.forward;
+  const fagen_forward_params& p = args.forward;
   MaskOf<C> mask(p);
   if constexpr (MaskOf<C>::kIntervals) {
     const int head = p.mask_heads == 1 ? 0 : kv_head;
-    mask.intervals.bounds = p.intervals + batch * p.intervals_stride[0] + head * p.intervals_stride[1];
-    mask.intervals.stride = p.intervals_stride[2];
+    mask.intervals.bounds = bounds_of(p, batch, head);
+    mask.intervals.stride = p.intervals.stride[2];
     mask.intervals.extents = extents + int64_t(batch * p.mask_heads + head) * key_tiles * C::kIntervalColumns;
     mask.intervals.last_key = p.seqlen_k - 1;
   }

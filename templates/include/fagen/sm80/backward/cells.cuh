@@ -21,11 +21,12 @@ struct ScoreGradient {
   float scale, cap_log2, slope_log2;
   int shift;
 
-  __device__ __forceinline__ ScoreGradient(const fagen_params& p, int batch, int head)
+  __device__ __forceinline__ ScoreGradient(const fagen_forward_params& p, int batch, int head)
       : shift(p.seqlen_k - p.seqlen_q) {
     scale = C::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e;
     cap_log2 = p.softcap * kLog2e;
-    slope_log2 = C::kAlibi ? p.alibi_slopes[batch * p.alibi_stride + head] * kLog2e : 0.f;
+    const float* slopes = static_cast<const float*>(p.alibi_slopes.data);
+    slope_log2 = C::kAlibi ? slopes[batch * p.alibi_slopes.stride[0] + head] * kLog2e : 0.f;
   }
 
   // `score` becomes P and `gradient`, which comes in as dP, becomes dS.
