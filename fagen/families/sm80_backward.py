@@ -104,14 +104,20 @@ def _even_share(p: Problem, t: Target, c: Config) -> str | None:
 
 def _one_scheme(p: Problem, t: Target, c: Config) -> str | None:
     if c.weights_source == "registers" and (c.row_warps != 1 or c.key_warps != c.warps):
-        return f"P and dS stay in registers where each of {c.warps} warps has keys of its own: row_warps=1, key_warps=all"
+        return (
+            f"P and dS stay in registers where each of {c.warps} warps has keys of its own: row_warps=1, key_warps=all"
+        )
     if c.dq_route == "atomics":
         if c.tile_m % (16 * c.dq_row_warps):
             return f"tile_m {c.tile_m} is no multiple of 16 rows x {c.dq_row_warps} warps (dQ)"
         if (c.dq_tile_m, c.dq_tile_n) != (32, 16):
-            return f"dq_tile_m {c.dq_tile_m} and dq_tile_n {c.dq_tile_n} are of dQ's own kernel; 32 and 16 stand for none"
+            return (
+                f"dq_tile_m {c.dq_tile_m} and dq_tile_n {c.dq_tile_n} are of dQ's own kernel; 32 and 16 stand for none"
+            )
     elif c.dq_row_warps != 1:
-        return f"dq_row_warps {c.dq_row_warps}: with a kernel of its own, dQ is none of the main one's; 1 stands for none"
+        return (
+            f"dq_row_warps {c.dq_row_warps}: with a kernel of its own, dQ is none of the main one's; 1 stands for none"
+        )
     elif c.dq_tile_m % (16 * c.warps):
         return f"dq_tile_m {c.dq_tile_m} is no multiple of 16 rows x {c.warps} warps"
     return None
@@ -137,7 +143,6 @@ def _parts_begin_well(p: Problem, t: Target, c: Config) -> str | None:
     if c.smem_layout == "padded":
         return None
     d, dv = _dims(p, c)
-    lines, cells = _cells(c)
     shares = [(d, d * c.key_warps // c.warps), (dv, dv * c.key_warps // c.warps)]
     if c.weights_source == "shared":
         shares.append((c.tile_n, c.tile_n // c.key_warps))

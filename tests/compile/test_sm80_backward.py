@@ -32,8 +32,8 @@ ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 NAMES = tuple(PROBLEMS)
 # each problem somewhere, the most common ones everywhere
 SETS = [(arch, name) for i, arch in enumerate(ARCHS) for j, name in enumerate(NAMES) if (i + j) % 5 == 0 or j < 2]
-# PyTorch's and our own figures show a few words of loop state of these in local memory; see docs/notes
-_LOOSE = {"d192-128-none": 64, "d256-none": 64}
+# large head dims may keep some words of loop state in local memory (docs/notes/sm80_backward.md)
+_LOOSE = {"d192-128-none": 128, "d256-none": 128}
 
 
 @pytest.mark.slow

@@ -209,7 +209,11 @@ def test_additions_one_by_one(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("base", "      ptx::cp_async_wait<0>();\n      __syncthreads();", "      __syncthreads();"),  # tiles that are not there
+        (
+            "base",
+            "      ptx::cp_async_wait<0>();\n      __syncthreads();",
+            "      __syncthreads();",
+        ),  # tiles that are not there
         ("base", "      __syncthreads();  // the tile is there", "      // the tile is there"),  # or not of all threads
         ("one_stage", "if constexpr (kOneStage || (S::kTransposed && S::kAddsDq)) __syncthreads();", ""),
         ("held", "if constexpr (kOneStage || (S::kTransposed && S::kAddsDq)) __syncthreads();", ""),

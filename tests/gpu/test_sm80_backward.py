@@ -1,18 +1,21 @@
-"""sm80_backward on a GPU against autograd: every knob value, ragged sizes, all masks, GQA, head dims, bitwise equality."""
+"""sm80_backward on a GPU against autograd: every knob value, ragged sizes, all masks, GQA, head dims, equal bits."""
 
 from __future__ import annotations
 
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
 from fagen import target
-from fagen.build import cache
 from fagen.codegen.spec import KernelSpec
-from tests.support.backward import FAMILY, GRADIENTS, SCHEMES, Case, Inputs, Library, make_inputs, run, wrong
+from fagen.ops.attention import gradients
+from fagen.runtime import kernel
+from fagen.runtime.kernel import Library
+from tests.support.backward import FAMILY, SCHEMES, Case, launch, make_call, run
 from tests.support.cases import present
 
 # below, at and above the edges of 16, 32, 64, 96 and 128; q longer than k, k longer than q, one row, one key
@@ -88,7 +91,7 @@ DEFAULT_CASES = [
 def _library(case: Case, default: bool = False) -> Library:
     problem, where = case.problem, present()
     config = FAMILY.default(problem, where) if default else case.config
-    return Library(cache.build(KernelSpec(FAMILY, problem, where, config)).path)
+    return kernel.get(KernelSpec(FAMILY, problem, where, config)).library
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,14 +108,11 @@ def _built() -> None:
         list(pool.map(one, [*((case, False) for case in ALL), *((case, True) for case in DEFAULT_CASES)]))
 
 
-def _launch(inputs: Inputs, library: Library) -> None:
-    library.launch(inputs, torch.cuda.current_stream().cuda_stream)
-
-
-def check(case: Case, default: bool = False, **options: object) -> None:
-    launch = functools.partial(_launch, library=_library(case, default))
+def check(case: Case, default: bool = False, **options: Any) -> None:
+    library, stream = _library(case, default), torch.cuda.current_stream().cuda_stream
     for seed, (rows, keys) in enumerate(case.sizes):
-        assert run(case, rows, keys, launch, seed=seed, batch=2, device="cuda", **options) == "", (rows, keys)
+        verdict = run(case, rows, keys, library, stream, seed=seed, batch=2, device="cuda", **options)
+        assert verdict, f"{rows}x{keys}: {verdict.message}"
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
@@ -138,16 +138,14 @@ def test_rows_and_keys_that_see_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", ["own_dq", "held_own_dq", "eight_own_dq", "own_dq_longest_first"])
 def test_a_thousand_runs_are_bitwise_equal(name: str) -> None:
     case = Case(name, deterministic=True, heads=4, kv_heads=2)
-    library, inputs = _library(case), make_inputs(case, 400, 400, batch=2, device="cuda")
-    first: list[torch.Tensor] = []
+    call, stream = make_call(case, 400, 400, batch=2, device="cuda"), torch.cuda.current_stream().cuda_stream
+    first: dict[str, torch.Tensor] = {}
     for _ in range(1000):
-        for one in GRADIENTS:
-            inputs.gradients[one].fill_(torch.nan)
-        _launch(inputs, library)
-        found = [inputs.gradients[one].clone() for one in GRADIENTS]
+        found = launch(case, call, _library(case), stream)
         first = first or found
-        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
-    assert wrong(inputs) == ""
+        assert all(torch.equal(t, first[one]) for one, t in found.items())
+    verdict = gradients.check(call, first)
+    assert verdict, verdict.message
 
 
 def test_every_value_of_every_knob_is_run() -> None:

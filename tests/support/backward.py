@@ -118,7 +118,7 @@ class Case:
         return "-".join(filter(None, [self.scheme, self.mask, *extra]))
 
 
-# ---- inputs, a launch between guards, the oracle -----------------------------------------------------------------------
+# ---- inputs, a launch between guards, the oracle ---------------------------------------------------------------------
 
 
 def make_call(
