@@ -10,6 +10,7 @@ from torch.library import Library
 
 from fagen import api
 from fagen.dispatch import attention as dispatch
+from fagen.dispatch import resolve
 from fagen.errors import MissingTool
 from fagen.ops.attention.arguments import is_aligned
 from fagen.ops.attention.call import AttentionCall

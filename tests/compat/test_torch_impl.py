@@ -16,7 +16,7 @@ from torch import nn
 import fagen
 from fagen.compat import torch_impl
 from fagen.dispatch import attention as dispatch
-from fagen.dispatch import plan
+from fagen.dispatch import plan, resolve
 from fagen.errors import MissingTool
 from fagen.ops.attention import fallback
 from tests.support.calls import right

@@ -15,7 +15,7 @@ import pytest
 
 from fagen import families
 from fagen.build.job import Artifact
-from fagen.cli import suite
+from fagen.ops.attention import suite
 from fagen.cli.main import main
 from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
