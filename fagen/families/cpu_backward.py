@@ -74,7 +74,7 @@ def _make(p: Problem, t: Target, **changes: int | str) -> Config:
     vectors, dims = 4 if t.simd in VECTOR_REGISTERS else 2, p.head_dim_padded + p.head_dim_v_padded
     parts = next((n for n in _PARTS if n >= 2 * t.units), _PARTS[-1])
     values: dict[str, int | str] = {
-        "tile_m": 128 if dims <= 256 else 64, "tile_n": 64, "loop_order": "q_outer", "parts": parts,
+        "tile_m": 128 if dims <= 256 else 64, "tile_n": 128 if dims <= 128 else 64, "loop_order": "q_outer", "parts": parts,
         "schedule": "dynamic", "block_rows": 6, "block_vectors": vectors,
         "packing": "direct" if p.dtype == "fp32" else "head",
     }  # fmt: skip
@@ -87,7 +87,7 @@ def _seeds(p: Problem, t: Target) -> list[Config]:
     candidates = [
         _make(p, t, loop_order="kv_outer", packing=packed),
         _make(p, t, loop_order="kv_outer", packing=packed, tile_n=128, tile_m=64),
-        _make(p, t, tile_n=128),
+        _make(p, t, tile_n=64 if default.tile_n == 128 else 128),
         _make(p, t, packing="head"),
         _make(p, t, parts=default.parts * 4 if default.parts < _PARTS[-1] else 1),
     ]
