@@ -8,16 +8,26 @@ parts by the sizes alone, and their sums are added in one order: no result depen
 from __future__ import annotations
 
 from fagen.families.base import Config, Constraint, Family, Knob, nothing
-from fagen.families.cost import makespan, walk
-from fagen.families.cpu_forward import FLAGS, LANES, SCRATCH_BYTES, VECTOR_REGISTERS, block_fits, direct_floats, whole_groups
+from fagen.families.cost import walk
+from fagen.families.cpu_forward import (
+    FLAGS,
+    LANES,
+    SCRATCH_BYTES,
+    VECTOR_REGISTERS,
+    block_fits,
+    direct_floats,
+    whole_groups,
+)
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 _PARTS = (1, 4, 16, 64, 256)
 KNOBS = (
     Knob("tile_m", "kTileM", (32, 48, 64, 96, 128), "rows of q and dout of a tile"),
-    Knob("tile_n", "kTileN", (32, 64, 96, 128, 256), "keys of a tile"),
-    Knob("loop_order", "kLoopOrder", ("q_outer", "kv_outer"), "whose gradients are complete at once; the others are sums"),
+    Knob("tile_n", "kTileN", (32, 64, 128, 256), "keys of a tile"),
+    Knob(
+        "loop_order", "kLoopOrder", ("q_outer", "kv_outer"), "whose gradients are complete at once; the others are sums"
+    ),
     Knob("parts", "kParts", _PARTS, "pieces of work at least; each sums gradients of its own"),
     Knob("schedule", "kSchedule", ("blocked", "dynamic"), "how threads share the parts"),
     Knob("block_rows", "kBlockRows", (4, 6, 8, 12), "rows of a register block"),
@@ -115,9 +125,10 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     elif c.packing == "head":
         work += moved / group
     sums = (d + dv) * p.seqlen_k / group if q_outer else d * p.seqlen_q
-    work += 12 * sums * parts / lanes + (0 if q_outer else 8 * (2 * d + dv) * p.seqlen_q / lanes)
+    work += 40 * sums * parts / lanes + (0 if q_outer else 8 * (2 * d + dv) * p.seqlen_q / lanes)
     pieces = p.batch * p.kv_heads * parts
-    return makespan(heads * work, heads * work / pieces, pieces, t.units, 0.5 if c.schedule == "dynamic" else 0.9)
+    rounds = -(-pieces // t.units)  # of pieces that are about equally long
+    return heads * work / pieces * (rounds + (0.1 if c.schedule == "dynamic" else 0.2))
 
 
 FAMILY = Family(

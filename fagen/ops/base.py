@@ -74,7 +74,6 @@ class Calls:
 
     variants: tuple[tuple[str, ...], ...]
     params: Callable[[Any, Outputs], ctypes.Structure]  # of a launch: a call and its outputs, as `Op.header` has them
-    struct: type[ctypes.Structure]  # of the params
     # raises InvalidArgument for a sound call, and outputs of its types, that a kernel of the problem would read astray
     require: Callable[[Any, Any, Outputs], None]
     # of a problem on a device, by a seed; `varied`: as different from row to row as the problem allows, to verify with

@@ -13,6 +13,7 @@ from fagen import ops
 from fagen.build import cache
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import InvalidArgument, LaunchError
+from fagen.ops import abi
 from fagen.timing import timer
 
 if TYPE_CHECKING:
@@ -29,26 +30,27 @@ WORKSPACE_ALIGNMENT = 256
 
 
 class Library:
-    """The four functions that every kernel's .so exports; `params` is the op's struct."""
+    """The functions that every kernel's .so exports, for the params with which it was built."""
 
-    def __init__(self, path: Path, params: type[ctypes.Structure]) -> None:
+    def __init__(self, path: Path, params: abi.Struct) -> None:
         try:
             self._library = ctypes.CDLL(str(path))
             self.launch = self._library.fagen_launch
             self.error = self._library.fagen_error
             self.workspace_bytes = self._library.fagen_workspace_bytes
-            params_size = self._library.fagen_params_size
+            params_layout = self._library.fagen_params_layout
         except (OSError, AttributeError) as error:
             raise LaunchError(f"kernel {path} cannot be loaded", str(error)) from error
         self.launch.restype, self.launch.argtypes = ctypes.c_int, [ctypes.POINTER(params), ctypes.c_void_p]
         self.error.restype, self.error.argtypes = ctypes.c_char_p, [ctypes.c_int]
         self.workspace_bytes.restype = ctypes.c_uint64
         self.workspace_bytes.argtypes = [ctypes.POINTER(params)]
-        params_size.restype, params_size.argtypes = ctypes.c_uint32, []
-        if params_size() != ctypes.sizeof(params):
+        params_layout.restype, params_layout.argtypes = ctypes.c_char_p, []
+        built, ours = (params_layout() or b"").decode(errors="replace"), abi.layout(params)
+        if built != ours:
             raise LaunchError(
-                f"kernel {path} was built for another fagen_params",
-                f"its size there {params_size()}, here {ctypes.sizeof(params)} bytes",
+                f"kernel {path} was built for another {params.__name__}",
+                abi.difference(built, ours),
                 "run: fagen cache clear",
             )
 
@@ -170,13 +172,12 @@ def _current_stream(t: torch.Tensor) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _library(path: Path, key: str, params: type[ctypes.Structure]) -> Library:
+def _library(path: Path, key: str, params: abi.Struct) -> Library:
     return Library(path, params)
 
 
 def load(artifact: Artifact, spec: KernelSpec) -> Kernel:
-    params = ops.get(spec.problem.op).calls().struct
-    return Kernel(spec, artifact, _library(artifact.path, artifact.key, params))
+    return Kernel(spec, artifact, _library(artifact.path, artifact.key, abi.params(ops.get(spec.problem.op).header)))
 
 
 def get(spec: KernelSpec) -> Kernel:

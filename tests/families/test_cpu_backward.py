@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -92,7 +93,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 CONFIGS = [
     {"tile_m": 64, "tile_n": 128, "parts": 1, "schedule": "blocked", "block_rows": 6, "block_vectors": 4},
     {"tile_m": 32, "tile_n": 32, "parts": 256, "schedule": "dynamic", "block_rows": 12, "block_vectors": 2},
-    {"tile_m": 96, "tile_n": 96, "parts": 16, "block_rows": 8, "block_vectors": 3, "packing": "head"},
+    {"tile_m": 96, "tile_n": 128, "parts": 16, "block_rows": 8, "block_vectors": 3, "packing": "head"},
     {"tile_m": 128, "tile_n": 64, "parts": 4, "block_rows": 4, "block_vectors": 4, "packing": "tile"},
     {"tile_m": 48, "tile_n": 256, "loop_order": "kv_outer", "parts": 64, "block_vectors": 3, "packing": "tile"},
     {"tile_m": 64, "tile_n": 32, "loop_order": "kv_outer", "parts": 4, "schedule": "blocked", "packing": "direct"},
@@ -136,10 +137,10 @@ def test_the_same_bits_whatever_the_threads_do(order):
 def test_bands(mask, order):
     k = build(mask, (("loop_order", order),))
     windows = [(20, 0), (0, 0), (-1, 40), (70, 5), (300, 300)] if mask == "window" else [(-1, -1)]
+    groups = itertools.cycle([(4, 2), (2, 2), (3, 1), (4, 4)])
     for window in windows:
-        for sq, sk in SIZES:
-            for heads, kv_heads in ((4, 4), (4, 2), (3, 1)):
-                verify(k, call_of(k, sq, sk, batch=2, heads=heads, kv_heads=kv_heads, dv=18, window=window))
+        for (sq, sk), (heads, kv_heads) in zip(SIZES, groups, strict=False):
+            verify(k, call_of(k, sq, sk, batch=2, heads=heads, kv_heads=kv_heads, dv=18, window=window))
 
 
 @pytest.mark.slow
@@ -147,11 +148,10 @@ def test_bands(mask, order):
 @pytest.mark.parametrize("kind", INTERVAL_KINDS)
 def test_intervals(kind, order):
     k = build("intervals", (("loop_order", order), ("tile_n", 32), ("tile_m", 64)), intervals=kind)
-    for sq, sk in SIZES:
-        for mask_heads in (1, 2):
-            bounds = random_intervals(kind, 2, mask_heads, sq, sk)
-            for window in ((-1, -1), (-1, 0), (30, 10)):
-                verify(k, call_of(k, sq, sk, batch=2, heads=4, kv_heads=2, window=window, intervals=bounds))
+    windows = itertools.cycle([(-1, -1), (-1, 0), (30, 10)])
+    for (sq, sk), mask_heads in itertools.product(SIZES, (1, 2)):
+        bounds = random_intervals(kind, 2, mask_heads, sq, sk)
+        verify(k, call_of(k, sq, sk, batch=2, heads=4, kv_heads=2, window=next(windows), intervals=bounds))
     verify(k, call_of(k, 130, 257, batch=2, intervals=random_intervals(kind, 1, 1, 130, 257)))
 
 
@@ -329,7 +329,7 @@ def test_default_and_seeds_are_legal_and_the_space_is_searchable(target, dtype, 
             for seed in FAMILY.first_configs(problem, target):
                 FAMILY.require(problem, target, seed)
     space = enumerate_space(FAMILY, BackwardProblem(dtype=dtype, head_dim=128, mask=mask), target)
-    assert 50 <= len(space.legal) <= 2500
+    assert 50 <= len(space.legal) <= 3000
 
 
 def test_cost_tells_the_good_from_the_bad():

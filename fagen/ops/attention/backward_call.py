@@ -103,6 +103,4 @@ class BackwardCall(AttentionCall):
     def problem(self) -> BackwardProblem:
         fields = super().problem.to_dict()
         aligned = fields["aligned"] and is_aligned(self.o) and is_aligned(self.dout)
-        return BackwardProblem(
-            **{**fields, "op": "backward", "aligned": aligned, "deterministic": self.deterministic}
-        )
+        return BackwardProblem(**{**fields, "op": "backward", "aligned": aligned, "deterministic": self.deterministic})

@@ -14,7 +14,7 @@ from fagen.ops.attention.arguments import is_aligned
 from fagen.ops.attention.backward import BackwardProblem
 from fagen.ops.attention.backward_call import GRADIENTS, BackwardCall
 from fagen.ops.attention.inputs import make_inputs
-from fagen.ops.attention.backward_params import BackwardParams, make_backward_params
+from fagen.ops.attention.params import make_backward_params
 from fagen.ops.base import Calls
 from fagen.ops.inputs import Inputs, guarded
 
@@ -70,7 +70,6 @@ def torch_peer(call: BackwardCall) -> tuple[Callable[[], object] | None, str]:
 CALLS = Calls(
     variants=(tuple(GRADIENTS),),
     params=make_backward_params,
-    struct=BackwardParams,
     require=require,
     inputs=inputs,
     check_problems=lambda problem, target: forward_calls.check_problems(problem, target),

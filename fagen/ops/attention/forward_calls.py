@@ -11,7 +11,7 @@ from fagen.ops.attention import fallback, reference
 from fagen.ops.attention.arguments import is_aligned
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.inputs import make_inputs
-from fagen.ops.attention.params import Params, make_params
+from fagen.ops.attention.params import make_params
 from fagen.ops.attention.problem import Problem
 from fagen.ops.base import Calls
 from fagen.ops.oracle import ROW_BLOCK, Verdict
@@ -90,7 +90,6 @@ def check_sample(call: AttentionCall, outputs: Outputs, seed: int = 0) -> Verdic
 CALLS = Calls(
     variants=(("out", "lse"), ("out",)),
     params=make_params,
-    struct=Params,
     require=require,
     inputs=lambda problem, device, seed, varied: make_inputs(problem, device, seed, varied=varied),
     check_problems=check_problems,

@@ -83,34 +83,29 @@ Entry entry_for(const Call& c, const Tensor* out, bool want_lse) {
 
 // ---- launching ------------------------------------------------------------------------------------------------------
 
-void put_strides(int64_t (&stride)[3], const Tensor& t, const Call& c) {
-  stride[0] = t.stride(0);
-  stride[1] = t.stride(c.row());
-  stride[2] = t.stride(c.head());
+fagen_tensor tensor_of(const Tensor& t, int64_t batch, int64_t i, int64_t j) {
+  return {const_cast<void*>(t.const_data_ptr()), {batch, i, j}};
 }
 
-fagen_params params_of(const Call& c, const Tensor& out, const Tensor* lse) {
-  fagen_params p{};
-  p.q = c.q.const_data_ptr();
-  p.k = c.k.const_data_ptr();
-  p.v = c.v.const_data_ptr();
-  p.o = out.data_ptr();
-  put_strides(p.q_stride, c.q, c);
-  put_strides(p.k_stride, c.k, c);
-  put_strides(p.v_stride, c.v, c);
-  put_strides(p.o_stride, out, c);
+fagen_tensor rows_of(const Tensor& t, const Call& c) {
+  return tensor_of(t, t.stride(0), t.stride(c.row()), t.stride(c.head()));
+}
+
+fagen_forward_params params_of(const Call& c, const Tensor& out, const Tensor* lse) {
+  fagen_forward_params p{};
+  p.q = rows_of(c.q, c);
+  p.k = rows_of(c.k, c);
+  p.v = rows_of(c.v, c);
+  p.o = rows_of(out, c);
   if (lse) p.lse = lse->data_ptr<float>();
   if (c.intervals) {
     const Tensor& t = *c.intervals;
-    p.intervals = t.const_data_ptr<int32_t>();
+    p.intervals = tensor_of(t, t.size(0) > 1 ? t.stride(0) : 0, t.stride(1), t.stride(2));
     p.mask_heads = static_cast<int32_t>(t.size(1));
-    p.intervals_stride[0] = t.size(0) > 1 ? t.stride(0) : 0;
-    p.intervals_stride[1] = t.stride(1);
-    p.intervals_stride[2] = t.stride(2);
   }
   if (c.alibi_slopes) {
-    p.alibi_slopes = c.alibi_slopes->const_data_ptr<float>();
-    p.alibi_stride = c.alibi_slopes->dim() == 2 && c.alibi_slopes->size(0) > 1 ? c.alibi_slopes->stride(0) : 0;
+    const Tensor& t = *c.alibi_slopes;
+    p.alibi_slopes = tensor_of(t, t.dim() == 2 && t.size(0) > 1 ? t.stride(0) : 0, 0, 0);
   }
   p.batch = static_cast<int32_t>(c.q.size(0));
   p.seqlen_q = static_cast<int32_t>(c.q.size(c.row()));
@@ -132,7 +127,7 @@ void* current_stream(const at::Device& device) {
 }
 
 void launch(const Entry& entry, const Call& c, const Tensor& out, const Tensor* lse) {
-  fagen_params p = params_of(c, out, lse);
+  fagen_forward_params p = params_of(c, out, lse);
   const bool gpu = c.q.is_cuda();
   const c10::OptionalDeviceGuard guard(gpu ? std::optional<at::Device>(c.q.device()) : std::nullopt);
   Tensor workspace;

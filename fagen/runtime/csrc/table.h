@@ -234,9 +234,9 @@ Facts facts_of(const Call& c, const Tensor* out, bool want_lse) {
 
 // A kernel's functions; `launch` is null where PyTorch computes.
 struct Entry {
-  int (*launch)(const fagen_params*, void*) = nullptr;
+  int (*launch)(const fagen_forward_params*, void*) = nullptr;
   const char* (*error)(int) = nullptr;
-  uint64_t (*workspace_bytes)(const fagen_params*) = nullptr;
+  uint64_t (*workspace_bytes)(const fagen_forward_params*) = nullptr;
 };
 
 // What a plan knows to serve sizes with: nothing yet, so that Python must be asked; or an entry.
