@@ -84,8 +84,8 @@ def _make(p: Problem, t: Target, **changes: int | str) -> Config:
     vectors, dims = 4 if t.simd in VECTOR_REGISTERS else 2, p.head_dim_padded + p.head_dim_v_padded
     parts = next((n for n in _PARTS if n >= 2 * t.units), _PARTS[-1])
     values: dict[str, int | str] = {
-        "tile_m": 128 if dims <= 256 else 64, "tile_n": 128 if dims <= 128 else 64, "loop_order": "q_outer", "parts": parts,
-        "schedule": "dynamic", "block_rows": 6, "block_vectors": vectors,
+        "tile_m": 128 if dims <= 256 else 64, "tile_n": 128 if dims <= 128 else 64, "loop_order": "q_outer",
+        "parts": parts, "schedule": "dynamic", "block_rows": 6, "block_vectors": vectors,
         "packing": "direct" if p.dtype == "fp32" else "head",
     }  # fmt: skip
     return FAMILY.config(values | changes)

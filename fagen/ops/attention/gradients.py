@@ -8,7 +8,6 @@ the LSE, as a kernel has to: what their rounding costs is no fault of the kernel
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from random import Random
@@ -17,14 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from fagen.ops.attention import reference
-from fagen.ops.attention.backward_call import GRADIENTS
+from fagen.ops.attention.backward_call import GRADIENTS, BackwardCall
 from fagen.ops.attention.masks import dense
 from fagen.ops.oracle import ROW_BLOCK, Verdict, compare
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from fagen.ops.attention.backward_call import BackwardCall
 
     Outputs = Mapping[str, torch.Tensor]
 
@@ -78,8 +75,8 @@ def check_sample(call: BackwardCall, outputs: Outputs, seed: int = 0) -> Verdict
         head = kv_head * group + random.randrange(group)
         small, of_rows = _part(call, outputs, b, slice(head, head + 1))
         for rows in _blocks(call.seqlen_q, random):
-            pair = [from_lse(small, dtype, rows=rows)["dq"] for dtype in (exact_dtype(call), call.q.dtype)]
-            verdicts.append(_compare("dq", of_rows["dq"][:, :, rows], *pair, rows.start))
+            want, peer = (from_lse(small, dtype, rows=rows) for dtype in (exact_dtype(call), call.q.dtype))
+            verdicts.append(_compare("dq", of_rows["dq"][:, :, rows], want["dq"], peer["dq"], rows.start))
         small, of_keys = _part(call, outputs, b, slice(kv_head * group, (kv_head + 1) * group))
         for keys in _blocks(call.seqlen_k, random):
             want, peer = (from_lse(small, dtype, keys=keys) for dtype in (exact_dtype(call), call.q.dtype))
@@ -107,8 +104,8 @@ def from_lse(
         distance = (row - torch.arange(call.seqlen_k, device=q.device)[None, keys]).abs().to(wide)
         scores = scores - call.alibi_slopes.to(wide).reshape(-1, call.heads, 1, 1) * distance
     seen = dense(
-        call.seqlen_q, call.seqlen_k, window=call.window, intervals=call.intervals, kind=call.kind, rows=rows, keys=keys,
-        device=q.device,
+        call.seqlen_q, call.seqlen_k, window=call.window, intervals=call.intervals, kind=call.kind, rows=rows,
+        keys=keys, device=q.device,
     )  # fmt: skip
     hidden = (lse == -math.inf) | ~seen.repeat_interleave(call.heads // seen.shape[1], dim=1)
     weights = torch.exp(scores - lse).masked_fill(hidden, 0)
@@ -124,14 +121,14 @@ def from_lse(
 
 def _part(call: BackwardCall, outputs: Outputs, b: int, heads: slice) -> tuple[BackwardCall, dict[str, torch.Tensor]]:
     """The call of some heads of one batch, which share a kv head, and its gradients as (batch, heads, rows, ...)."""
-    results = {"o": call.o, "dout": call.dout, "lse": call.lse}
-    small, cut = reference.part(call, results, b, heads)
+    forward, cut = reference.part(call.forward, {"o": call.o, "dout": call.dout, "lse": call.lse}, b, heads)
     dlse = None if call.dlse is None else call.dlse[b : b + 1, heads]
+    small = BackwardCall.after(forward, cut["o"], cut["lse"], cut["dout"], dlse)
     group = call.heads // call.kv_heads
     of_keys = slice(heads.start // group, heads.start // group + 1)
     slices = {"dq": heads, "dk": of_keys, "dv": of_keys}
     found = {name: call.of_bhsd(t)[b : b + 1, slices[name]] for name, t in outputs.items()}
-    return dataclasses.replace(small, **cut, dlse=dlse), found  # type: ignore[arg-type]
+    return small, found
 
 
 def _blocks(length: int, random: Random) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""The params of a launch, filled for ctypes."""
+"""The params of a launch, forward and backward, filled for ctypes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from fagen.ops.attention.backward_call import BackwardCall
     from fagen.ops.attention.call import AttentionCall
 
-Params = abi.params("fagen/abi/forward.h")
-BackwardParams = abi.params("fagen/abi/backward.h")
+Params, BackwardParams = abi.params("fagen/abi/forward.h"), abi.params("fagen/abi/backward.h")
 
 
 def make_params(call: AttentionCall, outputs: Mapping[str, torch.Tensor]) -> ctypes.Structure:
     """The struct of the header; holds pointers, so the tensors must outlive it."""
     params: Any = Params()
-    _fill(params, call, {"q": call.q, "k": call.k, "v": call.v, "o": outputs["out"]})
+    _put_problem(params, call, {"q": call.q, "k": call.k, "v": call.v, "o": outputs["out"]})
     if (lse := outputs.get("lse")) is not None:
         params.lse = lse.data_ptr()
     return params
@@ -32,15 +31,15 @@ def make_params(call: AttentionCall, outputs: Mapping[str, torch.Tensor]) -> cty
 def make_backward_params(call: BackwardCall, outputs: Mapping[str, torch.Tensor]) -> ctypes.Structure:
     """The same for the gradients of a call."""
     params: Any = BackwardParams()
-    _fill(params, call, {"q": call.q, "k": call.k, "v": call.v, "o": call.o, "dout": call.dout, **outputs})
+    _put_problem(params, call, {"q": call.q, "k": call.k, "v": call.v, "o": call.o, "dout": call.dout, **outputs})
     params.lse, params.dlse = call.lse.data_ptr(), None if call.dlse is None else call.dlse.data_ptr()
     return params
 
 
-def _fill(params: Any, call: AttentionCall, of_heads: Mapping[str, torch.Tensor]) -> None:
-    """The arguments that both have; `of_heads` are the tensors of batch, rows, heads and head_dim."""
+def _put_problem(params: Any, call: AttentionCall, of_rows: Mapping[str, torch.Tensor]) -> None:
+    """What the structs of both ops have."""
     axes = (0, call.row_axis, call.head_axis)
-    for name, tensor in of_heads.items():
+    for name, tensor in of_rows.items():
         _point(getattr(params, name), tensor, *(tensor.stride(i) for i in axes))
     if (intervals := call.intervals) is not None:
         batch, head, key, _ = intervals.stride()
