@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from fagen.dispatch.resolve import resolve
+from fagen.dispatch.attention import kernel_of
 from fagen.ops.attention import arguments, fallback
 from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import Window
@@ -177,7 +177,7 @@ def _without_ops(call: AttentionCall, reason: str) -> torch.Tensor | tuple[torch
     plain = not torch.compiler.is_compiling() and _has_memory(call)
     if plain:
         call.refuse_overlap()
-    found = resolve(call) if plain and not reason else None
+    found = kernel_of(call) if plain and not reason else None
     if plain and not reason:
         binding.start()  # after the kernel, which this call waited for
     if found is None:

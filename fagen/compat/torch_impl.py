@@ -9,6 +9,7 @@ import torch
 from torch.library import Library
 
 from fagen import api
+from fagen.dispatch import attention as dispatch
 from fagen.dispatch import resolve
 from fagen.errors import MissingTool
 from fagen.ops.attention.arguments import is_aligned
@@ -122,7 +123,7 @@ def _serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_caus
     call = AttentionCall.of(query, key, value, layout="bhsd", causal=is_causal, scale=scale)
     if _capturing(query.device):
         return False
-    found = resolve.answer_to(call, ours=False)
+    found = dispatch.answer_to(call, ours=False)
     if found.known and resolve.epoch() is epoch:
         _answers[known] = found.kernel is not None
     return found.kernel is not None

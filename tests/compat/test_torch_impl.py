@@ -15,7 +15,8 @@ from torch import nn
 
 import fagen
 from fagen.compat import torch_impl
-from fagen.dispatch import resolve
+from fagen.dispatch import attention as dispatch
+from fagen.dispatch import plan, resolve
 from fagen.errors import MissingTool
 from fagen.ops.attention import fallback
 from tests.support.calls import right
@@ -163,8 +164,8 @@ def test_unequal_lengths_without_causality_are_served(asked: list[str]) -> None:
 def test_answers_are_kept_until_others_may_hold(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
     fagen.register_torch()
     looks = []
-    answer_to = resolve.answer_to
-    monkeypatch.setattr(resolve, "answer_to", lambda *a, **k: looks.append(1) or answer_to(*a, **k))
+    answer_to = dispatch.answer_to
+    monkeypatch.setattr(dispatch, "answer_to", lambda *a, **k: looks.append(1) or answer_to(*a, **k))
     monkeypatch.setattr(torch_impl, "_MOST_ANSWERS", 3)
     resolve.renew()
     for _ in range(3):
@@ -181,7 +182,7 @@ def test_answers_are_kept_until_others_may_hold(monkeypatch: pytest.MonkeyPatch,
 def test_where_pytorch_is_the_faster_one_it_serves(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
     fagen.register_torch()
     resolve.renew()
-    monkeypatch.setattr(resolve, "answer_to", lambda *_, ours: resolve.ASK if ours else resolve.TORCH)
+    monkeypatch.setattr(dispatch, "answer_to", lambda *_, ours: plan.ASK if ours else plan.TORCH)
     flash(*inputs())
     assert asked == ["forward"]
 

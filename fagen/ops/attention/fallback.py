@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from fagen import notices
+from fagen.notices import FallbackWarning as FallbackWarning
 from fagen.ops.attention import reference
 from fagen.ops.attention.call import EMPTY, AttentionCall
 from fagen.ops.attention.derivatives import in_forward_mode
 
-_warned: set[str] = set()
-
-
-class FallbackWarning(UserWarning):
-    """A call is served by PyTorch; the message says why."""
-
 
 def warn(reason: str) -> None:
-    """Once a reason and process, and never while torch.compile traces."""
-    if torch.compiler.is_compiling() or reason in _warned or reason == EMPTY:
-        return
-    _warned.add(reason)
-    warnings.warn(f"fagen: PyTorch computes instead: {reason}", FallbackWarning, stacklevel=4)
+    """Once a reason and process, and never for a call that computes nothing."""
+    if reason != EMPTY:
+        notices.warn_fallback(reason, stacklevel=5)
 
 
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
