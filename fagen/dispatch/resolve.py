@@ -26,6 +26,7 @@ from fagen.dispatch.plan import ASK, TORCH, Answer, Plan, PlannedRecord
 from fagen.errors import FagenError, LaunchError
 from fagen.notices import notify
 from fagen.ops.attention import fallback
+from fagen.ops.attention.backward import BackwardProblem
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import background, binding, kernel, python_ops
@@ -290,6 +291,18 @@ def resolve_words(call: AttentionCall) -> list[int]:
     return [*found.words, *plan_words(problem, target, ours=call.want_lse)]
 
 
+def resolve_backward_words(call: AttentionCall) -> list[int]:
+    """The same for the gradients of a call."""
+    if _refused(call):
+        return list(TORCH.words)
+    fields = {**call.problem.to_dict(), "op": "backward", "deterministic": call.deterministic}
+    problem, target = BackwardProblem(**fields), call.target
+    assert target is not None
+    with _on_device(call.q):
+        found = answer(problem, target)
+    return [*found.words, *plan_words(problem, target)]
+
+
 def _refused(call: AttentionCall) -> bool:
     with torch.no_grad():  # whether gradients are needed was decided before
         reason = call.refusal
@@ -303,4 +316,4 @@ def _on_device(q: torch.Tensor) -> Any:
     return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
 
-python_ops.answer_with(resolve_words)
+python_ops.answer_with(resolve_words, resolve_backward_words)
