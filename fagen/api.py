@@ -77,7 +77,8 @@ def attention(
     deterministic gradients of the same bits in every run, as after `torch.use_deterministic_algorithms(True)`; the
                   forward kernels are so in any case
 
-    Gradients of q, k and v are ours where a backward kernel serves them; all other derivatives are PyTorch's. A row that sees no key gives 0, and -inf in lse.
+    Gradients of q, k and v are ours where a backward kernel serves them; all other derivatives are PyTorch's. A row
+    that sees no key gives 0, and -inf in lse.
     """
     if not torch.compiler.is_compiling() and _fast is not None:
         answer = _fast(

@@ -21,7 +21,7 @@ _libraries: list[Any] = []  # torch unregisters what is collected
 def answer_with(
     decide: Callable[[AttentionCall], list[int]], decide_backward: Callable[[AttentionCall], list[int]]
 ) -> None:
-    """Hand over what decides a call the C++ table does not know, or its gradients, and plans other sizes of its kind."""
+    """Hand over what decides a call that the C++ table does not know, or its gradients, and plans its kind."""
     global _decide, _decide_backward
     _decide, _decide_backward = decide, decide_backward
 
