@@ -37,7 +37,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fagen import families, notices
+from fagen import families, notices, ops
 from fagen.build import compiler, toolchain
 from fagen.build.job import Artifact, Job, make_job
 from fagen.cli import arguments
@@ -46,7 +46,7 @@ from fagen.db.record import environment, now
 from fagen.errors import FagenError, LaunchError
 from fagen.families import Config
 from fagen.families.space import enumerate_space
-from fagen.ops.attention.params import Params
+from fagen.ops import abi
 from fagen.ops.attention.problem import Problem
 from fagen.runtime.kernel import Kernel, launcher
 from fagen.target import Target
@@ -65,7 +65,7 @@ COMPILE_SECONDS, MEASURE_SECONDS = 300.0, 20.0  # that a unit, a config may take
 MOST_WAITING = 256  # compiled configs that wait to be measured
 ENDING = 30.0  # seconds before the end from which on no unit is begun
 BROKEN = 12  # crashes in a row after which it is the device that is broken
-_FUNCTIONS = re.compile(r"\b(fagen_(?:launch|error|workspace_bytes|params_size))\(")
+_FUNCTIONS = re.compile(r"\b(fagen_(?:launch|error|workspace_bytes|params_layout))\(")
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,11 @@ def _default_call(built: Built) -> timer.RoundRobin:
 def load(built: Built) -> Kernel:
     """The kernel of a unit's library."""
     library = ctypes.CDLL(built.library)
+    struct = ctypes.POINTER(abi.params(ops.get(built.item.problem.op).header))
     names = {name: getattr(library, f"fagen_{name}_{built.place}") for name in ("launch", "error", "workspace_bytes")}
-    names["launch"].restype, names["launch"].argtypes = ctypes.c_int, [ctypes.POINTER(Params), ctypes.c_void_p]
+    names["launch"].restype, names["launch"].argtypes = ctypes.c_int, [struct, ctypes.c_void_p]
     names["error"].restype, names["error"].argtypes = ctypes.c_char_p, [ctypes.c_int]
-    names["workspace_bytes"].restype, names["workspace_bytes"].argtypes = ctypes.c_uint64, [ctypes.POINTER(Params)]
+    names["workspace_bytes"].restype, names["workspace_bytes"].argtypes = ctypes.c_uint64, [struct]
     item, functions = built.item, SimpleNamespace(**names)
     return Kernel(item, _artifact(built), functions)  # type: ignore[arg-type]
 

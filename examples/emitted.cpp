@@ -8,6 +8,7 @@
 // With --example it comes with a main.cpp that checks every feature of that kernel, and times it.
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <vector>
 
 #include "kernel.h"
@@ -20,16 +21,18 @@ int main() {
   for (auto* tensor : {&q, &k, &v})
     for (float& x : *tensor) x = float((state = state * 1664525u + 1013904223u) >> 8) / (1 << 24) - 0.5f;
 
-  fagen_params p = {};
-  p.q = q.data(), p.k = k.data(), p.v = v.data(), p.o = o.data(), p.lse = lse.data();
+  fagen_forward_params p = {};
+  auto tensor = [&](std::vector<float>& values, int h) {  // contiguous; strides of batch, row and head
+    return fagen_tensor{values.data(), {rows * h * dim, h * dim, dim}};
+  };
+  p.q = tensor(q, heads), p.k = tensor(k, kv_heads), p.v = tensor(v, kv_heads), p.o = tensor(o, heads);
+  p.lse = lse.data();
   p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.mask_heads = 1;
   p.seqlen_q = p.seqlen_k = rows, p.head_dim = p.head_dim_v = dim;
   p.window_left = -1, p.window_right = 0;  // causal
   p.scale = 1 / std::sqrt(float(dim));
-  auto strides = [&](int64_t (&stride)[3], int h) { stride[0] = rows * h * dim, stride[1] = h * dim, stride[2] = dim; };
-  strides(p.q_stride, heads), strides(p.o_stride, heads), strides(p.k_stride, kv_heads), strides(p.v_stride, kv_heads);
 
-  if (fagen_params_size() != sizeof p) return std::puts("kernel.h is of another kernel"), 1;
+  if (std::strcmp(fagen_params_layout(), FAGEN_PARAMS_LAYOUT)) return std::puts("kernel.h is of another kernel"), 1;
   std::vector<char> workspace(fagen_workspace_bytes(&p) + 256);
   p.workspace = workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256) % 256;
   if (int code = fagen_launch(&p, nullptr)) return std::printf("%s\n", fagen_error(code)), 1;

@@ -185,7 +185,8 @@ def _through_sdpa(backend: str) -> Prepare:
         attend = torch.nn.functional.scaled_dot_product_attention
 
         def serve(i: Inputs) -> torch.Tensor:
-            return attend(*i.call.bhsd(), is_causal=causal, enable_gqa=shared).transpose(1, 2)
+            q, k, v = i.call.bhsd()
+            return attend(q, k, v, is_causal=causal, enable_gqa=shared).transpose(1, 2)
 
         def held(i: Inputs) -> torch.Tensor:
             with sdpa_kernel(getattr(SDPBackend, backend)):

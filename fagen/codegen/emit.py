@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fagen import __version__, env, ops
+from fagen import __version__, ops
 from fagen.build import cache, toolchain
 from fagen.codegen import render
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import BuildError, FagenError, UsageError
+from fagen.ops import abi
 from fagen.ops.attention.problem import INTERVAL_KINDS
 from fagen.target import Target
 
@@ -23,18 +24,22 @@ _VERBOSE = "-Xptxas=-v"  # makes nvcc say registers and spills
 _UNIT = {"fp16": 2.0**-11, "bf16": 2.0**-9, "fp32": 5e-6}  # what an example allows for, a rounding
 
 _FUNCTIONS = """
+// fagen_params_layout() of the kernel that this header belongs to.
+#define FAGEN_PARAMS_LAYOUT "{layout}"
+
 #ifdef __cplusplus
-extern "C" {
+extern "C" {{
 #endif
 // Enqueues the kernel on `stream` (a cudaStream_t; ignored on the CPU). 0, or a code for fagen_error().
-int fagen_launch(const fagen_params* params, void* stream);
+int fagen_launch(const {params}* params, void* stream);
 const char* fagen_error(int code);
 // What params->workspace must hold; the other fields must be set, pointers aside.
-uint64_t fagen_workspace_bytes(const fagen_params* params);
-// sizeof(fagen_params) as the kernel was built; differs when this header is of another kernel.
-uint32_t fagen_params_size(void);
+uint64_t fagen_workspace_bytes(const {params}* params);
+// Name, offset and size of every field of the params as the kernel was built. Another text than FAGEN_PARAMS_LAYOUT:
+// this header is of another kernel.
+const char* fagen_params_layout(void);
 #ifdef __cplusplus
-}
+}}
 #endif
 """
 
@@ -87,13 +92,14 @@ def kernel_text(spec: KernelSpec, provenance: str) -> str:
 
 def header_text(spec: KernelSpec) -> str:
     op = ops.get(spec.problem.op)
-    params = (env.data_dir("templates") / "include" / op.header).read_text()
+    params = render.fold(f'#include "{op.header}"\n')
+    functions = _FUNCTIONS.format(params=abi.name_of(op.header), layout=abi.layout(abi.params(op.header)))
     lines = [
         f"The interface of {source_name(spec)}: {op.title} for {spec.problem.static_key}",
         f"on {spec.target.arch}. Plain C. All kernels of fagen have this interface; to link two of them into one",
         "program, rename their functions on the compiler's command line: -Dfagen_launch=first_launch and so on.",
     ]
-    return _comment(lines) + params + _FUNCTIONS
+    return f"{_comment(lines)}#pragma once\n{params}{functions}"
 
 
 def example_text(spec: KernelSpec) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fagen import families, ops
 from fagen.codegen import render
 from fagen.families import Config, Family
+from fagen.ops import abi
 from fagen.ops.attention.problem import Problem
 from fagen.ops.base import Constant
 from fagen.target import Target
@@ -37,9 +38,9 @@ class KernelSpec:
 
     @property
     def rendered(self) -> str:
-        """The source, its own headers still included by name."""
+        """The source, its own headers still included by name. The function that tells the params' layout is its end."""
         self.family.require(self.problem, self.target, self.config)
-        return render.render(
+        kernel = render.render(
             self.family.template,
             family=self.family,
             problem=self.problem,
@@ -56,6 +57,7 @@ class KernelSpec:
             derived=self.derived,
             **self.family.context(self.problem, self.config),
         )
+        return kernel + abi.layout_function(ops.get(self.problem.op).header)
 
     @property
     def source(self) -> str:

@@ -192,31 +192,32 @@ FAGEN_INLINE void store_some(Element* p, vec x, int count) {
 
 // ---- fagen/abi/forward.h ---------------------------------------------------------------------------------
 // The arguments of a forward kernel: the one struct that a caller passes. Plain C; no torch, no CUDA header.
-// Strides count elements, and the last dimension of q, k, v and o is contiguous.
+// ---- fagen/abi/tensor.h ----------------------------------------------------------------------------------
+// A tensor that a kernel reads or writes, as every op passes it. Plain C; no torch, no CUDA header.
 #include <stdint.h>
 
-typedef struct fagen_params {
-  const void* q;               // (batch, seqlen_q, heads, head_dim) by strides
-  const void* k;               // (batch, seqlen_k, kv_heads, head_dim)
-  const void* v;               // (batch, seqlen_k, kv_heads, head_dim_v)
-  void* o;                     // (batch, seqlen_q, heads, head_dim_v)
-  float* lse;                  // (batch, heads, seqlen_q) contiguous, natural log; null if not wanted
-  const int32_t* intervals;    // (batch, mask_heads, seqlen_k, columns), last dimension contiguous; or null
-  const float* alibi_slopes;   // (batch, heads), last dimension contiguous; or null
-  void* workspace;             // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
-  int64_t q_stride[3];         // batch, row, head
-  int64_t k_stride[3];
-  int64_t v_stride[3];
-  int64_t o_stride[3];
-  int64_t intervals_stride[3]; // batch (0 to broadcast), mask head, key
-  int64_t alibi_stride;        // batch (0 to broadcast)
+typedef struct fagen_tensor {
+  void* data;         // null if the call has none
+  int64_t stride[3];  // in elements; the op says of which dimensions. The last dimension is contiguous.
+} fagen_tensor;
+
+// Strides of q, k, v and o are those of batch, row and head. A batch stride of 0 broadcasts.
+typedef struct fagen_forward_params {
+  fagen_tensor q;             // (batch, seqlen_q, heads, head_dim)
+  fagen_tensor k;             // (batch, seqlen_k, kv_heads, head_dim)
+  fagen_tensor v;             // (batch, seqlen_k, kv_heads, head_dim_v)
+  fagen_tensor o;             // (batch, seqlen_q, heads, head_dim_v), written
+  fagen_tensor intervals;     // int32 (batch, mask_heads, seqlen_k, columns); strides: batch (or 0), mask head, key
+  fagen_tensor alibi_slopes;  // float (batch, heads); strides: batch (or 0), the others unused
+  float* lse;                 // (batch, heads, seqlen_q) contiguous, natural log; null if not wanted
+  void* workspace;            // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
   int32_t batch, heads, kv_heads, mask_heads;
   int32_t seqlen_q, seqlen_k;
   int32_t head_dim, head_dim_v;       // as the caller has them; the kernel works on padded sizes
   int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
   float scale;                        // multiplies q.k before the softmax
   float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
-} fagen_params;
+} fagen_forward_params;
 
 namespace fagen {
 
@@ -237,7 +238,7 @@ struct Band {
   static constexpr int kFar = 1 << 30;
   static constexpr int kLongest = kFar / 2;  // the longest sequence: no sum below overflows
 
-  Band(const fagen_params& p, int left, int right) {
+  Band(const fagen_forward_params& p, int left, int right) {
     const int shift = p.seqlen_k - p.seqlen_q;
     first = left < 0 || left > kLongest ? -kFar : shift - left;
     last = right < 0 || right > kLongest ? kFar : shift + right;
@@ -477,7 +478,7 @@ struct Layout {
   struct Workspace {
     uint64_t bounds, keys, values, groups, total = 0;
 
-    explicit Workspace(const fagen_params& p) {
+    explicit Workspace(const fagen_forward_params& p) {
       const uint64_t rows_k = uint64_t(p.batch) * p.kv_heads * p.seqlen_k;
       const uint64_t tiles = uint64_t(p.batch) * p.mask_heads * ceil_div(p.seqlen_k, Config::kTileN);
       bounds = take(kIntervals ? tiles * sizeof(HiddenBounds) : 0);
@@ -512,7 +513,7 @@ struct Scale {
   float inner;   // raw product to the argument of softcap, or to the true score
   float factor;  // score to the base-2 logarithm of its weight
 
-  explicit Scale(const fagen_params& p)
+  explicit Scale(const fagen_forward_params& p)
       : sign(kTrueScore ? 1 : int(p.scale > 0) - int(p.scale < 0)),
         inner(Config::kSoftcap ? p.scale / p.softcap : p.scale),
         factor(kTrueScore || p.scale == 0 ? kLog2E : fabsf(p.scale) * kLog2E) {}
@@ -558,14 +559,14 @@ struct Head {
   static constexpr bool kFixedBand = Config::kMask == Mask::none || Config::kMask == Mask::causal;
   static constexpr int kFixedRight = Config::kMask == Mask::causal ? 0 : -1;
 
-  const fagen_params& p;
+  const fagen_forward_params& p;
   typename At::Workspace workspace;
   int64_t batch, head, kv_head, mask_head;
   Scale<Config> scale;
   Band band;
   Intervals<Config> intervals{};
 
-  Head(const fagen_params& p, int64_t batch, int64_t head)
+  Head(const fagen_forward_params& p, int64_t batch, int64_t head)
       : p(p),
         workspace(p),
         batch(batch),
@@ -574,15 +575,13 @@ struct Head {
         mask_head(At::kIntervals ? head / (p.heads / p.mask_heads) : 0),
         scale(p),
         band(p, kFixedBand ? -1 : p.window_left, kFixedBand ? kFixedRight : p.window_right) {
-    if (At::kIntervals)
-      intervals = {p.intervals + batch * p.intervals_stride[0] + mask_head * p.intervals_stride[1],
-                   p.intervals_stride[2]};
+    if (At::kIntervals) intervals = {at<const int32_t>(p.intervals, mask_head, 0), p.intervals.stride[2]};
   }
 
-  const Element* q(int row) const { return at(static_cast<const Element*>(p.q), p.q_stride, row, head); }
-  const Element* k(int row) const { return at(static_cast<const Element*>(p.k), p.k_stride, row, kv_head); }
-  const Element* v(int row) const { return at(static_cast<const Element*>(p.v), p.v_stride, row, kv_head); }
-  Element* o(int row) const { return at(static_cast<Element*>(p.o), p.o_stride, row, head); }
+  const Element* q(int row) const { return at<const Element>(p.q, row, head); }
+  const Element* k(int row) const { return at<const Element>(p.k, row, kv_head); }
+  const Element* v(int row) const { return at<const Element>(p.v, row, kv_head); }
+  Element* o(int row) const { return at<Element>(p.o, row, head); }
   float* lse(int row) const { return p.lse ? p.lse + (batch * p.heads + head) * p.seqlen_q + row : nullptr; }
 
   float* packed_k(int row) const { return part<float>(workspace.keys) + packed_row(row) * At::kStrideK; }
@@ -602,14 +601,14 @@ struct Head {
 
   template <bool kMasked>
   Score<Config, kMasked> score() const {
-    const float slope = Config::kAlibi ? p.alibi_slopes[batch * p.alibi_stride + head] : 0;
+    const float slope = Config::kAlibi ? at<const float>(p.alibi_slopes, 0, 0)[head] : 0;
     return {band, intervals, scale.inner, p.softcap, slope, p.seqlen_k - p.seqlen_q};
   }
 
  private:
   template <class T>
-  T* at(T* base, const int64_t (&stride)[3], int64_t row, int64_t head) const {
-    return base + batch * stride[0] + row * stride[1] + head * stride[2];
+  T* at(const fagen_tensor& t, int64_t i, int64_t j) const {  // of this batch
+    return static_cast<T*>(t.data) + batch * t.stride[0] + i * t.stride[1] + j * t.stride[2];
   }
   template <class T>
   T* part(uint64_t offset) const {
@@ -832,7 +831,7 @@ static void visit(const HeadOf& head, Group& group, Range rows, Range tile, Tile
 // All keys for a span of rows. q_outer: a span is one tile of rows, its state in scratch. kv_outer: it is a thread's
 // share of all rows of the head, their state in memory while tiles of keys pass.
 static void attend(const HeadOf& head, Range span, Scratch& scratch) {
-  const fagen_params& p = head.p;
+  const fagen_forward_params& p = head.p;
   Group* const groups = At::kQOuter ? scratch.groups : head.groups(span.begin);
   const auto each_group = [&](auto&& body) {
     for (int row = span.begin; row < span.end; row += At::kGroup)
@@ -840,7 +839,7 @@ static void attend(const HeadOf& head, Range span, Scratch& scratch) {
   };
 
   each_group([&](Group& group, Range rows) {
-    open_rows(group, head.q(rows.begin), p.q_stride[1], rows.size(), p.head_dim, head.scale.sign);
+    open_rows(group, head.q(rows.begin), p.q.stride[1], rows.size(), p.head_dim, head.scale.sign);
   });
 
   const Range seen = head.keys_for(span);
@@ -848,14 +847,14 @@ static void attend(const HeadOf& head, Range span, Scratch& scratch) {
     if (At::kIntervals && head.bounds(n).hides_all(span)) continue;
     const Range tile = intersect({n, n + kTileN}, head.all_keys());
     const Tile packed_k{head.packed_k(n), At::kStrideK}, packed_v{head.packed_v(n), At::kStrideV};
-    const Tile k = tile_of(head.k(n), p.k_stride[1], tile.size(), p.head_dim, scratch.keys[0], packed_k);
-    const Tile v = tile_of(head.v(n), p.v_stride[1], tile.size(), p.head_dim_v, scratch.values[0], packed_v);
+    const Tile k = tile_of(head.k(n), p.k.stride[1], tile.size(), p.head_dim, scratch.keys[0], packed_k);
+    const Tile v = tile_of(head.v(n), p.v.stride[1], tile.size(), p.head_dim_v, scratch.values[0], packed_v);
     each_group([&](Group& group, Range rows) { visit(head, group, rows, tile, k, v, scratch.scores); });
   }
 
   each_group([&](Group& group, Range rows) {
     float* lse = head.lse(rows.begin);
-    close_rows(group, head.o(rows.begin), p.o_stride[1], lse, head.scale.factor, rows.size(), p.head_dim_v);
+    close_rows(group, head.o(rows.begin), p.o.stride[1], lse, head.scale.factor, rows.size(), p.head_dim_v);
   });
 }
 
@@ -871,22 +870,22 @@ static void share(int64_t items, Body body) {
 }
 
 // Made once, before all rows: the bounds of each tile of intervals, the packed keys and values of each head.
-static void prepare(const fagen_params& p) {
+static void prepare(const fagen_forward_params& p) {
   const int64_t tiles = ceil_div(p.seqlen_k, kTileN);
   share(tiles * p.batch * p.kv_heads, [&](int64_t item) {
     const int64_t n = item % tiles * kTileN, kv_head = item / tiles % p.kv_heads, batch = item / tiles / p.kv_heads;
     const HeadOf head(p, batch, kv_head * (p.heads / p.kv_heads));
     const Range tile = intersect({int(n), int(n) + kTileN}, head.all_keys());
     if constexpr (At::kPackHead) {
-      pack(head.packed_k(n), At::kStrideK, head.k(n), p.k_stride[1], tile.size(), p.head_dim);
-      pack(head.packed_v(n), At::kStrideV, head.v(n), p.v_stride[1], tile.size(), p.head_dim_v);
+      pack(head.packed_k(n), At::kStrideK, head.k(n), p.k.stride[1], tile.size(), p.head_dim);
+      pack(head.packed_v(n), At::kStrideV, head.v(n), p.v.stride[1], tile.size(), p.head_dim_v);
     }
     if constexpr (At::kIntervals)  // several kv heads may share a mask head: the first of them makes its bounds
       if (kv_head % (p.kv_heads / p.mask_heads) == 0) head.bounds(n) = head.intervals.bounds(tile);
   });
 }
 
-static void forward(const fagen_params& p) {
+static void forward(const fagen_forward_params& p) {
   if constexpr (At::kPackHead || At::kIntervals) prepare(p);
   const int64_t heads = int64_t(p.batch) * p.heads;
   // kv_outer cuts a head into as many spans as it takes to give every thread one
@@ -907,9 +906,9 @@ static void forward(const fagen_params& p) {
 
 enum Error { kOk, kNullPointer, kBadSizes, kBadHeadDim, kNoWorkspace };
 
-static Error check(const fagen_params& p) {
-  if (!p.q || !p.k || !p.v || !p.o) return kNullPointer;
-  if ((At::kIntervals && !p.intervals) || (Config::kAlibi && !p.alibi_slopes)) return kNullPointer;
+static Error check(const fagen_forward_params& p) {
+  if (!p.q.data || !p.k.data || !p.v.data || !p.o.data) return kNullPointer;
+  if ((At::kIntervals && !p.intervals.data) || (Config::kAlibi && !p.alibi_slopes.data)) return kNullPointer;
   if (p.batch < 1 || p.heads < 1 || p.kv_heads < 1 || p.heads % p.kv_heads) return kBadSizes;
   if (p.seqlen_q < 1 || p.seqlen_k < 1 || p.seqlen_q > Band::kLongest || p.seqlen_k > Band::kLongest) return kBadSizes;
   if (At::kIntervals && (p.mask_heads < 1 || p.kv_heads % p.mask_heads)) return kBadSizes;
@@ -920,7 +919,7 @@ static Error check(const fagen_params& p) {
 
 extern "C" {
 
-int fagen_launch(const fagen_params* params, void* /*stream*/) {
+int fagen_launch(const fagen_forward_params* params, void* /*stream*/) {
   const Error error = check(*params);
   if (error == kOk) forward(*params);
   return error;
@@ -937,8 +936,31 @@ const char* fagen_error(int code) {
   }
 }
 
-uint64_t fagen_workspace_bytes(const fagen_params* params) { return At::Workspace(*params).total; }
-
-uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
+uint64_t fagen_workspace_bytes(const fagen_forward_params* params) { return At::Workspace(*params).total; }
 
 }  // extern "C"
+
+// Name, offset and size of every field of the params, as this compiler laid them out.
+#include <stddef.h>
+#include <stdio.h>
+
+extern "C" const char* fagen_params_layout(void) {
+  static char text[885];
+  static const char* const told = [] {
+    char* end = text;
+#define FAGEN_FIELD(field) \
+  end += snprintf(end, text + sizeof text - end, "%s %zu %zu; ", #field, offsetof(fagen_forward_params, field), \
+                  sizeof(fagen_forward_params::field))
+    FAGEN_FIELD(q.data); FAGEN_FIELD(q.stride); FAGEN_FIELD(k.data); FAGEN_FIELD(k.stride); FAGEN_FIELD(v.data);
+    FAGEN_FIELD(v.stride); FAGEN_FIELD(o.data); FAGEN_FIELD(o.stride); FAGEN_FIELD(intervals.data);
+    FAGEN_FIELD(intervals.stride); FAGEN_FIELD(alibi_slopes.data); FAGEN_FIELD(alibi_slopes.stride);
+    FAGEN_FIELD(lse); FAGEN_FIELD(workspace); FAGEN_FIELD(batch); FAGEN_FIELD(heads); FAGEN_FIELD(kv_heads);
+    FAGEN_FIELD(mask_heads); FAGEN_FIELD(seqlen_q); FAGEN_FIELD(seqlen_k); FAGEN_FIELD(head_dim);
+    FAGEN_FIELD(head_dim_v); FAGEN_FIELD(window_left); FAGEN_FIELD(window_right); FAGEN_FIELD(scale);
+    FAGEN_FIELD(softcap);
+#undef FAGEN_FIELD
+    snprintf(end, text + sizeof text - end, "sizeof %zu", sizeof(fagen_forward_params));
+    return text;
+  }();
+  return told;
+}

@@ -63,31 +63,32 @@ using namespace fagen;  // the kernel is this one file
 
 // ---- fagen/abi/forward.h ---------------------------------------------------------------------------------
 // The arguments of a forward kernel: the one struct that a caller passes. Plain C; no torch, no CUDA header.
-// Strides count elements, and the last dimension of q, k, v and o is contiguous.
+// ---- fagen/abi/tensor.h ----------------------------------------------------------------------------------
+// A tensor that a kernel reads or writes, as every op passes it. Plain C; no torch, no CUDA header.
 #include <stdint.h>
 
-typedef struct fagen_params {
-  const void* q;               // (batch, seqlen_q, heads, head_dim) by strides
-  const void* k;               // (batch, seqlen_k, kv_heads, head_dim)
-  const void* v;               // (batch, seqlen_k, kv_heads, head_dim_v)
-  void* o;                     // (batch, seqlen_q, heads, head_dim_v)
-  float* lse;                  // (batch, heads, seqlen_q) contiguous, natural log; null if not wanted
-  const int32_t* intervals;    // (batch, mask_heads, seqlen_k, columns), last dimension contiguous; or null
-  const float* alibi_slopes;   // (batch, heads), last dimension contiguous; or null
-  void* workspace;             // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
-  int64_t q_stride[3];         // batch, row, head
-  int64_t k_stride[3];
-  int64_t v_stride[3];
-  int64_t o_stride[3];
-  int64_t intervals_stride[3]; // batch (0 to broadcast), mask head, key
-  int64_t alibi_stride;        // batch (0 to broadcast)
+typedef struct fagen_tensor {
+  void* data;         // null if the call has none
+  int64_t stride[3];  // in elements; the op says of which dimensions. The last dimension is contiguous.
+} fagen_tensor;
+
+// Strides of q, k, v and o are those of batch, row and head. A batch stride of 0 broadcasts.
+typedef struct fagen_forward_params {
+  fagen_tensor q;             // (batch, seqlen_q, heads, head_dim)
+  fagen_tensor k;             // (batch, seqlen_k, kv_heads, head_dim)
+  fagen_tensor v;             // (batch, seqlen_k, kv_heads, head_dim_v)
+  fagen_tensor o;             // (batch, seqlen_q, heads, head_dim_v), written
+  fagen_tensor intervals;     // int32 (batch, mask_heads, seqlen_k, columns); strides: batch (or 0), mask head, key
+  fagen_tensor alibi_slopes;  // float (batch, heads); strides: batch (or 0), the others unused
+  float* lse;                 // (batch, heads, seqlen_q) contiguous, natural log; null if not wanted
+  void* workspace;            // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
   int32_t batch, heads, kv_heads, mask_heads;
   int32_t seqlen_q, seqlen_k;
   int32_t head_dim, head_dim_v;       // as the caller has them; the kernel works on padded sizes
   int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
   float scale;                        // multiplies q.k before the softmax
   float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
-} fagen_params;
+} fagen_forward_params;
 
 // ---- fagen/host/launch.cuh -------------------------------------------------------------------------------
 // A launch on the host: sizes, the workspace, the start of a kernel.
@@ -330,7 +331,7 @@ constexpr int kFar = 1 << 29;  // beyond every index, and safe to add to one
 struct Band {
   int first, last, seqlen_k;
 
-  __device__ __forceinline__ explicit Band(const fagen_params& p) : seqlen_k(p.seqlen_k) {
+  __device__ __forceinline__ explicit Band(const fagen_forward_params& p) : seqlen_k(p.seqlen_k) {
     const int shift = p.seqlen_k - p.seqlen_q;
     first = p.window_left < 0 ? -kFar : shift - p.window_left;
     last = p.window_right < 0 ? kFar : shift + p.window_right;
@@ -393,6 +394,12 @@ struct HiddenRows {
   }
 };
 
+// The interval vectors of a mask head.
+__device__ __forceinline__ const int32_t* bounds_of(const fagen_forward_params& p, int batch, int head) {
+  const fagen_tensor& t = p.intervals;
+  return static_cast<const int32_t*>(t.data) + batch * t.stride[0] + head * t.stride[1];
+}
+
 // A head's interval vectors, and their extents tile by tile.
 template <class C>
 struct Intervals {
@@ -433,19 +440,19 @@ struct Intervals {
 
 // Extents of every tile of keys: one warp a tile, one pass over the vectors. The body of a kernel of its own.
 template <class C>
-__device__ __forceinline__ void find_extents(const fagen_params& p, Extent* extents, int tiles) {
+__device__ __forceinline__ void find_extents(const fagen_forward_params& p, Extent* extents, int tiles) {
   constexpr int kColumns = C::kIntervalColumns;
   const int64_t index = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (index >= int64_t(p.batch) * p.mask_heads * tiles) return;
   const int tile = index % tiles, head = index / tiles % p.mask_heads, batch = index / tiles / p.mask_heads;
-  const int32_t* bounds = p.intervals + batch * p.intervals_stride[0] + head * p.intervals_stride[1];
+  const int32_t* bounds = bounds_of(p, batch, head);
   const int end = min(p.seqlen_k, (tile + 1) * C::kTileN);
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
     int low = INT_MAX, high = INT_MIN;
     for (int key = tile * C::kTileN + lane; key < end; key += 32) {
-      const int value = bounds[key * p.intervals_stride[2] + c];
+      const int value = bounds[key * p.intervals.stride[2] + c];
       low = min(low, value);
       high = max(high, value);
     }
@@ -491,7 +498,7 @@ struct BandMask {
     }
   };
 
-  __device__ __forceinline__ explicit BandMask(const fagen_params& p) : band(p) {}
+  __device__ __forceinline__ explicit BandMask(const fagen_forward_params& p) : band(p) {}
   __device__ __forceinline__ Walk walk(const TileRange& range, int, int) const { return {range.end - 1, range.begin}; }
 };
 
@@ -541,7 +548,7 @@ struct IntervalMask {
     }
   };
 
-  __device__ __forceinline__ explicit IntervalMask(const fagen_params& p) : band(p) {}
+  __device__ __forceinline__ explicit IntervalMask(const fagen_forward_params& p) : band(p) {}
   __device__ __forceinline__ Walk walk(const TileRange& range, int m0, int m1) const {
     return Walk(intervals, range, m0, m1);
   }
@@ -572,12 +579,14 @@ struct ScoreMod {
   float scale, cap_log2, slope_log2;
   int shift;
 
-  __device__ __forceinline__ ScoreMod(const fagen_params& p, int batch, int head) : shift(p.seqlen_k - p.seqlen_q) {
+  __device__ __forceinline__ ScoreMod(const fagen_forward_params& p, int batch, int head)
+      : shift(p.seqlen_k - p.seqlen_q) {
     scale = C::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e;
     cap_log2 = p.softcap * kLog2e;
-    slope_log2 = C::kAlibi ? p.alibi_slopes[batch * p.alibi_stride + head] * kLog2e : 0.f;
+    const float* slopes = static_cast<const float*>(p.alibi_slopes.data);
+    slope_log2 = C::kAlibi ? slopes[batch * p.alibi_slopes.stride[0] + head] * kLog2e : 0.f;
   }
-  static __device__ __forceinline__ float softmax_scale_log2(const fagen_params& p) {
+  static __device__ __forceinline__ float softmax_scale_log2(const fagen_forward_params& p) {
     return kActive ? 1.f : p.scale * kLog2e;
   }
   __device__ __forceinline__ float operator()(float score, int m, int key) const {
@@ -612,7 +621,8 @@ struct RowState {
   float o[kSlabs][kColumns / 8][4];
   Softmax softmax;
 
-  __device__ __forceinline__ explicit RowState(const fagen_params& p) : softmax(ScoreMod<C>::softmax_scale_log2(p)) {
+  __device__ __forceinline__ explicit RowState(const fagen_forward_params& p)
+      : softmax(ScoreMod<C>::softmax_scale_log2(p)) {
 #pragma unroll
     for (auto& slab : o) clear(slab);
   }
@@ -800,7 +810,7 @@ struct WarpProducts : RowState<C, kSlabs, kKeys, kColumns> {
 
   uint32_t q_registers[kSlabs][kQInRegisters ? kDepth : 1][4];
 
-  __device__ __forceinline__ explicit WarpProducts(const fagen_params& p) : State(p) {}
+  __device__ __forceinline__ explicit WarpProducts(const fagen_forward_params& p) : State(p) {}
 
   __device__ __forceinline__ void load_q_registers(uint32_t q_tile, int first_row) {
     if constexpr (kQInRegisters) {
@@ -965,7 +975,8 @@ struct Divisor {
 // The `index`-th tile of the order, by divisions, for kernels that find one tile a block. `heads_at_once` (sectioned
 // order): as many heads as have their keys and values in L2 together.
 template <BlockOrder kOrder>
-__device__ __forceinline__ TileCoord tile_at(const fagen_params& p, uint32_t index, int row_tiles, int heads_at_once) {
+__device__ __forceinline__ TileCoord tile_at(const fagen_forward_params& p, uint32_t index, int row_tiles,
+                                             int heads_at_once) {
   const uint32_t heads = p.heads * p.batch;
   uint32_t row, head;
   if constexpr (kOrder == BlockOrder::ascending || kOrder == BlockOrder::descending) {
@@ -1218,7 +1229,7 @@ struct Block {
   using State = WarpProducts<C, Element, typename S::TileQ, typename S::TileK, typename S::TileV, S::kSlabs,
                              S::kWarpKeys, S::kWarpColumns>;
 
-  const fagen_params& p;
+  const fagen_forward_params& p;
   const GridArgs& grid;
   TileCoord coord;
   int warp, first_row, first_key, first_column;  // the warp's share of the tiles
@@ -1228,7 +1239,7 @@ struct Block {
   MaskOf<C> mask;
   ScoreMod<C> mod;
 
-  __device__ __forceinline__ Block(const fagen_params& p, const GridArgs& grid, unsigned char* shared)
+  __device__ __forceinline__ Block(const fagen_forward_params& p, const GridArgs& grid, unsigned char* shared)
       : p(p),
         grid(grid),
         coord(tile_at<C::kBlockOrder>(p, blockIdx.x, grid.blocks_of_rows, grid.heads_at_once)),
@@ -1241,23 +1252,22 @@ struct Block {
     first_key = S::kSplitKeys ? warp * S::kWarpKeys : S::kPairs ? warp % 2 * S::kWarpKeys : 0;
     first_column = S::kPairs ? warp % 2 * S::kWarpColumns : 0;
     const int kv_head = coord.head / (p.heads / p.kv_heads);
-    q = matrix(p.q, p.q_stride, coord.head, p.seqlen_q, p.head_dim);
-    k = matrix(p.k, p.k_stride, kv_head, p.seqlen_k, p.head_dim);
-    v = matrix(p.v, p.v_stride, kv_head, p.seqlen_k, p.head_dim_v);
+    q = matrix(p.q, coord.head, p.seqlen_q, p.head_dim);
+    k = matrix(p.k, kv_head, p.seqlen_k, p.head_dim);
+    v = matrix(p.v, kv_head, p.seqlen_k, p.head_dim_v);
     if constexpr (MaskOf<C>::kIntervals) {
       const int head = p.mask_heads == 1 ? 0 : kv_head;
-      mask.intervals.bounds = p.intervals + coord.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
-      mask.intervals.stride = p.intervals_stride[2];
+      mask.intervals.bounds = bounds_of(p, coord.batch, head);
+      mask.intervals.stride = p.intervals.stride[2];
       mask.intervals.extents =
           grid.extents + int64_t(coord.batch * p.mask_heads + head) * grid.key_tiles * C::kIntervalColumns;
       mask.intervals.last_key = p.seqlen_k - 1;
     }
   }
 
-  __device__ __forceinline__ GlobalMatrix<Element> matrix(const void* base, const int64_t (&stride)[3], int head,
-                                                          int rows, int cols) const {
-    const Element* first = static_cast<const Element*>(base) + coord.batch * stride[0] + head * stride[2];
-    return {first, stride[1], rows, cols};
+  __device__ __forceinline__ GlobalMatrix<Element> matrix(const fagen_tensor& t, int head, int rows, int cols) const {
+    const Element* first = static_cast<const Element*>(t.data) + coord.batch * t.stride[0] + head * t.stride[2];
+    return {first, t.stride[1], rows, cols};
   }
 
   // ---- copies: each is one part of a group that the caller commits
@@ -1428,7 +1438,7 @@ __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typen
   using S = BlockShape<C>;
   using TileO = typename S::TileO;
   constexpr int kRows = S::kSlabs * 2, kChunks = S::kWarpColumns / 8;
-  const fagen_params& p = block.p;
+  const fagen_forward_params& p = block.p;
   const Lane lane = state.lane;
   float row_sum[kRows];
 #pragma unroll
@@ -1461,14 +1471,14 @@ __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typen
     }
   }
   __syncwarp();  // a warp reads back only what it wrote
-  Element* out = static_cast<Element*>(p.o) + block.coord.batch * p.o_stride[0] + block.coord.head * p.o_stride[2];
+  Element* out = static_cast<Element*>(p.o.data) + block.coord.batch * p.o.stride[0] + block.coord.head * p.o.stride[2];
 #pragma unroll 4
   for (int i = lane.id; i < S::kWarpRows * kChunks; i += 32) {
     const int row = block.first_row + i / kChunks, chunk = block.first_column / 8 + i % kChunks;
     const int cols = p.head_dim_v - chunk * 8;
     if (m0 + row >= p.seqlen_q || cols <= 0) continue;
     uint4 value = ptx::ld_shared_16(block.smem + TileO::offset(row, chunk));
-    Element* to = out + (m0 + row) * p.o_stride[1] + chunk * 8;
+    Element* to = out + (m0 + row) * p.o.stride[1] + chunk * 8;
     if constexpr (C::kAligned) {
       *reinterpret_cast<uint4*>(to) = value;
     } else {
@@ -1760,7 +1770,7 @@ using Shape = BlockShape<Config>;
 
 // One block takes one row tile of one head (q_outer), or a run of them (kv_outer).
 __global__ void __launch_bounds__(Shape::kThreads, Config::kBlocksPerSm)
-forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ GridArgs grid) {
+forward_kernel(const __grid_constant__ fagen_forward_params p, const __grid_constant__ GridArgs grid) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const Block<Config, Element> block(p, grid, shared);
   if constexpr (Config::kLoopOrder == LoopOrder::kv_outer)
@@ -1771,19 +1781,19 @@ forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ G
     run_q_outer(block);
 }
 
-__global__ void extents_kernel(const __grid_constant__ fagen_params p, Extent* extents, int tiles) {
+__global__ void extents_kernel(const __grid_constant__ fagen_forward_params p, Extent* extents, int tiles) {
   find_extents<Config>(p, extents, tiles);
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
 
-static uint64_t extents_bytes(const fagen_params& p) {
+static uint64_t extents_bytes(const fagen_forward_params& p) {
   if (!MaskOf<Config>::kIntervals) return 0;
   const uint64_t tiles = ceil_div(p.seqlen_k, Config::kTileN);
   return align_workspace(sizeof(Extent) * tiles * p.batch * p.mask_heads * Config::kIntervalColumns);
 }
 
-static uint64_t state_bytes(const fagen_params& p) {
+static uint64_t state_bytes(const fagen_forward_params& p) {
   if (Config::kLoopOrder != LoopOrder::kv_outer) return 0;
   const uint64_t tiles = ceil_div(p.seqlen_q, Config::kTileM);
   return align_workspace(sizeof(float4) * StoredState<Config, Element>::kFloat4s * tiles * p.batch * p.heads);
@@ -1800,7 +1810,7 @@ static cudaError_t prepare(int index, Device& device) {
   return cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
 }
 
-static cudaError_t launch_forward(const fagen_params& p, cudaStream_t stream) {
+static cudaError_t launch_forward(const fagen_forward_params& p, cudaStream_t stream) {
   Device device;
   if (const cudaError_t e = once_per_device(&device, prepare)) return e;
   const int heads = p.heads * p.batch;
@@ -1829,14 +1839,37 @@ static cudaError_t launch_forward(const fagen_params& p, cudaStream_t stream) {
 
 }  // namespace fagen
 
-extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
-
-extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) {
+extern "C" uint64_t fagen_workspace_bytes(const fagen_forward_params* p) {
   return fagen::extents_bytes(*p) + fagen::state_bytes(*p);
 }
 
 extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
-extern "C" int fagen_launch(const fagen_params* p, void* stream) {
+extern "C" int fagen_launch(const fagen_forward_params* p, void* stream) {
   return fagen::launch_forward(*p, static_cast<cudaStream_t>(stream));
+}
+
+// Name, offset and size of every field of the params, as this compiler laid them out.
+#include <stddef.h>
+#include <stdio.h>
+
+extern "C" const char* fagen_params_layout(void) {
+  static char text[885];
+  static const char* const told = [] {
+    char* end = text;
+#define FAGEN_FIELD(field) \
+  end += snprintf(end, text + sizeof text - end, "%s %zu %zu; ", #field, offsetof(fagen_forward_params, field), \
+                  sizeof(fagen_forward_params::field))
+    FAGEN_FIELD(q.data); FAGEN_FIELD(q.stride); FAGEN_FIELD(k.data); FAGEN_FIELD(k.stride); FAGEN_FIELD(v.data);
+    FAGEN_FIELD(v.stride); FAGEN_FIELD(o.data); FAGEN_FIELD(o.stride); FAGEN_FIELD(intervals.data);
+    FAGEN_FIELD(intervals.stride); FAGEN_FIELD(alibi_slopes.data); FAGEN_FIELD(alibi_slopes.stride);
+    FAGEN_FIELD(lse); FAGEN_FIELD(workspace); FAGEN_FIELD(batch); FAGEN_FIELD(heads); FAGEN_FIELD(kv_heads);
+    FAGEN_FIELD(mask_heads); FAGEN_FIELD(seqlen_q); FAGEN_FIELD(seqlen_k); FAGEN_FIELD(head_dim);
+    FAGEN_FIELD(head_dim_v); FAGEN_FIELD(window_left); FAGEN_FIELD(window_right); FAGEN_FIELD(scale);
+    FAGEN_FIELD(softcap);
+#undef FAGEN_FIELD
+    snprintf(end, text + sizeof text - end, "sizeof %zu", sizeof(fagen_forward_params));
+    return text;
+  }();
+  return told;
 }

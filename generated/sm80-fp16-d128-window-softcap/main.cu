@@ -118,25 +118,24 @@ static Inputs random_inputs() {
 }
 
 // Contiguous (batch, row, head, element) tensors; any other strides with contiguous elements would do.
-static fagen_params make_params(const Inputs& in, Element* o, float* lse) {
-  fagen_params p = {};
-  p.q = upload(in.q), p.k = upload(in.k), p.v = upload(in.v), p.o = o, p.lse = lse;
-  const auto strides = [](int64_t (&stride)[3], int64_t rows, int64_t heads, int64_t dim) {
-    stride[0] = rows * heads * dim, stride[1] = heads * dim, stride[2] = dim;
+static fagen_forward_params make_params(const Inputs& in, Element* o, float* lse) {
+  fagen_forward_params p = {};
+  const auto tensor = [](void* data, int64_t rows, int64_t heads, int64_t dim) {
+    return fagen_tensor{data, {rows * heads * dim, heads * dim, dim}};
   };
-  strides(p.q_stride, kRows, kHeads, kDim);
-  strides(p.k_stride, kKeys, kKvHeads, kDim);
-  strides(p.v_stride, kKeys, kKvHeads, kDimV);
-  strides(p.o_stride, kRows, kHeads, kDimV);
+  p.q = tensor(upload(in.q), kRows, kHeads, kDim);
+  p.k = tensor(upload(in.k), kKeys, kKvHeads, kDim);
+  p.v = tensor(upload(in.v), kKeys, kKvHeads, kDimV);
+  p.o = tensor(o, kRows, kHeads, kDimV);
+  p.lse = lse;
   p.batch = kBatch, p.heads = kHeads, p.kv_heads = kKvHeads, p.seqlen_q = kRows, p.seqlen_k = kKeys;
   p.head_dim = kDim, p.head_dim_v = kDimV, p.window_left = kLeft, p.window_right = kRight;
   p.scale = 1.f / std::sqrt(float(kDim)), p.softcap = kSoftcap;
   if (kColumns > 0) {
-    p.intervals = upload(in.intervals), p.mask_heads = kKvHeads;
-    p.intervals_stride[0] = int64_t(kKvHeads) * kKeys * kColumns;
-    p.intervals_stride[1] = int64_t(kKeys) * kColumns, p.intervals_stride[2] = kColumns;
+    p.intervals = tensor(upload(in.intervals), kKvHeads, kKeys, kColumns);  // its rows are the mask heads
+    p.mask_heads = kKvHeads;
   }
-  if (kAlibi) p.alibi_slopes = upload(in.slopes);  // one row for all batches: alibi_stride stays 0
+  if (kAlibi) p.alibi_slopes.data = upload(in.slopes);  // one row for all batches: the stride stays 0
   if (const uint64_t bytes = fagen_workspace_bytes(&p)) p.workspace = allocate(bytes);
   return p;
 }
@@ -199,14 +198,14 @@ static void check_row(const Inputs& in, const Element* o, const float* lse, int 
 
 // ---- the run --------------------------------------------------------------------------------------------------------
 
-static void launch(const fagen_params& p) {
+static void launch(const fagen_forward_params& p) {
   if (const int code = fagen_launch(&p, nullptr)) {
     fprintf(stderr, "fagen_launch: %s\n", fagen_error(code));
     exit(1);
   }
 }
 
-static double seconds_of_one(const fagen_params& p) {
+static double seconds_of_one(const fagen_forward_params& p) {
   double total = 0;
   int count = 0;
   for (int repeat = 1; total < 0.2; repeat *= 2) {
@@ -219,13 +218,13 @@ static double seconds_of_one(const fagen_params& p) {
 }
 
 int main() {
-  if (fagen_params_size() != sizeof(fagen_params)) return fprintf(stderr, "kernel.h is of another kernel\n"), 1;
+  if (strcmp(fagen_params_layout(), FAGEN_PARAMS_LAYOUT) != 0) return fprintf(stderr, "kernel.h is of another kernel\n"), 1;
   const Inputs in = random_inputs();
   std::vector<Element> o(size_t(kBatch) * kRows * kHeads * kDimV);
   std::vector<float> lse(size_t(kBatch) * kHeads * kRows);
   Element* o_memory = static_cast<Element*>(allocate(o.size() * sizeof(Element)));
   float* lse_memory = static_cast<float*>(allocate(lse.size() * sizeof(float)));
-  const fagen_params p = make_params(in, o_memory, lse_memory);
+  const fagen_forward_params p = make_params(in, o_memory, lse_memory);
   launch(p);
   finish();
   copy(o.data(), o_memory, o.size() * sizeof(Element));

@@ -64,31 +64,32 @@ using namespace fagen;  // the kernel is this one file
 
 // ---- fagen/abi/forward.h ---------------------------------------------------------------------------------
 // The arguments of a forward kernel: the one struct that a caller passes. Plain C; no torch, no CUDA header.
-// Strides count elements, and the last dimension of q, k, v and o is contiguous.
+// ---- fagen/abi/tensor.h ----------------------------------------------------------------------------------
+// A tensor that a kernel reads or writes, as every op passes it. Plain C; no torch, no CUDA header.
 #include <stdint.h>
 
-typedef struct fagen_params {
-  const void* q;               // (batch, seqlen_q, heads, head_dim) by strides
-  const void* k;               // (batch, seqlen_k, kv_heads, head_dim)
-  const void* v;               // (batch, seqlen_k, kv_heads, head_dim_v)
-  void* o;                     // (batch, seqlen_q, heads, head_dim_v)
-  float* lse;                  // (batch, heads, seqlen_q) contiguous, natural log; null if not wanted
-  const int32_t* intervals;    // (batch, mask_heads, seqlen_k, columns), last dimension contiguous; or null
-  const float* alibi_slopes;   // (batch, heads), last dimension contiguous; or null
-  void* workspace;             // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
-  int64_t q_stride[3];         // batch, row, head
-  int64_t k_stride[3];
-  int64_t v_stride[3];
-  int64_t o_stride[3];
-  int64_t intervals_stride[3]; // batch (0 to broadcast), mask head, key
-  int64_t alibi_stride;        // batch (0 to broadcast)
+typedef struct fagen_tensor {
+  void* data;         // null if the call has none
+  int64_t stride[3];  // in elements; the op says of which dimensions. The last dimension is contiguous.
+} fagen_tensor;
+
+// Strides of q, k, v and o are those of batch, row and head. A batch stride of 0 broadcasts.
+typedef struct fagen_forward_params {
+  fagen_tensor q;             // (batch, seqlen_q, heads, head_dim)
+  fagen_tensor k;             // (batch, seqlen_k, kv_heads, head_dim)
+  fagen_tensor v;             // (batch, seqlen_k, kv_heads, head_dim_v)
+  fagen_tensor o;             // (batch, seqlen_q, heads, head_dim_v), written
+  fagen_tensor intervals;     // int32 (batch, mask_heads, seqlen_k, columns); strides: batch (or 0), mask head, key
+  fagen_tensor alibi_slopes;  // float (batch, heads); strides: batch (or 0), the others unused
+  float* lse;                 // (batch, heads, seqlen_q) contiguous, natural log; null if not wanted
+  void* workspace;            // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
   int32_t batch, heads, kv_heads, mask_heads;
   int32_t seqlen_q, seqlen_k;
   int32_t head_dim, head_dim_v;       // as the caller has them; the kernel works on padded sizes
   int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
   float scale;                        // multiplies q.k before the softmax
   float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
-} fagen_params;
+} fagen_forward_params;
 
 // ---- fagen/ptx/cp_async.cuh ------------------------------------------------------------------------------
 // Asynchronous copies from global to shared memory (sm_80 and up).
@@ -505,7 +506,7 @@ constexpr int kFar = 1 << 29;  // beyond every index, and safe to add to one
 struct Band {
   int first, last, seqlen_k;
 
-  __device__ __forceinline__ explicit Band(const fagen_params& p) : seqlen_k(p.seqlen_k) {
+  __device__ __forceinline__ explicit Band(const fagen_forward_params& p) : seqlen_k(p.seqlen_k) {
     const int shift = p.seqlen_k - p.seqlen_q;
     first = p.window_left < 0 ? -kFar : shift - p.window_left;
     last = p.window_right < 0 ? kFar : shift + p.window_right;
@@ -568,6 +569,12 @@ struct HiddenRows {
   }
 };
 
+// The interval vectors of a mask head.
+__device__ __forceinline__ const int32_t* bounds_of(const fagen_forward_params& p, int batch, int head) {
+  const fagen_tensor& t = p.intervals;
+  return static_cast<const int32_t*>(t.data) + batch * t.stride[0] + head * t.stride[1];
+}
+
 // A head's interval vectors, and their extents tile by tile.
 template <class C>
 struct Intervals {
@@ -608,19 +615,19 @@ struct Intervals {
 
 // Extents of every tile of keys: one warp a tile, one pass over the vectors. The body of a kernel of its own.
 template <class C>
-__device__ __forceinline__ void find_extents(const fagen_params& p, Extent* extents, int tiles) {
+__device__ __forceinline__ void find_extents(const fagen_forward_params& p, Extent* extents, int tiles) {
   constexpr int kColumns = C::kIntervalColumns;
   const int64_t index = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (index >= int64_t(p.batch) * p.mask_heads * tiles) return;
   const int tile = index % tiles, head = index / tiles % p.mask_heads, batch = index / tiles / p.mask_heads;
-  const int32_t* bounds = p.intervals + batch * p.intervals_stride[0] + head * p.intervals_stride[1];
+  const int32_t* bounds = bounds_of(p, batch, head);
   const int end = min(p.seqlen_k, (tile + 1) * C::kTileN);
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
     int low = INT_MAX, high = INT_MIN;
     for (int key = tile * C::kTileN + lane; key < end; key += 32) {
-      const int value = bounds[key * p.intervals_stride[2] + c];
+      const int value = bounds[key * p.intervals.stride[2] + c];
       low = min(low, value);
       high = max(high, value);
     }
@@ -666,7 +673,7 @@ struct BandMask {
     }
   };
 
-  __device__ __forceinline__ explicit BandMask(const fagen_params& p) : band(p) {}
+  __device__ __forceinline__ explicit BandMask(const fagen_forward_params& p) : band(p) {}
   __device__ __forceinline__ Walk walk(const TileRange& range, int, int) const { return {range.end - 1, range.begin}; }
 };
 
@@ -716,7 +723,7 @@ struct IntervalMask {
     }
   };
 
-  __device__ __forceinline__ explicit IntervalMask(const fagen_params& p) : band(p) {}
+  __device__ __forceinline__ explicit IntervalMask(const fagen_forward_params& p) : band(p) {}
   __device__ __forceinline__ Walk walk(const TileRange& range, int m0, int m1) const {
     return Walk(intervals, range, m0, m1);
   }
@@ -747,12 +754,14 @@ struct ScoreMod {
   float scale, cap_log2, slope_log2;
   int shift;
 
-  __device__ __forceinline__ ScoreMod(const fagen_params& p, int batch, int head) : shift(p.seqlen_k - p.seqlen_q) {
+  __device__ __forceinline__ ScoreMod(const fagen_forward_params& p, int batch, int head)
+      : shift(p.seqlen_k - p.seqlen_q) {
     scale = C::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e;
     cap_log2 = p.softcap * kLog2e;
-    slope_log2 = C::kAlibi ? p.alibi_slopes[batch * p.alibi_stride + head] * kLog2e : 0.f;
+    const float* slopes = static_cast<const float*>(p.alibi_slopes.data);
+    slope_log2 = C::kAlibi ? slopes[batch * p.alibi_slopes.stride[0] + head] * kLog2e : 0.f;
   }
-  static __device__ __forceinline__ float softmax_scale_log2(const fagen_params& p) {
+  static __device__ __forceinline__ float softmax_scale_log2(const fagen_forward_params& p) {
     return kActive ? 1.f : p.scale * kLog2e;
   }
   __device__ __forceinline__ float operator()(float score, int m, int key) const {
@@ -787,7 +796,8 @@ struct RowState {
   float o[kSlabs][kColumns / 8][4];
   Softmax softmax;
 
-  __device__ __forceinline__ explicit RowState(const fagen_params& p) : softmax(ScoreMod<C>::softmax_scale_log2(p)) {
+  __device__ __forceinline__ explicit RowState(const fagen_forward_params& p)
+      : softmax(ScoreMod<C>::softmax_scale_log2(p)) {
 #pragma unroll
     for (auto& slab : o) clear(slab);
   }
@@ -938,7 +948,8 @@ struct Divisor {
 // The `index`-th tile of the order, by divisions, for kernels that find one tile a block. `heads_at_once` (sectioned
 // order): as many heads as have their keys and values in L2 together.
 template <BlockOrder kOrder>
-__device__ __forceinline__ TileCoord tile_at(const fagen_params& p, uint32_t index, int row_tiles, int heads_at_once) {
+__device__ __forceinline__ TileCoord tile_at(const fagen_forward_params& p, uint32_t index, int row_tiles,
+                                             int heads_at_once) {
   const uint32_t heads = p.heads * p.batch;
   uint32_t row, head;
   if constexpr (kOrder == BlockOrder::ascending || kOrder == BlockOrder::descending) {
@@ -1413,18 +1424,20 @@ __device__ __forceinline__ bool has_prologue(const LaunchArgs& launch) {
 
 // With intervals the last row tile need not be the longest: they are ranked by their visits.
 template <class C>
-constexpr bool kRanked = MaskOf<C>::kIntervals &&
-                         (C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned);
+constexpr bool kRanked =
+    MaskOf<C>::kIntervals && (C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned);
 
 // Intervals may differ by batch and by kv head.
-__device__ __forceinline__ int mask_head(const fagen_params& p, int kv_head) { return p.mask_heads == 1 ? 0 : kv_head; }
-__device__ __forceinline__ int64_t mask_plane(const fagen_params& p, int batch, int kv_head) {
+__device__ __forceinline__ int mask_head(const fagen_forward_params& p, int kv_head) {
+  return p.mask_heads == 1 ? 0 : kv_head;
+}
+__device__ __forceinline__ int64_t mask_plane(const fagen_forward_params& p, int batch, int kv_head) {
   return int64_t(batch) * p.mask_heads + mask_head(p, kv_head);
 }
 
 // The index of a row tile in `visits` and `ranks`, and of its first entry in `visit_bits`.
-__device__ __forceinline__ int visits_index(const fagen_params& p, const LaunchArgs& launch, int batch, int kv_head,
-                                            int tile) {
+__device__ __forceinline__ int visits_index(const fagen_forward_params& p, const LaunchArgs& launch, int batch,
+                                            int kv_head, int tile) {
   return mask_plane(p, batch, kv_head) * launch.row_tiles + tile;
 }
 __device__ __forceinline__ unsigned visit_bits_index(const LaunchArgs& launch, int visits_index) {
@@ -1432,11 +1445,11 @@ __device__ __forceinline__ unsigned visit_bits_index(const LaunchArgs& launch, i
 }
 
 template <class C>
-__device__ __forceinline__ Intervals<C> intervals_of(const fagen_params& p, const LaunchArgs& launch, int batch,
+__device__ __forceinline__ Intervals<C> intervals_of(const fagen_forward_params& p, const LaunchArgs& launch, int batch,
                                                      int head) {
   Intervals<C> intervals;
-  intervals.bounds = p.intervals + batch * p.intervals_stride[0] + head * p.intervals_stride[1];
-  intervals.stride = p.intervals_stride[2];
+  intervals.bounds = bounds_of(p, batch, head);
+  intervals.stride = p.intervals.stride[2];
   intervals.extents = launch.extents + (int64_t(batch) * p.mask_heads + head) * launch.key_tiles * C::kIntervalColumns;
   intervals.last_key = p.seqlen_k - 1;
   return intervals;
@@ -1465,7 +1478,8 @@ struct HeadPacking {
 
 // The `index`-th row tile in the order of work.
 template <class C>
-__device__ __forceinline__ TileAssignment assignment_at(const fagen_params& p, const LaunchArgs& launch, int index) {
+__device__ __forceinline__ TileAssignment assignment_at(const fagen_forward_params& p, const LaunchArgs& launch,
+                                                        int index) {
   TileAssignment assignment;
   TileCoord& coord = assignment.coord = launch.order.tile_at<C::kBlockOrder>(index);
   assignment.kv_head = launch.heads_per_kv_head.quotient(coord.head);
@@ -1497,7 +1511,7 @@ struct RowTile {
   Intervals<C> intervals;
 
   RowTile() = default;
-  __device__ __forceinline__ RowTile(const fagen_params& p, const LaunchArgs& launch, const Band& band,
+  __device__ __forceinline__ RowTile(const fagen_forward_params& p, const LaunchArgs& launch, const Band& band,
                                      const TileAssignment& assignment)
       : coord(assignment.coord), kv_head(assignment.kv_head) {
     const HeadPacking<C> packing(launch);
@@ -1579,21 +1593,21 @@ struct PendingTile {
 // Store the 64 rows of a warpgroup, two a thread. Lanes of a quad hold two columns each of pieces of 8; neighbours swap
 // so that each has four of one piece, and a quad writes 32 whole bytes at once.
 template <class C, class Element, class State>
-__device__ __forceinline__ void store_rows(const fagen_params& p, const HeadPacking<C>& packing, State& state,
+__device__ __forceinline__ void store_rows(const fagen_forward_params& p, const HeadPacking<C>& packing, State& state,
                                            const PendingTile& tile, int group) {
   const Lane lane;
   const bool odd = lane.id % 2;
   const int end = MaskOf<C>::kIntervals ? tile.m1 : min(tile.m0 + C::kTileM, packing.rows(p.seqlen_q));
   const int first = tile.m0 + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
   const int column = odd * 8 + lane.id % 4 / 2 * 4;  // in two pieces
-  Element* out = static_cast<Element*>(p.o) + tile.batch * p.o_stride[0];
+  Element* out = static_cast<Element*>(p.o.data) + tile.batch * p.o.stride[0];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int m = first + r * 8, row_of_q = packing.row(m), head = packing.head(tile.head, m);
     const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
     if (p.lse && lane.id % 4 == 0 && m < end)
       p.lse[(int64_t(tile.batch) * p.heads + head) * p.seqlen_q + row_of_q] = state.softmax.lse(r, row_sum);
-    Element* row = out + row_of_q * p.o_stride[1] + head * p.o_stride[2] + column;
+    Element* row = out + row_of_q * p.o.stride[1] + head * p.o.stride[2] + column;
     const int columns = m < end ? p.head_dim_v - column : 0;
     const auto word = [&](int n) {
       return pack<Element>(state.o[0][n][r * 2] * inverse, state.o[0][n][r * 2 + 1] * inverse);
@@ -1610,7 +1624,7 @@ __device__ __forceinline__ void store_rows(const fagen_params& p, const HeadPack
 
 // Store rows that see no key at all, which neither producers nor consumers visit: O = 0, LSE = -inf. One warp's work.
 template <class C, class Element>
-__device__ __forceinline__ void store_empty_rows(const fagen_params& p, const LaunchArgs& launch) {
+__device__ __forceinline__ void store_empty_rows(const fagen_forward_params& p, const LaunchArgs& launch) {
   const Band band(p);
   const HeadPacking<C> packing(launch);
   if (MaskOf<C>::kIntervals) ptx::wait_for_previous_kernel();
@@ -1621,7 +1635,7 @@ __device__ __forceinline__ void store_empty_rows(const fagen_params& p, const La
     for (int m = row_tile.m0; m < row_tile.m1; ++m) {
       const int row = packing.row(m), head = packing.head(coord.head, m);
       Element* out =
-          static_cast<Element*>(p.o) + coord.batch * p.o_stride[0] + row * p.o_stride[1] + head * p.o_stride[2];
+          static_cast<Element*>(p.o.data) + coord.batch * p.o.stride[0] + row * p.o.stride[1] + head * p.o.stride[2];
       for (int column = threadIdx.x % 32 * 8; column < p.head_dim_v; column += 256)
         *reinterpret_cast<uint4*>(out + column) = make_uint4(0, 0, 0, 0);
       if (p.lse && threadIdx.x % 32 == 0) p.lse[(int64_t(coord.batch) * p.heads + head) * p.seqlen_q + row] = -INFINITY;
@@ -1631,11 +1645,11 @@ __device__ __forceinline__ void store_empty_rows(const fagen_params& p, const La
 
 // Store all rows where there are no keys at all. A grid's work, a warp a row.
 template <class Element>
-__device__ __forceinline__ void store_all_empty(const fagen_params& p) {
+__device__ __forceinline__ void store_all_empty(const fagen_forward_params& p) {
   const int64_t rows = int64_t(p.batch) * p.heads * p.seqlen_q;
   for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32; i < rows; i += gridDim.x * blockDim.x / 32) {
     const int64_t m = i % p.seqlen_q, head = i / p.seqlen_q % p.heads, batch = i / p.seqlen_q / p.heads;
-    Element* out = static_cast<Element*>(p.o) + batch * p.o_stride[0] + m * p.o_stride[1] + head * p.o_stride[2];
+    Element* out = static_cast<Element*>(p.o.data) + batch * p.o.stride[0] + m * p.o.stride[1] + head * p.o.stride[2];
     for (int column = threadIdx.x % 32 * 8; column < p.head_dim_v; column += 256)
       *reinterpret_cast<uint4*>(out + column) = make_uint4(0, 0, 0, 0);
     if (p.lse && threadIdx.x % 32 == 0) p.lse[i] = -INFINITY;
@@ -2012,7 +2026,7 @@ struct Consumer {
 
   static constexpr int kPieces = C::kTileN / 8;  // 8 keys each
 
-  const fagen_params& p;
+  const fagen_forward_params& p;
   const LaunchArgs& launch;
   Pipelines<C> pipelines;
   const Band band;
@@ -2026,7 +2040,7 @@ struct Consumer {
   Scores s_acc;
   WeightOperand<C> weights;
 
-  __device__ __forceinline__ Consumer(const fagen_params& p, const LaunchArgs& launch, uint32_t smem, int group)
+  __device__ __forceinline__ Consumer(const fagen_forward_params& p, const LaunchArgs& launch, uint32_t smem, int group)
       : p(p), launch(launch), pipelines(smem), band(p), packing(launch), group(group), turns{group}, state(p) {
     weights.tile = smem + L::kWeights + group * L::kWeightBytes;
   }
@@ -2261,7 +2275,7 @@ template <class C>
 struct Producer {
   static constexpr int kLookAhead = 2;  // key tiles left to load when the next row tile is found
 
-  const fagen_params& p;
+  const fagen_forward_params& p;
   const LaunchArgs& launch;
   Pipelines<C> pipelines;
   const Band band;
@@ -2384,7 +2398,8 @@ struct Producer {
 namespace fagen {
 
 template <class C, class Element>
-__device__ __forceinline__ void run_block(const fagen_params& p, const LaunchArgs& launch, unsigned char* shared) {
+__device__ __forceinline__ void run_block(const fagen_forward_params& p, const LaunchArgs& launch,
+                                          unsigned char* shared) {
   using L = BlockLayout<C>;
   const uint32_t smem = (ptx::shared_address(shared) + kSmemAlignment - 1) & ~uint32_t(kSmemAlignment - 1);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well
@@ -2542,7 +2557,7 @@ namespace fagen {
 
 // One block's work, without intervals.
 template <class C, class Element>
-__device__ __forceinline__ void prologue(const fagen_params& p, const LaunchArgs& launch) {
+__device__ __forceinline__ void prologue(const fagen_forward_params& p, const LaunchArgs& launch) {
   ptx::wait_for_previous_kernel();
   ptx::start_next_kernel();
   if (p.seqlen_k == 0) return store_all_empty<Element>(p);
@@ -2602,7 +2617,7 @@ __device__ __forceinline__ void rank_by_visits(const RowTileVisits* visits, int*
 
 // Intervals: the extents of the key tiles, the visits of the row tiles, and the row tiles' ranks.
 template <class C>
-__device__ __forceinline__ void plan(const fagen_params& p, const LaunchArgs& launch) {
+__device__ __forceinline__ void plan(const fagen_forward_params& p, const LaunchArgs& launch) {
   constexpr int kWarps = kPlannerThreads / 32;
   const int plane = blockIdx.x / kPlanners, warp = blockIdx.x % kPlanners * kWarps + threadIdx.x / 32;
   const auto intervals = intervals_of<C>(p, launch, plane / p.mask_heads, plane % p.mask_heads);
@@ -2636,7 +2651,7 @@ namespace fagen {
 
 // With heads packed, log2 of how many: of those that share keys, as many as a row tile can hold evenly.
 template <class C>
-static int packed_heads(const fagen_params& p) {
+static int packed_heads(const fagen_forward_params& p) {
   int log2 = 0;
   while (C::kPackHeads && log2 < 6 && p.heads / p.kv_heads % (2 << log2) == 0) ++log2;
   return log2;
@@ -2645,7 +2660,7 @@ static int packed_heads(const fagen_params& p) {
 // Row tiles of a head, or of heads that are packed; those of a cluster count as one. With intervals some may end early
 // where a document does: there is room for some more of them.
 template <class C>
-static int count_row_tiles(const fagen_params& p) {
+static int count_row_tiles(const fagen_forward_params& p) {
   const int tiles = ceil_div(p.seqlen_q << packed_heads<C>(p), C::kTileM * C::kCluster);
   return MaskOf<C>::kIntervals ? tiles + tiles / 8 + 1 : tiles;
 }
@@ -2656,7 +2671,7 @@ struct Workspace {
   static constexpr bool kCounter = C::kSchedule == Schedule::dynamic, kPlanned = MaskOf<C>::kIntervals;
   uint64_t extents, visits, visit_bits, ranks, end;  // where each begins
 
-  explicit Workspace(const fagen_params& p) {
+  explicit Workspace(const fagen_forward_params& p) {
     const auto next = [](uint64_t begin, uint64_t bytes) { return align_workspace(begin + bytes); };
     const auto key_tiles = [&](int keys) { return uint64_t(ceil_div(p.seqlen_k, keys)); };
     const uint64_t planes = kPlanned ? uint64_t(p.batch) * p.mask_heads : 0;
@@ -2678,20 +2693,20 @@ struct Workspace {
 
 // The maps of q, k and v.
 template <class C>
-static cudaError_t make_maps(const fagen_params& p, CUtensorMapDataType type, LaunchArgs& launch) {
-  const auto keys = [&](CUtensorMap* map, const void* base, const int64_t (&stride)[3], int columns) {
-    const Dimension rows = {p.seqlen_k, stride[1], C::kTileN / C::kCluster}, heads = {p.kv_heads, stride[2], 1};
-    return make_map(map, type, base, columns, {rows, heads, {p.batch, stride[0], 1}});
+static cudaError_t make_maps(const fagen_forward_params& p, CUtensorMapDataType type, LaunchArgs& launch) {
+  const auto keys = [&](CUtensorMap* map, const fagen_tensor& t, int columns) {
+    const Dimension rows = {p.seqlen_k, t.stride[1], C::kTileN / C::kCluster}, heads = {p.kv_heads, t.stride[2], 1};
+    return make_map(map, type, t.data, columns, {rows, heads, {p.batch, t.stride[0], 1}});
   };
-  if (const cudaError_t e = keys(&launch.k, p.k, p.k_stride, p.head_dim)) return e;
-  if (const cudaError_t e = keys(&launch.v, p.v, p.v_stride, p.head_dim_v)) return e;
+  if (const cudaError_t e = keys(&launch.k, p.k, p.head_dim)) return e;
+  if (const cudaError_t e = keys(&launch.v, p.v, p.head_dim_v)) return e;
   const int packed = 1 << launch.packed;
-  const Dimension rows = {p.seqlen_q, p.q_stride[1], C::kTileM / packed};
-  const Dimension heads = {p.heads / packed, p.q_stride[2] * packed, 1}, batch = {p.batch, p.q_stride[0], 1};
+  const Dimension rows = {p.seqlen_q, p.q.stride[1], C::kTileM / packed};
+  const Dimension heads = {p.heads / packed, p.q.stride[2] * packed, 1}, batch = {p.batch, p.q.stride[0], 1};
   if constexpr (C::kPackHeads)
-    return make_map(&launch.q, type, p.q, p.head_dim, {{packed, p.q_stride[2], packed}, rows, heads, batch});
+    return make_map(&launch.q, type, p.q.data, p.head_dim, {{packed, p.q.stride[2], packed}, rows, heads, batch});
   else
-    return make_map(&launch.q, type, p.q, p.head_dim, {rows, heads, batch});
+    return make_map(&launch.q, type, p.q.data, p.head_dim, {rows, heads, batch});
 }
 
 // Count the clusters that run at once, and give the kernel more shared memory than the default. Clusters of several
@@ -2701,8 +2716,7 @@ static cudaError_t count_resident(Forward forward, int index, int& resident) {
   using L = BlockLayout<C>;
   int sms;
   if (const cudaError_t e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index)) return e;
-  if (const cudaError_t e =
-          cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kSmemBytes))
+  if (const cudaError_t e = cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kSmemBytes))
     return e;
   resident = sms * C::kBlocksPerSm;
   if (C::kCluster > 1) {
@@ -2729,10 +2743,10 @@ static int heads_of_section(int heads, int group, int64_t fit) {
   return best * group;
 }
 
-using Kernel = void (*)(fagen_params, LaunchArgs);
+using Kernel = void (*)(fagen_forward_params, LaunchArgs);
 
 template <class C, class Element>
-static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMapDataType type, Kernel prologue,
+static int launch_forward(const fagen_forward_params& p, cudaStream_t stream, CUtensorMapDataType type, Kernel prologue,
                           Kernel plan, Kernel forward) {
   using L = BlockLayout<C>;
   int resident;
@@ -2776,28 +2790,51 @@ using Element = bfloat_t;
 constexpr CUtensorMapDataType kMapType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 
 __global__ void __launch_bounds__(BlockLayout<Config>::kThreads, Config::kBlocksPerSm)
-forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ LaunchArgs launch) {
+forward_kernel(const __grid_constant__ fagen_forward_params p, const __grid_constant__ LaunchArgs launch) {
   extern __shared__ unsigned char shared[];
   run_block<Config, Element>(p, launch, shared);
 }
 
-__global__ void prologue_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ LaunchArgs launch) {
+__global__ void prologue_kernel(const __grid_constant__ fagen_forward_params p, const __grid_constant__ LaunchArgs launch) {
   prologue<Config, Element>(p, launch);
 }
 
-__global__ void plan_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ LaunchArgs launch) {
+__global__ void plan_kernel(const __grid_constant__ fagen_forward_params p, const __grid_constant__ LaunchArgs launch) {
 }
 
 }  // namespace fagen
 
-extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
-
-extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) { return fagen::Workspace<fagen::Config>(*p).end; }
+extern "C" uint64_t fagen_workspace_bytes(const fagen_forward_params* p) { return fagen::Workspace<fagen::Config>(*p).end; }
 
 extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
-extern "C" int fagen_launch(const fagen_params* p, void* stream) {
+extern "C" int fagen_launch(const fagen_forward_params* p, void* stream) {
   return fagen::launch_forward<fagen::Config, fagen::Element>(*p, static_cast<cudaStream_t>(stream), fagen::kMapType,
                                                               fagen::prologue_kernel, fagen::plan_kernel,
                                                               fagen::forward_kernel);
+}
+
+// Name, offset and size of every field of the params, as this compiler laid them out.
+#include <stddef.h>
+#include <stdio.h>
+
+extern "C" const char* fagen_params_layout(void) {
+  static char text[885];
+  static const char* const told = [] {
+    char* end = text;
+#define FAGEN_FIELD(field) \
+  end += snprintf(end, text + sizeof text - end, "%s %zu %zu; ", #field, offsetof(fagen_forward_params, field), \
+                  sizeof(fagen_forward_params::field))
+    FAGEN_FIELD(q.data); FAGEN_FIELD(q.stride); FAGEN_FIELD(k.data); FAGEN_FIELD(k.stride); FAGEN_FIELD(v.data);
+    FAGEN_FIELD(v.stride); FAGEN_FIELD(o.data); FAGEN_FIELD(o.stride); FAGEN_FIELD(intervals.data);
+    FAGEN_FIELD(intervals.stride); FAGEN_FIELD(alibi_slopes.data); FAGEN_FIELD(alibi_slopes.stride);
+    FAGEN_FIELD(lse); FAGEN_FIELD(workspace); FAGEN_FIELD(batch); FAGEN_FIELD(heads); FAGEN_FIELD(kv_heads);
+    FAGEN_FIELD(mask_heads); FAGEN_FIELD(seqlen_q); FAGEN_FIELD(seqlen_k); FAGEN_FIELD(head_dim);
+    FAGEN_FIELD(head_dim_v); FAGEN_FIELD(window_left); FAGEN_FIELD(window_right); FAGEN_FIELD(scale);
+    FAGEN_FIELD(softcap);
+#undef FAGEN_FIELD
+    snprintf(end, text + sizeof text - end, "sizeof %zu", sizeof(fagen_forward_params));
+    return text;
+  }();
+  return told;
 }

@@ -42,7 +42,7 @@ def test_two_checkouts_are_timed_and_the_bad_ones_told(variants, tmp_path, monke
 
     launch = "int fagen_launch("
     assert other["source"].count(launch) == 1
-    body = f'\n#include <unistd.h>\nextern "C" {launch}const fagen_params*, void*) {{ %s return 0; }}\n'
+    body = f'\n#include <unistd.h>\nextern "C" {launch}const fagen_forward_params*, void*) {{ %s return 0; }}\n'
     endless = "for (volatile int forever = 1; forever;) usleep(1000);"
     without = other["source"].replace(launch, "int fagen_unused(")
     hung = other | {

@@ -59,7 +59,7 @@ def test_the_example_is_built_by_its_own_command_and_is_right(tmp_path, words):
     ("there", "instead"),
     [
         ("p.scale = 1.f", "p.scale = 1.1f"),  # another computation
-        ("p.k = upload(in.k)", "p.k = upload(in.q)"),  # other inputs
+        ("tensor(upload(in.k), kKeys", "tensor(upload(in.q), kKeys"),  # other inputs
         ("p.window_right = kRight", "p.window_right = kRight + 1"),  # another mask
         ("p.lse = lse;", "p.lse = nullptr;"),  # left unwritten: still NaN
     ],
@@ -250,7 +250,8 @@ def test_manifest_and_header_tell_the_truth(tmp_path):
 def test_the_header_is_plain_c(tmp_path):
     run_emit(tmp_path, "--target cpu --dtype fp32 --head-dim 64 --config default")
     (tmp_path / "use.c").write_text(
-        '#include "kernel.h"\nint main(void) { fagen_params p = {0}; return fagen_launch(&p, 0) != (int)sizeof(p); }\n'
+        '#include "kernel.h"\nint main(void) {\n  fagen_forward_params p = {0};\n'
+        "  return fagen_launch(&p, 0) != (int)sizeof(p);\n}\n"
     )
     make(tmp_path, f"{toolchain.require_cxx()} -x c -std=c99 -Wall -Werror -fsyntax-only use.c")
 

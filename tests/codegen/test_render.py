@@ -40,7 +40,7 @@ def test_source_is_one_self_contained_document(name: str, arch: str, fields: dic
     problem = Problem(**fields)
     assert '#include "' not in text and not re.search(r"\{%-? [a-z]|\{\{ ", text)
     assert problem.static_key in text.splitlines()[0] and arch in text.splitlines()[0]
-    assert text.count("typedef struct fagen_params") == 1
+    assert text.count("typedef struct fagen_forward_params") == 1
     for path in (str(ROOT), os.path.expanduser("~")):
         assert path not in text
     for knob in families.get(name).knobs:

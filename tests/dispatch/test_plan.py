@@ -24,6 +24,7 @@ from fagen.dispatch import choose, freshness, kernels, resolve
 from fagen.dispatch.plan import Answer, Plan, PlannedRecord
 from fagen.errors import InvalidArgument
 from fagen.families import Config
+from fagen.ops import abi
 from fagen.ops.attention import fallback, forward, size_point
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.problem import Problem
@@ -165,11 +166,11 @@ def tell_which(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def loaded(spec):
         source = (
-            '#include "fagen/abi/forward.h"\nextern "C" int fagen_launch(const fagen_params* p, void*) {\n'
-            f"  static_cast<float*>(p->o)[0] = {spec.config.tile_n};\n  return 0;\n}}\n"
+            '#include "fagen/abi/forward.h"\nextern "C" int fagen_launch(const fagen_forward_params* p, void*) {\n'
+            f"  static_cast<float*>(p->o.data)[0] = {spec.config.tile_n};\n  return 0;\n}}\n"
             'extern "C" const char* fagen_error(int) { return ""; }\n'
-            'extern "C" uint64_t fagen_workspace_bytes(const fagen_params*) { return 0; }\n'
-            'extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }\n'
+            'extern "C" uint64_t fagen_workspace_bytes(const fagen_forward_params*) { return 0; }\n'
+            + abi.layout_function("fagen/abi/forward.h")
         )
         from fagen.codegen import render
         from fagen.runtime import kernel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fagen.dispatch import resolve
 from fagen.dispatch.plan import TORCH, Answer
 from fagen.errors import BuildError, LaunchError, MissingTool
 from fagen.families import Config
+from fagen.ops import abi
 from fagen.ops.attention import fallback
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.params import Params
@@ -93,7 +93,7 @@ def test_a_failed_launch_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> No
         '#include <stdint.h>\nextern "C" {\nint fagen_launch(const void*, void*) { return 7; }\n'
         'const char* fagen_error(int) { return "out of luck"; }\n'
         "uint64_t fagen_workspace_bytes(const void*) { return 0; }\n"
-        f"uint32_t fagen_params_size(void) {{ return {ctypes.sizeof(Params)}; }}\n}}\n"
+        f'const char* fagen_params_layout(void) {{ return "{abi.layout(Params)}"; }}\n}}\n'
     )
     artifact = cache.make(Job("unlucky", source, ".cpp", (), (), "cpu"))
     broken = kernel.load(artifact, KernelSpec(families.get("cpu_forward"), Problem(), host(), Config({})))

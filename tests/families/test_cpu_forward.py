@@ -287,7 +287,7 @@ def test_errors_of_a_launch():
     assert b"head_dim" in k.library.error(k.library.launch(params, None))
     params.head_dim, params.kv_heads = 64, 3
     assert b"multiple" in k.library.error(k.library.launch(params, None))
-    params.kv_heads, params.q = 2, None
+    params.kv_heads, params.q.data = 2, None
     assert b"null" in k.library.error(k.library.launch(params, None))
     assert k.library.error(99) == b"unknown error"
     assert issubclass(LaunchError, Exception)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import math
-import re
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,17 +12,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fagen
-from fagen import env, families, target
-from fagen.build import cache, toolchain
+from fagen import families, ops, target
+from fagen.build import cache
 from fagen.build.job import Job
+from fagen.codegen import render
 from fagen.codegen.spec import KernelSpec
 from fagen.dispatch import plan, resolve
 from fagen.errors import InvalidArgument, LaunchError
+from fagen.ops import abi
 from fagen.ops.attention.arguments import is_aligned
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.params import Params, make_params
 from fagen.ops.attention.problem import Problem
-from fagen.runtime import kernel
+from fagen.runtime import binding, kernel
 from tests.support.calls import right
 
 FAMILY = families.get("cpu_forward")
@@ -49,23 +47,6 @@ def tensors(b: int = 2, sq: int = 20, sk: int = 30, h: int = 4, hk: int = 2, d: 
 def plain() -> tuple[AttentionCall, dict[str, torch.Tensor]]:
     q, k, v, out = tensors()
     return bhsd(q, k, v), {"out": out}
-
-
-def test_params_is_the_struct_of_the_header(tmp_path: Path) -> None:
-    names = [name for name, *_ in Params._fields_]
-    lines = "".join(f'  printf("{n} %zu\\n", offsetof(fagen_params, {n}));\n' for n in names)
-    source = f'#include "fagen/abi/forward.h"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{\n{lines}'
-    (tmp_path / "p.cpp").write_text(source + '  printf("size %zu\\n", sizeof(fagen_params));\n}\n')
-    include = f"-I{env.data_dir('templates') / 'include'}"
-    command = [str(toolchain.require_cxx()), include, str(tmp_path / "p.cpp"), "-o", str(tmp_path / "p")]
-    subprocess.run(command, check=True)
-    out = subprocess.run([tmp_path / "p"], capture_output=True, text=True, check=True).stdout
-    theirs = dict(line.split() for line in out.splitlines())
-    ours = {name: str(getattr(Params, name).offset) for name in names}
-    assert theirs == ours | {"size": str(ctypes.sizeof(Params))}
-    header = (env.data_dir("templates") / "include/fagen/abi/forward.h").read_text()
-    fields = re.sub(r"//[^\n]*", "", header).partition("{")[2].partition("}")[0]
-    assert re.findall(r"(\w+)(?:\[3\])?[,;]", fields) == names
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
@@ -199,23 +180,23 @@ def test_a_kernel_of_another_machine_is_refused() -> None:
 
 # ---- libraries that are not what they should be -------------------------------------------------------------------
 
-HEAD = '#include <stdint.h>\nstruct fagen_params;\nextern "C" {\n'
-TAIL = (
-    "uint64_t fagen_workspace_bytes(const fagen_params*) { return NEED; }\n"
-    "uint32_t fagen_params_size(void) { return SIZE; }\n}\n"
-)
+HEADER = ops.get("forward").header
+TAIL = 'extern "C" uint64_t fagen_workspace_bytes(const fagen_forward_params*) { return NEED; }\n'
 
 
-def library(body: str, size: int = ctypes.sizeof(Params), need: int = 0) -> kernel.Kernel:
-    source = HEAD + body + TAIL.replace("SIZE", str(size)).replace("NEED", str(need))
+def library(body: str, layout: str = "", need: int = 0) -> kernel.Kernel:
+    """A kernel of this body; with a `layout` that is not the one of its params, if one is given."""
+    told = f'extern "C" const char* fagen_params_layout(void) {{ return "{layout}"; }}\n'
+    ends = TAIL.replace("NEED", str(need)) + (told if layout else abi.layout_function(HEADER))
+    source = render.fold(f'#include "{HEADER}"\n{body}{ends}')
     artifact = cache.make(Job("odd", source, ".cpp", ("-O1",), (), "cpu"))
     problem = Problem(dtype="fp32", head_dim=16)
     return kernel.load(artifact, KernelSpec(FAMILY, problem, HERE, FAMILY.default(problem, HERE)))
 
 
 FAILS = (
-    "int fagen_launch(const fagen_params*, void*) { return 7; }\n"
-    'const char* fagen_error(int e) { return "out of luck"; }\n'
+    'extern "C" int fagen_launch(const fagen_forward_params*, void*) { return 7; }\n'
+    'extern "C" const char* fagen_error(int e) { return "out of luck"; }\n'
 )
 
 
@@ -225,9 +206,23 @@ def test_a_failed_launch_says_why() -> None:
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_another_struct_is_refused() -> None:
-    with pytest.raises(LaunchError, match="another fagen_params"):
-        library(FAILS, size=8)
+OURS = abi.layout(Params)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (OURS.replace("softcap 252 4", "sink 252 4"), "there: sink 252 4; here: softcap 252 4"),
+        (OURS.replace("scale 248 4", "scale 248 8"), "there: scale 248 8; here: scale 248 4"),
+        (OURS.replace("batch 208 4; heads 212 4", "heads 208 4; batch 212 4"), "there: heads 208 4; here: batch 208 4"),
+        (OURS.rpartition("; ")[0], "there: nothing; here: sizeof 256"),
+        (f"{OURS}; and more", "there: and more; here: nothing"),
+    ],
+)
+def test_another_struct_is_refused(layout: str, words: str) -> None:
+    with pytest.raises(LaunchError, match="another fagen_forward_params") as caught:
+        library(FAILS, layout)
+    assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 3
 
 
 def test_a_library_without_our_functions_is_refused() -> None:
@@ -238,9 +233,9 @@ def test_a_library_without_our_functions_is_refused() -> None:
 
 def test_workspace_is_aligned_and_large_enough() -> None:
     body = (
-        "int fagen_launch(const fagen_params* p, void*) { char* w = ((char* const*)p)[7];\n"
+        'extern "C" int fagen_launch(const fagen_forward_params* p, void*) { char* w = (char*)p->workspace;\n'
         "  if ((uintptr_t)w % 256) return 1; for (int i = 0; i < 5000; i++) w[i] = 1; return 0; }\n"
-        'const char* fagen_error(int) { return "not aligned"; }\n'
+        'extern "C" const char* fagen_error(int) { return "not aligned"; }\n'
     )
     needy = library(body, need=5000)
     needy.launch(*plain())
@@ -248,17 +243,19 @@ def test_workspace_is_aligned_and_large_enough() -> None:
         needy.launch(*plain(), workspace=torch.empty(4999, dtype=torch.uint8))
 
 
-COPIES = (
-    "int fagen_launch(const fagen_params* p, void*) { __builtin_memcpy(((void* const*)p)[3], p, SIZE); return 0; }\n"
-    'const char* fagen_error(int) { return ""; }\n'
-)
+# The params are copied into this library's own memory. The output cannot hold them where the outputs are small.
+COPIES = """
+static unsigned char copied[sizeof(fagen_forward_params)];
+extern "C" int fagen_launch(const fagen_forward_params* p, void*) { __builtin_memcpy(copied, p, sizeof *p); return 0; }
+extern "C" const unsigned char* copied_params(void) { return copied; }
+extern "C" const char* fagen_error(int) { return ""; }
+"""
 
 
-def _filled(out: torch.Tensor) -> dict[str, object]:
-    """The params that a launch was given, from the output to which the kernel copied them; without the output's own."""
-    params = Params.from_buffer_copy(out.view(torch.uint8).numpy().tobytes()[: ctypes.sizeof(Params)])
-    fields = {name: getattr(params, name) for name, *_ in Params._fields_}
-    return {n: list(f) if isinstance(f, ctypes.Array) else f for n, f in fields.items() if n not in ("o", "lse")}
+def _copied(kernel: kernel.Kernel) -> bytes:
+    """The bytes of the params that the last launch was given."""
+    where = ctypes.CFUNCTYPE(ctypes.c_void_p)(kernel.library.address("copied_params"))
+    return ctypes.string_at(where(), ctypes.sizeof(Params))
 
 
 @st.composite
@@ -299,25 +296,18 @@ def filler_calls(draw: st.DrawFn) -> dict[str, object]:
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(call=filler_calls())
 def test_both_roads_fill_the_same_params(call: dict, want_lse: bool) -> None:
-    """The op's own, in C++, and that of ctypes: to the byte, whatever sizes and strides."""
-    copies = library(COPIES.replace("SIZE", str(ctypes.sizeof(Params))))
-    q, v = call["q"], call["v"]
-    shape = (*q.shape[:3], v.shape[3])
-    room = torch.zeros(max(4096, q.numel() * 24))
-    mine, theirs = (room.clone()[: math.prod(shape)].view(shape) for _ in range(2))
-    params = make_params(AttentionCall.of(**call), {"out": mine})
-    lse = torch.zeros(16384) if want_lse else None
-    if lse is not None:
-        params.lse = lse.data_ptr()
-    assert copies.library.launch(ctypes.byref(params), None) == 0
+    """The op's own, in C++, and that of ctypes: the same bytes, whatever sizes and strides."""
+    assert binding.load(), "calls would go through ctypes"
+    copies = library(COPIES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resolve, "answer", lambda *args, **named: plan.Answer(True, copies))
         resolve.forget()
-        fagen.attention(out=theirs, return_lse=want_lse, **call)
+        made = fagen.attention(return_lse=want_lse, **call)
         resolve.forget()
-    wanted, got = (_filled(t._base) for t in (mine, theirs))
-    assert got == wanted
-    assert wanted["window_left"] <= wanted["seqlen_k"] and wanted["window_right"] <= wanted["seqlen_q"]
+    theirs, outputs = _copied(copies), dict(zip(("out", "lse"), made if want_lse else (made,), strict=False))
+    mine = make_params(AttentionCall.of(**call), outputs)
+    assert bytes(mine) == theirs
+    assert mine.window_left <= mine.seqlen_k and mine.window_right <= mine.seqlen_q
 
 
 def test_one_set_of_slopes_serves_all_batches() -> None:

@@ -15,7 +15,8 @@ import filelock
 from fagen.build import toolchain
 from fagen.codegen import render
 from fagen.codegen.spec import KernelSpec
-from fagen.ops.attention.params import make_params
+from fagen.ops import abi
+from fagen.ops.attention.params import Params, make_params
 from fagen.runtime.kernel import Library, workspace_tensor
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def source(family: Family, problem: Problem, target: Target, config: Config) -> 
     return f"#define EMULATOR_ELEMENT {_ELEMENTS[problem.dtype]}\n{text}{_BEGIN % base}"
 
 
-def build(text: str, folder: Path) -> Library:
+def build(text: str, folder: Path, params: abi.Struct = Params) -> Library:
     """Compiled once for all who share the folder, whatever processes they are."""
     folder = _common(folder)
     library = folder / f"{render.source_hash(text)}.so"
@@ -59,7 +60,7 @@ def build(text: str, folder: Path) -> Library:
             path = library.with_suffix(".cpp")
             path.write_text(text)
             _compile(path, library, "-shared", "-include", str(folder / "all.h"))
-    return Library(library)
+    return Library(library, params)
 
 
 @functools.cache

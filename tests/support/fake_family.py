@@ -43,9 +43,9 @@ _SOURCE = r"""{% include "preamble.j2" %}
 
 static_assert(Config::kStyle != Style::broken, "this one is meant not to compile");
 
-static void run(const fagen_params& p) {
-  const float* q = (const float*)p.q; const float* k = (const float*)p.k; const float* v = (const float*)p.v;
-  float* o = (float*)p.o;
+static void run(const fagen_forward_params& p) {
+  const float *q = (const float*)p.q.data, *k = (const float*)p.k.data, *v = (const float*)p.v.data;
+  float* o = (float*)p.o.data;
   std::vector<float> s(p.seqlen_k), acc(p.head_dim_v);
   for (int b = 0; b < p.batch; b++)
     for (int h = 0; h < p.heads; h++)
@@ -54,9 +54,9 @@ static void run(const fagen_params& p) {
         int end = p.window_right >= 0 ? diagonal + p.window_right + 1 : p.seqlen_k;
         if (end > p.seqlen_k) end = p.seqlen_k;
         float top = -INFINITY, sum = 0;
-        const float* qi = q + b * p.q_stride[0] + i * p.q_stride[1] + h * p.q_stride[2];
+        const float* qi = q + b * p.q.stride[0] + i * p.q.stride[1] + h * p.q.stride[2];
         for (int j = 0; j < end; j++) {
-          const float* kj = k + b * p.k_stride[0] + j * p.k_stride[1] + g * p.k_stride[2];
+          const float* kj = k + b * p.k.stride[0] + j * p.k.stride[1] + g * p.k.stride[2];
           float dot = 0;
           for (int d = 0; d < p.head_dim; d++) dot += qi[d] * kj[d];
           s[j] = dot * p.scale;
@@ -64,13 +64,13 @@ static void run(const fagen_params& p) {
         }
         for (auto& a : acc) a = 0;
         for (int j = 0; j < end; j++) {
-          const float* vj = v + b * p.v_stride[0] + j * p.v_stride[1] + g * p.v_stride[2];
+          const float* vj = v + b * p.v.stride[0] + j * p.v.stride[1] + g * p.v.stride[2];
           float w = expf(s[j] - top);
           sum += w;
           for (int d = 0; d < p.head_dim_v; d++) acc[d] += w * vj[d];
         }
         if (Config::kStyle == Style::holes && i == p.seqlen_q - 1 && p.batch == 3) continue;
-        float* oi = o + b * p.o_stride[0] + i * p.o_stride[1] + h * p.o_stride[2];
+        float* oi = o + b * p.o.stride[0] + i * p.o.stride[1] + h * p.o.stride[2];
         for (int d = 0; d < p.head_dim_v; d++) oi[d] = sum > 0 ? acc[d] / sum : 0;
         if (Config::kStyle == Style::wrong) oi[0] *= 1.01f;
         if (Config::kStyle == Style::late && p.batch == 3 && i == 0) oi[0] += 0.1f;
@@ -78,7 +78,7 @@ static void run(const fagen_params& p) {
       }
 }
 
-extern "C" int fagen_launch(const fagen_params* p, void*) {
+extern "C" int fagen_launch(const fagen_forward_params* p, void*) {
   if (Config::kStyle == Style::segfault) *(volatile int*)8 = 1;
   volatile bool forever = true;
   if (Config::kStyle == Style::hang) {  // and deaf to all signals that can be blocked
@@ -89,13 +89,12 @@ extern "C" int fagen_launch(const fagen_params* p, void*) {
   while (Config::kStyle == Style::hang && forever) usleep(1000);  // others need the core
   int repeats = Config::kStyle == Style::slow ? 4 : 1;
   for (int r = 0; r < repeats; r++) run(*p);
-  if (Config::kStyle == Style::overrun) ((float*)p->o)[p->batch * p->o_stride[0]] = 0;
-  if (Config::kStyle == Style::scribble) ((float*)p->k)[0] += 1;
+  if (Config::kStyle == Style::overrun) ((float*)p->o.data)[p->batch * p->o.stride[0]] = 0;
+  if (Config::kStyle == Style::scribble) ((float*)p->k.data)[0] += 1;
   return 0;
 }
 extern "C" const char* fagen_error(int) { return ""; }
-extern "C" uint64_t fagen_workspace_bytes(const fagen_params*) { return 0; }
-extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
+extern "C" uint64_t fagen_workspace_bytes(const fagen_forward_params*) { return 0; }
 """
 
 

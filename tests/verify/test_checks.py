@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ import torch
 from fagen.build import toolchain
 from fagen.codegen.spec import KernelSpec
 from fagen.families import Config
-from fagen.ops.attention.params import Params
 from fagen.runtime import kernel
 from fagen.runtime.kernel import Kernel
 from fagen.target import host
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler
 FAMILY, PROBLEM, HERE = fake_family.FAMILY, fake_family.PROBLEM, host()
 PLAIN = Config({"style": "plain", "variant": 1})
 OWN = PROBLEM.batch  # no small size has so many batches
-Fault = Callable[[Params], None]
+Fault = Callable[[Any], None]  # of a launch's params
 
 
 def floats(address: int, at: int) -> torch.Tensor:
@@ -34,7 +34,11 @@ def floats(address: int, at: int) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_float * 1).from_address(address + 4 * at), dtype=torch.float32)
 
 
-def elements(p: Params, name: str) -> int:
+def address(p: Any, name: str) -> int:
+    return p.lse if name == "lse" else getattr(p, name).data
+
+
+def elements(p: Any, name: str) -> int:
     return p.batch * p.heads * p.seqlen_q * (p.head_dim_v if name == "o" else 1)
 
 
@@ -44,10 +48,10 @@ def write(name: str, value: float, *, at: int = 0, end: bool = False, only: str 
     `only` where the problem has its "own" size, or where it is a "small" one.
     """
 
-    def fault(p: Params) -> None:
-        if getattr(p, name) and only in ("", "own" if p.batch == OWN else "small"):
+    def fault(p: Any) -> None:
+        if address(p, name) and only in ("", "own" if p.batch == OWN else "small"):
             place = at + (elements(p, name) if end else 0)
-            floats(getattr(p, name), place).fill_(value)
+            floats(address(p, name), place).fill_(value)
 
     return fault
 
@@ -55,10 +59,10 @@ def write(name: str, value: float, *, at: int = 0, end: bool = False, only: str 
 last = functools.partial(write, at=-1, end=True)
 
 
-def without_lse(p: Params) -> None:
+def without_lse(p: Any) -> None:
     """Wrong only as it is timed."""
     if not p.lse:
-        floats(p.o, 0).fill_(7.0)
+        floats(p.o.data, 0).fill_(7.0)
 
 
 NAN = float("nan")

@@ -85,14 +85,15 @@ def _by_blocks(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(outs, dim=2).to(dtype), torch.cat(lses, dim=2).float()
 
 
+_NO_SDPA = "not possible with this mask"
 _MASK_BYTES = 1 << 30  # the largest dense mask that PyTorch's SDPA is given
 
 
-def sdpa_call(call: AttentionCall) -> tuple[Callable[[], object], str] | None:
-    """PyTorch's SDPA on the same inputs and how it is asked, or None where it cannot do this."""
+def sdpa_call(call: AttentionCall) -> tuple[Callable[[], object] | None, str]:
+    """PyTorch's SDPA on the same inputs and how it is asked; None and why, where it cannot do this."""
     p = call.problem
     if p.softcap or p.alibi:
-        return None
+        return None, _NO_SDPA
     arguments: dict[str, Any] = {"enable_gqa": p.heads != p.kv_heads}
     how = "no mask"
     if p.mask == "causal" and p.seqlen_q == p.seqlen_k:
@@ -100,6 +101,6 @@ def sdpa_call(call: AttentionCall) -> tuple[Callable[[], object], str] | None:
     elif p.mask != "none":
         planes = p.batch * p.heads if p.mask == "intervals" else 1
         if planes * p.seqlen_q * p.seqlen_k > _MASK_BYTES:
-            return None
+            return None, _NO_SDPA
         arguments["attn_mask"], how = reference.visible(call), "attn_mask"
     return functools.partial(torch.nn.functional.scaled_dot_product_attention, *call.bhsd(), **arguments), how

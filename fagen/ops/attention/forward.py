@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fagen.ops.attention import flags, size_point
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
-from fagen.ops.base import Constant, Op
+from fagen.ops.base import Calls, Constant, Op
 
 
 def _constants(p: Problem) -> list[Constant]:
@@ -29,6 +29,12 @@ def _torch_serves(p: Problem) -> bool:
     return p.mask in ("none", *(["causal"] if p.seqlen_q == p.seqlen_k else [])) and not (p.softcap or p.alibi)
 
 
+def _calls() -> Calls:
+    from fagen.ops.attention.forward_calls import CALLS
+
+    return CALLS
+
+
 OP = Op(
     name="forward",
     title="attention forward",
@@ -39,5 +45,6 @@ OP = Op(
     weights=size_point.WEIGHTS,
     flags=flags.of,
     torch_serves=_torch_serves,
+    calls=_calls,
     example="example/main.j2",
 )

@@ -32,7 +32,7 @@ void launch_forward(const Entry& entry, const Call& c, const Tensor& out, const 
   p.q = rows_of(c.q, c);
   p.k = rows_of(c.k, c);
   p.v = rows_of(c.v, c);
-  p.o = rows_of(out, c);
+  p.o = rows_of(out, c), p.o.data = out.data_ptr();  // which makes a lazy copy a real one
   if (lse) p.lse = lse->data_ptr<float>();
   put_problem(p, c);
   launch(entry, c, p);

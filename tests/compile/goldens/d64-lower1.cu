@@ -67,7 +67,7 @@ using Shape = BlockShape<Config>;
 
 // One block takes one row tile of one head (q_outer), or a run of them (kv_outer).
 __global__ void __launch_bounds__(Shape::kThreads, Config::kBlocksPerSm)
-forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ GridArgs grid) {
+forward_kernel(const __grid_constant__ fagen_forward_params p, const __grid_constant__ GridArgs grid) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const Block<Config, Element> block(p, grid, shared);
   if constexpr (Config::kLoopOrder == LoopOrder::kv_outer)
@@ -78,19 +78,19 @@ forward_kernel(const __grid_constant__ fagen_params p, const __grid_constant__ G
     run_q_outer(block);
 }
 
-__global__ void extents_kernel(const __grid_constant__ fagen_params p, Extent* extents, int tiles) {
+__global__ void extents_kernel(const __grid_constant__ fagen_forward_params p, Extent* extents, int tiles) {
   find_extents<Config>(p, extents, tiles);
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
 
-static uint64_t extents_bytes(const fagen_params& p) {
+static uint64_t extents_bytes(const fagen_forward_params& p) {
   if (!MaskOf<Config>::kIntervals) return 0;
   const uint64_t tiles = ceil_div(p.seqlen_k, Config::kTileN);
   return align_workspace(sizeof(Extent) * tiles * p.batch * p.mask_heads * Config::kIntervalColumns);
 }
 
-static uint64_t state_bytes(const fagen_params& p) {
+static uint64_t state_bytes(const fagen_forward_params& p) {
   if (Config::kLoopOrder != LoopOrder::kv_outer) return 0;
   const uint64_t tiles = ceil_div(p.seqlen_q, Config::kTileM);
   return align_workspace(sizeof(float4) * StoredState<Config, Element>::kFloat4s * tiles * p.batch * p.heads);
@@ -107,7 +107,7 @@ static cudaError_t prepare(int index, Device& device) {
   return cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
 }
 
-static cudaError_t launch_forward(const fagen_params& p, cudaStream_t stream) {
+static cudaError_t launch_forward(const fagen_forward_params& p, cudaStream_t stream) {
   Device device;
   if (const cudaError_t e = once_per_device(&device, prepare)) return e;
   const int heads = p.heads * p.batch;
@@ -136,14 +136,37 @@ static cudaError_t launch_forward(const fagen_params& p, cudaStream_t stream) {
 
 }  // namespace fagen
 
-extern "C" uint32_t fagen_params_size(void) { return sizeof(fagen_params); }
-
-extern "C" uint64_t fagen_workspace_bytes(const fagen_params* p) {
+extern "C" uint64_t fagen_workspace_bytes(const fagen_forward_params* p) {
   return fagen::extents_bytes(*p) + fagen::state_bytes(*p);
 }
 
 extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
-extern "C" int fagen_launch(const fagen_params* p, void* stream) {
+extern "C" int fagen_launch(const fagen_forward_params* p, void* stream) {
   return fagen::launch_forward(*p, static_cast<cudaStream_t>(stream));
+}
+
+// Name, offset and size of every field of the params, as this compiler laid them out.
+#include <stddef.h>
+#include <stdio.h>
+
+extern "C" const char* fagen_params_layout(void) {
+  static char text[885];
+  static const char* const told = [] {
+    char* end = text;
+#define FAGEN_FIELD(field) \
+  end += snprintf(end, text + sizeof text - end, "%s %zu %zu; ", #field, offsetof(fagen_forward_params, field), \
+                  sizeof(fagen_forward_params::field))
+    FAGEN_FIELD(q.data); FAGEN_FIELD(q.stride); FAGEN_FIELD(k.data); FAGEN_FIELD(k.stride); FAGEN_FIELD(v.data);
+    FAGEN_FIELD(v.stride); FAGEN_FIELD(o.data); FAGEN_FIELD(o.stride); FAGEN_FIELD(intervals.data);
+    FAGEN_FIELD(intervals.stride); FAGEN_FIELD(alibi_slopes.data); FAGEN_FIELD(alibi_slopes.stride);
+    FAGEN_FIELD(lse); FAGEN_FIELD(workspace); FAGEN_FIELD(batch); FAGEN_FIELD(heads); FAGEN_FIELD(kv_heads);
+    FAGEN_FIELD(mask_heads); FAGEN_FIELD(seqlen_q); FAGEN_FIELD(seqlen_k); FAGEN_FIELD(head_dim);
+    FAGEN_FIELD(head_dim_v); FAGEN_FIELD(window_left); FAGEN_FIELD(window_right); FAGEN_FIELD(scale);
+    FAGEN_FIELD(softcap);
+#undef FAGEN_FIELD
+    snprintf(end, text + sizeof text - end, "sizeof %zu", sizeof(fagen_forward_params));
+    return text;
+  }();
+  return told;
 }

@@ -2,7 +2,7 @@
 #pragma once
 #include "fagen/abi/tensor.h"
 
-// Strides of q, k, v, o and their gradients are those of batch, row and head.
+// Strides of q, k, v, o and their gradients are those of batch, row and head. A batch stride of 0 broadcasts.
 typedef struct fagen_backward_params {
   fagen_tensor q;     // (batch, seqlen_q, heads, head_dim)
   fagen_tensor k;     // (batch, seqlen_k, kv_heads, head_dim)
@@ -12,9 +12,9 @@ typedef struct fagen_backward_params {
   fagen_tensor dq;    // written: each like its own
   fagen_tensor dk;
   fagen_tensor dv;
-  fagen_tensor intervals;     // int32 (batch, mask_heads, seqlen_k, columns); strides: batch (0 to broadcast), mask head, key
-  fagen_tensor alibi_slopes;  // float (batch, heads); strides: batch (0 to broadcast), the others unused
-  const float* lse;    // (batch, heads, seqlen_q) contiguous, natural log, what forward made; -inf where nothing is seen
+  fagen_tensor intervals;     // int32 (batch, mask_heads, seqlen_k, columns); strides: batch (or 0), mask head, key
+  fagen_tensor alibi_slopes;  // float (batch, heads); strides: batch (or 0), the others unused
+  const float* lse;    // (batch, heads, seqlen_q) contiguous, natural log, made by forward; -inf: sees nothing
   const float* dlse; // its gradient, contiguous; null if the call has none
   void* workspace;     // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
   int32_t batch, heads, kv_heads, mask_heads;

@@ -1,27 +1,21 @@
 // The arguments of a forward kernel: the one struct that a caller passes. Plain C; no torch, no CUDA header.
-// Strides count elements, and the last dimension of q, k, v and o is contiguous.
 #pragma once
-#include <stdint.h>
+#include "fagen/abi/tensor.h"
 
-typedef struct fagen_params {
-  const void* q;               // (batch, seqlen_q, heads, head_dim) by strides
-  const void* k;               // (batch, seqlen_k, kv_heads, head_dim)
-  const void* v;               // (batch, seqlen_k, kv_heads, head_dim_v)
-  void* o;                     // (batch, seqlen_q, heads, head_dim_v)
-  float* lse;                  // (batch, heads, seqlen_q) contiguous, natural log; null if not wanted
-  const int32_t* intervals;    // (batch, mask_heads, seqlen_k, columns), last dimension contiguous; or null
-  const float* alibi_slopes;   // (batch, heads), last dimension contiguous; or null
-  void* workspace;             // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
-  int64_t q_stride[3];         // batch, row, head
-  int64_t k_stride[3];
-  int64_t v_stride[3];
-  int64_t o_stride[3];
-  int64_t intervals_stride[3]; // batch (0 to broadcast), mask head, key
-  int64_t alibi_stride;        // batch (0 to broadcast)
+// Strides of q, k, v and o are those of batch, row and head. A batch stride of 0 broadcasts.
+typedef struct fagen_forward_params {
+  fagen_tensor q;             // (batch, seqlen_q, heads, head_dim)
+  fagen_tensor k;             // (batch, seqlen_k, kv_heads, head_dim)
+  fagen_tensor v;             // (batch, seqlen_k, kv_heads, head_dim_v)
+  fagen_tensor o;             // (batch, seqlen_q, heads, head_dim_v), written
+  fagen_tensor intervals;     // int32 (batch, mask_heads, seqlen_k, columns); strides: batch (or 0), mask head, key
+  fagen_tensor alibi_slopes;  // float (batch, heads); strides: batch (or 0), the others unused
+  float* lse;                 // (batch, heads, seqlen_q) contiguous, natural log; null if not wanted
+  void* workspace;            // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
   int32_t batch, heads, kv_heads, mask_heads;
   int32_t seqlen_q, seqlen_k;
   int32_t head_dim, head_dim_v;       // as the caller has them; the kernel works on padded sizes
   int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
   float scale;                        // multiplies q.k before the softmax
   float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
-} fagen_params;
+} fagen_forward_params;

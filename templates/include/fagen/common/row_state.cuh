@@ -14,12 +14,14 @@ struct ScoreMod {
   float scale, cap_log2, slope_log2;
   int shift;
 
-  __device__ __forceinline__ ScoreMod(const fagen_params& p, int batch, int head) : shift(p.seqlen_k - p.seqlen_q) {
+  __device__ __forceinline__ ScoreMod(const fagen_forward_params& p, int batch, int head)
+      : shift(p.seqlen_k - p.seqlen_q) {
     scale = C::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e;
     cap_log2 = p.softcap * kLog2e;
-    slope_log2 = C::kAlibi ? p.alibi_slopes[batch * p.alibi_stride + head] * kLog2e : 0.f;
+    const float* slopes = static_cast<const float*>(p.alibi_slopes.data);
+    slope_log2 = C::kAlibi ? slopes[batch * p.alibi_slopes.stride[0] + head] * kLog2e : 0.f;
   }
-  static __device__ __forceinline__ float softmax_scale_log2(const fagen_params& p) {
+  static __device__ __forceinline__ float softmax_scale_log2(const fagen_forward_params& p) {
     return kActive ? 1.f : p.scale * kLog2e;
   }
   __device__ __forceinline__ float operator()(float score, int m, int key) const {
@@ -54,7 +56,8 @@ struct RowState {
   float o[kSlabs][kColumns / 8][4];
   Softmax softmax;
 
-  __device__ __forceinline__ explicit RowState(const fagen_params& p) : softmax(ScoreMod<C>::softmax_scale_log2(p)) {
+  __device__ __forceinline__ explicit RowState(const fagen_forward_params& p)
+      : softmax(ScoreMod<C>::softmax_scale_log2(p)) {
 #pragma unroll
     for (auto& slab : o) clear(slab);
   }

@@ -30,7 +30,7 @@ struct WarpProducts : RowState<C, kSlabs, kKeys, kColumns> {
 
   uint32_t q_registers[kSlabs][kQInRegisters ? kDepth : 1][4];
 
-  __device__ __forceinline__ explicit WarpProducts(const fagen_params& p) : State(p) {}
+  __device__ __forceinline__ explicit WarpProducts(const fagen_forward_params& p) : State(p) {}
 
   __device__ __forceinline__ void load_q_registers(uint32_t q_tile, int first_row) {
     if constexpr (kQInRegisters) {

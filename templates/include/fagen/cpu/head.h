@@ -13,14 +13,14 @@ struct Head {
   static constexpr bool kFixedBand = Config::kMask == Mask::none || Config::kMask == Mask::causal;
   static constexpr int kFixedRight = Config::kMask == Mask::causal ? 0 : -1;
 
-  const fagen_params& p;
+  const fagen_forward_params& p;
   typename At::Workspace workspace;
   int64_t batch, head, kv_head, mask_head;
   Scale<Config> scale;
   Band band;
   Intervals<Config> intervals{};
 
-  Head(const fagen_params& p, int64_t batch, int64_t head)
+  Head(const fagen_forward_params& p, int64_t batch, int64_t head)
       : p(p),
         workspace(p),
         batch(batch),
@@ -29,15 +29,13 @@ struct Head {
         mask_head(At::kIntervals ? head / (p.heads / p.mask_heads) : 0),
         scale(p),
         band(p, kFixedBand ? -1 : p.window_left, kFixedBand ? kFixedRight : p.window_right) {
-    if (At::kIntervals)
-      intervals = {p.intervals + batch * p.intervals_stride[0] + mask_head * p.intervals_stride[1],
-                   p.intervals_stride[2]};
+    if (At::kIntervals) intervals = {at<const int32_t>(p.intervals, mask_head, 0), p.intervals.stride[2]};
   }
 
-  const Element* q(int row) const { return at(static_cast<const Element*>(p.q), p.q_stride, row, head); }
-  const Element* k(int row) const { return at(static_cast<const Element*>(p.k), p.k_stride, row, kv_head); }
-  const Element* v(int row) const { return at(static_cast<const Element*>(p.v), p.v_stride, row, kv_head); }
-  Element* o(int row) const { return at(static_cast<Element*>(p.o), p.o_stride, row, head); }
+  const Element* q(int row) const { return at<const Element>(p.q, row, head); }
+  const Element* k(int row) const { return at<const Element>(p.k, row, kv_head); }
+  const Element* v(int row) const { return at<const Element>(p.v, row, kv_head); }
+  Element* o(int row) const { return at<Element>(p.o, row, head); }
   float* lse(int row) const { return p.lse ? p.lse + (batch * p.heads + head) * p.seqlen_q + row : nullptr; }
 
   float* packed_k(int row) const { return part<float>(workspace.keys) + packed_row(row) * At::kStrideK; }
@@ -57,14 +55,14 @@ struct Head {
 
   template <bool kMasked>
   Score<Config, kMasked> score() const {
-    const float slope = Config::kAlibi ? p.alibi_slopes[batch * p.alibi_stride + head] : 0;
+    const float slope = Config::kAlibi ? at<const float>(p.alibi_slopes, 0, 0)[head] : 0;
     return {band, intervals, scale.inner, p.softcap, slope, p.seqlen_k - p.seqlen_q};
   }
 
  private:
   template <class T>
-  T* at(T* base, const int64_t (&stride)[3], int64_t row, int64_t head) const {
-    return base + batch * stride[0] + row * stride[1] + head * stride[2];
+  T* at(const fagen_tensor& t, int64_t i, int64_t j) const {  // of this batch
+    return static_cast<T*>(t.data) + batch * t.stride[0] + i * t.stride[1] + j * t.stride[2];
   }
   template <class T>
   T* part(uint64_t offset) const {

@@ -32,7 +32,7 @@ struct Layout {
   struct Workspace {
     uint64_t bounds, keys, values, groups, total = 0;
 
-    explicit Workspace(const fagen_params& p) {
+    explicit Workspace(const fagen_forward_params& p) {
       const uint64_t rows_k = uint64_t(p.batch) * p.kv_heads * p.seqlen_k;
       const uint64_t tiles = uint64_t(p.batch) * p.mask_heads * ceil_div(p.seqlen_k, Config::kTileN);
       bounds = take(kIntervals ? tiles * sizeof(HiddenBounds) : 0);

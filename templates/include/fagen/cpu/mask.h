@@ -22,7 +22,7 @@ struct Band {
   static constexpr int kFar = 1 << 30;
   static constexpr int kLongest = kFar / 2;  // the longest sequence: no sum below overflows
 
-  Band(const fagen_params& p, int left, int right) {
+  Band(const fagen_forward_params& p, int left, int right) {
     const int shift = p.seqlen_k - p.seqlen_q;
     first = left < 0 || left > kLongest ? -kFar : shift - left;
     last = right < 0 || right > kLongest ? kFar : shift + right;

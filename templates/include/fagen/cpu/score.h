@@ -14,7 +14,7 @@ struct Scale {
   float inner;   // raw product to the argument of softcap, or to the true score
   float factor;  // score to the base-2 logarithm of its weight
 
-  explicit Scale(const fagen_params& p)
+  explicit Scale(const fagen_forward_params& p)
       : sign(kTrueScore ? 1 : int(p.scale > 0) - int(p.scale < 0)),
         inner(Config::kSoftcap ? p.scale / p.softcap : p.scale),
         factor(kTrueScore || p.scale == 0 ? kLog2E : fabsf(p.scale) * kLog2E) {}

@@ -12,7 +12,7 @@ constexpr int kFar = 1 << 29;  // beyond every index, and safe to add to one
 struct Band {
   int first, last, seqlen_k;
 
-  __device__ __forceinline__ explicit Band(const fagen_params& p) : seqlen_k(p.seqlen_k) {
+  __device__ __forceinline__ explicit Band(const fagen_forward_params& p) : seqlen_k(p.seqlen_k) {
     const int shift = p.seqlen_k - p.seqlen_q;
     first = p.window_left < 0 ? -kFar : shift - p.window_left;
     last = p.window_right < 0 ? kFar : shift + p.window_right;

@@ -25,6 +25,12 @@ struct HiddenRows {
   }
 };
 
+// The interval vectors of a mask head.
+__device__ __forceinline__ const int32_t* bounds_of(const fagen_forward_params& p, int batch, int head) {
+  const fagen_tensor& t = p.intervals;
+  return static_cast<const int32_t*>(t.data) + batch * t.stride[0] + head * t.stride[1];
+}
+
 // A head's interval vectors, and their extents tile by tile.
 template <class C>
 struct Intervals {
@@ -65,19 +71,19 @@ struct Intervals {
 
 // Extents of every tile of keys: one warp a tile, one pass over the vectors. The body of a kernel of its own.
 template <class C>
-__device__ __forceinline__ void find_extents(const fagen_params& p, Extent* extents, int tiles) {
+__device__ __forceinline__ void find_extents(const fagen_forward_params& p, Extent* extents, int tiles) {
   constexpr int kColumns = C::kIntervalColumns;
   const int64_t index = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (index >= int64_t(p.batch) * p.mask_heads * tiles) return;
   const int tile = index % tiles, head = index / tiles % p.mask_heads, batch = index / tiles / p.mask_heads;
-  const int32_t* bounds = p.intervals + batch * p.intervals_stride[0] + head * p.intervals_stride[1];
+  const int32_t* bounds = bounds_of(p, batch, head);
   const int end = min(p.seqlen_k, (tile + 1) * C::kTileN);
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
     int low = INT_MAX, high = INT_MIN;
     for (int key = tile * C::kTileN + lane; key < end; key += 32) {
-      const int value = bounds[key * p.intervals_stride[2] + c];
+      const int value = bounds[key * p.intervals.stride[2] + c];
       low = min(low, value);
       high = max(high, value);
     }

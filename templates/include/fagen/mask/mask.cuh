@@ -40,7 +40,7 @@ struct BandMask {
     }
   };
 
-  __device__ __forceinline__ explicit BandMask(const fagen_params& p) : band(p) {}
+  __device__ __forceinline__ explicit BandMask(const fagen_forward_params& p) : band(p) {}
   __device__ __forceinline__ Walk walk(const TileRange& range, int, int) const { return {range.end - 1, range.begin}; }
 };
 
@@ -90,7 +90,7 @@ struct IntervalMask {
     }
   };
 
-  __device__ __forceinline__ explicit IntervalMask(const fagen_params& p) : band(p) {}
+  __device__ __forceinline__ explicit IntervalMask(const fagen_forward_params& p) : band(p) {}
   __device__ __forceinline__ Walk walk(const TileRange& range, int m0, int m1) const {
     return Walk(intervals, range, m0, m1);
   }

@@ -26,7 +26,8 @@ struct Divisor {
 // The `index`-th tile of the order, by divisions, for kernels that find one tile a block. `heads_at_once` (sectioned
 // order): as many heads as have their keys and values in L2 together.
 template <BlockOrder kOrder>
-__device__ __forceinline__ TileCoord tile_at(const fagen_params& p, uint32_t index, int row_tiles, int heads_at_once) {
+__device__ __forceinline__ TileCoord tile_at(const fagen_forward_params& p, uint32_t index, int row_tiles,
+                                             int heads_at_once) {
   const uint32_t heads = p.heads * p.batch;
   uint32_t row, head;
   if constexpr (kOrder == BlockOrder::ascending || kOrder == BlockOrder::descending) {

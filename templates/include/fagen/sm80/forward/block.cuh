@@ -63,7 +63,7 @@ struct Block {
   using State = WarpProducts<C, Element, typename S::TileQ, typename S::TileK, typename S::TileV, S::kSlabs,
                              S::kWarpKeys, S::kWarpColumns>;
 
-  const fagen_params& p;
+  const fagen_forward_params& p;
   const GridArgs& grid;
   TileCoord coord;
   int warp, first_row, first_key, first_column;  // the warp's share of the tiles
@@ -73,7 +73,7 @@ struct Block {
   MaskOf<C> mask;
   ScoreMod<C> mod;
 
-  __device__ __forceinline__ Block(const fagen_params& p, const GridArgs& grid, unsigned char* shared)
+  __device__ __forceinline__ Block(const fagen_forward_params& p, const GridArgs& grid, unsigned char* shared)
       : p(p),
         grid(grid),
         coord(tile_at<C::kBlockOrder>(p, blockIdx.x, grid.blocks_of_rows, grid.heads_at_once)),
@@ -86,23 +86,22 @@ struct Block {
     first_key = S::kSplitKeys ? warp * S::kWarpKeys : S::kPairs ? warp % 2 * S::kWarpKeys : 0;
     first_column = S::kPairs ? warp % 2 * S::kWarpColumns : 0;
     const int kv_head = coord.head / (p.heads / p.kv_heads);
-    q = matrix(p.q, p.q_stride, coord.head, p.seqlen_q, p.head_dim);
-    k = matrix(p.k, p.k_stride, kv_head, p.seqlen_k, p.head_dim);
-    v = matrix(p.v, p.v_stride, kv_head, p.seqlen_k, p.head_dim_v);
+    q = matrix(p.q, coord.head, p.seqlen_q, p.head_dim);
+    k = matrix(p.k, kv_head, p.seqlen_k, p.head_dim);
+    v = matrix(p.v, kv_head, p.seqlen_k, p.head_dim_v);
     if constexpr (MaskOf<C>::kIntervals) {
       const int head = p.mask_heads == 1 ? 0 : kv_head;
-      mask.intervals.bounds = p.intervals + coord.batch * p.intervals_stride[0] + head * p.intervals_stride[1];
-      mask.intervals.stride = p.intervals_stride[2];
+      mask.intervals.bounds = bounds_of(p, coord.batch, head);
+      mask.intervals.stride = p.intervals.stride[2];
       mask.intervals.extents =
           grid.extents + int64_t(coord.batch * p.mask_heads + head) * grid.key_tiles * C::kIntervalColumns;
       mask.intervals.last_key = p.seqlen_k - 1;
     }
   }
 
-  __device__ __forceinline__ GlobalMatrix<Element> matrix(const void* base, const int64_t (&stride)[3], int head,
-                                                          int rows, int cols) const {
-    const Element* first = static_cast<const Element*>(base) + coord.batch * stride[0] + head * stride[2];
-    return {first, stride[1], rows, cols};
+  __device__ __forceinline__ GlobalMatrix<Element> matrix(const fagen_tensor& t, int head, int rows, int cols) const {
+    const Element* first = static_cast<const Element*>(t.data) + coord.batch * t.stride[0] + head * t.stride[2];
+    return {first, t.stride[1], rows, cols};
   }
 
   // ---- copies: each is one part of a group that the caller commits

@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typen
   using S = BlockShape<C>;
   using TileO = typename S::TileO;
   constexpr int kRows = S::kSlabs * 2, kChunks = S::kWarpColumns / 8;
-  const fagen_params& p = block.p;
+  const fagen_forward_params& p = block.p;
   const Lane lane = state.lane;
   float row_sum[kRows];
 #pragma unroll
@@ -92,14 +92,14 @@ __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typen
     }
   }
   __syncwarp();  // a warp reads back only what it wrote
-  Element* out = static_cast<Element*>(p.o) + block.coord.batch * p.o_stride[0] + block.coord.head * p.o_stride[2];
+  Element* out = static_cast<Element*>(p.o.data) + block.coord.batch * p.o.stride[0] + block.coord.head * p.o.stride[2];
 #pragma unroll 4
   for (int i = lane.id; i < S::kWarpRows * kChunks; i += 32) {
     const int row = block.first_row + i / kChunks, chunk = block.first_column / 8 + i % kChunks;
     const int cols = p.head_dim_v - chunk * 8;
     if (m0 + row >= p.seqlen_q || cols <= 0) continue;
     uint4 value = ptx::ld_shared_16(block.smem + TileO::offset(row, chunk));
-    Element* to = out + (m0 + row) * p.o_stride[1] + chunk * 8;
+    Element* to = out + (m0 + row) * p.o.stride[1] + chunk * 8;
     if constexpr (C::kAligned) {
       *reinterpret_cast<uint4*>(to) = value;
     } else {

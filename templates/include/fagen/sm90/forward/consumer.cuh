@@ -22,7 +22,7 @@ struct Consumer {
 
   static constexpr int kPieces = C::kTileN / 8;  // 8 keys each
 
-  const fagen_params& p;
+  const fagen_forward_params& p;
   const LaunchArgs& launch;
   Pipelines<C> pipelines;
   const Band band;
@@ -36,7 +36,7 @@ struct Consumer {
   Scores s_acc;
   WeightOperand<C> weights;
 
-  __device__ __forceinline__ Consumer(const fagen_params& p, const LaunchArgs& launch, uint32_t smem, int group)
+  __device__ __forceinline__ Consumer(const fagen_forward_params& p, const LaunchArgs& launch, uint32_t smem, int group)
       : p(p), launch(launch), pipelines(smem), band(p), packing(launch), group(group), turns{group}, state(p) {
     weights.tile = smem + L::kWeights + group * L::kWeightBytes;
   }

@@ -15,7 +15,8 @@
 namespace fagen {
 
 template <class C, class Element>
-__device__ __forceinline__ void run_block(const fagen_params& p, const LaunchArgs& launch, unsigned char* shared) {
+__device__ __forceinline__ void run_block(const fagen_forward_params& p, const LaunchArgs& launch,
+                                          unsigned char* shared) {
   using L = BlockLayout<C>;
   const uint32_t smem = (ptx::shared_address(shared) + kSmemAlignment - 1) & ~uint32_t(kSmemAlignment - 1);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well

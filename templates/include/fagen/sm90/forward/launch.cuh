@@ -10,7 +10,7 @@ namespace fagen {
 
 // With heads packed, log2 of how many: of those that share keys, as many as a row tile can hold evenly.
 template <class C>
-static int packed_heads(const fagen_params& p) {
+static int packed_heads(const fagen_forward_params& p) {
   int log2 = 0;
   while (C::kPackHeads && log2 < 6 && p.heads / p.kv_heads % (2 << log2) == 0) ++log2;
   return log2;
@@ -19,7 +19,7 @@ static int packed_heads(const fagen_params& p) {
 // Row tiles of a head, or of heads that are packed; those of a cluster count as one. With intervals some may end early
 // where a document does: there is room for some more of them.
 template <class C>
-static int count_row_tiles(const fagen_params& p) {
+static int count_row_tiles(const fagen_forward_params& p) {
   const int tiles = ceil_div(p.seqlen_q << packed_heads<C>(p), C::kTileM * C::kCluster);
   return MaskOf<C>::kIntervals ? tiles + tiles / 8 + 1 : tiles;
 }
@@ -30,7 +30,7 @@ struct Workspace {
   static constexpr bool kCounter = C::kSchedule == Schedule::dynamic, kPlanned = MaskOf<C>::kIntervals;
   uint64_t extents, visits, visit_bits, ranks, end;  // where each begins
 
-  explicit Workspace(const fagen_params& p) {
+  explicit Workspace(const fagen_forward_params& p) {
     const auto next = [](uint64_t begin, uint64_t bytes) { return align_workspace(begin + bytes); };
     const auto key_tiles = [&](int keys) { return uint64_t(ceil_div(p.seqlen_k, keys)); };
     const uint64_t planes = kPlanned ? uint64_t(p.batch) * p.mask_heads : 0;
@@ -52,20 +52,20 @@ struct Workspace {
 
 // The maps of q, k and v.
 template <class C>
-static cudaError_t make_maps(const fagen_params& p, CUtensorMapDataType type, LaunchArgs& launch) {
-  const auto keys = [&](CUtensorMap* map, const void* base, const int64_t (&stride)[3], int columns) {
-    const Dimension rows = {p.seqlen_k, stride[1], C::kTileN / C::kCluster}, heads = {p.kv_heads, stride[2], 1};
-    return make_map(map, type, base, columns, {rows, heads, {p.batch, stride[0], 1}});
+static cudaError_t make_maps(const fagen_forward_params& p, CUtensorMapDataType type, LaunchArgs& launch) {
+  const auto keys = [&](CUtensorMap* map, const fagen_tensor& t, int columns) {
+    const Dimension rows = {p.seqlen_k, t.stride[1], C::kTileN / C::kCluster}, heads = {p.kv_heads, t.stride[2], 1};
+    return make_map(map, type, t.data, columns, {rows, heads, {p.batch, t.stride[0], 1}});
   };
-  if (const cudaError_t e = keys(&launch.k, p.k, p.k_stride, p.head_dim)) return e;
-  if (const cudaError_t e = keys(&launch.v, p.v, p.v_stride, p.head_dim_v)) return e;
+  if (const cudaError_t e = keys(&launch.k, p.k, p.head_dim)) return e;
+  if (const cudaError_t e = keys(&launch.v, p.v, p.head_dim_v)) return e;
   const int packed = 1 << launch.packed;
-  const Dimension rows = {p.seqlen_q, p.q_stride[1], C::kTileM / packed};
-  const Dimension heads = {p.heads / packed, p.q_stride[2] * packed, 1}, batch = {p.batch, p.q_stride[0], 1};
+  const Dimension rows = {p.seqlen_q, p.q.stride[1], C::kTileM / packed};
+  const Dimension heads = {p.heads / packed, p.q.stride[2] * packed, 1}, batch = {p.batch, p.q.stride[0], 1};
   if constexpr (C::kPackHeads)
-    return make_map(&launch.q, type, p.q, p.head_dim, {{packed, p.q_stride[2], packed}, rows, heads, batch});
+    return make_map(&launch.q, type, p.q.data, p.head_dim, {{packed, p.q.stride[2], packed}, rows, heads, batch});
   else
-    return make_map(&launch.q, type, p.q, p.head_dim, {rows, heads, batch});
+    return make_map(&launch.q, type, p.q.data, p.head_dim, {rows, heads, batch});
 }
 
 // Count the clusters that run at once, and give the kernel more shared memory than the default. Clusters of several
@@ -75,8 +75,7 @@ static cudaError_t count_resident(Forward forward, int index, int& resident) {
   using L = BlockLayout<C>;
   int sms;
   if (const cudaError_t e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index)) return e;
-  if (const cudaError_t e =
-          cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kSmemBytes))
+  if (const cudaError_t e = cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kSmemBytes))
     return e;
   resident = sms * C::kBlocksPerSm;
   if (C::kCluster > 1) {
@@ -103,10 +102,10 @@ static int heads_of_section(int heads, int group, int64_t fit) {
   return best * group;
 }
 
-using Kernel = void (*)(fagen_params, LaunchArgs);
+using Kernel = void (*)(fagen_forward_params, LaunchArgs);
 
 template <class C, class Element>
-static int launch_forward(const fagen_params& p, cudaStream_t stream, CUtensorMapDataType type, Kernel prologue,
+static int launch_forward(const fagen_forward_params& p, cudaStream_t stream, CUtensorMapDataType type, Kernel prologue,
                           Kernel plan, Kernel forward) {
   using L = BlockLayout<C>;
   int resident;

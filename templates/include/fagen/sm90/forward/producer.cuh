@@ -11,7 +11,7 @@ template <class C>
 struct Producer {
   static constexpr int kLookAhead = 2;  // key tiles left to load when the next row tile is found
 
-  const fagen_params& p;
+  const fagen_forward_params& p;
   const LaunchArgs& launch;
   Pipelines<C> pipelines;
   const Band band;

@@ -8,7 +8,7 @@ namespace fagen {
 
 // One block's work, without intervals.
 template <class C, class Element>
-__device__ __forceinline__ void prologue(const fagen_params& p, const LaunchArgs& launch) {
+__device__ __forceinline__ void prologue(const fagen_forward_params& p, const LaunchArgs& launch) {
   ptx::wait_for_previous_kernel();
   ptx::start_next_kernel();
   if (p.seqlen_k == 0) return store_all_empty<Element>(p);
@@ -68,7 +68,7 @@ __device__ __forceinline__ void rank_by_visits(const RowTileVisits* visits, int*
 
 // Intervals: the extents of the key tiles, the visits of the row tiles, and the row tiles' ranks.
 template <class C>
-__device__ __forceinline__ void plan(const fagen_params& p, const LaunchArgs& launch) {
+__device__ __forceinline__ void plan(const fagen_forward_params& p, const LaunchArgs& launch) {
   constexpr int kWarps = kPlannerThreads / 32;
   const int plane = blockIdx.x / kPlanners, warp = blockIdx.x % kPlanners * kWarps + threadIdx.x / 32;
   const auto intervals = intervals_of<C>(p, launch, plane / p.mask_heads, plane % p.mask_heads);

@@ -31,18 +31,20 @@ __device__ __forceinline__ bool has_prologue(const LaunchArgs& launch) {
 
 // With intervals the last row tile need not be the longest: they are ranked by their visits.
 template <class C>
-constexpr bool kRanked = MaskOf<C>::kIntervals &&
-                         (C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned);
+constexpr bool kRanked =
+    MaskOf<C>::kIntervals && (C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned);
 
 // Intervals may differ by batch and by kv head.
-__device__ __forceinline__ int mask_head(const fagen_params& p, int kv_head) { return p.mask_heads == 1 ? 0 : kv_head; }
-__device__ __forceinline__ int64_t mask_plane(const fagen_params& p, int batch, int kv_head) {
+__device__ __forceinline__ int mask_head(const fagen_forward_params& p, int kv_head) {
+  return p.mask_heads == 1 ? 0 : kv_head;
+}
+__device__ __forceinline__ int64_t mask_plane(const fagen_forward_params& p, int batch, int kv_head) {
   return int64_t(batch) * p.mask_heads + mask_head(p, kv_head);
 }
 
 // The index of a row tile in `visits` and `ranks`, and of its first entry in `visit_bits`.
-__device__ __forceinline__ int visits_index(const fagen_params& p, const LaunchArgs& launch, int batch, int kv_head,
-                                            int tile) {
+__device__ __forceinline__ int visits_index(const fagen_forward_params& p, const LaunchArgs& launch, int batch,
+                                            int kv_head, int tile) {
   return mask_plane(p, batch, kv_head) * launch.row_tiles + tile;
 }
 __device__ __forceinline__ unsigned visit_bits_index(const LaunchArgs& launch, int visits_index) {
@@ -50,11 +52,11 @@ __device__ __forceinline__ unsigned visit_bits_index(const LaunchArgs& launch, i
 }
 
 template <class C>
-__device__ __forceinline__ Intervals<C> intervals_of(const fagen_params& p, const LaunchArgs& launch, int batch,
+__device__ __forceinline__ Intervals<C> intervals_of(const fagen_forward_params& p, const LaunchArgs& launch, int batch,
                                                      int head) {
   Intervals<C> intervals;
-  intervals.bounds = p.intervals + batch * p.intervals_stride[0] + head * p.intervals_stride[1];
-  intervals.stride = p.intervals_stride[2];
+  intervals.bounds = bounds_of(p, batch, head);
+  intervals.stride = p.intervals.stride[2];
   intervals.extents = launch.extents + (int64_t(batch) * p.mask_heads + head) * launch.key_tiles * C::kIntervalColumns;
   intervals.last_key = p.seqlen_k - 1;
   return intervals;
@@ -83,7 +85,8 @@ struct HeadPacking {
 
 // The `index`-th row tile in the order of work.
 template <class C>
-__device__ __forceinline__ TileAssignment assignment_at(const fagen_params& p, const LaunchArgs& launch, int index) {
+__device__ __forceinline__ TileAssignment assignment_at(const fagen_forward_params& p, const LaunchArgs& launch,
+                                                        int index) {
   TileAssignment assignment;
   TileCoord& coord = assignment.coord = launch.order.tile_at<C::kBlockOrder>(index);
   assignment.kv_head = launch.heads_per_kv_head.quotient(coord.head);
@@ -115,7 +118,7 @@ struct RowTile {
   Intervals<C> intervals;
 
   RowTile() = default;
-  __device__ __forceinline__ RowTile(const fagen_params& p, const LaunchArgs& launch, const Band& band,
+  __device__ __forceinline__ RowTile(const fagen_forward_params& p, const LaunchArgs& launch, const Band& band,
                                      const TileAssignment& assignment)
       : coord(assignment.coord), kv_head(assignment.kv_head) {
     const HeadPacking<C> packing(launch);
