@@ -11,9 +11,9 @@ __all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates
 
 
 def all_families() -> tuple[Family, ...]:
-    from fagen.families import cpu_forward, sm80_forward, sm90_forward
+    from fagen.families import cpu_backward, cpu_forward, sm80_forward, sm90_forward
 
-    return (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY)
+    return (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY, cpu_backward.FAMILY)
 
 
 def get(name: str) -> Family:

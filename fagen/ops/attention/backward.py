@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fagen.ops.attention import forward, size_point
 from fagen.ops.attention.flags import of as forward_flags
 from fagen.ops.attention.problem import Problem
-from fagen.ops.base import Op
+from fagen.ops.base import Calls, Op
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ def _torch_serves(p: BackwardProblem) -> bool:
     return not p.deterministic and forward.OP.torch_serves(p)
 
 
+def _calls() -> Calls:
+    from fagen.ops.attention.backward_calls import CALLS
+
+    return CALLS
+
+
 OP = Op(
     name="backward",
     title="attention backward",
@@ -52,4 +58,5 @@ OP = Op(
     weights=size_point.WEIGHTS,
     flags=_flags,
     torch_serves=_torch_serves,
+    calls=_calls,
 )

@@ -29,6 +29,14 @@ _SAMPLED_HEADS, _SAMPLED_BLOCKS = 4, 4  # that are checked at a problem's own si
 
 def require(problem: Problem, call: AttentionCall, outputs: Outputs) -> None:
     """A kernel of the problem serves the call and can write the outputs."""
+    require_problem(problem, call)
+    rows = "the kernel needs rows of whole 16-byte pieces"
+    _want(not problem.aligned or is_aligned(outputs["out"]), "out is not aligned", rows)
+    _want("lse" not in outputs or outputs["lse"].is_contiguous(), "lse must be contiguous")
+
+
+def require_problem(problem: Problem, call: AttentionCall) -> None:
+    """A kernel of the problem serves the call, forward or backward."""
     _want(not call.unreadable, call.unreadable)
     its = call.problem
     if its.static_key != problem.static_key:  # some kernels serve more than their own
@@ -36,9 +44,6 @@ def require(problem: Problem, call: AttentionCall, outputs: Outputs) -> None:
         its = its.replace(mask=mask, aligned=its.aligned and problem.aligned)
         have = f"the call is {call.problem.static_key}"
         _want(its.static_key == problem.static_key, f"the kernel is for {problem.static_key}", have)
-    rows = "the kernel needs rows of whole 16-byte pieces"
-    _want(not problem.aligned or is_aligned(outputs["out"]), "out is not aligned", rows)
-    _want("lse" not in outputs or outputs["lse"].is_contiguous(), "lse must be contiguous")
 
 
 def _want(good: bool, what: str, numbers: str = "") -> None:
