@@ -39,7 +39,9 @@ def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     device = q.device.type  # the result has the inputs' dtype, as a kernel's has, whatever autocast would make of it
     with torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext():
         if 0 in q.shape or 0 in k.shape:
-            out, lse = q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+            nothing = sum(t[..., :0].sum() for t in (q, k, v))  # of which the output is a function all the same
+            out = q.new_zeros((*q.shape[:3], v.shape[3])) + nothing
+            lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32) + nothing
         elif plain and _sdpa_serves(call):
             out, lse = _by_sdpa(call), q.new_empty(0, dtype=torch.float32)
         else:

@@ -91,9 +91,21 @@ bool traced(const Tensor& t) { return t.key_set().has(c10::DispatchKey::Python);
 // Whether all runs must agree in every bit, as the caller or all of PyTorch was told.
 bool must_repeat(const Call& c) { return c.deterministic || at::globalContext().deterministicAlgorithms(); }
 
+// Whether a transform of torch.func is at work, which takes no node of autograd from C++: then asking raises an error.
+bool in_transform() {
+  const auto& transforms = at::functorch::functorchTLSAccessor();
+  if (!transforms) return false;
+  try {
+    transforms->checkSupportsCppAutogradFunction();
+    return false;
+  } catch (const c10::Error&) {
+    return true;
+  }
+}
+
 // Whether every gradient that is wanted is one that a kernel of ours computes.
 bool gradients_are_ours(const Call& c) {
-  if (has_tangent(c) || at::functorch::functorchTLSAccessor()) return false;
+  if (has_tangent(c) || in_transform()) return false;
   if (c.alibi_slopes && c.alibi_slopes->requires_grad()) return false;
   if (!trains(c.q.device())) return false;
   if (traced(c.q)) return true;  // `backward` decides when the graph runs
