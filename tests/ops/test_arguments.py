@@ -94,7 +94,7 @@ def test_a_call_of_the_op_itself_is_refused_too() -> None:
     buffer, case = packed()
     assert binding.load() is not None
     with pytest.raises(InvalidArgument, match="out shares memory with v"):
-        torch.ops.fagen.forward_out(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, case.v)
+        torch.ops.fagen.forward_out(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, False, case.v)
 
 
 def addresses(t: torch.Tensor) -> list[int]:
@@ -174,7 +174,7 @@ def test_gradients_reach_an_out_that_the_op_fills() -> None:
     case.q.requires_grad_()
     assert binding.load() is not None
     out = torch.zeros(2, 33, 2, 16)
-    torch.ops.fagen.forward_out(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, out)
+    torch.ops.fagen.forward_out(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, False, out)
     (got,) = torch.autograd.grad(out.square().sum(), case.q)
     q, k, v = (t.transpose(1, 2) for t in (case.q, case.k, case.v))
     (want,) = torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(q, k, v).square().sum(), case.q)
@@ -353,7 +353,7 @@ def test_the_op_itself_refuses_numbers_that_are_not_finite(softcap: float, scale
     case = example()
     attend(case), attend(case, softcap=1.0)
     with pytest.raises(InvalidArgument, match="must be finite"):
-        torch.ops.fagen.forward(case.q, case.k, case.v, None, None, False, False, -1, -1, softcap, scale)
+        torch.ops.fagen.forward(case.q, case.k, case.v, None, None, False, False, -1, -1, softcap, scale, False)
 
 
 def test_the_op_itself_leaves_a_scale_that_is_not_positive_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def test_the_op_itself_leaves_a_scale_that_is_not_positive_to_pytorch(monkeypatc
     attend(case)
     asked: list[object] = []
     monkeypatch.setattr(fallback, "attend", lambda *a, real=fallback.attend, **o: asked.append(o) or real(*a, **o))
-    out = torch.ops.fagen.forward(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, -0.25)
+    out = torch.ops.fagen.forward(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, -0.25, False)
     assert asked and right(out, case.q, case.k, case.v, scale=-0.25)
 
 
