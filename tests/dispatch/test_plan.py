@@ -40,7 +40,7 @@ PROBLEM = Problem(dtype="fp32", head_dim=16, mask="causal", heads=2, seqlen_q=64
 def overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(store, "default_paths", lambda: (tmp_path,))
     monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path))
-    monkeypatch.setattr(fallback, "_warned", set())
+    monkeypatch.setattr("fagen.notices._warned", set())
     assert api._ops_registered()
     resolve.forget()
     yield tmp_path
@@ -278,7 +278,20 @@ def test_sizes_that_do_not_agree_are_refused_by_python(words: str, spoil, asked:
 
     def ask(case: Case) -> torch.Tensor:
         o = case.options
-        args = (case.q, case.k, case.v, o.get("intervals"), o.get("alibi_slopes"), False, False, -1, -1, 0.0, None)
+        args = (
+            case.q,
+            case.k,
+            case.v,
+            o.get("intervals"),
+            o.get("alibi_slopes"),
+            False,
+            False,
+            -1,
+            -1,
+            0.0,
+            None,
+            False,
+        )
         if "out" in o:
             return torch.ops.fagen.forward_out(*args, False, o["out"])
         return torch.ops.fagen.forward(*args)

@@ -26,7 +26,7 @@ from tests.support.calls import Case, example, right
 @pytest.fixture(params=["ops", "ctypes", "PyTorch"])
 def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The options with which a call takes the C++ ops, ctypes, or PyTorch; and that it does."""
-    monkeypatch.setattr(fallback, "_warned", set())
+    monkeypatch.setattr("fagen.notices._warned", set())
     if request.param == "PyTorch":
         warnings.simplefilter("ignore", fallback.FallbackWarning)
         return {"scale": -0.25}
@@ -94,7 +94,9 @@ def test_a_call_of_the_op_itself_is_refused_too() -> None:
     buffer, case = packed()
     assert binding.load() is not None
     with pytest.raises(InvalidArgument, match="out shares memory with v"):
-        torch.ops.fagen.forward_out(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, False, case.v)
+        torch.ops.fagen.forward_out(
+            case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, False, case.v
+        )
 
 
 def addresses(t: torch.Tensor) -> list[int]:
@@ -345,7 +347,7 @@ def test_sizes_beyond_32_bits_are_refused(road: dict, name: str) -> None:
     assert binding.load() is not None
     for op in (torch.ops.fagen.forward, torch.ops.fagen.forward_lse):
         with pytest.raises(InvalidArgument, match="a size is beyond 2.31 - 1"):
-            op(q, k, k, None, None, False, False, -1, -1, 0.0, None)
+            op(q, k, k, None, None, False, False, -1, -1, 0.0, None, False)
 
 
 @pytest.mark.parametrize(("softcap", "scale"), [(math.inf, None), (0.0, math.inf), (0.0, math.nan), (0.0, 1e300)])
@@ -380,7 +382,7 @@ def test_a_call_holds_what_the_ops_take() -> None:
     call = case.call()
     assert (call.window, call.softcap, call.scale, call.want_lse) == ((4, 0), 2.0, 1.0, True)
     given = call.op_arguments()[5:]
-    assert [type(value) for value in given] == [bool, bool, int, int, float, float] and call.want_lse is True
+    assert [type(value) for value in given] == [bool, bool, int, int, float, float, bool] and call.want_lse is True
 
 
 @pytest.mark.parametrize("columns", [0, 1, 2, 4])
@@ -402,7 +404,14 @@ def test_the_ops_arguments_are_the_call_again(columns: int, causal: bool, window
 def test_python_and_cpp_name_the_same_arguments() -> None:
     """The ops' schema in C++, the list of it in Python, and the order in which the fast road is handed a call."""
     module, own = binding.load(), {"forward_out": ["want_lse", "out"], "resolve": ["out", "want_lse"]}
-    own |= {"fallback": ["want_lse"], "refuse_overlap": ["out"], "forward": [], "forward_lse": []}
+    own |= {
+        "fallback": ["want_lse"],
+        "refuse_overlap": ["out"],
+        "forward": [],
+        "forward_lse": [],
+        "resolve_backward": [],
+    }
+    own |= {name: ["out", "lse", "dout", "dlse"] for name in ("backward", "fallback_backward")}
     for name, more in own.items():
         schema = getattr(torch.ops.fagen, name).default._schema
         assert [argument.name for argument in schema.arguments] == [*OpArguments._fields, *more], name

@@ -5,40 +5,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from fagen import notices
+from fagen.notices import FallbackWarning as FallbackWarning
 from fagen.ops.attention import reference
 from fagen.ops.attention.call import EMPTY, AttentionCall
 from fagen.ops.attention.derivatives import in_forward_mode
 
-_warned: set[str] = set()
-
-
-class FallbackWarning(UserWarning):
-    """A call is served by PyTorch; the message says why."""
-
 
 def warn(reason: str) -> None:
-    """Once a reason and process, and never while torch.compile traces."""
-    if torch.compiler.is_compiling() or reason in _warned or reason == EMPTY:
-        return
-    _warned.add(reason)
-    warnings.warn(f"fagen: PyTorch computes instead: {reason}", FallbackWarning, stacklevel=4)
+    """Once a reason and process, and never for a call that computes nothing."""
+    if reason != EMPTY:
+        notices.warn_fallback(reason, stacklevel=5)
 
 
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) in the caller's layout and dtype. The lse may be empty where the call does not want it."""
     q, k, v = call.bhsd()
     # PyTorch's own attention has no LSE and adds gradients up in any order; products of matrices do in one
-    plain = not call.want_lse and not call.deterministic and call.intervals is None and call.alibi_slopes is None
+    plain = not (call.want_lse or call.deterministic) and call.intervals is call.alibi_slopes is call.sinks is None
     device = q.device.type  # the result has the inputs' dtype, as a kernel's has, whatever autocast would make of it
     with torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext():
-        if 0 in q.shape or 0 in k.shape:
+        if 0 in q.shape or (0 in k.shape and call.sinks is None):
             nothing = sum(t[..., :0].sum() for t in (q, k, v))  # of which the output is a function all the same
             out = q.new_zeros((*q.shape[:3], v.shape[3])) + nothing
             lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32) + nothing
