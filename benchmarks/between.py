@@ -36,8 +36,9 @@ from fagen.db.record import Record, environment, now
 from fagen.errors import FagenError
 from fagen.families import Config, Family
 from fagen.ops.attention import forward, size_point
-from fagen.ops.attention.inputs import input_sets, make_inputs
+from fagen.ops.attention.inputs import make_inputs
 from fagen.ops.attention.problem import Problem
+from fagen.ops.inputs import input_sets
 from fagen.runtime import kernel
 from fagen.runtime.kernel import launcher
 from fagen.target import Target

@@ -34,8 +34,8 @@ from fagen.cli import arguments
 from fagen.db.record import environment, now
 from fagen.notices import emit_json, say
 from fagen.ops.attention.call import AttentionCall
-from fagen.ops.attention.inputs import Inputs
 from fagen.ops.attention.problem import TORCH_DTYPES, Problem
+from fagen.ops.inputs import Inputs
 from fagen.target import Target
 
 Call = Callable[[Inputs], object]

@@ -23,8 +23,8 @@ from fagen.build.job import Artifact
 from fagen.codegen.spec import Key
 from fagen.errors import FagenError
 from fagen.families import Config
-from fagen.ops.attention.inputs import Inputs
 from fagen.ops.attention.problem import Problem
+from fagen.ops.inputs import Inputs
 from fagen.target import Target
 
 FORMAT = 1
@@ -94,7 +94,8 @@ def run_ablation(
 
 
 def _problem(problem: Problem, plans: list[StepPlan], built: Built, target: Target, settings: Settings) -> Result:
-    from fagen.ops.attention.inputs import input_sets, make_inputs
+    from fagen.ops.attention.inputs import make_inputs
+    from fagen.ops.inputs import input_sets
     from fagen.timing import timer
 
     device = "cuda" if target.is_gpu else "cpu"

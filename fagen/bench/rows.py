@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fagen.ops.attention import inputs
-from fagen.ops.attention.inputs import Inputs
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
+from fagen.ops.inputs import Inputs
 
 if TYPE_CHECKING:
     import torch

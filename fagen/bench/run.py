@@ -88,7 +88,7 @@ def time_row(
     row: Row, participants: Mapping[str, Prepare], target: Target, settings: Settings, held: str | None = None
 ) -> Result:
     """Participants verified, then timed in turn."""
-    from fagen.ops.attention.inputs import input_sets
+    from fagen.ops.inputs import input_sets
     from fagen.timing import timer
 
     device = "cuda" if target.is_gpu else "cpu"

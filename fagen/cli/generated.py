@@ -111,22 +111,21 @@ def _left_out(spec: KernelSpec, target: Target) -> str:
 
 def measure(spec: KernelSpec, target: Target) -> dict[str, Any]:
     """Build, verify and time one kernel on the device that is here."""
-    from fagen.ops.attention import reference
-    from fagen.ops.attention.inputs import make_inputs
     from fagen.runtime import kernel
     from fagen.runtime.kernel import launcher
     from fagen.timing import timer
+    from fagen.verify.checks import where
 
     ready = kernel.get(dataclasses.replace(spec, target=target))
     if ready.artifact.source_hash != spec.hash:
         raise WrongResult("the kernel is another one on this device", f"{ready.artifact.source_hash}, not {spec.hash}")
-    inputs = make_inputs(spec.problem, target)
-    call = launcher(ready, inputs, lse=True)
+    inputs = ready.calls.inputs(spec.problem, where(target), 0, False)
+    call = launcher(ready, inputs, inputs.outputs)
     call()
-    verdict = reference.check(inputs.call, inputs.outputs)
+    verdict = ready.calls.check(inputs.call, inputs.outputs)
     if not verdict.ok:
         raise WrongResult(f"{spec.problem} is wrong on {target.device}", verdict.message)
-    seconds = timer.time_calls({"it": call}, device=inputs.call.q.device)["it"].median
+    seconds = timer.time_calls({"it": call}, device=where(target))["it"].median
     return {
         "source_hash": spec.hash,
         "device": target.device,

@@ -60,22 +60,11 @@ def _prime(found: Kernel, target: Target) -> None:
     """Run it once on next to nothing: CUDA loads a kernel's code when it is first launched, in milliseconds."""
     if not target.is_gpu or not device_is_ready(target):
         return
-    import torch
+    from fagen.verify import checks
 
-    from fagen.ops.attention.call import AttentionCall
-    from fagen.ops.attention.problem import INTERVAL_KINDS, TORCH_DTYPES
-
-    p, here = found.spec.problem, torch.device("cuda", torch.cuda.current_device())
-    columns, window = len(INTERVAL_KINDS.get(p.intervals, ())), {"causal": (-1, 0), "window": (0, 0)}
-    dtype = getattr(torch, TORCH_DTYPES[p.dtype])
-    with contextlib.suppress(RuntimeError), torch.no_grad():  # out of memory, say: then its first call loads it
-        q, k, v = (torch.zeros(1, 1, 1, n, dtype=dtype, device=here) for n in (p.head_dim, p.head_dim, p.head_dim_v))
-        call = AttentionCall(
-            q, k, v, window=window.get(p.mask, (-1, -1)), kind=p.intervals, softcap=float(p.softcap),
-            intervals=torch.zeros(1, 1, 1, columns, dtype=torch.int32, device=here) if columns else None,
-            alibi_slopes=torch.zeros(1, dtype=torch.float32, device=here) if p.alibi else None,
-        )  # fmt: skip
-        found.launch(call, call.new_outputs())
+    with contextlib.suppress(RuntimeError), checks.plain_modes("cuda"):  # out of memory, say: its first call loads it
+        problem = found.calls.check_problems(found.spec.problem, target)[0]
+        kernel.launcher(found, found.calls.inputs(problem, "cuda", 0, False))()
 
 
 def device_is_ready(target: Target) -> bool:

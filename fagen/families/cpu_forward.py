@@ -43,13 +43,13 @@ def _scratch_bytes(p: Problem, c: Config) -> int:
     return -(-4 * floats // 64) * 64
 
 
-def _whole_groups(p: Problem, t: Target, c: Config) -> str | None:
+def whole_groups(p: Problem, t: Target, c: Config) -> str | None:
     if c.tile_m % (LANES * c.block_vectors):
         return f"tile_m {c.tile_m} is no multiple of {LANES} lanes x {c.block_vectors} vectors"
     return None
 
 
-def _block_fits(p: Problem, t: Target, c: Config) -> str | None:
+def block_fits(p: Problem, t: Target, c: Config) -> str | None:
     have, need = VECTOR_REGISTERS.get(t.simd, 16), _block_registers(c)
     if not have // 2 < need <= have:
         return f"a {c.block_rows} x {c.block_vectors} block takes {need} of {have} registers; useful: more than half"
@@ -61,7 +61,7 @@ def _scratch_fits(p: Problem, t: Target, c: Config) -> str | None:
     return f"{need} > {SCRATCH_BYTES} bytes of scratch a thread" if need > SCRATCH_BYTES else None
 
 
-def _direct_floats(p: Problem, t: Target, c: Config) -> str | None:
+def direct_floats(p: Problem, t: Target, c: Config) -> str | None:
     if c.packing == "direct" and p.dtype != "fp32":
         return f"{p.dtype} has to be packed into float32"
     return None
@@ -155,9 +155,9 @@ FAMILY = Family(
     dtypes=("fp32", "bf16", "fp16"),
     knobs=KNOBS,
     constraints=(
-        Constraint("whole_groups", _whole_groups),
-        Constraint("block_fits", _block_fits),
-        Constraint("direct_floats", _direct_floats),
+        Constraint("whole_groups", whole_groups),
+        Constraint("block_fits", block_fits),
+        Constraint("direct_floats", direct_floats),
         Constraint("order_matters", _order_matters),
         Constraint("one_scheme", _one_scheme),
         Constraint("scratch_fits", _scratch_fits),

@@ -14,18 +14,17 @@ from fagen.build import cache
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import InvalidArgument, LaunchError
 from fagen.ops import abi
-from fagen.ops.attention.params import make_params
-from fagen.timing.timer import Call
+from fagen.timing import timer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import torch
 
     from fagen.build.job import Artifact
-    from fagen.ops.attention.call import AttentionCall
-    from fagen.ops.attention.inputs import Inputs
+    from fagen.ops.base import Call, Calls
+    from fagen.ops.inputs import Inputs
 
 WORKSPACE_ALIGNMENT = 256
 
@@ -80,13 +79,17 @@ class Kernel:
     def facts(self) -> dict[str, Any]:
         return self.artifact.facts
 
-    def launch(self, call: AttentionCall, outputs: Mapping[str, torch.Tensor], **options: Any) -> None:
+    @property
+    def calls(self) -> Calls:
+        return ops.get(self.spec.problem.op).calls()
+
+    def launch(self, call: Call, outputs: Mapping[str, torch.Tensor], **options: Any) -> None:
         """Fill the outputs as `bind` describes; asynchronous on a GPU."""
         self.bind(call, outputs, **options)()
 
     def bind(
         self,
-        call: AttentionCall,
+        call: Call,
         outputs: Mapping[str, torch.Tensor],
         *,
         workspace: torch.Tensor | None = None,
@@ -94,21 +97,21 @@ class Kernel:
     ) -> Callable[[], None]:
         """All checks and preparations of a launch done once; what is returned only launches (for timing).
 
-        The outputs are `out` and, if wanted, `lse`. It runs on the stream that is current now, or on `stream`, and
+        The outputs are one of the op's `variants`. It runs on the stream that is current now, or on `stream`, and
         keeps the tensors alive.
         """
         self._check(call, outputs)
-        q, params = call.q, make_params(call, outputs)
+        first, params = _first(call), self.calls.params(call, outputs)
         need = self.library.workspace_bytes(ctypes.byref(params))
         if need and workspace is None:
-            workspace, params.workspace = workspace_tensor(need, q.device)
+            workspace, params.workspace = workspace_tensor(need, first.device)
         elif need and workspace is not None:
             if workspace.numel() * workspace.element_size() < need or workspace.data_ptr() % WORKSPACE_ALIGNMENT:
                 raise InvalidArgument("the workspace is too small or not aligned", f"{need} bytes, 256-byte aligned")
             params.workspace = workspace.data_ptr()
-        device = _select(q)
-        if q.is_cuda and stream is None:
-            stream = _current_stream(q)
+        device = _select(first)
+        if first.is_cuda and stream is None:
+            stream = _current_stream(first)
         launch, reference = self.library.launch, ctypes.byref(params)
         alive = (call, dict(outputs), workspace)
 
@@ -120,35 +123,32 @@ class Kernel:
 
         return start
 
-    def _fail(self, status: int, call: AttentionCall) -> None:
+    def _fail(self, status: int, call: Call) -> None:
         text = (self.library.error(status) or b"unknown").decode(errors="replace")
-        shapes = " ".join(str(tuple(t.shape)) for t in (call.q, call.k, call.v))
+        shapes = " ".join(str(tuple(t.shape)) for t in call.inputs().values())
         raise LaunchError(f"{self.spec.family.name} could not run: {text}", f"{shapes}: {self.spec.config}")
 
-    def _check(self, call: AttentionCall, outputs: Mapping[str, torch.Tensor]) -> None:
+    def _check(self, call: Call, outputs: Mapping[str, torch.Tensor]) -> None:
         """A call that contradicts itself, or that is one for another kernel, would be read astray."""
-        from fagen.ops.attention.arguments import is_aligned
-
+        calls = self.calls
+        known = " or ".join(", ".join(names) for names in calls.variants)
+        _want(any(set(names) == outputs.keys() for names in calls.variants), f"the outputs must be {known}")
         call.check_tensors()
-        mine, q = self.spec.problem, call.q
+        name, device = next(iter(call.inputs())), _first(call).device
         wanted = "cpu" if self.artifact.arch == "cpu" else "cuda"
-        _want(q.device.type == wanted, f"q is on {q.device}", f"the kernel is for {self.artifact.arch}")
-        _want(not call.unreadable, call.unreadable)
-        its = call.problem
-        if its.static_key != mine.static_key:  # some kernels serve more than their own
-            mask = "window" if mine.mask == "window" and not its.intervals else its.mask
-            its = its.replace(mask=mask, aligned=its.aligned and mine.aligned)
-            have = f"the call is {call.problem.static_key}"
-            _want(its.static_key == mine.static_key, f"the kernel is for {mine.static_key}", have)
+        _want(device.type == wanted, f"{name} is on {device}", f"the kernel is for {self.artifact.arch}")
         types = call.output_types()
         for name, t in outputs.items():
             shape, dtype = types[name]
-            good = tuple(t.shape) == shape and t.dtype == dtype and t.device == q.device and t.stride(-1) == 1
+            good = tuple(t.shape) == shape and t.dtype == dtype and t.device == device and t.stride(-1) == 1
             have = f"it is {t.dtype} {tuple(t.shape)} on {t.device}"
-            _want(good, f"{name} must be {dtype} {shape} on {q.device}, its last dimension contiguous", have)
-        rows = "the kernel needs rows of whole 16-byte pieces"
-        _want(not mine.aligned or is_aligned(outputs["out"]), "out is not aligned", rows)
-        _want("lse" not in outputs or outputs["lse"].is_contiguous(), "lse must be contiguous")
+            _want(good, f"{name} must be {dtype} {shape} on {device}, its last dimension contiguous", have)
+        calls.require(self.spec.problem, call, outputs)
+
+
+def _first(call: Call) -> torch.Tensor:
+    """A tensor of the call, which tells its device."""
+    return next(iter(call.inputs().values()))
 
 
 def _want(good: bool, what: str, numbers: str = "") -> None:
@@ -156,19 +156,19 @@ def _want(good: bool, what: str, numbers: str = "") -> None:
         raise InvalidArgument(what, numbers)
 
 
-def _select(q: torch.Tensor) -> Any:
+def _select(t: torch.Tensor) -> Any:
     """A context in which the tensor's device is the current one; of no cost where it already is."""
     import torch
 
-    if not q.is_cuda or torch.cuda.current_device() == q.device.index:
+    if not t.is_cuda or torch.cuda.current_device() == t.device.index:
         return contextlib.nullcontext()
-    return torch.cuda.device(q.device)
+    return torch.cuda.device(t.device)
 
 
-def _current_stream(q: torch.Tensor) -> int:
+def _current_stream(t: torch.Tensor) -> int:
     import torch
 
-    return torch.cuda.current_stream(q.device).cuda_stream
+    return torch.cuda.current_stream(t.device).cuda_stream
 
 
 @functools.lru_cache(maxsize=1024)
@@ -185,12 +185,12 @@ def get(spec: KernelSpec) -> Kernel:
     return load(cache.build(spec), spec)
 
 
-def launcher(kernel: Kernel, inputs: Inputs, *, lse: bool = False) -> Call:
-    """The kernel on these inputs, to be called again and again.
+def launcher(kernel: Kernel, inputs: Inputs, names: Iterable[str] | None = None) -> timer.Call:
+    """The kernel on these inputs, to be called again and again, with outputs by name: those that are timed, if none.
 
     A GPU launch is prepared anew each time, since a graph captures it on a stream of its own.
     """
-    outputs = {name: t for name, t in inputs.outputs.items() if lse or name != "lse"}
-    if inputs.call.q.is_cuda:
+    outputs = {name: inputs.outputs[name] for name in (kernel.calls.timed if names is None else names)}
+    if _first(inputs.call).is_cuda:
         return functools.partial(kernel.launch, inputs.call, outputs)
     return kernel.bind(inputs.call, outputs)

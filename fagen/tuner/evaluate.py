@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from fagen import ops
 from fagen.errors import BuildError, CacheError, LaunchError
-from fagen.ops.attention.fallback import sdpa_call
-from fagen.ops.attention.inputs import Inputs, input_sets, make_inputs
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
+from fagen.ops.inputs import Inputs, input_sets
 from fagen.runtime.kernel import launcher, load
 from fagen.target import Target
 from fagen.timing import nvml, sustained, timer
@@ -214,18 +214,19 @@ def _state(call: Callable[[], object], seconds: float, target: Target) -> dict[s
 
 
 def final_round(request: FinalRequest) -> Final:
-    """Finalists and PyTorch's SDPA, each in bouts beside the first finalist, in this process."""
+    """Finalists and PyTorch on the same calls, each in bouts beside the first finalist, in this process."""
     first = next(iter(request.entries.values()))[0]
     sets = timing_inputs(first.problem, first.target, request.seed)
     calls: dict[str, timer.Call] = {}
     for label, (spec, artifact) in request.entries.items():
         kernel = load(artifact, spec)
         calls[label] = timer.RoundRobin([launcher(kernel, inputs) for inputs in sets])
-    peers, how = [sdpa_call(inputs.call) for inputs in sets], "not possible with this mask"
-    if peers[0] is not None:
+    ask = ops.get(first.problem.op).calls().torch_peer
+    (peer, how), *others = (ask(inputs.call) for inputs in sets)
+    if peer is not None:
         try:
-            peers[0][0]()
-            calls[TORCH], how = timer.RoundRobin([peer[0] for peer in peers if peer]), peers[0][1]
+            peer()
+            calls[TORCH] = timer.RoundRobin([peer, *(other for other, _ in others if other is not None)])
         except RuntimeError as error:
             how = str(error).splitlines()[0]
     rounds: list[tuple[float, dict[str, Timing], dict[str, Any]]] = []
@@ -251,4 +252,5 @@ def _noise(round_: tuple[float, dict[str, Timing], dict[str, Any]]) -> float:
 
 @functools.lru_cache(maxsize=1)
 def timing_inputs(problem: Problem, target: Target, seed: int) -> list[Inputs]:
-    return [make_inputs(problem, target, seed + i) for i in range(input_sets(problem, target))]
+    make = ops.get(problem.op).calls().inputs
+    return [make(problem, where(target), seed + i, False) for i in range(input_sets(problem, target))]

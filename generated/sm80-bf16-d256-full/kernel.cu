@@ -1,4 +1,4 @@
-// An attention kernel made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
+// A kernel for attention forward, made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  forward/bf16/d256/none, its config chosen for b4/h8-8/q4096-k4096
 // config:   tile_m=128 tile_n=64 warps=8 partition=pairs loop_order=q_outer stages=2 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=1 rescale=deferred block_order=ascending (the family's default)

@@ -1,4 +1,4 @@
-// An attention kernel made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
+// A kernel for attention forward, made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  forward/bf16/d64/none, its config chosen for b4/h32-32/q4096-k4096
 // config:   tile_m=32 tile_n=128 warps=4 partition=split_k loop_order=kv_outer stages=1 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=1 rescale=each block_order=ascending (as given)

@@ -1,4 +1,4 @@
-// An attention kernel made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
+// A kernel for attention forward, made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  forward/fp16/d128/window/softcap, its config chosen for b4/h32-8/q4096-k4096/w1024,0
 // config:   tile_m=64 tile_n=64 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=registers smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=longest_first (the family's default)

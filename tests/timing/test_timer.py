@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fagen.ops.attention import masks
-from fagen.ops.attention.inputs import input_sets, make_inputs
+from fagen.ops.attention.inputs import make_inputs
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
+from fagen.ops.inputs import input_sets
 from fagen.target import Target
 from fagen.timing import timer
 from fagen.timing.timer import Timing, beats, time_calls
-from fagen.verify import checks
 
 SMALL = {"dtype": "fp32", "head_dim": 16, "batch": 2, "heads": 4, "kv_heads": 2, "seqlen_q": 70, "seqlen_k": 100}
 
@@ -206,16 +206,17 @@ SAMPLED = [
 @pytest.mark.parametrize("mask", SAMPLED)
 def test_a_sample_of_rows_is_checked(mask):
     from fagen.ops.attention import reference
+    from fagen.ops.attention.forward_calls import check_sample
 
     inputs = make_inputs(Problem(**{**SMALL, "seqlen_q": 200, "seqlen_k": 150}, **mask), "cpu", varied=True)
     call = inputs.call
     right = reference.attend(call, call.bhsd(), reference.visible(call))[0].transpose(1, 2)
     inputs.outputs["out"].copy_(right)
-    assert checks.check_sample(inputs)
+    assert check_sample(inputs.call, {"out": inputs.outputs["out"]})
     for plane in ((0, 0, 0), (1, 199, 3)):  # the first and the last are always among them
         inputs.outputs["out"].copy_(right)
         inputs.outputs["out"][plane] += 0.01
-        verdict = checks.check_sample(inputs)
+        verdict = check_sample(inputs.call, {"out": inputs.outputs["out"]})
         assert not verdict
         assert f"sample of batch {plane[0]} head {plane[2]}: O: error 0.01" in verdict.message
 

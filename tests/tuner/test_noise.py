@@ -12,6 +12,7 @@ from fagen import families
 from fagen.build.job import Artifact
 from fagen.codegen.spec import KernelSpec
 from fagen.families import Config
+from fagen.ops.attention import fallback
 from fagen.target import host, known
 from fagen.timing import nvml, sustained, timer
 from fagen.timing.timer import Timing
@@ -73,7 +74,7 @@ def test_a_candidate_is_told_in_the_seconds_of_the_anchor(clock, monkeypatch):
 def test_a_loud_final_round_is_held_again(clock, monkeypatch):
     monkeypatch.setattr(evaluate, "load", lambda *words: None)
     monkeypatch.setattr(evaluate, "launcher", lambda *words: lambda: None)
-    monkeypatch.setattr(evaluate, "sdpa_call", lambda *words: None)
+    monkeypatch.setattr(fallback, "sdpa_call", lambda call: (None, "not possible with this mask"))
     request = FinalRequest({"default": (item(1), None), "#1": (item(2), None)})
     loud, quiet = Timing(1.0, 0.2, 30), Timing(2.0, 0.01, 30)
     clock([loud, loud, quiet, quiet])

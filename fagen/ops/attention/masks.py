@@ -79,15 +79,16 @@ def dense(
     intervals: torch.Tensor | None = None,
     kind: str = "",
     rows: slice = slice(None),
+    keys: slice = slice(None),
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Bool (batch or 1, mask heads or 1, rows, seqlen_k), True where the cell is visible. Small sizes only."""
+    """Bool (batch or 1, mask heads or 1, rows, keys), True where the cell is visible. Small sizes only."""
     import torch
 
     row = torch.arange(seqlen_q, device=device)[rows, None]
-    col = torch.arange(seqlen_k, device=device)[None, :]
+    col = torch.arange(seqlen_k, device=device)[None, keys]
     diagonal = row + (seqlen_k - seqlen_q)
-    seen = torch.ones(len(row), seqlen_k, dtype=torch.bool, device=device)
+    seen = torch.ones(row.shape[0], col.shape[1], dtype=torch.bool, device=device)
     if window[0] >= 0:
         seen &= col >= diagonal - window[0]
     if window[1] >= 0:
@@ -97,7 +98,7 @@ def dense(
         return seen
     from fagen.ops.attention.problem import INTERVAL_KINDS
 
-    bounds = {name: intervals[:, :, None, :, i] for i, name in enumerate(INTERVAL_KINDS[kind])}
+    bounds = {name: intervals[:, :, None, keys, i] for i, name in enumerate(INTERVAL_KINDS[kind])}
     below = row >= bounds["LTS"]
     if "LTE" in bounds:
         below &= row < bounds["LTE"]

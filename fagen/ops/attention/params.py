@@ -1,4 +1,4 @@
-"""The params of a forward launch, filled for ctypes."""
+"""The params of a launch, forward and backward, filled for ctypes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,34 @@ if TYPE_CHECKING:
 
     import torch
 
+    from fagen.ops.attention.backward_call import BackwardCall
     from fagen.ops.attention.call import AttentionCall
 
-Params = abi.params("fagen/abi/forward.h")
+Params, BackwardParams = abi.params("fagen/abi/forward.h"), abi.params("fagen/abi/backward.h")
 
 
 def make_params(call: AttentionCall, outputs: Mapping[str, torch.Tensor]) -> ctypes.Structure:
     """The struct of the header; holds pointers, so the tensors must outlive it."""
-    lse, axes = outputs.get("lse"), (0, call.row_axis, call.head_axis)
     params: Any = Params()
-    for name, tensor in (("q", call.q), ("k", call.k), ("v", call.v), ("o", outputs["out"])):
-        _point(getattr(params, name), tensor, *(tensor.stride(i) for i in axes))
-    if lse is not None:
+    _put_problem(params, call, {"q": call.q, "k": call.k, "v": call.v, "o": outputs["out"]})
+    if (lse := outputs.get("lse")) is not None:
         params.lse = lse.data_ptr()
+    return params
+
+
+def make_backward_params(call: BackwardCall, outputs: Mapping[str, torch.Tensor]) -> ctypes.Structure:
+    """The same for the gradients of a call."""
+    params: Any = BackwardParams()
+    _put_problem(params, call, {"q": call.q, "k": call.k, "v": call.v, "o": call.o, "dout": call.dout, **outputs})
+    params.lse, params.dlse = call.lse.data_ptr(), None if call.dlse is None else call.dlse.data_ptr()
+    return params
+
+
+def _put_problem(params: Any, call: AttentionCall, of_rows: Mapping[str, torch.Tensor]) -> None:
+    """What the structs of both ops have."""
+    axes = (0, call.row_axis, call.head_axis)
+    for name, tensor in of_rows.items():
+        _point(getattr(params, name), tensor, *(tensor.stride(i) for i in axes))
     if (intervals := call.intervals) is not None:
         batch, head, key, _ = intervals.stride()
         _point(params.intervals, intervals, batch if intervals.shape[0] > 1 else 0, head, key)
@@ -40,7 +55,6 @@ def make_params(call: AttentionCall, outputs: Mapping[str, torch.Tensor]) -> cty
     params.window_left, params.window_right = min(left, params.seqlen_k), min(right, params.seqlen_q)
     params.scale = 1.0 / math.sqrt(call.q.shape[3]) if call.scale is None else call.scale
     params.softcap = call.softcap
-    return params
 
 
 def _point(field: Any, tensor: torch.Tensor, *strides: int) -> None:

@@ -1,4 +1,4 @@
-"""The one oracle, for the tuner and the tests alike.
+"""Attention as it must come out, for the tuner and the tests alike.
 
 An output is right when its pattern of non-finite values is the reference's, and when, in every block of rows of
 every head, its largest error is at most twice that of PyTorch computing in the same dtype (or once PyTorch's largest
@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fagen.ops.attention.masks import dense
+from fagen.ops.oracle import ROW_BLOCK, Verdict, compare
 
 if TYPE_CHECKING:
     import torch
@@ -23,19 +23,7 @@ if TYPE_CHECKING:
 
     Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k and v in bhsd order
 
-ROW_BLOCK = 64
 _BYTES_A_STEP = 512 << 20
-
-
-@dataclass(frozen=True)
-class Verdict:
-    ok: bool
-    error: float  # the largest absolute error of the output
-    ratio: float  # the largest error over its bound; at most 1 is right
-    message: str = ""
-
-    def __bool__(self) -> bool:
-        return self.ok
 
 
 def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
@@ -47,7 +35,7 @@ def attend(
     call: AttentionCall, tensors: Tensors, seen: torch.Tensor | None, rows: slice = slice(None)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention in the dtype of `tensors`, the call's q, k and v in bhsd order, for some rows; rows that see
-    nothing give 0 and -inf.
+    nothing give 0, and -inf or their sink.
 
     `seen` is the dense mask of those rows. Differentiable; this is also the fallback of last resort.
     """
@@ -71,13 +59,16 @@ def attend(
         if seen.shape[1] not in (1, heads):
             seen = seen.repeat_interleave(heads // seen.shape[1], dim=1)
         scores = scores.masked_fill(~seen, -math.inf)
+    if call.sinks is not None:  # one more key, which has no value
+        column = call.sinks.to(scores.dtype).reshape(-1, 1, 1)
+        scores = torch.cat([scores, column.expand(*scores.shape[:3], 1)], dim=-1)
     lse = torch.logsumexp(scores.float() if scores.dtype != torch.float64 else scores, dim=-1)
     # a row that sees nothing: exp(-inf - 0) = 0 everywhere, in the gradient as well
     top = scores.detach().amax(-1, keepdim=True)
     weights = torch.exp(scores - torch.where(top == -math.inf, 0, top))
     total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total == 0, 1, total)
-    grouped = weights.reshape(q.shape[0], kv_heads, group, -1, sk)
+    grouped = weights[..., :sk].reshape(q.shape[0], kv_heads, group, q.shape[2], sk)
     return torch.matmul(grouped, v[:, :, None]).flatten(1, 2), lse
 
 
@@ -118,7 +109,7 @@ def part(
         slopes = slopes[b % slopes.shape[0] if slopes.dim() == 2 else ..., heads]
     small = dataclasses.replace(
         call, q=cut(call.q, heads), k=cut(call.k, kv_heads), v=cut(call.v, kv_heads), intervals=intervals,
-        alibi_slopes=slopes, out=None,
+        alibi_slopes=slopes, out=None, sinks=None if call.sinks is None else call.sinks[heads],
     )  # fmt: skip
     return small, {name: t[batch, heads] if name == "lse" else cut(t, heads) for name, t in outputs.items()}
 
@@ -147,51 +138,9 @@ def check(call: AttentionCall, outputs: Mapping[str, torch.Tensor], rows: Iterab
             if lse is not None:
                 pairs.append(("LSE", lse[:, :, block, None], ref_lse[..., None], peer_lse[..., None], 2e-5))
             for name, mine, want, theirs, rounding in pairs:
-                verdict = _compare(name, mine, want, theirs, rounding, block.start)
+                verdict = compare(name, mine, want, theirs, rounding=rounding, start=block.start)
                 if verdict.ratio > worst:
                     worst, where = verdict.ratio, verdict.message
                 if name == "O":
                     largest = max(largest, verdict.error)
     return Verdict(worst <= 1.0, largest, worst, where)
-
-
-def _compare(
-    name: str, mine: torch.Tensor, want: torch.Tensor, peer: torch.Tensor, rounding: float, start: int
-) -> Verdict:
-    """The largest error over its bound, block of rows by block of rows."""
-    import torch
-
-    mine, peer = mine.to(want.dtype), peer.to(want.dtype)
-    broken = (torch.isfinite(mine) != torch.isfinite(want)) | torch.isnan(mine)
-    broken |= torch.isinf(want) & (mine != want)
-    if broken.any():
-        at = [int(i) for i in broken.nonzero()[0]]
-        message = f"{name} is {float(mine[tuple(at)])} where the reference is {float(want[tuple(at)])}"
-        return Verdict(False, math.inf, math.inf, f"{message} at {_place(at, start)}")
-    finite = torch.isfinite(want)
-    zero = torch.zeros((), dtype=want.dtype, device=want.device)
-    error = torch.where(finite, (mine - want).abs(), zero)
-    allowed = torch.where(finite, (peer - want).abs(), zero).nan_to_num(0.0, 0.0, 0.0)
-    size = torch.where(finite, want.abs(), zero)
-    rows = error.shape[2]
-    pad = -rows % ROW_BLOCK
-    blocks = []
-    for t in (error, allowed, size):
-        t = torch.nn.functional.pad(t.amax(-1), (0, pad))
-        blocks.append(t.reshape(*t.shape[:2], -1, ROW_BLOCK).amax(-1))
-    # a block of few rows may be lucky: an error that PyTorch makes elsewhere in the same head is no fault here
-    peer_bound = torch.maximum(2 * blocks[1], blocks[1].amax(-1, keepdim=True))
-    bound = peer_bound + rounding * blocks[2] + 1e-6
-    ratio = blocks[0] / bound
-    flat = int(ratio.argmax())
-    at = [int(i) for i in torch.unravel_index(torch.tensor(flat), ratio.shape)]
-    worst, limit = float(ratio.flatten()[flat]), float(bound.flatten()[flat])
-    at_rows = f"rows {start + at[2] * ROW_BLOCK}-{start + min(rows, (at[2] + 1) * ROW_BLOCK) - 1}"
-    message = (
-        f"{name}: error {float(blocks[0].flatten()[flat]):.3g}, bound {limit:.3g}, batch {at[0]} head {at[1]} {at_rows}"
-    )
-    return Verdict(worst <= 1.0, float(error.max()), worst, message)
-
-
-def _place(at: list[int], start: int) -> str:
-    return f"batch {at[0]} head {at[1]} row {start + at[2]} column {at[3]}"

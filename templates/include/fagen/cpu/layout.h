@@ -1,11 +1,10 @@
 // Memory layout: the state of a row tile, a thread's scratch, the parts of the workspace.
 #pragma once
+#include "fagen/abi/forward.h"
 #include "fagen/cpu/mask.h"
 #include "fagen/cpu/softmax.h"
 
 namespace fagen {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Config>
 struct Layout {

@@ -1,9 +1,10 @@
 // Masks: the keys that a range of rows sees, the tiles that are visited, and the arithmetic for partial tiles.
 #pragma once
 #include "fagen/cpu/simd.h"
-#include "fagen/abi/forward.h"
 
 namespace fagen {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Range {
   int begin, end;
@@ -22,7 +23,8 @@ struct Band {
   static constexpr int kFar = 1 << 30;
   static constexpr int kLongest = kFar / 2;  // the longest sequence: no sum below overflows
 
-  Band(const fagen_forward_params& p, int left, int right) {
+  template <class Params>
+  Band(const Params& p, int left, int right) {
     const int shift = p.seqlen_k - p.seqlen_q;
     first = left < 0 || left > kLongest ? -kFar : shift - left;
     last = right < 0 || right > kLongest ? kFar : shift + right;

@@ -12,18 +12,15 @@ namespace fagen {
 enum class Product {
   scores,  // rows are keys, steps go along head_dim: S = K Q^T
   output,  // rows are columns of V, steps are keys: O^T += V^T P
+  sum,     // rows are keys, steps are queries: dK += dS^T Q
 };
 
-// `stride` is that of K's or V's rows in memory; the other way they are contiguous. Rows of b and c are kWidth apart.
+// `stride` is that of a's rows in memory; the other way they are contiguous. Rows of b and c are kWidth apart.
 template <Product kProduct, int kRows, int kVectors, int kWidth>
 FAGEN_INLINE void product_block(const float* a, int64_t stride, const float* b, int steps, float* c) {
-  constexpr bool kScores = kProduct == Product::scores;
-  const int64_t row_stride = kScores ? stride : 1, step_stride = kScores ? 1 : stride;
-  vec sum[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = kScores ? vec{} : load(c + r * kWidth + v * kLanes);
+  constexpr bool kScores = kProduct == Product::scores, kAcross = kProduct == Product::output;
+  const int64_t row_stride = kAcross ? 1 : stride, step_stride = kAcross ? stride : 1;
+  vec sum[kRows][kVectors] = {};
 #pragma GCC unroll 1
   for (int step = 0; step < steps; ++step, b += kWidth, a += step_stride) {
     vec lanes[kVectors];
@@ -37,14 +34,18 @@ FAGEN_INLINE void product_block(const float* a, int64_t stride, const float* b, 
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) store(c + r * kWidth + v * kLanes, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* const at = c + r * kWidth + v * kLanes;
+      // c is added last: many short sums round less than a long one
+      store(at, kScores ? sum[r][v] : load(at) + sum[r][v]);
+    }
 }
 
 // As many blocks of kRows as fit, then smaller ones for what is left. Not inlined: registers are dealt out per
 // function, and a block needs them all.
 template <Product kProduct, int kRows, int kVectors, int kWidth>
 __attribute__((noinline)) void product(const float* a, int64_t stride, int rows, const float* b, int steps, float* c) {
-  const int64_t row_stride = kProduct == Product::scores ? stride : 1;
+  const int64_t row_stride = kProduct == Product::output ? 1 : stride;
   for (; rows >= kRows; rows -= kRows, a += kRows * row_stride, c += kRows * kWidth)
     product_block<kProduct, kRows, kVectors, kWidth>(a, stride, b, steps, c);
   if constexpr (kRows > 1)

@@ -14,7 +14,8 @@ struct Scale {
   float inner;   // raw product to the argument of softcap, or to the true score
   float factor;  // score to the base-2 logarithm of its weight
 
-  explicit Scale(const fagen_forward_params& p)
+  template <class Params>
+  explicit Scale(const Params& p)
       : sign(kTrueScore ? 1 : int(p.scale > 0) - int(p.scale < 0)),
         inner(Config::kSoftcap ? p.scale / p.softcap : p.scale),
         factor(kTrueScore || p.scale == 0 ? kLog2E : fabsf(p.scale) * kLog2E) {}
@@ -35,6 +36,11 @@ struct Score {
       x = softcap * tanh(x * inner);
     else if constexpr (Config::kAlibi)
       x *= inner;
+    return biased(x, row, key);
+  }
+
+  // Bias and mask of a score that is scaled, and capped, already.
+  FAGEN_INLINE vec biased(vec x, ivec row, int key) const {
     if constexpr (Config::kAlibi) {
       const ivec distance = row + (shift - key);
       x -= slope * __builtin_convertvector(distance < 0 ? -distance : distance, vec);
