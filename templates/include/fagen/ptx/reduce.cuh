@@ -1,24 +1,25 @@
-// Sums in global memory (sm_90), and turns at adding to them.
+// Additions to float32 numbers in global memory that many blocks add to, in no order; nothing is returned.
 #pragma once
 
 namespace fagen::ptx {
 
-// Add four neighbouring float32 values.
-__device__ __forceinline__ void add_4(float* to, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d)
-               : "memory");
+// Numbers that one instruction adds: four neighbours from sm_90 up, else one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+inline constexpr int kReduceWidth = 4;
+#else
+inline constexpr int kReduceWidth = 1;
+#endif
+
+__device__ __forceinline__ void reduce_add(float* to, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(x) : "memory");
 }
 
-// Wait until the counter is at `turn`; what was added before it got there is visible.
-__device__ __forceinline__ void wait_for_turn(const unsigned* counter, unsigned turn) {
-  unsigned seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (seen != turn);
-}
-// Pass the turn on, after all that this thread has added.
-__device__ __forceinline__ void pass_turn(unsigned* counter) {
-  asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+// `to` is aligned to 16 bytes.
+__device__ __forceinline__ void reduce_add_4(float* to, const float (&x)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
+#endif
 }
 
 }  // namespace fagen::ptx

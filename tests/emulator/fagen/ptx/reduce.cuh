@@ -3,13 +3,11 @@
 
 namespace fagen::ptx {
 
-inline void add_4(float* to, float a, float b, float c, float d) {
+constexpr int kReduceWidth = 4;
+inline void reduce_add(float* to, float x) { *to += x; }
+inline void reduce_add_4(float* to, const float (&x)[4]) {
   if (uintptr_t(to) % 16) emulator::fail("four sums are not aligned");
-  to[0] += a, to[1] += b, to[2] += c, to[3] += d;
+  for (int i = 0; i < 4; ++i) to[i] += x[i];
 }
-inline void wait_for_turn(const unsigned* counter, unsigned turn) {
-  while (*counter != turn) emulator::wait({counter, *counter, ~0u, "turn", turn});
-}
-inline void pass_turn(unsigned* counter) { ++*counter; }
 
 }  // namespace fagen::ptx

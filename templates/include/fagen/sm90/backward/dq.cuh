@@ -4,6 +4,7 @@
 #include "fagen/ptx/bulk.cuh"
 #include "fagen/ptx/reduce.cuh"
 #include "fagen/ptx/shared.cuh"
+#include "fagen/ptx/turn.cuh"
 #include "fagen/ptx/warpgroup.cuh"
 #include "fagen/sm90/backward/walk.cuh"
 
@@ -34,7 +35,7 @@ __device__ __forceinline__ void sink_dq(const float (&dq)[DqShare<C>::kColumns /
     float* to = tile + share.offset(chunk) + thread * 4;
 #pragma unroll
     for (int i = 0; i < DqShare<C>::kColumns / 8; ++i)
-      if (i < pieces) ptx::add_4(to + i * (kPieceBytes / 4), dq[i][0], dq[i][1], dq[i][2], dq[i][3]);
+      if (i < pieces) ptx::reduce_add_4(to + i * (kPieceBytes / 4), dq[i]);
   }
 }
 
