@@ -5,7 +5,8 @@
 A record is stale once its kernel's source has changed. Where the source of OTHER_CHECKOUT, which is the one that was
 tuned, compiles to the same instructions, encodings, registers and memory as today's, nothing that was measured or
 verified has changed: the record gets today's hash. So does the note of a verified kernel in generated/. It needs nvcc
-and nvdisasm, and no GPU. Whatever differs by one instruction is left as it is, and named.
+and nvdisasm, and no GPU. Whatever differs by one instruction is left as it is, and named. `--moved-params` is for a
+change of the params struct: the offsets of fields may differ, and nothing else.
 """
 
 from __future__ import annotations
@@ -90,6 +91,12 @@ def replace_hashes(carried: dict[str, tuple[str, str]]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", type=Path, help="the checkout whose sources were tuned")
+    parser.add_argument(
+        "--moved-params",
+        nargs="*",
+        metavar="OLD=NEW",
+        help="fields of the params may lie elsewhere, under these new names; nothing else may differ",
+    )
     parser.add_argument("--nvdisasm", default=shutil.which("nvdisasm"))
     parser.add_argument("--nvcc", default=shutil.which("nvcc"))
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count())
@@ -108,10 +115,16 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
 
     def same(name: str) -> bool:
-        functions = (
-            disassembly.measure(t[name]["source"], t[name]["flags"], args.nvcc, args.nvdisasm) for t in (before, after)
-        )
-        verdicts = [disassembly.verdict(*both) for both in disassembly.matched(*functions)]
+        if args.moved_params is not None:
+            renamed = disassembly.renames(args.moved_params)
+            found = disassembly.differences(before[name], after[name], (args.nvcc, args.nvdisasm), renamed)
+            verdicts = [difference or "identical" for difference in found.values()]
+        else:
+            functions = (
+                disassembly.measure(t[name]["source"], t[name]["flags"], args.nvcc, args.nvdisasm)
+                for t in (before, after)
+            )
+            verdicts = [disassembly.verdict(*both) for both in disassembly.matched(*functions)]
         print(f"{name}: {', '.join(verdicts)}", file=sys.stderr)
         return all(verdict == "identical" for verdict in verdicts)
 

@@ -12,6 +12,10 @@ the kernels, `--only` those whose name matches. `--keep DIR` keeps what was disa
 
 `compare` exits with 1 if a function differs. Functions are matched by their code first and by their names then, so a
 renamed or moved one is identical. *reordered* is the same instructions in another order, or scheduled otherwise.
+
+    python benchmarks/disassembly.py moved --tree OTHER_CHECKOUT --renamed q=q.data q_stride=q.stride ...
+
+`moved` is for a change of the params struct. It compares instruction by instruction, strictly: moved_params.py.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import argparse
 import collections
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -248,8 +253,8 @@ def resources(log: str) -> dict[str, tuple[str, int]]:
     return found
 
 
-def measure(source: str, flags: list[str], nvcc: str, nvdisasm: str, keep: Path | None = None) -> list[Function]:
-    """A kernel's device functions, compiled as fagen does."""
+def compiled(source: str, flags: list[str], nvcc: str, nvdisasm: str) -> tuple[str, bytes, str]:
+    """A kernel as fagen compiles it: what the compiler said, the binary, its disassembly."""
     with tempfile.TemporaryDirectory() as folder:
         path, cubin = Path(folder, "kernel.cu"), Path(folder, "kernel.cubin")
         path.write_text(source)
@@ -257,7 +262,13 @@ def measure(source: str, flags: list[str], nvcc: str, nvdisasm: str, keep: Path 
         if done.returncode:
             raise SystemExit(f"nvcc refused a kernel\n{(done.stdout + done.stderr)[:4000]}")
         listing = subprocess.run([nvdisasm, "-c", "-hex", cubin], check=True, stdout=subprocess.PIPE, text=True).stdout
-    told, functions = resources(done.stdout + done.stderr), []
+        return done.stdout + done.stderr, cubin.read_bytes(), listing
+
+
+def measure(source: str, flags: list[str], nvcc: str, nvdisasm: str, keep: Path | None = None) -> list[Function]:
+    """A kernel's device functions, compiled as fagen does."""
+    log, _, listing = compiled(source, flags, nvcc, nvdisasm)
+    told, functions = resources(log), []
     for name, code in normalised(listing).items():
         if not code or name not in told:
             raise SystemExit(f"{name}: no instructions in what nvdisasm printed, or no word of it from ptxas")
@@ -270,11 +281,15 @@ def measure(source: str, flags: list[str], nvcc: str, nvdisasm: str, keep: Path 
     return functions
 
 
-def snapshot(args: argparse.Namespace) -> int:
-    nvdisasm = args.nvdisasm or shutil.which("nvdisasm")
-    nvcc = args.nvcc or shutil.which("nvcc")
+def tools(args: argparse.Namespace) -> tuple[str, str]:
+    nvcc, nvdisasm = args.nvcc or shutil.which("nvcc"), args.nvdisasm or shutil.which("nvdisasm")
     if not nvcc or not nvdisasm:
         raise SystemExit("nvcc and nvdisasm are needed: put them on PATH, or give --nvcc and --nvdisasm")
+    return nvcc, nvdisasm
+
+
+def snapshot(args: argparse.Namespace) -> int:
+    nvcc, nvdisasm = tools(args)
     kernels = sources_of(args.tree.resolve(), args.only, args.quick)
     print(f"{len(kernels)} kernels of {args.tree}", file=sys.stderr)
 
@@ -346,27 +361,99 @@ def compare(before: dict[str, Any], after: dict[str, Any], show_all: bool) -> in
     return 0 if set(counts) <= {"identical"} else 1
 
 
+# ---- params that moved ----------------------------------------------------------------------------------------------
+
+
+def moved_params() -> Any:
+    """The script beside this one. Imported late: `render` runs with another checkout's fagen."""
+    spec = importlib.util.spec_from_file_location("moved_params", Path(__file__).with_name("moved_params.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["moved_params"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parts(source: str, flags: list[str], tools: tuple[str, str], renamed: dict[str, str]) -> dict[str, tuple[Any, ...]]:
+    """Of each device function its instructions, its layout of arguments, its resources."""
+    moved = moved_params()
+    log, cubin, listing = compiled(source, flags, *tools)
+    arguments = {plain_name(symbol): of for symbol, of in moved.arguments_of(cubin).items()}
+    told = resources(log)
+    return {
+        name: (code, moved.Layout.of(source, arguments[name], renamed), told[name])
+        for name, code in normalised(listing).items()
+    }
+
+
+def differences(
+    before: dict[str, Any], after: dict[str, Any], tools: tuple[str, str], renamed: dict[str, str]
+) -> dict[str, str]:
+    """Of each device function of two sources the first difference beside moved params, empty where none is."""
+    moved = moved_params()
+    one, other = (parts(k["source"], k["flags"], tools, r) for k, r in ((before, renamed), (after, {})))
+    if not one or one.keys() != other.keys():
+        return {"all": f"{', '.join(one)} -> {', '.join(other)}"}
+    found = {}
+    for name, (code, layout, told) in one.items():
+        code_after, layout_after, told_after = other[name]
+        found[name] = moved.difference(code, code_after, layout, layout_after)
+        if told != told_after:
+            found[name] = f"{told} -> {told_after}"
+    return found
+
+
+def moved(args: argparse.Namespace) -> int:
+    chosen = tools(args)
+    before, after = (sources_of(tree, args.only, args.quick) for tree in (args.tree.resolve(), ROOT))
+    if before.keys() != after.keys():
+        raise SystemExit(f"only in one: {', '.join(sorted(before.keys() ^ after.keys()))}")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = pool.map(lambda name: differences(before[name], after[name], chosen, renames(args.renamed)), before)
+        count: collections.Counter[str] = collections.Counter()
+        for name, functions in zip(before, found, strict=True):
+            for function, difference in functions.items():
+                count["different" if difference else "identical but for moved params"] += 1
+                if difference or args.all:
+                    print(f"{name}: {function}: {difference or 'identical but for moved params'}", flush=True)
+    print(", ".join(f"{n} {said}" for said, n in count.most_common()))
+    return 1 if count["different"] else 0
+
+
+def renames(pairs: list[str]) -> dict[str, str]:
+    """Old and new names of fields."""
+    found = dict(pair.partition("=")[::2] for pair in pairs)
+    if not all(found.values()) or len(found) < len(pairs):
+        raise SystemExit("--renamed takes OLD=NEW, each field once")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="part", required=True)
-    one = parts.add_parser("snapshot", help="compile and disassemble the kernels of a checkout")
-    two = parts.add_parser("compare", help="print which functions changed between two snapshots")
-    three = parts.add_parser("render", help="print the kernels' sources as JSON; snapshot calls it")
-    for part in (one, three):
+    verbs = parser.add_subparsers(dest="part", required=True)
+    one = verbs.add_parser("snapshot", help="compile and disassemble the kernels of a checkout")
+    two = verbs.add_parser("compare", help="print which functions changed between two snapshots")
+    three = verbs.add_parser("render", help="print the kernels' sources as JSON; snapshot calls it")
+    four = verbs.add_parser("moved", help="compare another checkout's kernels with this one's, whose params have moved")
+    for part in (one, three, four):
         part.add_argument("--tree", type=Path, default=ROOT, help="a checkout of fagen (this one)")
         part.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
         part.add_argument("--only", default="", metavar="REGEX", help="only kernels whose name matches")
     one.add_argument("--out", type=Path, required=True)
-    one.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    for part in (one, four):
+        part.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+        part.add_argument("--nvcc")
+        part.add_argument("--nvdisasm")
     one.add_argument("--keep", type=Path, metavar="DIR", help="keep the disassembly of each function there")
-    one.add_argument("--nvcc")
-    one.add_argument("--nvdisasm")
+    four.add_argument("--renamed", nargs="*", default=[], metavar="OLD=NEW", help="fields of another name there")
+    four.add_argument("--all", action="store_true", help="print identical functions as well")
     two.add_argument("before", type=Path)
     two.add_argument("after", type=Path)
     two.add_argument("--all", action="store_true", help="print identical functions as well")
     args = parser.parse_args(argv)
     if args.part == "snapshot":
         return snapshot(args)
+    if args.part == "moved":
+        return moved(args)
     if args.part == "render":
         only = re.compile(args.only)
         wanted = sources(

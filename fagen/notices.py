@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from typing import Any
 
 from fagen import env
+
+_warned: set[str] = set()  # reasons for which PyTorch computes
 
 
 def notify(text: str) -> None:
@@ -18,6 +21,20 @@ def notify(text: str) -> None:
 def say(text: str = "") -> None:
     """A line for the person in front of the terminal."""
     print(text, file=sys.stderr, flush=True)
+
+
+class FallbackWarning(UserWarning):
+    """A call is served by PyTorch; the message says why."""
+
+
+def warn_fallback(reason: str, stacklevel: int = 4) -> None:
+    """Once a reason and process, and never while torch.compile traces."""
+    import torch
+
+    if torch.compiler.is_compiling() or reason in _warned:
+        return
+    _warned.add(reason)
+    warnings.warn(f"fagen: PyTorch computes instead: {reason}", FallbackWarning, stacklevel=stacklevel)
 
 
 def milliseconds(seconds: float | None) -> str:

@@ -122,14 +122,14 @@ def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
     import warnings
 
     from fagen import explanation
-    from fagen.dispatch import resolve
+    from fagen.dispatch import attention
     from fagen.ops.attention.call import AttentionCall
 
     tensors = inputs.call.q, inputs.call.k, inputs.call.v
     given = {**options(row, inputs.call), "out": inputs.outputs["out"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said in the result
-        kernel = resolve.resolve(AttentionCall.of(*tensors, **given))
+        kernel = attention.kernel_of(AttentionCall.of(*tensors, **given))
     report = explanation.explain(*tensors, **given).to_dict()
     names = ("key", "family", "config", "provenance", "record", "facts")
     return {name: report[name] for name in names} | {"served_by": "kernel" if kernel is not None else "torch"}

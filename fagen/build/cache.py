@@ -30,8 +30,6 @@ from fagen.build.compiler import parse_ptxas, run_build
 from fagen.build.job import KEY_SCHEMA, LIBRARY, LOG, MANIFEST, SOURCES, Artifact, Job, make_job
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import BuildError, CacheError, FagenError
-from fagen.ops.attention import flags
-from fagen.ops.attention.problem import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -136,7 +134,8 @@ def make(job: Job, *, timeout: float | None = None, tell: Callable[[], None] = l
 def _command(job: Job) -> str:
     """The `fagen build` that makes it. The binding, which has no problem, is made beside any kernel."""
     problem = job.about.get("problem")
-    return flags.build_command(ops.problem_from(problem) if problem else Problem(dtype="fp32", head_dim=64), job.arch)
+    small = {"op": "forward", "dtype": "fp32", "head_dim": 64}
+    return ops.build_command(ops.problem_from(problem or small), job.arch)
 
 
 def _scratch() -> cachedir.Scratch | None:

@@ -16,7 +16,6 @@ from fagen.codegen import render
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import BuildError, FagenError, UsageError
 from fagen.ops import abi
-from fagen.ops.attention.problem import INTERVAL_KINDS
 from fagen.target import Target
 
 HEADER, MANIFEST = "kernel.h", "manifest.json"
@@ -77,9 +76,10 @@ def example_command(spec: KernelSpec) -> list[str]:
 
 def kernel_text(spec: KernelSpec, provenance: str) -> str:
     """The source under a banner that says where it comes from and how to build and call it."""
+    title = ops.get(spec.problem.op).title
     needs = "the CUDA toolkit" if spec.target.is_gpu else "a C++17 compiler"
     banner = [
-        f"An attention kernel made by fagen. It needs {needs} and nothing else: no torch, no Python.",
+        f"A kernel for {title}, made by fagen. It needs {needs} and nothing else: no torch, no Python.",
         "",
         f"problem:  {spec.problem.static_key}, its config chosen for {spec.problem.size_key}",
         f"config:   {spec.config} ({provenance})",
@@ -106,13 +106,11 @@ def example_text(spec: KernelSpec) -> str:
     op = ops.get(spec.problem.op)
     if not op.example:
         raise UsageError(f"{op.title} has no example program", remedy="leave --example out")
-    have = INTERVAL_KINDS.get(spec.problem.intervals, ())
     return render.render(
         op.example,
         problem=spec.problem,
         gpu=spec.target.is_gpu,
-        columns=len(have),
-        bounds={name: have.index(name) if name in have else -1 for name in ("LTS", "LTE", "UTS", "UTE")},
+        **op.example_names(spec.problem),
         flops=spec.problem.flops(),
         unit=_UNIT[spec.problem.dtype],
         build_command=shlex.join(example_command(spec)),

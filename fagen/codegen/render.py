@@ -10,10 +10,11 @@ import functools
 import hashlib
 import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen import env
+from fagen import extensions
 from fagen.errors import FagenError
 
 if TYPE_CHECKING:
@@ -28,13 +29,22 @@ def _environment() -> jinja2.Environment:
     import jinja2
 
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(env.data_dir("templates")),
+        loader=jinja2.FunctionLoader(_template),
         undefined=jinja2.StrictUndefined,
         autoescape=False,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+
+def _template(name: str) -> tuple[str, str, Callable[[], bool]] | None:
+    """The text of a template from the first folder that has it, its path, and whether it is still the same."""
+    path = next((folder / name for folder in extensions.template_folders() if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    written = path.stat().st_mtime_ns
+    return path.read_text(), str(path), lambda: path.exists() and path.stat().st_mtime_ns == written
 
 
 def render(template: str, **names: Any) -> str:
@@ -44,7 +54,6 @@ def render(template: str, **names: Any) -> str:
 
 def fold(source: str, *before: Path) -> str:
     """Paste every `#include "fagen/..."` in, once each, in order; from the folders `before` ours where they have it."""
-    roots = (*before, env.data_dir("templates") / "include")
     seen: set[str] = set()
 
     def paste(match: re.Match[str]) -> str:
@@ -53,7 +62,7 @@ def fold(source: str, *before: Path) -> str:
             return ""
         seen.add(name)
         try:
-            text = next((root for root in roots if (root / name).exists()), roots[-1]).joinpath(name).read_text()
+            text = extensions.read_header(name, *before)
         except OSError as error:
             raise FagenError(f"header {name} cannot be read", str(error)) from error
         body = _INCLUDE.sub(paste, text.replace("#pragma once\n", ""))

@@ -8,8 +8,7 @@ from fagen import families, ops
 from fagen.codegen import render
 from fagen.families import Config, Family
 from fagen.ops import abi
-from fagen.ops.attention.problem import Problem
-from fagen.ops.base import Constant
+from fagen.ops.base import Constant, Problem
 from fagen.target import Target
 
 Key = tuple[str, str, Target, Config]
@@ -39,25 +38,23 @@ class KernelSpec:
     @property
     def rendered(self) -> str:
         """The source, its own headers still included by name. The function that tells the params' layout is its end."""
+        op = ops.get(self.problem.op)
         self.family.require(self.problem, self.target, self.config)
         kernel = render.render(
             self.family.template,
+            op=op,
             family=self.family,
             problem=self.problem,
             static_key=self.problem.static_key,
             element=_CPP_TYPES[self.problem.dtype],
             arch=self.target.arch,
             config=self.config,
-            enums={
-                knob.cpp.removeprefix("k"): [str(c) for c in knob.choices]
-                for knob in self.family.knobs
-                if isinstance(knob.choices[0], str)
-            },
+            enums={**op.enums, **self._knob_enums},
             constants=self.constants,
             derived=self.derived,
             **self.family.context(self.problem, self.config),
         )
-        return kernel + abi.layout_function(ops.get(self.problem.op).header)
+        return kernel + abi.layout_function(op.header)
 
     @property
     def source(self) -> str:
@@ -84,6 +81,11 @@ class KernelSpec:
             kind, value = knob.literal(self.config[knob.name])
             rows.append((kind, knob.cpp, value, knob.doc.split(";")[0].split(". ")[0]))
         return rows
+
+    @property
+    def _knob_enums(self) -> dict[str, list[str]]:
+        named = [knob for knob in self.family.knobs if isinstance(knob.choices[0], str)]
+        return {knob.cpp.removeprefix("k"): [str(choice) for choice in knob.choices] for knob in named}
 
     def _identity(self) -> tuple[str, Problem, Target, Config]:
         return self.family.name, self.problem, self.target, self.config

@@ -39,7 +39,7 @@ def sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if torch.is_autocast_enabled(query.device.type):
-        query, key, value = (_autocast(t) for t in (query, key, value))
+        query, key, value = (autocast(t) for t in (query, key, value))
     rows, keys, right = query.shape[2], key.shape[2], None
     if is_causal and rows != keys:
         if rows < keys:  # top-left: no row sees a key behind the last row
@@ -71,7 +71,7 @@ def _in_order(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how
     return result.permute(*order, 3).contiguous().permute(*(order.index(i) for i in range(3)), 3)
 
 
-def _autocast(t: torch.Tensor) -> torch.Tensor:
+def autocast(t: torch.Tensor) -> torch.Tensor:
     """Into the dtype that autocast gives PyTorch's own; float64 it lets alone."""
     if not t.dtype.is_floating_point or t.dtype == torch.float64:
         return t

@@ -13,7 +13,6 @@ from typing import Any
 
 from fagen import ops, schema
 from fagen.errors import DatabaseError, FagenError, InvalidArgument
-from fagen.ops.attention.problem import Problem
 from fagen.schema import shown
 from fagen.target import Target
 
@@ -36,7 +35,7 @@ class Record:
     The constructor is the door: each field is of its type and domain (`_CHECKS`), whoever wrote it.
     """
 
-    problem: Problem
+    problem: Any  # of any op
     arch: str
     device: str
     family: str

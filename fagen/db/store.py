@@ -18,7 +18,7 @@ from typing import Any
 from fagen import env, ops, schema
 from fagen.db.record import SCHEMA, Record, slug
 from fagen.errors import DatabaseError, NewerDatabase
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.schema import shown
 from fagen.target import Target
 

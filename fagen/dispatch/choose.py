@@ -9,7 +9,7 @@ from fagen import families, ops
 from fagen.codegen.spec import KernelSpec
 from fagen.dispatch import freshness
 from fagen.errors import FagenError
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 
 if TYPE_CHECKING:

@@ -19,17 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen import env
+from fagen import env, ops
 from fagen.build import cachedir
 from fagen.codegen.spec import KernelSpec
 from fagen.dispatch import kernels
 from fagen.errors import BuildError, CacheError, FagenError, LaunchError, UsageError
-from fagen.ops.attention import flags
 from fagen.verify import checks
 
 if TYPE_CHECKING:
     from fagen.db.record import Record
-    from fagen.ops.attention.problem import Problem
+    from fagen.ops.base import Problem
     from fagen.target import Target
 
 
@@ -96,7 +95,7 @@ def check(record: Record, spec: KernelSpec, *, check: bool, stale: str = "") -> 
     found = _verdicts.get(path) or _read(path)
     if found is None and (word == KNOWN or env.build_mode() == "never"):
         forbids, allow = env.forbidden()
-        remedy = f"this verifies it ahead: {allow} {flags.build_command(spec.problem, target.arch)}"
+        remedy = f"this verifies it ahead: {allow} {ops.build_command(spec.problem, target.arch)}"
         return Freshness("refused", f"{changed} and was not verified; {forbids} forbids to do it now; {remedy}")
     if found is None and (not check or not kernels.device_is_ready(target)):
         return Freshness("unverified", f"{changed}; its first use verifies it")

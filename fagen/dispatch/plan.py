@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fagen import families, ops
-from fagen.ops.attention.problem import Problem
-from fagen.ops.base import Op
+from fagen.ops.base import Op, Problem
 from fagen.runtime import binding
 from fagen.target import Target
 
@@ -56,7 +55,7 @@ class PlannedRecord:
 class Plan:
     """What is known of a static key on a target. Rows lie in the order in which ties are settled."""
 
-    problem: Problem  # any of the static key
+    problem: Any  # any of the static key
     target: Target
     rows: tuple[PlannedRecord, ...]
     families: tuple[Family, ...] = ()  # whose defaults serve where there are no rows

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from fagen import env, families, ops
 from fagen.build import cache
@@ -24,11 +21,9 @@ from fagen.db import store
 from fagen.dispatch import choose, kernels
 from fagen.dispatch.plan import ASK, TORCH, Answer, Plan, PlannedRecord
 from fagen.errors import FagenError, LaunchError
-from fagen.notices import notify
-from fagen.ops.attention import fallback
-from fagen.ops.attention.call import AttentionCall
-from fagen.ops.attention.problem import Problem
-from fagen.runtime import background, binding, kernel, python_ops
+from fagen.notices import notify, warn_fallback
+from fagen.ops.base import Problem
+from fagen.runtime import background, binding, kernel
 from fagen.target import Target
 
 if TYPE_CHECKING:
@@ -50,6 +45,11 @@ def forget() -> None:
     kernels.forget()
     _passed_over.clear()
     renew()
+
+
+def epoch() -> object:
+    """Another object each time that what was chosen may no longer hold."""
+    return _epoch
 
 
 def renew(static_key: str | None = None) -> None:
@@ -101,7 +101,7 @@ def _in_capture(problem: Problem, target: Target) -> Answer:
         )
     found = _any_loaded(problem, target)
     if found is None:
-        fallback.warn(f"no kernel of {problem.static_key} is loaded, and a CUDA graph is being captured")
+        warn_fallback(f"no kernel of {problem.static_key} is loaded, and a CUDA graph is being captured")
     return Answer(False, found)
 
 
@@ -113,7 +113,7 @@ def _decide(problem: Problem, target: Target, ours: bool) -> Answer:
     choice = choose.choose(problem, target, check=waits, stale="" if waits else choose.known_only(), ours=ours)
     if choice.spec is None:
         if choice.record is None:  # else PyTorch was the faster one, which `explain` says
-            fallback.warn("; ".join(choice.reasons) or "no family serves the problem")
+            warn_fallback("; ".join(choice.reasons) or "no family serves the problem")
         found = TORCH
     elif waits:
         found = _built_now(choice.spec)
@@ -138,7 +138,7 @@ def _built_now(spec: KernelSpec) -> Answer:
         if env.build_mode() == "never":
             raise
         kernels.failed.add(spec.key)
-        fallback.warn(" ".join(str(error).splitlines()))
+        warn_fallback(" ".join(str(error).splitlines()))
         return TORCH
 
 
@@ -150,7 +150,7 @@ def _built_meanwhile(spec: KernelSpec) -> Answer:
         found = stand_in(spec.problem, spec.target)
     if found is None:
         reason = "cannot be built" if spec.key in kernels.failed else "is being compiled"
-        fallback.warn(f"the kernel of {spec.problem.static_key} {reason}")
+        warn_fallback(f"the kernel of {spec.problem.static_key} {reason}")
     return Answer(True, found)
 
 
@@ -265,42 +265,3 @@ def _pass_over(problem: Problem, target: Target, choice: Choice) -> None:
             break
         if not choose.lost(record, provenance):  # of those one may serve the sizes that PyTorch cannot
             _passed_over.add(_name(record))
-
-
-# ---- a call's kernel ------------------------------------------------------------------------------------------------
-
-
-def resolve(call: AttentionCall) -> kernel.Kernel | None:
-    """The kernel for a call, built and loaded; None (and a warning) where PyTorch computes."""
-    if _refused(call):
-        return None
-    assert call.target is not None
-    with _on_device(call.q):
-        return kernel_for(call.problem, call.target, ours=call.want_lse)
-
-
-def resolve_words(call: AttentionCall) -> list[int]:
-    """The same for the C++ table: what serves this call, and the plan of its static key where there is one."""
-    if _refused(call):
-        return list(TORCH.words)
-    problem, target = call.problem, call.target
-    assert target is not None
-    with _on_device(call.q):
-        found = answer(problem, target, ours=call.want_lse)
-    return [*found.words, *plan_words(problem, target, ours=call.want_lse)]
-
-
-def _refused(call: AttentionCall) -> bool:
-    with torch.no_grad():  # whether gradients are needed was decided before
-        reason = call.refusal
-    if reason:
-        fallback.warn(reason)
-    return bool(reason)
-
-
-def _on_device(q: torch.Tensor) -> Any:
-    """Where a stale kernel is verified."""
-    return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
-
-
-python_ops.answer_with(resolve_words)

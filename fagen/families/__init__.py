@@ -1,19 +1,22 @@
-"""The registry: families in the order in which dispatch tries them."""
+"""The registry: families in the order in which dispatch tries them, those of the extensions last."""
 
 from __future__ import annotations
 
+from fagen import extensions
 from fagen.errors import UsageError
 from fagen.families.base import Config, Constraint, Family, Knob, nothing
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 
 __all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates", "get", "nothing"]
 
 
 def all_families() -> tuple[Family, ...]:
-    from fagen.families import cpu_backward, cpu_forward, sm80_forward, sm90_forward
+    from fagen.families import cpu_backward, cpu_forward, sm80_backward, sm80_forward, sm90_backward, sm90_forward
 
-    return (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY, cpu_backward.FAMILY)
+    forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY)
+    backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY)
+    return extensions.with_offered((*forward, *backward), "FAMILIES")
 
 
 def get(name: str) -> Family:

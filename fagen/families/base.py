@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fagen.errors import InvalidConfig
-from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 Value = int | str | bool
@@ -81,10 +80,10 @@ class Knob:
         return enum, f"{enum}::{value}"
 
 
-Predicate = Callable[[Problem, Target, Config], "str | None"]
+Predicate = Callable[[Any, Target, Config], "str | None"]
 
 
-def nothing(problem: Problem, target: Target) -> None:
+def nothing(problem: Any, target: Target) -> None:
     """For `Family.default_reads`: the default is the same for all sizes."""
 
 
@@ -111,22 +110,22 @@ class Family:
     dtypes: tuple[str, ...]
     knobs: tuple[Knob, ...]
     constraints: tuple[Constraint, ...]
-    supports: Callable[[Problem, Target], str | None]  # None, or why this family cannot serve the problem at all
-    derive: Callable[[Problem, Target, Config], dict[str, int]]  # cross-checked by static_assert in the source
-    default: Callable[[Problem, Target], Config]
+    supports: Callable[[Any, Target], str | None]  # None, or why this family cannot serve the problem at all
+    derive: Callable[[Any, Target, Config], dict[str, int]]  # cross-checked by static_assert in the source
+    default: Callable[[Any, Target], Config]
     # all that the default looks at of a size point: problems of a static key that agree in it have the same default
-    default_reads: Callable[[Problem, Target], Hashable] = field(default=lambda problem, target: problem.size_key)
+    default_reads: Callable[[Any, Target], Hashable] = field(default=lambda problem, target: problem.size_key)
     flags: Callable[[Target], tuple[str, ...]] = field(default=lambda target: ())  # of the compiler
     # what the template is given beside problem, config and constants
-    context: Callable[[Problem, Config], dict[str, Any]] = field(default=lambda problem, config: {})
+    context: Callable[[Any, Config], dict[str, Any]] = field(default=lambda problem, config: {})
     # configs worth trying first, best guess first (the default is always tried and need not be repeated)
-    first_configs: Callable[[Problem, Target], list[Config]] = field(default=lambda problem, target: [])
+    first_configs: Callable[[Any, Target], list[Config]] = field(default=lambda problem, target: [])
     # whether a config only repeats another at a problem's sizes, which constraints do not look at: it is not searched
-    repeats: Callable[[Problem, Config], bool] = field(default=lambda problem, config: False)
+    repeats: Callable[[Any, Config], bool] = field(default=lambda problem, config: False)
     # about how many seconds a config will take, to order the first trials; only ratios between configs matter
-    cost: Callable[[Problem, Target, Config], float] | None = None
+    cost: Callable[[Any, Target, Config], float] | None = None
     # knob values that cost resources, for the stable rule among ties: fewest first
-    resources: Callable[[Problem, Target, Config], tuple] = field(default=lambda problem, target, config: ())
+    resources: Callable[[Any, Target, Config], tuple] = field(default=lambda problem, target, config: ())
 
     def knob(self, name: str) -> Knob:
         for knob in self.knobs:
@@ -148,7 +147,7 @@ class Family:
             ordered[knob.name] = value
         return Config(ordered)
 
-    def rejects(self, problem: Problem, target: Target, config: Config) -> tuple[str, str] | None:
+    def rejects(self, problem: Any, target: Target, config: Config) -> tuple[str, str] | None:
         """The first constraint that the config breaks, with its reason; None if it is legal."""
         for constraint in self.constraints:
             reason = constraint.check(problem, target, config)
@@ -156,7 +155,7 @@ class Family:
                 return constraint.name, reason
         return None
 
-    def require(self, problem: Problem, target: Target, config: Config) -> Config:
+    def require(self, problem: Any, target: Target, config: Config) -> Config:
         broken = self.rejects(problem, target, config)
         if broken:
             raise InvalidConfig(f"{self.name}: {broken[0]}: {broken[1]}", str(config), f"problem {problem.static_key}")

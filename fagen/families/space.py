@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fagen.errors import UsageError
 from fagen.families import Config, Constraint, Family
 from fagen.families.base import Value
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 
 Fixed = Mapping[str, tuple[Value, ...]]  # the choices that some knobs are restricted to

@@ -1,18 +1,20 @@
-"""The registry of ops."""
+"""The registry of ops: ours, and those of the extensions."""
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
+from fagen import extensions
 from fagen.errors import InvalidArgument
-from fagen.ops.base import Op
+from fagen.ops.base import Op, Problem
 from fagen.schema import shown
 
 
 def all_ops() -> tuple[Op, ...]:
     from fagen.ops.attention import backward, forward
 
-    return (forward.OP, backward.OP)
+    return extensions.with_offered((forward.OP, backward.OP), "OPS")
 
 
 def get(name: str) -> Op:
@@ -31,3 +33,9 @@ def problem_from(fields: Any) -> Any:
 
 def is_problem(value: Any) -> bool:
     return isinstance(value, tuple(op.problem for op in all_ops()))
+
+
+def build_command(problem: Problem, arch: str) -> str:
+    """The `fagen build` that makes what the problem gets on this machine's CPU or GPU."""
+    words = get(problem.op).flags(problem)
+    return shlex.join(["fagen", "build", *words, *(["--target", "cpu"] if arch == "cpu" else [])])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from fagen import env
+from fagen import extensions
 from fagen.errors import FagenError
 
 Struct = type[ctypes.Structure]
@@ -103,9 +103,8 @@ def leaves(struct: Struct, prefix: str = "", begin: int = 0) -> Iterator[tuple[s
 @functools.cache
 def _structs(header: str) -> dict[str, Struct]:
     """All structs of a header and of those that it includes."""
-    path = env.data_dir("templates") / "include" / header
     try:
-        text = path.read_text()
+        text = extensions.read_header(header)
     except OSError as error:
         raise FagenError(f"header {header} cannot be read", str(error)) from error
     found: dict[str, Struct] = {}

@@ -38,6 +38,7 @@ class Problem(Protocol):
     def size_key(self) -> str: ...
     @property
     def key(self) -> str: ...
+    def __hash__(self) -> int: ...
     def bytes(self) -> int:
         """Memory of a call's inputs and outputs."""
 
@@ -106,7 +107,10 @@ class Op:
     weights: Mapping[str, float]  # how much each feature counts
     flags: Callable[[Any], list[str]]  # how the command line spells a problem
     torch_serves: Callable[[Any], bool]  # whether PyTorch computes it as fast as it can, without a detour
+    symbols: tuple[str, ...] = ()  # lines for people who read a kernel, at its head
+    enums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of C++, that the constants use
     calls: Callable[[], Calls] = field(default=_no_calls)  # imports torch, so it is asked for when it is needed
+    example_names: Callable[[Any], dict[str, Any]] = field(default=lambda problem: {})  # that its template asks for
     example: str = ""  # the template of a program that runs an emitted kernel; none: there is no such program
 
     def differences(self, a: Any, b: Any, units: int) -> dict[str, float]:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from fagen import families
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError, UsageError
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 from fagen.timing import load
 from fagen.tuner import final_round
 from fagen.tuner.search import portion
 
+BUDGET_SECONDS = 300.0  # of a whole run, when neither budget nor trials are given
 SEARCH_SHARE = 0.85  # of a problem's time, at most; the rest is for the final round
 SHORTEST_FINAL = 0.4  # seconds, however small the budget is
 _RECENT = 5  # final rounds that tell how long the next one takes

@@ -9,7 +9,7 @@ from typing import Any
 
 from fagen import ops
 from fagen.errors import UsageError
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 from fagen.tuner.result import Options, Report
 
@@ -42,8 +42,8 @@ def tune(
     `if __name__ == "__main__":`.
     """
     from fagen import target as devices
-    from fagen.tuner import progress, suite
-    from fagen.tuner.budget import duration
+    from fagen.tuner import progress
+    from fagen.tuner.budget import BUDGET_SECONDS, duration
     from fagen.tuner.tune import run
 
     begun = time.monotonic()
@@ -54,7 +54,7 @@ def tune(
         raise UsageError(f"{odd!r} is no problem", remedy="make one with fagen.Problem(...)")
     seconds = duration(str(budget)) if budget is not None else None
     if seconds is None and trials is None:
-        seconds = suite.BUDGET_SECONDS
+        seconds = BUDGET_SECONDS
     options = Options(
         budget=seconds, trials=trials, seed=seed, workers=workers, devices=tuple(gpus), resume=resume, family=family,
         out=Path(out) if out is not None else None, begun=begun,

@@ -7,7 +7,7 @@ winner must beat is tried once more, with more time, before its problem is given
 from __future__ import annotations
 
 from fagen.codegen.spec import KernelSpec
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 from fagen.timing import load
 from fagen.tuner.messages import Result

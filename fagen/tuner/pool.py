@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 from fagen.tuner import evaluate as steps
 from fagen.tuner.answers import line, result_of

@@ -22,7 +22,7 @@ from fagen import families
 from fagen.db.record import Record, now, slug
 from fagen.errors import FagenError, UsageError
 from fagen.families import Config
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 
 UNVERIFIED = "0" * 16  # the source hash of a record whose kernel nobody verified: its first use does
 _MOST_STEPS = 200_000  # of the exact search; then what it found stands, which is no worse than the greedy set

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fagen import notices
 from fagen.codegen.spec import KernelSpec
 from fagen.notices import clock, milliseconds
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 from fagen.timing import load
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 from fagen import families, ops, schema
 from fagen.errors import FagenError, InvalidArgument, UsageError
 from fagen.families import Config, Family
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 from fagen.tuner import journal, resumed
 
@@ -46,7 +46,7 @@ class Recorded:
     """One space of a file."""
 
     head: dict[str, Any]
-    problem: Problem
+    problem: Any
     target: Target
     entries: dict[Config, RecordedTrial]
 

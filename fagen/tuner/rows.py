@@ -8,7 +8,7 @@ from typing import Any
 from fagen.codegen.spec import KernelSpec
 from fagen.db.record import now
 from fagen.families import Family
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 from fagen.timing.timer import Timing
 from fagen.tuner.final_round import Known, source

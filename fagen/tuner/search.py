@@ -21,7 +21,7 @@ from fagen.errors import FagenError
 from fagen.families import Config, Family
 from fagen.families.base import Value
 from fagen.families.space import Space
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 
 if TYPE_CHECKING:

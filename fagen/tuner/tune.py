@@ -17,14 +17,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fagen import env, families
+from fagen import env, extensions, families
 from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record, environment, now
 from fagen.errors import FagenError, UnsupportedProblem, UsageError
 from fagen.families import Config, Family
 from fagen.families.space import Fixed, Space, enumerate_space
-from fagen.ops.attention.problem import Problem
+from fagen.ops.base import Problem
 from fagen.target import Target
 from fagen.timing import load
 from fagen.tuner import final_round, journal, resumed
@@ -77,9 +77,10 @@ def fingerprint(problems: Sequence[Problem], target: Target, options: Options) -
 
 def sources_hash() -> str:
     """Of all that kernels are made from."""
-    digest, folder = hashlib.sha256(), env.data_dir("templates")
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    digest = hashlib.sha256()
+    for folder in extensions.template_folders():
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

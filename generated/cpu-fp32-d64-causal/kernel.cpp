@@ -1,4 +1,4 @@
-// An attention kernel made by fagen. It needs a C++17 compiler and nothing else: no torch, no Python.
+// A kernel for attention forward, made by fagen. It needs a C++17 compiler and nothing else: no torch, no Python.
 //
 // problem:  forward/fp32/d64/causal, its config chosen for b1/h16-16/q1024-k1024
 // config:   tile_m=64 tile_n=256 loop_order=q_outer schedule=dynamic block_rows=6 block_vectors=4 packing=direct (the family's default)

@@ -1,4 +1,4 @@
-// An attention kernel made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
+// A kernel for attention forward, made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  forward/bf16/d128/causal, its config chosen for b4/h16-16/q4096-k4096
 // config:   tile_m=192 tile_n=128 stages=2 q_stages=1 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=sectioned section_mb=32 cluster=1 shared_weights=True pack_heads=False (the family's default)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from fagen import ops
 from fagen.build import cachedir, toolchain
 from fagen.build.cache import find, make
 from fagen.build.compiler import _idle, parse_ptxas, plain_name
 from fagen.build.job import Artifact, Job
 from fagen.errors import BuildError, MissingTool
-from fagen.ops.attention import flags
 from fagen.ops.attention.problem import Problem
 
 # a source whose compilation outlasts every limit of these tests
@@ -373,7 +373,7 @@ def test_compiling_may_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(dtype="fp32", head_dim=72, mask="causal", heads=6, kv_heads=3, seqlen_q=5)
     with pytest.raises(BuildError) as caught:
         make(job(2, about={"problem": problem.to_dict()}), tell=lambda: said.append("compiling"))
-    assert caught.value.remedy == f"build it ahead: FAGEN_DISABLE_JIT=0 {flags.build_command(problem, 'cpu')}"
+    assert caught.value.remedy == f"build it ahead: FAGEN_DISABLE_JIT=0 {ops.build_command(problem, 'cpu')}"
     assert not said, "nothing is compiled, so nothing says so"
 
 

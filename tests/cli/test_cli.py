@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from fagen import errors, target
+from fagen import errors, ops, target
 from fagen.cli import arguments, main
 from fagen.errors import FagenError, UsageError
 from fagen.ops.attention import flags as flags_of
@@ -212,7 +212,7 @@ def test_every_setting_reaches_the_problem():
 def test_a_problems_flags_give_it_back(problem):
     words = flags_of.of(problem)
     assert arguments.problems_from(flags(*words)) == [problem]
-    command = flags_of.build_command(problem, "cpu")
+    command = ops.build_command(problem, "cpu")
     assert command.startswith("fagen build --dtype") and command.endswith("--target cpu")
     assert all(word in command for word in words)
 

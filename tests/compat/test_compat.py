@@ -23,7 +23,7 @@ F = torch.nn.functional
 
 @pytest.fixture(autouse=True)
 def _reasons_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fallback, "_warned", set())
+    monkeypatch.setattr("fagen.notices._warned", set())
 
 
 def bhsd(sq: int = 33, sk: int = 47, h: int = 4, hk: int = 4, d: int = 16) -> tuple[torch.Tensor, ...]:

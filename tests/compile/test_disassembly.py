@@ -36,3 +36,9 @@ def test_renamed_symbols_are_the_same_code() -> None:
     assert {f["name"] for f in before["kernel"]} == {"forward_kernel", "extents_kernel"}
     assert script.compare(before, renamed, False) == 0
     assert script.compare(before, other, False) == 1
+    first, second, third = (
+        {"source": version, "flags": list(family.flags(where))}
+        for version in (text, text.replace("{\n  fagen_tensor q;", "{\n  int32_t more;\n  fagen_tensor q;"), changed)
+    )
+    assert script.differences(first, second, tools, {}) == {"forward_kernel": "", "extents_kernel": ""}
+    assert script.differences(first, third, tools, {})["forward_kernel"]

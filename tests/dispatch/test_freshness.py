@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fagen
-from fagen import env, explanation
+from fagen import env, explanation, ops
 from fagen.build import toolchain
 from fagen.cli.main import main
 from fagen.codegen import spec
@@ -24,7 +24,7 @@ from fagen.db.record import Record
 from fagen.dispatch import choose, freshness, kernels, resolve
 from fagen.errors import BuildError, UsageError
 from fagen.families import Config
-from fagen.ops.attention import fallback, flags, reference
+from fagen.ops.attention import reference
 from fagen.runtime import binding
 from fagen.target import Target, host
 from fagen.verify import checks
@@ -41,7 +41,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     fake_family.install(monkeypatch.setattr)
     monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
     monkeypatch.setattr(store, "default_paths", lambda: (tmp_path / "shipped", tmp_path / "db"))
-    monkeypatch.setattr(fallback, "_warned", set())
+    monkeypatch.setattr("fagen.notices._warned", set())
     _forget(monkeypatch)
     yield tmp_path
     for path in (env.cache_dir() / "verified").glob("*"):
@@ -256,7 +256,7 @@ def test_nothing_is_verified_where_nothing_may_be_compiled(monkeypatch):
         patch.setenv("FAGEN_DISABLE_JIT", "1")
         choice = choose.choose(PROBLEM, HERE, check=True)
         assert choice.provenance == "default" and not runs
-        assert any(flags.build_command(PROBLEM, "cpu") in reason for reason in choice.reasons)
+        assert any(ops.build_command(PROBLEM, "cpu") in reason for reason in choice.reasons)
     choose.choose(PROBLEM, HERE, check=True)
     monkeypatch.setenv("FAGEN_DISABLE_JIT", "1")
     assert choose.choose(PROBLEM, HERE, check=True).trust.state == "verified"  # it was, before

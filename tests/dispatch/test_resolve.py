@@ -32,7 +32,7 @@ NOTHING = list(TORCH.words)  # an answer without a plan
 @pytest.fixture(autouse=True)
 def _quiet_fallbacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test meets each reason for the first time; no kernel is replaced by PyTorch unnoticed."""
-    monkeypatch.setattr(fallback, "_warned", set())
+    monkeypatch.setattr("fagen.notices._warned", set())
     warnings.simplefilter("error", fallback.FallbackWarning)
     assert api._ops_registered()  # calls take the C++ road
 

@@ -33,7 +33,7 @@ IMPORT_SHARE = 0.1  # of the CPU time of importing torch
 @pytest.fixture(autouse=True)
 def _quiet_fallbacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test meets each reason for the first time; no kernel is replaced by PyTorch unnoticed."""
-    monkeypatch.setattr(fallback, "_warned", set())
+    monkeypatch.setattr("fagen.notices._warned", set())
     warnings.simplefilter("error", fallback.FallbackWarning)
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from fagen.families import all_families
+
 PACKAGE = Path(__file__).parents[2] / "fagen"
 LAYERS = [
     {"errors"},
     {"env", "schema"},
-    {"notices", "target"},
+    {"extensions", "notices", "target"},
     {"ops"},
     {"timing"},
     {"families"},
@@ -68,6 +70,20 @@ def test_no_module_imports_upward(graph):
         if LEVEL[package_of(other)] > LEVEL[package_of(module)]
     ]  # fmt: skip
     assert not upward, "\n".join(upward)
+
+
+# what knows the op: its own C++ road, from a call to a launch, and the families' common arithmetic
+OF_ATTENTION = {
+    "dispatch.attention", "dispatch.warmup", "families.cost", "runtime.binding", "runtime.python_ops",
+}  # fmt: skip
+OP_INDEPENDENT = {"timing", "families", "codegen", "build", "runtime", "db", "verify", "dispatch", "tuner"}
+
+
+def test_attention_is_known_to_its_own_modules_alone(graph):
+    """An op is an addition: what serves all of them imports none."""
+    own = {f"fagen.{name}" for name in OF_ATTENTION} | {f"fagen.families.{family.name}" for family in all_families()}
+    knowing = {module for module, others in graph.items() if any("ops.attention" in other for other in others)}
+    assert {module for module in knowing - {"fagen"} if package_of(module) in OP_INDEPENDENT} == own
 
 
 def test_no_module_circles(graph):

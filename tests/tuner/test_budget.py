@@ -18,7 +18,7 @@ from fagen.errors import NoCandidate, UsageError
 from fagen.target import Target, host, known
 from fagen.timing import load, nvml
 from fagen.timing.timer import Timing
-from fagen.tuner import budget, journal, progress, suite, tune
+from fagen.tuner import budget, journal, progress, tune
 from fagen.tuner.budget import Budget, Least
 from fagen.tuner.messages import Alive, Final, Result
 from fagen.tuner.patience import Patience
@@ -442,4 +442,4 @@ def test_tuning_from_python_hands_its_options_on(monkeypatch, folders):
     assert (given.budget, given.out, given.family, given.devices) == (120.0, folders, FAMILY.name, (0, 1))
     assert given.resume == "latest" and given.begun
     assert second[0] == [PROBLEM] and second[2].budget == 7.0 and second[2].trials is None
-    assert third[2].budget == suite.BUDGET_SECONDS
+    assert third[2].budget == budget.BUDGET_SECONDS

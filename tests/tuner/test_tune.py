@@ -23,13 +23,14 @@ from fagen.dispatch import resolve
 from fagen.errors import FagenError, UsageError
 from fagen.families import Config, Family, Knob
 from fagen.families.space import enumerate_space
+from fagen.ops.attention import suite
 from fagen.ops.attention.forward_calls import check_problems
 from fagen.ops.attention.inputs import make_inputs
 from fagen.ops.attention.problem import Problem
 from fagen.target import host, known
 from fagen.timing import load
 from fagen.timing.timer import Timing
-from fagen.tuner import budget, evaluate, journal, progress, result, suite, tune, workers
+from fagen.tuner import budget, evaluate, journal, progress, result, tune, workers
 from fagen.tuner.messages import MeasureRequest, Result
 from fagen.tuner.pool import Pool
 from fagen.tuner.result import Options, Tuned

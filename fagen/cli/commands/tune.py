@@ -104,7 +104,7 @@ def samplers(words: str | None, default: tuple[str, ...]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fagen.tuner import suite
+    from fagen.ops.attention import suite
 
     begun = time.monotonic()  # the budget pays for the import of torch
 
@@ -160,8 +160,8 @@ def _tune(
     begun: float,
     args: argparse.Namespace,
 ) -> int:
-    from fagen.tuner import progress, recorded_space, suite, tune
-    from fagen.tuner.budget import duration
+    from fagen.tuner import progress, recorded_space, tune
+    from fagen.tuner.budget import BUDGET_SECONDS, duration
     from fagen.tuner.result import Options
 
     sampler, *more = samplers(args.sampler, SAMPLERS[:1])
@@ -169,7 +169,7 @@ def _tune(
         raise UsageError("a run has one sampler", f"given: {args.sampler}", "--simulate compares several")
     budget = duration(args.budget) if args.budget else None
     if budget is None and args.trials is None and args.record is None:
-        budget = suite.BUDGET_SECONDS
+        budget = BUDGET_SECONDS
     options = Options(
         budget=budget, trials=args.trials, seed=args.seed, workers=args.workers, devices=devices,
         compile_timeout=duration(args.compile_timeout), run_timeout=duration(args.run_timeout),

@@ -34,5 +34,7 @@ OP = Op(
     weights=size_point.WEIGHTS,
     flags=_flags,
     torch_serves=_torch_serves,
+    symbols=forward.OP.symbols,
+    enums=forward.OP.enums,
     calls=_calls,
 )

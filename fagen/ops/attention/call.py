@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 
 from fagen.errors import InvalidArgument
 from fagen.ops.attention import arguments
+from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import ALIGNMENT, LARGEST_SIZE, Window, is_aligned
 from fagen.ops.attention.derivatives import differentiated
 from fagen.ops.attention.masks import interval_kind
@@ -17,10 +19,11 @@ from fagen.target import Target, target_of
 
 EMPTY = "there is nothing to compute"
 NO_BACKWARD = "the inputs need gradients, and fagen has no backward kernel yet"
+NO_SINKS = "no kernel takes sinks"
 
 _DTYPES = {getattr(torch, theirs): ours for ours, theirs in TORCH_DTYPES.items()}
-_TENSORS = ("q", "k", "v", "out", "intervals", "alibi_slopes")
-_AXES = {"bshd": (1, 2), "bhsd": (2, 1)}  # of rows and heads
+_TENSORS = ("q", "k", "v", "out", "intervals", "alibi_slopes", "sinks")
+AXES = {"bshd": (1, 2), "bhsd": (2, 1)}  # of rows and heads
 _MASKS = {(-1, -1): "none", (-1, 0): "causal"}  # of a window; another one is just that
 _LONGEST = 1 << 29  # rows or keys: what a kernel takes for "without bound" lies there
 
@@ -64,6 +67,7 @@ class AttentionCall:
     scale: float | None = None
     want_lse: bool = False
     out: torch.Tensor | None = None  # where the result goes, if the caller said so
+    sinks: torch.Tensor | None = None  # no kernel takes them: see sinks.py
 
     @classmethod
     def of(
@@ -81,6 +85,7 @@ class AttentionCall:
         scale: float | None = None,
         return_lse: bool = False,
         out: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> AttentionCall:
         """Raise InvalidArgument for what is not attention. Whether `out` overlaps an input is for `refuse_overlap`."""
         want_lse = arguments.flag("return_lse", return_lse)
@@ -89,25 +94,31 @@ class AttentionCall:
         causal, bounds, softcap, scale = arguments.settings(causal, window, softcap, scale)
         _check_qkv(q, k, v, layout)
         kind = "" if intervals is None else interval_kind(_checked_columns(intervals, q, k, layout), causal)
-        call = cls(q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out)
-        call._check_slopes_and_out()
+        call = cls(q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out, sinks)
+        call._check_others()
         return call
 
     def check_tensors(self) -> None:
         """As `of` has done, for a kernel that is handed a call which may have been put together without it."""
-        if self.layout not in _AXES:
+        if self.layout not in AXES:
             raise InvalidArgument(f"layout {arguments.shown(self.layout)} is unknown", "known: bshd, bhsd")
         _check_qkv(self.q, self.k, self.v, self.layout)
         columns = 0 if self.intervals is None else _checked_columns(self.intervals, self.q, self.k, self.layout)
         if columns != len(INTERVAL_KINDS.get(self.kind, ())):
             raise InvalidArgument(f"the intervals have {columns} columns", f"the call says they are {self.kind!r}")
-        self._check_slopes_and_out()
+        self._check_others()
 
-    def _check_slopes_and_out(self) -> None:
+    def _check_others(self) -> None:
         if self.alibi_slopes is not None:
             _check_alibi(self.alibi_slopes, self)
         if self.out is not None:
             _check_out(self.out, self)
+        if self.sinks is not None:
+            sink_logits.check(self.sinks, self.heads, self.q.device)
+
+    def without_sinks(self) -> AttentionCall:
+        """The call whose result the sinks are applied to."""
+        return self if self.sinks is None else dataclasses.replace(self, sinks=None, want_lse=True)
 
     @classmethod
     def of_op(cls, a: OpArguments, *, want_lse: bool, out: torch.Tensor | None = None) -> AttentionCall:
@@ -142,11 +153,11 @@ class AttentionCall:
 
     @property
     def row_axis(self) -> int:
-        return _AXES[self.layout][0]
+        return AXES[self.layout][0]
 
     @property
     def head_axis(self) -> int:
-        return _AXES[self.layout][1]
+        return AXES[self.layout][1]
 
     @property
     def batch(self) -> int:
@@ -204,8 +215,10 @@ class AttentionCall:
     @property
     def op_refusal(self) -> str:
         """Why the ops cannot be asked at all; "" if they can."""
-        if differentiated(self.q, self.k, self.v, self.alibi_slopes):
+        if differentiated(self.q, self.k, self.v, self.alibi_slopes, self.sinks):
             return NO_BACKWARD
+        if self.sinks is not None:
+            return NO_SINKS
         if self.scale is not None and not self.scale >= arguments.LEAST_NUMBER:
             return f"scale={self.scale} is not positive"  # the kernels take the maximum before they scale
         if self.q.device.type not in ("cpu", "cuda"):
@@ -290,7 +303,7 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -
 
 
 def _check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
-    row, head = _AXES[layout]
+    row, head = AXES[layout]
     of_q, of_k, of_v = q.shape, k.shape, v.shape
     heads, kv_heads = of_q[head], of_k[head]
     good_k = of_k[0] == of_q[0] and of_k[3] == of_q[3]
@@ -314,7 +327,7 @@ def _checked_columns(intervals: torch.Tensor, q: torch.Tensor, k: torch.Tensor, 
         raise InvalidArgument(f"intervals must be int32, not {intervals.dtype}", "", "cast them: x.to(torch.int32)")
     if intervals.device != q.device:
         raise InvalidArgument(f"intervals are on {intervals.device}", f"q is on {q.device}")
-    row, head = _AXES[layout]
+    row, head = AXES[layout]
     shape, batch, seqlen_k, kv_heads = tuple(intervals.shape), k.shape[0], k.shape[row], k.shape[head]
     # `in` would not do: torch.compile's sizes are symbols
     good = len(shape) == 4 and (shape[0] == 1 or shape[0] == batch) and (shape[1] == 1 or shape[1] == kv_heads)

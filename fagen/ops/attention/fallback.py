@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from fagen import notices
+from fagen.notices import FallbackWarning as FallbackWarning
 from fagen.ops.attention import reference
 from fagen.ops.attention.call import EMPTY, AttentionCall
 from fagen.ops.attention.derivatives import in_forward_mode
 
-_warned: set[str] = set()
-
-
-class FallbackWarning(UserWarning):
-    """A call is served by PyTorch; the message says why."""
-
 
 def warn(reason: str) -> None:
-    """Once a reason and process, and never while torch.compile traces."""
-    if torch.compiler.is_compiling() or reason in _warned or reason == EMPTY:
-        return
-    _warned.add(reason)
-    warnings.warn(f"fagen: PyTorch computes instead: {reason}", FallbackWarning, stacklevel=4)
+    """Once a reason and process, and never for a call that computes nothing."""
+    if reason != EMPTY:
+        notices.warn_fallback(reason, stacklevel=5)
 
 
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,10 +29,10 @@ def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     Where it does, all is computed by products of matrices, whose gradient is the same bits each time.
     """
     q, k, v = call.bhsd()
-    plain = not call.want_lse and call.intervals is None and call.alibi_slopes is None
+    plain = not call.want_lse and call.intervals is None and call.alibi_slopes is None and call.sinks is None
     device = q.device.type  # the result has the inputs' dtype, as a kernel's has, whatever autocast would make of it
     with torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext():
-        if 0 in q.shape or 0 in k.shape:
+        if 0 in q.shape or (0 in k.shape and call.sinks is None):
             out, lse = q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
         elif plain and _sdpa_serves(call):
             out, lse = _by_sdpa(call), q.new_empty(0, dtype=torch.float32)

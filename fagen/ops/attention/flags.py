@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-
 from fagen.ops.attention.problem import DTYPES, Problem
 
 
@@ -31,8 +29,3 @@ def of(problem: Problem) -> list[str]:
 def aligned(dtype: str, head_dim: int, head_dim_v: int) -> bool:
     """Whether the rows of contiguous tensors are whole 16-byte pieces."""
     return head_dim * DTYPES[dtype] % 16 == 0 and head_dim_v * DTYPES[dtype] % 16 == 0
-
-
-def build_command(problem: Problem, arch: str) -> str:
-    """The `fagen build` that makes what the problem gets on this machine's CPU or GPU."""
-    return shlex.join(["fagen", "build", *of(problem), *(["--target", "cpu"] if arch == "cpu" else [])])

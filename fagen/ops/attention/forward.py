@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fagen.ops.attention import flags, size_point
-from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
+from fagen.ops.attention.problem import INTERVAL_KINDS, MASKS, Problem
 from fagen.ops.base import Calls, Constant, Op
+
+SYMBOLS = (
+    "Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.",
+    "Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.",
+)
+ENUMS = {"Mask": MASKS}
 
 
 def _constants(p: Problem) -> list[Constant]:
-    have = INTERVAL_KINDS.get(p.intervals, ())
     rows = [
         ("int", "kHeadDim", str(p.head_dim_padded), "of q and k, padded"),
         ("int", "kHeadDimV", str(p.head_dim_v_padded), "of v and o, padded"),
@@ -16,12 +23,20 @@ def _constants(p: Problem) -> list[Constant]:
         ("bool", "kSoftcap", str(p.softcap).lower(), "s -> softcap * tanh(s / softcap)"),
         ("bool", "kAlibi", str(p.alibi).lower(), "s -> s - slope * distance from the diagonal"),
         ("bool", "kAligned", str(p.aligned).lower(), "rows are whole, aligned 16-byte pieces"),
-        ("int", "kIntervalColumns", str(len(have)), "bounds a key carries"),
+        ("int", "kIntervalColumns", str(len(INTERVAL_KINDS.get(p.intervals, ()))), "bounds a key carries"),
     ]
-    for bound in ("LTS", "LTE", "UTS", "UTE"):
-        index = have.index(bound) if bound in have else -1
-        rows.append(("int", f"k{bound}", str(index), f"column of {bound} in intervals, -1: absent"))
+    for bound, column in _bound_columns(p).items():
+        rows.append(("int", f"k{bound}", str(column), f"column of {bound} in intervals, -1: absent"))
     return rows
+
+
+def _bound_columns(p: Problem) -> dict[str, int]:
+    have = INTERVAL_KINDS.get(p.intervals, ())
+    return {name: have.index(name) if name in have else -1 for name in ("LTS", "LTE", "UTS", "UTE")}
+
+
+def _example_names(p: Problem) -> dict[str, Any]:
+    return {"columns": len(INTERVAL_KINDS.get(p.intervals, ())), "bounds": _bound_columns(p)}
 
 
 def _torch_serves(p: Problem) -> bool:
@@ -45,6 +60,9 @@ OP = Op(
     weights=size_point.WEIGHTS,
     flags=flags.of,
     torch_serves=_torch_serves,
+    symbols=SYMBOLS,
+    enums=ENUMS,
     calls=_calls,
+    example_names=_example_names,
     example="example/main.j2",
 )

@@ -86,9 +86,9 @@ struct Block {
     first_key = S::kSplitKeys ? warp * S::kWarpKeys : S::kPairs ? warp % 2 * S::kWarpKeys : 0;
     first_column = S::kPairs ? warp % 2 * S::kWarpColumns : 0;
     const int kv_head = coord.head / (p.heads / p.kv_heads);
-    q = matrix(p.q, coord.head, p.seqlen_q, p.head_dim);
-    k = matrix(p.k, kv_head, p.seqlen_k, p.head_dim);
-    v = matrix(p.v, kv_head, p.seqlen_k, p.head_dim_v);
+    q = matrix(p.q.data, p.q.stride, coord.head, p.seqlen_q, p.head_dim);
+    k = matrix(p.k.data, p.k.stride, kv_head, p.seqlen_k, p.head_dim);
+    v = matrix(p.v.data, p.v.stride, kv_head, p.seqlen_k, p.head_dim_v);
     if constexpr (MaskOf<C>::kIntervals) {
       const int head = p.mask_heads == 1 ? 0 : kv_head;
       mask.intervals.bounds = bounds_of(p, coord.batch, head);
@@ -99,9 +99,10 @@ struct Block {
     }
   }
 
-  __device__ __forceinline__ GlobalMatrix<Element> matrix(const fagen_tensor& t, int head, int rows, int cols) const {
-    const Element* first = static_cast<const Element*>(t.data) + coord.batch * t.stride[0] + head * t.stride[2];
-    return {first, t.stride[1], rows, cols};
+  __device__ __forceinline__ GlobalMatrix<Element> matrix(const void* base, const int64_t (&stride)[3], int head,
+                                                          int rows, int cols) const {
+    const Element* first = static_cast<const Element*>(base) + coord.batch * stride[0] + head * stride[2];
+    return {first, stride[1], rows, cols};
   }
 
   // ---- copies: each is one part of a group that the caller commits

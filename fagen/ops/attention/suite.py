@@ -5,8 +5,6 @@ from __future__ import annotations
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
-BUDGET_SECONDS = 300.0  # of a whole run, when neither budget nor trials are given
-
 
 def default(target: Target) -> list[Problem]:
     return _gpu() if target.is_gpu else _cpu()

@@ -1,0 +1,58 @@
+"""From a call of attention to the kernel that serves it; the C++ op asks this, too."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fagen.dispatch import resolve
+from fagen.dispatch.plan import TORCH, Answer
+from fagen.ops.attention import fallback
+from fagen.ops.attention.call import AttentionCall
+from fagen.runtime import python_ops
+
+if TYPE_CHECKING:
+    from fagen.runtime.kernel import Kernel
+
+
+def kernel_of(call: AttentionCall) -> Kernel | None:
+    """The kernel for a call, built and loaded; None (and a warning) where PyTorch computes."""
+    return answer_to(call, ours=call.want_lse).kernel
+
+
+def answer_to(call: AttentionCall, *, ours: bool) -> Answer:
+    """What serves a call: see `resolve.answer`."""
+    if _refused(call):
+        return TORCH
+    assert call.target is not None
+    with _on_device(call.q):
+        return resolve.answer(call.problem, call.target, ours=ours)
+
+
+def words_of(call: AttentionCall) -> list[int]:
+    """The same for the C++ table: what serves this call, and the plan of its static key where there is one."""
+    if _refused(call):
+        return list(TORCH.words)
+    problem, target = call.problem, call.target
+    assert target is not None
+    with _on_device(call.q):
+        found = resolve.answer(problem, target, ours=call.want_lse)
+    return [*found.words, *resolve.plan_words(problem, target, ours=call.want_lse)]
+
+
+def _refused(call: AttentionCall) -> bool:
+    with torch.no_grad():  # whether gradients are needed was decided before
+        reason = call.refusal
+    if reason:
+        fallback.warn(reason)
+    return bool(reason)
+
+
+def _on_device(q: torch.Tensor) -> Any:
+    """Where a stale kernel is verified."""
+    return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
+
+
+python_ops.answer_with(words_of)
