@@ -99,7 +99,7 @@ def train(
     attend: str, *, steps: int, packed: bool = False, deterministic: bool = False, device: str = "cpu"
 ) -> list[float]:
     """The loss of each step."""
-    text = Text(length=96, device=device)
+    text = Text(length=64, device=device)
     torch.manual_seed(0)
     model = Gpt(len(text.alphabet), text.length, attend, deterministic).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -56,6 +56,17 @@ def test_call(run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("flags", "steps"), [((), 300), (("--packed", "--deterministic"), 60)])
+def test_train(run, flags, steps):
+    said = run(sys.executable, EXAMPLES / "train.py", f"--steps={steps}", *flags, OMP_NUM_THREADS="1")
+    assert "PyTorch computes" not in said
+    assert abs(float(re.search(r"([+-][\d.]+)%", said)[1])) < 2.0
+    first, last = (float(re.findall(rf"^ *{step} +([\d.]+)", said, re.MULTILINE)[0]) for step in (0, steps - 1))
+    assert last < (0.4 if steps == 300 else 0.7) * first
+    assert ("two runs agree in every bit: True" in said) == bool(flags)
+
+
+@pytest.mark.slow
 def test_tune_one_shape(run, tmp_path):
     said = run("sh", EXAMPLES / "tune_one_shape.sh", TRIALS="2")
     assert "picked   cpu_forward (exact" in said
