@@ -104,7 +104,7 @@ def samplers(words: str | None, default: tuple[str, ...]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fagen.cli import suite
+    from fagen.ops.attention import suite
 
     begun = time.monotonic()  # the budget pays for the import of torch
 
