@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.api import attention as attention
+    from fagen.compat import hf as hf
     from fagen.compat.flash_attn import flash_attn_func as flash_attn_func
     from fagen.compat.sdpa import sdpa as sdpa
+    from fagen.compat.torch_impl import register_torch as register_torch
     from fagen.dispatch.warmup import warmup as warmup
     from fagen.errors import FagenError as FagenError
     from fagen.explanation import explain as explain
@@ -25,11 +27,13 @@ _WHERE = {
     "tune": "fagen.tuner.call",
     "flash_attn_func": "fagen.compat.flash_attn",
     "sdpa": "fagen.compat.sdpa",
+    "register_torch": "fagen.compat.torch_impl",
     "explain": "fagen.explanation",
     "Problem": "fagen.ops.attention.problem",
     "Target": "fagen.target",
     "FagenError": "fagen.errors",
     "masks": "fagen.ops.attention.masks",
+    "hf": "fagen.compat.hf",
 }
 
 __all__ = ["__version__", *_WHERE]
@@ -42,7 +46,7 @@ if not TYPE_CHECKING:  # a checker that saw this would take any name for one of 
         from importlib import import_module
 
         module = import_module(_WHERE[name])
-        value = globals()[name] = getattr(module, name, module)  # `masks` is a module itself
+        value = globals()[name] = getattr(module, name, module)  # `masks` and `hf` are modules themselves
         return value
 
 

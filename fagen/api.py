@@ -8,9 +8,10 @@ from typing import Any, Literal, overload
 import torch
 
 from fagen.dispatch.attention import kernel_of
-from fagen.ops.attention import fallback
+from fagen.ops.attention import arguments, derivatives, fallback
+from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import Window
-from fagen.ops.attention.call import AttentionCall
+from fagen.ops.attention.call import AXES, AttentionCall
 from fagen.runtime import binding
 
 _fast: Callable[..., Any] | None = None  # the C++ road, once it is loaded
@@ -21,7 +22,8 @@ _fast_sdpa: Callable[..., Any] | None = None
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = ..., causal: bool = ..., window: Window = ...,
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
-    scale: float | None = ..., return_lse: Literal[False] = ..., out: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
+    out: torch.Tensor | None = ..., deterministic: bool = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
@@ -29,7 +31,8 @@ def attention(
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = ..., causal: bool = ..., window: Window = ...,
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
-    scale: float | None = ..., return_lse: Literal[True], out: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: Literal[True],
+    out: torch.Tensor | None = ..., deterministic: bool = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
@@ -37,7 +40,8 @@ def attention(
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = ..., causal: bool = ..., window: Window = ...,
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
-    scale: float | None = ..., return_lse: bool, out: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: bool,
+    out: torch.Tensor | None = ..., deterministic: bool = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
@@ -52,9 +56,11 @@ def attention(
     intervals: torch.Tensor | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
+    deterministic: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale * q k^T) v, by the fastest kernel known for the problem.
 
@@ -67,22 +73,53 @@ def attention(
     intervals     int32 (batch or 1, 1 or kv_heads, seqlen_k, 1, 2 or 4): rows masked out per key, see `fagen.masks`
     softcap       s -> softcap * tanh(s / softcap); 0 for none
     alibi_slopes  float32 (heads) or (batch, heads): s -> s - slope * distance from the diagonal
+    sinks         (heads): a logit a head that joins the sum of its rows' softmax and has no value
     scale         of q k^T; 1 / sqrt(d) if not given
     return_lse    (out, lse): the natural log of the sum of exponentials, float32 (batch, heads, seqlen_q)
     out           where to put the result; it may share memory with no input
+    deterministic gradients of the same bits in every run, as after `torch.use_deterministic_algorithms(True)`; the
+                  forward kernels are so in any case
 
-    Derivatives, forward and reverse, are PyTorch's. A row that sees no key gives 0, and -inf in lse.
+    Gradients of q, k and v are ours where a backward kernel serves them; all other derivatives are PyTorch's. A row
+    that sees no key gives 0, and -inf in lse (or its sink).
     """
+    if sinks is not None:
+        return _with_sinks(
+            sinks, q, k, v, layout, return_lse, out, causal=causal, window=window, intervals=intervals,
+            softcap=softcap, alibi_slopes=alibi_slopes, scale=scale, deterministic=deterministic,
+        )  # fmt: skip
     if not torch.compiler.is_compiling() and _fast is not None:
-        answer = _fast(q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out)
+        answer = _fast(
+            q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out, deterministic
+        )
         if answer is not None:
             return answer
     return _attention(
         AttentionCall.of(
             q, k, v, layout=layout, causal=causal, window=window, intervals=intervals, softcap=softcap,
-            alibi_slopes=alibi_slopes, scale=scale, return_lse=return_lse, out=out,
+            alibi_slopes=alibi_slopes, scale=scale, return_lse=return_lse, out=out, deterministic=deterministic,
         )
     )  # fmt: skip
+
+
+def _with_sinks(
+    sinks: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, return_lse: bool,
+    out: torch.Tensor | None, **how: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The call without them, then the sinks. In float64 PyTorch computes both: an LSE is float32 here."""
+    simple = out is None and isinstance(q, torch.Tensor) and not q.is_nested and q.dim() == 4 and layout in tuple(AXES)
+    if simple and q.dtype != torch.float64:  # the fast road checks all else
+        sink_logits.check(sinks, q.shape[AXES[layout][1]], q.device)
+    else:
+        call = AttentionCall.of(q, k, v, layout=layout, return_lse=return_lse, out=out, sinks=sinks, **how)
+        if q.dtype == torch.float64:
+            return _attention(call)
+        if not torch.compiler.is_compiling() and _has_memory(call):
+            call.refuse_overlap()
+    want_lse = arguments.flag("return_lse", return_lse)
+    value, lse = attention(q, k, v, layout=layout, return_lse=True, out=out, **how)
+    value, lse = sink_logits.apply(value, lse, sinks, layout, in_place=out is not None)
+    return (value, lse) if want_lse else value
 
 
 def _attention(call: AttentionCall) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +183,8 @@ def _without_ops(call: AttentionCall, reason: str) -> torch.Tensor | tuple[torch
     plain = not torch.compiler.is_compiling() and _has_memory(call)
     if plain:
         call.refuse_overlap()
-    found = kernel_of(call) if plain and not reason else None
+    differentiated = derivatives.differentiated(call.q, call.k, call.v)  # which takes the ops' node of autograd
+    found = kernel_of(call) if plain and not reason and not differentiated else None
     if plain and not reason:
         binding.start()  # after the kernel, which this call waited for
     if found is None:

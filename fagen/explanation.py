@@ -163,7 +163,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -
     """What `fagen.attention` would do with the same arguments, and why each other choice was not taken."""
     from fagen.ops.attention.call import AttentionCall
 
-    call = AttentionCall.of(q, k, v, **options)
+    call = AttentionCall.of(q, k, v, **options).without_sinks()
     if call.refusal:
         return Explanation(None, call.target, Choice("none", reasons=[call.refusal]), None)
     assert call.target is not None

@@ -137,6 +137,6 @@ def prefix_row(name: str, length: int, prefix: int, **shape: Any) -> Row:
 
 
 def _small(target: Target) -> list[Row]:
-    from fagen.ops.attention import suite
+    from fagen.ops.attention import suite as tuned
 
-    return [of_problem(problem) for problem in suite.default(target)]
+    return [of_problem(problem) for problem in tuned.default(target)]

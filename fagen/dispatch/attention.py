@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fagen.dispatch import resolve
-from fagen.dispatch.plan import TORCH
+from fagen.dispatch.plan import TORCH, Answer
 from fagen.ops.attention import fallback
+from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.call import AttentionCall
 from fagen.runtime import python_ops
 
@@ -19,11 +20,16 @@ if TYPE_CHECKING:
 
 def kernel_of(call: AttentionCall) -> Kernel | None:
     """The kernel for a call, built and loaded; None (and a warning) where PyTorch computes."""
+    return answer_to(call, ours=call.want_lse).kernel
+
+
+def answer_to(call: AttentionCall, *, ours: bool) -> Answer:
+    """What serves a call: see `resolve.answer`."""
     if _refused(call):
-        return None
+        return TORCH
     assert call.target is not None
     with _on_device(call.q):
-        return resolve.kernel_for(call.problem, call.target, ours=call.want_lse)
+        return resolve.answer(call.problem, call.target, ours=ours)
 
 
 def words_of(call: AttentionCall) -> list[int]:
@@ -35,6 +41,18 @@ def words_of(call: AttentionCall) -> list[int]:
     with _on_device(call.q):
         found = resolve.answer(problem, target, ours=call.want_lse)
     return [*found.words, *resolve.plan_words(problem, target, ours=call.want_lse)]
+
+
+def backward_words_of(call: AttentionCall) -> list[int]:
+    """The same for the gradients of a call."""
+    if _refused(call):
+        return list(TORCH.words)
+    fields = {**call.problem.to_dict(), "op": "backward", "deterministic": call.deterministic}
+    problem, target = BackwardProblem(**fields), call.target
+    assert target is not None
+    with _on_device(call.q):
+        found = resolve.answer(problem, target)
+    return [*found.words, *resolve.plan_words(problem, target)]
 
 
 def _refused(call: AttentionCall) -> bool:
@@ -50,4 +68,4 @@ def _on_device(q: torch.Tensor) -> Any:
     return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
 
-python_ops.answer_with(words_of)
+python_ops.answer_with(words_of, backward_words_of)

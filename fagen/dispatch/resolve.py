@@ -47,6 +47,11 @@ def forget() -> None:
     renew()
 
 
+def epoch() -> object:
+    """Another object each time that what was chosen may no longer hold."""
+    return _epoch
+
+
 def renew(static_key: str | None = None) -> None:
     """Make plans anew when they are next asked for, of what is loaded by then: those of a static key, or all."""
     global _epoch

@@ -12,10 +12,11 @@ __all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates
 
 
 def all_families() -> tuple[Family, ...]:
-    from fagen.families import cpu_backward, cpu_forward, sm80_forward, sm90_forward
+    from fagen.families import cpu_backward, cpu_forward, sm80_backward, sm80_forward, sm90_backward, sm90_forward
 
-    ours = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY, cpu_backward.FAMILY)
-    return extensions.with_offered(ours, "FAMILIES")
+    forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY)
+    backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY)
+    return extensions.with_offered((*forward, *backward), "FAMILIES")
 
 
 def get(name: str) -> Family:
@@ -26,11 +27,12 @@ def get(name: str) -> Family:
 
 
 def candidates(problem: Problem, target: Target) -> tuple[list[Family], dict[str, str]]:
-    """Families that can serve the problem on the target, and why each other one cannot."""
+    """Families of the problem's op that can serve it on the target, and why each other one cannot."""
     able, reasons = [], {}
     for family in all_families():
-        same = family.op == problem.op
-        reason = family.supports(problem, target) if same else f"serves {family.op}, not {problem.op}"
+        if family.op != problem.op:
+            continue
+        reason = family.supports(problem, target)
         if reason:
             reasons[family.name] = reason
         else:

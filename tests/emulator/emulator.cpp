@@ -200,8 +200,8 @@ struct Words {  // of two rows, as a quad's registers hold them
 
 // What lies in shared memory is read when the product is done: when it is waited for, or sooner.
 template <class Element>
-void start_product(float* sums, int columns, bool b_row_major, uint64_t a, const uint32_t* held, uint64_t b,
-                   bool more) {
+void start_product(float* sums, int columns, bool b_row_major, uint64_t a, const uint32_t* held, uint64_t b, bool more,
+                   bool a_row_major) {
   const Tile tile(b);
   const int lane = now->thread.x % 32, first = now->thread.x / 32 % 4 * 16 + lane / 4;
   std::function<void(float (&)[2][16])> read;
@@ -218,9 +218,12 @@ void start_product(float* sums, int columns, bool b_row_major, uint64_t a, const
           rows[r][k] = value<Element>(uint16_t(mine.words[k / 8][k % 8 / 2] >> (r * 32 + k % 2 * 16)));
     };
   } else {
-    read = [from = Tile(a), first](float (&rows)[2][16]) {
+    read = [from = Tile(a), first, a_row_major](float (&rows)[2][16]) {
       for (int r = 0; r < 2; ++r)
-        for (int k = 0; k < 16; ++k) rows[r][k] = value<Element>(from.row_major(first + r * 8, k));
+        for (int k = 0; k < 16; ++k) {
+          const int row = first + r * 8;
+          rows[r][k] = value<Element>(a_row_major ? from.row_major(row, k) : from.column_major(row, k));
+        }
     };
   }
   now->products.open.push_back([=] {
@@ -242,8 +245,8 @@ void start_product(float* sums, int columns, bool b_row_major, uint64_t a, const
       }
   });
 }
-template void start_product<__nv_bfloat16>(float*, int, bool, uint64_t, const uint32_t*, uint64_t, bool);
-template void start_product<__half>(float*, int, bool, uint64_t, const uint32_t*, uint64_t, bool);
+template void start_product<__nv_bfloat16>(float*, int, bool, uint64_t, const uint32_t*, uint64_t, bool, bool);
+template void start_product<__half>(float*, int, bool, uint64_t, const uint32_t*, uint64_t, bool, bool);
 
 // ---- launches
 
@@ -258,6 +261,7 @@ static void* take_stack() {
 static const std::function<void()>* entry;
 static void enter() {
   (*entry)();
+  if (!now->sums.open.empty() || !now->sums.committed.empty()) fail("a thread ends before its sums are in memory");
   now->done = true;
   for (;;) leave();
 }
@@ -301,12 +305,20 @@ static bool run(std::vector<std::unique_ptr<Cluster>>& clusters) {
   const auto warps = fibers.size() / 32;
   size_t left = fibers.size();
   bool fine = true;
+  size_t slow = 0, width = 1;  // now and then a warp or a warpgroup is left behind for some rounds
+  int rounds = 0;
   while (left && fine) {
     bool moved = false;
     const size_t first = chance(warps), step = chance(2) ? 1 : warps - 1;
+    if (rounds > 0)
+      --rounds;
+    else if (chance(32) == 0)
+      rounds = 1 + chance(128), width = chance(2) ? 1 : 4, slow = chance(warps) / width;
     for (size_t w = 0; w < warps && fine; ++w)
       for (size_t lane = 0; lane < 32 && fine; ++lane) {
-        Fiber& fiber = *fibers[(first + w * step) % warps * 32 + lane];
+        const size_t warp = (first + w * step) % warps;
+        Fiber& fiber = *fibers[warp * 32 + lane];
+        if (rounds > 0 && warp / width == slow) continue;
         if (fiber.done || !fiber.waiting.over()) continue;
         moved = true;
         fiber.waiting.count = nullptr;
@@ -316,7 +328,10 @@ static bool run(std::vector<std::unique_ptr<Cluster>>& clusters) {
       }
     for (auto& cluster : clusters)
       while (!cluster->copies.empty() && (!moved || !chance(8))) copy_one(*cluster), moved = true;
-    if (!moved && fine) report = stuck(fibers), fine = false;
+    if (!moved && rounds > 0)
+      rounds = 0;
+    else if (!moved && fine)
+      report = stuck(fibers), fine = false;
   }
   for (auto& fiber : fibers) stacks.push_back(fiber->stack);
   return fine;

@@ -97,7 +97,7 @@ struct Fiber {
   uint3 thread;
   bool done = false;
   Waiting waiting;
-  Groups products, copies;
+  Groups products, copies, sums;  // sums: bulk ones, from shared memory into memory
 };
 
 extern Fiber* now;
@@ -161,7 +161,8 @@ void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
 // One thread's share of a warpgroup's product: two rows of a, from shared memory where `held` is null, and a quarter of
 // the columns.
 template <class Element>
-void start_product(float* sums, int columns, bool b_row_major, uint64_t a, const uint32_t* held, uint64_t b, bool more);
+void start_product(float* sums, int columns, bool b_row_major, uint64_t a, const uint32_t* held, uint64_t b, bool more,
+                   bool a_row_major = true);
 
 // ---- launches
 

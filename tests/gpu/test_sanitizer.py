@@ -38,6 +38,16 @@ from tests.support.cases import Case, run
 assert run(Case("tma", mask="intervals", intervals="both4"), 70, 299)
 print("all right")
 """
+BACKWARD = """
+from tests.gpu.test_sm80_backward import check
+from tests.support.backward import Case
+for name in ("base", "held", "own_dq", "held_own_dq", "one_stage", "held_one_stage", "v_held", "gqa_sums"):
+    check(Case(name, sizes=((70, 99),)))
+check(Case("base", mask="intervals", intervals="both4", sizes=((99, 70),)))
+check(Case("own_dq", mask="intervals", intervals="both4", sizes=((99, 70),)))
+check(Case("base", mask="none", aligned=False, head_dim=50, sizes=((70, 99),)))
+print("all right")
+"""
 
 
 def _hopper() -> bool:
@@ -50,18 +60,21 @@ def _hopper() -> bool:
     [
         ("memcheck", MMA_SYNC),
         ("racecheck", MMA_SYNC),
+        ("memcheck", BACKWARD),
+        ("racecheck", BACKWARD),
         ("memcheck", WGMMA),
         ("racecheck", WGMMA),
         ("memcheck", INTERVALS),
         ("racecheck", INTERVALS),
     ],
-    ids=lambda x: {MMA_SYNC: "sm80", WGMMA: "sm90", INTERVALS: "sm90-intervals"}.get(x, x),
+    ids=lambda x: {MMA_SYNC: "sm80", BACKWARD: "sm80-backward", WGMMA: "sm90", INTERVALS: "sm90-intervals"}.get(x, x),
 )
 def test_sanitizer(check: str, kernels: str) -> None:
-    if kernels is not MMA_SYNC and not _hopper():
+    if kernels not in (MMA_SYNC, BACKWARD) and not _hopper():
         pytest.skip("needs Hopper")
     # With intervals all kernels: racecheck fails of itself where of two that overlap it follows the second only.
-    only = "" if kernels is INTERVALS else "--kernel-regex kns=forward_kernel"
+    ours = "fagen" if kernels is BACKWARD else "forward_kernel"
+    only = "" if kernels is INTERVALS else f"--kernel-regex kns={ours}"
     options = f"--tool {check} --error-exitcode 9 {only}"
     command = [TOOL, *options.split(), sys.executable, "-c", kernels]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=Path(__file__).parents[2])

@@ -113,7 +113,7 @@ def test_what_is_declared_is_what_is_imported():
         for name in node.names:
             assert name.name == name.asname, "only such an import is public to a checker"
             declared[name.name] = node.module
-    assert {n: f"{w}.{n}" if n == "masks" else w for n, w in declared.items()} == fagen._WHERE
+    assert {n: f"{w}.{n}" if n in ("masks", "hf") else w for n, w in declared.items()} == fagen._WHERE
     for name in declared:
         there = importlib.import_module(fagen._WHERE[name])
         assert getattr(fagen, name) is getattr(there, name, there)

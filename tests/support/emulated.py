@@ -7,8 +7,9 @@ import functools
 import hashlib
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
@@ -99,13 +100,20 @@ def _compile(source: Path, to: Path, *flags: str) -> None:
 
 
 def launch(
-    library: Library, call: AttentionCall, outputs: dict[str, torch.Tensor], *, seed: int = 0, units: int = 3
+    library: Library,
+    call: AttentionCall,
+    outputs: dict[str, torch.Tensor],
+    *,
+    seed: int = 0,
+    units: int = 3,
+    fill: Callable[[Any, dict[str, torch.Tensor]], ctypes.Structure] = make_params,
 ) -> None:
-    """On a GPU of so many SMs; `seed` decides what comes first wherever that is open."""
+    """On a GPU of so many SMs; `seed` decides what comes first wherever that is open. `fill`: the op's params."""
     import torch
 
     library._library.emulator_begin(ctypes.c_uint64(seed), ctypes.c_int(units))
-    params, memory = make_params(call, outputs), torch.empty(0)
+    params: Any = fill(call, outputs)
+    memory = torch.empty(0)
     if need := library.workspace_bytes(ctypes.byref(params)):
         memory, params.workspace = workspace_tensor(need, torch.device("cpu"))
         memory.fill_(0xA5)

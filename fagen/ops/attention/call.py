@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from fagen.errors import InvalidArgument
-from fagen.ops.attention import arguments
+from fagen.ops.attention import arguments, derivatives
+from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import ALIGNMENT, LARGEST_SIZE, Window, is_aligned
-from fagen.ops.attention.derivatives import differentiated
 from fagen.ops.attention.masks import interval_kind
 from fagen.ops.attention.problem import INTERVAL_KINDS, MAX_HEAD_DIM, TORCH_DTYPES, Problem
 from fagen.target import Target, target_of
 
 EMPTY = "there is nothing to compute"
-NO_BACKWARD = "the inputs need gradients, and fagen has no backward kernel yet"
+NO_SINKS = "no kernel takes sinks"
 
 _DTYPES = {getattr(torch, theirs): ours for ours, theirs in TORCH_DTYPES.items()}
-_TENSORS = ("q", "k", "v", "out", "intervals", "alibi_slopes")
-_AXES = {"bshd": (1, 2), "bhsd": (2, 1)}  # of rows and heads
+_TENSORS = ("q", "k", "v", "out", "intervals", "alibi_slopes", "sinks")
+AXES = {"bshd": (1, 2), "bhsd": (2, 1)}  # of rows and heads
 _MASKS = {(-1, -1): "none", (-1, 0): "causal"}  # of a window; another one is just that
 _LONGEST = 1 << 29  # rows or keys: what a kernel takes for "without bound" lies there
 
@@ -39,6 +40,7 @@ class OpArguments(NamedTuple):
     window_right: int
     softcap: float
     scale: float | None
+    deterministic: bool
 
     @property
     def layout(self) -> str:
@@ -64,6 +66,8 @@ class AttentionCall:
     scale: float | None = None
     want_lse: bool = False
     out: torch.Tensor | None = None  # where the result goes, if the caller said so
+    deterministic: bool = False  # the same bits in every run, of gradients too
+    sinks: torch.Tensor | None = None  # no kernel takes them: see sinks.py
 
     @classmethod
     def of(
@@ -81,33 +85,44 @@ class AttentionCall:
         scale: float | None = None,
         return_lse: bool = False,
         out: torch.Tensor | None = None,
+        deterministic: bool = False,
+        sinks: torch.Tensor | None = None,
     ) -> AttentionCall:
         """Raise InvalidArgument for what is not attention. Whether `out` overlaps an input is for `refuse_overlap`."""
         want_lse = arguments.flag("return_lse", return_lse)
+        deterministic = arguments.flag("deterministic", deterministic)
         if layout not in ("bshd", "bhsd"):
             raise InvalidArgument(f"layout {arguments.shown(layout)} is unknown", "known: bshd, bhsd")
         causal, bounds, softcap, scale = arguments.settings(causal, window, softcap, scale)
         _check_qkv(q, k, v, layout)
         kind = "" if intervals is None else interval_kind(_checked_columns(intervals, q, k, layout), causal)
-        call = cls(q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out)
-        call._check_slopes_and_out()
+        call = cls(
+            q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out, deterministic, sinks
+        )  # fmt: skip
+        call._check_others()
         return call
 
     def check_tensors(self) -> None:
         """As `of` has done, for a kernel that is handed a call which may have been put together without it."""
-        if self.layout not in _AXES:
+        if self.layout not in AXES:
             raise InvalidArgument(f"layout {arguments.shown(self.layout)} is unknown", "known: bshd, bhsd")
         _check_qkv(self.q, self.k, self.v, self.layout)
         columns = 0 if self.intervals is None else _checked_columns(self.intervals, self.q, self.k, self.layout)
         if columns != len(INTERVAL_KINDS.get(self.kind, ())):
             raise InvalidArgument(f"the intervals have {columns} columns", f"the call says they are {self.kind!r}")
-        self._check_slopes_and_out()
+        self._check_others()
 
-    def _check_slopes_and_out(self) -> None:
+    def _check_others(self) -> None:
         if self.alibi_slopes is not None:
             _check_alibi(self.alibi_slopes, self)
         if self.out is not None:
             _check_out(self.out, self)
+        if self.sinks is not None:
+            sink_logits.check(self.sinks, self.heads, self.q.device)
+
+    def without_sinks(self) -> AttentionCall:
+        """The call whose result the sinks are applied to."""
+        return self if self.sinks is None else dataclasses.replace(self, sinks=None, want_lse=True)
 
     @classmethod
     def of_op(cls, a: OpArguments, *, want_lse: bool, out: torch.Tensor | None = None) -> AttentionCall:
@@ -115,7 +130,7 @@ class AttentionCall:
         return cls.of(
             a.q, a.k, a.v, layout=a.layout, causal=a.causal, window=(a.window_left, a.window_right),
             intervals=a.intervals, softcap=a.softcap, alibi_slopes=a.alibi_slopes, scale=a.scale, return_lse=want_lse,
-            out=out,
+            out=out, deterministic=a.deterministic,
         )  # fmt: skip
 
     @classmethod
@@ -124,13 +139,14 @@ class AttentionCall:
         window = (a.window_left, 0 if a.causal else a.window_right)
         kind = "" if a.intervals is None else interval_kind(int(a.intervals.shape[3]), a.causal)
         return cls(
-            a.q, a.k, a.v, a.layout, window, a.intervals, kind, a.softcap, a.alibi_slopes, a.scale, want_lse, None
-        )
+            a.q, a.k, a.v, a.layout, window, a.intervals, kind, a.softcap, a.alibi_slopes, a.scale, want_lse, None,
+            a.deterministic,
+        )  # fmt: skip
 
     def op_arguments(self) -> OpArguments:
         return OpArguments(
             self.q, self.k, self.v, self.intervals, self.alibi_slopes, self.layout == "bhsd", self._causal,
-            *self.window, self.softcap, self.scale,
+            *self.window, self.softcap, self.scale, self.deterministic,
         )  # fmt: skip
 
     @property
@@ -142,11 +158,11 @@ class AttentionCall:
 
     @property
     def row_axis(self) -> int:
-        return _AXES[self.layout][0]
+        return AXES[self.layout][0]
 
     @property
     def head_axis(self) -> int:
-        return _AXES[self.layout][1]
+        return AXES[self.layout][1]
 
     @property
     def batch(self) -> int:
@@ -204,8 +220,11 @@ class AttentionCall:
     @property
     def op_refusal(self) -> str:
         """Why the ops cannot be asked at all; "" if they can."""
-        if differentiated(self.q, self.k, self.v, self.alibi_slopes):
-            return NO_BACKWARD
+        underivable = derivatives.refusal(self.q, self.k, self.v, self.alibi_slopes)
+        if underivable:
+            return underivable
+        if self.sinks is not None:
+            return NO_SINKS
         if self.scale is not None and not self.scale >= arguments.LEAST_NUMBER:
             return f"scale={self.scale} is not positive"  # the kernels take the maximum before they scale
         if self.q.device.type not in ("cpu", "cuda"):
@@ -290,7 +309,7 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -
 
 
 def _check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
-    row, head = _AXES[layout]
+    row, head = AXES[layout]
     of_q, of_k, of_v = q.shape, k.shape, v.shape
     heads, kv_heads = of_q[head], of_k[head]
     good_k = of_k[0] == of_q[0] and of_k[3] == of_q[3]
@@ -314,7 +333,7 @@ def _checked_columns(intervals: torch.Tensor, q: torch.Tensor, k: torch.Tensor, 
         raise InvalidArgument(f"intervals must be int32, not {intervals.dtype}", "", "cast them: x.to(torch.int32)")
     if intervals.device != q.device:
         raise InvalidArgument(f"intervals are on {intervals.device}", f"q is on {q.device}")
-    row, head = _AXES[layout]
+    row, head = AXES[layout]
     shape, batch, seqlen_k, kv_heads = tuple(intervals.shape), k.shape[0], k.shape[row], k.shape[head]
     # `in` would not do: torch.compile's sizes are symbols
     good = len(shape) == 4 and (shape[0] == 1 or shape[0] == batch) and (shape[1] == 1 or shape[1] == kv_heads)

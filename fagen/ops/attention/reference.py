@@ -35,7 +35,7 @@ def attend(
     call: AttentionCall, tensors: Tensors, seen: torch.Tensor | None, rows: slice = slice(None)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention in the dtype of `tensors`, the call's q, k and v in bhsd order, for some rows; rows that see
-    nothing give 0 and -inf.
+    nothing give 0, and -inf or their sink.
 
     `seen` is the dense mask of those rows. Differentiable; this is also the fallback of last resort.
     """
@@ -59,13 +59,16 @@ def attend(
         if seen.shape[1] not in (1, heads):
             seen = seen.repeat_interleave(heads // seen.shape[1], dim=1)
         scores = scores.masked_fill(~seen, -math.inf)
+    if call.sinks is not None:  # one more key, which has no value
+        column = call.sinks.to(scores.dtype).reshape(-1, 1, 1)
+        scores = torch.cat([scores, column.expand(*scores.shape[:3], 1)], dim=-1)
     lse = torch.logsumexp(scores.float() if scores.dtype != torch.float64 else scores, dim=-1)
     # a row that sees nothing: exp(-inf - 0) = 0 everywhere, in the gradient as well
     top = scores.detach().amax(-1, keepdim=True)
     weights = torch.exp(scores - torch.where(top == -math.inf, 0, top))
     total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total == 0, 1, total)
-    grouped = weights.reshape(q.shape[0], kv_heads, group, -1, sk)
+    grouped = weights[..., :sk].reshape(q.shape[0], kv_heads, group, q.shape[2], sk)
     return torch.matmul(grouped, v[:, :, None]).flatten(1, 2), lse
 
 
@@ -106,7 +109,7 @@ def part(
         slopes = slopes[b % slopes.shape[0] if slopes.dim() == 2 else ..., heads]
     small = dataclasses.replace(
         call, q=cut(call.q, heads), k=cut(call.k, kv_heads), v=cut(call.v, kv_heads), intervals=intervals,
-        alibi_slopes=slopes, out=None,
+        alibi_slopes=slopes, out=None, sinks=None if call.sinks is None else call.sinks[heads],
     )  # fmt: skip
     return small, {name: t[batch, heads] if name == "lse" else cut(t, heads) for name, t in outputs.items()}
 

@@ -29,3 +29,6 @@ inline __nv_bfloat16 round_bfloat(float f) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
   return {emulator::round_bfloat(a), emulator::round_bfloat(b)};
 }
+inline float2 __bfloat1622float2(__nv_bfloat162 pair) {
+  return {emulator::value<__nv_bfloat16>(pair.x.bits), emulator::value<__nv_bfloat16>(pair.y.bits)};
+}

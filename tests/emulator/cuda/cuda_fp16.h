@@ -35,3 +35,6 @@ inline __half round_half(float f) {
 }  // namespace emulator
 
 inline __half2 __floats2half2_rn(float a, float b) { return {emulator::round_half(a), emulator::round_half(b)}; }
+inline float2 __half22float2(__half2 pair) {
+  return {emulator::value<__half>(pair.x.bits), emulator::value<__half>(pair.y.bits)};
+}

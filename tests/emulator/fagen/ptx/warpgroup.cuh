@@ -50,5 +50,13 @@ template <int kColumns>
 void wgmma_registers(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b) {
   emulator::start_product<EMULATOR_ELEMENT>(&c[0][0], kColumns, false, 0, a, b, true);
 }
+template <int kColumns, bool kATransposed, bool kBTransposed>
+void wgmma(float (&c)[kColumns / 8][4], uint64_t a, uint64_t b, bool more) {
+  emulator::start_product<EMULATOR_ELEMENT>(&c[0][0], kColumns, !kBTransposed, a, nullptr, b, more, !kATransposed);
+}
+template <int kColumns, bool kBTransposed>
+void wgmma(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, bool more) {
+  emulator::start_product<EMULATOR_ELEMENT>(&c[0][0], kColumns, !kBTransposed, 0, a, b, more);
+}
 
 }  // namespace fagen::ptx

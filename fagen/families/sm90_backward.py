@@ -1,0 +1,280 @@
+"""Backward for Hopper: a block a tile of keys, copies by the copy engine (TMA), products by warpgroups (wgmma)."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from fagen.families.base import Config, Constraint, Family, Knob, nothing
+from fagen.families.cost import makespan, walk
+from fagen.ops.attention.problem import Problem
+from fagen.target import Target
+
+FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
+
+KNOBS = (
+    Knob("tile_m", "kTileM", (64, 128), "rows of q that a block visits at a time"),
+    Knob("tile_n", "kTileN", (64, 80, 96, 128, 192), "keys of a block"),
+    Knob("warpgroups", "kWarpgroups", (1, 2, 3), "warpgroups that compute"),
+    Knob("operands", "kOperands", ("registers", "shared"), "P and dS are operands in registers or in shared memory"),
+    Knob("q_stages", "kQStages", (1, 2, 3), "tiles of q in shared memory"),
+    Knob("dout_stages", "kDoutStages", (1, 2, 3), "tiles of dO in shared memory"),
+    Knob("ds_stages", "kDsStages", (1, 2), "tiles of dS in shared memory"),
+    Knob("dv_start", "kDvStart", ("after_ds", "before_ds"), "dV is started when dS is formed, or under that"),
+    Knob("dq_sink", "kDqSink", ("bulk", "red"), "dQ is added up by the copy engine, or from registers"),
+    Knob("dq_owner", "kDqOwner", ("all", "first"), "warpgroups that compute dQ"),
+    Knob("row_order", "kRowOrder", ("ascending", "descending", "shifted"), "order of a block's row tiles"),
+    Knob(
+        "block_order",
+        "kBlockOrder",
+        ("ascending", "descending", "longest_first", "sectioned"),
+        "order of key tiles and heads",
+    ),
+    Knob("section_mb", "kSectionMb", (16, 32, 64), "megabytes of q, dO and dQ that a section of heads may have"),
+)
+
+ROW_BYTES = 128  # of a slab of 64 columns
+BARRIER_BYTES = 16  # a full and an empty barrier
+SMEM_ALIGNMENT = 1024
+PIECE_BYTES = 2048  # 8 columns of 64 rows of dQ in float32
+OTHER_REGISTERS = 24  # addresses, bounds, loop state
+
+
+def _slabs(columns: int) -> int:
+    return -(-columns // (ROW_BYTES // 2))
+
+
+def _owners(c: Config) -> int:
+    return int(c.warpgroups) if c.dq_owner == "all" else 1
+
+
+def dq_columns(p: Problem, c: Config) -> int:
+    """Columns of dQ that a warpgroup has at a time, as DqShare in sm90/backward/layout.cuh shares them."""
+    if c.operands == "shared":
+        return 64
+    if int(c.tile_m) // 64 % _owners(c) == 0:
+        return p.head_dim_padded
+    return -(-_slabs(p.head_dim_padded) // _owners(c)) * 64
+
+
+def consumer_registers(c: Config) -> int:
+    """Of a thread that computes: what the producing warpgroup leaves of the SM's registers."""
+    groups = int(c.warpgroups)
+    each = 65536 // (128 * (groups + 1)) // 8 * 8
+    producer = 32 if groups == 3 else 40
+    return min(240, ((groups + 1) * each - producer) // groups // 8 * 8)
+
+
+def smem_bytes(p: Problem, c: Config) -> int:
+    m, n = int(c.tile_m), int(c.tile_n)
+    slabs, slabs_v = _slabs(p.head_dim_padded), _slabs(p.head_dim_v_padded)
+    tiles = n * (slabs + slabs_v) + c.q_stages * m * slabs + c.dout_stages * m * slabs_v
+    tiles += c.ds_stages * m * _slabs(n) * (2 if c.operands == "shared" else 1)
+    dq = _owners(c) * dq_columns(p, c) // 8 * PIECE_BYTES if c.dq_sink == "bulk" else 0
+    stats = 4 * m * (c.q_stages + c.dout_stages)
+    bounds = 16 * n + 32 if p.mask == "intervals" else 0
+    barriers = BARRIER_BYTES * (2 + c.q_stages + c.dout_stages + c.warpgroups)
+    return tiles * ROW_BYTES + dq + stats + bounds + barriers + SMEM_ALIGNMENT
+
+
+def fragment_registers(p: Problem, c: Config) -> int:
+    """dK and dV, and beside them S and dP, or dQ and what of P and dS are operands."""
+    m, n, groups = int(c.tile_m), int(c.tile_n), int(c.warpgroups)
+    if c.operands == "shared":
+        chunks = sum(-(-_slabs(d) // groups) for d in (p.head_dim_padded, p.head_dim_v_padded))
+        scores = m * n // (64 * groups) * (3 if p.softcap else 2) // 2
+        return chunks * n // 2 + max(scores, 32)
+    scores = m // 2 * (3 if p.softcap else 2)
+    return (p.head_dim_padded + p.head_dim_v_padded) // 2 + max(scores, m // 2 + dq_columns(p, c) // 2)
+
+
+def _shape_fits(p: Problem, t: Target, c: Config) -> str | None:
+    m, n, groups = int(c.tile_m), int(c.tile_n), int(c.warpgroups)
+    if c.operands == "registers" and n != 64 * groups:
+        return f"a warpgroup has 64 keys of its own with operands=registers, not {n} / {groups}"
+    if c.operands == "shared" and m != 64:
+        return f"operands=shared takes 64 rows at a time, not {m}"
+    if c.operands == "shared" and n % (8 * groups):
+        return f"a warpgroup takes whole 8 keys, not {n} / {groups}"
+    if c.operands == "shared" and c.dv_start != "after_ds":
+        return f"operands=shared stores P and dS together, dv_start={c.dv_start}"
+    return None
+
+
+def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
+    need = smem_bytes(p, c)
+    return f"{need} > {t.smem_per_block} bytes of shared memory on {t.arch}" if need > t.smem_per_block else None
+
+
+def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
+    need, limit = fragment_registers(p, c) + OTHER_REGISTERS, consumer_registers(c)
+    return f"about {need} > {limit} registers a thread" if need > limit else None
+
+
+def _owner_matters(p: Problem, t: Target, c: Config) -> str | None:
+    if c.dq_owner == "first" and c.warpgroups == 1:
+        return "a lone warpgroup owns dQ anyway"
+    return None
+
+
+def _sum_is_ordered(p: Problem, t: Target, c: Config) -> str | None:
+    if getattr(p, "deterministic", False) and c.dq_sink != "bulk":
+        return f"a deterministic dQ is added up in turns, which dq_sink={c.dq_sink} does not take"
+    return None
+
+
+def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
+    if p.mask == "none" and c.block_order in ("descending", "longest_first"):
+        return f"without a mask all key tiles are equally long, block_order={c.block_order} only repeats another"
+    return None
+
+
+def _section_matters(p: Problem, t: Target, c: Config) -> str | None:
+    if c.block_order != "sectioned" and c.section_mb != 32:
+        return f"block_order={c.block_order} has no sections, section_mb={c.section_mb} only repeats another"
+    return None
+
+
+CONSTRAINTS = (
+    Constraint("shape_fits", _shape_fits, ("tile_m", "tile_n", "warpgroups", "operands", "dv_start")),
+    Constraint(
+        "smem_fits",
+        _smem_fits,
+        ("tile_m", "tile_n", "warpgroups", "operands", "q_stages", "dout_stages", "ds_stages", "dq_sink", "dq_owner"),
+    ),
+    Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n", "warpgroups", "operands", "dq_owner")),
+    Constraint("owner_matters", _owner_matters, ("warpgroups", "dq_owner")),
+    Constraint("sum_is_ordered", _sum_is_ordered, ("dq_sink",)),
+    Constraint("order_matters", _order_matters, ("block_order",)),
+    Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
+)
+
+
+def _supports(p: Problem, t: Target) -> str | None:
+    if not t.is_gpu or t.arch != "sm_90":
+        return f"needs sm_90 (wgmma), the target is {t.arch}"
+    if p.dtype not in ("fp16", "bf16"):
+        return f"serves fp16 and bf16, not {p.dtype}"
+    if not p.aligned:
+        return "the copy engine needs rows that start at multiples of 16 bytes"
+    return None
+
+
+def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
+    return {
+        "threads": 128 * (int(c.warpgroups) + 1),
+        "smem_bytes": smem_bytes(p, c),
+        "registers": consumer_registers(c),
+    }
+
+
+def _context(p: Problem, c: Config) -> dict[str, Any]:
+    """The products that the kernel needs: (columns, whether a and b are transposed), and those with a in registers."""
+    gradients: list[tuple[int, bool]] = []
+    products = {(dq_columns(p, c), False, True)}  # dQ = dS K
+    if c.operands == "shared":
+        products |= {(int(c.tile_n) // int(c.warpgroups), False, False), (int(c.tile_n), True, True)}
+    else:
+        products.add((int(c.tile_m), False, False))
+        gradients = [(d, True) for d in sorted({p.head_dim_padded, p.head_dim_v_padded})]
+    return {
+        "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
+        "shared_products": sorted(products),
+        "register_products": gradients,
+    }
+
+
+# (operands, tile_m, tile_n, warpgroups, q_stages, dout_stages, ds_stages) by the larger head dim, the best first.
+_Tile = tuple[str, int, int, int, int, int, int]
+_TILES: tuple[tuple[int, tuple[_Tile, ...]], ...] = (
+    (64, (("registers", 128, 128, 2, 2, 2, 2), ("registers", 64, 192, 3, 2, 2, 2), ("registers", 64, 128, 2, 2, 2, 2))),
+    (128, (("registers", 64, 128, 2, 2, 2, 1), ("registers", 64, 128, 2, 2, 1, 1), ("shared", 64, 128, 2, 2, 1, 1))),
+    (192, (("shared", 64, 96, 3, 2, 1, 1), ("shared", 64, 96, 3, 1, 1, 1), ("shared", 64, 96, 2, 2, 1, 1))),
+    (256, (("shared", 64, 80, 2, 2, 1, 1), ("shared", 64, 80, 2, 1, 1, 1), ("shared", 64, 64, 2, 2, 1, 1))),
+)
+_SMALLEST: tuple[_Tile, ...] = (("shared", 64, 64, 2, 1, 1, 1),)  # fits every problem
+
+
+def _guesses(p: Problem, t: Target) -> list[Config]:
+    """Legal ones, the best first: the tiles with each sink of dQ, in two orders of blocks."""
+    size = max(p.head_dim_padded, p.head_dim_v_padded)
+    tiles = next(tiles for limit, tiles in _TILES if size <= limit)
+    orders = ("ascending", "sectioned") if p.mask == "none" else ("sectioned", "longest_first")
+    rows = "descending" if p.mask != "none" and getattr(p, "deterministic", False) else "ascending"
+    sinks = ("red", "bulk") if size > 192 else ("bulk", "red")  # a large head leaves no room for a stage of dQ
+    found = []
+    for order, sink, tile in itertools.product(orders, sinks, (*tiles, *_SMALLEST)):
+        operands, m, n, warpgroups, q_stages, dout_stages, ds_stages = tile
+        # bounds of intervals and 128 rows leave no registers for P as an operand beside dP
+        under = operands == "registers" and not (p.mask == "intervals" and m > 64)
+        config = Config(
+            {
+                "tile_m": m, "tile_n": n, "warpgroups": warpgroups, "operands": operands, "q_stages": q_stages,
+                "dout_stages": dout_stages, "ds_stages": ds_stages, "dq_sink": sink,
+                "dv_start": "before_ds" if under else "after_ds", "dq_owner": "all",
+                "row_order": rows, "block_order": order, "section_mb": 32,
+            }
+        )  # fmt: skip
+        if not any(constraint.check(p, t, config) for constraint in CONSTRAINTS):
+            found.append(config)
+    return list(dict.fromkeys(found))
+
+
+def _default(p: Problem, t: Target) -> Config:
+    """The first guess with registers to spare where intervals take some beside a large head."""
+    guesses = _guesses(p, t)
+    spare = OTHER_REGISTERS + (16 if p.mask == "intervals" and p.head_dim_padded > 192 else 0)
+    roomy = (c for c in guesses if fragment_registers(p, c) + spare <= consumer_registers(c))
+    return next(roomy, guesses[-1])
+
+
+SUM_BYTES = 17.6  # float32 that an SM adds to memory a cycle, about 30 GB/s
+
+
+def _visit_cycles(p: Problem, c: Config) -> float:
+    """Cycles of an SM that a visit of a row tile takes: products, and what they move through shared memory."""
+    d, dv, m, n, groups = p.head_dim_padded, p.head_dim_v_padded, int(c.tile_m), int(c.tile_n), int(c.warpgroups)
+    products = 2 * m * n * (3 * d + 2 * dv) / 4096
+    rows, keys = m * (d + dv) * 2, n * (d + dv) * 2
+    if c.operands == "registers":  # each warpgroup reads all rows, twice
+        moved = keys + 2 * groups * rows + m * n * 2 * (1 + _owners(c)) + n * d * 2
+    else:  # scores: all rows and some keys; gradients: P and dS, and some columns of the rows
+        moved = groups * rows + keys + rows + m * n * 4 * (1 + groups) + groups * m * n * 2 + n * d * 2
+    moved += rows + (m * d * 8 if c.dq_sink == "bulk" else 0)
+    softmax = 5 * m * n / 128 + m * n / 16
+    busiest = max(products, moved / 128, m * d * 4 / SUM_BYTES)
+    waiting = 400 * (c.q_stages == 1) + 400 * (c.dout_stages == 1) + 100 * (c.ds_stages == 1)
+    exposed = (0.5 if groups > 1 else 0.9) - 0.1 * (c.dv_start == "before_ds")
+    return busiest + softmax * exposed + 250 + waiting + 200 * (c.dq_owner == "first")
+
+
+def cost(p: Problem, t: Target, c: Config) -> float:
+    """Cycles, roughly: visits of row tiles, a block's beginning and end, the tail. Not yet fitted to a GPU."""
+    seen, group = walk(p, int(c.tile_m), int(c.tile_n)), p.heads // p.kv_heads
+    key_tiles = -(-p.seqlen_k // int(c.tile_n))
+    pieces, visit = key_tiles * p.kv_heads * p.batch, _visit_cycles(p, c)
+    boundary = 2500 + 4.0 * (p.head_dim_padded + p.head_dim_v_padded)
+    uneven = seen.masked > 0 and p.mask != "none"
+    longest = min(seen.row_tiles, seen.visits) * group * visit + boundary
+    work = seen.visits * p.heads * p.batch * visit + pieces * boundary
+    tail = 0.36 if uneven and c.block_order in ("ascending", "descending") else 0.15
+    return makespan(work, longest, pieces, t.units, tail)
+
+
+FAMILY = Family(
+    name="sm90_backward",
+    template="sm90/backward.cu.j2",
+    op="backward",
+    dtypes=("fp16", "bf16"),
+    knobs=KNOBS,
+    constraints=CONSTRAINTS,
+    supports=_supports,
+    derive=_derive,
+    default=_default,
+    default_reads=nothing,
+    flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
+    context=_context,
+    first_configs=_guesses,
+    cost=cost,
+    resources=lambda p, t, c: (smem_bytes(p, c), int(c.tile_n), fragment_registers(p, c)),
+)

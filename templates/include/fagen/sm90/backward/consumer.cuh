@@ -1,0 +1,225 @@
+// A consumer warpgroup: 64 keys against row tile after row tile. Scores are computed with keys down, so that P^T and
+// dS^T are operands of dV += P^T dO and dK += dS^T Q where they are, in registers. Only dQ = dS K, which sums over the
+// keys of all warpgroups, has its dS from shared memory.
+#pragma once
+#include "fagen/ptx/barrier.cuh"
+#include "fagen/sm90/backward/dq.cuh"
+#include "fagen/sm90/backward/scores.cuh"
+#include "fagen/sm90/operand.cuh"
+
+namespace fagen {
+
+template <class C, class Element>
+struct BackwardConsumer {
+  using L = BackwardLayout<C>;
+  using Dq = DqShare<C>;
+  static constexpr int kPieces = C::kTileM / 8;  // 8 rows each
+  static constexpr int kSteps = C::kTileM / 16;  // 16 rows each
+  static constexpr int kBarrier = 1;
+  using Scores = float[kPieces][4];
+  using Fragments = uint32_t[kSteps][4];
+  using DqPart = float[Dq::kColumns / 8][4];
+
+  const fagen_backward_params& p;
+  const BackwardLaunch& launch;
+  const KeyTile<C>& keys;
+  const RowBand& band;
+  const int group;
+  const Dq share;
+  BackwardPipelines<C> pipelines;
+  ScoreChange<C> change;
+  float dk[C::kHeadDim / 8][4], dv[C::kHeadDimV / 8][4];
+
+  __device__ __forceinline__ BackwardConsumer(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                              const KeyTile<C>& keys, const RowBand& band, uint32_t smem, int group)
+      : p(p), launch(launch), keys(keys), band(band), group(group), share{group}, pipelines(smem, group), change(p) {}
+
+  // ---- products: each starts, and is waited for later
+
+  // The product of two operands whose rows are `kDepth` long, of this group's keys and a row tile.
+  template <int kDepth>
+  __device__ __forceinline__ void start_scores(Scores& c, uint32_t of_keys, uint32_t of_rows) const {
+    const Operand a = Operand::of_rows(of_keys + group * kGroupKeys * kRowBytes), b = Operand::of_rows(of_rows);
+    pin(c);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < kDepth / 16; ++d) {
+      const int within = d % 4 * 32;  // bytes into a slab's row
+      ptx::wgmma<C::kTileM, false, false>(c, a.at(d / 4 * C::kTileN * kRowBytes + within),
+                                          b.at(d / 4 * C::kTileM * kRowBytes + within), d > 0);
+    }
+    ptx::wgmma_commit();
+  }
+  // dV += P^T dO, or dK += dS^T Q
+  template <int kColumns>
+  __device__ __forceinline__ void start_gradient(float (&c)[kColumns / 8][4], Fragments& a, uint32_t rows) {
+    const Operand b = Operand::of_columns(rows, C::kTileM * kRowBytes);
+    pin(c), pin(a);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n) ptx::wgmma<kColumns, true>(c, a[n], b.at(n * 2048), true);
+    ptx::wgmma_commit();
+  }
+  // dQ = dS K, a chunk of this group's part
+  __device__ __forceinline__ void start_dq(DqPart& dq, int chunk) const {
+    const Operand a = Operand::of_rows(pipelines.ds() + share.row_chunk(chunk) * 64 * kRowBytes);
+    const Operand b = Operand::of_columns(pipelines.k.tile() + share.slab(chunk) * C::kTileN * kRowBytes,
+                                          C::kTileN * kRowBytes);
+    pin(dq);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < C::kTileN / 16; ++n)
+      ptx::wgmma<Dq::kColumns, false, true>(dq, a.at(n / 4 * L::kDsSlabBytes + n % 4 * 32), b.at(n * 2048), n > 0);
+    ptx::wgmma_commit();
+  }
+
+  // ---- between products
+
+  template <bool kMasked>
+  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowTileVisit& at) {
+    const Place place;
+    const int key = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + place.row;
+    fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
+                                    pipelines.lse() + place.column * 4, pipelines.smem + L::kBounds + key * 16);
+  }
+  // dS in place of dP
+  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives) const {
+    const uint32_t stat = pipelines.delta() + Place().column * 4;
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+      const float2 delta = ptx::ld_shared_8(stat + j * 32);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        dp[j][i] = s[j][i] * (dp[j][i] - (i % 2 ? delta.y : delta.x));
+        if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
+      }
+    }
+  }
+  static __device__ __forceinline__ void pack_operand(Fragments& operand, const Scores& c) {
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = &c[2 * n + i / 2][i % 2 * 2];
+        operand[n][i] = pack<Element>(pair[0], pair[1]);
+      }
+  }
+  // dS, rows of q down, this group's keys in a slab of their own.
+  __device__ __forceinline__ void store_ds(const Fragments& ds) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const uint32_t row = pipelines.ds() + group * L::kDsSlabBytes + (lane / 16 * 8 + lane % 8) * kRowBytes;
+    const uint32_t place = row + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n) ptx::stmatrix_x4_trans(place + n * 16 * kRowBytes, ds[n]);
+    ptx::fence_shared_writes();
+  }
+
+  // ---- a row tile
+
+  __device__ __forceinline__ void visit(const RowTileVisit& at) {
+    Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
+    Fragments weights, ds;      // P^T and dS^T
+    if (C::kAlibi) change.set_head(p, keys.batch, at.head);
+    pipelines.q.wait();
+    start_scores<C::kHeadDim>(s, pipelines.k.tile(), pipelines.q.tile());
+    pipelines.dout.wait();
+    start_scores<C::kHeadDimV>(dp, pipelines.v.tile(), pipelines.dout.tile());
+    ptx::wgmma_wait<1>();
+    pin(s);
+    if (at.partial)
+      exponentiate<true>(s, derivatives, at);
+    else
+      exponentiate<false>(s, derivatives, at);
+    if constexpr (C::kDvStart == DvStart::before_ds) {
+      pack_operand(weights, s);
+      start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
+      ptx::wgmma_wait<1>();
+    } else {
+      ptx::wgmma_wait<0>();
+    }
+    pin(dp);
+    form_ds(s, dp, derivatives);
+    if constexpr (C::kDvStart == DvStart::after_ds) pack_operand(weights, s);
+    pack_operand(ds, dp);
+    if constexpr (C::kDvStart == DvStart::after_ds)
+      start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
+    if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last dS
+    store_ds(ds);
+    ptx::barrier_sync(kBarrier, L::kGroups * 128);
+    if (share.owns())
+      finish_with_dq(ds, at);
+    else
+      finish(ds);
+    pipelines.q.release();
+    if (++pipelines.ds_stage == C::kDsStages) pipelines.ds_stage = 0;
+  }
+
+  // dV is under way, dS is there: dK, and dQ where this group has a part of it.
+  __device__ __forceinline__ void finish(Fragments& ds) {
+    ptx::wgmma_wait<0>();
+    pin(dv);
+    pipelines.dout.release();
+    start_gradient<C::kHeadDim>(dk, ds, pipelines.q.tile());
+    ptx::wgmma_wait<0>();
+    pin(dk);
+  }
+  __device__ __forceinline__ void finish_with_dq(Fragments& ds, const RowTileVisit& at) {
+    float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
+    DqPart dq;
+    start_dq(dq, 0);
+    ptx::wgmma_wait<1>();
+    pin(dv);
+    pipelines.dout.release();
+    start_gradient<C::kHeadDim>(dk, ds, pipelines.q.tile());
+    ptx::wgmma_wait<1>();
+    pin(dq);
+    sink_dq<C>(dq, share, 0, pipelines, tile);
+    ptx::wgmma_wait<0>();
+    pin(dk);
+#pragma unroll
+    for (int chunk = 1; chunk < Dq::kChunks; ++chunk) {
+      start_dq(dq, chunk);
+      ptx::wgmma_wait<0>();
+      pin(dq);
+      sink_dq<C>(dq, share, chunk, pipelines, tile);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+#pragma unroll
+    for (auto& piece : dk) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
+#pragma unroll
+    for (auto& piece : dv) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
+    pipelines.k.wait();
+    pipelines.v.wait();
+    keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
+    store<C::kHeadDim>(p.dk, dk, p.head_dim, p.scale);
+    store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, 1.f);
+  }
+
+  // Store 64 keys of a gradient, two a thread. Lanes of a quad hold two columns each of pieces of 8; neighbours swap so
+  // that each has four of one piece, and a quad writes 32 whole bytes at once.
+  template <int kColumns>
+  __device__ __forceinline__ void store(const fagen_tensor& to, const float (&c)[kColumns / 8][4], int columns,
+                                        float scale) const {
+    const bool odd = threadIdx.x % 2;
+    const int column = odd * 8 + threadIdx.x % 4 / 2 * 4;  // in two pieces
+    const int first = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + Place().row;
+    Element* out = static_cast<Element*>(to.data) + keys.batch * to.stride[0] + keys.kv_head * to.stride[2] + column;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int key = first + r * 8, left = key < p.seqlen_k ? columns - column : 0;
+      const auto word = [&](int n) { return pack<Element>(c[n][r * 2] * scale, c[n][r * 2 + 1] * scale); };
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; n += 2) {
+        const uint32_t mine[2] = {word(n), word(n + 1)};
+        const uint32_t other = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
+        if (n * 8 < left)
+          *reinterpret_cast<uint2*>(out + key * to.stride[1] + n * 8) =
+              odd ? make_uint2(other, mine[1]) : make_uint2(mine[0], other);
+      }
+    }
+  }
+};
+
+}  // namespace fagen

@@ -1,0 +1,67 @@
+// The backward kernel for Hopper: a block has one tile of keys, and visits the row tiles that see them.
+//
+//   warpgroups 0 .. kGroups - 1   consumers: 64 keys each                                 consumer.cuh
+//                               or, with shared operands, some columns of a head        shared_consumer.cuh
+//   the last one, warp 0          loads k, and q with its LSE                             producer.cuh
+//                 warp 1          loads v, and dO with its delta (with three consumers    producer.cuh
+//                                 warp 0 loads these as well)
+//                 its last warps  bulk sink: one a consumer, adds its dQ to memory        dq.cuh
+//
+// A kernel before it computes delta and sets dQ to zero, one after it rounds dQ: prologue.cuh, epilogue.cuh. The host's
+// part: launch.cuh.
+#pragma once
+#include "fagen/sm90/backward/consumer.cuh"
+#include "fagen/sm90/backward/producer.cuh"
+#include "fagen/sm90/backward/shared_consumer.cuh"
+
+namespace fagen {
+
+template <class C, class Element, bool kShared = kSharedOperands<C>>
+struct SelectedConsumer {
+  using Type = BackwardConsumer<C, Element>;
+};
+template <class C, class Element>
+struct SelectedConsumer<C, Element, true> {
+  using Type = SharedConsumer<C, Element>;
+};
+template <class C, class Element>
+using SelectConsumer = typename SelectedConsumer<C, Element>::Type;
+
+template <class C, class Element>
+__device__ __forceinline__ void run_backward_block(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                                   unsigned char* shared) {
+  using L = BackwardLayout<C>;
+  const uint32_t smem = (ptx::shared_address(shared) + kSmemAlignment - 1) & ~uint32_t(kSmemAlignment - 1);
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well
+  const int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
+  if (threadIdx.x == 0) {
+    ptx::prefetch_map(&launch.q);
+    ptx::prefetch_map(&launch.k);
+    ptx::prefetch_map(&launch.v);
+    ptx::prefetch_map(&launch.dout);
+    BackwardPipelines<C>(smem, 0).init();
+  }
+  ptx::start_next_kernel();
+  ptx::wait_for_previous_kernel();
+  if (L::kIntervals && threadIdx.x < 32) load_intervals<C>(p, launch, smem);
+  __syncthreads();
+  const RowBand band(p);
+  const KeyTile<C> keys(launch, band, smem);
+  if (group == L::kGroups) {
+    ptx::fewer_registers<L::kProducerRegisters>();
+    if (threadIdx.x % 32 != 0) return;
+    BackwardProducer<C> producer{p, launch, keys, BackwardPipelines<C>(smem, 0)};
+    const int owner = warp - (4 - L::kGroups);
+    if (warp == 0)
+      L::kGroups == 3 ? producer.run_both() : producer.run_q();
+    else if (L::kGroups < 3 && warp == 1)
+      producer.run_dout();
+    else if (C::kDqSink == DqSink::bulk && owner >= 0 && DqShare<C>{owner}.owns())
+      drain_dq<C>(p, launch, keys, band, smem, owner);
+  } else {
+    ptx::more_registers<L::kConsumerRegisters>();
+    SelectConsumer<C, Element>(p, launch, keys, band, smem, group).run();
+  }
+}
+
+}  // namespace fagen

@@ -1,0 +1,84 @@
+// The host's part of the backward kernel: workspace, tensor maps, grids.
+#pragma once
+#include "fagen/host/launch.cuh"
+#include "fagen/host/prepare.cuh"
+#include "fagen/host/tensor_map.cuh"
+#include "fagen/sm90/backward/epilogue.cuh"
+#include "fagen/sm90/backward/kernel.cuh"
+#include "fagen/sm90/backward/prologue.cuh"
+
+namespace fagen {
+
+// The workspace: dQ in float32, the LSE and delta of every row, turns.
+template <class C>
+struct BackwardWorkspace {
+  uint64_t lse, delta, turns, end;
+
+  explicit BackwardWorkspace(const fagen_backward_params& p) {
+    const uint64_t tiles = uint64_t(ceil_div(p.seqlen_q, C::kTileM)) * p.heads * p.batch;
+    const auto next = [&](uint64_t begin, uint64_t bytes_a_tile) { return align_workspace(begin + tiles * bytes_a_tile); };
+    lse = next(0, DqShare<C>::kTileFloats * sizeof(float));
+    delta = next(lse, C::kTileM * sizeof(float));
+    turns = next(delta, C::kTileM * sizeof(float));
+    end = next(turns, C::kDeterministic ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
+  }
+  void assign(char* workspace, BackwardLaunch& launch) const {
+    launch.dq = reinterpret_cast<float*>(workspace);
+    launch.lse_log2 = reinterpret_cast<float*>(workspace + lse);
+    launch.delta = reinterpret_cast<float*>(workspace + delta);
+    launch.turns = reinterpret_cast<unsigned*>(workspace + turns);
+  }
+};
+
+template <class C>
+static cudaError_t make_maps(const fagen_backward_params& p, CUtensorMapDataType type, BackwardLaunch& launch) {
+  const auto map = [&](CUtensorMap* to, const fagen_tensor& t, int columns, int length, int box, int heads) {
+    const Dimension rows = {length, t.stride[1], box};
+    return make_map(to, type, t.data, columns, {rows, {heads, t.stride[2], 1}, {p.batch, t.stride[0], 1}});
+  };
+  if (const cudaError_t e = map(&launch.q, p.q, p.head_dim, p.seqlen_q, C::kTileM, p.heads)) return e;
+  if (const cudaError_t e = map(&launch.dout, p.dout, p.head_dim_v, p.seqlen_q, C::kTileM, p.heads)) return e;
+  if (const cudaError_t e = map(&launch.k, p.k, p.head_dim, p.seqlen_k, C::kTileN, p.kv_heads)) return e;
+  return map(&launch.v, p.v, p.head_dim_v, p.seqlen_k, C::kTileN, p.kv_heads);
+}
+
+// The heads of a section (sectioned order): as many kv heads as leave room for their rows of q, dO and dQ.
+template <class C, class Element>
+static int heads_of_section(const fagen_backward_params& p) {
+  const int64_t row = (p.head_dim + p.head_dim_v) * int64_t(sizeof(Element)) + p.head_dim * int64_t(sizeof(float));
+  const int64_t head = row * p.seqlen_q * (p.heads / p.kv_heads), fit = (int64_t(C::kSectionMb) << 20) / head;
+  const int64_t all = int64_t(p.kv_heads) * p.batch;
+  return int(fit < 1 ? 1 : fit < all ? fit : all);
+}
+
+using BackwardKernel = void (*)(fagen_backward_params, BackwardLaunch);
+
+struct BackwardKernels {
+  BackwardKernel prologue, backward, epilogue, zero;
+};
+
+template <class C, class Element>
+static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, CUtensorMapDataType type,
+                           const BackwardKernels& kernels) {
+  using L = BackwardLayout<C>;
+  int ready;
+  const auto prepare = [&](int, int& done) {
+    done = 1;
+    return cudaFuncSetAttribute(kernels.backward, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kSmemBytes);
+  };
+  if (const cudaError_t e = once_per_device(&ready, prepare)) return e;
+  BackwardLaunch launch;
+  if (p.batch == 0) return cudaSuccess;
+  if (p.seqlen_q == 0 || p.seqlen_k == 0) return launch_kernel(kernels.zero, 128, 256, 0, stream, p, launch);
+  if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
+  launch.row_tiles = ceil_div(p.seqlen_q, C::kTileM), launch.key_tiles = ceil_div(p.seqlen_k, C::kTileN);
+  const int at_once = heads_of_section<C, Element>(p);
+  launch.order = TileOrder::of<C::kBlockOrder>(launch.key_tiles, p.kv_heads, p.batch, at_once);
+  BackwardWorkspace<C>(p).assign(static_cast<char*>(p.workspace), launch);
+  const int rows = launch.row_tiles * p.heads * p.batch, keys = launch.key_tiles * p.kv_heads * p.batch;
+  if (const cudaError_t e = launch_kernel(kernels.prologue, rows, kPrologueThreads, 0, stream, p, launch)) return e;
+  if (const cudaError_t e = launch_kernel(kernels.backward, keys, L::kThreads, L::kSmemBytes, stream, p, launch)) return e;
+  return launch_kernel(kernels.epilogue, rows * DqShare<C>::kRowChunks, 128, 0, stream, p, launch);
+}
+
+}  // namespace fagen

@@ -1,0 +1,63 @@
+// The kernel before the backward one: delta = sum over d of dO O, less dLSE; the LSE in base 2; dQ set to zero. A block
+// has one row tile of a head.
+#pragma once
+#include "fagen/sm90/backward/dq.cuh"
+
+namespace fagen {
+
+constexpr int kPrologueThreads = 256, kRowLanes = 8;  // lanes that share a row
+
+// The sum of products of two words, two elements each.
+template <class Element>
+__device__ __forceinline__ float multiply_pairs(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ float multiply_pairs<bfloat_t>(uint32_t a, uint32_t b) {
+  return __uint_as_float(a << 16) * __uint_as_float(b << 16) +
+         __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
+}
+template <>
+__device__ __forceinline__ float multiply_pairs<half_t>(uint32_t a, uint32_t b) {
+  __half2 x, y;
+  memcpy(&x, &a, 4), memcpy(&y, &b, 4);
+  const float2 u = __half22float2(x), v = __half22float2(y);
+  return u.x * v.x + u.y * v.y;
+}
+
+template <class C, class Element>
+__device__ __forceinline__ void backward_prologue(const fagen_backward_params& p, const BackwardLaunch& launch) {
+  const int tile = blockIdx.x % launch.row_tiles, plane = blockIdx.x / launch.row_tiles;
+  const int head = plane % p.heads, batch = plane / p.heads;
+  ptx::start_next_kernel();
+  ptx::wait_for_previous_kernel();
+  float4* zeroed = reinterpret_cast<float4*>(launch.dq + int64_t(blockIdx.x) * DqShare<C>::kTileFloats);
+  for (int i = threadIdx.x; i < DqShare<C>::kTileFloats / 4; i += kPrologueThreads)
+    zeroed[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (C::kDeterministic && threadIdx.x < DqShare<C>::kGroups)
+    launch.turns[int64_t(blockIdx.x) * DqShare<C>::kGroups + threadIdx.x] = 0;
+  const auto row_of = [&](const fagen_tensor& t, int m) {
+    return static_cast<const Element*>(t.data) + batch * t.stride[0] + m * t.stride[1] + head * t.stride[2];
+  };
+#pragma unroll 1
+  for (int row = threadIdx.x / kRowLanes; row < C::kTileM; row += kPrologueThreads / kRowLanes) {
+    const int m = tile * C::kTileM + row;
+    float sum = 0.f;
+    if (m < p.seqlen_q) {
+      const Element *out = row_of(p.o, m), *dout = row_of(p.dout, m);
+      for (int d = threadIdx.x % kRowLanes * 8; d < p.head_dim_v; d += kRowLanes * 8) {
+        const uint4 a = *reinterpret_cast<const uint4*>(out + d), b = *reinterpret_cast<const uint4*>(dout + d);
+        sum += multiply_pairs<Element>(a.x, b.x) + multiply_pairs<Element>(a.y, b.y) +
+               multiply_pairs<Element>(a.z, b.z) + multiply_pairs<Element>(a.w, b.w);
+      }
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < kRowLanes; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (threadIdx.x % kRowLanes == 0) {
+      const int64_t stat = int64_t(plane) * p.seqlen_q + m, at = int64_t(blockIdx.x) * C::kTileM + row;
+      const float lse = m < p.seqlen_q ? p.lse[stat] : -INFINITY;
+      launch.lse_log2[at] = lse == -INFINITY ? INFINITY : lse * ScoreChange<C>::kLog2e;
+      launch.delta[at] = m < p.seqlen_q && lse != -INFINITY ? sum - (p.dlse ? p.dlse[stat] : 0.f) : 0.f;
+    }
+  }
+}
+
+}  // namespace fagen

@@ -1,0 +1,93 @@
+// From scores to P, and from dP to dS, on the accumulators of a tile: keys down, rows of q across.
+#pragma once
+#include "fagen/common/element.cuh"
+#include "fagen/ptx/math.cuh"
+#include "fagen/ptx/shared.cuh"
+#include "fagen/sm90/backward/walk.cuh"
+
+namespace fagen {
+
+// A thread's place in an accumulator piece of 16 rows and 8 columns: it holds rows `row` and `row` + 8, columns
+// `column` and `column` + 1.
+struct Place {
+  int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+};
+
+// Exponents of P in base 2: a scaled score, changed by softcap and ALiBi, less the row's LSE.
+template <class C>
+struct ScoreChange {
+  static constexpr float kLog2e = 1.4426950408889634f;
+  float scale, cap_log2, slope_log2;
+  int shift;
+
+  __device__ __forceinline__ explicit ScoreChange(const fagen_backward_params& p)
+      : scale(C::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e),
+        cap_log2(p.softcap * kLog2e),
+        slope_log2(0.f),
+        shift(p.seqlen_k - p.seqlen_q) {}
+  __device__ __forceinline__ void set_head(const fagen_backward_params& p, int batch, int head) {
+    if constexpr (C::kAlibi)
+      slope_log2 = static_cast<const float*>(p.alibi_slopes.data)[batch * p.alibi_slopes.stride[0] + head] * kLog2e;
+  }
+  // The exponent, and under softcap the derivative of what softcap did.
+  __device__ __forceinline__ float exponent(float score, float lse_log2, int distance, float& derivative) const {
+    if constexpr (C::kSoftcap) {
+      const float t = ptx::tanh_approx(score * scale);
+      derivative = 1.f - t * t;
+      score = t * cap_log2;
+      if constexpr (C::kAlibi) score -= slope_log2 * fabsf(float(distance));
+      return score - lse_log2;
+    } else if constexpr (C::kAlibi) {
+      return fmaf(score, scale, -slope_log2 * fabsf(float(distance))) - lse_log2;
+    } else {
+      return fmaf(score, scale, -lse_log2);
+    }
+  }
+};
+
+// The rows of q that see a thread's two keys.
+template <class C>
+struct SeenRows {
+  int begin[2], end[2];
+  HiddenRows hidden[2];
+
+  __device__ __forceinline__ SeenRows(const RowBand& band, int key, uint32_t bounds) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      begin[r] = band.begin(key + r * 8), end[r] = band.end(key + r * 8);
+      if constexpr (MaskOf<C>::kIntervals) {
+        const uint4 x = ptx::ld_shared_16(bounds + r * 8 * 16);
+        hidden[r] = {int(x.x), int(x.y), int(x.z), int(x.w)};
+      }
+    }
+  }
+  __device__ __forceinline__ bool contains(int m, int r) const {
+    bool seen = m >= begin[r] && m < end[r];
+    if constexpr (MaskOf<C>::kIntervals) seen &= !hidden[r].contains(m);
+    return seen;
+  }
+};
+
+// P in place of the scores. `key` is the thread's first key, `m` its first row of q, `lse` where the row tile's LSE is,
+// from the thread's first row on. Under softcap `derivatives` keeps those of its scores.
+template <class C, bool kMasked, int kPieces>
+__device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&derivatives)[kPieces][4],
+                                             const ScoreChange<C>& change, const RowBand& band, int key, int m,
+                                             uint32_t lse, uint32_t bounds) {
+  const SeenRows<C> rows(band, key, bounds);
+#pragma unroll
+  for (int j = 0; j < kPieces; ++j) {
+    const float2 pair = ptx::ld_shared_8(lse + j * 32);
+    const float lse_log2[2] = {pair.x, pair.y};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i / 2, e = i % 2, row = m + j * 8 + e;
+      const float x =
+          change.exponent(s[j][i], lse_log2[e], row + change.shift - (key + r * 8), derivatives[C::kSoftcap ? j : 0][i]);
+      const float weight = ptx::ex2(fminf(x, 0.f));  // a weight is at most 1, however large scores round
+      s[j][i] = !kMasked || rows.contains(row, r) ? weight : 0.f;
+    }
+  }
+}
+
+}  // namespace fagen

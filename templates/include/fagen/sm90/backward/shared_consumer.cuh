@@ -1,0 +1,277 @@
+// A consumer warpgroup of large head dims, where a thread cannot hold 64 keys of dK and dV. Of a row tile's scores it
+// computes some keys' columns; P and dS go by shared memory, and of dK^T, dV^T and dQ each warpgroup has some of the
+// columns of a head.
+#pragma once
+#include "fagen/ptx/barrier.cuh"
+#include "fagen/sm90/backward/dq.cuh"
+#include "fagen/sm90/backward/scores.cuh"
+#include "fagen/sm90/operand.cuh"
+
+namespace fagen {
+
+template <class C, class Element>
+struct SharedConsumer {
+  using L = BackwardLayout<C>;
+  using Dq = DqShare<C>;
+  static constexpr int kKeys = C::kTileN / L::kGroups, kPieces = kKeys / 8;  // of the scores of this group
+  static constexpr int kDkChunks = (L::kSlabs + L::kGroups - 1) / L::kGroups;  // slabs of 64 columns of a head
+  static constexpr int kDvChunks = (L::kSlabsV + L::kGroups - 1) / L::kGroups;
+  static constexpr int kBarrier = 1;  // of all consumers; two more, and one for each group
+  using Scores = float[kPieces][4];
+  using DqPart = float[Dq::kColumns / 8][4];
+  using Gradient = float[C::kTileN / 8][4];  // 64 columns of a head down, keys across
+
+  const fagen_backward_params& p;
+  const BackwardLaunch& launch;
+  const KeyTile<C>& keys;
+  const RowBand& band;
+  const int group;
+  const Dq share;
+  BackwardPipelines<C> pipelines;
+  ScoreChange<C> change;
+  Gradient dk[kDkChunks], dv[kDvChunks];
+
+  __device__ __forceinline__ SharedConsumer(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                            const KeyTile<C>& keys, const RowBand& band, uint32_t smem, int group)
+      : p(p), launch(launch), keys(keys), band(band), group(group), share{group}, pipelines(smem, group), change(p) {}
+
+  // A slab of this group's columns. Where the slabs do not go round the last one is computed twice, and stored once.
+  template <int kSlabs>
+  __device__ __forceinline__ int slab_of(int chunk) const {
+    constexpr bool kEven = kSlabs % L::kGroups == 0;
+    const int slab = chunk * L::kGroups + group;
+    return kEven ? slab : min(slab, kSlabs - 1);
+  }
+  __device__ __forceinline__ uint32_t weights() const { return pipelines.ds(); }
+  __device__ __forceinline__ uint32_t ds() const { return pipelines.ds() + L::kDsTileBytes; }
+
+  // ---- products: each starts, and is waited for later
+
+  template <int kDepth>
+  __device__ __forceinline__ void start_scores(Scores& c, uint32_t of_rows, uint32_t of_keys) const {
+    const Operand a = Operand::of_rows(of_rows), b = Operand::of_rows(of_keys + group * kKeys * kRowBytes);
+    pin(c);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < kDepth / 16; ++d) {
+      const int within = d % 4 * 32;  // bytes into a slab's row
+      ptx::wgmma<kKeys, false, false>(c, a.at(d / 4 * C::kTileM * kRowBytes + within),
+                                      b.at(d / 4 * C::kTileN * kRowBytes + within), d > 0);
+    }
+    ptx::wgmma_commit();
+  }
+  // dV^T += dO^T P, or dK^T += Q^T dS
+  template <int kSlabs, int kChunks>
+  __device__ __forceinline__ void start_gradient(Gradient (&c)[kChunks], uint32_t of_columns, uint32_t weights) const {
+    const Operand b = Operand::of_columns(weights, L::kDsSlabBytes);
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) pin(c[chunk]);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const Operand a = Operand::of_columns(of_columns + slab_of<kSlabs>(chunk) * C::kTileM * kRowBytes, 0);
+#pragma unroll
+      for (int n = 0; n < C::kTileM / 16; ++n)
+        ptx::wgmma<C::kTileN, true, true>(c[chunk], a.at(n * 2048), b.at(n * 2048), true);
+    }
+    ptx::wgmma_commit();
+  }
+  // dQ = dS K
+  __device__ __forceinline__ void start_dq(DqPart& dq, int chunk) const {
+    const Operand a = Operand::of_rows(ds());
+    const Operand b = Operand::of_columns(pipelines.k.tile() + share.slab(chunk) * C::kTileN * kRowBytes, 0);
+    pin(dq);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < C::kTileN / 16; ++n)
+      ptx::wgmma<Dq::kColumns, false, true>(dq, a.at(n / 4 * L::kDsSlabBytes + n % 4 * 32), b.at(n * 2048), n > 0);
+    ptx::wgmma_commit();
+  }
+  template <int kChunks>
+  static __device__ __forceinline__ void pin_all(Gradient (&c)[kChunks]) {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) pin(c[chunk]);
+  }
+
+  // ---- between products
+
+  // The rows that a thread has, in the tile.
+  static __device__ __forceinline__ int first_row() { return threadIdx.x / 32 % 4 * 16 + Place().row; }
+
+  // P in place of the scores.
+  template <bool kMasked>
+  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowTileVisit& at) {
+    const int row0 = at.tile * C::kTileM + first_row(), key0 = keys.n0 + group * kKeys + Place().column;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float lse_log2 = __uint_as_float(ptx::ld_shared_4(pipelines.lse() + (first_row() + r * 8) * 4));
+      const int m = row0 + r * 8;
+      const int begin = max(0, m + band.first) - key0, end = min(band.seqlen_k, m + band.last + 1) - key0;
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[j][r * 2 + e];
+          const int key = j * 8 + e;
+          const float exponent =
+              change.exponent(x, lse_log2, m + change.shift - (key0 + key), derivatives[C::kSoftcap ? j : 0][r * 2 + e]);
+          x = ptx::ex2(fminf(exponent, 0.f));  // a weight is at most 1, however large scores round
+          if (kMasked && (key < begin || key >= end)) x = 0.f;
+        }
+    }
+    if constexpr (kMasked && MaskOf<C>::kIntervals) clear_hidden(s, row0);
+  }
+  __device__ __forceinline__ void clear_hidden(Scores& s, int row0) const {
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int key = group * kKeys + Place().column + j * 8 + e;
+        const uint4 x = ptx::ld_shared_16(pipelines.smem + L::kBounds + key * 16);
+        const HiddenRows hidden = {int(x.x), int(x.y), int(x.z), int(x.w)};
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          if (hidden.contains(row0 + r * 8)) s[j][r * 2 + e] = 0.f;
+      }
+  }
+  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float delta = __uint_as_float(ptx::ld_shared_4(pipelines.delta() + (first_row() + r * 8) * 4));
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j)
+#pragma unroll
+        for (int i = r * 2; i < r * 2 + 2; ++i) {
+          dp[j][i] = s[j][i] * (dp[j][i] - delta);
+          if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
+        }
+    }
+  }
+  // Rows of q down, this group's keys among those of all.
+  __device__ __forceinline__ void store(uint32_t tile, const Scores& c) const {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+    const auto place = [&](int piece) {
+      return tile + piece / 8 * L::kDsSlabBytes + row * kRowBytes + ((piece % 8 ^ lane % 8) << 4);
+    };
+    const auto word = [&](int j, int r) { return pack<Element>(c[j][r * 2], c[j][r * 2 + 1]); };
+    const int first = group * kPieces;
+#pragma unroll
+    for (int j = 0; j + 1 < kPieces; j += 2)
+      ptx::stmatrix_x4(place(first + j + lane / 16), {word(j, 0), word(j, 1), word(j + 1, 0), word(j + 1, 1)});
+    if constexpr (kPieces % 2) ptx::stmatrix_x2(place(first + kPieces - 1), word(kPieces - 1, 0), word(kPieces - 1, 1));
+  }
+
+  // ---- a row tile
+
+  __device__ __forceinline__ void visit(const RowTileVisit& at) {
+    Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
+    if (C::kAlibi) change.set_head(p, keys.batch, at.head);
+    pipelines.q.wait();
+    start_scores<C::kHeadDim>(s, pipelines.q.tile(), pipelines.k.tile());
+    pipelines.dout.wait();
+    start_scores<C::kHeadDimV>(dp, pipelines.dout.tile(), pipelines.v.tile());
+    ptx::wgmma_wait<1>();
+    pin(s);
+    if (at.partial)
+      exponentiate<true>(s, derivatives, at);
+    else
+      exponentiate<false>(s, derivatives, at);
+    ptx::wgmma_wait<0>();
+    pin(dp);
+    form_ds(s, dp, derivatives);
+    if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last ones
+    store(weights(), s);
+    store(ds(), dp);
+    ptx::fence_shared_writes();
+    ptx::barrier_sync(kBarrier, L::kGroups * 128);
+    finish(at);
+    pipelines.q.release();
+    if (++pipelines.ds_stage == C::kDsStages) pipelines.ds_stage = 0;
+  }
+
+  // P and dS are there: dQ, dV and dK.
+  __device__ __forceinline__ void finish(const RowTileVisit& at) {
+    float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
+    DqPart dq;
+    if constexpr (Dq::kEach) {
+      start_dq(dq, 0);
+      start_gradient<L::kSlabsV>(dv, pipelines.dout.tile(), weights());
+      ptx::wgmma_wait<1>();
+      pin(dq);
+      sink_dq<C>(dq, share, 0, pipelines, tile);
+      if constexpr (Dq::kChunks > 1) start_dq(dq, 1);
+      start_gradient<L::kSlabs>(dk, pipelines.q.tile(), ds());
+      ptx::wgmma_wait<(Dq::kChunks > 1 ? 2 : 1)>();
+      pin_all(dv);
+      pipelines.dout.release();
+      if constexpr (Dq::kChunks > 1) {
+        ptx::wgmma_wait<1>();
+        pin(dq);
+        sink_dq<C>(dq, share, 1, pipelines, tile);
+      }
+      ptx::wgmma_wait<0>();
+      pin_all(dk);
+    } else {
+      start_gradient<L::kSlabsV>(dv, pipelines.dout.tile(), weights());
+      start_gradient<L::kSlabs>(dk, pipelines.q.tile(), ds());
+      ptx::wgmma_wait<1>();
+      pin_all(dv);
+      pipelines.dout.release();
+      ptx::wgmma_wait<0>();
+      pin_all(dk);
+    }
+#pragma unroll
+    for (int chunk = Dq::kEach ? 2 : 0; chunk < Dq::kChunks; ++chunk)
+      if (share.owns(chunk)) {
+        start_dq(dq, chunk);
+        ptx::wgmma_wait<0>();
+        pin(dq);
+        sink_dq<C>(dq, share, chunk, pipelines, tile);
+      }
+  }
+
+  __device__ __forceinline__ void run() {
+#pragma unroll
+    for (int i = 0; i < kDkChunks * C::kTileN / 8 * 4; ++i) dk[i / (C::kTileN / 2)][i / 4 % (C::kTileN / 8)][i % 4] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kDvChunks * C::kTileN / 8 * 4; ++i) dv[i / (C::kTileN / 2)][i / 4 % (C::kTileN / 8)][i % 4] = 0.f;
+    pipelines.k.wait();
+    pipelines.v.wait();
+    keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
+    ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
+    store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, p.scale);
+    store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, 1.f);
+  }
+
+  // Transpose slab by slab into the place of the operand that is done with, and store rows of 128 bytes.
+  template <int kSlabs, int kChunks>
+  __device__ __forceinline__ void store_gradient(const fagen_tensor& to, const Gradient (&c)[kChunks], uint32_t place,
+                                                 int columns, float scale) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
+    const uint32_t into = (lane / 16 * 8 + lane % 8) * kRowBytes + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int slab = chunk * L::kGroups + group;
+      const uint32_t rows = place + slab * C::kTileN * kRowBytes;
+      if (slab >= kSlabs) break;
+#pragma unroll
+      for (int n = 0; n < C::kTileN / 16; ++n) {
+        const auto word = [&](int i) {
+          const float* pair = &c[chunk][2 * n + i / 2][i % 2 * 2];
+          return pack<Element>(pair[0] * scale, pair[1] * scale);
+        };
+        ptx::stmatrix_x4_trans(rows + into + n * 16 * kRowBytes, {word(0), word(1), word(2), word(3)});
+      }
+      ptx::barrier_sync(kBarrier + 2 + group, 128);
+      const int column = slab * kSlabColumns + thread % 8 * 8;
+      Element* out = static_cast<Element*>(to.data) + keys.batch * to.stride[0] + keys.kv_head * to.stride[2] + column;
+#pragma unroll 1
+      for (int row = thread / 8; row < C::kTileN; row += 16)
+        if (keys.n0 + row < p.seqlen_k && column < columns)
+          *reinterpret_cast<uint4*>(out + (keys.n0 + row) * to.stride[1]) =
+              ptx::ld_shared_16(rows + row * kRowBytes + (thread % 8 ^ row % 8) * 16);
+    }
+  }
+};
+
+}  // namespace fagen

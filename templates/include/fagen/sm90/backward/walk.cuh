@@ -1,0 +1,145 @@
+// The key tile of a block, and the row tiles that it visits: those of all heads of q that share the keys.
+#pragma once
+#include "fagen/abi/backward.h"
+#include "fagen/mask/intervals.cuh"
+#include "fagen/ptx/cp_async.cuh"
+#include "fagen/ptx/mbarrier.cuh"
+#include "fagen/schedule/tile_order.cuh"
+#include "fagen/sm90/backward/layout.cuh"
+
+namespace fagen {
+
+// Computed once on the host for a launch.
+struct BackwardLaunch {
+  CUtensorMap q, k, v, dout;
+  int row_tiles, key_tiles;  // per head
+  TileOrder order;           // of key tiles
+  float* lse_log2;           // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none
+  float* delta;              // the same of the sums of dO O - dLSE
+  float* dq;                 // (batch, heads, row_tiles), tiles of float32 in the order of fragments
+  unsigned* turns;           // deterministic: (batch, heads, row_tiles, kGroups), whose turn it is to add to a part
+};
+
+// The band around the diagonal by columns: key n is seen by rows [n - last, n - first].
+struct RowBand {
+  int first, last, seqlen_q, seqlen_k;
+
+  __device__ __forceinline__ explicit RowBand(const fagen_backward_params& p)
+      : seqlen_q(p.seqlen_q), seqlen_k(p.seqlen_k) {
+    const int shift = p.seqlen_k - p.seqlen_q;
+    first = p.window_left < 0 ? -kFar : shift - p.window_left;
+    last = p.window_right < 0 ? kFar : shift + p.window_right;
+  }
+  // the first row that sees key n, and one past the last; none sees a key that is not there
+  __device__ __forceinline__ int begin(int n) const { return max(0, n - last); }
+  __device__ __forceinline__ int end(int n) const { return n < seqlen_k ? max(0, min(seqlen_q, n - first + 1)) : 0; }
+};
+
+struct RowTileVisit {
+  int head, tile;
+  bool partial;  // something may be hidden
+};
+
+template <class C>
+struct KeyTile {
+  static constexpr bool kIntervals = MaskOf<C>::kIntervals;
+  static constexpr bool kLastFirst = C::kBlockOrder == BlockOrder::descending;
+
+  int tile, kv_head, batch, n0;
+  int begin, end;            // row tiles that see any of its keys, by the band
+  int full_begin, full_end;  // rows that see all of them
+  uint32_t extents;          // intervals: where those of its keys' bounds are; read anew, since registers are few
+
+  // Orders that put the longest first take the last index of a head first; of key tiles the first is the longest.
+  __device__ __forceinline__ KeyTile(const BackwardLaunch& launch, const RowBand& band, uint32_t smem) {
+    const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(blockIdx.x);
+    constexpr bool kTurned = C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned;
+    tile = kTurned ? launch.key_tiles - 1 - coord.row_tile : coord.row_tile;
+    kv_head = coord.head, batch = coord.batch, n0 = tile * C::kTileN;
+    const int last_key = min(n0 + C::kTileN, band.seqlen_k) - 1;
+    const int first_row = band.begin(n0), end_row = band.end(last_key);
+    begin = first_row / C::kTileM;
+    end = first_row < end_row ? (end_row + C::kTileM - 1) / C::kTileM : begin;
+    full_begin = band.begin(last_key);
+    full_end = last_key == n0 + C::kTileN - 1 ? band.end(n0) : 0;
+    extents = smem + BackwardLayout<C>::kExtents;
+  }
+
+  // Rows [m0, m1): no key is visible to them, or some may be hidden.
+  __device__ __forceinline__ void classify(int m0, int m1, bool& hidden, bool& partial) const {
+    hidden = false, partial = m0 < full_begin || m1 > full_end;
+    if constexpr (kIntervals) {
+      const uint4 lower = ptx::ld_shared_16(extents), upper = ptx::ld_shared_16(extents + 16);
+      const Extent ls = {int(lower.x), int(lower.y)}, le = {int(lower.z), int(lower.w)};
+      const Extent us = {int(upper.x), int(upper.y)}, ue = {int(upper.z), int(upper.w)};
+      hidden = (m0 >= ls.high && m1 <= le.low) || (m0 >= us.high && m1 <= ue.low);
+      partial |= (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
+    }
+  }
+
+  // Call visit(RowTileVisit) for every row tile that sees any of the keys, head after head; skip(head, tile) for those
+  // that the band leaves and intervals hide.
+  template <class Visit, class Skip>
+  __device__ __forceinline__ void walk(const fagen_backward_params& p, Visit visit, Skip skip) const {
+    const int group = p.heads / p.kv_heads, tiles = end - begin;
+    const int shift = C::kRowOrder == RowOrder::shifted && tiles > 0 ? tile % tiles : 0;
+#pragma unroll 1
+    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
+#pragma unroll 1
+      for (int i = 0; i < tiles; ++i) {
+        int t = C::kRowOrder == RowOrder::descending ? end - 1 - i : begin + i + shift;
+        if (C::kRowOrder == RowOrder::shifted && t >= end) t -= tiles;
+        const int m0 = t * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
+        bool hidden, partial;
+        classify(m0, m1, hidden, partial);
+        hidden ? skip(head, t) : visit(RowTileVisit{head, t, partial});
+      }
+  }
+  template <class Visit>
+  __device__ __forceinline__ void walk(const fagen_backward_params& p, Visit visit) const {
+    walk(p, visit, [](int, int) {});
+  }
+
+  // How many key tiles visit a row tile, or skip it, before this one: blocks of lower index, in an order that is fixed.
+  __device__ __forceinline__ int turn(const RowBand& band, int t) const {
+    const int m0 = t * C::kTileM, m1 = min(m0 + C::kTileM, band.seqlen_q);
+    const int first = max(0, m0 + band.first) / C::kTileN;
+    const int last = min(band.seqlen_k - 1, m1 - 1 + band.last) / C::kTileN;
+    return kLastFirst ? last - tile : tile - first;
+  }
+};
+
+// Bring the bounds of a key tile's intervals to shared memory, and their extents: one warp's work.
+template <class C>
+__device__ __forceinline__ void load_intervals(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                               uint32_t smem) {
+  using L = BackwardLayout<C>;
+  const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(blockIdx.x);
+  constexpr bool kTurned = C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned;
+  const int n0 = (kTurned ? launch.key_tiles - 1 - coord.row_tile : coord.row_tile) * C::kTileN;
+  Intervals<C> intervals;
+  intervals.bounds = static_cast<const int32_t*>(p.intervals.data) + coord.batch * p.intervals.stride[0] +
+                     (p.mask_heads == 1 ? 0 : coord.head) * p.intervals.stride[1];
+  intervals.stride = p.intervals.stride[2];
+  intervals.last_key = p.seqlen_k - 1;
+  int low[4], high[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) low[i] = INT_MAX, high[i] = INT_MIN;
+  for (int n = threadIdx.x % 32; n < C::kTileN; n += 32) {
+    const HiddenRows hidden = intervals.at(min(n0 + n, intervals.last_key));
+    const int bounds[4] = {hidden.ls, hidden.le, hidden.us, hidden.ue};
+    ptx::st_shared_16(smem + L::kBounds + n * 16, make_uint4(bounds[0], bounds[1], bounds[2], bounds[3]));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) low[i] = min(low[i], bounds[i]), high[i] = max(high[i], bounds[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    low[i] = __reduce_min_sync(~0u, low[i]), high[i] = __reduce_max_sync(~0u, high[i]);
+    if (threadIdx.x % 32 == 0) {
+      ptx::st_shared_4(smem + L::kExtents + i * 8, low[i]);
+      ptx::st_shared_4(smem + L::kExtents + i * 8 + 4, high[i]);
+    }
+  }
+}
+
+}  // namespace fagen

@@ -1,0 +1,200 @@
+"""`fagen.register_torch`: our kernel of PyTorch's flash attention op, here registered for tensors of the CPU.
+
+PyTorch's own kernel and its backward exist for CUDA alone. Stand-ins for the CPU take their places, written from what
+the ops are defined to return and to read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import fagen
+from fagen.compat import torch_impl
+from fagen.dispatch import attention as dispatch
+from fagen.dispatch import plan, resolve
+from fagen.errors import MissingTool
+from fagen.ops.attention import fallback
+from tests.support.calls import right
+
+registry = nn.attention
+pytestmark = pytest.mark.skipif(
+    not hasattr(registry, "register_flash_attention_impl"), reason="torch older than 2.11 has no registry"
+)
+OP = "_scaled_dot_product_flash_attention"
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Which stand-in was called. Our kernel is not active yet."""
+    calls: list[str] = []
+
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0, is_causal: bool = False,
+        return_debug_mask: bool = False, *, scale: float | None = None,
+    ) -> tuple:  # fmt: skip
+        calls.append("forward")
+        empty = torch.empty(0, dtype=torch.uint64)
+        return torch.zeros_like(q), q.new_zeros(q.shape[:3]).float(), None, None, 0, 0, empty, empty, q.new_empty(0)
+
+    def backward(
+        grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+        cum_q: object, cum_k: object, max_q: int, max_k: int, dropout_p: float, is_causal: bool, *_: torch.Tensor,
+        scale: float | None = None,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        """From the output and the LSE, as FlashAttention's backward goes."""
+        calls.append("backward")
+        assert (max_q, max_k, cum_q, cum_k, dropout_p) == (q.shape[2], k.shape[2], None, None, 0.0)
+        assert lse.dtype == torch.float32 and lse.is_contiguous()
+        scale = scale if scale is not None else q.shape[3] ** -0.5
+        weights = torch.exp(q @ k.transpose(-1, -2) * scale - lse[..., None])
+        weights = weights.tril() if is_causal else weights
+        scores = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * scale
+        return scores @ k, scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
+
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fallback.FallbackWarning)
+        library.impl(OP, forward, "CPU")
+        library.impl(f"{OP}_backward", backward, "CPU")
+        monkeypatch.setattr(torch_impl, "_dispatch_key", "CPU")
+        yield calls
+        registry.restore_flash_attention_impl(_raise_warn=False)
+        registry._registry._FLASH_ATTENTION_IMPLS.pop("fagen", None)
+        library._destroy()
+
+
+def inputs(rows: int = 33, keys: int = 33, heads: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    shapes = ((2, 4, rows, 16), (2, heads, keys, 16), (2, heads, keys, 16))
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def flash(*given: torch.Tensor, **options: object) -> tuple:
+    return getattr(aten, OP)(*given, **options)
+
+
+def test_it_comes_and_goes(asked: list[str]) -> None:
+    q, k, v = inputs()
+    fagen.register_torch(activate=False)
+    assert "fagen" in registry.list_flash_attention_impls()
+    flash(q, k, v)
+    assert asked == ["forward"] and registry.current_flash_attention_impl() is None
+    registry.activate_flash_attention_impl("fagen")
+    assert right(flash(q, k, v)[:2], q, k, v, layout="bhsd")
+    assert asked == ["forward"] and registry.current_flash_attention_impl() == "fagen"
+    registry.restore_flash_attention_impl()
+    flash(q, k, v)
+    assert asked == ["forward"] * 2 and registry.current_flash_attention_impl() is None
+    for _ in range(2):  # again, and while it is active
+        fagen.register_torch()
+        assert right(flash(q, k, v)[:2], q, k, v, layout="bhsd") and asked == ["forward"] * 2
+    registry.restore_flash_attention_impl()
+    assert (flash(q, k, v)[0] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)])
+def test_what_the_op_returns(causal: bool, heads: int, order: tuple[int, ...], asked: list[str]) -> None:
+    """Sizes, strides and dtypes are those that a tracer is told."""
+    fagen.register_torch()
+    q, k, v = inputs(heads=heads)
+    q = q.permute(*order, 3).contiguous().permute(*(order.index(i) for i in range(3)), 3)
+    got = flash(q, k, v, is_causal=causal, scale=0.3)
+    assert asked == [] and right(got[:2], q, k, v, layout="bhsd", causal=causal, scale=0.3)
+    told = flash(*(t.to("meta") for t in (q, k, v)), is_causal=causal, scale=0.3)
+    for mine, theirs in zip(got, told, strict=True):
+        if isinstance(theirs, torch.Tensor):
+            assert (mine.shape, mine.stride(), mine.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
+        else:
+            assert mine == theirs
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_gradient_is_that_of_the_kernel_before(
+    causal: bool, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given our output and our LSE."""
+    fagen.register_torch()
+    leaves = [t.requires_grad_() for t in inputs()]
+    with monkeypatch.context() as patch:
+        patch.setattr(fallback, "attend", lambda *_: pytest.fail("no kernel computed"))
+        out = flash(*leaves, is_causal=causal)[0]
+    weight = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
+    got = torch.autograd.grad((out * weight).sum(), leaves)
+    want_out = nn.functional.scaled_dot_product_attention(*leaves, is_causal=causal)
+    want = torch.autograd.grad((want_out * weight).sum(), leaves)
+    assert asked == ["backward"] and not out.is_leaf
+    torch.testing.assert_close(out, want_out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+OTHERS: dict[str, tuple[list[torch.Tensor], dict]] = {
+    "dropout": (inputs(), {"dropout_p": 0.1}),
+    "debug mask": (inputs(), {"return_debug_mask": True}),
+    "causal of unequal lengths": (inputs(33, 47), {"is_causal": True}),
+    "no kernel of the dtype": ([t.double() for t in inputs()], {}),
+    "negative scale": (inputs(), {"scale": -1.0}),
+    "rows that are not contiguous": ([t.transpose(2, 3).contiguous().transpose(2, 3) for t in inputs()], {}),
+    "nothing": (inputs(0), {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_served_goes_to_the_kernel_before(name: str, asked: list[str]) -> None:
+    fagen.register_torch()
+    given, options = OTHERS[name]
+    flash(*given, **options)
+    flash(*given, **options)
+    assert asked == ["forward"] * 2
+
+
+def test_unequal_lengths_without_causality_are_served(asked: list[str]) -> None:
+    fagen.register_torch()
+    q, k, v = inputs(33, 47)
+    assert right(flash(q, k, v)[:2], q, k, v, layout="bhsd") and asked == []
+
+
+def test_answers_are_kept_until_others_may_hold(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
+    fagen.register_torch()
+    looks = []
+    answer_to = dispatch.answer_to
+    monkeypatch.setattr(dispatch, "answer_to", lambda *a, **k: looks.append(1) or answer_to(*a, **k))
+    monkeypatch.setattr(torch_impl, "_MOST_ANSWERS", 3)
+    resolve.renew()
+    for _ in range(3):
+        flash(*inputs())
+    assert len(looks) == 1
+    resolve.renew()
+    flash(*inputs())
+    assert len(looks) == 2 and len(torch_impl._answers) == 1
+    for rows in range(1, 9):
+        flash(*inputs(rows, rows))
+    assert len(torch_impl._answers) <= 3 and asked == []
+
+
+def test_where_pytorch_is_the_faster_one_it_serves(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
+    fagen.register_torch()
+    resolve.renew()
+    monkeypatch.setattr(dispatch, "answer_to", lambda *_, ours: plan.ASK if ours else plan.TORCH)
+    flash(*inputs())
+    assert asked == ["forward"]
+
+
+def test_a_build_of_torch_without_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_impl, "_dispatch_key", "XPU")
+    with pytest.raises(MissingTool, match="no flash attention for XPU"):
+        fagen.register_torch()
+    assert registry.current_flash_attention_impl() is None
+
+
+def test_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(registry, "register_flash_attention_impl")
+    with pytest.raises(MissingTool, match=r"2\.11 or newer"):
+        fagen.register_torch()

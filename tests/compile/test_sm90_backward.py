@@ -1,0 +1,131 @@
+"""sm90_backward through nvcc, no GPU needed: no spills, no products in a row, registers as Python counts them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from fagen import target
+from fagen.build import cache
+from fagen.build.job import make_job
+from fagen.codegen.spec import KernelSpec
+from fagen.errors import BuildError, InvalidConfig
+from fagen.families import Config, sm90_backward
+from fagen.ops.attention.backward import BackwardProblem
+from fagen.tuner.evaluate import SPILL_TOLERANCE
+
+FAMILY, HOPPER = sm90_backward.FAMILY, target.known("sm_90")
+BASE = FAMILY.config(
+    {
+        "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "q_stages": 2, "dout_stages": 2,
+        "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk", "dq_owner": "all", "row_order": "ascending",
+        "block_order": "ascending", "section_mb": 32,
+    }
+)  # fmt: skip
+PROBLEMS = [
+    *(BackwardProblem(head_dim=d, mask="causal") for d in (64, 96, 128, 192, 256)),
+    *(BackwardProblem(head_dim=d) for d in (64, 128, 256)),
+    BackwardProblem(head_dim=192, head_dim_v=128, mask="causal", dtype="fp16"),
+    BackwardProblem(head_dim=128, mask="causal", deterministic=True),
+    BackwardProblem(head_dim=64, mask="window", window_left=100, window_right=0),
+    *(BackwardProblem(head_dim=d, mask="intervals", intervals="both4") for d in (64, 128, 192, 256)),
+    *(BackwardProblem(head_dim=d, mask="causal", softcap=True, alibi=True) for d in (64, 128, 256)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.static_key.replace("/", "-"))
+def test_defaults_compile_cleanly(problem: BackwardProblem) -> None:
+    facts = cache.build(KernelSpec(FAMILY, problem, HOPPER, FAMILY.default(problem, HOPPER))).facts
+    assert facts["spill_bytes"] == 0 and "serialized" not in facts, facts
+
+
+def test_every_legal_problem_has_a_legal_default() -> None:
+    features: tuple[dict, ...] = (
+        {}, {"mask": "causal", "deterministic": True}, {"mask": "intervals", "intervals": "both4", "softcap": True},
+    )  # fmt: skip
+    for d in range(16, 257, 16):
+        for dv in (d, 16, 128, 256):
+            for more in features:
+                problem = BackwardProblem(head_dim=d, head_dim_v=dv, **more)
+                FAMILY.require(problem, HOPPER, FAMILY.default(problem, HOPPER))
+
+
+SHARED = {"operands": "shared", "tile_n": 64, "dout_stages": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head_dim", "changes"),
+    [
+        (128, {"dq_sink": "red", "dv_start": "before_ds", "ds_stages": 2, "block_order": "sectioned"}),
+        (64, {"tile_n": 64, "warpgroups": 1, "tile_m": 128, "q_stages": 1}),
+        (64, {"tile_m": 128, "dq_sink": "red", "row_order": "shifted"}),
+        (64, {"tile_n": 192, "warpgroups": 3, "row_order": "descending"}),
+        (96, {"dq_owner": "first", "ds_stages": 2}),
+        (256, {**SHARED, "q_stages": 1}),
+        (192, {**SHARED, "warpgroups": 2, "dq_owner": "first", "q_stages": 1}),
+    ],
+)
+def test_other_knobs_compile_cleanly(head_dim: int, changes: dict) -> None:
+    problem = BackwardProblem(head_dim=head_dim, mask="causal")
+    config = FAMILY.require(problem, HOPPER, BASE.replace(**changes))
+    facts = cache.build(KernelSpec(FAMILY, problem, HOPPER, config)).facts
+    assert facts["spill_bytes"] <= SPILL_TOLERANCE and "serialized" not in facts, facts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["registers", "smem_bytes", "threads"])
+def test_disagreement_is_a_compile_error(what: str) -> None:
+    problem = BackwardProblem(head_dim=16)
+    job = make_job(KernelSpec(FAMILY, problem, HOPPER, BASE))
+    right = FAMILY.derive(problem, HOPPER, BASE)[what]
+    wrong = job.source.replace(f"{what} = {right}", f"{what} = {right + 8}")
+    assert wrong != job.source
+    with pytest.raises(BuildError, match="Python and CUDA disagree"):
+        cache.make(dataclasses.replace(job, source=wrong))
+
+
+REJECTED = [
+    ("shape_fits", "64 keys of its own with operands=registers, not 96 / 2", {}, {"tile_n": 96}, {"tile_n": 128}),
+    ("shape_fits", "64 rows at a time, not 128", {}, {**SHARED, "tile_m": 128}, {"tile_m": 64}),
+    ("shape_fits", "whole 8 keys, not 80 / 3", {}, {**SHARED, "tile_n": 80, "warpgroups": 3}, {"warpgroups": 2}),
+    ("shape_fits", "stores P and dS together", {}, {**SHARED, "dv_start": "before_ds"}, {"dv_start": "after_ds"}),
+    ("smem_fits", "bytes of shared memory on sm_90", {"head_dim": 128}, {"tile_m": 128}, {"tile_m": 64}),
+    ("registers_fit", "registers a thread", {"head_dim": 128},
+     {"tile_m": 128, "dout_stages": 1, "q_stages": 1, "dq_sink": "red"}, {"tile_m": 64}),
+    ("owner_matters", "a lone warpgroup", {}, {"tile_n": 64, "warpgroups": 1, "dq_owner": "first"},
+     {"dq_owner": "all"}),
+    ("sum_is_ordered", "added up in turns", {"deterministic": True}, {"dq_sink": "red"}, {"dq_sink": "bulk"}),
+    ("order_matters", "only repeats another", {}, {"block_order": "descending"}, {"block_order": "sectioned"}),
+    ("section_matters", "has no sections", {}, {"section_mb": 16}, {"section_mb": 32}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "says", "fields", "change", "mend"), REJECTED, ids=lambda value: str(value)[:30])
+def test_a_constraint_says_no_with_its_numbers(name: str, says: str, fields: dict, change: dict, mend: dict) -> None:
+    problem = BackwardProblem(**{"head_dim": 64, **fields})
+    broken: Config = FAMILY.config({**BASE, **change})
+    constraint = next(c for c in FAMILY.constraints if c.name == name)
+    reason = constraint.check(problem, HOPPER, broken)
+    assert reason is not None and says in reason
+    with pytest.raises(InvalidConfig):
+        FAMILY.require(problem, HOPPER, broken)
+    assert FAMILY.rejects(problem, HOPPER, broken.replace(**mend)) is None
+
+
+def test_every_constraint_is_among_them() -> None:
+    assert {name for name, *_ in REJECTED} == {constraint.name for constraint in FAMILY.constraints}
+
+
+@pytest.mark.parametrize(
+    ("problem", "arch", "reason"),
+    [
+        (BackwardProblem(), "sm_80", "needs sm_90"),
+        (BackwardProblem(dtype="fp32"), "sm_90", "not fp32"),
+        (BackwardProblem(aligned=False), "sm_90", "multiples of 16 bytes"),
+    ],
+)
+def test_what_it_cannot_serve(problem: BackwardProblem, arch: str, reason: str) -> None:
+    assert reason in str(FAMILY.supports(problem, target.known(arch)))

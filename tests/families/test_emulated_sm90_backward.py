@@ -1,0 +1,295 @@
+"""sm90_backward run on the CPU: right gradients, and nobody waits for ever, whatever comes first.
+
+What a GPU has beyond the emulator (tests/emulator) is left to tests/gpu: rounding, fences, registers, time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fagen.families import Config, sm90_backward
+from fagen.ops.attention import gradients, masks, reference
+from fagen.ops.attention.backward import BackwardProblem
+from fagen.ops.attention.backward_call import BackwardCall
+from fagen.ops.attention.call import AttentionCall
+from fagen.ops.attention.params import BackwardParams, make_backward_params
+from fagen.runtime.kernel import Library
+from fagen.target import known
+from tests.support import emulated
+from tests.support.cases import DTYPES, random_intervals
+
+FAMILY, TARGET = sm90_backward.FAMILY, known("sm_90")
+BASE: dict[str, Any] = {
+    "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "q_stages": 2, "dout_stages": 2,
+    "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk", "dq_owner": "all", "row_order": "ascending",
+    "block_order": "ascending", "section_mb": 32,
+}  # fmt: skip
+
+
+def config(**changes: Any) -> Config:
+    return FAMILY.config({**BASE, **changes})
+
+
+SCHEMES: Mapping[str, Config] = {
+    "base": config(),
+    "red": config(dq_sink="red", dv_start="before_ds"),
+    "one_group": config(tile_n=64, warpgroups=1, q_stages=1, dout_stages=1),
+    "three_groups": config(tile_n=192, warpgroups=3, q_stages=1, ds_stages=2),
+    "long_tiles": config(tile_m=128, ds_stages=1, dv_start="before_ds"),
+    "long_tiles_one_group": config(tile_m=128, tile_n=64, warpgroups=1, ds_stages=2, row_order="shifted"),
+    "three_stages": config(tile_n=64, warpgroups=1, q_stages=3, dout_stages=3, dq_sink="red"),
+    "first_owner": config(dq_owner="first", ds_stages=2),
+    "first_owner_red": config(dq_owner="first", dq_sink="red", tile_m=128, row_order="descending"),
+    "descending": config(row_order="descending", block_order="descending"),
+    "longest_first": config(block_order="longest_first", row_order="shifted", ds_stages=2),
+    "sectioned": config(block_order="sectioned", section_mb=16),
+    "shared": config(operands="shared"),
+    "shared_red": config(operands="shared", tile_n=80, dq_sink="red", q_stages=1, dout_stages=1),
+    "shared_three_groups": config(operands="shared", tile_n=96, warpgroups=3, ds_stages=2, row_order="shifted"),
+    "shared_first_owner": config(operands="shared", tile_n=96, dq_owner="first", block_order="longest_first"),
+    "sectioned_red": config(block_order="sectioned", section_mb=64, dq_sink="red", tile_n=192, warpgroups=3),
+}
+ONE_STAGE = (("q_stages", 1), ("dout_stages", 1), ("ds_stages", 1))
+BANDS = {"none": (-1, -1), "causal": (-1, 0), "window": (70, 20), "intervals": (-1, -1)}
+KINDS = ("lower1", "lower2", "both2", "both4")
+
+
+@dataclass(frozen=True)
+class Case:
+    scheme: str
+    mask: str = "causal"
+    intervals: str = ""
+    dtype: str = "bf16"
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    head_dim_v: int = 0
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: bool = False
+    deterministic: bool = False
+    changes: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def problem(self) -> BackwardProblem:
+        return BackwardProblem(
+            dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v, mask=self.mask,
+            intervals=self.intervals, softcap=bool(self.softcap), alibi=self.alibi, deterministic=self.deterministic,
+        )  # fmt: skip
+
+    @property
+    def config(self) -> Config:
+        return SCHEMES[self.scheme].replace(**dict(self.changes))
+
+    def __str__(self) -> str:
+        d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
+        extra = [name for name in ("softcap", "alibi", "deterministic") if getattr(self, name)]
+        parts = [self.scheme, self.mask, self.intervals, self.dtype, d, f"h{self.heads}-{self.kv_heads}", *extra]
+        return "-".join(filter(None, parts))
+
+
+def _case(number: int, scheme: str) -> Case | None:
+    """Masks turn from scheme to scheme, past those that a scheme cannot serve."""
+    for turn in range(4):
+        mask = list(BANDS)[(number + turn) % 4]
+        kind = KINDS[number % 4] if mask == "intervals" else ""
+        dtype = ("bf16", "fp16")[number % 2]
+        case = Case(scheme, mask=mask, intervals=kind, window=BANDS[mask], dtype=dtype)
+        if not FAMILY.rejects(case.problem, TARGET, case.config):
+            return case
+    return None
+
+
+CASES = [case for number, scheme in enumerate(SCHEMES) if (case := _case(number, scheme))]
+CASES += [Case("base", head_dim=d, head_dim_v=dv, heads=2) for d, dv in ((40, 0), (96, 0), (128, 0), (64, 128))]
+CASES += [Case("base", mask="none", head_dim=128, heads=2), Case("red", head_dim=96, heads=3, kv_heads=1)]
+CASES += [Case("base", softcap=2.0), Case("base", alibi=True), Case("red", softcap=2.0, alibi=True, dtype="fp16")]
+CASES += [Case("base", mask="window", window=(40, 0), heads=2)]
+CASES += [Case("long_tiles", mask="intervals", intervals=kind, window=(-1, 0)) for kind in ("lower1", "lower2")]
+SHARED = [("shared", 64, 256, 0), ("shared_red", 80, 256, 0), ("shared_red", 96, 96, 208), ("shared", 64, 64, 192)]
+SHARED += [("shared_three_groups", 96, 192, 128), ("shared_three_groups", 96, 160, 0)]
+CASES += [
+    Case(scheme, head_dim=d, head_dim_v=dv, heads=2, kv_heads=1, changes=(("tile_n", n), *ONE_STAGE))
+    for scheme, n, d, dv in SHARED
+]
+CASES += [Case("shared", mask="intervals", intervals=kind, window=(-1, 0)) for kind in ("lower1", "both4")]
+CASES += [Case("shared_red", softcap=2.0, alibi=True), Case("shared_three_groups", mask="window", window=(40, 9))]
+DETERMINISTIC = [
+    Case("shared_three_groups", deterministic=True),
+    Case("base", deterministic=True, kv_heads=4),
+    Case("descending", deterministic=True),
+    Case("longest_first", mask="window", window=(70, 20), deterministic=True),
+    Case("long_tiles_one_group", mask="intervals", intervals="both2", deterministic=True),
+    Case("first_owner", mask="none", deterministic=True),
+]
+
+
+@pytest.fixture
+def folder(cache_folder: Path) -> Path:
+    return cache_folder / "emulated"
+
+
+@functools.cache
+def _source(case: Case) -> str:
+    return emulated.source(FAMILY, case.problem, TARGET, case.config)
+
+
+def make_call(
+    case: Case, rows: int, keys: int, g: torch.Generator, *, batch: int = 1, layout: str = "bshd",
+    magnitude: float = 1.0, dlse: bool = False, intervals: torch.Tensor | None = None,
+) -> BackwardCall:  # fmt: skip
+    """Random tensors, and what forward makes of them in float32."""
+
+    def tensor(length: int, heads: int, size: int) -> torch.Tensor:
+        shape = (batch, length, heads, size) if layout == "bshd" else (batch, heads, length, size)
+        return (torch.randn(shape, device=g.device, generator=g) * magnitude).to(DTYPES[case.dtype])
+
+    d, dv = case.head_dim, case.head_dim_v or case.head_dim
+    q, k, v = tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv)
+    if case.intervals and intervals is None:
+        intervals = random_intervals(case.intervals, batch, case.kv_heads, rows, keys, g)
+    slopes = torch.rand(case.heads, device=g.device, generator=g) if case.alibi else None
+    window = (-1, 0) if case.mask == "causal" else case.window
+    call = AttentionCall(q, k, v, layout, window, intervals, case.intervals, softcap=case.softcap, alibi_slopes=slopes)
+    out, lse = reference.attend(call, reference.cast(call.bhsd(), torch.float32), reference.visible(call))
+    out = (out.transpose(1, 2) if layout == "bshd" else out).to(q.dtype).contiguous()
+    dout = torch.randn(out.shape, device=g.device, generator=g).to(q.dtype)
+    of_lse = torch.randn(lse.shape, device=g.device, generator=g) if dlse else None
+    return BackwardCall.after(call, out, lse.contiguous(), dout, of_lse, deterministic=case.deterministic)
+
+
+def poisoned(call: BackwardCall) -> dict[str, torch.Tensor]:
+    return {name: t.fill_(torch.nan) for name, t in call.new_outputs().items()}
+
+
+def load(text: str, folder: Path) -> Library:
+    return emulated.build(text, folder, BackwardParams)
+
+
+def check(
+    case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, units: int = 2, text: str = "", **more: Any
+) -> dict[str, torch.Tensor]:
+    call = make_call(case, rows, keys, torch.Generator().manual_seed(seed), **more)
+    outputs = poisoned(call)
+    library = load(text or _source(case), folder)
+    emulated.launch(library, call, outputs, seed=seed, units=units, fill=make_backward_params)
+    verdict = gradients.check(call, outputs)
+    assert verdict, verdict.message
+    return outputs
+
+
+SIZES = ((150, 150), (70, 210), (210, 90))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
+    for seed, (rows, keys) in enumerate(SIZES):
+        layout = ("bshd", "bhsd")[seed % 2]
+        check(case, folder, rows, keys, seed=seed, units=(3, 2, 5)[seed], dlse=seed == 1, layout=layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+def test_the_order_of_blocks_changes_no_bit(case: Case, folder: Path) -> None:
+    for rows, keys in SIZES:
+        intervals = None
+        if case.intervals:
+            g = torch.Generator().manual_seed(5)
+            intervals = random_intervals(case.intervals, 1, case.kv_heads, rows, keys, g)
+        text, runs = _source(case), []
+        for chance in range(3):
+            torch.manual_seed(0)
+            runs.append(_with_chance(case, folder, rows, keys, chance, text, intervals))
+        for other in runs[1:]:
+            for name, t in runs[0].items():
+                assert torch.equal(t, other[name]), name
+
+
+def _with_chance(
+    case: Case, folder: Path, rows: int, keys: int, chance: int, text: str, intervals: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The same inputs; what comes first is drawn anew."""
+    moved = text.replace("emulator::begin(seed, units", f"emulator::begin(seed + {chance}, units + {chance}")
+    assert moved != text or chance == 0
+    return check(case, folder, rows, keys, text=moved, intervals=intervals)
+
+
+@pytest.mark.slow
+def test_packed_documents(folder: Path) -> None:
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor((150, 17, 100, 60)))
+    for case in CASES:
+        if case.intervals == "lower1" and case.window == (-1, 0):
+            bounds = masks.from_documents(ids[None], causal=True).to(torch.int32)
+            check(case, folder, 327, 327, intervals=bounds)
+
+
+def test_rows_and_keys_that_see_nothing(folder: Path) -> None:
+    case = Case("base")
+    for rows, keys in ((300, 1), (1, 300), (130, 64)):
+        filled = check(case, folder, rows, keys, dlse=True)
+        if rows > keys:
+            assert (filled["dq"][:, : rows - keys] == 0).all()
+    for rows, keys in ((0, 70), (70, 0)):
+        q, k = (torch.randn(1, n, 2, 64, dtype=torch.bfloat16) for n in (rows, keys))
+        call: Any = AttentionCall.of(q, k, k, causal=True)
+        call = BackwardCall.after(call, q, torch.full((1, 2, rows), -torch.inf), q)
+        outputs = poisoned(call)
+        emulated.launch(load(_source(case), folder), call, outputs, fill=make_backward_params)
+        assert all((t == 0).all() for t in outputs.values())
+
+
+def test_large_scores_stay_finite(folder: Path) -> None:
+    check(Case("base", mask="none"), folder, 70, 70, magnitude=30.0)
+
+
+# ---- what is wrong is found ------------------------------------------------------------------------------------------
+
+_BROKEN = Case("base", mask="none")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("    pipelines.q.acquire();\n", ""),  # q is overwritten while it is read
+        ("    pipelines.dout.wait();\n", ""),  # dO is read before it is there
+        ("    pipelines.dq.acquire();\n", ""),  # dQ is overwritten before it is added
+        ("    ptx::barrier_sync(kBarrier, L::kGroups * 128);\n", ""),  # dS is read before all have stored theirs
+        ("    if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);", ""),
+    ],
+)
+def test_who_does_not_wait_is_wrong(folder: Path, old: str, new: str) -> None:
+    text = _source(_BROKEN)
+    assert old in text
+    text = text.replace(old, new)
+    assert any(_is_wrong(text, folder, seed) for seed in range(40))
+
+
+def _is_wrong(text: str, folder: Path, seed: int) -> bool:
+    try:
+        check(_BROKEN, folder, 200, 200, seed=seed, text=text)
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "old", ["    pipelines.dout.release();\n", "      ptx::mbarrier_arrive(pipelines.dq.empty());\n"]
+)
+def test_who_waits_for_ever_is_told(folder: Path, old: str) -> None:
+    text = _source(_BROKEN)
+    assert old in text
+    with pytest.raises(AssertionError, match="(?s)nothing can go on.*waits for barrier at"):
+        check(_BROKEN, folder, 300, 100, text=text.replace(old, ""))
+
+
+def test_every_value_of_every_knob_is_run() -> None:
+    for knob in FAMILY.knobs:
+        assert {scheme[knob.name] for scheme in SCHEMES.values()} == set(knob.choices), knob.name

@@ -1,0 +1,77 @@
+"""sm90_backward on a Hopper GPU against gradients by PyTorch: knobs, ragged sizes, masks, heads, head dims, turns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fagen.codegen.spec import KernelSpec
+from fagen.families import Config
+from fagen.ops.attention import gradients
+from fagen.runtime import kernel
+from tests.families.test_emulated_sm90_backward import (
+    CASES,
+    DETERMINISTIC,
+    FAMILY,
+    SCHEMES,
+    Case,
+    make_call,
+    poisoned,
+)  # fmt: skip
+from tests.support.cases import present
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU (sm_90)"
+)
+
+
+def check(case: Case, rows: int, keys: int, *, seed: int = 0, batch: int = 2, **more: Any) -> dict[str, torch.Tensor]:
+    g = torch.Generator("cuda").manual_seed(seed)
+    call = make_call(case, rows, keys, g, batch=batch, **more)
+    outputs = poisoned(call)
+    kernel.get(KernelSpec(FAMILY, case.problem, present(), case.config)).launch(call, outputs)
+    verdict = gradients.check(call, outputs)
+    assert verdict, verdict.message
+    return outputs
+
+
+def _edges(config: Config) -> tuple[tuple[int, int], ...]:
+    """Rows and keys below, at and above the edges of the config's own tiles, and of the stages of q."""
+    m, n, ring = int(config.tile_m), int(config.tile_n), int(config.tile_m * config.q_stages)
+    return (
+        (1, n + 1), (m - 1, n - 1), (m, n), (m + 1, n + 1), (2 * m + 1, 2 * n - 1), (ring, n), (ring + m + 1, n + 1),
+        (3 * m + 5, 1), (1300, 1300), (1300, 500), (500, 1300),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_right_at_the_edges_of_tiles(case: Case) -> None:
+    for seed, (rows, keys) in enumerate(_edges(case.config)):
+        check(case, rows, keys, seed=seed, layout=("bshd", "bhsd")[seed % 2], dlse=seed % 3 == 1)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_many_blocks(scheme: str, mask: str) -> None:
+    case = Case(scheme, mask=mask, heads=16, kv_heads=4)
+    if FAMILY.rejects(case.problem, present(), case.config):
+        pytest.skip("no config of this mask")
+    check(case, 1100, 1300, batch=4)
+
+
+@pytest.mark.parametrize("head_dim", range(16, 257, 16))
+def test_defaults_of_all_head_dims(head_dim: int) -> None:
+    for head_dim_v in {head_dim, 64, 128}:
+        case = Case("base", head_dim=head_dim, head_dim_v=head_dim_v)
+        config = FAMILY.default(case.problem, present())
+        check(Case("base", head_dim=head_dim, head_dim_v=head_dim_v, changes=tuple(config.items())), 300, 400)
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+def test_every_run_gives_the_same_bits(case: Case) -> None:
+    first = check(case, 1300, 1300)
+    for _ in range(20):
+        again = check(case, 1300, 1300)
+        assert all(torch.equal(first[name], again[name]) for name in first)

@@ -1,0 +1,119 @@
+"""`fagen.register_torch` on a GPU: scaled_dot_product_attention forward by our kernels, backward by PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn import attention as registry
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fagen
+from fagen.compat import torch_impl
+from tests.support.calls import right
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(registry, "register_flash_attention_impl"), reason="torch older than 2.11 has no registry"
+)
+
+
+@pytest.fixture(autouse=True)
+def ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Whether our kernel served, call by call, while it is active and PyTorch's flash backend is chosen."""
+    served: list[bool] = []
+    serves = torch_impl._serves
+
+    def told(*args: object) -> bool:
+        served.append(serves(*args))  # type: ignore[arg-type]
+        return served[-1]
+
+    monkeypatch.setattr(torch_impl, "_serves", told)
+    fagen.register_torch()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        yield served
+    registry.restore_flash_attention_impl(_raise_warn=False)
+
+
+def inputs(rows: int = 300, keys: int = 300, heads: int = 4, d: int = 64) -> list[torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(1)
+    shapes = ((2, 4, rows, d), (2, heads, keys, d), (2, heads, keys, d))
+    return [torch.randn(shape, device="cuda", generator=generator).bfloat16() for shape in shapes]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("d", [64, 128])
+def test_forward(causal: bool, heads: int, d: int, ours: list[bool]) -> None:
+    q, k, v = inputs(heads=heads, d=d)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != 4)
+    verdict = right(out, q, k, v, layout="bhsd", causal=causal)
+    assert verdict and ours == [True], verdict.message
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients(causal: bool, transposed: bool, ours: list[bool]) -> None:
+    """PyTorch's backward takes our output and LSE: as near to float32 as from its own."""
+    tensors = inputs()
+    if transposed:
+        tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+    weight = torch.linspace(-1, 1, tensors[0].numel(), device="cuda").reshape(tensors[0].shape)
+
+    def grads(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        out = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+        return torch.autograd.grad((out.float() * weight).sum(), leaves)
+
+    mine = grads(torch.bfloat16)
+    assert ours == [True]
+    registry.restore_flash_attention_impl()
+    theirs = grads(torch.bfloat16)
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = grads(torch.float32)
+    assert len(ours) == 1
+    for got, peer, want in zip(mine, theirs, exact, strict=True):
+        error, allowed = (got - want).abs().max(), (peer - want).abs().max()
+        assert error <= 2 * allowed + 1e-3, (error, allowed)
+
+
+def test_compiled(ours: list[bool]) -> None:
+    torch._dynamo.reset()
+    leaves = [t.requires_grad_() for t in inputs()]
+    attend = torch.compile(lambda *t: F.scaled_dot_product_attention(*t, is_causal=True), fullgraph=True)
+    out = attend(*leaves)
+    assert right(out.detach(), *(t.detach() for t in leaves), layout="bhsd", causal=True) and ours == [True]
+    out.square().sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in leaves)
+
+
+def test_in_a_graph(ours: list[bool]) -> None:
+    q, k, v = inputs()
+    F.scaled_dot_product_attention(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        known = F.scaled_dot_product_attention(q, k, v)
+        new = F.scaled_dot_product_attention(q[:, :, :123], k, v)  # of a size that was not seen: by PyTorch's kernel
+    graph.replay()
+    assert ours == [True, True, False]
+    assert right(known, q, k, v, layout="bhsd") and right(new, q[:, :, :123], k, v, layout="bhsd")
+
+
+def test_dropout_and_packed_sequences_are_pytorchs(ours: list[bool]) -> None:
+    q, k, v = inputs()
+    dropped = F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+    assert not torch.equal(dropped, F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)) and ours == []
+    flat = [t[0].transpose(0, 1).contiguous() for t in (q, k, v)]
+    ends = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
+    out = torch.ops.aten._flash_attention_forward(*flat, ends, ends, 200, 200, 0.0, True, False)[0]
+    for first, last in ((0, 100), (100, 300)):
+        part = [t[None, first:last] for t in flat]
+        assert right(out[None, first:last], *part, causal=True)
+    assert ours == []
+
+
+def test_without_it_pytorchs_kernel_is_there_again(ours: list[bool]) -> None:
+    q, k, v = inputs()
+    registry.restore_flash_attention_impl()
+    assert right(F.scaled_dot_product_attention(q, k, v), q, k, v, layout="bhsd") and ours == []
