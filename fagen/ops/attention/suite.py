@@ -1,4 +1,4 @@
-"""The problems that `fagen tune` takes when none are named: few, common, and done in minutes."""
+"""The problems of attention that `fagen tune` takes when none are named: few, common, and done in minutes."""
 
 from __future__ import annotations
 
