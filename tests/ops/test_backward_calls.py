@@ -91,9 +91,9 @@ def test_inputs_are_what_forward_gave_and_what_is_written_is_guarded():
 
 def test_a_call_keeps_what_forward_was_asked():
     q, k, v = torch.randn(1, 8, 4, 16), torch.randn(1, 9, 2, 16), torch.randn(1, 9, 2, 8)
-    forward = AttentionCall.of(q, k, v, causal=True, softcap=3.0)
+    forward = dataclasses.replace(AttentionCall.of(q, k, v, causal=True, softcap=3.0), deterministic=True)
     o, lse = torch.randn(1, 8, 4, 8), torch.randn(1, 4, 8)
-    call = BackwardCall.after(forward, o, lse, torch.randn_like(o), deterministic=True)
+    call = BackwardCall.after(forward, o, lse, torch.randn_like(o))
     assert (call.window, call.softcap, call.layout) == ((-1, 0), 3.0, "bshd")
     assert call.problem.static_key == "backward/fp32/d16/causal/softcap/deterministic"
     assert {name: tuple(t.shape) for name, t in call.new_outputs().items()} == {
