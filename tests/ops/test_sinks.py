@@ -12,6 +12,7 @@ import torch
 
 import fagen
 from fagen import api
+from fagen.dispatch.attention import kernel_of
 from fagen.errors import InvalidArgument
 from fagen.ops.attention import fallback, masks, reference, sinks
 from tests.support.calls import Case, example, run
@@ -245,6 +246,14 @@ def test_out_lies_apart_from_the_sinks() -> None:
     with pytest.raises(InvalidArgument, match="out shares memory with sinks"):
         fagen.attention(case.q, case.k, case.v, out=room.view(2, 33, 4, 16), **case.options)
     assert (room == 0).all()
+
+
+def test_a_kernel_refuses_them() -> None:
+    call = with_sinks().call()
+    found = kernel_of(call.without_sinks())
+    assert found is not None and kernel_of(call) is None
+    with pytest.raises(InvalidArgument, match="no kernel takes sinks"):
+        found.launch(call, call.new_outputs())
 
 
 def test_explain_tells_of_the_kernel() -> None:

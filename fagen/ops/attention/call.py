@@ -110,6 +110,8 @@ class AttentionCall:
         columns = 0 if self.intervals is None else _checked_columns(self.intervals, self.q, self.k, self.layout)
         if columns != len(INTERVAL_KINDS.get(self.kind, ())):
             raise InvalidArgument(f"the intervals have {columns} columns", f"the call says they are {self.kind!r}")
+        if self.sinks is not None:  # it would leave them out
+            raise InvalidArgument(NO_SINKS, "", "launch the call without_sinks(), and apply them to its outputs")
         self._check_others()
 
     def _check_others(self) -> None:
