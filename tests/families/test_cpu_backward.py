@@ -31,6 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AVX512 = Target("cpu", "test", 2, simd="avx512")
 AVX2 = Target("cpu", "test", 2, simd="avx2")
 # around the edges of vectors (16), of groups (32, 48, 64) and of tiles, in both directions
+ORDERS = ["q_outer", pytest.param("kv_outer", marks=pytest.mark.slow)]
 SIZES = [(1, 1), (1, 300), (63, 64), (65, 63), (130, 257), (200, 1)]
 
 
@@ -132,7 +133,7 @@ def test_the_same_bits_whatever_the_threads_do(order):
 # ---- masks, heads, head_dims ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["q_outer", "kv_outer"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("mask", ["none", "causal", "window"])
 def test_bands(mask, order):
     k = build(mask, (("loop_order", order),))
@@ -241,7 +242,7 @@ def test_rows_that_see_nothing_have_no_part():
     assert same(run(k, call), want)
 
 
-@pytest.mark.parametrize("order", ["q_outer", "kv_outer"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_what_is_not_seen_is_not_read(order):
     """Keys outside of every row's window, and tiles that intervals hide, may hold anything; their gradient is 0."""
     k = build("window", (("loop_order", order),))
