@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fagen import schema
+from fagen import ops, schema
 from fagen.cli import presets
 from fagen.errors import InvalidArgument, MissingTool, UsageError
 from fagen.notices import say
@@ -23,7 +23,8 @@ from fagen.target import ARCHS, Target
 
 # A problem as flags and TOML files spell it: names of settings, most of which take several values.
 SETTINGS = {
-    "preset": "models whose layers are meant, llama3-8b,gemma3-4b; with it only dtype, lengths and batch",
+    "op": "forward or backward (default: forward)",
+    "preset": "models whose layers are meant, llama3-8b,gemma3-4b; with it only op, dtype, lengths and batch",
     "dtype": "fp16, bf16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)",
     "head_dim": "64,128, or 192-128 when q/k and v differ (default: 128)",
     "mask": f"{', '.join(MASKS)} (default: none)",
@@ -33,6 +34,7 @@ SETTINGS = {
     "softcap": "with a cap on the scores",
     "alibi": "with ALiBi slopes",
     "unaligned": "of tensors whose rows do not start at multiples of 16 bytes",
+    "deterministic": "with op backward: the same bits each time",
     "seqlen": "length of queries and keys: 1k,4k (default: 1k)",
     "seqlen_q": "length of the queries alone",
     "seqlen_k": "length of the keys alone",
@@ -40,7 +42,8 @@ SETTINGS = {
     "heads": "heads of q (default: 16)",
     "kv_heads": "heads of k and v (default: as many as of q)",
 }
-_SWITCHES = ("softcap", "alibi", "unaligned")
+_SWITCHES = ("softcap", "alibi", "unaligned", "deterministic")
+OPS = ("forward", "backward")  # whose problems these settings spell
 _USABLE = 0.9  # of a device's memory: what runs there besides, and what verifying takes
 
 
@@ -66,6 +69,7 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
         raise UsageError("mask 'window' needs its width", remedy="add --window LEFT,RIGHT, like --window 1024,0")
     default_dtype = "fp32" if target is not None and not target.is_gpu else "bf16"
     axes: dict[str, list[Any]] = {
+        "op": choices("op", settings.get("op", "forward"), OPS),
         "dtype": choices("dtype", settings.get("dtype", default_dtype), DTYPES),
         "head_dim": head_dims(settings.get("head_dim", 128)),
         "mask": masks,
@@ -90,7 +94,7 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
 def _expand_presets(settings: Mapping[str, Any], target: Target | None) -> list[Problem]:
     """The layers of models, bf16 unless said otherwise, of the lengths and batch that are asked for."""
     mine = {name: value for name, value in settings.items() if name != "preset"}
-    said = sorted(mine.keys() - {"dtype", "seqlen", "seqlen_q", "seqlen_k", "batch"})
+    said = sorted(mine.keys() - {"op", "dtype", "seqlen", "seqlen_q", "seqlen_k", "batch"})
     if said:
         flags = ", ".join("--" + name.replace("_", "-") for name in said)
         raise UsageError(f"--preset says what {flags} would say", remedy="give the one or the other")
@@ -117,8 +121,13 @@ def _lengths(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
 def _problem(point: dict[str, Any], bounds: tuple[int, int], switches: dict[str, Any]) -> Problem:
     (qk, v), (seqlen_q, seqlen_k), mask = point["head_dim"], point["seqlen"], point["mask"]
     left, right = bounds if mask in ("window", "intervals") else (-1, -1)
-    unaligned = switches.pop("unaligned")
-    return Problem(
+    unaligned, deterministic = switches.pop("unaligned"), switches.pop("deterministic")
+    if point["op"] == "backward":
+        switches["deterministic"] = deterministic
+    elif deterministic:
+        raise UsageError("--deterministic needs op backward", "forward always gives the same bits")
+    kind: type[Problem] = ops.get(point["op"]).problem
+    return kind(
         dtype=point["dtype"],
         head_dim=qk,
         head_dim_v=v,

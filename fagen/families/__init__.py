@@ -27,11 +27,12 @@ def get(name: str) -> Family:
 
 
 def candidates(problem: Problem, target: Target) -> tuple[list[Family], dict[str, str]]:
-    """Families that can serve the problem on the target, and why each other one cannot."""
+    """Families of the problem's op that can serve it on the target, and why each other one cannot."""
     able, reasons = [], {}
     for family in all_families():
-        same = family.op == problem.op
-        reason = family.supports(problem, target) if same else f"serves {family.op}, not {problem.op}"
+        if family.op != problem.op:
+            continue
+        reason = family.supports(problem, target)
         if reason:
             reasons[family.name] = reason
         else:

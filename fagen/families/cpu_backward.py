@@ -8,7 +8,7 @@ parts by the sizes alone, and their sums are added in one order: no result depen
 from __future__ import annotations
 
 from fagen.families.base import Config, Constraint, Family, Knob, nothing
-from fagen.families.cost import makespan, walk
+from fagen.families.cost import walk
 from fagen.families.cpu_forward import (
     FLAGS,
     LANES,
@@ -24,7 +24,7 @@ from fagen.target import Target
 _PARTS = (1, 4, 16, 64, 256)
 KNOBS = (
     Knob("tile_m", "kTileM", (32, 48, 64, 96, 128), "rows of q and dout of a tile"),
-    Knob("tile_n", "kTileN", (32, 64, 96, 128, 256), "keys of a tile"),
+    Knob("tile_n", "kTileN", (32, 64, 128, 256), "keys of a tile"),
     Knob(
         "loop_order", "kLoopOrder", ("q_outer", "kv_outer"), "whose gradients are complete at once; the others are sums"
     ),
@@ -84,8 +84,8 @@ def _make(p: Problem, t: Target, **changes: int | str) -> Config:
     vectors, dims = 4 if t.simd in VECTOR_REGISTERS else 2, p.head_dim_padded + p.head_dim_v_padded
     parts = next((n for n in _PARTS if n >= 2 * t.units), _PARTS[-1])
     values: dict[str, int | str] = {
-        "tile_m": 128 if dims <= 256 else 64, "tile_n": 64, "loop_order": "q_outer", "parts": parts,
-        "schedule": "dynamic", "block_rows": 6, "block_vectors": vectors,
+        "tile_m": 128 if dims <= 256 else 64, "tile_n": 128 if dims <= 128 else 64, "loop_order": "q_outer",
+        "parts": parts, "schedule": "dynamic", "block_rows": 6, "block_vectors": vectors,
         "packing": "direct" if p.dtype == "fp32" else "head",
     }  # fmt: skip
     return FAMILY.config(values | changes)
@@ -97,7 +97,7 @@ def _seeds(p: Problem, t: Target) -> list[Config]:
     candidates = [
         _make(p, t, loop_order="kv_outer", packing=packed),
         _make(p, t, loop_order="kv_outer", packing=packed, tile_n=128, tile_m=64),
-        _make(p, t, tile_n=128),
+        _make(p, t, tile_n=64 if default.tile_n == 128 else 128),
         _make(p, t, packing="head"),
         _make(p, t, parts=default.parts * 4 if default.parts < _PARTS[-1] else 1),
     ]
@@ -125,9 +125,10 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     elif c.packing == "head":
         work += moved / group
     sums = (d + dv) * p.seqlen_k / group if q_outer else d * p.seqlen_q
-    work += 12 * sums * parts / lanes + (0 if q_outer else 8 * (2 * d + dv) * p.seqlen_q / lanes)
+    work += 40 * sums * parts / lanes + (0 if q_outer else 8 * (2 * d + dv) * p.seqlen_q / lanes)
     pieces = p.batch * p.kv_heads * parts
-    return makespan(heads * work, heads * work / pieces, pieces, t.units, 0.5 if c.schedule == "dynamic" else 0.9)
+    rounds = -(-pieces // t.units)  # of pieces that are about equally long
+    return heads * work / pieces * (rounds + (0.1 if c.schedule == "dynamic" else 0.2))
 
 
 FAMILY = Family(

@@ -205,11 +205,13 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     found = []
     for order, sink, tile in itertools.product(orders, sinks, (*tiles, *_SMALLEST)):
         operands, m, n, warpgroups, q_stages, dout_stages, ds_stages = tile
+        # bounds of intervals and 128 rows leave no registers for P as an operand beside dP
+        under = operands == "registers" and not (p.mask == "intervals" and m > 64)
         config = Config(
             {
                 "tile_m": m, "tile_n": n, "warpgroups": warpgroups, "operands": operands, "q_stages": q_stages,
                 "dout_stages": dout_stages, "ds_stages": ds_stages, "dq_sink": sink,
-                "dv_start": "before_ds" if operands == "registers" else "after_ds", "dq_owner": "all",
+                "dv_start": "before_ds" if under else "after_ds", "dq_owner": "all",
                 "row_order": rows, "block_order": order, "section_mb": 32,
             }
         )  # fmt: skip

@@ -60,8 +60,7 @@ SHARED = {"operands": "shared", "tile_n": 64, "dout_stages": 1}
     ("head_dim", "changes"),
     [
         (128, {"dq_sink": "red", "dv_start": "before_ds", "ds_stages": 2, "block_order": "sectioned"}),
-        (128, {"dq_owner": "first", "dout_stages": 1}),
-        (128, {"tile_n": 64, "warpgroups": 1, "tile_m": 128, "dout_stages": 1, "q_stages": 1}),
+        (64, {"tile_n": 64, "warpgroups": 1, "tile_m": 128, "q_stages": 1}),
         (64, {"tile_m": 128, "dq_sink": "red", "row_order": "shifted"}),
         (64, {"tile_n": 192, "warpgroups": 3, "row_order": "descending"}),
         (96, {"dq_owner": "first", "ds_stages": 2}),

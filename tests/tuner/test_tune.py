@@ -15,7 +15,6 @@ import pytest
 
 from fagen import families
 from fagen.build.job import Artifact
-from fagen.ops.attention import suite
 from fagen.cli.main import main
 from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
@@ -24,6 +23,7 @@ from fagen.dispatch import resolve
 from fagen.errors import FagenError, UsageError
 from fagen.families import Config, Family, Knob
 from fagen.families.space import enumerate_space
+from fagen.ops.attention import suite
 from fagen.ops.attention.forward_calls import check_problems
 from fagen.ops.attention.inputs import make_inputs
 from fagen.ops.attention.problem import Problem

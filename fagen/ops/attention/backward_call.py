@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from fagen.errors import InvalidArgument
 from fagen.ops.attention import arguments
 from fagen.ops.attention.arguments import is_aligned
-from fagen.ops.attention.backward import BackwardProblem
+from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.call import AttentionCall
 
 GRADIENTS = {"dq": "q", "dk": "k", "dv": "v"}  # each output, and the input whose gradient it is
@@ -24,7 +25,6 @@ class BackwardCall(AttentionCall):
     lse: torch.Tensor = field(kw_only=True)
     dout: torch.Tensor = field(kw_only=True)
     dlse: torch.Tensor | None = field(default=None, kw_only=True)
-    deterministic: bool = field(default=False, kw_only=True)
 
     @classmethod
     def after(
@@ -34,13 +34,11 @@ class BackwardCall(AttentionCall):
         lse: torch.Tensor,
         dout: torch.Tensor,
         dlse: torch.Tensor | None = None,
-        *,
-        deterministic: bool = False,
     ) -> BackwardCall:
         """Raise InvalidArgument for what does not belong to the forward call, which is valid."""
-        fields = {f.name: getattr(forward, f.name) for f in dataclasses.fields(AttentionCall)}
-        given = {"o": o, "lse": lse, "dout": dout, "dlse": dlse, "deterministic": deterministic}
-        call = cls(**{**fields, "out": None, "want_lse": False}, **given)
+        fields: dict[str, Any] = {f.name: getattr(forward, f.name) for f in dataclasses.fields(AttentionCall)}
+        fields |= {"out": None, "want_lse": False}
+        call = cls(**fields, o=o, lse=lse, dout=dout, dlse=dlse)
         call._check_results()
         return call
 
@@ -55,10 +53,10 @@ class BackwardCall(AttentionCall):
 
     def _check_results(self) -> None:
         results = super().output_types()
-        named = (("o", self.o, "out"), ("dout", self.dout, "out"), ("lse", self.lse, "lse"), ("dlse", self.dlse, "lse"))
+        named = [("o", self.o, "out"), ("dout", self.dout, "out"), ("lse", self.lse, "lse")]
+        if self.dlse is not None:
+            named.append(("dlse", self.dlse, "lse"))
         for name, t, like in named:
-            if t is None and name == "dlse":
-                continue
             arguments.dense(name, t)
             shape, dtype = results[like]
             if tuple(t.shape) != shape or t.dtype != dtype or t.device != self.q.device:

@@ -11,8 +11,8 @@ import torch
 from fagen.errors import InvalidArgument
 from fagen.ops.attention import fallback, forward_calls, gradients
 from fagen.ops.attention.arguments import is_aligned
-from fagen.ops.attention.backward import BackwardProblem
 from fagen.ops.attention.backward_call import GRADIENTS, BackwardCall
+from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.inputs import make_inputs
 from fagen.ops.attention.params import make_backward_params
 from fagen.ops.base import Calls
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 def require(problem: BackwardProblem, call: BackwardCall, outputs: Outputs) -> None:
     """A kernel of the problem serves the call and can write the outputs."""
-    if missing := [name for name in GRADIENTS if name not in outputs]:
-        raise InvalidArgument(f"there is no room for {missing[0]}", f"a kernel writes {', '.join(GRADIENTS)}")
     forward_calls.require_problem(problem, call)
     if problem.aligned and not all(is_aligned(t) for t in outputs.values()):
         raise InvalidArgument("a gradient is not aligned", "the kernel needs rows of whole 16-byte pieces")
@@ -34,7 +32,7 @@ def require(problem: BackwardProblem, call: BackwardCall, outputs: Outputs) -> N
 def inputs(problem: BackwardProblem, device: Any, seed: int, varied: bool) -> Inputs:
     """A forward call of random tensors, what it gives, and random gradients of that; `varied`: of the LSE as well."""
     made = make_inputs(problem, device, seed, varied=varied).call
-    forward = dataclasses.replace(made, out=None, want_lse=True)
+    forward = dataclasses.replace(made, out=None, want_lse=True, deterministic=problem.deterministic)
     o, lse = fallback.attend(forward)
     random = torch.Generator(o.device).manual_seed(seed + 1)
 
@@ -47,7 +45,7 @@ def inputs(problem: BackwardProblem, device: Any, seed: int, varied: bool) -> In
 
     dout = spread(torch.randn(o.shape, generator=random, dtype=o.dtype, device=o.device))
     dlse = torch.randn(lse.shape, generator=random, device=lse.device) if varied else None
-    call = BackwardCall.after(forward, spread(o), lse, dout, dlse, deterministic=problem.deterministic)
+    call = BackwardCall.after(forward, spread(o), lse, dout, dlse)
     rooms = {
         name: guarded(shape, dtype, o.device, pitch=held(shape[-1]))
         for name, (shape, dtype) in call.output_types().items()
@@ -59,12 +57,14 @@ def torch_peer(call: BackwardCall) -> tuple[Callable[[], object] | None, str]:
     """The backward of PyTorch's SDPA alone: the graph of its forward is kept."""
     named = {name: getattr(call, name).detach().requires_grad_() for name in GRADIENTS.values()}
     run, how = fallback.sdpa_call(dataclasses.replace(call.forward, **named))
-    if run is None or call.dlse is not None:
+    if run is None:
         return None, how
+    if call.dlse is not None:
+        return None, "not possible with a gradient of the LSE"
     with torch.enable_grad():
-        out = run()
-    dout = call.of_bhsd(call.dout)
-    return lambda: torch.autograd.grad(out, tuple(named.values()), dout, retain_graph=True), how  # type: ignore[arg-type]
+        out: Any = run()
+    dout, tensors = call.of_bhsd(call.dout), tuple(named.values())
+    return lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True), how
 
 
 CALLS = Calls(

@@ -39,9 +39,18 @@ struct Head {
 
   RowSource<Element> source(Range rows) const {
     const int64_t of_lse = (batch * p.heads + head) * p.seqlen_q + rows.begin;
-    return {at<const Element>(p.q, rows.begin, head), at<const Element>(p.o, rows.begin, head),
-            at<const Element>(p.dout, rows.begin, head), p.q.stride[1], p.o.stride[1], p.dout.stride[1],
-            p.lse + of_lse, p.dlse ? p.dlse + of_lse : nullptr, rows.size(), p.head_dim, p.head_dim_v, scale.sign};
+    return {at<const Element>(p.q, rows.begin, head),
+            at<const Element>(p.o, rows.begin, head),
+            at<const Element>(p.dout, rows.begin, head),
+            p.q.stride[1],
+            p.o.stride[1],
+            p.dout.stride[1],
+            p.lse + of_lse,
+            p.dlse ? p.dlse + of_lse : nullptr,
+            rows.size(),
+            p.head_dim,
+            p.head_dim_v,
+            scale.sign};
   }
 
   // ---- Parts of the workspace: of this head, or of its kv head ----

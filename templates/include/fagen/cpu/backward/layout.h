@@ -54,7 +54,8 @@ struct Layout {
     explicit Workspace(const Params& p) {
       const uint64_t rows_k = uint64_t(p.batch) * p.kv_heads * p.seqlen_k, all_parts = parts(p);
       const uint64_t tiles_q = uint64_t(p.batch) * p.heads * ceil_div(p.seqlen_q, kTileM);
-      bounds = take(kIntervals ? uint64_t(p.batch) * p.mask_heads * ceil_div(p.seqlen_k, kTileN) : 0, sizeof(HiddenBounds));
+      bounds =
+          take(kIntervals ? uint64_t(p.batch) * p.mask_heads * ceil_div(p.seqlen_k, kTileN) : 0, sizeof(HiddenBounds));
       keys = take(kPackHead ? rows_k : 0, kStride * sizeof(float));
       values = take(kPackHead ? rows_k : 0, kStrideV * sizeof(float));
       rows = take(kQOuter ? 0 : tiles_q, sizeof(Rows));

@@ -91,7 +91,8 @@ struct TileStep {
     product<Product::scores, kBlockRows, kVectors, kWidth>(v.data, v.stride, seen.size(), &tile.dout_lanes[0][m],
                                                            head_dim_v, gradients);
     differentiate<kVectors, kMasked>(tile, m, block.begin, seen);
-    product<Product::output, kBlockRows, kVectors, kWidth>(k.data, k.stride, head_dim, gradients, seen.size(), &dq[0][m]);
+    product<Product::output, kBlockRows, kVectors, kWidth>(k.data, k.stride, head_dim, gradients, seen.size(),
+                                                           &dq[0][m]);
   }
 
   // P = exp(S - lse) and dS = P (dP - delta), in place.
@@ -135,7 +136,8 @@ struct TileStep {
     const auto sum = [&](auto stride, const float* cells, const float* of_rows, float* to, int columns) {
       for (int d = 0; d < columns; d += At::kGroup)
         with_vectors<kBlockVectors>(columns - d, [&](auto vectors) {
-          product<Product::sum, kBlockRows, vectors, stride>(cells, kWidth, some.size(), of_rows + d, rows.size(), to + d);
+          product<Product::sum, kBlockRows, vectors, stride>(cells, kWidth, some.size(), of_rows + d, rows.size(),
+                                                             to + d);
         });
     };
     sum(std::integral_constant<int, At::kStrideV>(), &cells.weights[n][rows.begin], tile.dout[rows.begin],
