@@ -260,7 +260,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
 
 def _default(p: Problem, t: Target) -> Config:
     """The first guess with registers to spare: ptxas keeps operands of the next products in all that there are."""
-    spare = 40 + (30 if p.mask == "intervals" or p.softcap or p.alibi else 0)
+    spare = 40 + (30 if p.mask == "intervals" or p.softcap or p.alibi else 0) + (0 if p.aligned else 60)
     guesses = _guesses(p, t)
     roomy = (c for c in guesses if fragment_registers(p, c) + spare <= register_limit(c))
     return next(roomy, guesses[-1])

@@ -256,8 +256,8 @@ def _scheme_with(name: str, **changes: object) -> Config:
         ("reproducible", _scheme_with("own_dq", gqa="atomics"), _scheme_with("own_dq"), {"deterministic": True}),
         ("order_matters", _scheme_with("longest_first"), _scheme_with("base"), {"mask": "none"}),
         ("parts_begin_well", _scheme_with("base"), _scheme_with("base", smem_layout="padded"), {"head_dim": 96}),
-        ("smem_fits", _scheme_with("base", smem_layout="padded", blocks_per_sm=2), _scheme_with("base", smem_layout="padded"), {"head_dim": 160}),
-        ("registers_fit", _scheme_with("held_own_dq_one_stage", tile_m=128), _scheme_with("held_own_dq_one_stage"), {"head_dim": 128}),
+        ("smem_fits", _scheme_with("one_q_stage", blocks_per_sm=2), _scheme_with("one_q_stage"), {"head_dim": 160}),
+        ("registers_fit", _scheme_with("all_held", tile_m=128), _scheme_with("all_held"), {"head_dim": 128}),
     ],
 )  # fmt: skip
 def test_a_constraint_rejects_one_config_and_accepts_its_neighbour(constraint, wrong_config, right_config, changes):

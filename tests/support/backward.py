@@ -136,8 +136,10 @@ def make_call(
     call = AttentionCall(
         q, k, v, layout, case.band, intervals, case.intervals, softcap=case.softcap, alibi_slopes=alibi
     )
-    with torch.no_grad():
-        made, lse = reference.attend(call, reference.cast(call.bhsd(), torch.float32), reference.visible(call))
+    made, lse = torch.zeros(batch, case.heads, rows, dv), torch.full((batch, case.heads, rows), -math.inf)
+    if rows and keys:
+        with torch.no_grad():
+            made, lse = reference.attend(call, reference.cast(call.bhsd(), torch.float32), reference.visible(call))
     out = _memory(case, layout, (batch, rows, case.heads, dv), device)[1]
     out.copy_(made.transpose(1, 2) if layout == "bshd" else made)
     dlse = torch.randn(lse.shape, device=device, generator=g) if case.dlse else None

@@ -52,7 +52,7 @@ struct KeyTileMask {
     }
   }
 
-  // Of a row tile: no element is visible, or some element is hidden.
+  // Whether a row tile has no visible element, or some hidden one.
   __device__ __forceinline__ void classify(const MaskOf<C>& mask, int tile, bool& empty, bool& partial) const {
     empty = false, partial = tile < range.full_begin || tile >= range.full_end;
     if constexpr (kIntervals) {
