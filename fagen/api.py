@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 
 from fagen.dispatch.attention import kernel_of
-from fagen.ops.attention import arguments, fallback
+from fagen.ops.attention import arguments, derivatives, fallback
 from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import Window
 from fagen.ops.attention.call import AXES, AttentionCall
@@ -23,7 +23,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = ..., causal: bool = ..., window: Window = ...,
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
-    out: torch.Tensor | None = ...,
+    out: torch.Tensor | None = ..., deterministic: bool = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = ..., causal: bool = ..., window: Window = ...,
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: Literal[True],
-    out: torch.Tensor | None = ...,
+    out: torch.Tensor | None = ..., deterministic: bool = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = ..., causal: bool = ..., window: Window = ...,
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: bool,
-    out: torch.Tensor | None = ...,
+    out: torch.Tensor | None = ..., deterministic: bool = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
@@ -60,6 +60,7 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
+    deterministic: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale * q k^T) v, by the fastest kernel known for the problem.
 
@@ -76,22 +77,27 @@ def attention(
     scale         of q k^T; 1 / sqrt(d) if not given
     return_lse    (out, lse): the natural log of the sum of exponentials, float32 (batch, heads, seqlen_q)
     out           where to put the result; it may share memory with no input
+    deterministic gradients of the same bits in every run, as after `torch.use_deterministic_algorithms(True)`; the
+                  forward kernels are so in any case
 
-    Derivatives, forward and reverse, are PyTorch's. A row that sees no key gives 0, and -inf in lse (or its sink).
+    Gradients of q, k and v are ours where a backward kernel serves them; all other derivatives are PyTorch's. A row
+    that sees no key gives 0, and -inf in lse (or its sink).
     """
     if sinks is not None:
         return _with_sinks(
             sinks, q, k, v, layout, return_lse, out, causal=causal, window=window, intervals=intervals,
-            softcap=softcap, alibi_slopes=alibi_slopes, scale=scale,
+            softcap=softcap, alibi_slopes=alibi_slopes, scale=scale, deterministic=deterministic,
         )  # fmt: skip
     if not torch.compiler.is_compiling() and _fast is not None:
-        answer = _fast(q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out)
+        answer = _fast(
+            q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out, deterministic
+        )
         if answer is not None:
             return answer
     return _attention(
         AttentionCall.of(
             q, k, v, layout=layout, causal=causal, window=window, intervals=intervals, softcap=softcap,
-            alibi_slopes=alibi_slopes, scale=scale, return_lse=return_lse, out=out,
+            alibi_slopes=alibi_slopes, scale=scale, return_lse=return_lse, out=out, deterministic=deterministic,
         )
     )  # fmt: skip
 
@@ -177,7 +183,8 @@ def _without_ops(call: AttentionCall, reason: str) -> torch.Tensor | tuple[torch
     plain = not torch.compiler.is_compiling() and _has_memory(call)
     if plain:
         call.refuse_overlap()
-    found = kernel_of(call) if plain and not reason else None
+    differentiated = derivatives.differentiated(call.q, call.k, call.v)  # which takes the ops' node of autograd
+    found = kernel_of(call) if plain and not reason and not differentiated else None
     if plain and not reason:
         binding.start()  # after the kernel, which this call waited for
     if found is None:

@@ -76,7 +76,7 @@ class KernelSpec:
     @property
     def constants(self) -> list[Constant]:
         """The constexpr block: what the op says of the problem, then the knobs."""
-        rows = ops.get(self.problem.op).constants(self.problem)
+        rows = [*ops.get(self.problem.op).constants(self.problem)]
         for knob in self.family.knobs:
             kind, value = knob.literal(self.config[knob.name])
             rows.append((kind, knob.cpp, value, knob.doc.split(";")[0].split(". ")[0]))

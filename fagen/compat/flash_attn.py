@@ -6,7 +6,7 @@ import torch
 
 from fagen import api
 from fagen.errors import InvalidArgument, UnsupportedProblem
-from fagen.ops.attention import arguments, derivatives
+from fagen.ops.attention import arguments
 
 
 def flash_attn_func(
@@ -25,20 +25,18 @@ def flash_attn_func(
     """Layout (batch, seqlen, heads, head_dim), causal and window aligned bottom-right.
 
     With `return_attn_probs`: (out, softmax_lse, None). Forward kernels are deterministic whatever is asked; a
-    gradient is if `deterministic`, and then takes memory for all scores.
+    gradient is if `deterministic`.
     """
     if dropout_p != 0 and arguments.probability("dropout_p", dropout_p) > 0:
         raise UnsupportedProblem("dropout is not supported", f"dropout_p={dropout_p}", "pass dropout_p=0.0")
     want_probs = arguments.flag("return_attn_probs", return_attn_probs)
-    # PyTorch's own attention adds up gradients in any order, but has no LSE: asked for one, `fallback` does without it
-    same_bits = arguments.flag("deterministic", deterministic) and derivatives.differentiated(q, k, v, alibi_slopes)
     result = api.attention(
         q, k, v, causal=causal, window=_window(window_size), softcap=softcap, alibi_slopes=alibi_slopes,
-        scale=softmax_scale, return_lse=want_probs or same_bits,
+        scale=softmax_scale, return_lse=want_probs, deterministic=deterministic,
     )  # fmt: skip
     if isinstance(result, torch.Tensor):
         return result
-    return (*result, None) if want_probs else result[0]
+    return (*result, None)
 
 
 def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:

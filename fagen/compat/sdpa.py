@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fagen import api
-from fagen.ops.attention import arguments, call, fallback
+from fagen.ops.attention import arguments, call, derivatives, fallback
 from fagen.ops.attention.derivatives import in_forward_mode
 
 
@@ -48,7 +48,7 @@ def sdpa(
         right, is_causal = max(0, rows - keys), False
     if api._fast_sdpa is not None and not torch.compiler.is_compiling():
         answer: torch.Tensor | None = api._fast_sdpa(
-            query, key, value, "bhsd", is_causal, (None, right), None, 0.0, None, scale, False, None
+            query, key, value, "bhsd", is_causal, (None, right), None, 0.0, None, scale, False, None, False
         )
         if answer is not None:
             return answer
@@ -102,7 +102,4 @@ def _why_torch(
     heads_agree = shape[1] == of_keys[1] == of_values[1]
     if shape[0] != of_keys[0] or of_keys[:3] != of_values[:3] or not (heads_agree or enable_gqa):
         return "sdpa was given tensors that broadcast"
-    wants_grad = query.requires_grad or key.requires_grad or value.requires_grad
-    if wants_grad and torch.is_grad_enabled() and not in_forward_mode():
-        return call.NO_BACKWARD
-    return ""
+    return "" if in_forward_mode() else derivatives.refusal(query, key, value, None)

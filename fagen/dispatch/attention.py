@@ -10,6 +10,7 @@ import torch
 from fagen.dispatch import resolve
 from fagen.dispatch.plan import TORCH, Answer
 from fagen.ops.attention import fallback
+from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.call import AttentionCall
 from fagen.runtime import python_ops
 
@@ -42,6 +43,18 @@ def words_of(call: AttentionCall) -> list[int]:
     return [*found.words, *resolve.plan_words(problem, target, ours=call.want_lse)]
 
 
+def backward_words_of(call: AttentionCall) -> list[int]:
+    """The same for the gradients of a call."""
+    if _refused(call):
+        return list(TORCH.words)
+    fields = {**call.problem.to_dict(), "op": "backward", "deterministic": call.deterministic}
+    problem, target = BackwardProblem(**fields), call.target
+    assert target is not None
+    with _on_device(call.q):
+        found = resolve.answer(problem, target)
+    return [*found.words, *resolve.plan_words(problem, target)]
+
+
 def _refused(call: AttentionCall) -> bool:
     with torch.no_grad():  # whether gradients are needed was decided before
         reason = call.refusal
@@ -55,4 +68,4 @@ def _on_device(q: torch.Tensor) -> Any:
     return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
 
-python_ops.answer_with(words_of)
+python_ops.answer_with(words_of, backward_words_of)

@@ -11,24 +11,24 @@ from fagen.target import Target
 
 # The knobs that shape a block come first, so that a share that does not divide is dropped before the rest is varied.
 KNOBS = (
-    Knob("tile_m", "kTileM", (16, 32, 64, 128), "rows of q that pass by at a time"),
-    Knob("tile_n", "kTileN", (16, 32, 64, 96, 128), "keys a block works on"),
-    Knob("warps", "kWarps", (2, 4, 8), "warps of a block"),
+    Knob("tile_m", "kTileM", (32, 64, 128), "rows of q that pass by at a time"),
+    Knob("tile_n", "kTileN", (32, 64, 96, 128), "keys a block works on"),
+    Knob("warps", "kWarps", (4, 8), "warps of a block"),
     Knob("weights_source", "kWeightsSource", ("shared", "registers"), "where P and dS wait for dV and dK"),
-    Knob("row_warps", "kRowWarps", (1, 2, 4, 8), "warps along the rows of S and dP; the others divide the keys"),
+    Knob("row_warps", "kRowWarps", (1, 2, 4), "warps along the rows of S and dP; the others divide the keys"),
     Knob("key_warps", "kKeyWarps", (1, 2, 4, 8), "warps along the keys of dK and dV; the others divide the columns"),
     Knob("dq_route", "kDqRoute", ("atomics", "own_kernel"), "dQ by float32 additions, or by blocks of its own"),
-    Knob("dq_row_warps", "kDqRowWarps", (1, 2, 4, 8), "atomics: warps along the rows of dQ; the others divide columns"),
-    Knob("dq_tile_m", "kDqTileM", (32, 64, 128, 256), "own_kernel: rows of its blocks"),
+    Knob("dq_row_warps", "kDqRowWarps", (1, 2, 4), "atomics: warps along the rows of dQ; the others divide columns"),
+    Knob("dq_tile_m", "kDqTileM", (64, 128), "own_kernel: rows of its blocks"),
     Knob("dq_tile_n", "kDqTileN", (16, 32, 64), "own_kernel: keys that pass by at a time"),
+    Knob("v_source", "kVSource", ("shared", "registers"), "where v waits for its products"),
+    Knob("blocks_per_sm", "kBlocksPerSm", (1, 2), "blocks the register budget is cut for"),
+    Knob("smem_layout", "kSmemLayout", ("swizzled", "padded"), "how shared memory avoids bank conflicts"),
     Knob("q_stages", "kQStages", (1, 2), "tiles of q in shared memory"),
     Knob("dout_stages", "kDoutStages", (1, 2), "tiles of dO in shared memory"),
-    Knob("v_source", "kVSource", ("shared", "registers"), "where v waits for its products"),
-    Knob("smem_layout", "kSmemLayout", ("swizzled", "padded"), "how shared memory avoids bank conflicts"),
     Knob("gqa", "kGqa", ("in_block", "atomics"), "heads of a group one after the other, or by float32 additions"),
     Knob("block_order", "kBlockOrder", ("ascending", "longest_first"), "order of key tiles and heads"),
-    Knob("blocks_per_sm", "kBlocksPerSm", (1, 2, 3), "blocks the register budget is cut for"),
-)  # fmt: skip
+)
 
 
 def _round_up(a: int, unit: int) -> int:
@@ -110,9 +110,9 @@ def _one_scheme(p: Problem, t: Target, c: Config) -> str | None:
     if c.dq_route == "atomics":
         if c.tile_m % (16 * c.dq_row_warps):
             return f"tile_m {c.tile_m} is no multiple of 16 rows x {c.dq_row_warps} warps (dQ)"
-        if (c.dq_tile_m, c.dq_tile_n) != (32, 16):
+        if (c.dq_tile_m, c.dq_tile_n) != (64, 16):
             return (
-                f"dq_tile_m {c.dq_tile_m} and dq_tile_n {c.dq_tile_n} are of dQ's own kernel; 32 and 16 stand for none"
+                f"dq_tile_m {c.dq_tile_m} and dq_tile_n {c.dq_tile_n} are of dQ's own kernel; 64 and 16 stand for none"
             )
     elif c.dq_row_warps != 1:
         return (
@@ -194,9 +194,9 @@ def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
 def _make(**values: Value) -> Config:
     base: dict[str, Value] = {
         "tile_m": 64, "tile_n": 64, "warps": 4, "weights_source": "shared", "row_warps": 2, "key_warps": 2,
-        "dq_route": "atomics", "dq_row_warps": 2, "dq_tile_m": 32, "dq_tile_n": 16, "q_stages": 2, "dout_stages": 1,
-        "v_source": "shared", "smem_layout": "swizzled", "gqa": "in_block", "block_order": "ascending",
-        "blocks_per_sm": 1,
+        "dq_route": "atomics", "dq_row_warps": 2, "dq_tile_m": 64, "dq_tile_n": 16, "v_source": "shared",
+        "blocks_per_sm": 1, "smem_layout": "swizzled", "q_stages": 2, "dout_stages": 1, "gqa": "in_block",
+        "block_order": "ascending",
     }  # fmt: skip
     return Config({**base, **values})
 

@@ -18,6 +18,7 @@ from fagen.build.job import Job
 from fagen.errors import BuildError, FagenError
 from fagen.notices import notify
 from fagen.ops.attention import size_point
+from fagen.ops.attention.derivatives import TRAINED
 from fagen.runtime import background
 
 if TYPE_CHECKING:
@@ -49,21 +50,27 @@ def job() -> Job:
 
     folder = Path(__file__).parent / "csrc"
     source = (folder / "binding.cpp").read_text()
-    for name, text in (("table.h", (folder / "table.h").read_text()), ("constants.h", _constants())):
+    texts = {name: (folder / name).read_text() for name in ("gradients.h", "launch.h", "table.h")}
+    for name, text in {**texts, "constants.h": _constants()}.items():
         paste = text.replace("#pragma once\n", "").replace("\\", r"\\")
         source = re.sub(rf'#include "{name}"[^\n]*\n', paste, source)
     return Job("torch-binding", render.fold(source), ".cpp", _FLAGS, (), "cpu", links_torch=True)
 
 
 def _constants() -> str:
-    """Facts of sizes that `db` declares, for the table."""
+    """Facts that Python declares: of sizes, for the table; which devices have backward kernels."""
     names, values = ", ".join(size_point.WEIGHTS), ", ".join(map(repr, size_point.WEIGHTS.values()))
     return (
         f"namespace fagen {{\nstruct SizeWeights {{ double {names}; }};\n"
         f"constexpr SizeWeights kSizeWeights{{{values}}};\n"
         f"constexpr double kMostWaves = {size_point.MOST_WAVES!r}, kLeastWaves = {size_point.LEAST_WAVES!r};\n"
+        f"constexpr bool kTrainsCpu = {_cpp('cpu' in TRAINED)}, kTrainsCuda = {_cpp('cuda' in TRAINED)};\n"
         f"constexpr int64_t kWaveRows = {size_point.WAVE_ROWS};\n}}\n"
     )
+
+
+def _cpp(value: bool) -> str:
+    return str(value).lower()
 
 
 def make() -> Artifact:

@@ -13,25 +13,31 @@ from fagen.ops.attention.call import AttentionCall, OpArguments
 
 _SHARED = len(OpArguments._fields)  # arguments that all ops begin with; an op's own follow
 
-_decide: Callable[[AttentionCall], list[int]]  # `answer_with` sets it
+_decide: Callable[[AttentionCall], list[int]]  # `answer_with` sets them
+_decide_backward: Callable[[AttentionCall], list[int]]
 _libraries: list[Any] = []  # torch unregisters what is collected
 
 
-def answer_with(decide: Callable[[AttentionCall], list[int]]) -> None:
-    """Hand over the function that decides a call the C++ table does not know, and plans other sizes of its kind."""
-    global _decide
-    _decide = decide
+def answer_with(
+    decide: Callable[[AttentionCall], list[int]], decide_backward: Callable[[AttentionCall], list[int]]
+) -> None:
+    """Hand over what decides a call that the C++ table does not know, or its gradients, and plans its kind."""
+    global _decide, _decide_backward
+    _decide, _decide_backward = decide, decide_backward
 
 
 def register() -> None:
     library = torch.library.Library("fagen", "IMPL")
     library.impl("resolve", _resolve, "CompositeExplicitAutograd")
+    library.impl("resolve_backward", _resolve_backward, "CompositeExplicitAutograd")
     library.impl("fallback", _fallback, "CompositeImplicitAutograd")
+    library.impl("fallback_backward", _fallback_backward, "CompositeExplicitAutograd")
     library.impl("fail", _fail, "CompositeExplicitAutograd")
     library.impl("refuse", _refuse, "CompositeExplicitAutograd")
     library.impl("refuse_overlap", _refuse_overlap, "CompositeExplicitAutograd")
     _libraries.append(library)
-    for name, fake in (("forward", _fake), ("forward_lse", _fake_lse), ("forward_out", _fake_out)):
+    fakes = {"forward": _fake, "forward_lse": _fake_lse, "forward_out": _fake_out, "backward": _fake_backward}
+    for name, fake in fakes.items():
         torch.library.register_fake(f"fagen::{name}", fake)
 
 
@@ -43,9 +49,19 @@ def _resolve(*args: Any) -> list[int]:
     return _decide(AttentionCall.of_op(OpArguments(*args[:_SHARED]), out=out, want_lse=want_lse))
 
 
+def _resolve_backward(*args: Any) -> list[int]:
+    return _decide_backward(AttentionCall.of_op(OpArguments(*args), want_lse=False))
+
+
 def _fallback(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     (want_lse,) = args[_SHARED:]
     return fallback.attend(AttentionCall.trusting(OpArguments(*args[:_SHARED]), want_lse=want_lse))
+
+
+def _fallback_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    _, _, dout, dlse = args[_SHARED:]
+    call = AttentionCall.trusting(OpArguments(*args[:_SHARED]), want_lse=dlse is not None)
+    return fallback.gradients(call, dout, dlse)
 
 
 def _refuse_overlap(*args: Any) -> None:
@@ -81,3 +97,8 @@ def _fake_lse(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _fake_out(*args: Any) -> torch.Tensor:
     want_lse, out = args[_SHARED:]
     return _fakes(args)["lse"] if want_lse else out.new_empty((0,), dtype=torch.float32)
+
+
+def _fake_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    q, k, v, *_ = args
+    return tuple(torch.empty_like(t) for t in (q, k, v))

@@ -51,8 +51,6 @@ struct Derived {
 
 using namespace fagen;  // the kernel is this one file
 
-#include <omp.h>
-
 // ---- fagen/cpu/element.h ---------------------------------------------------------------------------------
 // Input and output elements: float, bfloat16 and IEEE half, converted by bit arithmetic that every machine has.
 #include <string.h>
@@ -187,9 +185,6 @@ FAGEN_INLINE void store_some(Element* p, vec x, int count) {
 // One batch and head: where its rows, its masks and its parts of the workspace are.
 // ---- fagen/cpu/layout.h ----------------------------------------------------------------------------------
 // Memory layout: the state of a row tile, a thread's scratch, the parts of the workspace.
-// ---- fagen/cpu/mask.h ------------------------------------------------------------------------------------
-// Masks: the keys that a range of rows sees, the tiles that are visited, and the arithmetic for partial tiles.
-
 // ---- fagen/abi/forward.h ---------------------------------------------------------------------------------
 // The arguments of a forward kernel: the one struct that a caller passes. Plain C; no torch, no CUDA header.
 // ---- fagen/abi/tensor.h ----------------------------------------------------------------------------------
@@ -219,7 +214,12 @@ typedef struct fagen_forward_params {
   float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
 } fagen_forward_params;
 
+// ---- fagen/cpu/mask.h ------------------------------------------------------------------------------------
+// Masks: the keys that a range of rows sees, the tiles that are visited, and the arithmetic for partial tiles.
+
 namespace fagen {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Range {
   int begin, end;
@@ -238,7 +238,8 @@ struct Band {
   static constexpr int kFar = 1 << 30;
   static constexpr int kLongest = kFar / 2;  // the longest sequence: no sum below overflows
 
-  Band(const fagen_forward_params& p, int left, int right) {
+  template <class Params>
+  Band(const Params& p, int left, int right) {
     const int shift = p.seqlen_k - p.seqlen_q;
     first = left < 0 || left > kLongest ? -kFar : shift - left;
     last = right < 0 || right > kLongest ? kFar : shift + right;
@@ -451,8 +452,6 @@ FAGEN_INLINE void softmax(Columns<kWidth> rows, float* scores, int keys, ScaledE
 
 namespace fagen {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class Config>
 struct Layout {
   static constexpr int kGroup = Config::kBlockVectors * kLanes;  // queries that advance together
@@ -513,7 +512,8 @@ struct Scale {
   float inner;   // raw product to the argument of softcap, or to the true score
   float factor;  // score to the base-2 logarithm of its weight
 
-  explicit Scale(const fagen_forward_params& p)
+  template <class Params>
+  explicit Scale(const Params& p)
       : sign(kTrueScore ? 1 : int(p.scale > 0) - int(p.scale < 0)),
         inner(Config::kSoftcap ? p.scale / p.softcap : p.scale),
         factor(kTrueScore || p.scale == 0 ? kLog2E : fabsf(p.scale) * kLog2E) {}
@@ -534,6 +534,11 @@ struct Score {
       x = softcap * tanh(x * inner);
     else if constexpr (Config::kAlibi)
       x *= inner;
+    return biased(x, row, key);
+  }
+
+  // Bias and mask of a score that is scaled, and capped, already.
+  FAGEN_INLINE vec biased(vec x, ivec row, int key) const {
     if constexpr (Config::kAlibi) {
       const ivec distance = row + (shift - key);
       x -= slope * __builtin_convertvector(distance < 0 ? -distance : distance, vec);
@@ -632,18 +637,15 @@ namespace fagen {
 enum class Product {
   scores,  // rows are keys, steps go along head_dim: S = K Q^T
   output,  // rows are columns of V, steps are keys: O^T += V^T P
+  sum,     // rows are keys, steps are queries: dK += dS^T Q
 };
 
-// `stride` is that of K's or V's rows in memory; the other way they are contiguous. Rows of b and c are kWidth apart.
+// `stride` is that of a's rows in memory; the other way they are contiguous. Rows of b and c are kWidth apart.
 template <Product kProduct, int kRows, int kVectors, int kWidth>
 FAGEN_INLINE void product_block(const float* a, int64_t stride, const float* b, int steps, float* c) {
-  constexpr bool kScores = kProduct == Product::scores;
-  const int64_t row_stride = kScores ? stride : 1, step_stride = kScores ? 1 : stride;
-  vec sum[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = kScores ? vec{} : load(c + r * kWidth + v * kLanes);
+  constexpr bool kScores = kProduct == Product::scores, kAcross = kProduct == Product::output;
+  const int64_t row_stride = kAcross ? 1 : stride, step_stride = kAcross ? stride : 1;
+  vec sum[kRows][kVectors] = {};
 #pragma GCC unroll 1
   for (int step = 0; step < steps; ++step, b += kWidth, a += step_stride) {
     vec lanes[kVectors];
@@ -657,14 +659,18 @@ FAGEN_INLINE void product_block(const float* a, int64_t stride, const float* b, 
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) store(c + r * kWidth + v * kLanes, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* const at = c + r * kWidth + v * kLanes;
+      // c is added last: many short sums round less than a long one
+      store(at, kScores ? sum[r][v] : load(at) + sum[r][v]);
+    }
 }
 
 // As many blocks of kRows as fit, then smaller ones for what is left. Not inlined: registers are dealt out per
 // function, and a block needs them all.
 template <Product kProduct, int kRows, int kVectors, int kWidth>
 __attribute__((noinline)) void product(const float* a, int64_t stride, int rows, const float* b, int steps, float* c) {
-  const int64_t row_stride = kProduct == Product::scores ? stride : 1;
+  const int64_t row_stride = kProduct == Product::output ? 1 : stride;
   for (; rows >= kRows; rows -= kRows, a += kRows * row_stride, c += kRows * kWidth)
     product_block<kProduct, kRows, kVectors, kWidth>(a, stride, b, steps, c);
   if constexpr (kRows > 1)
@@ -673,12 +679,33 @@ __attribute__((noinline)) void product(const float* a, int64_t stride, int rows,
 
 }  // namespace fagen
 
+// ---- fagen/cpu/threads.h ---------------------------------------------------------------------------------
+// Work shared by the threads, one item at a time.
+#include <omp.h>
+#include <stdint.h>
+
+namespace fagen {
+
+template <bool kBlocked, class Body>
+void share(int64_t items, Body body) {
+  if constexpr (kBlocked) {
+#pragma omp parallel for schedule(static)
+    for (int64_t item = 0; item < items; ++item) body(item);
+  } else {
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t item = 0; item < items; ++item) body(item);
+  }
+}
+
+}  // namespace fagen
+
 // ---- fagen/cpu/tiles.h -----------------------------------------------------------------------------------
-// Between memory and tiles: queries turned into lanes, outputs turned back, keys and values made contiguous floats.
+// Between memory and the state of rows: queries turned into lanes, outputs turned back.
 #include <math.h>
 #include <string.h>
 
-
+// ---- fagen/cpu/pack.h ------------------------------------------------------------------------------------
+// Between memory and tiles: squares of rows, keys and values made contiguous floats.
 
 namespace fagen {
 
@@ -688,6 +715,38 @@ FAGEN_INLINE void load_square(vec (&x)[kLanes], const Element* p, int64_t stride
   for (int i = 0; i < kLanes; ++i)
     x[i] = i >= count ? vec{} : columns >= kLanes ? load(p + i * stride) : load_some(p + i * stride, columns);
 }
+
+// The rows back to memory, of them `count` and of each `columns`, where the square has more.
+template <class Element>
+FAGEN_INLINE void store_square(Element* p, int64_t stride, const vec (&x)[kLanes], int count, int columns) {
+  for (int i = 0; i < kLanes && i < count; ++i)
+    columns >= kLanes ? store(p + i * stride, x[i]) : store_some(p + i * stride, x[i], columns);
+}
+
+// Rows of keys or values, as floats.
+struct Tile {
+  const float* data;
+  int64_t stride;
+
+  Tile from(int row) const { return {data + row * stride, stride}; }
+};
+
+template <class Element>
+inline Tile pack(float* to, int64_t to_stride, const Element* from, int64_t stride, int rows, int columns) {
+  for (int row = 0; row < rows; ++row) {
+    const Element* p = from + row * stride;
+    float* q = to + row * to_stride;
+    int d = 0;
+    for (; d + kLanes <= columns; d += kLanes) store(q + d, load(p + d));
+    if (d < columns) store(q + d, load_some(p + d, columns - d));
+  }
+  return {to, to_stride};
+}
+
+}  // namespace fagen
+
+
+namespace fagen {
 
 // Queries times `sign`, transposed, and the state before the first key.
 template <class State, class Element>
@@ -715,10 +774,7 @@ inline void close_rows(State& rows, Element* o, int64_t stride, float* lse, floa
       vec x[kLanes];
       for (int i = 0; i < kLanes; ++i) x[i] = load(&rows.o[d + i][lane]) * inverse;
       transpose(x);
-      for (int i = 0; i < kLanes && lane + i < count; ++i) {
-        Element* to = o + (lane + i) * stride + d;
-        head_dim_v - d >= kLanes ? store(to, x[i]) : store_some(to, x[i], head_dim_v - d);
-      }
+      store_square(o + lane * stride + d, stride, x, count - lane, head_dim_v - d);
     }
   }
   if (!lse) return;
@@ -726,32 +782,12 @@ inline void close_rows(State& rows, Element* o, int64_t stride, float* lse, floa
     lse[i] = rows.sum[i] == 0 ? -INFINITY : rows.max[i] * (factor * kLn2) + logf(rows.sum[i]);
 }
 
-// Rows of keys or values, as floats.
-struct Tile {
-  const float* data;
-  int64_t stride;
-
-  Tile from(int row) const { return {data + row * stride, stride}; }
-};
-
-template <class Element>
-inline Tile pack(float* to, int64_t to_stride, const Element* from, int64_t stride, int rows, int columns) {
-  for (int row = 0; row < rows; ++row) {
-    const Element* p = from + row * stride;
-    float* q = to + row * to_stride;
-    int d = 0;
-    for (; d + kLanes <= columns; d += kLanes) store(q + d, load(p + d));
-    if (d < columns) store(q + d, load_some(p + d, columns - d));
-  }
-  return {to, to_stride};
-}
-
 }  // namespace fagen
 
 using element = float;
 
 constexpr int kTileM = Config::kTileM, kTileN = Config::kTileN;
-constexpr bool kBanded = Config::kMask != Mask::none;
+constexpr bool kBanded = Config::kMask != Mask::none, kBlocked = Config::kSchedule == Schedule::blocked;
 
 using At = Layout<Config>;
 using Group = At::Group;
@@ -858,21 +894,10 @@ static void attend(const HeadOf& head, Range span, Scratch& scratch) {
   });
 }
 
-template <class Body>
-static void share(int64_t items, Body body) {
-  if constexpr (Config::kSchedule == Schedule::blocked) {
-#pragma omp parallel for schedule(static)
-    for (int64_t item = 0; item < items; ++item) body(item);
-  } else {
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t item = 0; item < items; ++item) body(item);
-  }
-}
-
 // Made once, before all rows: the bounds of each tile of intervals, the packed keys and values of each head.
 static void prepare(const fagen_forward_params& p) {
   const int64_t tiles = ceil_div(p.seqlen_k, kTileN);
-  share(tiles * p.batch * p.kv_heads, [&](int64_t item) {
+  share<kBlocked>(tiles * p.batch * p.kv_heads, [&](int64_t item) {
     const int64_t n = item % tiles * kTileN, kv_head = item / tiles % p.kv_heads, batch = item / tiles / p.kv_heads;
     const HeadOf head(p, batch, kv_head * (p.heads / p.kv_heads));
     const Range tile = intersect({int(n), int(n) + kTileN}, head.all_keys());
@@ -891,7 +916,7 @@ static void forward(const fagen_forward_params& p) {
   // kv_outer cuts a head into as many spans as it takes to give every thread one
   const int64_t rows = At::kQOuter ? kTileM : ceil_div(p.seqlen_q, ceil_div(omp_get_max_threads(), heads));
   const int span = ceil_div(rows, kTileM) * kTileM, spans = ceil_div(p.seqlen_q, span);
-  share(heads * spans, [&](int64_t item) {
+  share<kBlocked>(heads * spans, [&](int64_t item) {
     constexpr bool kAcross = Config::kSchedule == Schedule::longest;
     const int64_t head = kAcross ? item % heads : item / spans;
     const int from_last = kAcross ? item / heads : item % spans;  // under a causal mask the last rows take longest

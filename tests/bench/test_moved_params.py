@@ -14,9 +14,10 @@ from fagen.errors import FagenError
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "moved_params.py"
 BEFORE = (
-    "typedef struct fagen_params {\\n"
-    "  const void* q;  // the rows\\n  int64_t q_stride;\\n  int32_t n, m;\\n} fagen_params;\\n"
-)AFTER = (
+    "typedef struct fagen_params {\n"
+    "  const void* q;  // the rows\n  int64_t q_stride;\n  int32_t n, m;\n} fagen_params;\n"
+)
+AFTER = (
     "typedef struct fagen_tensor {\n  void* data;\n  int64_t stride[3];\n} fagen_tensor;\n"
     "typedef struct fagen_forward_params {\n  fagen_tensor q;\n  int32_t n, m;\n} fagen_forward_params;\n"
 )

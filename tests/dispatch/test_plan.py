@@ -278,7 +278,20 @@ def test_sizes_that_do_not_agree_are_refused_by_python(words: str, spoil, asked:
 
     def ask(case: Case) -> torch.Tensor:
         o = case.options
-        args = (case.q, case.k, case.v, o.get("intervals"), o.get("alibi_slopes"), False, False, -1, -1, 0.0, None)
+        args = (
+            case.q,
+            case.k,
+            case.v,
+            o.get("intervals"),
+            o.get("alibi_slopes"),
+            False,
+            False,
+            -1,
+            -1,
+            0.0,
+            None,
+            False,
+        )
         if "out" in o:
             return torch.ops.fagen.forward_out(*args, False, o["out"])
         return torch.ops.fagen.forward(*args)

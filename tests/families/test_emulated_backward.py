@@ -63,16 +63,15 @@ DIM_CASES = [
         ("base", 96, 0, "none", "fp16", _PADDED),
         ("base", 128, 64, "causal", "bf16", (("dout_stages", 1),)),
         ("base", 80, 112, "causal", "fp16", (*_PADDED, ("tile_n", 32))),
-        ("sixteen_keys", 192, 128, "none", "bf16", _PADDED),
-        ("sixteen_keys", 256, 0, "causal", "bf16", (("warps", 4), ("dout_stages", 1), ("tile_n", 32))),
+        ("small", 192, 128, "none", "bf16", _PADDED),
+        ("small", 256, 0, "causal", "bf16", (("dout_stages", 1),)),
         ("held", 32, 0, "causal", "fp16", ()),
         ("held", 64, 16, "none", "bf16", ()),
         ("held", 48, 96, "causal", "bf16", _PADDED),
         ("held", 128, 0, "none", "bf16", (("q_stages", 1),)),
         ("own_dq", 64, 128, "none", "fp16", (("dq_tile_n", 16),)),
         ("own_dq", 112, 0, "causal", "bf16", _PADDED),
-        ("sixteen_keys", 256, 0, "none", "bf16", (("warps", 4), ("tile_n", 32), ("dq_route", "own_kernel"),
-         ("dq_row_warps", 1), ("dq_tile_m", 64))),
+        ("small", 256, 0, "none", "bf16", (("dq_route", "own_kernel"), ("dq_row_warps", 1))),
         ("all_held", 80, 96, "causal", "bf16", (*_PADDED, ("q_stages", 1))),
         ("v_held", 16, 32, "none", "bf16", ()),
     )
@@ -245,10 +244,6 @@ def _scheme_with(name: str, **changes: object) -> Config:
     return backward.config(**{**SCHEMES[name], **changes})
 
 
-def _many_cells(blocks: int) -> Config:
-    return _scheme_with("held_own_dq_one_stage", tile_m=128, blocks_per_sm=blocks)
-
-
 @pytest.mark.parametrize(
     ("constraint", "wrong_config", "right_config", "changes"),
     [
@@ -256,13 +251,13 @@ def _many_cells(blocks: int) -> Config:
         ("even_share", _scheme_with("base", key_warps=8), _scheme_with("base", key_warps=4), {}),
         ("one_scheme", _scheme_with("held", key_warps=2), _scheme_with("held"), {}),
         ("one_scheme", _scheme_with("base", dq_tile_n=32), _scheme_with("base"), {}),
-        ("one_scheme", _scheme_with("own_dq", dq_tile_m=32), _scheme_with("own_dq"), {}),
+        ("one_scheme", _scheme_with("own_dq", warps=8, tile_m=64, tile_n=128), _scheme_with("own_dq"), {}),
         ("reproducible", _scheme_with("base"), _scheme_with("own_dq"), {"deterministic": True}),
         ("reproducible", _scheme_with("own_dq", gqa="atomics"), _scheme_with("own_dq"), {"deterministic": True}),
         ("order_matters", _scheme_with("longest_first"), _scheme_with("base"), {"mask": "none"}),
         ("parts_begin_well", _scheme_with("base"), _scheme_with("base", smem_layout="padded"), {"head_dim": 96}),
-        ("smem_fits", _scheme_with("base", blocks_per_sm=3), _scheme_with("base", blocks_per_sm=2), {"head_dim": 128}),
-        ("registers_fit", _many_cells(3), _many_cells(2), {}),
+        ("smem_fits", _scheme_with("base", smem_layout="padded", blocks_per_sm=2), _scheme_with("base", smem_layout="padded"), {"head_dim": 160}),
+        ("registers_fit", _scheme_with("held_own_dq_one_stage", tile_m=128), _scheme_with("held_own_dq_one_stage"), {"head_dim": 128}),
     ],
 )  # fmt: skip
 def test_a_constraint_rejects_one_config_and_accepts_its_neighbour(constraint, wrong_config, right_config, changes):

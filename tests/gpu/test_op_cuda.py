@@ -128,7 +128,7 @@ def test_opcheck() -> None:
     q, k, v = _inputs(2, 100, 4, 64)
     fagen.attention(q, k, v)
     torch.library.opcheck(
-        torch.ops.fagen.forward.default, (q, k, v, None, None, False, True, -1, 0, 0.0, None),
+        torch.ops.fagen.forward.default, (q, k, v, None, None, False, True, -1, 0, 0.0, None, False),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 

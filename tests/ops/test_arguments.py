@@ -94,7 +94,9 @@ def test_a_call_of_the_op_itself_is_refused_too() -> None:
     buffer, case = packed()
     assert binding.load() is not None
     with pytest.raises(InvalidArgument, match="out shares memory with v"):
-        torch.ops.fagen.forward_out(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, case.v)
+        torch.ops.fagen.forward_out(
+            case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, False, case.v
+        )
 
 
 def addresses(t: torch.Tensor) -> list[int]:
@@ -174,7 +176,7 @@ def test_gradients_reach_an_out_that_the_op_fills() -> None:
     case.q.requires_grad_()
     assert binding.load() is not None
     out = torch.zeros(2, 33, 2, 16)
-    torch.ops.fagen.forward_out(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, out)
+    torch.ops.fagen.forward_out(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, False, out)
     (got,) = torch.autograd.grad(out.square().sum(), case.q)
     q, k, v = (t.transpose(1, 2) for t in (case.q, case.k, case.v))
     (want,) = torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(q, k, v).square().sum(), case.q)
@@ -345,7 +347,7 @@ def test_sizes_beyond_32_bits_are_refused(road: dict, name: str) -> None:
     assert binding.load() is not None
     for op in (torch.ops.fagen.forward, torch.ops.fagen.forward_lse):
         with pytest.raises(InvalidArgument, match="a size is beyond 2.31 - 1"):
-            op(q, k, k, None, None, False, False, -1, -1, 0.0, None)
+            op(q, k, k, None, None, False, False, -1, -1, 0.0, None, False)
 
 
 @pytest.mark.parametrize(("softcap", "scale"), [(math.inf, None), (0.0, math.inf), (0.0, math.nan), (0.0, 1e300)])
@@ -353,7 +355,7 @@ def test_the_op_itself_refuses_numbers_that_are_not_finite(softcap: float, scale
     case = example()
     attend(case), attend(case, softcap=1.0)
     with pytest.raises(InvalidArgument, match="must be finite"):
-        torch.ops.fagen.forward(case.q, case.k, case.v, None, None, False, False, -1, -1, softcap, scale)
+        torch.ops.fagen.forward(case.q, case.k, case.v, None, None, False, False, -1, -1, softcap, scale, False)
 
 
 def test_the_op_itself_leaves_a_scale_that_is_not_positive_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +363,7 @@ def test_the_op_itself_leaves_a_scale_that_is_not_positive_to_pytorch(monkeypatc
     attend(case)
     asked: list[object] = []
     monkeypatch.setattr(fallback, "attend", lambda *a, real=fallback.attend, **o: asked.append(o) or real(*a, **o))
-    out = torch.ops.fagen.forward(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, -0.25)
+    out = torch.ops.fagen.forward(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, -0.25, False)
     assert asked and right(out, case.q, case.k, case.v, scale=-0.25)
 
 
@@ -380,7 +382,7 @@ def test_a_call_holds_what_the_ops_take() -> None:
     call = case.call()
     assert (call.window, call.softcap, call.scale, call.want_lse) == ((4, 0), 2.0, 1.0, True)
     given = call.op_arguments()[5:]
-    assert [type(value) for value in given] == [bool, bool, int, int, float, float] and call.want_lse is True
+    assert [type(value) for value in given] == [bool, bool, int, int, float, float, bool] and call.want_lse is True
 
 
 @pytest.mark.parametrize("columns", [0, 1, 2, 4])
@@ -402,9 +404,16 @@ def test_the_ops_arguments_are_the_call_again(columns: int, causal: bool, window
 def test_python_and_cpp_name_the_same_arguments() -> None:
     """The ops' schema in C++, the list of it in Python, and the order in which the fast road is handed a call."""
     module, own = binding.load(), {"forward_out": ["want_lse", "out"], "resolve": ["out", "want_lse"]}
-    own |= {"fallback": ["want_lse"], "refuse_overlap": ["out"], "forward": [], "forward_lse": []}
+    own |= {
+        "fallback": ["want_lse"],
+        "refuse_overlap": ["out"],
+        "forward": [],
+        "forward_lse": [],
+        "resolve_backward": [],
+    }
+    own |= {name: ["out", "lse", "dout", "dlse"] for name in ("backward", "fallback_backward")}
     for name, more in own.items():
         schema = getattr(torch.ops.fagen, name).default._schema
         assert [argument.name for argument in schema.arguments] == [*OpArguments._fields, *more], name
-    public = ", ".join(inspect.signature(fagen.attention).parameters)
+    public = ", ".join(name for name in inspect.signature(fagen.attention).parameters if name != "sinks")
     assert module.attention.__doc__ == f"attention({public})" and module.sdpa.__doc__ == f"sdpa({public})"

@@ -142,7 +142,7 @@ class Names(TorchDispatchMode):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_deterministic_gradient_goes_without_pytorchs_own_attention(deterministic: bool) -> None:
     """On a GPU its backward adds up in any order. Of products of matrices each order is the same."""
-    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]  # for which we have no kernel
     with Names() as names:
         out = fagen.flash_attn_func(*leaves, causal=True, deterministic=deterministic)
         assert isinstance(out, torch.Tensor)

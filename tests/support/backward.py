@@ -24,7 +24,7 @@ _SENTINEL = 77.0  # stands where nothing may be written
 
 BASE: dict[str, Any] = {
     "tile_m": 32, "tile_n": 64, "warps": 4, "weights_source": "shared", "row_warps": 2, "key_warps": 2,
-    "dq_route": "atomics", "dq_row_warps": 2, "dq_tile_m": 32, "dq_tile_n": 16, "q_stages": 2, "dout_stages": 2,
+    "dq_route": "atomics", "dq_row_warps": 2, "dq_tile_m": 64, "dq_tile_n": 16, "q_stages": 2, "dout_stages": 2,
     "v_source": "shared", "smem_layout": "swizzled", "gqa": "in_block", "block_order": "ascending", "blocks_per_sm": 1,
 }  # fmt: skip
 _HELD: dict[str, Any] = {"weights_source": "registers", "row_warps": 1, "key_warps": 4}
@@ -44,7 +44,7 @@ SCHEMES = {
     "held_own_dq": config(**_HELD, **_OWN, blocks_per_sm=2),
     "one_stage": config(q_stages=1, dout_stages=1),
     "one_q_stage": config(q_stages=1, smem_layout="padded"),
-    "one_dout_stage": config(dout_stages=1, blocks_per_sm=3),
+    "one_dout_stage": config(dout_stages=1, blocks_per_sm=2),
     "held_one_stage": config(**_HELD, q_stages=1, dout_stages=1, smem_layout="padded"),
     "held_own_dq_one_stage": config(**_HELD, **{**_OWN, "dq_tile_n": 16}, q_stages=1, dout_stages=1),
     "v_held": config(v_source="registers", smem_layout="padded"),
@@ -53,20 +53,16 @@ SCHEMES = {
     "held_gqa_sums": config(**_HELD, gqa="atomics", dout_stages=1, block_order="longest_first"),
     "longest_first": config(block_order="longest_first"),
     "own_dq_longest_first": config(**{**_OWN, "dq_tile_n": 64}, block_order="longest_first", smem_layout="padded"),
-    "two_warps": config(warps=2, tile_n=32, row_warps=1, key_warps=1, dq_row_warps=1),
-    "narrow": config(warps=2, tile_m=16, tile_n=32, row_warps=1, key_warps=2, dq_row_warps=1),
-    "sixteen_keys": config(warps=2, tile_m=32, tile_n=16, row_warps=2, key_warps=1, dq_row_warps=2),
+    "one_row_warp": config(row_warps=1, key_warps=1, dq_row_warps=1, tile_n=64),
+    "small": config(tile_n=32),
     "rows_split": config(tile_m=64, row_warps=4, key_warps=4, dq_row_warps=4),
     "ninety_six": config(tile_n=96, key_warps=2, smem_layout="padded"),
     "tall": config(tile_m=128, tile_n=64, row_warps=4, dq_row_warps=4),
     "eight": config(**_EIGHT),
-    "eight_rows": config(**{**_EIGHT, "tile_m": 128, "key_warps": 8}, row_warps=8, dq_row_warps=8),
+    "eight_rows": config(**{**_EIGHT, "tile_m": 128, "key_warps": 8}, row_warps=4, dq_row_warps=4),
     "eight_held": config(**{**_EIGHT, **_HELD, "key_warps": 8, "tile_m": 32}),
     "eight_own_dq": config(**_EIGHT, **{**_OWN, "dq_tile_m": 128}),
-    "eight_own_dq_tall": config(**{**_EIGHT, **_HELD, "key_warps": 8}, **{**_OWN, "dq_tile_m": 256}),
-    "two_warps_own_dq": config(
-        **{**_OWN, "dq_tile_m": 32}, warps=2, tile_n=32, row_warps=1, key_warps=1, smem_layout="padded"
-    ),
+    "eight_held_own_dq": config(**{**_EIGHT, **_HELD, "key_warps": 8}, **{**_OWN, "dq_tile_m": 128}),
 }
 
 

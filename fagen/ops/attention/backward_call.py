@@ -25,7 +25,6 @@ class BackwardCall(AttentionCall):
     lse: torch.Tensor = field(kw_only=True)
     dout: torch.Tensor = field(kw_only=True)
     dlse: torch.Tensor | None = field(default=None, kw_only=True)
-    deterministic: bool = field(default=False, kw_only=True)
 
     @classmethod
     def after(
@@ -35,12 +34,10 @@ class BackwardCall(AttentionCall):
         lse: torch.Tensor,
         dout: torch.Tensor,
         dlse: torch.Tensor | None = None,
-        *,
-        deterministic: bool = False,
     ) -> BackwardCall:
         """Raise InvalidArgument for what does not belong to the forward call, which is valid."""
         fields: dict[str, Any] = {f.name: getattr(forward, f.name) for f in dataclasses.fields(AttentionCall)}
-        fields |= {"out": None, "want_lse": False, "deterministic": deterministic}
+        fields |= {"out": None, "want_lse": False}
         call = cls(**fields, o=o, lse=lse, dout=dout, dlse=dlse)
         call._check_results()
         return call

@@ -32,7 +32,7 @@ def require(problem: BackwardProblem, call: BackwardCall, outputs: Outputs) -> N
 def inputs(problem: BackwardProblem, device: Any, seed: int, varied: bool) -> Inputs:
     """A forward call of random tensors, what it gives, and random gradients of that; `varied`: of the LSE as well."""
     made = make_inputs(problem, device, seed, varied=varied).call
-    forward = dataclasses.replace(made, out=None, want_lse=True)
+    forward = dataclasses.replace(made, out=None, want_lse=True, deterministic=problem.deterministic)
     o, lse = fallback.attend(forward)
     random = torch.Generator(o.device).manual_seed(seed + 1)
 
@@ -45,7 +45,7 @@ def inputs(problem: BackwardProblem, device: Any, seed: int, varied: bool) -> In
 
     dout = spread(torch.randn(o.shape, generator=random, dtype=o.dtype, device=o.device))
     dlse = torch.randn(lse.shape, generator=random, device=lse.device) if varied else None
-    call = BackwardCall.after(forward, spread(o), lse, dout, dlse, deterministic=problem.deterministic)
+    call = BackwardCall.after(forward, spread(o), lse, dout, dlse)
     rooms = {
         name: guarded(shape, dtype, o.device, pitch=held(shape[-1]))
         for name, (shape, dtype) in call.output_types().items()

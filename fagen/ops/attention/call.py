@@ -9,16 +9,14 @@ from typing import NamedTuple
 import torch
 
 from fagen.errors import InvalidArgument
-from fagen.ops.attention import arguments
+from fagen.ops.attention import arguments, derivatives
 from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import ALIGNMENT, LARGEST_SIZE, Window, is_aligned
-from fagen.ops.attention.derivatives import differentiated
 from fagen.ops.attention.masks import interval_kind
 from fagen.ops.attention.problem import INTERVAL_KINDS, MAX_HEAD_DIM, TORCH_DTYPES, Problem
 from fagen.target import Target, target_of
 
 EMPTY = "there is nothing to compute"
-NO_BACKWARD = "the inputs need gradients, and fagen has no backward kernel yet"
 NO_SINKS = "no kernel takes sinks"
 
 _DTYPES = {getattr(torch, theirs): ours for ours, theirs in TORCH_DTYPES.items()}
@@ -42,6 +40,7 @@ class OpArguments(NamedTuple):
     window_right: int
     softcap: float
     scale: float | None
+    deterministic: bool
 
     @property
     def layout(self) -> str:
@@ -67,6 +66,7 @@ class AttentionCall:
     scale: float | None = None
     want_lse: bool = False
     out: torch.Tensor | None = None  # where the result goes, if the caller said so
+    deterministic: bool = False  # the same bits in every run, of gradients too
     sinks: torch.Tensor | None = None  # no kernel takes them: see sinks.py
 
     @classmethod
@@ -85,16 +85,20 @@ class AttentionCall:
         scale: float | None = None,
         return_lse: bool = False,
         out: torch.Tensor | None = None,
+        deterministic: bool = False,
         sinks: torch.Tensor | None = None,
     ) -> AttentionCall:
         """Raise InvalidArgument for what is not attention. Whether `out` overlaps an input is for `refuse_overlap`."""
         want_lse = arguments.flag("return_lse", return_lse)
+        deterministic = arguments.flag("deterministic", deterministic)
         if layout not in ("bshd", "bhsd"):
             raise InvalidArgument(f"layout {arguments.shown(layout)} is unknown", "known: bshd, bhsd")
         causal, bounds, softcap, scale = arguments.settings(causal, window, softcap, scale)
         _check_qkv(q, k, v, layout)
         kind = "" if intervals is None else interval_kind(_checked_columns(intervals, q, k, layout), causal)
-        call = cls(q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out, sinks)
+        call = cls(
+            q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out, deterministic, sinks
+        )  # fmt: skip
         call._check_others()
         return call
 
@@ -126,7 +130,7 @@ class AttentionCall:
         return cls.of(
             a.q, a.k, a.v, layout=a.layout, causal=a.causal, window=(a.window_left, a.window_right),
             intervals=a.intervals, softcap=a.softcap, alibi_slopes=a.alibi_slopes, scale=a.scale, return_lse=want_lse,
-            out=out,
+            out=out, deterministic=a.deterministic,
         )  # fmt: skip
 
     @classmethod
@@ -135,13 +139,14 @@ class AttentionCall:
         window = (a.window_left, 0 if a.causal else a.window_right)
         kind = "" if a.intervals is None else interval_kind(int(a.intervals.shape[3]), a.causal)
         return cls(
-            a.q, a.k, a.v, a.layout, window, a.intervals, kind, a.softcap, a.alibi_slopes, a.scale, want_lse, None
-        )
+            a.q, a.k, a.v, a.layout, window, a.intervals, kind, a.softcap, a.alibi_slopes, a.scale, want_lse, None,
+            a.deterministic,
+        )  # fmt: skip
 
     def op_arguments(self) -> OpArguments:
         return OpArguments(
             self.q, self.k, self.v, self.intervals, self.alibi_slopes, self.layout == "bhsd", self._causal,
-            *self.window, self.softcap, self.scale,
+            *self.window, self.softcap, self.scale, self.deterministic,
         )  # fmt: skip
 
     @property
@@ -215,8 +220,9 @@ class AttentionCall:
     @property
     def op_refusal(self) -> str:
         """Why the ops cannot be asked at all; "" if they can."""
-        if differentiated(self.q, self.k, self.v, self.alibi_slopes, self.sinks):
-            return NO_BACKWARD
+        underivable = derivatives.refusal(self.q, self.k, self.v, self.alibi_slopes)
+        if underivable:
+            return underivable
         if self.sinks is not None:
             return NO_SINKS
         if self.scale is not None and not self.scale >= arguments.LEAST_NUMBER:

@@ -1,9 +1,11 @@
-"""Whether a call must be differentiated, which no kernel of ours can be."""
+"""Which derivatives a call wants, and whether kernels of ours compute them."""
 
 from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
+
+TRAINED = ("cpu",)  # devices whose backward kernels serve calls
 
 
 def differentiated(*tensors: torch.Tensor | None) -> bool:
@@ -11,12 +13,31 @@ def differentiated(*tensors: torch.Tensor | None) -> bool:
     some = [t for t in tensors if isinstance(t, torch.Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in some):
         return True
+    return has_tangent(*some)
+
+
+def has_tangent(*tensors: torch.Tensor | None) -> bool:
+    """Whether forward mode put a tangent on one of them."""
     if not in_forward_mode():
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    some = (t for t in tensors if isinstance(t, torch.Tensor))
     return any(not wrapped(t) and forward_ad.unpack_dual(t).tangent is not None for t in some)
 
 
 def in_forward_mode() -> bool:
     """Whether dual numbers may be about: PyTorch's own attention kernels have no forward derivative."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor | None) -> str:
+    """Why PyTorch must compute the derivatives that are wanted; "" if none are, or if the ops may."""
+    if not differentiated(q, k, v, slopes):
+        return ""
+    if has_tangent(q, k, v, slopes):
+        return "forward-mode derivatives have no kernel"
+    if slopes is not None and slopes.requires_grad:
+        return "the gradient of ALiBi slopes has no kernel"
+    if q.device.type not in TRAINED:
+        return f"fagen has no backward kernel for device {q.device.type} yet"
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -24,22 +25,31 @@ def warn(reason: str) -> None:
 
 
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) in the caller's layout and dtype. The lse may be empty where the call does not want it.
-
-    Where it does, all is computed by products of matrices, whose gradient is the same bits each time.
-    """
+    """(out, lse) in the caller's layout and dtype. The lse may be empty where the call does not want it."""
     q, k, v = call.bhsd()
-    plain = not call.want_lse and call.intervals is None and call.alibi_slopes is None and call.sinks is None
+    # PyTorch's own attention has no LSE and adds gradients up in any order; products of matrices do in one
+    plain = not (call.want_lse or call.deterministic) and call.intervals is call.alibi_slopes is call.sinks is None
     device = q.device.type  # the result has the inputs' dtype, as a kernel's has, whatever autocast would make of it
     with torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext():
         if 0 in q.shape or (0 in k.shape and call.sinks is None):
-            out, lse = q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+            nothing = sum(t[..., :0].sum() for t in (q, k, v))  # of which the output is a function all the same
+            out = q.new_zeros((*q.shape[:3], v.shape[3])) + nothing
+            lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32) + nothing
         elif plain and _sdpa_serves(call):
             out, lse = _by_sdpa(call), q.new_empty(0, dtype=torch.float32)
         else:
             out, lse = _by_blocks(call)
     out = out.transpose(1, 2) if call.layout == "bshd" else out
     return out.contiguous(), lse
+
+
+def gradients(call: AttentionCall, dout: torch.Tensor, dlse: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Of q, k and v; the output is computed again."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (call.q, call.k, call.v)]
+        out, lse = attend(dataclasses.replace(call, q=leaves[0], k=leaves[1], v=leaves[2], out=None))
+        made, wanted = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+        return torch.autograd.grad(made, leaves, wanted)
 
 
 def _sdpa_serves(call: AttentionCall) -> bool:

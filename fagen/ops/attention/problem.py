@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from fagen import schema
 from fagen.errors import InvalidArgument
@@ -171,7 +171,7 @@ class Problem:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: Any) -> Problem:
+    def from_dict(cls, fields: Any) -> Self:
         if not isinstance(fields, dict):
             raise InvalidArgument(f"a problem is an object of named fields, not {shown(fields)}")
         known = {field.name for field in dataclasses.fields(cls)}
@@ -180,7 +180,7 @@ class Problem:
             raise InvalidArgument(f"unknown problem field {shown(unknown[0])}")
         return cls(**fields)
 
-    def replace(self, **changes: Any) -> Problem:
+    def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
 
     def __str__(self) -> str:

@@ -9,139 +9,33 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
-#include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <list>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 
-#include "table.h"  // pasted in by binding.py
+#include "gradients.h"  // pasted in by binding.py, and what it includes
 
 namespace fagen {
 
-// ---- what a kernel cannot be asked --------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kLongest = 1 << 29;  // rows or keys: what a kernel takes for "without bound" lies there
-constexpr double kLeast = std::numeric_limits<float>::min();  // as in ops/attention/arguments.py
-constexpr double kLargest = 2.3e38;
-
-// Whether a kernel's float32 holds them, and their quotient.
-bool held(double softcap, double scale) {
-  if (softcap == 0) return std::abs(scale) <= kLargest;
-  return softcap >= std::max(kLeast, std::abs(scale) / kLargest) && std::max(softcap, std::abs(scale)) <= kLargest;
-}
-
-// Sizes and numbers that 32 bits do not hold. Python refuses them before; a traced or a direct call is seen only here.
-void refuse_beyond_32_bits(const Call& c) {
-  static const auto refuse = handle<void(c10::string_view, c10::string_view)>("fagen::refuse");
-  int64_t bits = 0;  // of all sizes
-  for (const Tensor* t : {&c.q, &c.k, &c.v})
-    for (const int64_t size : t->sizes()) bits |= size;
-  if (bits > INT32_MAX) refuse.call("a size is beyond 2^31 - 1", "");
-  if (!held(c.softcap, c.scale.value_or(1)))
-    refuse.call("softcap and scale must be finite and of float32's range, softcap not negative", "");
-}
-
-bool shares_no_memory(const Tensor& a, const Tensor& b) {
-  const auto span = [](const Tensor& t) {
-    int64_t last = t.numel() ? 1 : 0;
-    for (int64_t i = 0; t.numel() && i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-    return std::pair(begin, begin + last * t.element_size());
-  };
-  const auto [a_begin, a_end] = span(a);
-  const auto [b_begin, b_end] = span(b);
-  return a_end <= b_begin || b_end <= a_begin;
-}
-
-// What lies in one buffer, one beside the other, Python looks at more closely.
-void refuse_overlap(const Call& c, const Tensor& out) {
-  static const auto look = handle<Overlap>("fagen::refuse_overlap");
-  const bool apart = out.is_non_overlapping_and_dense() &&
-                     c.all_tensors([&out](const Tensor& t) { return shares_no_memory(out, t); });
-  if (!apart) call_op(look, c, out);
-}
-
-// The kernel's functions, or none where PyTorch shall compute.
-Entry entry_for(const Call& c, const Tensor* out, bool want_lse) {
-  refuse_beyond_32_bits(c);
-  if (c.scale && !(*c.scale >= kLeast)) return {};  // the kernels take the maximum before they scale
-  if (c.q.dim() == 4 && c.k.dim() == 4 && std::max(c.q.size(c.row()), c.k.size(c.row())) > kLongest) return {};
-  return find(c, out, want_lse);
-}
-
-// ---- launching ------------------------------------------------------------------------------------------------------
-
-fagen_tensor tensor_of(const Tensor& t, int64_t batch, int64_t i, int64_t j) {
-  return {const_cast<void*>(t.const_data_ptr()), {batch, i, j}};
-}
-
-fagen_tensor rows_of(const Tensor& t, const Call& c) {
-  return tensor_of(t, t.stride(0), t.stride(c.row()), t.stride(c.head()));
-}
-
-fagen_forward_params params_of(const Call& c, const Tensor& out, const Tensor* lse) {
+void launch_forward(const Entry& entry, const Call& c, const Tensor& out, const Tensor* lse) {
   fagen_forward_params p{};
   p.q = rows_of(c.q, c);
   p.k = rows_of(c.k, c);
   p.v = rows_of(c.v, c);
-  p.o = rows_of(out, c);
+  p.o = rows_of(out, c), p.o.data = out.data_ptr();  // which makes a lazy copy a real one
   if (lse) p.lse = lse->data_ptr<float>();
-  if (c.intervals) {
-    const Tensor& t = *c.intervals;
-    p.intervals = tensor_of(t, t.size(0) > 1 ? t.stride(0) : 0, t.stride(1), t.stride(2));
-    p.mask_heads = static_cast<int32_t>(t.size(1));
-  }
-  if (c.alibi_slopes) {
-    const Tensor& t = *c.alibi_slopes;
-    p.alibi_slopes = tensor_of(t, t.dim() == 2 && t.size(0) > 1 ? t.stride(0) : 0, 0, 0);
-  }
-  p.batch = static_cast<int32_t>(c.q.size(0));
-  p.seqlen_q = static_cast<int32_t>(c.q.size(c.row()));
-  p.heads = static_cast<int32_t>(c.q.size(c.head()));
-  p.seqlen_k = static_cast<int32_t>(c.k.size(c.row()));
-  p.kv_heads = static_cast<int32_t>(c.k.size(c.head()));
-  p.head_dim = static_cast<int32_t>(c.q.size(3));
-  p.head_dim_v = static_cast<int32_t>(c.v.size(3));
-  // a wider band shows no more, and its sum with a row would leave 32 bits
-  p.window_left = static_cast<int32_t>(std::min<int64_t>(c.window_left, p.seqlen_k));
-  p.window_right = static_cast<int32_t>(std::min<int64_t>(c.window_right, p.seqlen_q));
-  p.scale = static_cast<float>(c.scale ? *c.scale : 1.0 / std::sqrt(static_cast<double>(c.q.size(3))));
-  p.softcap = static_cast<float>(c.softcap);
-  return p;
-}
-
-void* current_stream(const at::Device& device) {
-  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
-}
-
-void launch(const Entry& entry, const Call& c, const Tensor& out, const Tensor* lse) {
-  fagen_forward_params p = params_of(c, out, lse);
-  const bool gpu = c.q.is_cuda();
-  const c10::OptionalDeviceGuard guard(gpu ? std::optional<at::Device>(c.q.device()) : std::nullopt);
-  Tensor workspace;
-  if (const uint64_t need = entry.workspace_bytes(&p)) {
-    workspace = at::empty({static_cast<int64_t>(need) + kWorkspaceAlignment}, c.q.options().dtype(at::kByte));
-    const auto start = reinterpret_cast<uintptr_t>(workspace.data_ptr());
-    p.workspace =
-        reinterpret_cast<void*>((start + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment);
-  }
-  const int status = entry.launch(&p, gpu ? current_stream(c.q.device()) : nullptr);
-  if (status != 0) {
-    static const auto fail = handle<void(c10::string_view, c10::string_view)>("fagen::fail");
-    fail.call("a kernel could not run", entry.error(status));
-  }
+  put_problem(p, c);
+  launch(entry, c, p);
 }
 
 Tensor new_out(const Call& c) {
@@ -159,56 +53,59 @@ std::tuple<Tensor, Tensor> by_torch(const Call& c, bool want_lse) {
 }
 
 Tensor forward(const Call& c) {
-  const Entry entry = entry_for(c, nullptr, false);
+  const Entry entry = entry_for(c, {});
   if (!entry.launch) return std::get<0>(by_torch(c, false));
   Tensor out = new_out(c);
-  launch(entry, c, out, nullptr);
+  launch_forward(entry, c, out, nullptr);
   return out;
 }
 
 std::tuple<Tensor, Tensor> forward_lse(const Call& c) {
-  const Entry entry = entry_for(c, nullptr, true);
+  const Entry entry = entry_for(c, {.lse = true});
   if (!entry.launch) return by_torch(c, true);
   Tensor out = new_out(c), lse = new_lse(c);
-  launch(entry, c, out, &lse);
+  launch_forward(entry, c, out, &lse);
   return {out, lse};
 }
 
 // Fills `out`; returns the LSE, or an empty tensor if it is not wanted.
 Tensor forward_out(const Call& c, bool want_lse, Tensor& out) {
   refuse_overlap(c, out);
-  const Entry entry = entry_for(c, &out, want_lse);
+  const Entry entry = entry_for(c, {.out = &out, .lse = want_lse});
   if (!entry.launch) {
     auto [result, lse] = by_torch(c, want_lse);
     out.copy_(result);
     return want_lse ? lse : at::empty({0}, lse.options());
   }
   Tensor lse = want_lse ? new_lse(c) : at::empty({0}, c.q.options().dtype(at::kFloat));
-  launch(entry, c, out, want_lse ? &lse : nullptr);
+  launch_forward(entry, c, out, want_lse ? &lse : nullptr);
   return lse;
 }
 
-// ---- gradients ------------------------------------------------------------------------------------------------------
+// ---- autograd -------------------------------------------------------------------------------------------------------
 
 // Whether a gradient is wanted of the output, or forward mode put a tangent on an input.
 bool differentiated(const Call& c, const Tensor* out = nullptr) {
-  const bool grad = at::GradMode::is_enabled();
-  const auto constant = [grad](const Tensor& t) {
-    return !(grad && t.requires_grad()) && !t._fw_grad(/*level=*/0).defined();
-  };
-  return !c.all_tensors(constant) || (out && !constant(*out));
+  const bool overwritten = out && ((at::GradMode::is_enabled() && out->requires_grad()) || out->_fw_grad(0).defined());
+  return overwritten || wants_gradient(c) || has_tangent(c);
+}
+
+std::tuple<Tensor, Tensor> with_gradients(const Call& c, bool want_lse) {
+  if (!gradients_are_ours(c)) return by_torch(c, want_lse);
+  const auto both = Attention::apply(c.q, c.k, c.v, c);
+  return {both[0], both[1]};
 }
 
 Tensor forward_autograd(const Call& c) {
   static const auto op = handle<Forward>("fagen::forward");
-  if (differentiated(c)) return std::get<0>(by_torch(c, false));
+  if (differentiated(c)) return std::get<0>(with_gradients(c, false));
   const at::AutoDispatchBelowADInplaceOrView guard;
   return call_op(op, c);
 }
 
 std::tuple<Tensor, Tensor> forward_lse_autograd(const Call& c) {
   static const auto op = handle<ForwardLse>("fagen::forward_lse");
-  if (differentiated(c)) return by_torch(c, true);
+  if (differentiated(c)) return with_gradients(c, true);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return call_op(op, c);
 }
@@ -328,7 +225,7 @@ PyObject* answer_into(const Call& c, bool want_lse, Tensor out) {
 // The arguments of fagen.attention, in the order in which api.py hands them over.
 #define FAGEN_HANDED(X)                                                                                       \
   X(q) X(k) X(v) X(layout) X(causal) X(window) X(intervals) X(softcap) X(alibi_slopes) X(scale) X(return_lse) \
-  X(out)
+  X(out) X(deterministic)
 
 struct Handed {
 #define FAGEN_OBJECT(name) PyObject* name;
@@ -366,6 +263,7 @@ PyObject* fast_call(PyObject* const* args, Py_ssize_t count, bool like_query) {
   MaybeTensor intervals, alibi_slopes;
   if (!maybe_tensor(a.intervals, intervals) || !maybe_tensor(a.alibi_slopes, alibi_slopes)) Py_RETURN_NONE;
   if (!PyBool_Check(a.return_lse) || (a.out != Py_None && !plain(a.out))) Py_RETURN_NONE;
+  if (!PyBool_Check(a.deterministic)) Py_RETURN_NONE;
   const bool causal = a.causal == Py_True, want_lse = a.return_lse == Py_True;
   const Tensor* out = a.out == Py_None ? nullptr : &THPVariable_Unpack(a.out);
   const Call call{
@@ -380,13 +278,17 @@ PyObject* fast_call(PyObject* const* args, Py_ssize_t count, bool like_query) {
       .window_right = causal ? 0 : right,
       .softcap = softcap,
       .scale = a.scale == Py_None ? std::nullopt : std::optional<double>(scale),
+      .deterministic = a.deterministic == Py_True,
   };
-  if (!one_device(call) || differentiated(call, out)) Py_RETURN_NONE;
+  if (!one_device(call)) Py_RETURN_NONE;
+  const bool trained = !out && wants_gradient(call) && !has_tangent(call) && trains(call.q.device());
+  if (!trained && differentiated(call, out)) Py_RETURN_NONE;
   if ((out && !may_be_filled(*out, call.q)) || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
   if (out) return answer_into(call, want_lse, *out);
   const Tensor& q = call.q;
   const bool as_named = q.dim() == 4 && q.stride(0) >= q.stride(1) && q.stride(1) >= q.stride(2);
   if (!like_query || as_named) return answer(call, want_lse);
+  if (trained) Py_RETURN_NONE;
   auto room = out_like_query(q, call.v);
   if (!room) Py_RETURN_NONE;
   return answer_into(call, want_lse, std::move(*room));
@@ -444,9 +346,12 @@ TORCH_LIBRARY(fagen, m) {
   define("forward", ") -> Tensor");
   define("forward_lse", ") -> (Tensor, Tensor)");
   define("forward_out", ", bool want_lse, Tensor(a!) out) -> Tensor");
+  define("backward", ", Tensor out, Tensor lse, Tensor dout, Tensor? dlse) -> (Tensor, Tensor, Tensor)");
   // implemented by runtime/python_ops.py
   define("resolve", ", Tensor? out, bool want_lse) -> int[]");
+  define("resolve_backward", ") -> int[]");
   define("fallback", ", bool want_lse) -> (Tensor, Tensor)");
+  define("fallback_backward", ", Tensor out, Tensor lse, Tensor dout, Tensor? dlse) -> (Tensor, Tensor, Tensor)");
   define("refuse_overlap", ", Tensor out) -> ()");
   m.def("fail(str what, str numbers) -> ()");
   m.def("refuse(str what, str numbers) -> ()");
@@ -455,7 +360,8 @@ TORCH_LIBRARY(fagen, m) {
 #define FAGEN_REGISTER(m)                                      \
   m.impl("forward", &fagen::AsOp<fagen::forward>::op);         \
   m.impl("forward_lse", &fagen::AsOp<fagen::forward_lse>::op); \
-  m.impl("forward_out", &fagen::AsOp<fagen::forward_out>::op)
+  m.impl("forward_out", &fagen::AsOp<fagen::forward_out>::op); \
+  m.impl("backward", &fagen::AsOp<fagen::backward>::op)
 
 TORCH_LIBRARY_IMPL(fagen, CPU, m) { FAGEN_REGISTER(m); }
 TORCH_LIBRARY_IMPL(fagen, CUDA, m) { FAGEN_REGISTER(m); }
@@ -463,6 +369,7 @@ TORCH_LIBRARY_IMPL(fagen, Autograd, m) {
   m.impl("forward", &fagen::AsOp<fagen::forward_autograd>::op);
   m.impl("forward_lse", &fagen::AsOp<fagen::forward_lse_autograd>::op);
   m.impl("forward_out", &fagen::AsOp<fagen::forward_out_autograd>::op);
+  m.impl("backward", &fagen::AsOp<fagen::backward_autograd>::op);
 }
 TORCH_LIBRARY_IMPL(fagen, ADInplaceOrView, m) {
   m.impl("forward_out", &fagen::AsOp<fagen::forward_out_in_place>::op);

@@ -48,7 +48,8 @@ constexpr size_t kMaxEntries = 1 << 16;  // then the table starts anew: sizes th
   X(int64_t, window_left, "int")                 \
   X(int64_t, window_right, "int")                \
   X(double, softcap, "float")                    \
-  X(std::optional<double>, scale, "float?")
+  X(std::optional<double>, scale, "float?")      \
+  X(bool, deterministic, "bool")
 
 struct Call {
 #define FAGEN_FIELD(type, name, schema) type name;
@@ -78,6 +79,13 @@ struct Call {
   int head() const { return bhsd ? 1 : 2; }
 };
 
+// What is wanted of a call: its output, or the gradients of q, k and v.
+struct Wanted {
+  const Tensor* out = nullptr;  // where the output goes, if the caller said so
+  bool lse = false;
+  bool gradients = false;
+};
+
 using Arguments = decltype(std::declval<const Call&>().arguments());
 
 // The arguments in a schema, in words.
@@ -102,6 +110,7 @@ using ForwardLse = Signature<std::tuple<Tensor, Tensor>>;
 using ForwardOut = Signature<Tensor, bool, Tensor&>;
 using Fallback = Signature<std::tuple<Tensor, Tensor>, bool>;
 using Resolve = Signature<std::vector<int64_t>, const MaybeTensor&, bool>;
+using ResolveBackward = Signature<std::vector<int64_t>>;
 using Overlap = Signature<void, const Tensor&>;
 
 template <class Function>
@@ -206,7 +215,8 @@ bool rows_aligned(const Tensor& t) {
   return true;
 }
 
-bool ranks_are_right(const Call& c, const Tensor* out) {
+bool ranks_are_right(const Call& c, const Wanted& wanted) {
+  const Tensor* out = wanted.out;
   if (c.q.dim() != 4 || c.k.dim() != 4 || c.v.dim() != 4 || (out && out->dim() != 4)) return false;
   if (c.intervals && c.intervals->dim() != 4) return false;
   return !c.alibi_slopes || c.alibi_slopes->dim() == 1 || c.alibi_slopes->dim() == 2;
@@ -215,7 +225,8 @@ bool ranks_are_right(const Call& c, const Tensor* out) {
 // Everything that decides whether a call of the right ranks is legal and which kernel serves it. Without sizes, what is
 // the same for all calls of a plan.
 template <bool kSizes>
-Facts facts_of(const Call& c, const Tensor* out, bool want_lse) {
+Facts facts_of(const Call& c, const Wanted& wanted) {
+  const Tensor* out = wanted.out;
   Facts facts;
   FactsWriter<kSizes> write(facts);
   write.put(out);
@@ -223,7 +234,8 @@ Facts facts_of(const Call& c, const Tensor* out, bool want_lse) {
   // a fresh output starts at an aligned address
   const bool out_aligned = out ? rows_aligned(*out) : c.v.size(3) * c.q.element_size() % kAlignment == 0;
   write.flag(out_aligned && rows_aligned(c.q) && rows_aligned(c.k) && rows_aligned(c.v));
-  write.flag(want_lse);
+  write.flag(wanted.lse);
+  write.flag(wanted.gradients);
   write.flag(c.window_left < 0 && c.window_right < 0);   // no mask
   write.flag(c.window_left < 0 && c.window_right == 0);  // causal; else a window
   write.finish();
@@ -234,9 +246,9 @@ Facts facts_of(const Call& c, const Tensor* out, bool want_lse) {
 
 // A kernel's functions; `launch` is null where PyTorch computes.
 struct Entry {
-  int (*launch)(const fagen_forward_params*, void*) = nullptr;
+  int (*launch)(const void*, void*) = nullptr;  // of the op's params, and a stream
   const char* (*error)(int) = nullptr;
-  uint64_t (*workspace_bytes)(const fagen_forward_params*) = nullptr;
+  uint64_t (*workspace_bytes)(const void*) = nullptr;
 };
 
 // What a plan knows to serve sizes with: nothing yet, so that Python must be asked; or an entry.
@@ -397,35 +409,38 @@ void remember(const Facts& facts, const Entry& entry) {
 }
 
 // `facts`: what to remember the answer under, if the ranks are right.
-Entry ask_python(const Call& c, const Tensor* out, bool want_lse, const Facts* facts) {
+Entry ask_python(const Call& c, const Wanted& wanted, const Facts* facts) {
   static const auto op = handle<Resolve>("fagen::resolve");
+  static const auto op_backward = handle<ResolveBackward>("fagen::resolve_backward");
   uint64_t before;
   {
     std::lock_guard<std::mutex> guard(table_lock);
     before = generation;
   }
   // may compile: no lock is held
-  const auto words = call_op(op, c, out ? MaybeTensor(*out) : MaybeTensor(), want_lse);
+  const auto words = wanted.gradients
+                         ? call_op(op_backward, c)
+                         : call_op(op, c, wanted.out ? MaybeTensor(*wanted.out) : MaybeTensor(), wanted.lse);
   const Answer answer = answer_of(words.data());
   std::lock_guard<std::mutex> guard(table_lock);
   if (!facts || generation != before || !answer.known) return answer.entry;
   remember(*facts, answer.entry);
   if (words.size() >= kAnswerWords + kPlanWords) {
     if (plans().size() >= kMaxEntries) plans().clear();
-    plans()[facts_of<false>(c, out, want_lse)] = plan_of(words.data() + kAnswerWords, words.size() - kAnswerWords);
+    plans()[facts_of<false>(c, wanted)] = plan_of(words.data() + kAnswerWords, words.size() - kAnswerWords);
   }
   return answer.entry;
 }
 
-Entry find(const Call& c, const Tensor* out, bool want_lse) {
-  if (!ranks_are_right(c, out)) return ask_python(c, out, want_lse, nullptr);  // which raises the error
-  const Facts facts = facts_of<true>(c, out, want_lse);
+Entry find(const Call& c, const Wanted& wanted) {
+  if (!ranks_are_right(c, wanted)) return ask_python(c, wanted, nullptr);  // which raises the error
+  const Facts facts = facts_of<true>(c, wanted);
   {
     std::lock_guard<std::mutex> guard(table_lock);
     const auto found = table().find(facts);
     if (found != table().end()) return found->second;
-    const auto known = plans().find(facts_of<false>(c, out, want_lse));
-    if (known != plans().end() && sizes_agree(c, out)) {
+    const auto known = plans().find(facts_of<false>(c, wanted));
+    if (known != plans().end() && sizes_agree(c, wanted.out)) {
       const Answer& answer = known->second.find(sizes_of(c));
       if (answer.known) {
         remember(facts, answer.entry);
@@ -433,7 +448,7 @@ Entry find(const Call& c, const Tensor* out, bool want_lse) {
       }
     }
   }
-  return ask_python(c, out, want_lse, &facts);
+  return ask_python(c, wanted, &facts);
 }
 
 void forget() {
