@@ -24,6 +24,7 @@ SECTIONS = {
     "Notes": [
         "docs/notes/cpu_forward.md",
         "docs/notes/sm80_forward.md",
+        "docs/notes/sm80_backward.md",
         "docs/notes/sm90_forward.md",
         "docs/notes/sm90_backward.md",
     ],
