@@ -19,6 +19,7 @@ part() {  # NAME COMMAND...: as long as there is time; its last lines are shown
 case $piece in
   check)
     part sm90 "$python" -m pytest -q tests/gpu/test_sm90_forward.py
+    part sm90_backward "$python" -m pytest -q tests/gpu/test_sm90_backward.py
     part generated "$python" -m fagen.cli.generated verify
     cp generated/manifest.json "$out/"
     part op "$python" -m pytest -q tests/gpu/test_op_cuda.py tests/gpu/test_measure_cuda.py \

@@ -21,7 +21,13 @@ SECTIONS = {
     "Tuning": ["docs/tuning.md", "docs/search.md", "docs/report.md", "docs/database.md"],
     "Measuring": ["docs/bench.md", "docs/ablation.md"],
     "How it works": ["docs/architecture.md", "docs/knobs.md", "docs/sm90.md"],
-    "Notes": ["docs/notes/cpu_forward.md", "docs/notes/sm80_forward.md", "docs/notes/sm90_forward.md"],
+    "Notes": [
+        "docs/notes/cpu_forward.md",
+        "docs/notes/sm80_forward.md",
+        "docs/notes/sm80_backward.md",
+        "docs/notes/sm90_forward.md",
+        "docs/notes/sm90_backward.md",
+    ],
     "Project": ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"],
 }
 PAGES = {name: name.removesuffix(".md") + ".html" for names in SECTIONS.values() for name in names}

@@ -17,6 +17,7 @@ KNOBS = (
     Knob("tile_n", "kTileN", (64, 80, 96, 128, 192), "keys of a block"),
     Knob("warpgroups", "kWarpgroups", (1, 2, 3), "warpgroups that compute"),
     Knob("operands", "kOperands", ("registers", "shared"), "P and dS are operands in registers or in shared memory"),
+    Knob("v_source", "kVSource", ("shared", "registers"), "where dP = dO V takes v from"),
     Knob("q_stages", "kQStages", (1, 2, 3), "tiles of q in shared memory"),
     Knob("dout_stages", "kDoutStages", (1, 2, 3), "tiles of dO in shared memory"),
     Knob("ds_stages", "kDsStages", (1, 2), "tiles of dS in shared memory"),
@@ -85,7 +86,8 @@ def fragment_registers(p: Problem, c: Config) -> int:
         scores = m * n // (64 * groups) * (3 if p.softcap else 2) // 2
         return chunks * n // 2 + max(scores, 32)
     scores = m // 2 * (3 if p.softcap else 2)
-    return (p.head_dim_padded + p.head_dim_v_padded) // 2 + max(scores, m // 2 + dq_columns(p, c) // 2)
+    held = p.head_dim_v_padded // 4 + 8 if c.v_source == "registers" else 0  # 8: without them ptxas spills at the edge
+    return held + (p.head_dim_padded + p.head_dim_v_padded) // 2 + max(scores, m // 2 + dq_columns(p, c) // 2)
 
 
 def _shape_fits(p: Problem, t: Target, c: Config) -> str | None:
@@ -98,6 +100,8 @@ def _shape_fits(p: Problem, t: Target, c: Config) -> str | None:
         return f"a warpgroup takes whole 8 keys, not {n} / {groups}"
     if c.operands == "shared" and c.dv_start != "after_ds":
         return f"operands=shared stores P and dS together, dv_start={c.dv_start}"
+    if c.operands == "shared" and c.v_source != "shared":
+        return f"operands=shared leaves no registers for v, v_source={c.v_source}"
     return None
 
 
@@ -136,13 +140,13 @@ def _section_matters(p: Problem, t: Target, c: Config) -> str | None:
 
 
 CONSTRAINTS = (
-    Constraint("shape_fits", _shape_fits, ("tile_m", "tile_n", "warpgroups", "operands", "dv_start")),
+    Constraint("shape_fits", _shape_fits, ("tile_m", "tile_n", "warpgroups", "operands", "v_source", "dv_start")),
     Constraint(
         "smem_fits",
         _smem_fits,
         ("tile_m", "tile_n", "warpgroups", "operands", "q_stages", "dout_stages", "ds_stages", "dq_sink", "dq_owner"),
     ),
-    Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n", "warpgroups", "operands", "dq_owner")),
+    Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n", "warpgroups", "operands", "v_source", "dq_owner")),
     Constraint("owner_matters", _owner_matters, ("warpgroups", "dq_owner")),
     Constraint("sum_is_ordered", _sum_is_ordered, ("dq_sink",)),
     Constraint("order_matters", _order_matters, ("block_order",)),
@@ -177,6 +181,7 @@ def _context(p: Problem, c: Config) -> dict[str, Any]:
     else:
         products.add((int(c.tile_m), False, False))
         gradients = [(d, True) for d in sorted({p.head_dim_padded, p.head_dim_v_padded})]
+        gradients += [(int(c.tile_m), False)] if c.v_source == "registers" else []
     return {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
         "shared_products": sorted(products),
@@ -209,8 +214,8 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
         under = operands == "registers" and not (p.mask == "intervals" and m > 64)
         config = Config(
             {
-                "tile_m": m, "tile_n": n, "warpgroups": warpgroups, "operands": operands, "q_stages": q_stages,
-                "dout_stages": dout_stages, "ds_stages": ds_stages, "dq_sink": sink,
+                "tile_m": m, "tile_n": n, "warpgroups": warpgroups, "operands": operands, "v_source": "shared",
+                "q_stages": q_stages, "dout_stages": dout_stages, "ds_stages": ds_stages, "dq_sink": sink,
                 "dv_start": "before_ds" if under else "after_ds", "dq_owner": "all",
                 "row_order": rows, "block_order": order, "section_mb": 32,
             }
@@ -240,6 +245,7 @@ def _visit_cycles(p: Problem, c: Config) -> float:
         moved = keys + 2 * groups * rows + m * n * 2 * (1 + _owners(c)) + n * d * 2
     else:  # scores: all rows and some keys; gradients: P and dS, and some columns of the rows
         moved = groups * rows + keys + rows + m * n * 4 * (1 + groups) + groups * m * n * 2 + n * d * 2
+    moved -= n * dv * 2 if c.v_source == "registers" else 0
     moved += rows + (m * d * 8 if c.dq_sink == "bulk" else 0)
     softmax = 5 * m * n / 128 + m * n / 16
     busiest = max(products, moved / 128, m * d * 4 / SUM_BYTES)

@@ -18,9 +18,9 @@ from fagen.tuner.evaluate import SPILL_TOLERANCE
 FAMILY, HOPPER = sm90_backward.FAMILY, target.known("sm_90")
 BASE = FAMILY.config(
     {
-        "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "q_stages": 2, "dout_stages": 2,
-        "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk", "dq_owner": "all", "row_order": "ascending",
-        "block_order": "ascending", "section_mb": 32,
+        "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "v_source": "shared",
+        "q_stages": 2, "dout_stages": 2, "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk", "dq_owner": "all",
+    "row_order": "ascending", "block_order": "ascending", "section_mb": 32,
     }
 )  # fmt: skip
 PROBLEMS = [
@@ -63,6 +63,7 @@ SHARED = {"operands": "shared", "tile_n": 64, "dout_stages": 1}
         (64, {"tile_n": 64, "warpgroups": 1, "tile_m": 128, "q_stages": 1}),
         (64, {"tile_m": 128, "dq_sink": "red", "row_order": "shifted"}),
         (64, {"tile_n": 192, "warpgroups": 3, "row_order": "descending"}),
+        (96, {"v_source": "registers", "dv_start": "before_ds"}),
         (96, {"dq_owner": "first", "ds_stages": 2}),
         (256, {**SHARED, "q_stages": 1}),
         (192, {**SHARED, "warpgroups": 2, "dq_owner": "first", "q_stages": 1}),
@@ -92,6 +93,7 @@ REJECTED = [
     ("shape_fits", "64 rows at a time, not 128", {}, {**SHARED, "tile_m": 128}, {"tile_m": 64}),
     ("shape_fits", "whole 8 keys, not 80 / 3", {}, {**SHARED, "tile_n": 80, "warpgroups": 3}, {"warpgroups": 2}),
     ("shape_fits", "stores P and dS together", {}, {**SHARED, "dv_start": "before_ds"}, {"dv_start": "after_ds"}),
+    ("shape_fits", "no registers for v", {}, {**SHARED, "v_source": "registers"}, {"v_source": "shared"}),
     ("smem_fits", "bytes of shared memory on sm_90", {"head_dim": 128}, {"tile_m": 128}, {"tile_m": 64}),
     ("registers_fit", "registers a thread", {"head_dim": 128},
      {"tile_m": 128, "dout_stages": 1, "q_stages": 1, "dq_sink": "red"}, {"tile_m": 64}),

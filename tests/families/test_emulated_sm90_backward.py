@@ -27,9 +27,9 @@ from tests.support.cases import DTYPES, random_intervals
 
 FAMILY, TARGET = sm90_backward.FAMILY, known("sm_90")
 BASE: dict[str, Any] = {
-    "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "q_stages": 2, "dout_stages": 2,
-    "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk", "dq_owner": "all", "row_order": "ascending",
-    "block_order": "ascending", "section_mb": 32,
+    "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "v_source": "shared",
+    "q_stages": 2, "dout_stages": 2, "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk", "dq_owner": "all",
+    "row_order": "ascending", "block_order": "ascending", "section_mb": 32,
 }  # fmt: skip
 
 
@@ -39,6 +39,8 @@ def config(**changes: Any) -> Config:
 
 SCHEMES: Mapping[str, Config] = {
     "base": config(),
+    "held_v": config(v_source="registers", dv_start="before_ds"),
+    "held_v_long_tiles": config(v_source="registers", tile_m=128, tile_n=64, warpgroups=1),
     "red": config(dq_sink="red", dv_start="before_ds"),
     "one_group": config(tile_n=64, warpgroups=1, q_stages=1, dout_stages=1),
     "three_groups": config(tile_n=192, warpgroups=3, q_stages=1, ds_stages=2),
@@ -109,6 +111,7 @@ def _case(number: int, scheme: str) -> Case | None:
 
 CASES = [case for number, scheme in enumerate(SCHEMES) if (case := _case(number, scheme))]
 CASES += [Case("base", head_dim=d, head_dim_v=dv, heads=2) for d, dv in ((40, 0), (96, 0), (128, 0), (64, 128))]
+CASES += [Case("held_v", head_dim=d, head_dim_v=dv, heads=2) for d, dv in ((96, 0), (64, 128))]
 CASES += [Case("base", mask="none", head_dim=128, heads=2), Case("red", head_dim=96, heads=3, kv_heads=1)]
 CASES += [Case("base", softcap=2.0), Case("base", alibi=True), Case("red", softcap=2.0, alibi=True, dtype="fp16")]
 CASES += [Case("base", mask="window", window=(40, 0), heads=2)]
@@ -157,12 +160,15 @@ def make_call(
         intervals = random_intervals(case.intervals, batch, case.kv_heads, rows, keys, g)
     slopes = torch.rand(case.heads, device=g.device, generator=g) if case.alibi else None
     window = (-1, 0) if case.mask == "causal" else case.window
-    call = AttentionCall(q, k, v, layout, window, intervals, case.intervals, softcap=case.softcap, alibi_slopes=slopes)
+    call = AttentionCall(
+        q, k, v, layout, window, intervals, case.intervals, softcap=case.softcap, alibi_slopes=slopes,
+        deterministic=case.deterministic,
+    )  # fmt: skip
     out, lse = reference.attend(call, reference.cast(call.bhsd(), torch.float32), reference.visible(call))
     out = (out.transpose(1, 2) if layout == "bshd" else out).to(q.dtype).contiguous()
     dout = torch.randn(out.shape, device=g.device, generator=g).to(q.dtype)
     of_lse = torch.randn(lse.shape, device=g.device, generator=g) if dlse else None
-    return BackwardCall.after(call, out, lse.contiguous(), dout, of_lse, deterministic=case.deterministic)
+    return BackwardCall.after(call, out, lse.contiguous(), dout, of_lse)
 
 
 def poisoned(call: BackwardCall) -> dict[str, torch.Tensor]:

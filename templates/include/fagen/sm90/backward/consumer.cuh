@@ -3,6 +3,7 @@
 // keys of all warpgroups, has its dS from shared memory.
 #pragma once
 #include "fagen/ptx/barrier.cuh"
+#include "fagen/ptx/mma_sync.cuh"
 #include "fagen/sm90/backward/dq.cuh"
 #include "fagen/sm90/backward/scores.cuh"
 #include "fagen/sm90/operand.cuh"
@@ -29,6 +30,8 @@ struct BackwardConsumer {
   BackwardPipelines<C> pipelines;
   ScoreChange<C> change;
   float dk[C::kHeadDim / 8][4], dv[C::kHeadDimV / 8][4];
+  static constexpr bool kVInRegisters = C::kVSource == VSource::registers;
+  uint32_t v[kVInRegisters ? C::kHeadDimV / 16 : 1][4];  // this group's keys as an operand
 
   __device__ __forceinline__ BackwardConsumer(const fagen_backward_params& p, const BackwardLaunch& launch,
                                               const KeyTile<C>& keys, const RowBand& band, uint32_t smem, int group)
@@ -49,6 +52,28 @@ struct BackwardConsumer {
                                           b.at(d / 4 * C::kTileM * kRowBytes + within), d > 0);
     }
     ptx::wgmma_commit();
+  }
+  // dP^T = V dO^T
+  __device__ __forceinline__ void start_dp(Scores& dp) {
+    if constexpr (kVInRegisters) {
+      const Operand b = Operand::of_rows(pipelines.dout.tile());
+      pin(dp), pin(v);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int d = 0; d < C::kHeadDimV / 16; ++d)
+        ptx::wgmma<C::kTileM, false>(dp, v[d], b.at(d / 4 * C::kTileM * kRowBytes + d % 4 * 32), d > 0);
+      ptx::wgmma_commit();
+    } else {
+      start_scores<C::kHeadDimV>(dp, pipelines.v.tile(), pipelines.dout.tile());
+    }
+  }
+  // A lane names a row of V and the swizzled place of its half of 16 columns.
+  __device__ __forceinline__ void load_v() {
+    const int lane = threadIdx.x % 32, row = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + lane % 16;
+    const uint32_t place = pipelines.v.tile() + row * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+#pragma unroll
+    for (int d = 0; d < C::kHeadDimV / 16; ++d)
+      ptx::ldmatrix_x4(v[d], (place ^ d % 4 * 32) + d / 4 * C::kTileN * kRowBytes);
   }
   // dV += P^T dO, or dK += dS^T Q
   template <int kColumns>
@@ -123,7 +148,7 @@ struct BackwardConsumer {
     pipelines.q.wait();
     start_scores<C::kHeadDim>(s, pipelines.k.tile(), pipelines.q.tile());
     pipelines.dout.wait();
-    start_scores<C::kHeadDimV>(dp, pipelines.v.tile(), pipelines.dout.tile());
+    start_dp(dp);
     ptx::wgmma_wait<1>();
     pin(s);
     if (at.partial)
@@ -192,6 +217,7 @@ struct BackwardConsumer {
     for (auto& piece : dv) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
     pipelines.k.wait();
     pipelines.v.wait();
+    if constexpr (kVInRegisters) load_v();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
     store<C::kHeadDim>(p.dk, dk, p.head_dim, p.scale);
     store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, 1.f);
