@@ -23,6 +23,7 @@ SECTIONS = {
     "How it works": ["docs/architecture.md", "docs/knobs.md", "docs/sm90.md"],
     "Notes": [
         "docs/notes/cpu_forward.md",
+        "docs/notes/cpu_backward.md",
         "docs/notes/sm80_forward.md",
         "docs/notes/sm80_backward.md",
         "docs/notes/sm90_forward.md",
