@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.compat.flash_attn import flash_attn_func as flash_attn_func
     from fagen.compat.sdpa import sdpa as sdpa
     from fagen.compat.torch_impl import register_torch as register_torch
+    from fagen.compat.varlen import flash_attn_varlen_func as flash_attn_varlen_func
     from fagen.dispatch.warmup import warmup as warmup
     from fagen.errors import FagenError as FagenError
     from fagen.explanation import explain as explain
@@ -26,6 +27,7 @@ _WHERE = {
     "warmup": "fagen.dispatch.warmup",
     "tune": "fagen.tuner.call",
     "flash_attn_func": "fagen.compat.flash_attn",
+    "flash_attn_varlen_func": "fagen.compat.varlen",
     "sdpa": "fagen.compat.sdpa",
     "register_torch": "fagen.compat.torch_impl",
     "explain": "fagen.explanation",

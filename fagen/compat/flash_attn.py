@@ -31,7 +31,7 @@ def flash_attn_func(
         raise UnsupportedProblem("dropout is not supported", f"dropout_p={dropout_p}", "pass dropout_p=0.0")
     want_probs = arguments.flag("return_attn_probs", return_attn_probs)
     result = api.attention(
-        q, k, v, causal=causal, window=_window(window_size), softcap=softcap, alibi_slopes=alibi_slopes,
+        q, k, v, causal=causal, window=window_bounds(window_size), softcap=softcap, alibi_slopes=alibi_slopes,
         scale=softmax_scale, return_lse=want_probs, deterministic=deterministic,
     )  # fmt: skip
     if isinstance(result, torch.Tensor):
@@ -39,7 +39,7 @@ def flash_attn_func(
     return (*result, None)
 
 
-def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:
+def window_bounds(window_size: tuple[int, int]) -> tuple[int | None, int | None]:
     """Theirs says -1, or any negative number, where there is no bound."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise InvalidArgument(f"window_size={arguments.shown(window_size)} is not (left, right)")

@@ -44,6 +44,33 @@ def from_documents(ids: torch.Tensor, *, causal: bool = True) -> torch.Tensor:
     return torch.stack(columns, dim=-1)[:, None].to(torch.int32).contiguous()
 
 
+def from_cu_seqlens(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, seqlen_q: int, seqlen_k: int, *,
+    causal: bool = False, left: int | None = None, right: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Sequences packed one behind the other: a row sees the keys of its own, within its own band. Not causal.
+
+    Sequence i has rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] and keys likewise. `causal` and the bounds `left` and
+    `right` of a window are aligned bottom-right within each, whose rows and keys may differ in number. Nothing waits
+    for a device.
+    """
+    import torch
+
+    key = torch.arange(seqlen_k, device=cu_seqlens_k.device)
+    sequence = torch.searchsorted(cu_seqlens_k[1:].to(torch.int64), key, right=True)  # a key behind the last is in none
+    rows, keys = (torch.cat([cu, cu[-1:]]).to(torch.int64) for cu in (cu_seqlens_q, cu_seqlens_k))
+    start, end = rows[sequence], rows[sequence + 1]
+    diagonal = end - (keys[sequence + 1] - key)  # the row whose diagonal the key lies on
+    right = 0 if causal else right
+    if right is not None:
+        start = torch.maximum(start, diagonal - right)
+    if left is not None:
+        end = torch.minimum(end, diagonal + left + 1)
+    # LTS and UTE: rows from `end` on and before `start` do not see the key
+    start, end = start.clamp(0, seqlen_q), end.clamp(0, seqlen_q)
+    return torch.stack([end, torch.minimum(start, end)], dim=-1)[None, None].to(torch.int32).contiguous()
+
+
 def from_prefix(prefix: torch.Tensor | list[int], seqlen_q: int, seqlen_k: int | None = None) -> torch.Tensor:
     """Prefix LM: keys before `prefix[b]` are seen by all rows, later keys causally (bottom-right). Not causal."""
     import torch

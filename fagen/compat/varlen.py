@@ -1,0 +1,113 @@
+"""FlashAttention 2's `flash_attn_varlen_func`: sequences packed one behind the other, as column intervals."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from fagen import api
+from fagen.compat.flash_attn import window_bounds
+from fagen.errors import InvalidArgument, UnsupportedProblem
+from fagen.ops.attention import arguments, masks
+
+_MOST_KEPT = 16  # intervals of the lengths that were met last: all layers of a model share theirs
+
+_kept: dict[tuple[Any, ...], tuple[tuple[Any, ...], torch.Tensor]] = {}
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
+    """Layout (total length, heads, head_dim); causal and window aligned bottom-right within each sequence.
+
+    Sequence i has rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of q, and keys likewise; lengths of zero are fine. Pass
+    one tensor as both where they are the same: then fewer bounds are read, and ALiBi is served. The largest lengths are
+    not needed. With `return_attn_probs`: (out, softmax_lse, None), the LSE (heads, total length of q).
+    """
+    if dropout_p != 0 and arguments.probability("dropout_p", dropout_p) > 0:
+        raise UnsupportedProblem("dropout is not supported", f"dropout_p={dropout_p}", "pass dropout_p=0.0")
+    if block_table is not None:
+        raise UnsupportedProblem("paged keys are not supported", "", "pass block_table=None and contiguous k, v")
+    for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        arguments.integer(name, bound)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        arguments.dense(name, t)
+        if t.dim() != 3:
+            raise InvalidArgument(f"{name} must have shape (total, heads, head_dim)", f"it has {tuple(t.shape)}")
+    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_lengths(name, t, q.device)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise InvalidArgument("cu_seqlens_q and cu_seqlens_k name as many sequences", f"{len(cu_seqlens_q)} and "
+                              f"{len(cu_seqlens_k)} numbers")  # fmt: skip
+    want_probs, causal = arguments.flag("return_attn_probs", return_attn_probs), arguments.flag("causal", causal)
+    same = cu_seqlens_q is cu_seqlens_k and q.shape[0] == k.shape[0]
+    if alibi_slopes is not None and not same:
+        raise UnsupportedProblem(
+            "ALiBi of packed sequences needs rows and keys of the same lengths",
+            "cu_seqlens_q and cu_seqlens_k are two tensors", "pass one tensor as both if they are equal",
+        )  # fmt: skip
+    bounds = window_bounds(window_size)
+    intervals = _intervals(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], same, causal, bounds)
+    result = api.attention(
+        q[None], k[None], v[None], causal=causal and same, window=bounds if same else (None, None),
+        intervals=intervals, softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale, return_lse=want_probs,
+        deterministic=deterministic,
+    )  # fmt: skip
+    if isinstance(result, torch.Tensor):
+        return result[0]
+    return result[0][0], result[1][0], None
+
+
+def _check_lengths(name: str, cu_seqlens: Any, device: torch.device) -> None:
+    arguments.dense(name, cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        has = f"it is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        raise InvalidArgument(f"{name} must be int32 (sequences + 1)", has)
+    if cu_seqlens.device != device:
+        raise InvalidArgument(f"{name} is on {cu_seqlens.device}", f"q is on {device}")
+
+
+def _intervals(
+    of_q: torch.Tensor, of_k: torch.Tensor, rows: int, keys: int, same: bool, causal: bool,
+    bounds: tuple[int | None, int | None],
+) -> torch.Tensor:  # fmt: skip
+    """The bounds of every key. Kept while the lengths live and nobody writes into them."""
+    if torch.compiler.is_compiling():
+        return _made(of_q, of_k, rows, keys, same, causal, bounds)
+    key = (id(of_q), of_q._version, id(of_k), of_k._version, rows, keys, same, causal, bounds)
+    kept = _kept.get(key)
+    if kept is not None and kept[0][0]() is of_q and kept[0][1]() is of_k:
+        return kept[1]
+    made = _made(of_q, of_k, rows, keys, same, causal, bounds)
+    while len(_kept) >= _MOST_KEPT:
+        _kept.pop(next(iter(_kept)), None)
+    _kept[key] = (weakref.ref(of_q), weakref.ref(of_k)), made
+    return made
+
+
+def _made(
+    of_q: torch.Tensor, of_k: torch.Tensor, rows: int, keys: int, same: bool, causal: bool,
+    bounds: tuple[int | None, int | None],
+) -> torch.Tensor:  # fmt: skip
+    """Where rows and keys are the same, the band of the whole is that of each sequence, and the call has it."""
+    if same:
+        both = masks.from_cu_seqlens(of_q, of_k, rows, keys)
+        return both[..., :1].contiguous() if causal else both
+    return masks.from_cu_seqlens(of_q, of_k, rows, keys, causal=causal, left=bounds[0], right=bounds[1])
