@@ -1,6 +1,7 @@
 # make tune   find the fastest kernels for this machine        make check      format, lint, types, docs
-# make test   all tests that this machine can run              make generated  render generated/ anew
+# make test   the tests that this machine can run              make generated  render generated/ anew
 # make quick  those of them that are quick                     make format     let the formatters rewrite
+# make thorough  what both leave out: the other parameters of tests whose parameters are many and alike
 # make docs   the tables in docs/ from the code                make docs-site  the pages as a site in dist/site
 #
 # All make their own environment in .venv. On a machine whose Python has torch and the rest already, name it
@@ -25,7 +26,7 @@ GPU := $(shell command -v nvidia-smi)
 CLANG_FORMAT = $(shell command -v $(dir $(PY))clang-format || command -v clang-format)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: tune test quick check check-format check-lint check-types check-cpp format generated docs docs-site clean
+.PHONY: tune test quick thorough check check-format check-lint check-types check-cpp format generated docs docs-site clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,7 +45,10 @@ else
 endif
 
 quick: $(READY)
-	$(PY) -m pytest $(PARALLEL) -m 'not slow and not gpu' $(PYTEST_FLAGS)
+	$(PY) -m pytest $(PARALLEL) -m 'not slow and not gpu and not thorough' $(PYTEST_FLAGS)
+
+thorough: $(READY)
+	$(PY) -m pytest $(PARALLEL) -m thorough $(PYTEST_FLAGS)
 
 check: check-format check-lint check-types check-cpp
 	$(PY) -m pytest -q tests/repository/test_docs.py tests/repository/test_hygiene.py

@@ -23,9 +23,10 @@ case $piece in
     part generated "$python" -m fagen.cli.generated verify
     cp generated/manifest.json "$out/"
     part op "$python" -m pytest -q tests/gpu/test_op_cuda.py tests/gpu/test_measure_cuda.py \
-      tests/gpu/test_trust_cuda.py tests/gpu/test_ablation_cuda.py
+      tests/gpu/test_trust_cuda.py tests/gpu/test_ablation_cuda.py tests/gpu/test_torch_impl_cuda.py
     part sanitizer "$python" -m pytest -q tests/gpu/test_sanitizer.py
-    part sm80 "$python" -m pytest -q tests/gpu/test_sm80_forward.py ;;
+    part sm80 "$python" -m pytest -q tests/gpu/test_sm80_forward.py
+    part sm80_backward "$python" -m pytest -q tests/gpu/test_sm80_backward.py ;;
   tune)
     # shellcheck disable=SC2086
     part tune "$python" -m fagen tune --problems benchmarks/problems/hopper.toml --family sm90_forward \

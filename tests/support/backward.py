@@ -134,8 +134,9 @@ def make_call(
         intervals = random_intervals(case.intervals, batch, case.kv_heads, rows, keys, g)
     alibi = torch.rand(case.heads, device=device, generator=g) if case.alibi else None
     call = AttentionCall(
-        q, k, v, layout, case.band, intervals, case.intervals, softcap=case.softcap, alibi_slopes=alibi
-    )
+        q, k, v, layout, case.band, intervals, case.intervals, softcap=case.softcap, alibi_slopes=alibi,
+        deterministic=case.deterministic,
+    )  # fmt: skip
     made, lse = torch.zeros(batch, case.heads, rows, dv), torch.full((batch, case.heads, rows), -math.inf)
     if rows and keys:
         with torch.no_grad():
@@ -144,7 +145,7 @@ def make_call(
     out.copy_(made.transpose(1, 2) if layout == "bshd" else made)
     dlse = torch.randn(lse.shape, device=device, generator=g) if case.dlse else None
     dout = tensor(rows, case.heads, dv)
-    return BackwardCall.after(call, out, lse.contiguous(), dout, dlse, deterministic=case.deterministic)
+    return BackwardCall.after(call, out, lse.contiguous(), dout, dlse)
 
 
 def _memory(case: Case, layout: str, shape: tuple[int, ...], device: str) -> tuple[torch.Tensor, torch.Tensor]:
