@@ -14,6 +14,7 @@ from fagen.bench import output
 from fagen.bench.peers import OURS
 from fagen.bench.run import FORMAT, compared
 from fagen.errors import UsageError
+from fagen.schema import shown
 
 Result = dict[str, Any]
 LEAST = 0.02  # two runs of one kernel on one machine seldom agree better
@@ -24,7 +25,10 @@ def read(path: Path) -> Result:
     return output.read(path, FORMAT, "rows")
 
 
-def require_same(old: Result, device: str) -> None:
+def require_same(old: Result, device: str, op: str = "forward") -> None:
+    was = old.get("op", "forward")  # results of forward alone did not say so
+    if was != op:
+        raise UsageError("the old result is of another op", f"old {shown(was)}, here {op!r}")
     if old["device"] != device:
         raise UsageError("the old result is of another device", f"old {old['device']!r}, here {device!r}")
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fagen import families
-from fagen.bench.peers import Cannot, Prepare, Serve
+from fagen.bench.peers import Cannot, Prepare, Serve, launched
 from fagen.bench.rows import Inputs, Row
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
-
-if TYPE_CHECKING:
-    import torch
 
 
 def pick(problem: Problem, target: Target, name: str) -> tuple[KernelSpec, str]:
@@ -39,17 +36,8 @@ def pick(problem: Problem, target: Target, name: str) -> tuple[KernelSpec, str]:
 def ours(name: str, target: Target) -> Prepare:
     def prepare(row: Row, inputs: Inputs) -> Serve:
         from fagen.runtime import kernel
-        from fagen.runtime.kernel import launcher
-        from fagen.timing import timer
 
-        made = kernel.get(pick(row.problem, target, name)[0])
-        calls: dict[int, timer.Call] = {}
-
-        def serve(i: Inputs) -> torch.Tensor:
-            calls.setdefault(id(i), launcher(made, i))()
-            return i.outputs["out"]
-
-        return serve
+        return launched(kernel.get(pick(row.problem, target, name)[0]))
 
     return prepare
 

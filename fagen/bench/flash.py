@@ -8,26 +8,20 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fagen.bench import flash_backward, rows
+from fagen.bench.autograd import through_autograd
+from fagen.bench.flash_arguments import document_arguments, fill, lengths, of_schema, packed, require, settings
 from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
 
 if TYPE_CHECKING:
     import torch
 
-# What we call an argument of FlashAttention 3's op, and the names that its versions give it.
-_ALIASES = {
-    "causal": ("is_causal", "causal"),
-    "window_left": ("window_size_left", "window_left"),
-    "window_right": ("window_size_right", "window_right"),
-    "scale": ("softmax_scale",),
-}
-_MAY_LACK = ("num_splits",)  # arguments that only some versions have, and that change no result
 _WORKSPACE = 256 << 20  # bytes, FlashInfer's
 
 
@@ -46,30 +40,6 @@ def _imported(name: str, get: str) -> Any:
         raise Absent(f"{name} cannot be imported: there is no {error.name}; {get}") from error
 
 
-def _require(row: Row) -> None:
-    """What none of these has: float32, ALiBi as a tensor on Hopper, intervals other than packed documents."""
-    p = row.problem
-    if p.dtype not in ("fp16", "bf16"):
-        raise Cannot(f"it has no {p.dtype}")
-    if p.alibi:
-        raise Cannot("it has no ALiBi")
-    if p.mask == "intervals" and not row.documents:
-        raise Cannot("it has no such mask")
-
-
-def _lengths(row: Row, device: torch.device) -> torch.Tensor:
-    """Where each document of the packed batch begins, and the end."""
-    import torch
-
-    lengths = torch.tensor((0, *row.documents * row.problem.batch))
-    return lengths.cumsum(0).to(device=device, dtype=torch.int32)
-
-
-def _packed(i: Inputs) -> list[torch.Tensor]:
-    """q, k and v, all sequences one behind the other."""
-    return [t.flatten(0, 1) for t in (i.call.q, i.call.k, i.call.v)]
-
-
 def _first(result: Any) -> torch.Tensor:
     """The output alone; versions differ in what they give beside it."""
     return result[0] if isinstance(result, tuple | list) else result
@@ -85,16 +55,24 @@ def load_fa3(paths: Mapping[str, Path]) -> Loaded:
     version = _version("flash_attn_3", "flash-attn-3")
     if path := paths.get("fa3"):
         _load_library(path)
-        return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), path.name)
+        return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), path.name, _fa3_backward())
     if importlib.util.find_spec("flash_attn_interface"):
         module = importlib.import_module("flash_attn_interface")
-        return Loaded(_through_functions(module, unbounded=-1), version)
+        return Loaded(_through_functions(module, unbounded=-1), version, _fa3_backward())
     if hasattr(torch.ops.flash_attn_3, "fwd"):
-        return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), version)
+        return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), version, _fa3_backward())
     raise Absent(
         "flash_attn_interface cannot be imported, and --fa3 names no library; "
         "install the folder hopper of the flash-attention repository, or name its built _C.so"
     )
+
+
+def _fa3_backward() -> Prepare | str:
+    import torch
+
+    if not hasattr(torch.ops.flash_attn_3, "bwd"):
+        return "it registers no op flash_attn_3::bwd"
+    return flash_backward.through_op(torch.ops.flash_attn_3.bwd.default)
 
 
 def _load_library(path: Path) -> None:
@@ -111,14 +89,14 @@ def _load_library(path: Path) -> None:
 
 def _through_op(op: Any) -> Prepare:
     def prepare(row: Row, inputs: Inputs) -> Serve:
-        _require(row)
-        wanted = {**_settings(row, -1), **_document_arguments(row, inputs.call.q.device)}
-        fixed = fill(op._schema, wanted)
+        require(row)
+        wanted = {**settings(row, -1), **document_arguments(row, inputs.call.q.device)}
+        fixed = fill(of_schema(op._schema), wanted)
         if not row.documents:
             return lambda i: _first(op(q=i.call.q, k=i.call.k, v=i.call.v, **fixed))
 
         def serve(i: Inputs) -> torch.Tensor:
-            q, k, v = _packed(i)
+            q, k, v = packed(i)
             return _first(op(q=q, k=k, v=v, **fixed)).view_as(i.outputs["out"])
 
         return serve
@@ -126,69 +104,23 @@ def _through_op(op: Any) -> Prepare:
     return prepare
 
 
-def fill(schema: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name beside q, k and v: those wanted, and something neutral for others that have no default."""
-    left, given = dict(wanted), {}
-    for argument in schema.arguments:
-        ours = next((name for name, theirs in _ALIASES.items() if argument.name in theirs), argument.name)
-        if ours in left:
-            given[argument.name] = left.pop(ours)
-        elif argument.name not in ("q", "k", "v") and not argument.has_default_value():
-            given[argument.name] = _neutral(argument.name, str(argument.type))
-    missing = [name for name, value in left.items() if name not in _MAY_LACK and _matters(value)]
-    if missing:
-        raise Cannot(f"this version of its op has no {missing[0]}")
-    return given
-
-
-def _matters(value: Any) -> bool:
-    return value is not None and not (isinstance(value, int | float) and value in (0, -1))
-
-
-def _neutral(name: str, kind: str) -> Any:
-    if kind.startswith("Optional"):
-        return None
-    return {"int": -1 if "window" in name else 0, "float": 0.0, "bool": False}.get(kind)
-
-
-def _settings(row: Row, unbounded: int | None) -> dict[str, Any]:
-    from fagen.ops.attention.inputs import SOFTCAP
-
-    p = row.problem
-    causal = row.causal and p.window_left < 0  # a causal window is the window (left, 0)
-    left, right = p.window_left, -1 if causal else p.window_right
-    return {
-        "causal": causal,
-        "window_left": unbounded if left < 0 else left,
-        "window_right": unbounded if right < 0 else right,
-        "softcap": SOFTCAP if p.softcap else 0.0,
-        "scale": 1.0 / math.sqrt(p.head_dim),
-        "num_splits": 1,  # what its own flash_attn_func takes
-    }
-
-
-def _document_arguments(row: Row, device: torch.device) -> dict[str, Any]:
-    if not row.documents:
-        return {}
-    starts, longest = _lengths(row, device), max(row.documents)
-    return {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
-
-
 # ---- functions named flash_attn_func and flash_attn_varlen_func -----------------------------------------------------
 
 
 def _through_functions(module: Any, unbounded: int | None) -> Prepare:
     def prepare(row: Row, inputs: Inputs) -> Serve:
-        _require(row)
-        s = _settings(row, unbounded)
+        require(row)
+        s = settings(row, unbounded)
         given = {"causal": s["causal"], "window_size": (s["window_left"], s["window_right"]), "softcap": s["softcap"]}
+        if rows.deterministic(row.problem):
+            given["deterministic"] = True
         if not row.documents:
             call = module.flash_attn_func
             return lambda i: _first(call(i.call.q, i.call.k, i.call.v, **given))
-        varlen, given = module.flash_attn_varlen_func, given | _document_arguments(row, inputs.call.q.device)
+        varlen, given = module.flash_attn_varlen_func, given | document_arguments(row, inputs.call.q.device)
 
         def serve(i: Inputs) -> torch.Tensor:
-            return _first(varlen(*_packed(i), **given)).view_as(i.outputs["out"])
+            return _first(varlen(*packed(i), **given)).view_as(i.outputs["out"])
 
         return serve
 
@@ -198,7 +130,8 @@ def _through_functions(module: Any, unbounded: int | None) -> Prepare:
 def load_flash_attn(paths: Mapping[str, Path]) -> Loaded:
     """The package of FlashAttention 2; FlashAttention 4's shares its name, and lacks these functions."""
     module = _imported("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation")
-    return Loaded(_through_functions(module, unbounded=-1), _version("flash-attn", "flash_attn"))
+    forward = _through_functions(module, unbounded=-1)
+    return Loaded(forward, _version("flash-attn", "flash_attn"), through_autograd(forward))
 
 
 def load_fa4(paths: Mapping[str, Path]) -> Loaded:
@@ -213,7 +146,12 @@ def load_fa4(paths: Mapping[str, Path]) -> Loaded:
         if two := sys.modules.get("flash_attn"):  # FlashAttention 2's package, which looks into its own folder alone
             two.__path__.append(str((folder / "flash_attn").resolve()))
     module = _imported("flash_attn.cute.interface", "pip install flash-attn-4, or --fa4 names a folder of its wheels")
-    return Loaded(_through_functions(module, unbounded=None), _version("flash-attn-4", "flash_attn_cute"))
+    backward = getattr(module, "_flash_attn_bwd", None)
+    return Loaded(
+        _through_functions(module, unbounded=None),
+        _version("flash-attn-4", "flash_attn_cute"),
+        flash_backward.through_function(backward) if backward else f"{module.__name__} has no _flash_attn_bwd",
+    )
 
 
 # ---- FlashInfer -----------------------------------------------------------------------------------------------------
@@ -229,7 +167,7 @@ def through_flashinfer(flashinfer: Any) -> Prepare:
     """One sequence by its function for one, several or packed documents by its ragged prefill."""
 
     def prepare(row: Row, inputs: Inputs) -> Serve:
-        _require(row)
+        require(row)
         p = row.problem
         if p.window_right > 0 or (p.window_left >= 0 and not row.causal):
             raise Cannot("it has no window right of the diagonal")
@@ -240,7 +178,7 @@ def through_flashinfer(flashinfer: Any) -> Prepare:
             single = functools.partial(flashinfer.single_prefill_with_kv_cache, kv_layout="NHD", **given)
             return lambda i: single(i.call.q[0], i.call.k[0], i.call.v[0])[None]
         wrapper = _planned(flashinfer, row, inputs, given)
-        return lambda i: wrapper.run(*_packed(i)).view_as(i.outputs["out"])
+        return lambda i: wrapper.run(*packed(i)).view_as(i.outputs["out"])
 
     return prepare
 
@@ -251,7 +189,7 @@ def _planned(flashinfer: Any, row: Row, inputs: Inputs, given: dict[str, Any]) -
 
     p, device = row.problem, inputs.call.q.device
     if row.documents:
-        of_q = of_k = _lengths(row, device)
+        of_q = of_k = lengths(row, device)
     else:
         step = torch.arange(p.batch + 1, dtype=torch.int32, device=device)
         of_q, of_k = step * p.seqlen_q, step * p.seqlen_k

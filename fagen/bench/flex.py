@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench.peers import Loaded, Prepare, Serve
+from fagen.bench import rows
+from fagen.bench.autograd import through_autograd
+from fagen.bench.peers import Cannot, Loaded, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
 from fagen.ops.attention.problem import INTERVAL_KINDS
 
@@ -21,7 +23,8 @@ Mod = Callable[..., Any]
 def load(paths: Mapping[str, Path], *, compiled: bool = True) -> Loaded:
     import torch
 
-    return Loaded(_prepare(compiled), f"torch {torch.__version__}")
+    forward = _prepare(compiled)
+    return Loaded(forward, f"torch {torch.__version__}", through_autograd(forward))
 
 
 def _prepare(compiled: bool) -> Prepare:
@@ -30,6 +33,8 @@ def _prepare(compiled: bool) -> Prepare:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         p, call = row.problem, inputs.call
+        if rows.deterministic(p):
+            raise Cannot("it has no deterministic mode")
         mask, score = mask_mod(row, call), score_mod(row, call)
         batch, heads = _planes(row, call)
         blocks = None

@@ -1,14 +1,16 @@
 """The peers: what each needs, and how it is called on a row's inputs. All take and give (batch, seqlen, heads, dim).
 
 A peer's `load` raises `Absent` where it is not installed. It gives `prepare`, which raises (`Cannot`, or whatever the
-peer itself raises) for a row that the peer does not serve, and gives a function from inputs to the output.
+peer itself raises) for a row that the peer does not serve, and gives a function from inputs to the output. Of the
+backward op there are three outputs: the gradients of q, k and v.
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +18,11 @@ from fagen.bench.rows import Inputs, Row, options
 from fagen.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
+    from fagen.ops.attention.backward_call import BackwardCall
+    from fagen.runtime.kernel import Kernel
 
 OURS = "fagen"
-Serve = Callable[[Inputs], "torch.Tensor"]
+Serve = Callable[[Inputs], Any]  # gives the output, or several in the order of the op's
 Prepare = Callable[[Row, Inputs], Serve]
 
 
@@ -33,8 +36,9 @@ class Cannot(Exception):
 
 @dataclass(frozen=True)
 class Loaded:
-    prepare: Prepare
+    prepare: Prepare  # of forward
     version: str = ""
+    backward: Prepare | str = "it computes no gradients"  # or why there is none
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,16 @@ class Peer:
 
 
 PEERS = {
-    "cudnn": Peer("cuDNN (SDPA)", ("cuda",), "fagen.bench.peers:load_cudnn"),
-    "fa2": Peer("FlashAttention 2 (SDPA)", ("cuda",), "fagen.bench.peers:load_fa2"),
+    "cudnn": Peer("cuDNN (SDPA)", ("cuda",), "fagen.bench.sdpa:cudnn"),
+    "fa2": Peer("FlashAttention 2 (SDPA)", ("cuda",), "fagen.bench.sdpa:fa2"),
     "flash_attn": Peer("FlashAttention 2 (flash_attn)", ("cuda",), "fagen.bench.flash:load_flash_attn"),
     "fa3": Peer("FlashAttention 3", ("cuda",), "fagen.bench.flash:load_fa3"),
     "fa4": Peer("FlashAttention 4", ("cuda",), "fagen.bench.flash:load_fa4"),
     "flex": Peer("FlexAttention", ("cuda",), "fagen.bench.flex:load"),
     "flashinfer": Peer("FlashInfer", ("cuda",), "fagen.bench.flash:load_flashinfer"),
-    "sdpa": Peer("SDPA, torch's choice", ("cuda", "cpu"), "fagen.bench.peers:load_sdpa"),
-    "efficient": Peer("memory-efficient (SDPA)", ("cuda",), "fagen.bench.peers:load_efficient"),
-    "math": Peer("math (SDPA)", ("cuda", "cpu"), "fagen.bench.peers:load_math"),
+    "sdpa": Peer("SDPA, torch's choice", ("cuda", "cpu"), "fagen.bench.sdpa:sdpa"),
+    "efficient": Peer("memory-efficient (SDPA)", ("cuda",), "fagen.bench.sdpa:efficient"),
+    "math": Peer("math (SDPA)", ("cuda", "cpu"), "fagen.bench.sdpa:math"),
 }
 _ALL = {"cuda": ("cudnn", "fa2", "flash_attn", "fa3", "fa4", "flex", "flashinfer"), "cpu": ("sdpa",)}
 
@@ -78,18 +82,28 @@ def chosen(words: str, device: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def load(names: list[str], device: str, paths: Mapping[str, Path]) -> tuple[dict[str, Loaded], dict[str, str]]:
-    """The peers that are here, and why each other one is not."""
+def load(
+    names: list[str], device: str, paths: Mapping[str, Path], op: str = "forward"
+) -> tuple[dict[str, Loaded], dict[str, str]]:
+    """The peers that are here, each prepared by what serves the op, and why each other one is not."""
     here: dict[str, Loaded] = {}
     absent: dict[str, str] = {}
     for name in names:
         try:
-            here[name] = PEERS[name].load(device, paths)
+            here[name] = _of_op(PEERS[name].load(device, paths), op)
         except Absent as error:
             absent[name] = str(error)
         except Exception as error:  # of its import: a version that does not fit, a library that is missing
             absent[name] = reason(error)
     return here, absent
+
+
+def _of_op(loaded: Loaded, op: str) -> Loaded:
+    if op == "forward":
+        return loaded
+    if isinstance(loaded.backward, str):
+        raise Absent(loaded.backward)
+    return replace(loaded, prepare=loaded.backward)
 
 
 def reason(error: BaseException) -> str:
@@ -105,6 +119,8 @@ def ours(row: Row, inputs: Inputs) -> Serve:
     """`fagen.attention` as a user calls it, dispatch and all, but for `out`, which a graph replay needs to stay."""
     from fagen import api
 
+    if row.op == "backward":
+        return _our_backward(inputs.call)
     given = options(row, inputs.call)
     return lambda i: api.attention(i.call.q, i.call.k, i.call.v, out=i.outputs["out"], **given)
 
@@ -117,81 +133,53 @@ def ours_eager(row: Row, inputs: Inputs) -> Serve:
     return lambda i: api.attention(i.call.q, i.call.k, i.call.v, **given)
 
 
+def _our_backward(call: BackwardCall) -> Serve:
+    """The kernel that dispatch picks, without autograd, as the peers are launched; else what PyTorch does instead."""
+    from fagen.ops.attention import fallback
+
+    made = _backward_kernel(call)
+    return launched(made) if made else lambda i: fallback.gradients(i.call.forward, i.call.dout, None)
+
+
+def _backward_kernel(call: BackwardCall) -> Kernel | None:
+    from fagen.dispatch import resolve
+
+    assert call.target is not None
+    return resolve.kernel_for(call.problem, call.target)
+
+
+def launched(made: Kernel) -> Serve:
+    """A kernel, launched without dispatch: prepared once for each set of inputs."""
+    from fagen.runtime.kernel import launcher
+
+    names, calls = made.calls.timed, dict[int, Callable[[], object]]()
+
+    def serve(i: Inputs) -> Any:
+        if id(i) not in calls:
+            calls[id(i)] = launcher(made, i)
+        calls[id(i)]()
+        return i.outputs[names[0]] if len(names) == 1 else tuple(i.outputs[name] for name in names)
+
+    return serve
+
+
 def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
     """What dispatch picks for the row, and whether a kernel of ours really serves it."""
-    import warnings
-
     from fagen import explanation
     from fagen.dispatch import attention
     from fagen.ops.attention.call import AttentionCall
 
-    tensors = inputs.call.q, inputs.call.k, inputs.call.v
-    given = {**options(row, inputs.call), "out": inputs.outputs["out"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said in the result
-        kernel = attention.kernel_of(AttentionCall.of(*tensors, **given))
-    report = explanation.explain(*tensors, **given).to_dict()
+        if row.op == "backward":
+            call = inputs.call
+            kernel = _backward_kernel(call)
+            found = explanation.explain_problem(call.problem, call.target)
+        else:
+            tensors = inputs.call.q, inputs.call.k, inputs.call.v
+            given = {**options(row, inputs.call), "out": inputs.outputs["out"]}
+            kernel = attention.kernel_of(AttentionCall.of(*tensors, **given))
+            found = explanation.explain(*tensors, **given)
+    report = found.to_dict()
     names = ("key", "family", "config", "provenance", "record", "facts")
     return {name: report[name] for name in names} | {"served_by": "kernel" if kernel is not None else "torch"}
-
-
-# ---- through scaled_dot_product_attention ---------------------------------------------------------------------------
-
-
-def load_cudnn(paths: Mapping[str, Path]) -> Loaded:
-    import torch
-
-    version = torch.backends.cudnn.version()
-    if version is None:
-        raise Absent("torch was built without cuDNN; torch for CUDA has it")
-    return Loaded(_through_sdpa("CUDNN_ATTENTION"), str(version))
-
-
-def load_fa2(paths: Mapping[str, Path]) -> Loaded:
-    import torch
-
-    return Loaded(_through_sdpa("FLASH_ATTENTION"), f"torch {torch.__version__}")
-
-
-def load_efficient(paths: Mapping[str, Path]) -> Loaded:
-    import torch
-
-    return Loaded(_through_sdpa("EFFICIENT_ATTENTION"), f"torch {torch.__version__}")
-
-
-def load_math(paths: Mapping[str, Path]) -> Loaded:
-    import torch
-
-    return Loaded(_through_sdpa("MATH"), f"torch {torch.__version__}")
-
-
-def load_sdpa(paths: Mapping[str, Path]) -> Loaded:
-    import torch
-
-    return Loaded(_through_sdpa(""), f"torch {torch.__version__}")
-
-
-def _through_sdpa(backend: str) -> Prepare:
-    def prepare(row: Row, inputs: Inputs) -> Serve:
-        import torch
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        p = row.problem
-        if p.mask not in ("none", "causal") or p.softcap or p.alibi:
-            raise Cannot("SDPA has no such mask or score but as a dense tensor")
-        if p.mask == "causal" and p.seqlen_q != p.seqlen_k:
-            raise Cannot("SDPA aligns causal top-left")
-        causal, shared = p.mask == "causal", p.heads != p.kv_heads
-        attend = torch.nn.functional.scaled_dot_product_attention
-
-        def serve(i: Inputs) -> torch.Tensor:
-            q, k, v = i.call.bhsd()
-            return attend(q, k, v, is_causal=causal, enable_gqa=shared).transpose(1, 2)
-
-        def held(i: Inputs) -> torch.Tensor:
-            with sdpa_kernel(getattr(SDPBackend, backend)):
-                return serve(i)
-
-        return held if backend else serve
-
-    return prepare

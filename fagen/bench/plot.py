@@ -69,7 +69,9 @@ def _draw(result: dict[str, Any], out: Path, pyplot: Any) -> None:
     for axis in axes:
         known |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     known = {name: known[name] for name in names if name in known}
-    figure.suptitle(f"Forward attention on {result['device']}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(
+        f"{result.get('op', 'forward').capitalize()} attention on {result['device']}", fontsize=10, x=0.01, ha="left"
+    )
     figure.legend(
         known.values(), known.keys(), loc="outside lower right", ncols=max(1, len(known)), fontsize=8, frameon=False
     )

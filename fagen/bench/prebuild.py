@@ -34,7 +34,8 @@ def build(chosen: list[Row], target: Target, say: Callable[[str], None], held: s
         with contextlib.suppress(FagenError):
             make()
 
-    together(attempt, [*([] if held else [binding.make]), *work.values()], compile_workers(target.is_gpu))
+    by_binding = not held and any(row.op == "forward" for row in chosen)  # `fagen.attention` calls it
+    together(attempt, [*([binding.make] if by_binding else []), *work.values()], compile_workers(target.is_gpu))
 
 
 def together(do: Callable[[Any], object], jobs: Iterable[Any], workers: int) -> None:

@@ -190,7 +190,8 @@ def markdown(result: Result) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
     extra = closing(result) + (host(result) if result["host"] else [])
     notes = [f"- {text}" for text in extra]
-    return "\n".join([f"{result['device']}; `{result['command']}`", "", *tables, *notes, "", f"{facts}", ""])
+    op = "" if result.get("op", "forward") == "forward" else f"{result['op']}; "
+    return "\n".join([f"{result['device']}; {op}`{result['command']}`", "", *tables, *notes, "", f"{facts}", ""])
 
 
 def _bold(row: tuple[str, ...], count: int) -> tuple[str, ...]:

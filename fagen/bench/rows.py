@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fagen.ops.attention import inputs
+from fagen import ops
+from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
 from fagen.ops.inputs import Inputs
 
@@ -27,6 +28,10 @@ class Row:
     prefix: int = 0  # keys that all rows see, the rest is causal
 
     @property
+    def op(self) -> str:
+        return self.problem.op
+
+    @property
     def causal(self) -> bool:
         return self.problem.window_right == 0
 
@@ -35,8 +40,32 @@ def of_problem(problem: Problem) -> Row:
     """A row for a problem of the user's own."""
     if problem.intervals == "lower2":
         problem = problem.replace(window_right=0)  # what `fagen.attention` takes two columns for when it is causal
-    key = problem.key.removeprefix("forward/")
-    return Row(key, problem, problem.static_key.removeprefix("forward/"))
+    prefix = f"{problem.op}/"
+    return Row(problem.key.removeprefix(prefix), problem, problem.static_key.removeprefix(prefix))
+
+
+def deterministic(problem: Problem) -> bool:
+    """Whether two runs must agree in every bit, as a backward problem may ask."""
+    return isinstance(problem, BackwardProblem) and problem.deterministic
+
+
+def as_op(problem: Problem, op: str, *, same_bits: bool = False) -> Problem:
+    """The same sizes for an op; `same_bits` makes a backward problem deterministic."""
+    if problem.op == op and not same_bits:
+        return problem
+    fields = {**problem.to_dict(), "op": op}
+    if op == "backward":
+        fields["deterministic"] = same_bits
+    else:
+        fields.pop("deterministic", None)
+    kind: type[Problem] = ops.get(op).problem
+    return kind(**fields)
+
+
+def row_of_op(row: Row, op: str, *, same_bits: bool = False) -> Row:
+    """A suite's row for an op, by the same name, which says as well whether it is deterministic."""
+    problem, mark = as_op(row.problem, op, same_bits=same_bits), " deterministic" if same_bits else ""
+    return replace(row, problem=problem, name=row.name + mark, series=row.series + mark)
 
 
 _TILE_ROWS, _MANY_KEYS = 128, 512
@@ -45,25 +74,39 @@ _TILE_ROWS, _MANY_KEYS = 128, 512
 def needs_split_keys(problem: Problem, target: Target) -> bool:
     """Whether fewer blocks of rows than SMs have many keys each: SMs are idle unless several share a block's keys."""
     p = problem
+    if p.op != "forward":
+        return False
     blocks = -(-p.seqlen_q // _TILE_ROWS) * p.heads * p.batch
     keys = min(p.seqlen_k, p.window_left + _TILE_ROWS) if p.window_left >= 0 else p.seqlen_k
     return target.is_gpu and blocks < target.units and keys >= _MANY_KEYS
 
 
 def make_inputs(row: Row, where: Target | str, seed: int = 0) -> Inputs:
-    """Random q, k and v, an `out` full of NaN, and the row's own intervals."""
+    """Random tensors, outputs full of NaN, and the row's own intervals."""
     import torch
 
     from fagen.ops.attention import masks
 
-    made = inputs.make_inputs(row.problem, where, seed)
+    made: Inputs = ops.get(row.op).calls().inputs(row.problem, where, seed, False)
     device = made.call.q.device
     if row.documents:
         ids = torch.arange(len(row.documents)).repeat_interleave(torch.tensor(row.documents))
-        return made.change(intervals=masks.from_documents(ids[None], causal=row.causal).to(device))
+        return _masked(made, masks.from_documents(ids[None], causal=row.causal).to(device))
     if row.prefix:
-        return made.change(intervals=masks.from_prefix([row.prefix], row.problem.seqlen_q).to(device))
+        return _masked(made, masks.from_prefix([row.prefix], row.problem.seqlen_q).to(device))
     return made
+
+
+def _masked(made: Inputs, intervals: torch.Tensor) -> Inputs:
+    """The inputs with other intervals; what backward takes from forward follows from them."""
+    from fagen.ops.attention import fallback
+    from fagen.ops.attention.backward_call import BackwardCall
+
+    changed = made.change(intervals=intervals)
+    if not isinstance(changed.call, BackwardCall):
+        return changed
+    o, lse = fallback.attend(replace(changed.call.forward, want_lse=True))
+    return changed.change(o=o, lse=lse)
 
 
 def options(row: Row, call: AttentionCall) -> dict[str, Any]:
@@ -79,22 +122,26 @@ def options(row: Row, call: AttentionCall) -> dict[str, Any]:
 
 
 def flops(row: Row, call: AttentionCall) -> float:
-    """2 products of 2 FLOP a visible cell; a causal square counts half, as the field counts."""
+    """By the op's products for each visible cell; a causal square counts half, as the field counts."""
     p = row.problem
     if call.intervals is None:
         return p.flops()
+    square = p.replace(mask="none", intervals="", window_left=-1, window_right=-1)
     planes = call.intervals.shape[0] * call.intervals.shape[1]
-    cells = visible_cells(p, call.intervals) * (p.batch * p.heads / planes)
-    return 2.0 * cells * (p.head_dim + p.head_dim_v)
+    return square.flops() / square.visible() * visible_cells(p, call.intervals) / planes
 
 
 def least_bytes(row: Row) -> int:
-    """What any kernel must read and write: q, O, and those keys and values that the band leaves to some row."""
+    """What any kernel must read and write: q, O, and those keys and values that the band leaves to some row.
+
+    Backward reads dO and the LSE beside them, and writes the gradient of all that forward reads.
+    """
     p = row.problem
+    dims, backward = p.head_dim + p.head_dim_v, p.op == "backward"
     first = max(0, p.seqlen_k - p.seqlen_q - p.window_left) if p.window_left >= 0 else 0
     keys = p.seqlen_k - min(first, p.seqlen_k - 1)
-    of_rows = p.batch * p.heads * p.seqlen_q * (p.head_dim + p.head_dim_v)
-    return p.itemsize * (of_rows + p.batch * p.kv_heads * keys * (p.head_dim + p.head_dim_v))
+    of_rows = p.batch * p.heads * p.seqlen_q * ((2 * dims * p.itemsize + 4) if backward else dims * p.itemsize)
+    return of_rows + p.itemsize * p.batch * p.kv_heads * (keys + p.seqlen_k * backward) * dims
 
 
 def visible_cells(problem: Problem, intervals: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,12 @@ from fagen.target import Target
 from fagen.timing.machine import Machine
 
 if TYPE_CHECKING:
-    import torch
-
     from fagen.ops.attention.call import AttentionCall
     from fagen.ops.attention.reference import Verdict
 
 FORMAT = 1
-_CELLS = {"cuda": 1 << 32, "cpu": 1 << 25}  # scores that are verified; of longer rows some heads are
+# scores that are verified; of longer rows a part is
+_CELLS = {"forward": {"cuda": 1 << 32, "cpu": 1 << 25}, "backward": {"cuda": 1 << 25, "cpu": 1 << 22}}
 _HOST_CALLS, _HOST_ROUNDS = 200, 9
 
 Result = dict[str, Any]
@@ -103,7 +102,7 @@ def time_row(
     result["choice"] = _choice(row, sets[0], target, held)
     calls = {}
     for name, prepare in participants.items():
-        facts, serve = prepared(prepare, row, sets[0], device, name)
+        facts, serve = prepared(prepare, row, sets[0], device, name, sets[1:])
         result["participants"][name] = facts
         if serve is not None:
             calls[name] = timer.RoundRobin([_Shielded(serve, inputs, facts) for inputs in sets])
@@ -160,8 +159,13 @@ def free(device: str) -> None:
 # ---- right, before fast ---------------------------------------------------------------------------------------------
 
 
-def prepared(prepare: Prepare, row: Row, inputs: Inputs, device: str, name: str) -> tuple[Result, peers.Serve | None]:
-    """A participant's outcome so far, and how to call it if what it gave is right."""
+def prepared(
+    prepare: Prepare, row: Row, inputs: Inputs, device: str, name: str, more: Sequence[Inputs] = ()
+) -> tuple[Result, peers.Serve | None]:
+    """A participant's outcome so far, and how to call it if what it gave is right.
+
+    It is called on `more` inputs as well: what it keeps of each set must be there before a graph is captured.
+    """
     start, serve = time.perf_counter(), None
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")  # SDPA says in warnings why a backend refuses
@@ -170,7 +174,10 @@ def prepared(prepare: Prepare, row: Row, inputs: Inputs, device: str, name: str)
             out = serve(inputs)
             synchronize(device)
             seconds = time.perf_counter() - start
-            verdict, checked = verified(out, inputs.call, _CELLS[device])
+            verdict, checked = verified(out, inputs.call, _CELLS[row.op][device])
+            for other in more if verdict.ok else ():
+                serve(other)
+            synchronize(device)
         except Cannot as error:
             return {"outcome": "cannot", "reason": str(error)}, None
         except Exception as error:  # whatever a participant raises is its outcome
@@ -208,20 +215,29 @@ def alive(device: str, name: str, where: str) -> None:
         ) from error
 
 
-def verified(out: torch.Tensor, call: AttentionCall, cells: int) -> tuple[Verdict, str]:
-    """The oracle on the whole output, or, where that takes too long, on evenly spread heads of the same output."""
+def verified(out: Any, call: AttentionCall, cells: int) -> tuple[Verdict, str]:
+    """The op's oracle on whole outputs, or, where that takes too long, on a part of the same outputs.
+
+    Of an output of forward that is evenly spread heads, of gradients the oracle's own sample.
+    """
+    from fagen import ops
     from fagen.ops.attention import reference
 
+    op = call.problem.op
+    calls = ops.get(op).calls()
+    given = dict(zip(calls.timed, out if isinstance(out, tuple) else (out,), strict=True))
     group, planes = call.heads // call.kv_heads, call.kv_heads
     each, units = group * call.seqlen_q * call.seqlen_k, call.batch * planes
-    if units * each <= cells or units <= 2:
-        return reference.check(call, {"out": out}), "all"
+    if units * each <= cells or (op == "forward" and units <= 2):
+        return calls.check(call, given), "all"
+    if op == "backward":
+        return calls.check_sample(call, given), "a sample of heads, rows and keys"
     wanted = min(units, max(2, cells // each))
     picked = sorted({round(i * (units - 1) / (wanted - 1)) for i in range(wanted)})
     verdicts = []
     for b, kv in (divmod(unit, planes) for unit in picked):  # a kv head, and the query heads that share it
         heads = slice(kv * group, (kv + 1) * group)
-        verdicts.append(reference.check(*reference.part(call, {"out": out}, b, heads)))
+        verdicts.append(reference.check(*reference.part(call, given, b, heads)))
     worst = max(verdicts, key=lambda verdict: (not verdict.ok, verdict.ratio))
     error = max(verdict.error for verdict in verdicts)
     return reference.Verdict(worst.ok, error, worst.ratio, worst.message), f"{len(picked)} of {units} kv heads"

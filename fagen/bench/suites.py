@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fagen.bench import random_rows
-from fagen.bench.rows import Row, of_problem
+from fagen.bench.rows import Row, of_problem, row_of_op
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -20,6 +20,7 @@ SUITES = {
     "random": "60 problems drawn by --seed, that nobody tuned",
     "small": "a small suite, for a CPU",
 }
+_CROSS = "cross-512x8192"
 _MASKS = {"full": "none", "causal": "causal"}  # of a row's name: of a problem
 _GRID = {(64, 64): 32, (96, 96): 21, (128, 128): 16, (192, 128): 10, (256, 256): 8}  # head dims: heads
 _LENGTHS = (512, 2048, 8192)
@@ -57,7 +58,15 @@ PREFIX = 4096
 _SHAPE: dict[str, Any] = {"heads": 16, "head_dim": 128}  # of the mask rows
 
 
-def suite(name: str, target: Target, seed: int = 0) -> list[Row]:
+def suite(name: str, target: Target, seed: int = 0, op: str = "forward", *, same_bits: bool = False) -> list[Row]:
+    """The rows of a suite for an op. Nobody trains by the cross-attention of `peers`, which backward leaves out."""
+    found = _suite(name, target, seed)
+    if op == "backward":
+        found = [row for row in found if row.series != _CROSS]
+    return [row_of_op(row, op, same_bits=same_bits) for row in found]
+
+
+def _suite(name: str, target: Target, seed: int) -> list[Row]:
     if name == "small":
         return _small(target)
     if name == "random":
@@ -79,7 +88,7 @@ def _peers() -> list[Row]:
     ]
     rows += [_layer(name, length, batch, h, kv, (d, d)) for name, length, batch, h, kv, d in _LAYERS]
     cross = Problem(head_dim=128, heads=32, kv_heads=8, seqlen_q=512, seqlen_k=8192)
-    return [*rows, Row("cross-512x8192 full h32/8 d128", cross, "cross-512x8192")]
+    return [*rows, Row(f"{_CROSS} full h32/8 d128", cross, _CROSS)]
 
 
 def _grid_row(dims: tuple[int, int], heads: int, mask: str, length: int) -> Row:

@@ -14,7 +14,22 @@ import pytest
 import torch
 
 from fagen import families, target
-from fagen.bench import compare, flash, flex, peers, plot, prebuild, random_rows, report, rows, run, suites
+from fagen.bench import (
+    compare,
+    flash,
+    flash_arguments,
+    flex,
+    peers,
+    plot,
+    prebuild,
+    random_rows,
+    report,
+    rows,
+    run,
+    sdpa,
+    suites,
+)  # fmt: skip
+from fagen.bench.flash_arguments import of_schema
 from fagen.bench.peers import OURS, Cannot, Loaded, Peer
 from fagen.build import toolchain
 from fagen.cli import main
@@ -310,20 +325,20 @@ OLD = schema(
 
 def test_arguments_of_flash_attention_3_are_filled_by_name():
     row = suites.window_row("window", 40, 7)
-    wanted = flash._settings(row, -1)
-    given = flash.fill(NEW, wanted)
+    wanted = flash_arguments.settings(row, -1)
+    given = flash_arguments.fill(of_schema(NEW), wanted)
     assert given.pop("softmax_scale") == pytest.approx(128**-0.5)
     assert given == {
         "is_causal": False, "window_size_left": 7, "window_size_right": 0, "softcap": 0.0,
         "num_splits": 1,
     }  # fmt: skip
-    given = flash.fill(OLD, flash._settings(rows.of_problem(Problem(mask="causal")), -1))
+    given = flash_arguments.fill(of_schema(OLD), flash_arguments.settings(rows.of_problem(Problem(mask="causal")), -1))
     assert given["causal"] is True
     assert (given["window_size_left"], given["window_size_right"], given["window_chunk"]) == (-1, -1, -1)
     assert (given["k_new"], given["sink_token_length"], given["is_rotary_interleaved"]) == (None, 0, False)
     assert given["scale_v"] == 0.0
     with pytest.raises(Cannot, match="softcap"):
-        flash.fill(OLD, flash._settings(rows.of_problem(Problem(softcap=True)), -1))
+        flash_arguments.fill(of_schema(OLD), flash_arguments.settings(rows.of_problem(Problem(softcap=True)), -1))
 
 
 class FakeOp:
@@ -468,7 +483,7 @@ def test_flashinfer_is_found_by_import(monkeypatch):
 )
 def test_sdpa_says_what_it_cannot(problem):
     with pytest.raises(Cannot):
-        peers.load_sdpa({}).prepare(rows.of_problem(problem), {})
+        sdpa.sdpa({}).prepare(rows.of_problem(problem), {})
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------

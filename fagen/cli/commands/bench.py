@@ -11,23 +11,26 @@ from fagen.bench import output
 from fagen.cli import arguments, results
 from fagen.errors import INTERRUPTED, UsageError
 from fagen.notices import emit_json, say
+from fagen.ops.attention.parse import choices
 from fagen.target import Target
 
 if TYPE_CHECKING:
     from fagen.bench.rows import Row
+    from fagen.ops.attention.problem import Problem
 
 _EXAMPLES = """examples:
   fagen bench                                      the suite `peers` against what is installed; on a CPU a small suite
   fagen bench --suite peers,masks --peers cudnn,fa3,fa4 --fa3 lib/_C.so --fa4 lib/fa4 --out bench.json --plot bench.svg
   fagen bench --head-dim 128 --mask causal --seqlen 4k,16k --heads 32 --kv-heads 8 --peers none
   fagen bench --suite peers --filter 'd64 causal' --markdown bench.md
+  fagen bench --suite peers --op backward          the gradients alone; with --deterministic, the same bits each time
   fagen bench --suite random --seed 7              60 problems that nobody tuned
   fagen bench --out new.json --compare old.json    exit code 1 where a row fell by more than the noise
 """
 
 
 def add(subparsers: argparse._SubParsersAction) -> None:
-    about = "Verify and time fagen.attention against other libraries, interleaved, in one run."
+    about = "Verify and time fagen.attention, or its gradients, against other libraries, interleaved, in one run."
     parser = arguments.add_verb(subparsers, "bench", about, _EXAMPLES)
     what = parser.add_argument_group("rows")
     what.add_argument(
@@ -53,17 +56,15 @@ def add(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fagen import families
     from fagen.bench import compare, peers
 
     target = results.present(args.target)
     chosen = rows_from(args, target)
-    if args.family:
-        families.get(args.family)
+    _require_op(args, chosen[0].op)
     names = peers.chosen(args.peers, "cuda" if target.is_gpu else "cpu")
     old = compare.read(args.compare) if args.compare else None
     if old:
-        compare.require_same(old, target.device)
+        compare.require_same(old, target.device, chosen[0].op)
     results.require(args)
     result: dict[str, Any] = {}
     try:
@@ -77,18 +78,31 @@ def run(args: argparse.Namespace) -> int:
     return _report(args, result, old)
 
 
+def _require_op(args: argparse.Namespace, op: str) -> None:
+    """That the other flags go with the op of the rows."""
+    from fagen import families
+
+    if args.family and (its := families.get(args.family).op) != op:
+        raise UsageError(f"family {args.family} computes {its}, the rows are of {op}", remedy=f"add --op {its}")
+    if args.host and op != "forward":
+        raise UsageError("--host times calls of forward", f"the rows are of {op}")
+
+
 def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
-    """The suites' rows, then the problems of flags and files; what the filter leaves of them."""
+    """The suites' rows, then the problems of flags and files, all of one op; what the filter leaves of them."""
     from fagen.bench import rows, suites
 
-    problems = arguments.problems_from(args, target)
+    problems = _problems(args, target)
+    op = _op(args, problems)
+    same_bits = bool(args.deterministic)
+    problems = [rows.as_op(problem, op, same_bits=same_bits) for problem in problems]
     arguments.require_memory(problems, target, int((args.target or "").partition(":")[2] or 0))
     words = args.suite.split(",") if args.suite else [] if problems else [suites.default(target)]
     found: list[Row] = []
     for word in words:
         if word not in suites.SUITES:
             raise UsageError(f"suite {word!r} is unknown", f"known: {', '.join(suites.SUITES)}")
-        found += suites.suite(word, target, args.seed)
+        found += suites.suite(word, target, args.seed, op, same_bits=same_bits)
     found += [rows.of_problem(problem) for problem in problems]
     try:
         wanted = re.compile(args.filter or "")
@@ -100,6 +114,23 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
     return found
 
 
+def _problems(args: argparse.Namespace, target: Target) -> list[Problem]:
+    """Those of flags and files. --op and --deterministic alone describe none: they are of suites and files, too."""
+    both = {"op": None, "deterministic": None}
+    alone = all(getattr(args, name) is None for name in arguments.SETTINGS if name not in both)
+    return arguments.problems_from(argparse.Namespace(**{**vars(args), **both}) if alone else args, target)
+
+
+def _op(args: argparse.Namespace, problems: list[Problem]) -> str:
+    """The one op that is measured: that of --op, else that of the problems."""
+    asked = choices("op", args.op, arguments.OPS) if args.op else sorted({p.op for p in problems}) or ["forward"]
+    if len(asked) != 1:
+        raise UsageError(f"a run measures one op, not {' and '.join(asked)}", remedy="give --op one of them")
+    if args.deterministic and asked == ["forward"]:
+        raise UsageError("--deterministic needs op backward", "forward always gives the same bits")
+    return asked[0]
+
+
 def _measure(
     args: argparse.Namespace, target: Target, chosen: list[Row], names: list[str], result: dict[str, Any]
 ) -> None:
@@ -109,10 +140,11 @@ def _measure(
     from fagen.timing import load
 
     paths = {name: getattr(args, name) for name in ("fa3", "fa4") if getattr(args, name)}
-    here, absent = peers.load(names, "cuda" if target.is_gpu else "cpu", paths)
+    op = chosen[0].op
+    here, absent = peers.load(names, "cuda" if target.is_gpu else "cpu", paths, op)
     settings = run.Settings(args.rounds, args.min_time, args.seed)
     result |= {
-        "format": run.FORMAT, "command": results.command(), "date": now(), "device": target.device,
+        "format": run.FORMAT, "op": op, "command": results.command(), "date": now(), "device": target.device,
         "arch": target.arch, "environment": environment(target), "settings": vars(settings), "complete": False,
         "peers": {
             name: {"version": here[name].version if name in here else "", "absent": absent.get(name, "")}
@@ -122,7 +154,7 @@ def _measure(
         "family": args.family,
         "summary": run.summary([]),
     }  # fmt: skip
-    say(f"{target}: {len(chosen)} rows, {', '.join([peers.OURS, *here])}")
+    say(f"{target}: {len(chosen)} rows of {op}, {', '.join([peers.OURS, *here])}")
     if busy := load.note(target):
         say(f"note     {busy}")
     for text in report.absent(result["peers"]):
@@ -155,9 +187,9 @@ def _measure(
 
 def _with_sdpa(prepares: dict[str, Any]) -> dict[str, Any]:
     """What users without any library call."""
-    from fagen.bench import peers
+    from fagen.bench import sdpa
 
-    return prepares | {"sdpa": peers.load_sdpa({}).prepare}
+    return prepares | {"sdpa": sdpa.sdpa({}).prepare}
 
 
 def _report(args: argparse.Namespace, result: dict[str, Any], old: dict[str, Any] | None) -> int:
