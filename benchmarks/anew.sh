@@ -38,7 +38,9 @@ case $piece in
       --out benchmarks/${CARD}_peers.json --markdown "$out/peers.md"
     part masks "$python" -m fagen bench --suite masks --peers fa3,flex "${peers[@]}" --min-time 0.3 \
       --out benchmarks/${CARD}_masks.json --markdown "$out/masks.md"
-    cp benchmarks/${CARD}_peers.json benchmarks/${CARD}_masks.json "$out/"
+    part backward "$python" -m fagen bench --suite peers --op backward --peers cudnn,fa3 "${peers[@]}" --min-time 0.35 \
+      --out benchmarks/${CARD}_backward.json --markdown "$out/backward.md"
+    for part in peers masks backward; do cp benchmarks/${CARD}_$part.json "$out/"; done
     cut -c 1-200 "$out/peers.md" "$out/masks.md" ;;
   *) echo "unknown piece $piece" >&2; exit 2 ;;
 esac
