@@ -23,8 +23,8 @@ def main(folder: Path) -> None:
 
     registry = folder / "fagen" / "families" / "__init__.py"
     text = registry.read_text()
-    changed = text.replace("import cpu_forward,", "import cpu_forward, plain_forward,").replace(
-        "return (", "return (plain_forward.FAMILY, ", 1
+    changed = text.replace("import cpu_backward,", "import cpu_backward, plain_forward,").replace(
+        "forward = (", "forward = (plain_forward.FAMILY, ", 1
     )
     assert changed.count("plain_forward") == 2, "the registry has changed: see all_families"
     registry.write_text(changed)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fagen import families
+from fagen import families, ops
 from fagen.db.record import Record, now, slug
 from fagen.errors import FagenError, UsageError
 from fagen.families import Config
@@ -97,7 +97,7 @@ def _run(path: Path) -> list[tuple[tuple[str, str], Times]]:
     try:
         meta = json.loads((path / journal.META).read_text())
         target = Target.from_dict(meta["target"])
-        problems = [Problem.from_dict(fields) for fields in meta["problems"]]
+        problems = [ops.problem_from(fields) for fields in meta["problems"]]
     except (OSError, ValueError, KeyError, TypeError, FagenError) as error:
         raise UsageError(f"{path} is no run of fagen tune", str(error).splitlines()[0]) from error
     found = {problem.key: Times(problem, {}) for problem in problems}
@@ -124,7 +124,7 @@ def _between(path: Path) -> list[tuple[tuple[str, str], Times]]:
         data = json.loads(path.read_text())
         target = Target.from_dict(data["target"])
         for row in data["rows"]:
-            problem, family = Problem.from_dict(row["fields"]), families.get(row["family"])
+            problem, family = ops.problem_from(row["fields"]), families.get(row["family"])
             times = Times(problem, {})
             for label, values in row["configs"].items():
                 seconds = row["seconds"].get(label)

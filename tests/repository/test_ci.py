@@ -63,7 +63,7 @@ def test_what_the_hooks_run_is_a_part_of_make_check():
 
 def test_quick_is_a_part_of_test():
     (quick,) = (line for line in recipe("quick") if "-m pytest" in line)
-    assert "-m 'not slow and not gpu'" in quick
+    assert "-m 'not slow and not gpu and not thorough'" in quick
     (without,) = (line for line in recipe("test", "GPU=") if "-m pytest" in line)
     assert "slow" not in without and "tests/gpu" not in without
 

@@ -355,7 +355,7 @@ def test_dry_run_runs_nothing(fake, capsys):
         (["--trials", "0"], 2, "no positive number"),
         (["--dtype", "fp64"], 2, "fp64"),
         (["--target", "sm_90"], 4, "sm_90"),
-        (["--family", "cpu_backward"], 2, "unknown family 'cpu_backward'"),
+        (["--family", "cpu_sideways"], 2, "unknown family 'cpu_sideways'"),
         (["--family", "sm80_forward"], 1, "sm80_forward: needs a GPU"),
         (["--resume", "/nowhere"], 2, "no run of fagen tune"),
         (["--storage", "nonsense"], 2, "no URL of a database"),
