@@ -14,6 +14,7 @@ from fagen.errors import BuildError, InvalidConfig
 from fagen.families import sm90_forward
 from fagen.ops.attention.problem import Problem
 from fagen.tuner.evaluate import SPILL_TOLERANCE
+from tests.support.thorough import sample
 
 FAMILY, HOPPER = sm90_forward.FAMILY, target.known("sm_90")
 BASE = FAMILY.config(
@@ -33,7 +34,7 @@ PROBLEMS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.static_key.replace("/", "-"))
+@pytest.mark.parametrize("problem", sample(PROBLEMS, every=3), ids=lambda p: p.static_key.replace("/", "-"))
 def test_defaults_compile_cleanly(problem: Problem) -> None:
     facts = cache.build(KernelSpec(FAMILY, problem, HOPPER, FAMILY.default(problem, HOPPER))).facts
     assert facts["spill_bytes"] == 0 and "serialized" not in facts, facts
@@ -90,33 +91,48 @@ def test_every_legal_problem_has_a_legal_default() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem", "changes"),
-    [
-        (
-            Problem(head_dim=128, mask="causal"),
-            {"tile_n": 128, "schedule": "dynamic", "block_order": "sectioned", "ping_pong": True},
-        ),
-        (Problem(head_dim=128), {"tile_n": 176, "schedule": "single", "ping_pong": True}),
-        (
-            Problem(head_dim=64, mask="causal"),
-            {"tile_n": 128, "q_stages": 2, "schedule": "dynamic", "block_order": "longest_first"},
-        ),
-        (Problem(head_dim=64, mask="causal"), {"tile_m": 64, "blocks_per_sm": 3, "block_order": "longest_first"}),
-        (Problem(head_dim=64, mask="causal"), {"tile_m": 192, "tile_n": 96, "block_order": "sectioned"}),
-        (Problem(head_dim=256), {"overlap": False, "schedule": "dynamic", "block_order": "sectioned"}),
-        (Problem(head_dim=128), {"tile_n": 176, "ping_pong": True, "cluster": 2}),
-        (Problem(head_dim=256), {"tile_n": 80, "ping_pong": True, "cluster": 2}),
-        (
-            Problem(head_dim=128, mask="causal"),
-            {"tile_n": 128, "schedule": "dynamic", "block_order": "sectioned", "ping_pong": True, "pack_heads": True},
-        ),
-        (Problem(head_dim=128), {"tile_n": 176, "ping_pong": True, "cluster": 2, "pack_heads": True}),
-        (Problem(head_dim=64), {"tile_m": 192, "tile_n": 160, "ping_pong": True, "shared_weights": True}),
-        (
-            Problem(head_dim=128, mask="causal"),
-            {"tile_m": 192, "tile_n": 128, "schedule": "dynamic", "block_order": "sectioned", "shared_weights": True},
-        ),
-        (Problem(head_dim=256), {"tile_n": 96, "stages": 1, "ping_pong": True, "shared_weights": True}),
-    ],
+    sample(
+        [
+            (
+                Problem(head_dim=128, mask="causal"),
+                {"tile_n": 128, "schedule": "dynamic", "block_order": "sectioned", "ping_pong": True},
+            ),
+            (Problem(head_dim=128), {"tile_n": 176, "schedule": "single", "ping_pong": True}),
+            (
+                Problem(head_dim=64, mask="causal"),
+                {"tile_n": 128, "q_stages": 2, "schedule": "dynamic", "block_order": "longest_first"},
+            ),
+            (Problem(head_dim=64, mask="causal"), {"tile_m": 64, "blocks_per_sm": 3, "block_order": "longest_first"}),
+            (Problem(head_dim=64, mask="causal"), {"tile_m": 192, "tile_n": 96, "block_order": "sectioned"}),
+            (Problem(head_dim=256), {"overlap": False, "schedule": "dynamic", "block_order": "sectioned"}),
+            (Problem(head_dim=128), {"tile_n": 176, "ping_pong": True, "cluster": 2}),
+            (Problem(head_dim=256), {"tile_n": 80, "ping_pong": True, "cluster": 2}),
+            (
+                Problem(head_dim=128, mask="causal"),
+                {
+                    "tile_n": 128,
+                    "schedule": "dynamic",
+                    "block_order": "sectioned",
+                    "ping_pong": True,
+                    "pack_heads": True,
+                },
+            ),
+            (Problem(head_dim=128), {"tile_n": 176, "ping_pong": True, "cluster": 2, "pack_heads": True}),
+            (Problem(head_dim=64), {"tile_m": 192, "tile_n": 160, "ping_pong": True, "shared_weights": True}),
+            (
+                Problem(head_dim=128, mask="causal"),
+                {
+                    "tile_m": 192,
+                    "tile_n": 128,
+                    "schedule": "dynamic",
+                    "block_order": "sectioned",
+                    "shared_weights": True,
+                },
+            ),
+            (Problem(head_dim=256), {"tile_n": 96, "stages": 1, "ping_pong": True, "shared_weights": True}),
+        ],
+        every=3,
+    ),
 )
 def test_other_knobs_compile_cleanly(problem: Problem, changes: dict[str, object]) -> None:
     config = FAMILY.require(problem, HOPPER, BASE.replace(**changes))  # type: ignore[arg-type]
@@ -133,7 +149,7 @@ SHARES += [(_INTERVALS, 128, 1), (_INTERVALS, 192, 1)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("problem", "tile_m", "blocks"), SHARES)
+@pytest.mark.parametrize(("problem", "tile_m", "blocks"), sample(SHARES, every=2))
 def test_python_and_cuda_agree_about_registers(problem: Problem, tile_m: int, blocks: int) -> None:
     """That it compiles says so. And what ptxas gives the block is enough for all roles, or they would wait for ever."""
     config = FAMILY.require(problem, HOPPER, BASE.replace(tile_m=tile_m, blocks_per_sm=blocks, tile_n=32))
