@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -11,10 +10,6 @@ from fagen import api
 from fagen.compat.flash_attn import window_bounds
 from fagen.errors import InvalidArgument, UnsupportedProblem
 from fagen.ops.attention import arguments, masks
-
-_MOST_KEPT = 16  # intervals of the lengths that were met last: all layers of a model share theirs
-
-_kept: dict[tuple[Any, ...], tuple[tuple[Any, ...], torch.Tensor]] = {}
 
 
 def flash_attn_varlen_func(
@@ -39,7 +34,8 @@ def flash_attn_varlen_func(
 
     Sequence i has rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of q, and keys likewise; lengths of zero are fine. Pass
     one tensor as both where they are the same: then fewer bounds are read, and ALiBi is served. The largest lengths are
-    not needed. With `return_attn_probs`: (out, softmax_lse, None), the LSE (heads, total length of q).
+    not needed. The bounds are made at every call; make them once by `fagen.masks.from_cu_seqlens` for many calls of
+    `fagen.attention`. With `return_attn_probs`: (out, softmax_lse, None), the LSE (heads, total length of q).
     """
     if dropout_p != 0 and arguments.probability("dropout_p", dropout_p) > 0:
         raise UnsupportedProblem("dropout is not supported", f"dropout_p={dropout_p}", "pass dropout_p=0.0")
@@ -85,24 +81,6 @@ def _check_lengths(name: str, cu_seqlens: Any, device: torch.device) -> None:
 
 
 def _intervals(
-    of_q: torch.Tensor, of_k: torch.Tensor, rows: int, keys: int, same: bool, causal: bool,
-    bounds: tuple[int | None, int | None],
-) -> torch.Tensor:  # fmt: skip
-    """The bounds of every key. Kept while the lengths live and nobody writes into them."""
-    if torch.compiler.is_compiling():
-        return _made(of_q, of_k, rows, keys, same, causal, bounds)
-    key = (id(of_q), of_q._version, id(of_k), of_k._version, rows, keys, same, causal, bounds)
-    kept = _kept.get(key)
-    if kept is not None and kept[0][0]() is of_q and kept[0][1]() is of_k:
-        return kept[1]
-    made = _made(of_q, of_k, rows, keys, same, causal, bounds)
-    while len(_kept) >= _MOST_KEPT:
-        _kept.pop(next(iter(_kept)), None)
-    _kept[key] = (weakref.ref(of_q), weakref.ref(of_k)), made
-    return made
-
-
-def _made(
     of_q: torch.Tensor, of_k: torch.Tensor, rows: int, keys: int, same: bool, causal: bool,
     bounds: tuple[int | None, int | None],
 ) -> torch.Tensor:  # fmt: skip
