@@ -48,6 +48,20 @@ check(Case("own_dq", mask="intervals", intervals="both4", sizes=((99, 70),)))
 check(Case("base", mask="none", aligned=False, head_dim=50, sizes=((70, 99),)))
 print("all right")
 """
+SM90_BACKWARD = """
+from tests.families.test_emulated_sm90_backward import Case, ONE_STAGE
+from tests.gpu.test_sm90_backward import check
+for name in ("base", "held_v", "red", "three_groups", "first_owner", "shared", "shared_red", "sectioned"):
+    check(Case(name), 150, 199)
+check(Case("base", mask="intervals", intervals="both4"), 199, 150)
+check(Case("base", deterministic=True), 150, 199)
+check(Case("shared_red", head_dim=256, changes=(("tile_n", 80), *ONE_STAGE)), 70, 99)
+print("all right")
+"""
+IDS = {
+    MMA_SYNC: "sm80", BACKWARD: "sm80-backward", WGMMA: "sm90", INTERVALS: "sm90-intervals",
+    SM90_BACKWARD: "sm90-backward",
+}  # fmt: skip
 
 
 def _hopper() -> bool:
@@ -62,18 +76,20 @@ def _hopper() -> bool:
         ("racecheck", MMA_SYNC),
         ("memcheck", BACKWARD),
         ("racecheck", BACKWARD),
+        ("memcheck", SM90_BACKWARD),
+        ("racecheck", SM90_BACKWARD),
         ("memcheck", WGMMA),
         ("racecheck", WGMMA),
         ("memcheck", INTERVALS),
         ("racecheck", INTERVALS),
     ],
-    ids=lambda x: {MMA_SYNC: "sm80", BACKWARD: "sm80-backward", WGMMA: "sm90", INTERVALS: "sm90-intervals"}.get(x, x),
+    ids=lambda x: IDS.get(x, x),
 )
 def test_sanitizer(check: str, kernels: str) -> None:
     if kernels not in (MMA_SYNC, BACKWARD) and not _hopper():
         pytest.skip("needs Hopper")
     # With intervals all kernels: racecheck fails of itself where of two that overlap it follows the second only.
-    ours = "fagen" if kernels is BACKWARD else "forward_kernel"
+    ours = "fagen" if kernels in (BACKWARD, SM90_BACKWARD) else "forward_kernel"
     only = "" if kernels is INTERVALS else f"--kernel-regex kns={ours}"
     options = f"--tool {check} --error-exitcode 9 {only}"
     command = [TOOL, *options.split(), sys.executable, "-c", kernels]

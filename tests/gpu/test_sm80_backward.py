@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from fagen.ops.attention import gradients
 from fagen.runtime import kernel
 from fagen.runtime.kernel import Library
 from tests.support.backward import FAMILY, SCHEMES, Case, launch, make_call, run
-from tests.support.cases import present
+from tests.support.cases import build_specs, present
 
 # below, at and above the edges of 16, 32, 64, 96 and 128; q longer than k, k longer than q, one row, one key
 EDGES = ((1, 1), (1, 77), (15, 17), (64, 64), (63, 97), (129, 127), (257, 255), (129, 333), (333, 129))
@@ -87,25 +85,20 @@ DEFAULT_CASES = [
 ]  # fmt: skip
 
 
+def _spec(case: Case, default: bool = False) -> KernelSpec:
+    problem, where = case.problem, present()
+    return KernelSpec(FAMILY, problem, where, FAMILY.default(problem, where) if default else case.config)
+
+
 @functools.cache
 def _library(case: Case, default: bool = False) -> Library:
-    problem, where = case.problem, present()
-    config = FAMILY.default(problem, where) if default else case.config
-    return kernel.get(KernelSpec(FAMILY, problem, where, config)).library
+    return kernel.get(_spec(case, default)).library
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    """Compile on all cores; a failure shows in the test that needs the kernel."""
-
-    def one(job: tuple[Case, bool]) -> None:
-        try:
-            _library(*job)
-        except Exception:  # noqa: BLE001 - told again, in full, by the test itself
-            return
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(one, [*((case, False) for case in ALL), *((case, True) for case in DEFAULT_CASES)]))
+    jobs = [*((case, False) for case in ALL), *((case, True) for case in DEFAULT_CASES)]
+    build_specs(_spec(*job) for job in jobs)
 
 
 def check(case: Case, default: bool = False, **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from fagen.codegen.spec import KernelSpec
 from fagen.families import Config
 from fagen.ops.attention import gradients
 from fagen.runtime import kernel
+from fagen.target import known
 from tests.families.test_emulated_sm90_backward import (
     CASES,
     DETERMINISTIC,
@@ -20,11 +22,31 @@ from tests.families.test_emulated_sm90_backward import (
     make_call,
     poisoned,
 )  # fmt: skip
-from tests.support.cases import present
+from tests.support.cases import build_specs, present
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU (sm_90)"
 )
+
+
+MANY_BLOCKS = [
+    case
+    for scheme in SCHEMES
+    for mask in ("none", "causal")
+    if not FAMILY.rejects((case := Case(scheme, mask=mask, heads=16, kv_heads=4)).problem, known("sm_90"), case.config)
+]
+HEAD_DIMS = [(d, dv) for d in range(16, 257, 16) for dv in sorted({d, 64, 128})]
+
+
+def _default(sizes: tuple[int, int]) -> Case:
+    case = Case("base", head_dim=sizes[0], head_dim_v=sizes[1])
+    return replace(case, changes=tuple(FAMILY.default(case.problem, known("sm_90")).items()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built() -> None:
+    cases = [*CASES, *MANY_BLOCKS, *map(_default, HEAD_DIMS), *DETERMINISTIC]
+    build_specs(KernelSpec(FAMILY, case.problem, present(), case.config) for case in cases)
 
 
 def check(case: Case, rows: int, keys: int, *, seed: int = 0, batch: int = 2, **more: Any) -> dict[str, torch.Tensor]:
@@ -52,21 +74,14 @@ def test_right_at_the_edges_of_tiles(case: Case) -> None:
         check(case, rows, keys, seed=seed, layout=("bshd", "bhsd")[seed % 2], dlse=seed % 3 == 1)
 
 
-@pytest.mark.parametrize("mask", ["none", "causal"])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_many_blocks(scheme: str, mask: str) -> None:
-    case = Case(scheme, mask=mask, heads=16, kv_heads=4)
-    if FAMILY.rejects(case.problem, present(), case.config):
-        pytest.skip("no config of this mask")
+@pytest.mark.parametrize("case", MANY_BLOCKS, ids=str)
+def test_many_blocks(case: Case) -> None:
     check(case, 1100, 1300, batch=4)
 
 
-@pytest.mark.parametrize("head_dim", range(16, 257, 16))
-def test_defaults_of_all_head_dims(head_dim: int) -> None:
-    for head_dim_v in {head_dim, 64, 128}:
-        case = Case("base", head_dim=head_dim, head_dim_v=head_dim_v)
-        config = FAMILY.default(case.problem, present())
-        check(Case("base", head_dim=head_dim, head_dim_v=head_dim_v, changes=tuple(config.items())), 300, 400)
+@pytest.mark.parametrize("sizes", HEAD_DIMS, ids=str)
+def test_defaults_of_all_head_dims(sizes: tuple[int, int]) -> None:
+    check(_default(sizes), 300, 400)
 
 
 @pytest.mark.parametrize("case", DETERMINISTIC, ids=str)

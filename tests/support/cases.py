@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -202,11 +202,15 @@ def kernel_of(case: Case) -> Kernel:
 
 def build_all(cases: list[Case]) -> None:
     """Compile on all cores; a failure shows in the test that needs the kernel."""
-    distinct = {(case.problem.static_key, case.config): case for case in cases}
+    build_specs(KernelSpec(case.family, case.problem, present(), case.config) for case in cases)
 
-    def one(case: Case) -> None:
+
+def build_specs(specs: Iterable[KernelSpec]) -> None:
+    distinct = {(spec.family.name, spec.problem.static_key, spec.config): spec for spec in specs}
+
+    def one(spec: KernelSpec) -> None:
         try:
-            kernel_of(case)
+            kernel.get(spec)
         except Exception:  # noqa: BLE001 - told again, in full, by the test itself
             return
 
