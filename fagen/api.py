@@ -12,7 +12,7 @@ from fagen.ops.attention import arguments, derivatives, fallback
 from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import Window
 from fagen.ops.attention.call import AXES, AttentionCall
-from fagen.runtime import binding
+from fagen.runtime import binding, dropout_ops
 
 _fast: Callable[..., Any] | None = None  # the C++ road, once it is loaded
 _fast_sdpa: Callable[..., Any] | None = None
@@ -23,7 +23,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = ..., causal: bool = ..., window: Window = ...,
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
-    out: torch.Tensor | None = ..., deterministic: bool = ...,
+    out: torch.Tensor | None = ..., deterministic: bool = ..., dropout_p: float = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = ..., causal: bool = ..., window: Window = ...,
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: Literal[True],
-    out: torch.Tensor | None = ..., deterministic: bool = ...,
+    out: torch.Tensor | None = ..., deterministic: bool = ..., dropout_p: float = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = ..., causal: bool = ..., window: Window = ...,
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: bool,
-    out: torch.Tensor | None = ..., deterministic: bool = ...,
+    out: torch.Tensor | None = ..., deterministic: bool = ..., dropout_p: float = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
@@ -61,6 +61,7 @@ def attention(
     return_lse: bool = False,
     out: torch.Tensor | None = None,
     deterministic: bool = False,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale * q k^T) v, by the fastest kernel known for the problem.
 
@@ -79,6 +80,9 @@ def attention(
     out           where to put the result; it may share memory with no input
     deterministic gradients of the same bits in every run, as after `torch.use_deterministic_algorithms(True)`; the
                   forward kernels are so in any case
+    dropout_p     the probability that a weight is dropped, rounded to 1/256; those kept are scaled up, so that the
+                  expectation is the same. PyTorch's generator of the device decides which: the same seed drops the same
+                  weights, whatever kernel serves
 
     Gradients of q, k and v are ours where a backward kernel serves them; all other derivatives are PyTorch's. A row
     that sees no key gives 0, and -inf in lse (or its sink).
@@ -86,9 +90,9 @@ def attention(
     if sinks is not None:
         return _with_sinks(
             sinks, q, k, v, layout, return_lse, out, causal=causal, window=window, intervals=intervals,
-            softcap=softcap, alibi_slopes=alibi_slopes, scale=scale, deterministic=deterministic,
+            softcap=softcap, alibi_slopes=alibi_slopes, scale=scale, deterministic=deterministic, dropout_p=dropout_p,
         )  # fmt: skip
-    if not torch.compiler.is_compiling() and _fast is not None:
+    if not dropout_p and not torch.compiler.is_compiling() and _fast is not None:
         answer = _fast(
             q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out, deterministic
         )
@@ -98,6 +102,7 @@ def attention(
         AttentionCall.of(
             q, k, v, layout=layout, causal=causal, window=window, intervals=intervals, softcap=softcap,
             alibi_slopes=alibi_slopes, scale=scale, return_lse=return_lse, out=out, deterministic=deterministic,
+            dropout_p=dropout_p,
         )
     )  # fmt: skip
 
@@ -127,6 +132,8 @@ def _attention(call: AttentionCall) -> torch.Tensor | tuple[torch.Tensor, torch.
     reason = call.op_refusal
     if reason:
         fallback.warn(reason)
+    if call.dropout:
+        return _dropping(call, reason)
     if torch.compiler.is_compiling():
         ready = _ops_registered()
     else:
@@ -140,6 +147,17 @@ def _attention(call: AttentionCall) -> torch.Tensor | tuple[torch.Tensor, torch.
     if call.want_lse:
         return torch.ops.fagen.forward_lse(*args)
     return torch.ops.fagen.forward(*args)
+
+
+def _dropping(call: AttentionCall, reason: str) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """With dropout. Seed and offset are drawn here, where a tracer sees that; transforms of torch.func see no op."""
+    tracing = torch.compiler.is_compiling()
+    if not tracing and _has_memory(call):
+        call.refuse_overlap()
+    transformed = not tracing and torch._C._functorch.peek_interpreter_stack() is not None
+    value, lse = fallback.attend(call) if reason or transformed else dropout_ops.attend(call.with_rng())
+    value = value if call.out is None else call.out.copy_(value)
+    return (value, lse) if call.want_lse else value
 
 
 def _ops_ready() -> bool:

@@ -33,6 +33,7 @@ SETTINGS = {
     "interval_kind": f"bounds a key column carries: {', '.join(INTERVAL_KINDS)} (default: lower1)",
     "softcap": "with a cap on the scores",
     "alibi": "with ALiBi slopes",
+    "dropout": "with weights dropped at random",
     "unaligned": "of tensors whose rows do not start at multiples of 16 bytes",
     "deterministic": "with op backward: the same bits each time",
     "seqlen": "length of queries and keys: 1k,4k (default: 1k)",
@@ -42,7 +43,7 @@ SETTINGS = {
     "heads": "heads of q (default: 16)",
     "kv_heads": "heads of k and v (default: as many as of q)",
 }
-_SWITCHES = ("softcap", "alibi", "unaligned", "deterministic")
+_SWITCHES = ("softcap", "alibi", "dropout", "unaligned", "deterministic")
 OPS = ("forward", "backward")  # whose problems these settings spell
 _USABLE = 0.9  # of a device's memory: what runs there besides, and what verifying takes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fagen import api
-from fagen.errors import InvalidArgument, UnsupportedProblem
+from fagen.errors import InvalidArgument
 from fagen.ops.attention import arguments
 
 
@@ -27,12 +27,10 @@ def flash_attn_func(
     With `return_attn_probs`: (out, softmax_lse, None). Forward kernels are deterministic whatever is asked; a
     gradient is if `deterministic`.
     """
-    if dropout_p != 0 and arguments.probability("dropout_p", dropout_p) > 0:
-        raise UnsupportedProblem("dropout is not supported", f"dropout_p={dropout_p}", "pass dropout_p=0.0")
     want_probs = arguments.flag("return_attn_probs", return_attn_probs)
     result = api.attention(
         q, k, v, causal=causal, window=window_bounds(window_size), softcap=softcap, alibi_slopes=alibi_slopes,
-        scale=softmax_scale, return_lse=want_probs, deterministic=deterministic,
+        scale=softmax_scale, return_lse=want_probs, deterministic=deterministic, dropout_p=dropout_p,
     )  # fmt: skip
     if isinstance(result, torch.Tensor):
         return result

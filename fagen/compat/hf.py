@@ -14,7 +14,7 @@ def register() -> None:
     """Make `attn_implementation="fagen"` known to transformers: the attention and the masks that it is given.
 
     Causal, sliding, padded and packed masks, and any other whose keys are each seen by one run of rows, become
-    arguments of `fagen.attention`. A mask of another form, a bias and dropout are computed by PyTorch, with a warning.
+    arguments of `fagen.attention`. A mask of another form and a bias are computed by PyTorch, with a warning.
     """
     try:
         import transformers

@@ -74,14 +74,13 @@ def attend(
     assert isinstance(mask, ColumnMask)
     q, k, v = (t.transpose(1, 2) for t in (query, key[:, :, : mask.keys], value[:, :, : mask.keys]))
     out = api.attention(
-        q, k, v, **mask.options(q.device), softcap=scores.softcap, scale=scores.scale, sinks=scores.sinks
+        q, k, v, **mask.options(q.device), softcap=scores.softcap, scale=scores.scale, sinks=scores.sinks,
+        dropout_p=scores.dropout,
     )  # fmt: skip
     return out, None
 
 
 def _why_torch(mask: torch.Tensor | ColumnMask, scores: _Scores) -> str:
-    if scores.dropout > 0:
-        return "transformers asked for dropout"
     if scores.bias is not None:
         return "transformers gave a position bias"
     return "" if isinstance(mask, ColumnMask) else "transformers gave a dense mask"

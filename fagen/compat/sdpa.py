@@ -21,7 +21,7 @@ def sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What we have no kernel for (a mask tensor, dropout, gradients, other ranks, broadcast batches) PyTorch computes.
+    """What we have no kernel for (a mask tensor, gradients, other ranks, broadcast batches) PyTorch computes.
 
     Obeys autocast. The output lies in memory as the query does, as PyTorch's own.
     """
@@ -32,7 +32,7 @@ def sdpa(
     is_causal = arguments.flag("is_causal", is_causal)
     if dropout_p != 0:
         dropout_p = arguments.probability("dropout_p", dropout_p)
-    reason = _why_torch(query, key, value, attn_mask, dropout_p, enable_gqa)
+    reason = _why_torch(query, key, value, attn_mask, enable_gqa)
     if reason:
         fallback.warn(reason)
         return torch.nn.functional.scaled_dot_product_attention(
@@ -46,7 +46,7 @@ def sdpa(
             key, value = key[:, :, :rows], value[:, :, :rows]
         # the diagonal that starts top-left lies this far right of the one that ends bottom-right
         right, is_causal = max(0, rows - keys), False
-    if api._fast_sdpa is not None and not torch.compiler.is_compiling():
+    if not dropout_p and api._fast_sdpa is not None and not torch.compiler.is_compiling():
         answer: torch.Tensor | None = api._fast_sdpa(
             query, key, value, "bhsd", is_causal, (None, right), None, 0.0, None, scale, False, None, False
         )
@@ -54,7 +54,7 @@ def sdpa(
             return answer
     for name, t in named:
         arguments.dense(name, t)
-    return _in_order(query, key, value, causal=is_causal, window=(None, right), scale=scale)
+    return _in_order(query, key, value, causal=is_causal, window=(None, right), scale=scale, dropout_p=dropout_p)
 
 
 def _in_order(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
@@ -83,13 +83,10 @@ def _why_torch(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None,
-    dropout_p: float,
     enable_gqa: bool,
 ) -> str:
     if attn_mask is not None:
         return "sdpa was given a mask tensor (fagen.masks makes intervals, which kernels understand)"
-    if dropout_p > 0:
-        return "sdpa was asked for dropout"
     if query.is_nested or key.is_nested or value.is_nested:
         return "sdpa was given nested tensors"
     if not query.dim() == key.dim() == value.dim() == 4:

@@ -37,8 +37,6 @@ def flash_attn_varlen_func(
     not needed. The bounds are made at every call; make them once by `fagen.masks.from_cu_seqlens` for many calls of
     `fagen.attention`. With `return_attn_probs`: (out, softmax_lse, None), the LSE (heads, total length of q).
     """
-    if dropout_p != 0 and arguments.probability("dropout_p", dropout_p) > 0:
-        raise UnsupportedProblem("dropout is not supported", f"dropout_p={dropout_p}", "pass dropout_p=0.0")
     if block_table is not None:
         raise UnsupportedProblem("paged keys are not supported", "", "pass block_table=None and contiguous k, v")
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
@@ -64,7 +62,7 @@ def flash_attn_varlen_func(
     result = api.attention(
         q[None], k[None], v[None], causal=causal and same, window=bounds if same else (None, None),
         intervals=intervals, softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale, return_lse=want_probs,
-        deterministic=deterministic,
+        deterministic=deterministic, dropout_p=dropout_p,
     )  # fmt: skip
     if isinstance(result, torch.Tensor):
         return result[0]

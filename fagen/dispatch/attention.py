@@ -12,7 +12,7 @@ from fagen.dispatch.plan import TORCH, Answer
 from fagen.ops.attention import fallback
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.call import AttentionCall
-from fagen.runtime import python_ops
+from fagen.runtime import dropout_ops, python_ops
 
 if TYPE_CHECKING:
     from fagen.runtime.kernel import Kernel
@@ -69,3 +69,4 @@ def _on_device(q: torch.Tensor) -> Any:
 
 
 python_ops.answer_with(words_of, backward_words_of)
+dropout_ops.answer_with(kernel_of)

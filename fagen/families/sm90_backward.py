@@ -161,6 +161,8 @@ def _supports(p: Problem, t: Target) -> str | None:
         return f"serves fp16 and bf16, not {p.dtype}"
     if not p.aligned:
         return "the copy engine needs rows that start at multiples of 16 bytes"
+    if p.dropout:
+        return "drops no weights yet"
     return None
 
 

@@ -148,8 +148,9 @@ def _sharing_fits(p: Problem, t: Target, c: Config) -> str | None:
 
 
 def _packing_fits(p: Problem, t: Target, c: Config) -> str | None:
-    if c.pack_heads and (p.alibi or p.mask == "intervals"):
-        return f"{'alibi' if p.alibi else 'mask=intervals'} may differ from row to row of a tile with pack_heads"
+    if c.pack_heads and (p.alibi or p.dropout or p.mask == "intervals"):
+        what = "alibi" if p.alibi else "dropout" if p.dropout else "mask=intervals"
+        return f"{what} may differ from row to row of a tile with pack_heads"
     return None
 
 
@@ -267,8 +268,8 @@ def _default_reads(p: Problem, t: Target) -> tuple:
 
 
 def _default(p: Problem, t: Target) -> Config:
-    """The first guess with registers to spare where slopes take more than usual."""
-    spare = OTHER_REGISTERS + (16 if p.alibi else 0)
+    """The first guess with registers to spare where slopes or random numbers take more than usual."""
+    spare = OTHER_REGISTERS + (16 if p.alibi else 0) + (16 if p.dropout else 0)
     guesses = _guesses(p, t)
     roomy = (c for c in guesses if fragment_registers(p, c) + spare <= consumer_registers(c))
     return next(roomy, guesses[-1])

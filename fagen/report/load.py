@@ -134,8 +134,8 @@ def _of_key(key: str) -> Problem | None:
     return Problem(
         op=found["op"], dtype=found["dtype"], head_dim=int(found["d"]), head_dim_v=int(found["dv"] or 0),
         mask=found["mask"], intervals=found["kind"] if found["kind"] in INTERVAL_KINDS else "",
-        softcap="softcap" in words, alibi="alibi" in words, aligned="unaligned" not in words,
-        batch=int(found["b"]), heads=int(found["h"]), kv_heads=int(found["hk"]),
+        softcap="softcap" in words, alibi="alibi" in words, dropout="dropout" in words,
+        aligned="unaligned" not in words, batch=int(found["b"]), heads=int(found["h"]), kv_heads=int(found["hk"]),
         seqlen_q=int(found["q"]), seqlen_k=int(found["k"]),
         window_left=int(found["left"] or -1), window_right=int(found["right"] or -1),
     )  # fmt: skip

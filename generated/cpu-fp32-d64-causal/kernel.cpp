@@ -26,6 +26,7 @@ struct Config {
   static constexpr Mask kMask = Mask::causal;  // which cells are visible
   static constexpr bool kSoftcap = false;  // s -> softcap * tanh(s / softcap)
   static constexpr bool kAlibi = false;  // s -> s - slope * distance from the diagonal
+  static constexpr bool kDropout = false;  // weights are dropped at random
   static constexpr bool kAligned = true;  // rows are whole, aligned 16-byte pieces
   static constexpr int kIntervalColumns = 0;  // bounds a key carries
   static constexpr int kLTS = -1;  // column of LTS in intervals, -1: absent
@@ -212,6 +213,8 @@ typedef struct fagen_forward_params {
   int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
   float scale;                        // multiplies q.k before the softmax
   float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
+  float dropout;                      // probability that a weight is dropped; read by kernels with dropout
+  const uint64_t* rng;                // seed and offset of the random numbers, where the kernel reads; null without
 } fagen_forward_params;
 
 // ---- fagen/cpu/mask.h ------------------------------------------------------------------------------------
@@ -497,6 +500,144 @@ struct Layout {
 
 }  // namespace fagen
 
+// ---- fagen/cpu/dropout.h ---------------------------------------------------------------------------------
+// Dropout of a tile of weights: which cells are kept, a byte each, in the order of the weights.
+// ---- fagen/common/philox.h -------------------------------------------------------------------------------
+// The weights that dropout drops: random numbers by Philox4x32-10, for device and host alike. Plain C++.
+//
+// A weight's number depends on the seed, the offset, its head, row and key alone: never on tiles, warps or the kernel.
+// One call of Philox gives 16 bytes, a byte a weight. They belong to rows r and r + 8 of a block of 16 rows, and to keys
+// 8 j + 2 t and 8 j + 2 t + 1, j = 0 ... 3, of a block of 32 keys. So
+//
+//   - a thread of mma.sync or wgmma whose rows are rows of S needs all that a call gives: word j holds the four
+//     accumulators of its piece j, in their order. There is one call a lane and block of 16 x 32.
+//   - where keys are the rows of S, a warp has the same 32 calls made, one a lane, and lanes exchange words.
+//
+// ops/attention/dropout.py is the same in Python.
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define FAGEN_SHARED __host__ __device__ __forceinline__
+#else
+#define FAGEN_SHARED inline
+#endif
+
+namespace fagen {
+
+struct RandomWords {
+  uint32_t word[4];
+};
+
+// Philox4x32-10 of a 64-bit key and a 128-bit counter.
+FAGEN_SHARED RandomWords philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
+    c0 = uint32_t(b >> 32) ^ c1 ^ k0, c1 = uint32_t(b);
+    c2 = uint32_t(a >> 32) ^ c3 ^ k1, c3 = uint32_t(a);
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The dropout of one head: bytes below `kept` keep their weight; `scale` makes up for the dropped ones.
+struct Dropout {
+  uint64_t seed;
+  uint32_t offset, plane, kept;
+  float scale;
+
+  // The rate is rounded to 1/256; only 0 drops nothing, and only 1 all.
+  static FAGEN_SHARED uint32_t kept_of(float rate) {
+    const int nearest = int((1.f - rate) * 256.f + 0.5f);
+    if (rate <= 0.f || rate >= 1.f) return rate <= 0.f ? 256 : 0;
+    return nearest < 1 ? 1 : nearest > 255 ? 255 : nearest;
+  }
+  static FAGEN_SHARED float scale_of(uint32_t kept) { return kept ? 256.f / float(kept) : 0.f; }
+
+  template <class Params>
+  static FAGEN_SHARED Dropout of(const Params& p, int64_t batch, int64_t head) {
+    const uint32_t kept = kept_of(p.dropout);
+    return {p.rng[0], uint32_t(p.rng[1]), uint32_t(batch * p.heads + head), kept, scale_of(kept)};
+  }
+
+  // The call that has row `row` and key `key`.
+  FAGEN_SHARED RandomWords words(int row, int key) const {
+    const uint32_t of_row = uint32_t(row) / 16 * 8 + uint32_t(row) % 8;
+    const uint32_t of_key = uint32_t(key) / 32 * 4 + uint32_t(key) % 8 / 2;
+    return philox(seed, of_row, of_key, plane, offset);
+  }
+  // Whether a byte of a word keeps its weight.
+  FAGEN_SHARED bool keeps(uint32_t word, int byte) const { return (word >> (8 * byte) & 255) < kept; }
+
+  // Whether a weight is kept: the definition.
+  FAGEN_SHARED bool keeps_weight(int row, int key) const {
+    return keeps(words(row, key).word[key / 8 % 4], row / 8 % 2 * 2 + key % 2);
+  }
+};
+
+}  // namespace fagen
+
+
+
+namespace fagen {
+
+// Queries along lanes, as the weights lie.
+template <int kKeys, int kRows>
+struct KeptWeights {
+  static constexpr int kBlockRows = 16, kBlockKeys = 32, kLines = 8;  // of the cells that 32 calls of Philox decide
+
+  alignas(64) uint8_t cells[kKeys][kRows];  // 1: kept
+
+  // Decide for some rows and keys; the first row and key are those of cells[0][0].
+  void fill(const Dropout& dropout, Range rows, Range keys) {
+    const auto floor = [](int at, int size) { return at / size * size; };
+    for (int key = floor(keys.begin, kBlockKeys); key < keys.end; key += kBlockKeys)
+      for (int row = floor(rows.begin, kBlockRows); row < rows.end; row += kBlockRows)
+        fill_block(dropout, row, key, rows, keys);
+  }
+
+  FAGEN_INLINE ivec at(int key, int row) const {
+    typedef uint8_t bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const bytes*>(&cells[key][row]), ivec) != 0;
+  }
+
+  // The weights of these keys become 0 where they are dropped.
+  template <int kVectors>
+  void drop(float* weights, int keys) const {
+    for (int key = 0; key < keys; ++key)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        float* const x = weights + key * kRows + v * kLanes;
+        store(x, at(key, v * kLanes) ? load(x) : vec{});
+      }
+  }
+
+ private:
+  void fill_block(const Dropout& dropout, int row, int key, Range rows, Range keys) {
+    uint32_t words[4][4][kLines];  // of a word and a pair of keys: the rows' calls side by side
+    for (int pair = 0; pair < 4; ++pair)
+#pragma GCC ivdep
+      for (int line = 0; line < kLines; ++line) {
+        const RandomWords drawn = dropout.words(row + line, key + 2 * pair);
+        for (int word = 0; word < 4; ++word) words[word][pair][line] = drawn.word[word];
+      }
+    const Range some = intersect({key, key + kBlockKeys}, keys);
+    for (int half = 0; half < 2; ++half) {
+      const Range lines = intersect({row + half * kLines, row + half * kLines + kLines}, rows);
+      for (int n = some.begin; n < some.end; ++n) {
+        const uint32_t* const from = words[n / 8 % 4][n % 8 / 2];
+        uint8_t* const to = cells[n - keys.begin] - rows.begin;
+        for (int m = lines.begin; m < lines.end; ++m) to[m] = dropout.keeps(from[m % kLines], half * 2 + n % 2);
+      }
+    }
+  }
+};
+
+}  // namespace fagen
+
 // ---- fagen/cpu/score.h -----------------------------------------------------------------------------------
 // From q.k to the score: scale, softcap, bias, mask. A step that the config does not need costs nothing.
 
@@ -570,6 +711,7 @@ struct Head {
   Scale<Config> scale;
   Band band;
   Intervals<Config> intervals{};
+  Dropout dropout;
 
   Head(const fagen_forward_params& p, int64_t batch, int64_t head)
       : p(p),
@@ -579,7 +721,8 @@ struct Head {
         kv_head(head / (p.heads / p.kv_heads)),
         mask_head(At::kIntervals ? head / (p.heads / p.mask_heads) : 0),
         scale(p),
-        band(p, kFixedBand ? -1 : p.window_left, kFixedBand ? kFixedRight : p.window_right) {
+        band(p, kFixedBand ? -1 : p.window_left, kFixedBand ? kFixedRight : p.window_right),
+        dropout(Config::kDropout ? Dropout::of(p, batch, head) : Dropout{}) {
     if (At::kIntervals) intervals = {at<const int32_t>(p.intervals, mask_head, 0), p.intervals.stride[2]};
   }
 
@@ -764,12 +907,13 @@ inline void open_rows(State& rows, const Element* q, int64_t stride, int count, 
   for (float& max : rows.max) max = -INFINITY;
 }
 
-// o / sum, transposed back, and the log-sum-exp. Rows that saw nothing give 0 and -inf.
+// o / sum times `scale`, transposed back, and the log-sum-exp. Rows that saw nothing give 0 and -inf.
 template <class State, class Element>
-inline void close_rows(State& rows, Element* o, int64_t stride, float* lse, float factor, int count, int head_dim_v) {
+inline void close_rows(State& rows, Element* o, int64_t stride, float* lse, float factor, float scale, int count,
+                       int head_dim_v) {
   for (int lane = 0; lane < count; lane += kLanes) {
     const vec sum = load(rows.sum + lane);
-    const vec inverse = sum == vec{} ? vec{} : 1.0f / sum;
+    const vec inverse = sum == vec{} ? vec{} : scale / sum;
     for (int d = 0; d < head_dim_v; d += kLanes) {
       vec x[kLanes];
       for (int i = 0; i < kLanes; ++i) x[i] = load(&rows.o[d + i][lane]) * inverse;
@@ -813,7 +957,7 @@ static Tile tile_of(const Element* from, int64_t stride, int rows, int columns, 
     return {from, stride};
 }
 
-// S = K Q^T, P = softmax(S), O^T += V^T P: some keys of a tile and kUsed vectors of the rows of a group.
+// S = K Q^T, P = softmax(S) less what dropout drops, O^T += V^T P: some keys of a tile and kUsed vectors of the rows of a group.
 template <int kUsed, bool kMasked>
 static void advance(const HeadOf& head, Vectors group, Range rows, Range keys, Tile k, Tile v, float* scores) {
   constexpr int kRows = Config::kBlockRows, kWidth = At::kGroup;
@@ -826,6 +970,12 @@ static void advance(const HeadOf& head, Vectors group, Range rows, Range keys, T
     return score(x, lane_index() + (rows.begin + vector * kLanes), keys.begin + key);
   };
   softmax<kUsed, score.kFinish>(group, scores, keys.size(), ScaledExp2(head.scale.factor), head_dim_v, finish);
+
+  if constexpr (Config::kDropout) {  // after the sums, which are of all weights
+    KeptWeights<kTileN, kWidth> kept;
+    kept.fill(head.dropout, rows, keys);
+    kept.template drop<kUsed>(scores, keys.size());
+  }
 
   product<Product::output, kRows, kUsed, kWidth>(v.data, v.stride, head_dim_v, scores, keys.size(), group.o);
 }
@@ -890,7 +1040,8 @@ static void attend(const HeadOf& head, Range span, Scratch& scratch) {
 
   each_group([&](Group& group, Range rows) {
     float* lse = head.lse(rows.begin);
-    close_rows(group, head.o(rows.begin), p.o.stride[1], lse, head.scale.factor, rows.size(), p.head_dim_v);
+    const float scale = Config::kDropout ? head.dropout.scale : 1.0f;
+    close_rows(group, head.o(rows.begin), p.o.stride[1], lse, head.scale.factor, scale, rows.size(), p.head_dim_v);
   });
 }
 
@@ -934,6 +1085,7 @@ enum Error { kOk, kNullPointer, kBadSizes, kBadHeadDim, kNoWorkspace };
 static Error check(const fagen_forward_params& p) {
   if (!p.q.data || !p.k.data || !p.v.data || !p.o.data) return kNullPointer;
   if ((At::kIntervals && !p.intervals.data) || (Config::kAlibi && !p.alibi_slopes.data)) return kNullPointer;
+  if (Config::kDropout && !p.rng) return kNullPointer;
   if (p.batch < 1 || p.heads < 1 || p.kv_heads < 1 || p.heads % p.kv_heads) return kBadSizes;
   if (p.seqlen_q < 1 || p.seqlen_k < 1 || p.seqlen_q > Band::kLongest || p.seqlen_k > Band::kLongest) return kBadSizes;
   if (At::kIntervals && (p.mask_heads < 1 || p.kv_heads % p.mask_heads)) return kBadSizes;
@@ -970,7 +1122,7 @@ uint64_t fagen_workspace_bytes(const fagen_forward_params* params) { return At::
 #include <stdio.h>
 
 extern "C" const char* fagen_params_layout(void) {
-  static char text[885];
+  static char text[943];
   static const char* const told = [] {
     char* end = text;
 #define FAGEN_FIELD(field) \
@@ -982,7 +1134,7 @@ extern "C" const char* fagen_params_layout(void) {
     FAGEN_FIELD(lse); FAGEN_FIELD(workspace); FAGEN_FIELD(batch); FAGEN_FIELD(heads); FAGEN_FIELD(kv_heads);
     FAGEN_FIELD(mask_heads); FAGEN_FIELD(seqlen_q); FAGEN_FIELD(seqlen_k); FAGEN_FIELD(head_dim);
     FAGEN_FIELD(head_dim_v); FAGEN_FIELD(window_left); FAGEN_FIELD(window_right); FAGEN_FIELD(scale);
-    FAGEN_FIELD(softcap);
+    FAGEN_FIELD(softcap); FAGEN_FIELD(dropout); FAGEN_FIELD(rng);
 #undef FAGEN_FIELD
     snprintf(end, text + sizeof text - end, "sizeof %zu", sizeof(fagen_forward_params));
     return text;

@@ -29,6 +29,7 @@ struct Config {
   static constexpr Mask kMask = Mask::none;  // which cells are visible
   static constexpr bool kSoftcap = false;  // s -> softcap * tanh(s / softcap)
   static constexpr bool kAlibi = false;  // s -> s - slope * distance from the diagonal
+  static constexpr bool kDropout = false;  // weights are dropped at random
   static constexpr bool kAligned = true;  // rows are whole, aligned 16-byte pieces
   static constexpr int kIntervalColumns = 0;  // bounds a key carries
   static constexpr int kLTS = -1;  // column of LTS in intervals, -1: absent
@@ -88,6 +89,8 @@ typedef struct fagen_forward_params {
   int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
   float scale;                        // multiplies q.k before the softmax
   float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
+  float dropout;                      // probability that a weight is dropped; read by kernels with dropout
+  const uint64_t* rng;                // seed and offset of the random numbers, where the kernel reads; null without
 } fagen_forward_params;
 
 // ---- fagen/host/launch.cuh -------------------------------------------------------------------------------
@@ -162,6 +165,175 @@ static cudaError_t once_per_device(Facts* facts, Find find) {
 // A block's tiles and a warp's share of them: sizes, shared memory, copies. Both loop orders use it.
 // ---- fagen/common/warp_products.cuh ----------------------------------------------------------------------
 // A warp's products on tensor cores, S = Q K^T and O += P V by ldmatrix and mma, on top of its row state.
+// ---- fagen/common/dropout.cuh ----------------------------------------------------------------------------
+// Dropout of the weights that a thread holds of a key tile, in the accumulators' order. Nothing where none is wanted.
+// ---- fagen/common/philox.h -------------------------------------------------------------------------------
+// The weights that dropout drops: random numbers by Philox4x32-10, for device and host alike. Plain C++.
+//
+// A weight's number depends on the seed, the offset, its head, row and key alone: never on tiles, warps or the kernel.
+// One call of Philox gives 16 bytes, a byte a weight. They belong to rows r and r + 8 of a block of 16 rows, and to keys
+// 8 j + 2 t and 8 j + 2 t + 1, j = 0 ... 3, of a block of 32 keys. So
+//
+//   - a thread of mma.sync or wgmma whose rows are rows of S needs all that a call gives: word j holds the four
+//     accumulators of its piece j, in their order. There is one call a lane and block of 16 x 32.
+//   - where keys are the rows of S, a warp has the same 32 calls made, one a lane, and lanes exchange words.
+//
+// ops/attention/dropout.py is the same in Python.
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define FAGEN_SHARED __host__ __device__ __forceinline__
+#else
+#define FAGEN_SHARED inline
+#endif
+
+namespace fagen {
+
+struct RandomWords {
+  uint32_t word[4];
+};
+
+// Philox4x32-10 of a 64-bit key and a 128-bit counter.
+FAGEN_SHARED RandomWords philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
+    c0 = uint32_t(b >> 32) ^ c1 ^ k0, c1 = uint32_t(b);
+    c2 = uint32_t(a >> 32) ^ c3 ^ k1, c3 = uint32_t(a);
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The dropout of one head: bytes below `kept` keep their weight; `scale` makes up for the dropped ones.
+struct Dropout {
+  uint64_t seed;
+  uint32_t offset, plane, kept;
+  float scale;
+
+  // The rate is rounded to 1/256; only 0 drops nothing, and only 1 all.
+  static FAGEN_SHARED uint32_t kept_of(float rate) {
+    const int nearest = int((1.f - rate) * 256.f + 0.5f);
+    if (rate <= 0.f || rate >= 1.f) return rate <= 0.f ? 256 : 0;
+    return nearest < 1 ? 1 : nearest > 255 ? 255 : nearest;
+  }
+  static FAGEN_SHARED float scale_of(uint32_t kept) { return kept ? 256.f / float(kept) : 0.f; }
+
+  template <class Params>
+  static FAGEN_SHARED Dropout of(const Params& p, int64_t batch, int64_t head) {
+    const uint32_t kept = kept_of(p.dropout);
+    return {p.rng[0], uint32_t(p.rng[1]), uint32_t(batch * p.heads + head), kept, scale_of(kept)};
+  }
+
+  // The call that has row `row` and key `key`.
+  FAGEN_SHARED RandomWords words(int row, int key) const {
+    const uint32_t of_row = uint32_t(row) / 16 * 8 + uint32_t(row) % 8;
+    const uint32_t of_key = uint32_t(key) / 32 * 4 + uint32_t(key) % 8 / 2;
+    return philox(seed, of_row, of_key, plane, offset);
+  }
+  // Whether a byte of a word keeps its weight.
+  FAGEN_SHARED bool keeps(uint32_t word, int byte) const { return (word >> (8 * byte) & 255) < kept; }
+
+  // Whether a weight is kept: the definition.
+  FAGEN_SHARED bool keeps_weight(int row, int key) const {
+    return keeps(words(row, key).word[key / 8 % 4], row / 8 % 2 * 2 + key % 2);
+  }
+};
+
+}  // namespace fagen
+
+// ---- fagen/ptx/math.cuh ----------------------------------------------------------------------------------
+// Single-instruction functions: of the special-function unit, and of bytes.
+#include <stdint.h>
+
+namespace fagen::ptx {
+
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Bytes 2 h and 2 h + 1 of x as the 16-bit halves of a register.
+__device__ __forceinline__ uint32_t widen_bytes(uint32_t x, int h) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(h ? 0x4342 : 0x4140));
+  return y;
+}
+// For each 16-bit half all ones if its sign bit is set, else 0.
+__device__ __forceinline__ uint32_t spread_signs(uint32_t x) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+}  // namespace fagen::ptx
+
+namespace fagen {
+
+// kKeysAligned: tiles of keys begin at multiples of 32, so that one call of Philox serves 32 keys. kRowsAligned: slabs of
+// rows begin at multiples of 16, so that it serves a thread's two rows.
+template <class C, int kSlabs, bool kKeysAligned, bool kRowsAligned = true, bool kDropout = C::kDropout>
+struct TileDropout {
+  template <class Params>
+  __device__ __forceinline__ void set_head(const Params& p, int batch, int head) {}
+  __device__ __forceinline__ void set_place(int row, int key) {}
+  __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) const { return pair; }
+};
+
+template <class C, int kSlabs, bool kKeysAligned, bool kRowsAligned>
+struct TileDropout<C, kSlabs, kKeysAligned, kRowsAligned, true> {
+  Dropout dropout;
+  int row, key;  // of this thread's first weight
+  RandomWords words[kSlabs][kRowsAligned ? 1 : 2];
+
+  template <class Params>
+  __device__ __forceinline__ void set_head(const Params& p, int batch, int head) {
+    const auto uniform = [](uint32_t x) { return __shfl_sync(~0u, x, 0); };  // for the compiler as well
+    dropout = Dropout::of(p, batch, head);
+    dropout.seed = uint64_t(uniform(dropout.seed >> 32)) << 32 | uniform(dropout.seed);
+    dropout.offset = uniform(dropout.offset), dropout.kept = uniform(dropout.kept);
+  }
+  // `row` and `key`: the first weight of the lane, in its first slab and piece.
+  __device__ __forceinline__ void set_place(int first_row, int first_key) { row = first_row, key = first_key; }
+
+  // Two neighbouring weights of 16 bits, or 0 in place of those that are dropped: register i of the `step`-th 16 keys of
+  // a slab. Registers come in order.
+  __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) {
+    if (i == 0 && (step % 2 == 0 || !kKeysAligned)) {
+#pragma unroll
+      for (int r = 0; r < (kRowsAligned ? 1 : 2); ++r)
+        words[slab][r] = dropout.words(row + slab * 16 + r * 8, key + step * 16);
+    }
+    const int r = i % 2, piece = i / 2;
+    const RandomWords& drawn = words[slab][kRowsAligned ? 0 : r];
+    const bool odd = kKeysAligned ? step % 2 : (key / 16 + step) % 2;
+    const uint32_t word = odd ? drawn.word[2 + piece] : drawn.word[piece];
+    const int half = kRowsAligned ? r : (row / 8 + r) % 2;
+    // a byte of `kept` or more, which drops its weight, reaches the sign bit
+    const uint32_t reach = (0x8000 - dropout.kept) * 0x10001;
+    return pair & ~ptx::spread_signs(ptx::widen_bytes(word, half) + reach);
+  }
+};
+
+// A factor of O, or of dV, times what makes up for the weights that were dropped.
+template <class C, class Params>
+__device__ __forceinline__ float scale_up(const Params& p, float factor) {
+  if constexpr (C::kDropout) factor *= Dropout::scale_of(Dropout::kept_of(p.dropout));
+  return factor;
+}
+
+}  // namespace fagen
+
 // ---- fagen/common/element.cuh ----------------------------------------------------------------------------
 // The 16-bit element types and their packing into the 32-bit registers of the tensor cores.
 #include <cuda_bf16.h>
@@ -202,24 +374,6 @@ __device__ __forceinline__ uint32_t pack<half_t>(float low, float high) {
 // Online softmax of the rows that a thread shares with the three other lanes of its quad.
 #include <math.h>
 
-// ---- fagen/ptx/math.cuh ----------------------------------------------------------------------------------
-// Single-instruction functions of the special-function unit.
-
-namespace fagen::ptx {
-
-__device__ __forceinline__ float ex2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-}  // namespace fagen::ptx
 
 namespace fagen {
 
@@ -809,8 +963,18 @@ struct WarpProducts : RowState<C, kSlabs, kKeys, kColumns> {
   static constexpr bool kQInRegisters = C::kQSource == QSource::registers;
 
   uint32_t q_registers[kSlabs][kQInRegisters ? kDepth : 1][4];
+  TileDropout<C, kSlabs, kKeys % 32 == 0> dropout;
 
-  __device__ __forceinline__ explicit WarpProducts(const fagen_forward_params& p) : State(p) {}
+  __device__ __forceinline__ WarpProducts(const fagen_forward_params& p, int batch, int head) : State(p) {
+    dropout.set_head(p, batch, head);
+  }
+
+  // Score mods and the mask on the scores of a tile, whose place in the matrix is known from then on.
+  template <bool kMasked>
+  __device__ __forceinline__ void modify(Scores& s_acc, const ScoreMod<C>& mod, const MaskOf<C>& mask, int m, int key) {
+    State::template modify<kMasked>(s_acc, mod, mask, m, key);
+    dropout.set_place(m + lane.row, key + lane.column);
+  }
 
   __device__ __forceinline__ void load_q_registers(uint32_t q_tile, int first_row) {
     if constexpr (kQInRegisters) {
@@ -869,7 +1033,7 @@ struct WarpProducts : RowState<C, kSlabs, kKeys, kColumns> {
     const int r = s * 2 + i % 2;
     const float first = softmax.exponentiate(pair[0], r), second = softmax.exponentiate(pair[1], r);
     softmax.sum[r] += first + second;
-    p_frag[n][s][i] = pack<Element>(first, second);
+    p_frag[n][s][i] = dropout.kept(pack<Element>(first, second), s, n, i);
   }
 
   // O += P V for 16 keys: `p_frag` their weights, `v_lane` this lane's address of their first 16 columns of v.
@@ -1460,7 +1624,7 @@ __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typen
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = block.first_row + r / 2 * 16 + r % 2 * 8 + lane.row;
-    const float inverse = row_sum[r] == 0.f ? 0.f : 1.f / row_sum[r];
+    const float inverse = scale_up<C>(p, row_sum[r] == 0.f ? 0.f : 1.f / row_sum[r]);
     if (p.lse && block.first_column == 0 && lane.id % 4 == 0 && m0 + row < p.seqlen_q)
       p.lse[(int64_t(block.coord.batch) * p.heads + block.coord.head) * p.seqlen_q + m0 + row] =
           state.softmax.lse(r, row_sum[r]);
@@ -1499,7 +1663,7 @@ namespace fagen {
 template <class C, class Element>
 __device__ __forceinline__ void run_q_outer(const Block<C, Element>& block) {
   using S = BlockShape<C>;
-  typename Block<C, Element>::State state(block.p);
+  typename Block<C, Element>::State state(block.p, block.coord.batch, block.coord.head);
   const int row_tile = block.coord.row_tile;
   const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, block.p.seqlen_q);
   const TileRange range = TileRange::of<C::kTileN>(block.mask.band, m0, m1);
@@ -1581,7 +1745,7 @@ template <class C, class Element>
 __device__ __forceinline__ void run_q_outer_overlapped(const Block<C, Element>& block) {
   using Scores = typename Block<C, Element>::State::Scores;
   static_assert(!C::kOverlap || C::kStages > 1, "the next keys need a stage of their own");
-  typename Block<C, Element>::State state(block.p);
+  typename Block<C, Element>::State state(block.p, block.coord.batch, block.coord.head);
   const int row_tile = block.coord.row_tile;
   const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, block.p.seqlen_q);
   const TileRange range = TileRange::of<C::kTileN>(block.mask.band, m0, m1);
@@ -1716,7 +1880,7 @@ __device__ __forceinline__ void run_kv_outer(const Block<C, Element>& block) {
   const auto range_of = [&](int first, int end) {
     return TileRange::of<C::kTileN>(block.mask.band, first * C::kTileM, min(end * C::kTileM, block.p.seqlen_q));
   };
-  typename Block<C, Element>::State state(block.p);
+  typename Block<C, Element>::State state(block.p, block.coord.batch, block.coord.head);
   for (int row_tile = first_tile; row_tile < end_tile; ++row_tile) Stored::save(stored(row_tile), state);
 
   const TileRange keys = range_of(first_tile, end_tile);
@@ -1855,7 +2019,7 @@ extern "C" int fagen_launch(const fagen_forward_params* p, void* stream) {
 #include <stdio.h>
 
 extern "C" const char* fagen_params_layout(void) {
-  static char text[885];
+  static char text[943];
   static const char* const told = [] {
     char* end = text;
 #define FAGEN_FIELD(field) \
@@ -1867,7 +2031,7 @@ extern "C" const char* fagen_params_layout(void) {
     FAGEN_FIELD(lse); FAGEN_FIELD(workspace); FAGEN_FIELD(batch); FAGEN_FIELD(heads); FAGEN_FIELD(kv_heads);
     FAGEN_FIELD(mask_heads); FAGEN_FIELD(seqlen_q); FAGEN_FIELD(seqlen_k); FAGEN_FIELD(head_dim);
     FAGEN_FIELD(head_dim_v); FAGEN_FIELD(window_left); FAGEN_FIELD(window_right); FAGEN_FIELD(scale);
-    FAGEN_FIELD(softcap);
+    FAGEN_FIELD(softcap); FAGEN_FIELD(dropout); FAGEN_FIELD(rng);
 #undef FAGEN_FIELD
     snprintf(end, text + sizeof text - end, "sizeof %zu", sizeof(fagen_forward_params));
     return text;

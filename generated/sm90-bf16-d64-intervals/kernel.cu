@@ -26,6 +26,7 @@ struct Config {
   static constexpr Mask kMask = Mask::intervals;  // which cells are visible
   static constexpr bool kSoftcap = false;  // s -> softcap * tanh(s / softcap)
   static constexpr bool kAlibi = false;  // s -> s - slope * distance from the diagonal
+  static constexpr bool kDropout = false;  // weights are dropped at random
   static constexpr bool kAligned = true;  // rows are whole, aligned 16-byte pieces
   static constexpr int kIntervalColumns = 1;  // bounds a key carries
   static constexpr int kLTS = 0;  // column of LTS in intervals, -1: absent
@@ -89,6 +90,8 @@ typedef struct fagen_forward_params {
   int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
   float scale;                        // multiplies q.k before the softmax
   float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
+  float dropout;                      // probability that a weight is dropped; read by kernels with dropout
+  const uint64_t* rng;                // seed and offset of the random numbers, where the kernel reads; null without
 } fagen_forward_params;
 
 // ---- fagen/ptx/cp_async.cuh ------------------------------------------------------------------------------
@@ -378,7 +381,8 @@ __device__ __forceinline__ uint32_t pack<half_t>(float low, float high) {
 #include <math.h>
 
 // ---- fagen/ptx/math.cuh ----------------------------------------------------------------------------------
-// Single-instruction functions of the special-function unit.
+// Single-instruction functions: of the special-function unit, and of bytes.
+#include <stdint.h>
 
 namespace fagen::ptx {
 
@@ -391,6 +395,19 @@ __device__ __forceinline__ float ex2(float x) {
 __device__ __forceinline__ float tanh_approx(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Bytes 2 h and 2 h + 1 of x as the 16-bit halves of a register.
+__device__ __forceinline__ uint32_t widen_bytes(uint32_t x, int h) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(h ? 0x4342 : 0x4140));
+  return y;
+}
+// For each 16-bit half all ones if its sign bit is set, else 0.
+__device__ __forceinline__ uint32_t spread_signs(uint32_t x) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(y) : "r"(x));
   return y;
 }
 
@@ -916,6 +933,143 @@ struct RowState {
 
 // ---- fagen/sm90/forward/epilogue.cuh ---------------------------------------------------------------------
 // O and LSE of a row tile, from registers to global memory.
+// ---- fagen/common/dropout.cuh ----------------------------------------------------------------------------
+// Dropout of the weights that a thread holds of a key tile, in the accumulators' order. Nothing where none is wanted.
+// ---- fagen/common/philox.h -------------------------------------------------------------------------------
+// The weights that dropout drops: random numbers by Philox4x32-10, for device and host alike. Plain C++.
+//
+// A weight's number depends on the seed, the offset, its head, row and key alone: never on tiles, warps or the kernel.
+// One call of Philox gives 16 bytes, a byte a weight. They belong to rows r and r + 8 of a block of 16 rows, and to keys
+// 8 j + 2 t and 8 j + 2 t + 1, j = 0 ... 3, of a block of 32 keys. So
+//
+//   - a thread of mma.sync or wgmma whose rows are rows of S needs all that a call gives: word j holds the four
+//     accumulators of its piece j, in their order. There is one call a lane and block of 16 x 32.
+//   - where keys are the rows of S, a warp has the same 32 calls made, one a lane, and lanes exchange words.
+//
+// ops/attention/dropout.py is the same in Python.
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define FAGEN_SHARED __host__ __device__ __forceinline__
+#else
+#define FAGEN_SHARED inline
+#endif
+
+namespace fagen {
+
+struct RandomWords {
+  uint32_t word[4];
+};
+
+// Philox4x32-10 of a 64-bit key and a 128-bit counter.
+FAGEN_SHARED RandomWords philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
+    c0 = uint32_t(b >> 32) ^ c1 ^ k0, c1 = uint32_t(b);
+    c2 = uint32_t(a >> 32) ^ c3 ^ k1, c3 = uint32_t(a);
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The dropout of one head: bytes below `kept` keep their weight; `scale` makes up for the dropped ones.
+struct Dropout {
+  uint64_t seed;
+  uint32_t offset, plane, kept;
+  float scale;
+
+  // The rate is rounded to 1/256; only 0 drops nothing, and only 1 all.
+  static FAGEN_SHARED uint32_t kept_of(float rate) {
+    const int nearest = int((1.f - rate) * 256.f + 0.5f);
+    if (rate <= 0.f || rate >= 1.f) return rate <= 0.f ? 256 : 0;
+    return nearest < 1 ? 1 : nearest > 255 ? 255 : nearest;
+  }
+  static FAGEN_SHARED float scale_of(uint32_t kept) { return kept ? 256.f / float(kept) : 0.f; }
+
+  template <class Params>
+  static FAGEN_SHARED Dropout of(const Params& p, int64_t batch, int64_t head) {
+    const uint32_t kept = kept_of(p.dropout);
+    return {p.rng[0], uint32_t(p.rng[1]), uint32_t(batch * p.heads + head), kept, scale_of(kept)};
+  }
+
+  // The call that has row `row` and key `key`.
+  FAGEN_SHARED RandomWords words(int row, int key) const {
+    const uint32_t of_row = uint32_t(row) / 16 * 8 + uint32_t(row) % 8;
+    const uint32_t of_key = uint32_t(key) / 32 * 4 + uint32_t(key) % 8 / 2;
+    return philox(seed, of_row, of_key, plane, offset);
+  }
+  // Whether a byte of a word keeps its weight.
+  FAGEN_SHARED bool keeps(uint32_t word, int byte) const { return (word >> (8 * byte) & 255) < kept; }
+
+  // Whether a weight is kept: the definition.
+  FAGEN_SHARED bool keeps_weight(int row, int key) const {
+    return keeps(words(row, key).word[key / 8 % 4], row / 8 % 2 * 2 + key % 2);
+  }
+};
+
+}  // namespace fagen
+
+
+namespace fagen {
+
+// kKeysAligned: tiles of keys begin at multiples of 32, so that one call of Philox serves 32 keys. kRowsAligned: slabs of
+// rows begin at multiples of 16, so that it serves a thread's two rows.
+template <class C, int kSlabs, bool kKeysAligned, bool kRowsAligned = true, bool kDropout = C::kDropout>
+struct TileDropout {
+  template <class Params>
+  __device__ __forceinline__ void set_head(const Params& p, int batch, int head) {}
+  __device__ __forceinline__ void set_place(int row, int key) {}
+  __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) const { return pair; }
+};
+
+template <class C, int kSlabs, bool kKeysAligned, bool kRowsAligned>
+struct TileDropout<C, kSlabs, kKeysAligned, kRowsAligned, true> {
+  Dropout dropout;
+  int row, key;  // of this thread's first weight
+  RandomWords words[kSlabs][kRowsAligned ? 1 : 2];
+
+  template <class Params>
+  __device__ __forceinline__ void set_head(const Params& p, int batch, int head) {
+    const auto uniform = [](uint32_t x) { return __shfl_sync(~0u, x, 0); };  // for the compiler as well
+    dropout = Dropout::of(p, batch, head);
+    dropout.seed = uint64_t(uniform(dropout.seed >> 32)) << 32 | uniform(dropout.seed);
+    dropout.offset = uniform(dropout.offset), dropout.kept = uniform(dropout.kept);
+  }
+  // `row` and `key`: the first weight of the lane, in its first slab and piece.
+  __device__ __forceinline__ void set_place(int first_row, int first_key) { row = first_row, key = first_key; }
+
+  // Two neighbouring weights of 16 bits, or 0 in place of those that are dropped: register i of the `step`-th 16 keys of
+  // a slab. Registers come in order.
+  __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) {
+    if (i == 0 && (step % 2 == 0 || !kKeysAligned)) {
+#pragma unroll
+      for (int r = 0; r < (kRowsAligned ? 1 : 2); ++r)
+        words[slab][r] = dropout.words(row + slab * 16 + r * 8, key + step * 16);
+    }
+    const int r = i % 2, piece = i / 2;
+    const RandomWords& drawn = words[slab][kRowsAligned ? 0 : r];
+    const bool odd = kKeysAligned ? step % 2 : (key / 16 + step) % 2;
+    const uint32_t word = odd ? drawn.word[2 + piece] : drawn.word[piece];
+    const int half = kRowsAligned ? r : (row / 8 + r) % 2;
+    // a byte of `kept` or more, which drops its weight, reaches the sign bit
+    const uint32_t reach = (0x8000 - dropout.kept) * 0x10001;
+    return pair & ~ptx::spread_signs(ptx::widen_bytes(word, half) + reach);
+  }
+};
+
+// A factor of O, or of dV, times what makes up for the weights that were dropped.
+template <class C, class Params>
+__device__ __forceinline__ float scale_up(const Params& p, float factor) {
+  if constexpr (C::kDropout) factor *= Dropout::scale_of(Dropout::kept_of(p.dropout));
+  return factor;
+}
+
+}  // namespace fagen
+
 
 
 // ---- fagen/sm90/forward/row_tile.cuh ---------------------------------------------------------------------
@@ -1373,6 +1527,7 @@ __device__ __forceinline__ RowTileVisits plan_visits(const Intervals<C>& interva
     low = __reduce_min_sync(~0u, low), high = __reduce_max_sync(~0u, high);
     if (high >= 0) (ahead ? first_key : last_key) = ahead ? low : high;
   }
+  if constexpr (C::kDropout) first_key &= ~31;  // where the random numbers of neighbouring keys are made together
   // the key tiles begin with the first key; the lanes look at 32 of them at once
   constexpr int kGroup = 32 * C::kTileN;
   const int groups = (last_key - first_key) / kGroup + 1;
@@ -1604,7 +1759,8 @@ __device__ __forceinline__ void store_rows(const fagen_forward_params& p, const 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int m = first + r * 8, row_of_q = packing.row(m), head = packing.head(tile.head, m);
-    const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
+    const float row_sum = quad_sum(state.softmax.sum[r]);
+    const float inverse = scale_up<C>(p, row_sum == 0.f ? 0.f : 1.f / row_sum);
     if (p.lse && lane.id % 4 == 0 && m < end)
       p.lse[(int64_t(tile.batch) * p.heads + head) * p.seqlen_q + row_of_q] = state.softmax.lse(r, row_sum);
     Element* row = out + row_of_q * p.o.stride[1] + head * p.o.stride[2] + column;
@@ -2039,6 +2195,7 @@ struct Consumer {
   State state;
   Scores s_acc;
   WeightOperand<C> weights;
+  TileDropout<C, 1, C::kTileN % 32 == 0, !M::kIntervals> dropout;  // with intervals, row tiles begin anywhere
 
   __device__ __forceinline__ Consumer(const fagen_forward_params& p, const LaunchArgs& launch, uint32_t smem, int group)
       : p(p), launch(launch), pipelines(smem), band(p), packing(launch), group(group), turns{group}, state(p) {
@@ -2108,7 +2265,7 @@ struct Consumer {
     }
     return moved;
   }
-  // S becomes the weights, and these an operand.
+  // S becomes the weights, and these, less what is dropped, an operand.
   __device__ __forceinline__ void exponentiate() {
 #pragma unroll
     for (int n = 0; n < kPieces; ++n)
@@ -2120,7 +2277,7 @@ struct Consumer {
       }
     weights.store([&](int n, int i) {
       const float* pair = &s_acc[0][2 * n + i / 2][i % 2 * 2];
-      return pack<Element>(pair[0], pair[1]);
+      return dropout.kept(pack<Element>(pair[0], pair[1]), 0, n, i);
     });
   }
 
@@ -2131,6 +2288,7 @@ struct Consumer {
       key = tile_mask.key();
     else
       key = keys.tile * C::kTileN;
+    dropout.set_place(row0 + state.lane.row, key + state.lane.column);
     state.apply_score_mod(s_acc, mod, row0, key);
     if (!partial || (M::kIntervals && tile_mask.hides_nothing())) return;
     Visibility<C> visibility;
@@ -2156,7 +2314,7 @@ struct Consumer {
   // Intervals: the mask of a tile of k that is there, where it is needed.
   __device__ __forceinline__ void load_tile_mask(bool partial) {
     if constexpr (M::kIntervals)
-      if (partial || ScoreMod<C>::kActive) tile_mask = TileMask::load(pipelines.tile_mask());
+      if (partial || ScoreMod<C>::kActive || C::kDropout) tile_mask = TileMask::load(pipelines.tile_mask());
   }
 
   // S of a row tile's first keys
@@ -2171,6 +2329,7 @@ struct Consumer {
   __device__ __forceinline__ void visit_keys() {
     const int row0 = row_tile.m0 + group * kGroupRows + threadIdx.x / 32 % 4 * 16;
     const ScoreMod<C> mod(p, row_tile.coord.batch, row_tile.coord.head);
+    dropout.set_head(p, row_tile.coord.batch, row_tile.coord.head);
     KeyTiles<C> keys(row_tile);
     float factor[2];
     clear(state.o[0]);
@@ -2820,7 +2979,7 @@ extern "C" int fagen_launch(const fagen_forward_params* p, void* stream) {
 #include <stdio.h>
 
 extern "C" const char* fagen_params_layout(void) {
-  static char text[885];
+  static char text[943];
   static const char* const told = [] {
     char* end = text;
 #define FAGEN_FIELD(field) \
@@ -2832,7 +2991,7 @@ extern "C" const char* fagen_params_layout(void) {
     FAGEN_FIELD(lse); FAGEN_FIELD(workspace); FAGEN_FIELD(batch); FAGEN_FIELD(heads); FAGEN_FIELD(kv_heads);
     FAGEN_FIELD(mask_heads); FAGEN_FIELD(seqlen_q); FAGEN_FIELD(seqlen_k); FAGEN_FIELD(head_dim);
     FAGEN_FIELD(head_dim_v); FAGEN_FIELD(window_left); FAGEN_FIELD(window_right); FAGEN_FIELD(scale);
-    FAGEN_FIELD(softcap);
+    FAGEN_FIELD(softcap); FAGEN_FIELD(dropout); FAGEN_FIELD(rng);
 #undef FAGEN_FIELD
     snprintf(end, text + sizeof text - end, "sizeof %zu", sizeof(fagen_forward_params));
     return text;

@@ -29,10 +29,12 @@ typedef struct fagen_forward_params {
   int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
   float scale;                        // multiplies q.k before the softmax
   float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
+  float dropout;                      // probability that a weight is dropped; read by kernels with dropout
+  const uint64_t* rng;                // seed and offset of the random numbers, where the kernel reads; null without
 } fagen_forward_params;
 
 // fagen_params_layout() of the kernel that this header belongs to.
-#define FAGEN_PARAMS_LAYOUT "q.data 0 8; q.stride 8 24; k.data 32 8; k.stride 40 24; v.data 64 8; v.stride 72 24; o.data 96 8; o.stride 104 24; intervals.data 128 8; intervals.stride 136 24; alibi_slopes.data 160 8; alibi_slopes.stride 168 24; lse 192 8; workspace 200 8; batch 208 4; heads 212 4; kv_heads 216 4; mask_heads 220 4; seqlen_q 224 4; seqlen_k 228 4; head_dim 232 4; head_dim_v 236 4; window_left 240 4; window_right 244 4; scale 248 4; softcap 252 4; sizeof 256"
+#define FAGEN_PARAMS_LAYOUT "q.data 0 8; q.stride 8 24; k.data 32 8; k.stride 40 24; v.data 64 8; v.stride 72 24; o.data 96 8; o.stride 104 24; intervals.data 128 8; intervals.stride 136 24; alibi_slopes.data 160 8; alibi_slopes.stride 168 24; lse 192 8; workspace 200 8; batch 208 4; heads 212 4; kv_heads 216 4; mask_heads 220 4; seqlen_q 224 4; seqlen_k 228 4; head_dim 232 4; head_dim_v 236 4; window_left 240 4; window_right 244 4; scale 248 4; softcap 252 4; dropout 256 4; rng 264 8; sizeof 272"
 
 #ifdef __cplusplus
 extern "C" {

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import fagen
 from fagen import api
-from fagen.errors import UnsupportedProblem
 from fagen.ops.attention import fallback
 from fagen.runtime import binding
 from tests.support.calls import right
@@ -50,11 +49,14 @@ def test_flash_attn_func() -> None:
     assert right(fagen.flash_attn_func(q, k, v), q, k, v)
 
 
-def test_flash_attn_dropout_is_refused() -> None:
+def test_flash_attn_dropout() -> None:
     q, k, v = (t.transpose(1, 2) for t in bhsd())
-    with pytest.raises(UnsupportedProblem, match="dropout_p=0.1") as caught:
-        fagen.flash_attn_func(q, k, v, 0.1)
-    assert isinstance(caught.value, NotImplementedError)
+    torch.manual_seed(1)
+    got, lse, _ = fagen.flash_attn_func(q, k, v, 0.1, causal=True, return_attn_probs=True)
+    torch.manual_seed(1)
+    want = fagen.attention(q, k, v, causal=True, dropout_p=0.1)
+    assert torch.equal(got, want) and not torch.equal(got, fagen.attention(q, k, v, causal=True))
+    torch.testing.assert_close(lse, fagen.attention(q, k, v, causal=True, return_lse=True)[1])
 
 
 # ---- sdpa ---------------------------------------------------------------------------------------------------------
@@ -228,12 +230,20 @@ def test_sdpa_mask_tensors_go_to_pytorch(mask: torch.Tensor) -> None:
     assert torch.equal(got, F.scaled_dot_product_attention(q, k, v, mask))
 
 
-def test_sdpa_other_ranks_and_dropout_go_to_pytorch() -> None:
+def test_sdpa_other_ranks_go_to_pytorch() -> None:
     q = torch.randn(7, 5, 16)
     with pytest.warns(fallback.FallbackWarning, match="4 dimensions"):
         same(fagen.sdpa(q, q, q), F.scaled_dot_product_attention(q, q, q))
-    with pytest.warns(fallback.FallbackWarning, match="dropout"):
-        assert fagen.sdpa(*bhsd(), dropout_p=0.5).shape == (2, 4, 33, 16)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_sdpa_dropout(is_causal: bool) -> None:
+    q, k, v = bhsd(33, 33)
+    torch.manual_seed(1)
+    got = fagen.sdpa(q, k, v, dropout_p=0.5, is_causal=is_causal)
+    torch.manual_seed(1)
+    want = fagen.attention(q, k, v, layout="bhsd", causal=is_causal, dropout_p=0.5)
+    assert torch.equal(got, want) and not torch.equal(got, fagen.sdpa(q, k, v, is_causal=is_causal))
 
 
 # ---- torch's own checks -------------------------------------------------------------------------------------------

@@ -378,7 +378,7 @@ def test_everything_at_once(softcap: float | None, sinks: torch.Tensor | None, w
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_dropout_is_pytorchs(softcap: float | None) -> None:
+def test_dropout(softcap: float | None) -> None:
     q, k, _ = tensors(64, 64)
     mask = hf_masks.make_mask(2, 64, 64)
     torch.manual_seed(0)

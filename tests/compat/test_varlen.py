@@ -137,11 +137,23 @@ def test_what_is_wrong_is_said(words: str, change: Any) -> None:
     assert words in str(caught.value)
 
 
+def test_dropout_is_that_of_the_packed_call() -> None:
+    q, k, v = packed(LENGTHS)
+    cu = cumulated([rows for rows, _ in LENGTHS])
+    given = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 70, "max_seqlen_k": 70}
+    torch.manual_seed(1)
+    got = fagen.flash_attn_varlen_func(q, k, v, **given, dropout_p=0.2)
+    torch.manual_seed(1)
+    bounds = fagen.masks.from_cu_seqlens(cu, cu, q.shape[0], k.shape[0])
+    want = fagen.attention(q[None], k[None], v[None], intervals=bounds, dropout_p=0.2)[0]
+    assert torch.equal(got, want) and not torch.equal(got, fagen.flash_attn_varlen_func(q, k, v, **given))
+
+
 def test_what_is_not_served_is_said() -> None:
     q, k, v = packed(LENGTHS)
     cu = cumulated([rows for rows, _ in LENGTHS])
     for words, how in (
-        ("dropout", {"dropout_p": 0.1}), ("paged", {"block_table": cu}),
+        ("paged", {"block_table": cu}),
         ("ALiBi", {"alibi_slopes": torch.ones(4), "cu_seqlens_k": cu.clone()}),
     ):  # fmt: skip
         given = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 70, "max_seqlen_k": 70, **how}

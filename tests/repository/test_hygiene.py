@@ -99,8 +99,15 @@ def test_only_notices_writes_to_stdout_and_only_env_reads_the_variables(path):
 def test_heavy_imports_wait_for_their_use(path):
     """What `import fagen` and the command line's help reach imports nothing heavy at its top level."""
     heavy = {"optuna", "jinja2", "rich", "numpy", "transformers"}
-    on_tensors = "api.py arguments.py attention.py call.py derivatives.py fallback.py python_ops.py sinks.py".split()
-    on_tensors += ["backward_call.py", "backward_calls.py", "gradients.py"]  # which only their op imports, when asked
+    on_tensors = (
+        "api.py arguments.py attention.py call.py derivatives.py dropout.py fallback.py python_ops.py sinks.py".split()
+    )
+    on_tensors += [
+        "backward_call.py",
+        "backward_calls.py",
+        "gradients.py",
+        "dropout_ops.py",
+    ]  # which only their op imports
     if path.name not in on_tensors and path.parent.name != "compat":
         heavy.add("torch")
     # only a search imports the first two, only `hf.register` the last

@@ -17,7 +17,7 @@ from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.params import make_backward_params
 from fagen.ops.oracle import Verdict
 from fagen.runtime.kernel import Library
-from tests.support.cases import DTYPES, random_intervals
+from tests.support.cases import DTYPES, random_intervals, rng_of
 
 FAMILY = sm80_backward.FAMILY
 _SENTINEL = 77.0  # stands where nothing may be written
@@ -86,6 +86,7 @@ class Case:
     deterministic: bool = False
     dlse: bool = False
     magnitude: float = 1.0
+    dropout: float = 0.0
     changes: tuple[tuple[str, Any], ...] = field(default=())
 
     @property
@@ -93,7 +94,7 @@ class Case:
         return BackwardProblem(
             dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v, mask=self.mask,
             intervals=self.intervals, softcap=bool(self.softcap), alibi=self.alibi, aligned=self.aligned,
-            deterministic=self.deterministic,
+            deterministic=self.deterministic, dropout=self.dropout > 0,
         )  # fmt: skip
 
     @property
@@ -106,7 +107,7 @@ class Case:
 
     def __str__(self) -> str:
         d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
-        flags = [name for name in ("softcap", "alibi", "dlse", "deterministic") if getattr(self, name)]
+        flags = [name for name in ("softcap", "alibi", "dlse", "deterministic", "dropout") if getattr(self, name)]
         flags += [] if self.aligned else ["unaligned"]
         changes = (f"{k}={v}" for k, v in self.changes)
         window = f"w{self.window[0]},{self.window[1]}" if self.window != (-1, -1) else ""
@@ -135,7 +136,7 @@ def make_call(
     alibi = torch.rand(case.heads, device=device, generator=g) if case.alibi else None
     call = AttentionCall(
         q, k, v, layout, case.band, intervals, case.intervals, softcap=case.softcap, alibi_slopes=alibi,
-        deterministic=case.deterministic,
+        deterministic=case.deterministic, dropout=case.dropout, rng=rng_of(device) if case.dropout else None,
     )  # fmt: skip
     made, lse = torch.zeros(batch, case.heads, rows, dv), torch.full((batch, case.heads, rows), -math.inf)
     if rows and keys:

@@ -146,6 +146,7 @@ class Case:
     alibi: bool = False
     aligned: bool = True
     magnitude: float = 1.0
+    dropout: float = 0.0
     changes: tuple[tuple[str, Any], ...] = field(default=())
 
     @property
@@ -153,6 +154,7 @@ class Case:
         return Problem(
             dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v, mask=self.mask,
             intervals=self.intervals, softcap=bool(self.softcap), alibi=self.alibi, aligned=self.aligned,
+            dropout=self.dropout > 0,
         )  # fmt: skip
 
     @property
@@ -179,14 +181,22 @@ class Case:
     ) -> AttentionCall:
         """Of this case's mask and scores; the kind of intervals may be one that no caller can ask for with its band."""
         return AttentionCall(
-            q, k, v, layout, self.band, intervals, self.intervals, softcap=self.softcap, alibi_slopes=alibi
+            q, k, v, layout, self.band, intervals, self.intervals, softcap=self.softcap, alibi_slopes=alibi,
+            dropout=self.dropout, rng=rng_of(q.device) if self.dropout else None,
         )  # fmt: skip
 
     def __str__(self) -> str:
         d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
         changes = (f"{k}={v}" for k, v in self.changes)
-        extra = [self.intervals, self.dtype, d, f"h{self.heads}-{self.kv_heads}", *changes]
+        dropout = f"dropout{self.dropout}" if self.dropout else ""
+        extra = [self.intervals, self.dtype, d, f"h{self.heads}-{self.kv_heads}", dropout, *changes]
         return "-".join(filter(None, [self.scheme, self.mask, *extra]))
+
+
+def rng_of(device: Any, seed: int = 0) -> torch.Tensor:
+    """Seed and offset of a dropout, all of their bits in use."""
+    drawn = torch.randint(0, 2**63 - 1, (2,), generator=torch.Generator().manual_seed(seed))
+    return drawn.to(device)
 
 
 def present() -> target.Target:

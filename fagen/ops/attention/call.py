@@ -10,6 +10,7 @@ import torch
 
 from fagen.errors import InvalidArgument
 from fagen.ops.attention import arguments, derivatives
+from fagen.ops.attention import dropout as dropped
 from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import ALIGNMENT, LARGEST_SIZE, Window, is_aligned
 from fagen.ops.attention.masks import interval_kind
@@ -20,7 +21,7 @@ EMPTY = "there is nothing to compute"
 NO_SINKS = "no kernel takes sinks"
 
 _DTYPES = {getattr(torch, theirs): ours for ours, theirs in TORCH_DTYPES.items()}
-_TENSORS = ("q", "k", "v", "out", "intervals", "alibi_slopes", "sinks")
+_TENSORS = ("q", "k", "v", "out", "intervals", "alibi_slopes", "sinks", "rng")
 AXES = {"bshd": (1, 2), "bhsd": (2, 1)}  # of rows and heads
 _MASKS = {(-1, -1): "none", (-1, 0): "causal"}  # of a window; another one is just that
 _LONGEST = 1 << 29  # rows or keys: what a kernel takes for "without bound" lies there
@@ -68,6 +69,9 @@ class AttentionCall:
     out: torch.Tensor | None = None  # where the result goes, if the caller said so
     deterministic: bool = False  # the same bits in every run, of gradients too
     sinks: torch.Tensor | None = None  # no kernel takes them: see sinks.py
+    dropout: float = 0.0  # the probability that a weight is dropped
+    rng: torch.Tensor | None = None  # seed and offset: which weights are. None until they are drawn
+    first_plane: int = 0  # of a part of a call: the number of its first head among all heads of all batches
 
     @classmethod
     def of(
@@ -87,17 +91,20 @@ class AttentionCall:
         out: torch.Tensor | None = None,
         deterministic: bool = False,
         sinks: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
     ) -> AttentionCall:
         """Raise InvalidArgument for what is not attention. Whether `out` overlaps an input is for `refuse_overlap`."""
         want_lse = arguments.flag("return_lse", return_lse)
         deterministic = arguments.flag("deterministic", deterministic)
+        dropout_p = arguments.probability("dropout_p", dropout_p)
         if layout not in ("bshd", "bhsd"):
             raise InvalidArgument(f"layout {arguments.shown(layout)} is unknown", "known: bshd, bhsd")
         causal, bounds, softcap, scale = arguments.settings(causal, window, softcap, scale)
         _check_qkv(q, k, v, layout)
         kind = "" if intervals is None else interval_kind(_checked_columns(intervals, q, k, layout), causal)
         call = cls(
-            q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out, deterministic, sinks
+            q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out, deterministic, sinks,
+            dropout_p,
         )  # fmt: skip
         call._check_others()
         return call
@@ -112,7 +119,13 @@ class AttentionCall:
             raise InvalidArgument(f"the intervals have {columns} columns", f"the call says they are {self.kind!r}")
         if self.sinks is not None:  # it would leave them out
             raise InvalidArgument(NO_SINKS, "", "launch the call without_sinks(), and apply them to its outputs")
+        self.check_dropout()
         self._check_others()
+
+    def check_dropout(self) -> None:
+        """A kernel, and PyTorch in its place, reads seed and offset."""
+        if self.dropout or self.rng is not None:
+            dropped.check(self.rng, self.q.device)
 
     def _check_others(self) -> None:
         if self.alibi_slopes is not None:
@@ -125,6 +138,10 @@ class AttentionCall:
     def without_sinks(self) -> AttentionCall:
         """The call whose result the sinks are applied to."""
         return self if self.sinks is None else dataclasses.replace(self, sinks=None, want_lse=True)
+
+    def with_rng(self, rng: torch.Tensor | None = None) -> AttentionCall:
+        """The call with its seed and offset, drawn now if none are given."""
+        return dataclasses.replace(self, rng=dropped.draw(self.q.device) if rng is None else rng)
 
     @classmethod
     def of_op(cls, a: OpArguments, *, want_lse: bool, out: torch.Tensor | None = None) -> AttentionCall:
@@ -275,6 +292,7 @@ class AttentionCall:
             intervals=self.kind,
             softcap=bool(self.softcap),
             alibi=self.alibi_slopes is not None,
+            dropout=self.dropout > 0,
             aligned=aligned,
             batch=self.batch,
             heads=self.heads,

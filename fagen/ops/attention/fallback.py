@@ -25,10 +25,14 @@ def warn(reason: str) -> None:
 
 
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) in the caller's layout and dtype. The lse may be empty where the call does not want it."""
+    """(out, lse) in the caller's layout and dtype. The lse may be empty where the call does not want it.
+
+    Dropout whose seed is not drawn yet is PyTorch's own where that serves.
+    """
     q, k, v = call.bhsd()
     # PyTorch's own attention has no LSE and adds gradients up in any order; products of matrices do in one
     plain = not (call.want_lse or call.deterministic) and call.intervals is call.alibi_slopes is call.sinks is None
+    plain = plain and call.rng is None
     device = q.device.type  # the result has the inputs' dtype, as a kernel's has, whatever autocast would make of it
     with torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext():
         if 0 in q.shape or (0 in k.shape and call.sinks is None):
@@ -38,7 +42,7 @@ def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         elif plain and _sdpa_serves(call):
             out, lse = _by_sdpa(call), q.new_empty(0, dtype=torch.float32)
         else:
-            out, lse = _by_blocks(call)
+            out, lse = _by_blocks(call.with_rng() if call.dropout and call.rng is None else call)
     out = out.transpose(1, 2) if call.layout == "bshd" else out
     return out.contiguous(), lse
 
@@ -64,7 +68,7 @@ def _by_sdpa(call: AttentionCall) -> torch.Tensor:
     if call.heads != call.kv_heads:  # of traced sizes the comparison is a symbol, which SDPA does not take
         shared = True
     return torch.nn.functional.scaled_dot_product_attention(
-        *call.bhsd(), is_causal=call.window == (-1, 0), scale=call.scale, enable_gqa=shared
+        *call.bhsd(), dropout_p=call.dropout, is_causal=call.window == (-1, 0), scale=call.scale, enable_gqa=shared
     )
 
 
@@ -89,7 +93,7 @@ def sdpa_call(call: AttentionCall) -> tuple[Callable[[], object] | None, str]:
     p = call.problem
     if p.softcap or p.alibi:
         return None, _NO_SDPA
-    arguments: dict[str, Any] = {"enable_gqa": p.heads != p.kv_heads}
+    arguments: dict[str, Any] = {"enable_gqa": p.heads != p.kv_heads, "dropout_p": call.dropout}
     how = "no mask"
     if p.mask == "causal" and p.seqlen_q == p.seqlen_k:
         arguments["is_causal"], how = True, "is_causal"

@@ -17,7 +17,12 @@ def of(problem: Problem) -> list[str]:
     if p.intervals:
         words += ["--interval-kind", p.intervals]
     contiguous = aligned(p.dtype, p.head_dim, p.head_dim_v)
-    switches = {"--softcap": p.softcap, "--alibi": p.alibi, "--unaligned": contiguous and not p.aligned}
+    switches = {
+        "--softcap": p.softcap,
+        "--alibi": p.alibi,
+        "--dropout": p.dropout,
+        "--unaligned": contiguous and not p.aligned,
+    }
     words += [flag for flag, on in switches.items() if on]
     if p.seqlen_q == p.seqlen_k:
         words += ["--seqlen", str(p.seqlen_q)]

@@ -22,6 +22,7 @@ def _constants(p: Problem) -> list[Constant]:
         ("Mask", "kMask", f"Mask::{p.mask}", "which cells are visible"),
         ("bool", "kSoftcap", str(p.softcap).lower(), "s -> softcap * tanh(s / softcap)"),
         ("bool", "kAlibi", str(p.alibi).lower(), "s -> s - slope * distance from the diagonal"),
+        ("bool", "kDropout", str(p.dropout).lower(), "weights are dropped at random"),
         ("bool", "kAligned", str(p.aligned).lower(), "rows are whole, aligned 16-byte pieces"),
         ("int", "kIntervalColumns", str(len(INTERVAL_KINDS.get(p.intervals, ()))), "bounds a key carries"),
     ]
@@ -40,8 +41,10 @@ def _example_names(p: Problem) -> dict[str, Any]:
 
 
 def _torch_serves(p: Problem) -> bool:
-    """Without a mask tensor: as `fallback` asks SDPA. `Plan::find` in C++ asks the same."""
-    return p.mask in ("none", *(["causal"] if p.seqlen_q == p.seqlen_k else [])) and not (p.softcap or p.alibi)
+    """Without a mask tensor: as `fallback` asks SDPA. `Plan::find` in C++ asks the same. SDPA drops other weights."""
+    return p.mask in ("none", *(["causal"] if p.seqlen_q == p.seqlen_k else [])) and not (
+        p.softcap or p.alibi or p.dropout
+    )
 
 
 def _calls() -> Calls:

@@ -8,6 +8,7 @@ the LSE, as a kernel has to: what their rounding costs is no fault of the kernel
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from random import Random
@@ -112,11 +113,35 @@ def from_lse(
     delta = (dout.to(wide) * o.to(wide)).sum(-1, keepdim=True)
     if call.dlse is not None:
         delta = delta - call.dlse[:, :, rows, None].to(wide)
-    inner = (weights * ((dout @ v.transpose(-1, -2)).to(wide) - delta)).masked_fill(hidden, 0)
+    of_weights = (dout @ v.transpose(-1, -2)).to(wide)
+    kept = weights
+    if call.dropout:
+        factors = reference.factors(call, rows, keys, wide)
+        of_weights, kept = of_weights * factors, weights * factors
+    inner = (weights * (of_weights - delta)).masked_fill(hidden, 0)
     inner = (inner if slope is None else inner * slope).to(dtype)
-    dk, dv = (inner.transpose(-1, -2) @ q) * scale, weights.to(dtype).transpose(-1, -2) @ dout
+    dk, dv = (inner.transpose(-1, -2) @ q) * scale, kept.to(dtype).transpose(-1, -2) @ dout
     of_heads = (t.unflatten(1, (call.kv_heads, group)).sum(2) for t in (dk, dv))
     return dict(zip(GRADIENTS, ((inner @ k) * scale, *of_heads), strict=True))
+
+
+def by_rows(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    """dq, dk and dv like their inputs, where no kernel serves: by the formula, a block of rows at a time, so that they
+    can be had below autograd; halves are computed in float32. A float64 call has its LSE made anew: it is float32."""
+    dtype = torch.promote_types(call.q.dtype, torch.float32)
+    wide = reference.cast(call.bhsd(), dtype)
+    found = [torch.zeros_like(t) for t in wide]
+    for rows, seen in reference.row_blocks(call):
+        if dtype == torch.float64:
+            _, lse = reference.attend(call, wide, seen, rows)
+            call = dataclasses.replace(
+                call, lse=torch.cat([call.lse[:, :, : rows.start], lse, call.lse[:, :, rows.stop :]], 2)
+            )
+        dq, dk, dv = from_lse(call, dtype, rows=rows).values()
+        found[0][:, :, rows] = dq
+        found[1] += dk
+        found[2] += dv
+    return tuple(call.of_bhsd(t).to(call.q.dtype).contiguous() for t in found)
 
 
 def _part(call: BackwardCall, outputs: Outputs, b: int, heads: slice) -> tuple[BackwardCall, dict[str, torch.Tensor]]:

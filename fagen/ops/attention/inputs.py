@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from fagen.ops.attention import masks
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 SOFTCAP = 30.0
+DROPOUT = 0.1
 DOCUMENTS = 4  # a sequence, in the inputs of the intervals mask
 
 
@@ -53,6 +55,9 @@ def make_inputs(problem: Problem, where: Target | torch.device | str, seed: int 
         q, k, v, window=(p.window_left, p.window_right), intervals=intervals, kind=p.intervals,
         softcap=SOFTCAP if p.softcap else 0.0, alibi_slopes=slopes, out=outputs["out"].shown,
     )  # fmt: skip
+    if p.dropout:
+        rng = torch.randint(0, 2**63 - 1, (2,), generator=random, dtype=torch.int64, device=device)
+        call = dataclasses.replace(call, dropout=DROPOUT, rng=rng)
     return Inputs.of(call, outputs)
 
 

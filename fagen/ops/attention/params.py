@@ -55,6 +55,8 @@ def _put_problem(params: Any, call: AttentionCall, of_rows: Mapping[str, torch.T
     params.window_left, params.window_right = min(left, params.seqlen_k), min(right, params.seqlen_q)
     params.scale = 1.0 / math.sqrt(call.q.shape[3]) if call.scale is None else call.scale
     params.softcap = call.softcap
+    if call.rng is not None:
+        params.dropout, params.rng = call.dropout, call.rng.data_ptr()
 
 
 def _point(field: Any, tensor: torch.Tensor, *strides: int) -> None:

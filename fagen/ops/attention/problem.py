@@ -49,6 +49,7 @@ class Problem:
     softcap: bool = False
     alibi: bool = False
     aligned: bool = True  # every row of q, k, v and o starts at a multiple of 16 bytes and is whole 16-byte pieces
+    dropout: bool = False  # weights are dropped; the rate is an argument of the launch
     batch: int = 1
     heads: int = 1
     kv_heads: int = 0  # 0: the same as heads
@@ -112,7 +113,7 @@ class Problem:
         d, dv = padded(self.head_dim), padded(self.head_dim_v)
         parts = [self.op, self.dtype, f"d{d}" if d == dv else f"d{d}-{dv}"]
         parts.append(f"{self.mask}-{self.intervals}" if self.intervals else self.mask)
-        parts += [name for name in ("softcap", "alibi") if getattr(self, name)]
+        parts += [name for name in ("softcap", "alibi", "dropout") if getattr(self, name)]
         return "/".join(parts + ([] if self.aligned else ["unaligned"]))
 
     @property
@@ -168,7 +169,8 @@ class Problem:
         return 2.0 * cells * (self.head_dim + self.head_dim_v) * self.batch * self.heads
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Without `dropout` where there is none: so it was written before there was any."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "dropout" or value}
 
     @classmethod
     def from_dict(cls, fields: Any) -> Self:

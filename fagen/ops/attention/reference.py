@@ -67,9 +67,21 @@ def attend(
     top = scores.detach().amax(-1, keepdim=True)
     weights = torch.exp(scores - torch.where(top == -math.inf, 0, top))
     total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total == 0, 1, total)
-    grouped = weights[..., :sk].reshape(q.shape[0], kv_heads, group, q.shape[2], sk)
+    weights = (weights / torch.where(total == 0, 1, total))[..., :sk]
+    if call.dropout:
+        weights = weights * factors(call, rows, slice(None), weights.dtype)
+    grouped = weights.reshape(q.shape[0], kv_heads, group, q.shape[2], sk)
     return torch.matmul(grouped, v[:, :, None]).flatten(1, 2), lse
+
+
+def factors(call: AttentionCall, rows: slice, keys: slice, dtype: torch.dtype) -> torch.Tensor:
+    """What dropout multiplies the weights of some rows and keys by."""
+    from fagen.ops.attention import dropout
+
+    assert call.rng is not None
+    planes = call.first_plane, call.batch, call.heads
+    some_rows, some_keys = range(call.seqlen_q)[rows], range(call.seqlen_k)[keys]
+    return dropout.factors(call.dropout, call.rng, planes, some_rows, some_keys, dtype)
 
 
 def visible(call: AttentionCall, rows: slice = slice(None)) -> torch.Tensor | None:
@@ -110,6 +122,7 @@ def part(
     small = dataclasses.replace(
         call, q=cut(call.q, heads), k=cut(call.k, kv_heads), v=cut(call.v, kv_heads), intervals=intervals,
         alibi_slopes=slopes, out=None, sinks=None if call.sinks is None else call.sinks[heads],
+        first_plane=call.first_plane + b * call.heads + heads.start,
     )  # fmt: skip
     return small, {name: t[batch, heads] if name == "lse" else cut(t, heads) for name, t in outputs.items()}
 

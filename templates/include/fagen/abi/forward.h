@@ -18,4 +18,6 @@ typedef struct fagen_forward_params {
   int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
   float scale;                        // multiplies q.k before the softmax
   float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
+  float dropout;                      // probability that a weight is dropped; read by kernels with dropout
+  const uint64_t* rng;                // seed and offset of the random numbers, where the kernel reads; null without
 } fagen_forward_params;

@@ -1,5 +1,6 @@
 // A warp's products on tensor cores, S = Q K^T and O += P V by ldmatrix and mma, on top of its row state.
 #pragma once
+#include "fagen/common/dropout.cuh"
 #include "fagen/common/element.cuh"
 #include "fagen/common/row_state.cuh"
 #include "fagen/ptx/mma_sync.cuh"
@@ -29,8 +30,18 @@ struct WarpProducts : RowState<C, kSlabs, kKeys, kColumns> {
   static constexpr bool kQInRegisters = C::kQSource == QSource::registers;
 
   uint32_t q_registers[kSlabs][kQInRegisters ? kDepth : 1][4];
+  TileDropout<C, kSlabs, kKeys % 32 == 0> dropout;
 
-  __device__ __forceinline__ explicit WarpProducts(const fagen_forward_params& p) : State(p) {}
+  __device__ __forceinline__ WarpProducts(const fagen_forward_params& p, int batch, int head) : State(p) {
+    dropout.set_head(p, batch, head);
+  }
+
+  // Score mods and the mask on the scores of a tile, whose place in the matrix is known from then on.
+  template <bool kMasked>
+  __device__ __forceinline__ void modify(Scores& s_acc, const ScoreMod<C>& mod, const MaskOf<C>& mask, int m, int key) {
+    State::template modify<kMasked>(s_acc, mod, mask, m, key);
+    dropout.set_place(m + lane.row, key + lane.column);
+  }
 
   __device__ __forceinline__ void load_q_registers(uint32_t q_tile, int first_row) {
     if constexpr (kQInRegisters) {
@@ -89,7 +100,7 @@ struct WarpProducts : RowState<C, kSlabs, kKeys, kColumns> {
     const int r = s * 2 + i % 2;
     const float first = softmax.exponentiate(pair[0], r), second = softmax.exponentiate(pair[1], r);
     softmax.sum[r] += first + second;
-    p_frag[n][s][i] = pack<Element>(first, second);
+    p_frag[n][s][i] = dropout.kept(pack<Element>(first, second), s, n, i);
   }
 
   // O += P V for 16 keys: `p_frag` their weights, `v_lane` this lane's address of their first 16 columns of v.

@@ -1,6 +1,7 @@
 // One batch and head: where its rows, its masks and its parts of the workspace are.
 #pragma once
 #include "fagen/cpu/layout.h"
+#include "fagen/cpu/dropout.h"
 #include "fagen/cpu/score.h"
 
 namespace fagen {
@@ -19,6 +20,7 @@ struct Head {
   Scale<Config> scale;
   Band band;
   Intervals<Config> intervals{};
+  Dropout dropout;
 
   Head(const fagen_forward_params& p, int64_t batch, int64_t head)
       : p(p),
@@ -28,7 +30,8 @@ struct Head {
         kv_head(head / (p.heads / p.kv_heads)),
         mask_head(At::kIntervals ? head / (p.heads / p.mask_heads) : 0),
         scale(p),
-        band(p, kFixedBand ? -1 : p.window_left, kFixedBand ? kFixedRight : p.window_right) {
+        band(p, kFixedBand ? -1 : p.window_left, kFixedBand ? kFixedRight : p.window_right),
+        dropout(Config::kDropout ? Dropout::of(p, batch, head) : Dropout{}) {
     if (At::kIntervals) intervals = {at<const int32_t>(p.intervals, mask_head, 0), p.intervals.stride[2]};
   }
 

@@ -24,12 +24,13 @@ inline void open_rows(State& rows, const Element* q, int64_t stride, int count, 
   for (float& max : rows.max) max = -INFINITY;
 }
 
-// o / sum, transposed back, and the log-sum-exp. Rows that saw nothing give 0 and -inf.
+// o / sum times `scale`, transposed back, and the log-sum-exp. Rows that saw nothing give 0 and -inf.
 template <class State, class Element>
-inline void close_rows(State& rows, Element* o, int64_t stride, float* lse, float factor, int count, int head_dim_v) {
+inline void close_rows(State& rows, Element* o, int64_t stride, float* lse, float factor, float scale, int count,
+                       int head_dim_v) {
   for (int lane = 0; lane < count; lane += kLanes) {
     const vec sum = load(rows.sum + lane);
-    const vec inverse = sum == vec{} ? vec{} : 1.0f / sum;
+    const vec inverse = sum == vec{} ? vec{} : scale / sum;
     for (int d = 0; d < head_dim_v; d += kLanes) {
       vec x[kLanes];
       for (int i = 0; i < kLanes; ++i) x[i] = load(&rows.o[d + i][lane]) * inverse;

@@ -95,7 +95,8 @@ struct TileStep {
                                                            &dq[0][m]);
   }
 
-  // P = exp(S - lse) and dS = P (dP - delta), in place.
+  // P = exp(S - lse) and dS = P (dP - delta), in place. With dropout, dP is less what is dropped, and so is the P that
+  // is left for dV.
   template <int kVectors, bool kMasked>
   void differentiate(const Rows& tile, int m, int row, Range seen) const {
     const auto score = head.template score<kMasked>();
@@ -107,6 +108,8 @@ struct TileStep {
       delta[v] = load(tile.delta + m + v * kLanes);
     }
     const int tile_begin = seen.begin - seen.begin % At::kTileN;
+    KeptWeights<Config::kDropout ? At::kTileN : 1, Config::kDropout ? At::kGroup : kLanes> kept;
+    if constexpr (Config::kDropout) kept.fill(head.dropout, {row, row + kVectors * kLanes}, seen);
     for (int key = seen.begin; key < seen.end; ++key)
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {
@@ -123,9 +126,15 @@ struct TileStep {
         x = score.biased(x, lane_index() + (row + v * kLanes), key);
         if constexpr (kMasked) x = lse[v] == INFINITY ? broadcast(-INFINITY) : x;
         const vec p = exp2_of_negative(x * factor - lse[v]);
-        vec ds = p * (load(gradient) - delta[v]);
+        vec dp = load(gradient), used = p;
+        if constexpr (Config::kDropout) {
+          const ivec keep = kept.at(key - seen.begin, v * kLanes);
+          dp = keep ? dp * head.dropout.scale : vec{};
+          used = keep ? p * head.dropout.scale : vec{};
+        }
+        vec ds = p * (dp - delta[v]);
         if constexpr (Config::kSoftcap) ds *= slope;
-        store(weight, p);
+        store(weight, used);
         store(gradient, ds);
       }
   }

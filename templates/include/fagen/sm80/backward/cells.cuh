@@ -2,6 +2,8 @@
 #pragma once
 #include <math.h>
 
+#include "fagen/common/cell_dropout.cuh"
+#include "fagen/common/dropout.cuh"
 #include "fagen/mask/mask.cuh"
 #include "fagen/ptx/math.cuh"
 #include "fagen/sm80/backward/products.cuh"
@@ -20,6 +22,7 @@ struct ScoreGradient {
   static constexpr float kLog2e = 1.4426950408889634f;
   float scale, cap_log2, slope_log2;
   int shift;
+  Dropout dropout;
 
   __device__ __forceinline__ ScoreGradient(const fagen_forward_params& p, int batch, int head)
       : shift(p.seqlen_k - p.seqlen_q) {
@@ -27,11 +30,13 @@ struct ScoreGradient {
     cap_log2 = p.softcap * kLog2e;
     const float* slopes = static_cast<const float*>(p.alibi_slopes.data);
     slope_log2 = C::kAlibi ? slopes[batch * p.alibi_slopes.stride[0] + head] * kLog2e : 0.f;
+    if constexpr (C::kDropout) dropout = Dropout::of(p, batch, head);
   }
 
-  // `score` becomes P and `gradient`, which comes in as dP, becomes dS.
+  // `score` becomes P and `gradient`, which comes in as dP, becomes dS. Where the weight was dropped, dP counts as 0 and
+  // so does the P that is left, which is for dV.
   __device__ __forceinline__ void apply(float& score, float& gradient, const RowStats& row, int m, int key,
-                                        bool hidden) const {
+                                        bool hidden, bool kept) const {
     float slope = 1.f, exponent;
     if constexpr (C::kSoftcap) {
       const float capped = ptx::tanh_approx(score * scale);
@@ -42,8 +47,10 @@ struct ScoreGradient {
     }
     if constexpr (C::kAlibi) exponent -= slope_log2 * fabsf(float(m + shift - key));
     score = hidden ? 0.f : ptx::ex2(exponent);
+    if constexpr (C::kDropout) gradient = kept ? gradient * dropout.scale : 0.f;
     gradient = score * (gradient - row.delta);
     if constexpr (C::kSoftcap) gradient *= slope;
+    if constexpr (C::kDropout) score = kept ? score : 0.f;
   }
 };
 
@@ -53,6 +60,7 @@ struct Cells {
   using Sums = float[kSlabs][kColumns / 8][4];
   using Pairs = Packed<kSlabs, kColumns>;
   static constexpr int kLines = kSlabs * 2;  // lines a thread shares
+  static constexpr bool kKeysAligned = C::kTileN % 32 == 0 && (kTransposed ? kSlabs * 16 : kColumns) % 32 == 0;
   // whether a line may have hidden cells before its visible ones, and after them; keys end somewhere in any case
   static constexpr bool kHidesFirst = kTransposed || MaskOf<C>::kHasBegin;
   static constexpr bool kHidesLast = !kTransposed || MaskOf<C>::kHasBegin;
@@ -76,6 +84,7 @@ struct Cells {
   // P and dS in 16 bits, from S and dP.
   template <bool kMasked>
   __device__ __forceinline__ void differentiate(Sums& s_acc, Sums& dp_acc, Pairs& weights, Pairs& gradients) const {
+    CellDropout<kTransposed, kKeysAligned, kSlabs> dropout;
     Band::Columns seen[kLines];
     HiddenRows hidden_rows[kLines];  // transposed: of each line's key
     if constexpr (kMasked) {
@@ -90,6 +99,7 @@ struct Cells {
       HiddenRows hidden_keys[2];  // else: of each column's key
       if constexpr (kMasked && !kTransposed && MaskOf<C>::kIntervals)
         for (int e = 0; e < 2; ++e) hidden_keys[e] = hidden_at(lane.column + n * 8 + e);
+      if constexpr (C::kDropout) dropout.load(score.dropout, lane, row, key, n);
       RowStats column_stats[2];
       if constexpr (kTransposed) load_pair(column_stats, stats + lane.column + n * 8);
 #pragma unroll
@@ -108,10 +118,12 @@ struct Cells {
             if constexpr (MaskOf<C>::kIntervals)
               hidden |= (kTransposed ? hidden_rows[i] : hidden_keys[e]).contains(m);
           }
+          bool kept = true;
+          if constexpr (C::kDropout) kept = dropout.kept(score.dropout, i, n, e);
           if constexpr (kTransposed)
-            score.apply(s[e], dp[e], column_stats[e], m, cell_key, hidden);
+            score.apply(s[e], dp[e], column_stats[e], m, cell_key, hidden, kept);
           else
-            score.apply(s[e], dp[e], stats[at], m, cell_key, hidden);
+            score.apply(s[e], dp[e], stats[at], m, cell_key, hidden, kept);
         }
         weights.pairs[i / 2][n][i % 2] = pack<Element>(s[0], s[1]);
         gradients.pairs[i / 2][n][i % 2] = pack<Element>(dp[0], dp[1]);

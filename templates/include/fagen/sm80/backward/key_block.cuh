@@ -26,8 +26,8 @@ __device__ __forceinline__ void store_keys(const fagen_backward_params& p, const
   const auto to_dv = matrix<Element>(p.dv, batch, kv_head, p.seqlen_k, p.head_dim_v);
   store_part<typename S::TileK, C::kAligned>(lane, smem, share.key, share.part * S::kDkColumns, dk, p.scale, to_dk,
                                              first_key);
-  store_part<typename S::TileV, C::kAligned>(lane, smem + S::kV, share.key, share.part * S::kDvColumns, dv, 1.f, to_dv,
-                                             first_key);
+  store_part<typename S::TileV, C::kAligned>(lane, smem + S::kV, share.key, share.part * S::kDvColumns, dv,
+                                             scale_up<C>(p, 1.f), to_dv, first_key);
 }
 
 // One tile of keys: its operands in shared memory, its sums in registers, and one step a tile of rows.

@@ -59,7 +59,7 @@ __device__ __forceinline__ void run_kv_outer(const Block<C, Element>& block) {
   const auto range_of = [&](int first, int end) {
     return TileRange::of<C::kTileN>(block.mask.band, first * C::kTileM, min(end * C::kTileM, block.p.seqlen_q));
   };
-  typename Block<C, Element>::State state(block.p);
+  typename Block<C, Element>::State state(block.p, block.coord.batch, block.coord.head);
   for (int row_tile = first_tile; row_tile < end_tile; ++row_tile) Stored::save(stored(row_tile), state);
 
   const TileRange keys = range_of(first_tile, end_tile);

@@ -7,7 +7,7 @@ namespace fagen {
 template <class C, class Element>
 __device__ __forceinline__ void run_q_outer(const Block<C, Element>& block) {
   using S = BlockShape<C>;
-  typename Block<C, Element>::State state(block.p);
+  typename Block<C, Element>::State state(block.p, block.coord.batch, block.coord.head);
   const int row_tile = block.coord.row_tile;
   const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, block.p.seqlen_q);
   const TileRange range = TileRange::of<C::kTileN>(block.mask.band, m0, m1);

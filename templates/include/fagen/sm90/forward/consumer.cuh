@@ -35,6 +35,7 @@ struct Consumer {
   State state;
   Scores s_acc;
   WeightOperand<C> weights;
+  TileDropout<C, 1, C::kTileN % 32 == 0, !M::kIntervals> dropout;  // with intervals, row tiles begin anywhere
 
   __device__ __forceinline__ Consumer(const fagen_forward_params& p, const LaunchArgs& launch, uint32_t smem, int group)
       : p(p), launch(launch), pipelines(smem), band(p), packing(launch), group(group), turns{group}, state(p) {
@@ -104,7 +105,7 @@ struct Consumer {
     }
     return moved;
   }
-  // S becomes the weights, and these an operand.
+  // S becomes the weights, and these, less what is dropped, an operand.
   __device__ __forceinline__ void exponentiate() {
 #pragma unroll
     for (int n = 0; n < kPieces; ++n)
@@ -116,7 +117,7 @@ struct Consumer {
       }
     weights.store([&](int n, int i) {
       const float* pair = &s_acc[0][2 * n + i / 2][i % 2 * 2];
-      return pack<Element>(pair[0], pair[1]);
+      return dropout.kept(pack<Element>(pair[0], pair[1]), 0, n, i);
     });
   }
 
@@ -127,6 +128,7 @@ struct Consumer {
       key = tile_mask.key();
     else
       key = keys.tile * C::kTileN;
+    dropout.set_place(row0 + state.lane.row, key + state.lane.column);
     state.apply_score_mod(s_acc, mod, row0, key);
     if (!partial || (M::kIntervals && tile_mask.hides_nothing())) return;
     Visibility<C> visibility;
@@ -152,7 +154,7 @@ struct Consumer {
   // Intervals: the mask of a tile of k that is there, where it is needed.
   __device__ __forceinline__ void load_tile_mask(bool partial) {
     if constexpr (M::kIntervals)
-      if (partial || ScoreMod<C>::kActive) tile_mask = TileMask::load(pipelines.tile_mask());
+      if (partial || ScoreMod<C>::kActive || C::kDropout) tile_mask = TileMask::load(pipelines.tile_mask());
   }
 
   // S of a row tile's first keys
@@ -167,6 +169,7 @@ struct Consumer {
   __device__ __forceinline__ void visit_keys() {
     const int row0 = row_tile.m0 + group * kGroupRows + threadIdx.x / 32 % 4 * 16;
     const ScoreMod<C> mod(p, row_tile.coord.batch, row_tile.coord.head);
+    dropout.set_head(p, row_tile.coord.batch, row_tile.coord.head);
     KeyTiles<C> keys(row_tile);
     float factor[2];
     clear(state.o[0]);

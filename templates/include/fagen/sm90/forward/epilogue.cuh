@@ -1,5 +1,6 @@
 // O and LSE of a row tile, from registers to global memory.
 #pragma once
+#include "fagen/common/dropout.cuh"
 #include "fagen/common/element.cuh"
 #include "fagen/common/row_state.cuh"
 #include "fagen/sm90/forward/row_tile.cuh"
@@ -25,7 +26,8 @@ __device__ __forceinline__ void store_rows(const fagen_forward_params& p, const 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int m = first + r * 8, row_of_q = packing.row(m), head = packing.head(tile.head, m);
-    const float row_sum = quad_sum(state.softmax.sum[r]), inverse = row_sum == 0.f ? 0.f : 1.f / row_sum;
+    const float row_sum = quad_sum(state.softmax.sum[r]);
+    const float inverse = scale_up<C>(p, row_sum == 0.f ? 0.f : 1.f / row_sum);
     if (p.lse && lane.id % 4 == 0 && m < end)
       p.lse[(int64_t(tile.batch) * p.heads + head) * p.seqlen_q + row_of_q] = state.softmax.lse(r, row_sum);
     Element* row = out + row_of_q * p.o.stride[1] + head * p.o.stride[2] + column;

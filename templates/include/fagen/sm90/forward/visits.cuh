@@ -142,6 +142,7 @@ __device__ __forceinline__ RowTileVisits plan_visits(const Intervals<C>& interva
     low = __reduce_min_sync(~0u, low), high = __reduce_max_sync(~0u, high);
     if (high >= 0) (ahead ? first_key : last_key) = ahead ? low : high;
   }
+  if constexpr (C::kDropout) first_key &= ~31;  // where the random numbers of neighbouring keys are made together
   // the key tiles begin with the first key; the lanes look at 32 of them at once
   constexpr int kGroup = 32 * C::kTileN;
   const int groups = (last_key - first_key) / kGroup + 1;
