@@ -106,7 +106,7 @@ def example_text(spec: KernelSpec) -> str:
     op = ops.get(spec.problem.op)
     if not op.example:
         raise UsageError(f"{op.title} has no example program", remedy="leave --example out")
-    return render.render(
+    text = render.render(
         op.example,
         problem=spec.problem,
         gpu=spec.target.is_gpu,
@@ -116,6 +116,7 @@ def example_text(spec: KernelSpec) -> str:
         build_command=shlex.join(example_command(spec)),
         binary="example",
     )
+    return render.fold(text)
 
 
 def _comment(lines: Iterable[str]) -> str:

@@ -191,7 +191,7 @@ static void check_row(const Inputs& in, const Element* o, const float* lse, int 
   }
   for (int key = 0; key < kKeys; ++key) {
     if (score[key] == -infinity) continue;
-    const double weight = std::exp(score[key] - top);
+    double weight = std::exp(score[key] - top);
     const Element* v = &in.v[((size_t(b) * kKeys + key) * kKvHeads + kv_head) * kDimV];
     total += weight;
     for (int i = 0; i < kDimV; ++i) sum[i] += weight * widen(v[i]), size[i] += weight * std::fabs(widen(v[i]));

@@ -42,6 +42,7 @@ def make(folder: Path, command: str) -> None:
     [
         "--dtype fp32 --head-dim 64 --mask causal " + SMALL,
         "--dtype bf16 --head-dim 72-40 --interval-kind both4 " + SMALL,
+        "--dtype fp32 --head-dim 32 --mask causal --dropout " + SMALL,
         "--dtype fp32 --head-dim 20 --window 9,3 --softcap --alibi --seqlen-q 33 --seqlen-k 70 --heads 2",
     ],
 )
@@ -85,6 +86,7 @@ def test_the_example_fails_a_kernel_that_computes_something_else(tmp_path, there
     [
         "--target sm_80 --dtype bf16 --head-dim 64 --mask causal",
         "--target sm_90 --dtype fp16 --head-dim 64 --interval-kind lower1 --softcap --alibi",
+        "--target sm_90 --dtype bf16 --head-dim 64 --mask causal --dropout",
     ],
 )
 def test_a_gpu_kernel_and_its_example_compile(tmp_path, words):
