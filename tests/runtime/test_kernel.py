@@ -215,7 +215,7 @@ OURS = abi.layout(Params)
         (OURS.replace("softcap 252 4", "sink 252 4"), "there: sink 252 4; here: softcap 252 4"),
         (OURS.replace("scale 248 4", "scale 248 8"), "there: scale 248 8; here: scale 248 4"),
         (OURS.replace("batch 208 4; heads 212 4", "heads 208 4; batch 212 4"), "there: heads 208 4; here: batch 208 4"),
-        (OURS.rpartition("; ")[0], "there: nothing; here: sizeof 256"),
+        (OURS.rpartition("; ")[0], f"there: nothing; here: sizeof {ctypes.sizeof(Params)}"),
         (f"{OURS}; and more", "there: and more; here: nothing"),
     ],
 )
