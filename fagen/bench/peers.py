@@ -19,6 +19,7 @@ from fagen.errors import UsageError
 
 if TYPE_CHECKING:
     from fagen.ops.attention.backward_call import BackwardCall
+    from fagen.ops.attention.call import AttentionCall
     from fagen.runtime.kernel import Kernel
 
 OURS = "fagen"
@@ -100,10 +101,19 @@ def load(
 
 def _of_op(loaded: Loaded, op: str) -> Loaded:
     if op == "forward":
-        return loaded
+        return replace(loaded, prepare=_verifiable(loaded.prepare))
     if isinstance(loaded.backward, str):
         raise Absent(loaded.backward)
-    return replace(loaded, prepare=loaded.backward)
+    return replace(loaded, prepare=_verifiable(loaded.backward))
+
+
+def _verifiable(prepare: Prepare) -> Prepare:
+    def checked(row: Row, inputs: Inputs) -> Serve:
+        if row.problem.dropout:
+            raise Cannot("it drops weights of its own choice: its output could not be verified")
+        return prepare(row, inputs)
+
+    return checked
 
 
 def reason(error: BaseException) -> str:
@@ -121,6 +131,8 @@ def ours(row: Row, inputs: Inputs) -> Serve:
 
     if row.op == "backward":
         return _our_backward(inputs.call)
+    if row.problem.dropout:
+        return _our_dropout(inputs.call)
     given = options(row, inputs.call)
     return lambda i: api.attention(i.call.q, i.call.k, i.call.v, out=i.outputs["out"], **given)
 
@@ -137,11 +149,19 @@ def _our_backward(call: BackwardCall) -> Serve:
     """The kernel that dispatch picks, without autograd, as the peers are launched; else what PyTorch does instead."""
     from fagen.ops.attention import fallback
 
-    made = _backward_kernel(call)
+    made = _kernel(call)
     return launched(made) if made else lambda i: fallback.gradients(i.call.forward, i.call.dout, None)
 
 
-def _backward_kernel(call: BackwardCall) -> Kernel | None:
+def _our_dropout(call: AttentionCall) -> Serve:
+    """The kernel that dispatch picks, with the seed of the inputs, so that its output can be verified."""
+    from fagen.ops.attention import fallback
+
+    made = _kernel(call)
+    return launched(made) if made else lambda i: fallback.attend(i.call)[0]
+
+
+def _kernel(call: AttentionCall) -> Kernel | None:
     from fagen.dispatch import resolve
 
     assert call.target is not None
@@ -171,9 +191,9 @@ def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said in the result
-        if row.op == "backward":
+        if row.op == "backward" or row.problem.dropout:
             call = inputs.call
-            kernel = _backward_kernel(call)
+            kernel = _kernel(call)
             found = explanation.explain_problem(call.problem, call.target)
         else:
             tensors = inputs.call.q, inputs.call.k, inputs.call.v

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fagen import families, target
+from fagen import families, ops, target
 from fagen.bench import (
     compare,
     flash,
@@ -484,6 +484,20 @@ def test_flashinfer_is_found_by_import(monkeypatch):
 def test_sdpa_says_what_it_cannot(problem):
     with pytest.raises(Cannot):
         sdpa.sdpa({}).prepare(rows.of_problem(problem), {})
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_with_dropout_ours_is_verified_and_peers_are_not_asked(op: str) -> None:
+    problem = ops.get(op).problem(dtype="fp32", head_dim=16, seqlen_q=40, heads=2, dropout=True)
+    row, inputs = rows.of_problem(problem), ops.get(op).calls().inputs(problem, "cpu", 0, False)
+    outputs = peers.ours(row, inputs)(inputs)
+    names = ops.get(op).calls().timed
+    given = dict(zip(names, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
+    verdict = ops.get(op).calls().check(inputs.call, given)
+    assert verdict, verdict.message
+    here, _ = peers.load(["sdpa"], "cpu", {}, op)
+    with pytest.raises(Cannot, match="drops weights of its own choice"):
+        here["sdpa"].prepare(row, inputs)
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
