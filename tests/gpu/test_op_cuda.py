@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import fagen
 from fagen import api
-from fagen.ops.attention import masks
+from fagen.ops.attention import masks, reference
+from fagen.ops.attention.call import AttentionCall
 from tests.support.calls import right
 
 
@@ -104,6 +105,31 @@ def test_cuda_graph() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert right(out, q, k, v, causal=True)
+
+
+def test_dropout_obeys_the_generator_of_the_device_in_graphs_too() -> None:
+    q, k, v = _inputs(2, 256, 4, 64)
+
+    def attend() -> torch.Tensor:
+        return fagen.attention(q, k, v, causal=True, dropout_p=0.25)
+
+    torch.cuda.manual_seed(1)
+    one, other = attend(), attend()
+    torch.cuda.manual_seed(1)
+    assert torch.equal(one, attend()) and not torch.equal(one, other)
+    call = AttentionCall.of(q, k, v, causal=True, dropout_p=0.25)
+    torch.cuda.manual_seed(1)
+    call = call.with_rng()
+    verdict = reference.check(call, {"out": one})
+    assert verdict, verdict.message
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    torch.cuda.manual_seed(1)
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert not torch.equal(out, first)  # each replay drops others
 
 
 def test_nothing_compiles_during_capture() -> None:

@@ -57,6 +57,11 @@ SCORE_CASES = [
         (0.0, False, "causal", True),
     )
 ]  # fmt: skip
+DROPOUT_CASES = [
+    Case(name, dropout=0.1, mask=mask, sizes=((200, 230), (70, 300)))
+    for name in ("base", "held", "own_dq", "ninety_six", "gqa_sums")
+    for mask in ("none", "causal")
+]
 UNALIGNED_CASES = [
     Case(name, aligned=False, head_dim=d, mask=mask, dtype=dtype, sizes=((150, 90), (33, 65)))
     for name in ("base", "held", "own_dq")
@@ -64,7 +69,8 @@ UNALIGNED_CASES = [
 ]
 LARGE_CASES = [Case(name, magnitude=m, sizes=((200, 200),)) for name in _WALKS for m in (8.0, 30.0)]
 ALL = [
-    *SCHEME_CASES, *WINDOW_CASES, *INTERVAL_CASES, *GQA_CASES, *SCORE_CASES, *UNALIGNED_CASES, *LARGE_CASES,
+    *SCHEME_CASES, *WINDOW_CASES, *INTERVAL_CASES, *GQA_CASES, *SCORE_CASES, *DROPOUT_CASES,
+    *UNALIGNED_CASES, *LARGE_CASES,
 ]  # fmt: skip
 
 _DIMS = (

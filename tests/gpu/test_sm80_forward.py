@@ -82,6 +82,11 @@ SCORE_CASES = [
     Case("base", mask="window", window=(30, 30), alibi=True),
     Case("base", mask="intervals", intervals="both4", softcap=10.0),
 ]
+DROPOUT_CASES = [
+    Case(name, dropout=0.1, mask=mask, sizes=((200, 230), (70, 300)))
+    for name in ("base", "overlap", "kv_outer", "split_k", "pairs", "two_warps")
+    for mask in ("none", "causal")
+]
 UNALIGNED_CASES = [
     Case("base", aligned=False, head_dim=d, mask=mask, dtype=dtype, sizes=((150, 90), (33, 65)))
     for d, mask, dtype in ((50, "causal", "bf16"), (64, "none", "fp16"), (33, "none", "bf16"), (1, "causal", "bf16"))
@@ -100,6 +105,7 @@ ALL = [
     *PAIR_CASES,
     *GQA_CASES,
     *SCORE_CASES,
+    *DROPOUT_CASES,
     *UNALIGNED_CASES,
     *LARGE_CASES,
 ]

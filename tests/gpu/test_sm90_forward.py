@@ -99,6 +99,14 @@ SCORE_CASES = [
     Case("tma", mask="intervals", intervals="both4", softcap=10.0),
     Case(_TAKES_TURNS, softcap=10.0, alibi=True, heads=16, kv_heads=16, sizes=((1300, 1300),)),
 ]
+DROPOUT_CASES = [
+    Case(name, dropout=0.1, mask=mask, sizes=((300, 330), (70, 300)))
+    for name in ("tma", "tma_one_group", "tma_three_groups", "tma_shared_weights", "tma_turns")
+    for mask in ("none", "causal")
+]
+DROPOUT_CASES += [
+    Case("tma", mask="intervals", intervals=kind, dropout=0.1, sizes=((300, 330),)) for kind in ("lower1", "both4")
+]
 LARGE_CASES = [
     Case(name, magnitude=m, sizes=((200, 200), (400, 700)))
     for name in ("tma", "tma_rescale_each", "tma_serial", _TAKES_TURNS, "tma_dynamic_sectioned_128x2")
@@ -111,6 +119,7 @@ ALL = [
     *DIM_CASES,
     *GQA_CASES,
     *SCORE_CASES,
+    *DROPOUT_CASES,
     *LARGE_CASES,
 ]
 
