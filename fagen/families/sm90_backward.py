@@ -99,6 +99,8 @@ def _shape_fits(p: Problem, t: Target, c: Config) -> str | None:
         return f"operands=shared takes 64 rows at a time, not {m}"
     if c.operands == "shared" and n % (8 * groups):
         return f"a warpgroup takes whole 8 keys, not {n} / {groups}"
+    if c.operands == "shared" and p.dropout and n % (16 * groups):
+        return f"dropout takes keys by 16, not {n} / {groups}"
     if c.operands == "shared" and c.dv_start != "after_ds":
         return f"operands=shared stores P and dS together, dv_start={c.dv_start}"
     if c.operands == "shared" and c.v_source != "shared":
@@ -162,8 +164,6 @@ def _supports(p: Problem, t: Target) -> str | None:
         return f"serves fp16 and bf16, not {p.dtype}"
     if not p.aligned:
         return "the copy engine needs rows that start at multiples of 16 bytes"
-    if p.dropout:
-        return "drops no weights yet"
     return None
 
 

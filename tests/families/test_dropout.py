@@ -18,6 +18,7 @@ from fagen.runtime.kernel import Kernel
 from fagen.target import known
 from tests.families import test_cpu_backward as cpu_backward
 from tests.families import test_cpu_forward as cpu_forward
+from tests.families import test_emulated_sm90_backward as sm90_backward
 from tests.support import backward, emulated
 from tests.support.backward import Case as BackwardCase
 from tests.support.cases import HOPPER, Case, rng_of, run
@@ -113,6 +114,16 @@ BACKWARD = [
     BackwardCase("small", dropout=0.1, head_dim=80, changes=(("smem_layout", "padded"),)),
 ]
 
+_Sm90Case = sm90_backward.Case
+SM90_BACKWARD = [
+    _Sm90Case("base", dropout=0.1, mask="none"),
+    _Sm90Case("shared", dropout=0.5),  # rows down, not keys
+    _Sm90Case("long_tiles", dropout=0.1, mask="intervals", intervals="both2"),
+    _Sm90Case("held_v", dropout=0.1, softcap=2.0, dtype="fp16"),
+    _Sm90Case("shared_first_owner", dropout=0.1, mask="window", window=(40, 9)),  # 48 keys a warpgroup
+    _Sm90Case("one_group", dropout=0.1, alibi=True),
+]
+
 
 @functools.cache
 def _source(case: Case | BackwardCase) -> str:
@@ -141,6 +152,21 @@ def test_backward_whatever_comes_first(case: BackwardCase, folder: Path) -> None
         assert verdict, f"{rows}x{keys}: {verdict.message}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sample(SM90_BACKWARD, every=3), ids=str)
+def test_sm90_backward_whatever_comes_first(case: sm90_backward.Case, folder: Path) -> None:
+    sm90_backward.FAMILY.require(case.problem, sm90_backward.TARGET, case.config)
+    for seed, (rows, keys) in enumerate(((70, 210), (150, 70))):
+        sm90_backward.check(case, folder, rows, keys, seed=seed, batch=2, dlse=True)
+
+
+def test_sm90_backward_takes_keys_by_16() -> None:
+    case = _Sm90Case("shared_red", dropout=0.1)  # 40 keys a warpgroup
+    found = sm90_backward.FAMILY.rejects(case.problem, sm90_backward.TARGET, case.config)
+    assert found and "keys by 16" in found[1]
+    assert not sm90_backward.FAMILY.rejects(case.problem.replace(dropout=False), sm90_backward.TARGET, case.config)
+
+
 # ---- what is wrong is found ------------------------------------------------------------------------------------------
 
 
@@ -163,12 +189,11 @@ def test_another_mask_is_wrong(old: str, new: str, folder: Path) -> None:
     assert not backward.run(case, 70, 100, library, batch=2)
 
 
-def test_families_without_dropout_say_so() -> None:
-    """So that dispatch takes another one."""
+def test_every_family_serves_dropout() -> None:
     told = {}
     for family in all_families():
         problem = backward.BackwardProblem if family.op == "backward" else Case("base").problem.__class__
         dtype = "fp32" if family.name.startswith("cpu") else "bf16"
         target = known("cpu" if family.name.startswith("cpu") else "sm_90")
         told[family.name] = family.supports(problem(dtype=dtype, dropout=True), target)
-    assert {name for name, reason in told.items() if reason} == {"sm90_backward"}
+    assert not [name for name, reason in told.items() if reason]

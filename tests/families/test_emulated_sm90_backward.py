@@ -23,7 +23,7 @@ from fagen.ops.attention.params import BackwardParams, make_backward_params
 from fagen.runtime.kernel import Library
 from fagen.target import known
 from tests.support import emulated
-from tests.support.cases import DTYPES, random_intervals
+from tests.support.cases import DTYPES, random_intervals, rng_of
 from tests.support.thorough import sample
 
 FAMILY, TARGET = sm90_backward.FAMILY, known("sm_90")
@@ -78,6 +78,7 @@ class Case:
     softcap: float = 0.0
     alibi: bool = False
     deterministic: bool = False
+    dropout: float = 0.0
     changes: tuple[tuple[str, Any], ...] = field(default=())
 
     @property
@@ -85,6 +86,7 @@ class Case:
         return BackwardProblem(
             dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v, mask=self.mask,
             intervals=self.intervals, softcap=bool(self.softcap), alibi=self.alibi, deterministic=self.deterministic,
+            dropout=self.dropout > 0,
         )  # fmt: skip
 
     @property
@@ -93,7 +95,7 @@ class Case:
 
     def __str__(self) -> str:
         d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
-        extra = [name for name in ("softcap", "alibi", "deterministic") if getattr(self, name)]
+        extra = [name for name in ("softcap", "alibi", "deterministic", "dropout") if getattr(self, name)]
         parts = [self.scheme, self.mask, self.intervals, self.dtype, d, f"h{self.heads}-{self.kv_heads}", *extra]
         return "-".join(filter(None, parts))
 
@@ -163,7 +165,7 @@ def make_call(
     window = (-1, 0) if case.mask == "causal" else case.window
     call = AttentionCall(
         q, k, v, layout, window, intervals, case.intervals, softcap=case.softcap, alibi_slopes=slopes,
-        deterministic=case.deterministic,
+        deterministic=case.deterministic, dropout=case.dropout, rng=rng_of(g.device) if case.dropout else None,
     )  # fmt: skip
     out, lse = reference.attend(call, reference.cast(call.bhsd(), torch.float32), reference.visible(call))
     out = (out.transpose(1, 2) if layout == "bshd" else out).to(q.dtype).contiguous()

@@ -107,6 +107,8 @@ struct BackwardConsumer {
     const int key = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + place.row;
     fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
                                     lse, pipelines.smem + L::kBounds + key * 16);
+    if constexpr (C::kDropout)
+      mark_dropped<true, false>(s, change.dropout, at.tile * C::kTileM, keys.n0 + key - place.row);
   }
   // dS in place of dP
   __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives) const {
@@ -116,7 +118,7 @@ struct BackwardConsumer {
       const float2 delta = ptx::ld_shared_8(stat + j * 32);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        dp[j][i] = s[j][i] * (dp[j][i] - (i % 2 ? delta.y : delta.x));
+        dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], i % 2 ? delta.y : delta.x, change.dropout);
         if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
       }
     }
@@ -129,6 +131,14 @@ struct BackwardConsumer {
         const float* pair = &c[2 * n + i / 2][i % 2 * 2];
         operand[n][i] = pack<Element>(pair[0], pair[1]);
       }
+  }
+  // P as it counts for dV.
+  static __device__ __forceinline__ void pack_weights(Fragments& weights, const Scores& s) {
+    pack_operand(weights, s);
+#pragma unroll
+    for (auto& step : weights)
+#pragma unroll
+      for (uint32_t& pair : step) pair = kept_weights<C>(pair);
   }
   // dS, rows of q down, this group's keys in a slab of their own.
   __device__ __forceinline__ void store_ds(const Fragments& ds) const {
@@ -145,7 +155,7 @@ struct BackwardConsumer {
   __device__ __forceinline__ void visit(const RowTileVisit& at) {
     Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
     Fragments weights, ds;      // P^T and dS^T
-    if (C::kAlibi) change.set_head(p, keys.batch, at.head);
+    if (C::kAlibi || C::kDropout) change.set_head(p, keys.batch, at.head);
     pipelines.q.wait();
     const RowStats<C> lse(pipelines.lse() + Place().column * 4);
     start_scores<C::kHeadDim>(s, pipelines.k.tile(), pipelines.q.tile());
@@ -158,7 +168,7 @@ struct BackwardConsumer {
     else
       exponentiate<false>(s, derivatives, lse, at);
     if constexpr (C::kDvStart == DvStart::before_ds) {
-      pack_operand(weights, s);
+      pack_weights(weights, s);
       start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
       ptx::wgmma_wait<1>();
     } else {
@@ -166,7 +176,7 @@ struct BackwardConsumer {
     }
     pin(dp);
     form_ds(s, dp, derivatives);
-    if constexpr (C::kDvStart == DvStart::after_ds) pack_operand(weights, s);
+    if constexpr (C::kDvStart == DvStart::after_ds) pack_weights(weights, s);
     pack_operand(ds, dp);
     if constexpr (C::kDvStart == DvStart::after_ds)
       start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
@@ -222,7 +232,7 @@ struct BackwardConsumer {
     if constexpr (kVInRegisters) load_v();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
     store<C::kHeadDim>(p.dk, dk, p.head_dim, p.scale);
-    store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, 1.f);
+    store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up<C>(p, 1.f));
   }
 
   // Store 64 keys of a gradient, two a thread. Lanes of a quad hold two columns each of pieces of 8; neighbours swap so

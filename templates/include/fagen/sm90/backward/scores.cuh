@@ -1,5 +1,7 @@
 // From scores to P, and from dP to dS, on the accumulators of a tile: keys down, rows of q across.
 #pragma once
+#include "fagen/common/cell_dropout.cuh"
+#include "fagen/common/dropout.cuh"
 #include "fagen/common/element.cuh"
 #include "fagen/ptx/math.cuh"
 #include "fagen/ptx/shared.cuh"
@@ -19,15 +21,19 @@ struct ScoreChange {
   static constexpr float kLog2e = 1.4426950408889634f;
   float scale, cap_log2, slope_log2;
   int shift;
+  Dropout dropout;
 
   __device__ __forceinline__ explicit ScoreChange(const fagen_backward_params& p)
       : scale(C::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e),
         cap_log2(p.softcap * kLog2e),
         slope_log2(0.f),
-        shift(p.seqlen_k - p.seqlen_q) {}
+        shift(p.seqlen_k - p.seqlen_q) {
+    if constexpr (C::kDropout) dropout = Dropout::of(p, 0, 0);
+  }
   __device__ __forceinline__ void set_head(const fagen_backward_params& p, int batch, int head) {
     if constexpr (C::kAlibi)
       slope_log2 = static_cast<const float*>(p.alibi_slopes.data)[batch * p.alibi_slopes.stride[0] + head] * kLog2e;
+    if constexpr (C::kDropout) dropout.plane = batch * p.heads + head;
   }
   // The exponent, and under softcap the derivative of what softcap did.
   __device__ __forceinline__ float exponent(float score, float lse_log2, int distance, float& derivative) const {
@@ -105,6 +111,36 @@ __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&der
       s[j][i] = !kMasked || rows.contains(row, r) ? weight : 0.f;
     }
   }
+}
+
+// ---- dropout: a dropped weight is held negated, until dP has come
+
+// Negate the dropped ones of the weights of 16 lines, whose first row of q and first key are given.
+template <bool kTransposed, bool kKeysAligned, int kPieces>
+__device__ __forceinline__ void mark_dropped(float (&weights)[kPieces][4], const Dropout& dropout, int row, int key) {
+  CellDropout<kTransposed, kKeysAligned, 1> cells;
+  const Place place;
+#pragma unroll
+  for (int j = 0; j < kPieces; ++j) {
+    cells.load(dropout, place, row, key, j);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!cells.kept(dropout, i / 2, j, i % 2)) weights[j][i] = -weights[j][i];
+  }
+}
+
+// Two weights as they count for dV: dropped ones are 0.
+template <class C>
+__device__ __forceinline__ uint32_t kept_weights(uint32_t pair) {
+  if constexpr (C::kDropout) pair &= ~ptx::spread_signs(pair);
+  return pair;
+}
+
+// dS of a weight and its dP, which counts as 0 where the weight was dropped.
+template <class C>
+__device__ __forceinline__ float gradient_of_score(float weight, float dp, float delta, const Dropout& dropout) {
+  if constexpr (C::kDropout) dp = weight < 0.f ? 0.f : dp * dropout.scale, weight = fabsf(weight);
+  return weight * (dp - delta);
 }
 
 }  // namespace fagen

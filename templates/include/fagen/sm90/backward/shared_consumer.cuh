@@ -125,6 +125,9 @@ struct SharedConsumer {
         }
     }
     if constexpr (kMasked && MaskOf<C>::kIntervals) clear_hidden(s, row0);
+    if constexpr (C::kDropout)
+      mark_dropped<false, kKeys % 32 == 0 && C::kTileN % 32 == 0>(s, change.dropout, row0 - Place().row,
+                                                                 key0 - Place().column);
   }
   __device__ __forceinline__ void clear_hidden(Scores& s, int row0) const {
 #pragma unroll
@@ -147,18 +150,22 @@ struct SharedConsumer {
       for (int j = 0; j < kPieces; ++j)
 #pragma unroll
         for (int i = r * 2; i < r * 2 + 2; ++i) {
-          dp[j][i] = s[j][i] * (dp[j][i] - delta);
+          dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], delta, change.dropout);
           if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
         }
     }
   }
-  // Rows of q down, this group's keys among those of all.
+  // Rows of q down, this group's keys among those of all. kWeights: as they count for dV.
+  template <bool kWeights>
   __device__ __forceinline__ void store(uint32_t tile, const Scores& c) const {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     const auto place = [&](int piece) {
       return tile + piece / 8 * L::kDsSlabBytes + row * kRowBytes + ((piece % 8 ^ lane % 8) << 4);
     };
-    const auto word = [&](int j, int r) { return pack<Element>(c[j][r * 2], c[j][r * 2 + 1]); };
+    const auto word = [&](int j, int r) {
+      const uint32_t pair = pack<Element>(c[j][r * 2], c[j][r * 2 + 1]);
+      return kWeights ? kept_weights<C>(pair) : pair;
+    };
     const int first = group * kPieces;
 #pragma unroll
     for (int j = 0; j + 1 < kPieces; j += 2)
@@ -170,7 +177,7 @@ struct SharedConsumer {
 
   __device__ __forceinline__ void visit(const RowTileVisit& at) {
     Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
-    if (C::kAlibi) change.set_head(p, keys.batch, at.head);
+    if (C::kAlibi || C::kDropout) change.set_head(p, keys.batch, at.head);
     pipelines.q.wait();
     float lse_log2[2];
     load_stats(lse_log2, pipelines.lse());
@@ -187,8 +194,8 @@ struct SharedConsumer {
     pin(dp);
     form_ds(s, dp, derivatives);
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last ones
-    store(weights(), s);
-    store(ds(), dp);
+    store<true>(weights(), s);
+    store<false>(ds(), dp);
     ptx::fence_shared_writes();
     ptx::barrier_sync(kBarrier, L::kGroups * 128);
     finish(at);
@@ -247,7 +254,7 @@ struct SharedConsumer {
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
     ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
     store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, p.scale);
-    store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, 1.f);
+    store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up<C>(p, 1.f));
   }
 
   // Transpose slab by slab into the place of the operand that is done with, and store rows of 128 bytes.
