@@ -165,20 +165,16 @@ vars(_ops_registered)["_dynamo_marked_constant"] = True
 
 
 def _waits_for_ops(call: AttentionCall) -> bool:
-    """Whether the ops alone will do: for tensors that no kernel may be handed, for gradients that must repeat."""
+    """Whether the ops alone will do: for tensors that no kernel may be handed, and for gradients, which ctypes does not
+    give. Were those PyTorch's until the ops are built, a run would not repeat its bits."""
     if not _plain(call):
         return True
-    return derivatives.differentiated(call.q, call.k, call.v) and _gradients_wait(call.deterministic)
+    return env.build_mode() == "wait" and derivatives.differentiated(call.q, call.k, call.v)
 
 
-def _gradients_wait(deterministic: bool) -> bool:
-    """Gradients that must repeat may not depend on when the ops are built: PyTorch's have other bits."""
-    return derivatives.must_repeat(deterministic) and env.build_mode() == "wait"
-
-
-def ops_for_gradients(deterministic: bool) -> bool:
-    """Whether the op `backward` can be called now."""
-    return _ops_ready() or (_gradients_wait(deterministic) and _ops_registered())
+def ops_for_gradients() -> bool:
+    """Whether the op `backward` can be called, after waiting for it where calls wait."""
+    return _ops_ready() or (env.build_mode() == "wait" and _ops_registered())
 
 
 def _plain(call: AttentionCall) -> bool:

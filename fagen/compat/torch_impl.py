@@ -110,12 +110,11 @@ def _gradient(before: Callable[..., Any]) -> Callable[..., Any]:
         *random: torch.Tensor,
         scale: float | None = None,
     ) -> Any:
-        repeated = derivatives.must_repeat(False)
         plain = dropout_p == 0 and logsumexp.shape == query.shape[:3] and logsumexp.dtype == torch.float32
         with torch.no_grad():
-            ready = plain and api.ops_for_gradients(repeated)
+            ready = plain and api.ops_for_gradients()
             if ready and _serves(query, key, value, is_causal, scale, gradients=True):
-                window = (-1, 0 if is_causal else -1)
+                window, repeated = (-1, 0 if is_causal else -1), derivatives.must_repeat(False)
                 call = AttentionCall(query, key, value, "bhsd", window, scale=scale, deterministic=repeated)
                 return torch.ops.fagen.backward(*call.op_arguments(), out, logsumexp, grad_out, None)
         tensors = (grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k)
