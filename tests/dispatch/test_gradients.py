@@ -227,12 +227,13 @@ def test_explain_says_that_pytorch_computes_what_it_differentiates(monkeypatch: 
 
 
 @needs_compiler
+@pytest.mark.parametrize("kind", [Problem, BackwardProblem])
 @pytest.mark.parametrize("max_seqlen", [None, 256])
 def test_warmup_of_gradients_makes_a_step_of_training_ready(
-    max_seqlen: int | None, monkeypatch: pytest.MonkeyPatch
+    max_seqlen: int | None, kind: type[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = BackwardProblem(dtype="fp32", head_dim=16, mask="causal", heads=2, seqlen_q=40)
-    assert warmup.warmup([problem], HERE, max_seqlen=max_seqlen) == 2
+    problem = kind(dtype="fp32", head_dim=16, mask="causal", heads=2, seqlen_q=40)
+    assert warmup.warmup([problem], HERE, max_seqlen=max_seqlen, gradients=kind is Problem) == 2
     monkeypatch.setattr(cache, "make", lambda job, **_: pytest.fail(f"{job.name} was compiled"))
     monkeypatch.setattr(cache, "find", lambda job: pytest.fail(f"{job.name} was read"))
     monkeypatch.setattr(fallback, "attend", lambda *_: pytest.fail("PyTorch computed"))
