@@ -119,7 +119,8 @@ REPEATED = replace(BASE, deterministic=True)
 def _built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Defaults alone, so that few kernels serve all sizes; and the ops, so that no call is PyTorch's until they are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "default_paths", lambda: (tmp_path_factory.mktemp("db"),))
+        empty = tmp_path_factory.mktemp("db")
+        patch.setattr(store, "default_paths", lambda: (empty,))
         resolve.forget()
         cases = [*CASES, SAME_BITS, replace(SAME_BITS, aligned=False), LONG, replace(LONG, sizes=(8192, 8192))]
         build_specs(spec for case in cases for spec in case.specs())
