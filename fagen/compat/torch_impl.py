@@ -82,8 +82,9 @@ def _kernel(before: Callable[..., Any]) -> Callable[..., Any]:
         *,
         scale: float | None = None,
     ) -> Any:
+        trained, plain = derivatives.differentiated(query, key, value), dropout_p == 0 and not return_debug_mask
         with torch.no_grad():  # what is saved for the gradient was saved above
-            if dropout_p == 0 and not return_debug_mask and _serves(query, key, value, is_causal, scale):
+            if plain and _serves(query, key, value, is_causal, scale, trained=trained):
                 return _attend(query, key, value, is_causal, scale)
         return before(keys, query, key, value, dropout_p, is_causal, return_debug_mask, scale=scale)
 
@@ -139,10 +140,10 @@ def _attend(
 
 def _serves(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None,
-    *, gradients: bool = False,
+    *, trained: bool = False, gradients: bool = False,
 ) -> bool:  # fmt: skip
     """Whether a kernel of ours takes the call, or its gradients, and is not known to be the slower one. Answers are
-    kept by size."""
+    kept by size. The backward kernel of a call that is `trained` is compiled with its forward kernel."""
     global _answers_of
     tensors, shape = (query, key, value), query.shape
     if len(shape) != 4 or 0 in shape or 0 in key.shape or value.shape != key.shape or key.shape[3] != shape[3]:
@@ -156,8 +157,9 @@ def _serves(
         _answers.clear()
         _answers_of = epoch
     aligned = all(is_aligned(t) for t in tensors)
-    repeated = gradients and derivatives.must_repeat(False)
-    known = (query.device, query.dtype, tuple(shape), tuple(key.shape), is_causal, aligned, gradients, repeated)
+    repeated = (trained or gradients) and derivatives.must_repeat(False)
+    wanted = trained, gradients, repeated
+    known = (query.device, query.dtype, tuple(shape), tuple(key.shape), is_causal, aligned, *wanted)
     answer = _answers.get(known)
     if answer is not None:
         return answer
@@ -166,6 +168,8 @@ def _serves(
     )  # fmt: skip
     if _capturing(query.device):
         return False
+    if trained:
+        dispatch.answer_to_gradients(call)
     found = dispatch.answer_to_gradients(call) if gradients else dispatch.answer_to(call, ours=False)
     if found.known and resolve.epoch() is epoch:
         _answers[known] = found.kernel is not None

@@ -217,6 +217,25 @@ def test_gradients_repeat_where_pytorch_was_told_so(asked: list[str], monkeypatc
     assert list(dict.fromkeys(problems)) == [False, True] and asked == []
 
 
+def test_the_backward_kernel_is_asked_for_with_the_forward_one(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that nothing is compiled when the gradient is due."""
+    fagen.register_torch()
+    resolve.renew()
+    looks = []
+    decide = dispatch.answer_to_gradients
+    monkeypatch.setattr(dispatch, "answer_to_gradients", lambda call: looks.append(1) or decide(call))
+    flash(*inputs())
+    assert not looks
+    flash(*(t.requires_grad_() for t in inputs()))
+    assert looks and asked == []
+    with torch.no_grad():
+        looks.clear()
+        flash(*(t.requires_grad_() for t in inputs(35, 35)))
+    assert not looks
+
+
 OTHERS: dict[str, tuple[list[torch.Tensor], dict]] = {
     "dropout": (inputs(), {"dropout_p": 0.1}),
     "debug mask": (inputs(), {"return_debug_mask": True}),

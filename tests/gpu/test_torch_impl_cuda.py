@@ -65,8 +65,8 @@ def test_gradients(
     """Either backward takes the output and the LSE of either forward: as near to float32 as from its own."""
     serves = torch_impl._serves
 
-    def one_of_both(*args: Any, gradients: bool = False) -> bool:
-        told = serves(*args, gradients=gradients)
+    def one_of_both(*args: Any, gradients: bool = False, **options: Any) -> bool:
+        told = serves(*args, gradients=gradients, **options)
         return told and whose != ("PyTorch's backward" if gradients else "PyTorch's forward")
 
     monkeypatch.setattr(torch_impl, "_serves", one_of_both)
