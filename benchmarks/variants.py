@@ -8,6 +8,7 @@
 of the suites by the beginning of its name and knobs that differ from the family's default at that row:
 
     d128 causal s8192: tile_m=192 tile_n=80 stages=3
+    backward d128 causal s8192: ds_stages=2
 
 A case with a knob, or a value, that the checkout does not have is left out there. `time` builds all of it, lets each
 kernel answer once on each of its rows, and times those that were right against each other and the peers in one
@@ -18,6 +19,7 @@ of a label that has done so twice. What renders to the same source on a row is o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -35,7 +37,6 @@ from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError, UsageError
 from fagen.families import Config, Family
 from fagen.runtime import kernel
-from fagen.runtime.kernel import launcher
 from fagen.target import Target
 from fagen.tuner.workers import Death, Worker, compile_workers
 
@@ -46,7 +47,10 @@ MOST_DEATHS = 2  # of a label
 
 def all_rows(where: Target) -> dict[str, rows.Row]:
     names = ("peers", "masks", "models", "small") if where.is_gpu else ("small",)
-    return {row.name: row for name in names for row in suites.suite(name, where)}
+    forward = [row for name in names for row in suites.suite(name, where)]
+    backward = [rows.row_of_op(row, "backward", same_bits=same) for row in forward for same in (False, True)]
+    named_by_op = [dataclasses.replace(row, name=f"backward {row.name}") for row in backward]
+    return {row.name: row for row in (*forward, *named_by_op)}
 
 
 # ---- render ---------------------------------------------------------------------------------------------------------
@@ -108,13 +112,7 @@ def built(variant: dict[str, Any], row: rows.Row, where: Target) -> Artifact:
 def participant(variant: dict[str, Any], artifact: Artifact, where: Target) -> peers.Prepare:
     def prepare(row: rows.Row, inputs: rows.Inputs) -> peers.Serve:
         spec = KernelSpec(families.get(variant["family"]), row.problem, where, Config(variant["config"]))
-        made = kernel.load(artifact, spec)
-
-        def serve(given: rows.Inputs) -> Any:
-            launcher(made, given)()
-            return given.outputs["out"]
-
-        return serve
+        return peers.launched(kernel.load(artifact, spec))
 
     return prepare
 
@@ -129,7 +127,7 @@ def race(request: dict[str, Any]) -> dict[str, Any]:
         device = "cuda" if where.is_gpu else "cpu"
         inputs = rows.make_inputs(row, where, 0)
         return {name: run.prepared(prepare, row, inputs, device, name)[0] for name, prepare in entrants.items()}
-    loaded, absent = peers.load(request["peers"], "cuda" if where.is_gpu else "cpu", request["paths"])
+    loaded, absent = peers.load(request["peers"], "cuda" if where.is_gpu else "cpu", request["paths"], row.op)
     others = {name: peer.prepare for name, peer in loaded.items()}
     with torch.no_grad():
         found = run.time_row(row, entrants | others, where, request["settings"])

@@ -74,7 +74,8 @@ def smem_bytes(p: Problem, c: Config) -> int:
     dq = _owners(c) * dq_columns(p, c) // 8 * PIECE_BYTES if c.dq_sink == "bulk" else 0
     stats = 4 * m * (c.q_stages + c.dout_stages)
     bounds = 16 * n + 32 if p.mask == "intervals" else 0
-    barriers = BARRIER_BYTES * (2 + c.q_stages + c.dout_stages + c.warpgroups)
+    rounds = c.dq_sink == "bulk" and p.mask != "intervals"
+    barriers = BARRIER_BYTES * (2 + c.q_stages + c.dout_stages + c.warpgroups * (1 + rounds))
     return tiles * ROW_BYTES + dq + stats + bounds + barriers + SMEM_ALIGNMENT
 
 
@@ -193,10 +194,16 @@ def _context(p: Problem, c: Config) -> dict[str, Any]:
 _Tile = tuple[str, int, int, int, int, int, int]
 _TILES: tuple[tuple[int, tuple[_Tile, ...]], ...] = (
     (64, (("registers", 128, 128, 2, 2, 2, 2), ("registers", 64, 192, 3, 2, 2, 2), ("registers", 64, 128, 2, 2, 2, 2))),
-    (128, (("registers", 64, 128, 2, 2, 2, 1), ("registers", 64, 128, 2, 2, 1, 1), ("shared", 64, 128, 2, 2, 1, 1))),
-    (192, (("shared", 64, 96, 3, 2, 1, 1), ("shared", 64, 96, 3, 1, 1, 1), ("shared", 64, 96, 2, 2, 1, 1))),
+    (128, (("registers", 64, 128, 2, 2, 1, 2), ("registers", 64, 128, 2, 2, 1, 1), ("shared", 64, 128, 2, 2, 1, 1))),
+    (
+        192,
+        (
+            ("shared", 64, 96, 3, 2, 2, 2), ("shared", 64, 96, 3, 2, 1, 2), ("shared", 64, 96, 3, 2, 1, 1),
+            ("shared", 64, 96, 3, 1, 1, 1), ("shared", 64, 96, 2, 2, 1, 1),
+        ),
+    ),
     (256, (("shared", 64, 80, 2, 2, 1, 1), ("shared", 64, 80, 2, 1, 1, 1), ("shared", 64, 64, 2, 2, 1, 1))),
-)
+)  # fmt: skip
 _SMALLEST: tuple[_Tile, ...] = (("shared", 64, 64, 2, 1, 1, 1),)  # fits every problem
 
 
@@ -206,15 +213,17 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     tiles = next(tiles for limit, tiles in _TILES if size <= limit)
     orders = ("ascending", "sectioned") if p.mask == "none" else ("sectioned", "longest_first")
     rows = "descending" if p.mask != "none" and getattr(p, "deterministic", False) else "ascending"
-    sinks = ("red", "bulk") if size > 192 else ("bulk", "red")  # a large head leaves no room for a stage of dQ
+    sinks = ("red", "bulk") if size > 128 else ("bulk", "red")  # a large head leaves no room for a stage of dQ
+    held = 64 < size <= 96  # there V fits in registers
     found = []
     for order, sink, tile in itertools.product(orders, sinks, (*tiles, *_SMALLEST)):
         operands, m, n, warpgroups, q_stages, dout_stages, ds_stages = tile
         # bounds of intervals and 128 rows leave no registers for P as an operand beside dP
-        under = operands == "registers" and not (p.mask == "intervals" and m > 64)
+        under = operands == "registers" and (held or m > 64) and not (p.mask == "intervals" and m > 64)
         config = Config(
             {
-                "tile_m": m, "tile_n": n, "warpgroups": warpgroups, "operands": operands, "v_source": "shared",
+                "tile_m": m, "tile_n": n, "warpgroups": warpgroups, "operands": operands,
+                "v_source": "registers" if held and operands == "registers" else "shared",
                 "q_stages": q_stages, "dout_stages": dout_stages, "ds_stages": ds_stages, "dq_sink": sink,
                 "dv_start": "before_ds" if under else "after_ds", "dq_owner": "all",
                 "row_order": rows, "block_order": order, "section_mb": 32,

@@ -288,7 +288,7 @@ def _is_wrong(text: str, folder: Path, seed: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "old", ["    pipelines.dout.release();\n", "      ptx::mbarrier_arrive(pipelines.dq.empty());\n"]
+    "old", ["    pipelines.dout.release();\n", "      if (leads()) ptx::mbarrier_arrive(pipelines.dq.empty());\n"]
 )
 def test_who_waits_for_ever_is_told(folder: Path, old: str) -> None:
     text = _source(_BROKEN)

@@ -1,4 +1,4 @@
-// Copies of whole runs of bytes (sm_90): memory to shared memory, and sums from shared memory into memory.
+// Copies of whole runs of bytes (sm_90): memory to shared memory, and from there into memory, copied or added.
 #pragma once
 #include <stdint.h>
 
@@ -17,9 +17,13 @@ __device__ __forceinline__ void bulk_add(float* to, uint32_t from, int bytes) {
                "r"(bytes)
                : "memory");
 }
+// Copy them instead.
+__device__ __forceinline__ void bulk_store(float* to, uint32_t from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Wait until this thread's sums have read shared memory; or until they are in memory.
+// Wait until this thread's copies and sums have read shared memory; or until they are in memory.
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 

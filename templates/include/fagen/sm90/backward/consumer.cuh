@@ -101,11 +101,12 @@ struct BackwardConsumer {
   // ---- between products
 
   template <bool kMasked>
-  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowTileVisit& at) {
+  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowStats<C>& lse,
+                                               const RowTileVisit& at) {
     const Place place;
     const int key = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + place.row;
     fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
-                                    pipelines.lse() + place.column * 4, pipelines.smem + L::kBounds + key * 16);
+                                    lse, pipelines.smem + L::kBounds + key * 16);
   }
   // dS in place of dP
   __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives) const {
@@ -146,15 +147,16 @@ struct BackwardConsumer {
     Fragments weights, ds;      // P^T and dS^T
     if (C::kAlibi) change.set_head(p, keys.batch, at.head);
     pipelines.q.wait();
+    const RowStats<C> lse(pipelines.lse() + Place().column * 4);
     start_scores<C::kHeadDim>(s, pipelines.k.tile(), pipelines.q.tile());
     pipelines.dout.wait();
     start_dp(dp);
     ptx::wgmma_wait<1>();
     pin(s);
     if (at.partial)
-      exponentiate<true>(s, derivatives, at);
+      exponentiate<true>(s, derivatives, lse, at);
     else
-      exponentiate<false>(s, derivatives, at);
+      exponentiate<false>(s, derivatives, lse, at);
     if constexpr (C::kDvStart == DvStart::before_ds) {
       pack_operand(weights, s);
       start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());

@@ -1,6 +1,7 @@
 // dQ on its way from a consumer's registers into memory, where the blocks of all key tiles add theirs in float32: by
 // shared memory and the copy engine (bulk), or straight from registers (red). Deterministic: in turns.
 #pragma once
+#include "fagen/common/element.cuh"
 #include "fagen/ptx/bulk.cuh"
 #include "fagen/ptx/reduce.cuh"
 #include "fagen/ptx/shared.cuh"
@@ -39,40 +40,140 @@ __device__ __forceinline__ void sink_dq(const float (&dq)[DqShare<C>::kColumns /
   }
 }
 
-// The other side of the bulk sink: one lane adds what an owner has stored, row tile after row tile.
-template <class C>
-__device__ __forceinline__ void drain_dq(const fagen_backward_params& p, const BackwardLaunch& launch,
-                                         const KeyTile<C>& keys, const RowBand& band, uint32_t smem, int owner) {
+// A warp's quarter of a chunk, from float32 in the order of fragments to rows of elements, scaled. `load(piece)` gives
+// the lane's four values of a piece of 8 columns; `m` is its first row, the other is 8 below.
+template <class C, class Element, int kUnroll, class Load>
+__device__ __forceinline__ void store_dq(const fagen_backward_params& p, int batch, int head, int m, int first_piece,
+                                         int pieces, Load load) {
+  const bool odd = threadIdx.x % 2;
+  const int column = first_piece * 8 + odd * 8 + threadIdx.x % 4 / 2 * 4;  // in two pieces
+  Element* out = static_cast<Element*>(p.dq.data) + batch * p.dq.stride[0] + head * p.dq.stride[2] + column;
+#pragma unroll kUnroll
+  for (int n = 0; n < pieces; n += 2) {
+    const float4 a = load(n), b = load(n + 1);
+    const float c[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t mine[2] = {pack<Element>(c[0][r * 2] * p.scale, c[0][r * 2 + 1] * p.scale),
+                                pack<Element>(c[1][r * 2] * p.scale, c[1][r * 2 + 1] * p.scale)};
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
+      if (m + r * 8 < p.seqlen_q && n * 8 < p.head_dim - column)
+        *reinterpret_cast<uint2*>(out + (m + r * 8) * p.dq.stride[1] + n * 8) =
+            odd ? make_uint2(other, mine[1]) : make_uint2(mine[0], other);
+    }
+  }
+}
+
+// The other side of the bulk sink: a warp adds what an owner has stored, row tile after row tile. The first block to
+// add to a tile stores instead, so that nothing need be zero; the last one rounds the sum (kRoundsDq).
+template <class C, class Element>
+struct DqDrain {
+  using L = BackwardLayout<C>;
   using Dq = DqShare<C>;
-  const Dq share{owner};
-  BackwardPipelines<C> pipelines(smem, owner);
-  const auto turn_of = [&](int head, int tile) {
-    return launch.turns + row_tile_index<C>(p, launch, keys.batch, head, tile) * Dq::kGroups + owner;
-  };
-  const auto add = [&](const RowTileVisit& at) {
-    float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
+  static constexpr unsigned kStored = 1u << 31, kClaimed = 1u << 30;  // of a counter; below them lies the count
+
+  const fagen_backward_params& p;
+  const BackwardLaunch& launch;
+  const KeyTile<C>& keys;
+  const RowBand& band;
+  const Dq share;
+  BackwardPipelines<C> pipelines;
+  int summed_phase = 0;
+
+  __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
+  __device__ __forceinline__ int64_t index(const RowTileVisit& at) const {
+    return row_tile_index<C>(p, launch, keys.batch, at.head, at.tile);
+  }
+  __device__ __forceinline__ float* tile(const RowTileVisit& at) const {
+    return launch.dq + index(at) * Dq::kTileFloats;
+  }
+  __device__ __forceinline__ unsigned* counter(const RowTileVisit& at) const {
+    return launch.turns + index(at) * Dq::kGroups + share.group;
+  }
+
+  // Whether this block's part is the first; if not, others' have been stored when this returns, in order if it matters.
+  __device__ __forceinline__ bool begin(const RowTileVisit& at) const {
+    if constexpr (C::kDeterministic) {
+      const int turn = keys.turn(band, at.tile).mine;
+      ptx::wait_for_turn(counter(at), turn);
+      return L::kRoundsDq && turn == 0;
+    } else if constexpr (L::kRoundsDq) {
+      if (ptx::claim(counter(at), kClaimed)) return true;
+      ptx::wait_for_bit(counter(at), kStored);
+    }
+    return false;
+  }
+  // Whether this block's part was the last.
+  __device__ __forceinline__ bool end(const RowTileVisit& at, bool first) const {
+    if constexpr (L::kRoundsDq) {
+      ptx::bulk_wait();
+      const unsigned before = ptx::count(counter(at), 1 + (first && !C::kDeterministic ? kStored : 0));
+      return int(before & (kClaimed - 1)) == keys.turn(band, at.tile).count - 1;
+    } else if constexpr (C::kDeterministic) {
+      ptx::bulk_wait();
+      ptx::pass_turn(counter(at));
+    }
+    return false;
+  }
+
+  __device__ __forceinline__ void add(const RowTileVisit& at) {
+    bool first = false, last = false;
+#pragma unroll 1
     for (int chunk = 0; chunk < Dq::kChunks && share.owns(chunk); ++chunk) {
-      pipelines.dq.wait();
-      if (C::kDeterministic && chunk == 0) ptx::wait_for_turn(turn_of(at.head, at.tile), keys.turn(band, at.tile));
-      ptx::bulk_add(tile + share.offset(chunk), pipelines.dq.tile(),
-                    share.pieces(chunk) * kPieceBytes);
-      ptx::bulk_commit();
-      ptx::bulk_wait_read();
-      ptx::mbarrier_arrive(pipelines.dq.empty());
+      const bool more = chunk + 1 < Dq::kChunks && share.owns(chunk + 1);
+      if (leads()) {
+        pipelines.dq.wait();
+        if (chunk == 0) first = begin(at);
+        float* to = tile(at) + share.offset(chunk);
+        const int bytes = share.pieces(chunk) * kPieceBytes;
+        first ? ptx::bulk_store(to, pipelines.dq.tile(), bytes) : ptx::bulk_add(to, pipelines.dq.tile(), bytes);
+        ptx::bulk_commit();
+        ptx::bulk_wait_read();
+        if (!more) last = end(at, first);
+        if (more || !L::kRoundsDq) ptx::mbarrier_arrive(pipelines.dq.empty());
+      }
       pipelines.dq.advance();
     }
-    if (C::kDeterministic) {
-      ptx::bulk_wait();
-      ptx::pass_turn(turn_of(at.head, at.tile));
+    if constexpr (L::kRoundsDq) {
+      if (__shfl_sync(~0u, last, 0)) round(at);
+      if (leads()) ptx::mbarrier_arrive(pipelines.dq.empty());
     }
-  };
-  const auto skip = [&](int head, int tile) {
-    if (!C::kDeterministic) return;
-    ptx::wait_for_turn(turn_of(head, tile), keys.turn(band, tile));
-    ptx::pass_turn(turn_of(head, tile));
-  };
-  keys.walk(p, add, skip);
-  ptx::bulk_wait();
-}
+  }
+  __device__ __forceinline__ void skip(const RowTileVisit& at) const {
+    if (!C::kDeterministic || !leads()) return;
+    ptx::wait_for_turn(counter(at), keys.turn(band, at.tile).mine);
+    ptx::pass_turn(counter(at));
+  }
+
+  // The sum of all blocks comes back to the place of this block's part.
+  __device__ __forceinline__ void round(const RowTileVisit& at) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < Dq::kChunks && share.owns(chunk); ++chunk) {
+      const int bytes = share.pieces(chunk) * kPieceBytes, lane = threadIdx.x % 32;
+      if (leads()) {
+        ptx::mbarrier_arrive_expect(pipelines.summed, bytes);
+        ptx::bulk_load(pipelines.dq.tile(), tile(at) + share.offset(chunk), bytes, pipelines.summed);
+      }
+      ptx::mbarrier_wait(pipelines.summed, summed_phase);
+      summed_phase ^= 1;
+#pragma unroll 1
+      for (int warp = 0; warp < 4; ++warp) {
+        const uint32_t from = pipelines.dq.tile() + (warp * 32 + lane) * 16;
+        const int m = at.tile * C::kTileM + share.row_chunk(chunk) * 64 + warp * 16 + lane / 4;
+        store_dq<C, Element, 1>(p, keys.batch, at.head, m, share.slab(chunk) * 8, share.pieces(chunk), [&](int piece) {
+          const uint4 x = ptx::ld_shared_16(from + piece * kPieceBytes);
+          return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
+        });
+      }
+      __syncwarp();
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    keys.walk(p, [&](const RowTileVisit& at) { add(at); },
+              [&](int head, int t) { skip(RowTileVisit{head, t, false}); });
+    if (leads()) ptx::bulk_wait();
+  }
+};
 
 }  // namespace fagen

@@ -7,7 +7,7 @@
 //                                 warp 0 loads these as well)
 //                 its last warps  bulk sink: one a consumer, adds its dQ to memory        dq.cuh
 //
-// A kernel before it computes delta and sets dQ to zero, one after it rounds dQ: prologue.cuh, epilogue.cuh. The host's
+// A kernel before it computes delta; where no block rounds dQ that one sets it to zero, and one after it rounds it: prologue.cuh, epilogue.cuh. The host's
 // part: launch.cuh.
 #pragma once
 #include "fagen/sm90/backward/consumer.cuh"
@@ -49,15 +49,16 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
   const KeyTile<C> keys(launch, band, smem);
   if (group == L::kGroups) {
     ptx::fewer_registers<L::kProducerRegisters>();
-    if (threadIdx.x % 32 != 0) return;
     BackwardProducer<C> producer{p, launch, keys, BackwardPipelines<C>(smem, 0)};
     const int owner = warp - (4 - L::kGroups);
-    if (warp == 0)
-      L::kGroups == 3 ? producer.run_both() : producer.run_q();
-    else if (L::kGroups < 3 && warp == 1)
-      producer.run_dout();
-    else if (C::kDqSink == DqSink::bulk && owner >= 0 && DqShare<C>{owner}.owns())
-      drain_dq<C>(p, launch, keys, band, smem, owner);
+    const bool first_lane = threadIdx.x % 32 == 0;
+    if (warp == 0) {
+      if (first_lane) L::kGroups == 3 ? producer.run_both() : producer.run_q();
+    } else if (L::kGroups < 3 && warp == 1) {
+      if (first_lane) producer.run_dout();
+    } else if (C::kDqSink == DqSink::bulk && owner >= 0 && DqShare<C>{owner}.owns()) {
+      DqDrain<C, Element>{p, launch, keys, band, {owner}, BackwardPipelines<C>(smem, owner)}.run();
+    }
   } else {
     ptx::more_registers<L::kConsumerRegisters>();
     SelectConsumer<C, Element>(p, launch, keys, band, smem, group).run();

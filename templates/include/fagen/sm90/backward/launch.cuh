@@ -20,7 +20,7 @@ struct BackwardWorkspace {
     lse = next(0, DqShare<C>::kTileFloats * sizeof(float));
     delta = next(lse, C::kTileM * sizeof(float));
     turns = next(delta, C::kTileM * sizeof(float));
-    end = next(turns, C::kDeterministic ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
+    end = next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
   }
   void assign(char* workspace, BackwardLaunch& launch) const {
     launch.dq = reinterpret_cast<float*>(workspace);
@@ -78,6 +78,7 @@ static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, 
   const int rows = launch.row_tiles * p.heads * p.batch, keys = launch.key_tiles * p.kv_heads * p.batch;
   if (const cudaError_t e = launch_kernel(kernels.prologue, rows, kPrologueThreads, 0, stream, p, launch)) return e;
   if (const cudaError_t e = launch_kernel(kernels.backward, keys, L::kThreads, L::kSmemBytes, stream, p, launch)) return e;
+  if (L::kRoundsDq) return cudaSuccess;
   return launch_kernel(kernels.epilogue, rows * DqShare<C>::kRowChunks, 128, 0, stream, p, launch);
 }
 

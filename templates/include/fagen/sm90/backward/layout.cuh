@@ -63,6 +63,10 @@ struct BackwardLayout {
   static constexpr bool kIntervals = MaskOf<C>::kIntervals;
   static constexpr int kBoundBytes = kIntervals ? C::kTileN * 16 : 0, kExtentBytes = kIntervals ? 32 : 0;
 
+  // The block that adds the last part to a tile of dQ rounds it, too. Parts that intervals hide are not waited for, and
+  // sums from registers are not followed: a kernel of its own rounds those.
+  static constexpr bool kRoundsDq = C::kDqSink == DqSink::bulk && !kIntervals;
+
   // Offsets: k, v, the stages of q, of dO and of dS, the owners' parts of dQ, the LSE of each stage of q, delta of each
   // stage of dO, the bounds of the keys' intervals and their extents, barriers.
   static constexpr int kK = 0, kV = kK + kKBytes, kQ = kV + kVBytes, kDout = kQ + C::kQStages * kQBytes;
@@ -70,7 +74,7 @@ struct BackwardLayout {
   static constexpr int kLse = kDq + Dq::kOwners * Dq::kStageBytes, kDelta = kLse + C::kQStages * kStatBytes;
   static constexpr int kBounds = kDelta + C::kDoutStages * kStatBytes, kExtents = kBounds + kBoundBytes;
   static constexpr int kBarriers = kExtents + kExtentBytes;
-  static constexpr int kBarrierPairs = 2 + C::kQStages + C::kDoutStages + kGroups;
+  static constexpr int kBarrierPairs = 2 + C::kQStages + C::kDoutStages + kGroups * (kRoundsDq ? 2 : 1);
   static constexpr int kSmemBytes = kBarriers + kBarrierPairs * kBarrierBytes + kSmemAlignment;  // room to align
 
   // Registers of a thread: those that the block is compiled for, and how the roles divide them.
@@ -96,6 +100,7 @@ struct BackwardPipelines {
   Pipeline<C::kQStages, L::kQBytes> q;
   Pipeline<C::kDoutStages, L::kDoutBytes> dout;
   Pipeline<1, L::Dq::kStageBytes> dq;  // of one owner: filled by its four warps, emptied by a warp that adds it to memory
+  uint32_t summed;                     // the owner's barrier: the sum of all blocks is there, in the same place
   uint32_t smem;
   int ds_stage = 0;
 
@@ -105,6 +110,7 @@ struct BackwardPipelines {
         q{smem + L::kQ, barrier(smem, 2)},
         dout{smem + L::kDout, barrier(smem, 2 + C::kQStages)},
         dq{smem + L::kDq + owner * L::Dq::kStageBytes, barrier(smem, 2 + C::kQStages + C::kDoutStages + owner)},
+        summed(barrier(smem, 2 + C::kQStages + C::kDoutStages + L::kGroups + owner)),
         smem(smem) {}
   static __device__ __forceinline__ uint32_t barrier(uint32_t smem, int index) {
     return smem + L::kBarriers + index * kBarrierBytes;
@@ -117,7 +123,11 @@ struct BackwardPipelines {
     k.init(1), v.init(1);
     q.init(L::kGroups * 4);
     dout.init(L::kGroups * 4);
-    for (int owner = 0; owner < L::kGroups; ++owner) BackwardPipelines(smem, owner).dq.init(1, 4);
+    for (int owner = 0; owner < L::kGroups; ++owner) {
+      const BackwardPipelines of_owner(smem, owner);
+      of_owner.dq.init(1, 4);
+      if (L::kRoundsDq) ptx::mbarrier_init(of_owner.summed, 1);
+    }
     ptx::fence_mbarrier_init();
   }
 };

@@ -1,4 +1,5 @@
-// The kernel before the backward one: delta = sum over d of dO O, less dLSE; the LSE in base 2; dQ set to zero. A block
+// The kernel before the backward one: delta = sum over d of dO O, less dLSE; the LSE in base 2; and the counters
+// of dQ set to zero, or dQ itself. A block
 // has one row tile of a head.
 #pragma once
 #include "fagen/sm90/backward/dq.cuh"
@@ -29,10 +30,21 @@ __device__ __forceinline__ void backward_prologue(const fagen_backward_params& p
   const int head = plane % p.heads, batch = plane / p.heads;
   ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
-  float4* zeroed = reinterpret_cast<float4*>(launch.dq + int64_t(blockIdx.x) * DqShare<C>::kTileFloats);
-  for (int i = threadIdx.x; i < DqShare<C>::kTileFloats / 4; i += kPrologueThreads)
-    zeroed[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (C::kDeterministic && threadIdx.x < DqShare<C>::kGroups)
+  if constexpr (!BackwardLayout<C>::kRoundsDq) {
+    float4* zeroed = reinterpret_cast<float4*>(launch.dq + int64_t(blockIdx.x) * DqShare<C>::kTileFloats);
+    for (int i = threadIdx.x; i < DqShare<C>::kTileFloats / 4; i += kPrologueThreads)
+      zeroed[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  } else {
+    int first, last;  // a tile that no block adds to is zero
+    RowBand(p).key_tiles<C>(tile, first, last);
+    if (last < first)
+      for (int row = threadIdx.x / 32; row < C::kTileM && tile * C::kTileM + row < p.seqlen_q; row += kPrologueThreads / 32)
+        for (int d = threadIdx.x % 32 * 8; d < p.head_dim; d += 256)
+          *reinterpret_cast<uint4*>(static_cast<Element*>(p.dq.data) + batch * p.dq.stride[0] +
+                                    (tile * C::kTileM + row) * p.dq.stride[1] + head * p.dq.stride[2] + d) =
+              make_uint4(0, 0, 0, 0);
+  }
+  if ((C::kDeterministic || BackwardLayout<C>::kRoundsDq) && threadIdx.x < DqShare<C>::kGroups)
     launch.turns[int64_t(blockIdx.x) * DqShare<C>::kGroups + threadIdx.x] = 0;
   const auto row_of = [&](const fagen_tensor& t, int m) {
     return static_cast<const Element*>(t.data) + batch * t.stride[0] + m * t.stride[1] + head * t.stride[2];

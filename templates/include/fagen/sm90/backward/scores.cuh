@@ -68,22 +68,39 @@ struct SeenRows {
   }
 };
 
-// P in place of the scores. `key` is the thread's first key, `m` its first row of q, `lse` where the row tile's LSE is,
-// from the thread's first row on. Under softcap `derivatives` keeps those of its scores.
+// The LSE of a thread's rows. Loads from shared memory wait for the products that were started before them, so they
+// come before those where registers are left for what they bring.
+template <class C>
+struct RowStats {
+  static constexpr bool kEarly = C::kTileM == 64 && !MaskOf<C>::kIntervals;
+  uint32_t from;
+  float2 held[kEarly ? C::kTileM / 8 : 1];
+
+  __device__ __forceinline__ explicit RowStats(uint32_t from) : from(from) {
+#pragma unroll
+    for (int j = 0; kEarly && j < C::kTileM / 8; ++j) held[j] = ptx::ld_shared_8(from + j * 32);
+  }
+  // of the rows that the thread has of a piece
+  __device__ __forceinline__ float2 of(int piece) const {
+    return kEarly ? held[kEarly ? piece : 0] : ptx::ld_shared_8(from + piece * 32);
+  }
+};
+
+// P in place of the scores. `key` is the thread's first key, `m` its first row of q. Under softcap `derivatives` keeps
+// those of its scores.
 template <class C, bool kMasked, int kPieces>
 __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&derivatives)[kPieces][4],
                                              const ScoreChange<C>& change, const RowBand& band, int key, int m,
-                                             uint32_t lse, uint32_t bounds) {
+                                             const RowStats<C>& lse, uint32_t bounds) {
   const SeenRows<C> rows(band, key, bounds);
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
-    const float2 pair = ptx::ld_shared_8(lse + j * 32);
-    const float lse_log2[2] = {pair.x, pair.y};
+    const float2 lse_log2 = lse.of(j);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = i / 2, e = i % 2, row = m + j * 8 + e;
       const float x =
-          change.exponent(s[j][i], lse_log2[e], row + change.shift - (key + r * 8), derivatives[C::kSoftcap ? j : 0][i]);
+          change.exponent(s[j][i], e ? lse_log2.y : lse_log2.x, row + change.shift - (key + r * 8), derivatives[C::kSoftcap ? j : 0][i]);
       const float weight = ptx::ex2(fminf(x, 0.f));  // a weight is at most 1, however large scores round
       s[j][i] = !kMasked || rows.contains(row, r) ? weight : 0.f;
     }

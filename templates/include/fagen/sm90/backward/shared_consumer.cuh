@@ -98,13 +98,18 @@ struct SharedConsumer {
   // The rows that a thread has, in the tile.
   static __device__ __forceinline__ int first_row() { return threadIdx.x / 32 % 4 * 16 + Place().row; }
 
+  // The LSE, or delta, of a thread's rows. Loads wait for the products that were started before them.
+  static __device__ __forceinline__ void load_stats(float (&stats)[2], uint32_t from) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) stats[r] = __uint_as_float(ptx::ld_shared_4(from + (first_row() + r * 8) * 4));
+  }
+
   // P in place of the scores.
   template <bool kMasked>
-  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowTileVisit& at) {
+  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowTileVisit& at, const float (&lse_log2)[2]) {
     const int row0 = at.tile * C::kTileM + first_row(), key0 = keys.n0 + group * kKeys + Place().column;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float lse_log2 = __uint_as_float(ptx::ld_shared_4(pipelines.lse() + (first_row() + r * 8) * 4));
       const int m = row0 + r * 8;
       const int begin = max(0, m + band.first) - key0, end = min(band.seqlen_k, m + band.last + 1) - key0;
 #pragma unroll
@@ -114,7 +119,7 @@ struct SharedConsumer {
           float& x = s[j][r * 2 + e];
           const int key = j * 8 + e;
           const float exponent =
-              change.exponent(x, lse_log2, m + change.shift - (key0 + key), derivatives[C::kSoftcap ? j : 0][r * 2 + e]);
+              change.exponent(x, lse_log2[r], m + change.shift - (key0 + key), derivatives[C::kSoftcap ? j : 0][r * 2 + e]);
           x = ptx::ex2(fminf(exponent, 0.f));  // a weight is at most 1, however large scores round
           if (kMasked && (key < begin || key >= end)) x = 0.f;
         }
@@ -167,15 +172,17 @@ struct SharedConsumer {
     Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
     if (C::kAlibi) change.set_head(p, keys.batch, at.head);
     pipelines.q.wait();
+    float lse_log2[2];
+    load_stats(lse_log2, pipelines.lse());
     start_scores<C::kHeadDim>(s, pipelines.q.tile(), pipelines.k.tile());
     pipelines.dout.wait();
     start_scores<C::kHeadDimV>(dp, pipelines.dout.tile(), pipelines.v.tile());
     ptx::wgmma_wait<1>();
     pin(s);
     if (at.partial)
-      exponentiate<true>(s, derivatives, at);
+      exponentiate<true>(s, derivatives, at, lse_log2);
     else
-      exponentiate<false>(s, derivatives, at);
+      exponentiate<false>(s, derivatives, at, lse_log2);
     ptx::wgmma_wait<0>();
     pin(dp);
     form_ds(s, dp, derivatives);

@@ -17,7 +17,7 @@ struct BackwardLaunch {
   float* lse_log2;           // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none
   float* delta;              // the same of the sums of dO O - dLSE
   float* dq;                 // (batch, heads, row_tiles), tiles of float32 in the order of fragments
-  unsigned* turns;           // deterministic: (batch, heads, row_tiles, kGroups), whose turn it is to add to a part
+  unsigned* turns;           // (batch, heads, row_tiles, kGroups): how many blocks have added their part
 };
 
 // The band around the diagonal by columns: key n is seen by rows [n - last, n - first].
@@ -33,6 +33,13 @@ struct RowBand {
   // the first row that sees key n, and one past the last; none sees a key that is not there
   __device__ __forceinline__ int begin(int n) const { return max(0, n - last); }
   __device__ __forceinline__ int end(int n) const { return n < seqlen_k ? max(0, min(seqlen_q, n - first + 1)) : 0; }
+  // the key tiles that a row tile sees, first and last; the last is before the first where it sees none
+  template <class C>
+  __device__ __forceinline__ void key_tiles(int row_tile, int& first_tile, int& last_tile) const {
+    const int m0 = row_tile * C::kTileM, m1 = min(m0 + C::kTileM, seqlen_q);
+    const int first_key = max(0, m0 + first), last_key = min(seqlen_k - 1, m1 - 1 + last);
+    first_tile = first_key / C::kTileN, last_tile = last_key < first_key ? first_tile - 1 : last_key / C::kTileN;
+  }
 };
 
 struct RowTileVisit {
@@ -100,12 +107,15 @@ struct KeyTile {
     walk(p, visit, [](int, int) {});
   }
 
-  // How many key tiles visit a row tile, or skip it, before this one: blocks of lower index, in an order that is fixed.
-  __device__ __forceinline__ int turn(const RowBand& band, int t) const {
-    const int m0 = t * C::kTileM, m1 = min(m0 + C::kTileM, band.seqlen_q);
-    const int first = max(0, m0 + band.first) / C::kTileN;
-    const int last = min(band.seqlen_k - 1, m1 - 1 + band.last) / C::kTileN;
-    return kLastFirst ? last - tile : tile - first;
+  // How many key tiles visit a row tile, or skip it, and how many of them before this one: blocks of lower index, in an
+  // order that is fixed.
+  struct Turn {
+    int mine, count;
+  };
+  __device__ __forceinline__ Turn turn(const RowBand& band, int t) const {
+    int first, last;
+    band.key_tiles<C>(t, first, last);
+    return {kLastFirst ? last - tile : tile - first, last - first + 1};
   }
 };
 
