@@ -24,6 +24,7 @@ case $piece in
     cp generated/manifest.json "$out/"
     part op "$python" -m pytest -q tests/gpu/test_op_cuda.py tests/gpu/test_measure_cuda.py \
       tests/gpu/test_trust_cuda.py tests/gpu/test_ablation_cuda.py tests/gpu/test_torch_impl_cuda.py
+    part gradients "$python" -m pytest -q tests/gpu/test_gradients_cuda.py
     part sanitizer "$python" -m pytest -q tests/gpu/test_sanitizer.py
     part sm80 "$python" -m pytest -q tests/gpu/test_sm80_forward.py
     part sm80_backward "$python" -m pytest -q tests/gpu/test_sm80_backward.py ;;

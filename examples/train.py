@@ -2,14 +2,16 @@
 
 The text is made here: sentences of an invented grammar, so that there is something to learn and nothing to download.
 
-    python examples/train.py                  300 steps, on a GPU if there is one
+    python examples/train.py                  300 steps, on a GPU if there is one: in bfloat16 there
     python examples/train.py --packed         several documents a row, which do not see each other
     python examples/train.py --deterministic  fagen twice: the losses must agree in every bit
+    python examples/train.py --device cpu     where to train
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 
 import torch
@@ -121,13 +123,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    how = {"steps": options.steps, "packed": options.packed, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    how = {"steps": options.steps, "packed": options.packed, "device": options.device}
 
+    if options.deterministic:  # the rest of the model, too
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     ours = train("fagen", deterministic=options.deterministic, **how)
     if options.deterministic:
         again = train("fagen", deterministic=True, **how)
         print("the losses of two runs agree in every bit:", ours == again)
+        torch.use_deterministic_algorithms(False)
     theirs = train("sdpa", **how)
     print(f"{'step':>6} {'fagen':>8} {'sdpa':>8}")
     for step in sorted({*range(0, options.steps, 50), options.steps - 1}):

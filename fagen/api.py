@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from fagen import env
 from fagen.dispatch.attention import kernel_of
 from fagen.ops.attention import arguments, derivatives, fallback
 from fagen.ops.attention import sinks as sink_logits
@@ -137,7 +138,7 @@ def _attention(call: AttentionCall) -> torch.Tensor | tuple[torch.Tensor, torch.
     if torch.compiler.is_compiling():
         ready = _ops_registered()
     else:
-        ready = _ops_ready() or (not reason and not _plain(call) and _ops_registered())
+        ready = _ops_ready() or (not reason and _waits_for_ops(call) and _ops_registered())
     if reason or not ready:
         return _without_ops(call, reason)
     args = call.op_arguments()
@@ -179,6 +180,19 @@ def _take(module: Any) -> bool:
 
 # what torch.compiler.assume_constant_result sets, without the second that importing torch._dynamo for it takes
 vars(_ops_registered)["_dynamo_marked_constant"] = True
+
+
+def _waits_for_ops(call: AttentionCall) -> bool:
+    """Whether the ops alone will do: for tensors that no kernel may be handed, and for gradients, which ctypes does not
+    give. Were those PyTorch's until the ops are built, a run would not repeat its bits."""
+    if not _plain(call):
+        return True
+    return env.build_mode() == "wait" and derivatives.differentiated(call.q, call.k, call.v)
+
+
+def ops_for_gradients() -> bool:
+    """Whether the op `backward` can be called, after waiting for it where calls wait."""
+    return _ops_ready() or (env.build_mode() == "wait" and _ops_registered())
 
 
 def _plain(call: AttentionCall) -> bool:

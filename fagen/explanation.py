@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fagen import env, ops
 from fagen.dispatch.choose import PROVENANCES, Choice, choose, known_only
 from fagen.errors import FagenError
+from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -36,6 +38,7 @@ class Explanation:
     built: bool | None  # None: not known, or nothing to build
     facts: dict[str, Any] = field(default_factory=dict)
     meanwhile: Choice | None = None  # what serves until it is built, where calls do not wait for that
+    gradients: Explanation | None = None  # what computes them, where the call is differentiated
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -47,6 +50,7 @@ class Explanation:
             "built": self.built,
             "facts": self.facts,
             "meanwhile": self.meanwhile.to_dict() if self.meanwhile else None,
+            "gradients": self.gradients.to_dict() if self.gradients else None,
         }
 
     def record_facts(self) -> dict[str, Any] | None:
@@ -122,6 +126,7 @@ class Explanation:
             kernel = f"{spec.family.name}: {spec.config}" if spec else "PyTorch"
             lines.append(f"until    {kernel} (FAGEN_BUILD=background)")
         lines += [f"not      {reason}" for reason in choice.reasons]
+        lines += ["", str(self.gradients)] if self.gradients else []
         return "\n".join(lines)
 
 
@@ -160,11 +165,23 @@ def _meanwhile(problem: Problem, target: Target) -> Choice:
 
 
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Explanation:
-    """What `fagen.attention` would do with the same arguments, and why each other choice was not taken."""
+    """What `fagen.attention` would do with the same arguments, and why each other choice was not taken.
+
+    Where it would be differentiated (q, k or v requires a gradient), the same for its gradients.
+    """
+    from fagen.ops.attention import derivatives
     from fagen.ops.attention.call import AttentionCall
 
     call = AttentionCall.of(q, k, v, **options).without_sinks()
     if call.refusal:
         return Explanation(None, call.target, Choice("none", reasons=[call.refusal]), None)
     assert call.target is not None
-    return explain_problem(call.problem, call.target, ours=call.want_lse)
+    if not derivatives.differentiated(call.q, call.k, call.v):
+        return explain_problem(call.problem, call.target, ours=call.want_lse)
+    backward = BackwardProblem.of(call.problem, deterministic=derivatives.must_repeat(call.deterministic))
+    gradients = explain_problem(backward, call.target)
+    if gradients.choice.spec is None:
+        reason = "PyTorch computes the gradients, and the output with them"
+        return Explanation(call.problem, call.target, Choice("none", reasons=[reason]), None, gradients=gradients)
+    forward = explain_problem(call.problem, call.target, ours=True)  # the gradients need the LSE
+    return dataclasses.replace(forward, gradients=gradients)

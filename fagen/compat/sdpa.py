@@ -21,7 +21,7 @@ def sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What we have no kernel for (a mask tensor, gradients, other ranks, broadcast batches) PyTorch computes.
+    """What we have no kernel for (a mask tensor, other ranks, broadcast batches) PyTorch computes.
 
     Obeys autocast. The output lies in memory as the query does, as PyTorch's own.
     """

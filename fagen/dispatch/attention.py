@@ -32,6 +32,18 @@ def answer_to(call: AttentionCall, *, ours: bool) -> Answer:
         return resolve.answer(call.problem, call.target, ours=ours)
 
 
+def answer_to_gradients(call: AttentionCall) -> Answer:
+    """What computes the gradients of a call. They are asked for before the call itself, whose kernel is built with
+    theirs."""
+    if _refused(call):
+        return TORCH
+    assert call.target is not None
+    problem = BackwardProblem.of(call.problem, deterministic=call.deterministic)
+    with _on_device(call.q):
+        resolve.build_together(problem, call.problem, call.target)
+        return resolve.answer(problem, call.target)
+
+
 def words_of(call: AttentionCall) -> list[int]:
     """The same for the C++ table: what serves this call, and the plan of its static key where there is one."""
     if _refused(call):
@@ -47,12 +59,9 @@ def backward_words_of(call: AttentionCall) -> list[int]:
     """The same for the gradients of a call."""
     if _refused(call):
         return list(TORCH.words)
-    fields = {**call.problem.to_dict(), "op": "backward", "deterministic": call.deterministic}
-    problem, target = BackwardProblem(**fields), call.target
-    assert target is not None
-    with _on_device(call.q):
-        found = resolve.answer(problem, target)
-    return [*found.words, *resolve.plan_words(problem, target)]
+    assert call.target is not None
+    found, problem = answer_to_gradients(call), BackwardProblem.of(call.problem, deterministic=call.deterministic)
+    return [*found.words, *resolve.plan_words(problem, call.target)]
 
 
 def _refused(call: AttentionCall) -> bool:

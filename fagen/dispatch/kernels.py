@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from fagen.build import cache
 from fagen.build.job import make_job
@@ -46,6 +48,26 @@ def loaded(spec: KernelSpec) -> Kernel | None:
                 in_memory[key] = kernel.load(artifact, spec)
                 _prime(in_memory[key], spec.target)
     return in_memory.get(key)
+
+
+def build_together(specs: Iterable[KernelSpec]) -> None:
+    """Compile what is not built of several kernels at the same time, if it is more than one. Whoever asks for one that
+    cannot be built learns why."""
+
+    def attempt(spec: KernelSpec) -> None:
+        with contextlib.suppress(FagenError):
+            built(spec)
+
+    missing = [spec for spec in specs if not _is_built(spec)]
+    if len(missing) > 1:
+        with ThreadPoolExecutor(len(missing)) as pool:
+            list(pool.map(attempt, missing))
+
+
+def _is_built(spec: KernelSpec) -> bool:
+    with contextlib.suppress(FagenError):
+        return spec.key in in_memory or spec.key in failed or cache.lookup(spec) is not None
+    return True  # no compiler, say
 
 
 def capturing(target: Target) -> bool:

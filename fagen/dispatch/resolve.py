@@ -85,6 +85,25 @@ def answer(problem: Problem, target: Target, *, ours: bool = False) -> Answer:
     return _decide(problem, target, ours)
 
 
+def build_together(problem: Problem, alongside: Problem, target: Target) -> None:
+    """Begin or do at once the compilations of a problem's kernel and of one that is needed with it, of `ours`.
+
+    None where PyTorch serves the problem: then it does all. The answers to both say what went wrong.
+    """
+    mode = env.build_mode()
+    if mode == "never" or kernels.capturing(target):
+        return
+    stale = choose.known_only() if mode == "background" else ""
+    first = choose.choose(problem, target, stale=stale).spec
+    second = choose.choose(alongside, target, stale=stale, ours=True).spec if first is not None else None
+    if first is None or second is None:
+        return
+    if mode == "wait":
+        kernels.build_together((first, second))
+    elif kernels.loaded(second) is None:
+        _build_meanwhile(second)
+
+
 def plan_words(problem: Problem, target: Target, *, ours: bool = False) -> list[int]:
     """The plan of the problem's static key for the table; none before something was decided."""
     plan = _plans.get((problem.static_key, target))

@@ -18,7 +18,8 @@ from fagen.codegen.spec import KernelSpec, Key
 from fagen.db import store
 from fagen.dispatch import choose, kernels, resolve
 from fagen.errors import FagenError, InvalidArgument
-from fagen.ops.attention import size_point
+from fagen.ops.attention import derivatives, size_point
+from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import binding
 from fagen.target import Target
@@ -126,15 +127,28 @@ def all_sizes(problems: Iterable[Problem], target: Target, most: int) -> list[Pr
     return list(dict.fromkeys(size for p in kinds.values() for size in sizes(p, target, most)))
 
 
-def warmup(problems: Iterable[Problem], target: Target | None = None, *, max_seqlen: int | None = None) -> int:
+def with_forward(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems, and the calls that those of the backward op differentiate."""
+    every = list(problems)
+    return list(dict.fromkeys([*every, *(p.forward for p in every if isinstance(p, BackwardProblem))]))
+
+
+def warmup(
+    problems: Iterable[Problem], target: Target | None = None, *, max_seqlen: int | None = None, gradients: bool = False
+) -> int:
     """Compile and load what these problems need, and the binding, ahead of the first call; how many kernels that is.
 
-    With `max_seqlen`: what they need at any batch and any lengths up to it.
+    With `max_seqlen`: what they need at any batch and any lengths up to it. With `gradients`: what a step of training
+    needs, deterministic gradients after `torch.use_deterministic_algorithms(True)`.
     """
     from fagen.target import detect
 
     target = target or detect()
-    asked = list(problems) if max_seqlen is None else all_sizes(problems, target, max_seqlen)
+    problems = with_forward(problems)
+    if gradients:
+        repeated = derivatives.must_repeat(False)
+        problems += [BackwardProblem.of(p, deterministic=repeated) for p in problems if p.op == "forward"]
+    asked = problems if max_seqlen is None else all_sizes(problems, target, max_seqlen)
     wanted: dict[Key, KernelSpec] = {}
     for problem in asked:
         choice = choose.choose(problem, target, ours=True)

@@ -18,7 +18,6 @@ from fagen.build.job import Job
 from fagen.errors import BuildError, FagenError
 from fagen.notices import notify
 from fagen.ops.attention import size_point
-from fagen.ops.attention.derivatives import TRAINED
 from fagen.runtime import background
 
 if TYPE_CHECKING:
@@ -58,19 +57,14 @@ def job() -> Job:
 
 
 def _constants() -> str:
-    """Facts that Python declares: of sizes, for the table; which devices have backward kernels."""
+    """Facts of sizes that Python declares, for the table."""
     names, values = ", ".join(size_point.WEIGHTS), ", ".join(map(repr, size_point.WEIGHTS.values()))
     return (
         f"namespace fagen {{\nstruct SizeWeights {{ double {names}; }};\n"
         f"constexpr SizeWeights kSizeWeights{{{values}}};\n"
         f"constexpr double kMostWaves = {size_point.MOST_WAVES!r}, kLeastWaves = {size_point.LEAST_WAVES!r};\n"
-        f"constexpr bool kTrainsCpu = {_cpp('cpu' in TRAINED)}, kTrainsCuda = {_cpp('cuda' in TRAINED)};\n"
         f"constexpr int64_t kWaveRows = {size_point.WAVE_ROWS};\n}}\n"
     )
-
-
-def _cpp(value: bool) -> str:
-    return str(value).lower()
 
 
 def make() -> Artifact:

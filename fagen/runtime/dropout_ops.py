@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import torch
 
 from fagen.errors import InvalidArgument
-from fagen.ops.attention import arguments, fallback, gradients
+from fagen.ops.attention import arguments, derivatives, fallback, gradients
 from fagen.ops.attention.arguments import is_aligned
 from fagen.ops.attention.backward_call import BackwardCall
 from fagen.ops.attention.call import AttentionCall, OpArguments
@@ -122,8 +122,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     a, (rate, rng) = OpArguments(*inputs[:_SHARED]), inputs[_SHARED:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(a.q, a.k, a.v, a.intervals, a.alibi_slopes, rng, *output)
-    deterministic = a.deterministic or torch.are_deterministic_algorithms_enabled()
-    ctx.rest = (*a[5:-1], deterministic, rate)
+    ctx.rest = (*a[5:-1], derivatives.must_repeat(a.deterministic), rate)
 
 
 def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

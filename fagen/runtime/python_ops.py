@@ -61,7 +61,13 @@ def _fallback(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _fallback_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     _, _, dout, dlse = args[_SHARED:]
     call = AttentionCall.trusting(OpArguments(*args[:_SHARED]), want_lse=dlse is not None)
-    return fallback.gradients(call, dout, dlse)
+    made = fallback.gradients(call, dout, dlse)
+    return tuple(_laid_out_like(room, t) for room, t in zip(_fake_backward(*args), made, strict=True))
+
+
+def _laid_out_like(room: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The strides that a tracer was told of."""
+    return t if t.stride() == room.stride() else room.copy_(t)
 
 
 def _refuse_overlap(*args: Any) -> None:

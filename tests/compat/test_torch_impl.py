@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import fagen
+from fagen import api
 from fagen.compat import torch_impl
 from fagen.dispatch import attention as dispatch
 from fagen.dispatch import plan, resolve
@@ -117,22 +118,122 @@ def test_what_the_op_returns(causal: bool, heads: int, order: tuple[int, ...], a
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_gradient_is_that_of_the_kernel_before(
-    causal: bool, asked: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is given our output and our LSE."""
+@pytest.mark.parametrize("whose", ["ours", "of the kernel before"])
+def test_gradients(whose: str, causal: bool, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either backward is given our output and our LSE."""
     fagen.register_torch()
-    leaves = [t.requires_grad_() for t in inputs()]
+    assert api._ops_registered()
+    leaves = [t.requires_grad_() for t in inputs(heads=4 if whose != "ours" else 2)]
     with monkeypatch.context() as patch:
         patch.setattr(fallback, "attend", lambda *_: pytest.fail("no kernel computed"))
         out = flash(*leaves, is_causal=causal)[0]
+    if whose != "ours":
+        monkeypatch.setattr(api, "_ops_ready", lambda: False)
+        monkeypatch.setenv("FAGEN_BUILD", "background")
     weight = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
     got = torch.autograd.grad((out * weight).sum(), leaves)
-    want_out = nn.functional.scaled_dot_product_attention(*leaves, is_causal=causal)
+    want_out = nn.functional.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
     want = torch.autograd.grad((want_out * weight).sum(), leaves)
-    assert asked == ["backward"] and not out.is_leaf
+    assert asked == ([] if whose == "ours" else ["backward"]) and not out.is_leaf
     torch.testing.assert_close(out, want_out, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **changes: object) -> tuple[torch.Tensor, ...]:
+    """The op's backward, of an output and an LSE that PyTorch computed."""
+    how: dict = {"dropout_p": 0.0, "is_causal": False, **changes}
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if how["is_causal"] else None
+    scores = (q @ k.transpose(-1, -2)) / q.shape[3] ** 0.5
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    lse, nothing = scores.logsumexp(-1), torch.empty(0, dtype=torch.uint64)
+    out = scores.softmax(-1) @ v
+    sizes = (q.shape[2], k.shape[2])
+    return getattr(aten, f"{OP}_backward")(
+        torch.ones_like(out),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        None,
+        None,
+        *sizes,
+        how["dropout_p"],
+        how["is_causal"],
+        nothing,
+        nothing,
+    )
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1)])
+def test_the_backward_of_an_output_that_is_not_ours(order: tuple[int, ...], asked: list[str]) -> None:
+    """Its sizes and strides are those that a tracer is told."""
+    assert api._ops_registered()
+    given = [t.permute(*order, 3).contiguous().permute(*(order.index(i) for i in range(3)), 3) for t in inputs()]
+    want = gradient(*given, is_causal=True)
+    fagen.register_torch()
+    got = gradient(*given, is_causal=True)
+    assert asked == ["backward"]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert [t.stride() for t in got] == [torch.empty_like(t).stride() for t in given]
+
+
+@pytest.mark.parametrize("what", ["dropout", "causal of unequal lengths", "no kernel", "capture"])
+def test_gradients_that_go_to_the_kernel_before(what: str, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert api._ops_registered()
+    fagen.register_torch()
+    resolve.renew()
+    if what == "no kernel":
+        monkeypatch.setattr(dispatch, "answer_to_gradients", lambda *_: plan.TORCH)
+    if what == "capture":
+        monkeypatch.setattr(torch_impl, "_capturing", lambda *_: True)
+    if what == "dropout":
+        with pytest.raises(AssertionError):  # the stand-in knows none
+            gradient(*inputs(), dropout_p=0.1)
+    elif what == "causal of unequal lengths":
+        gradient(*inputs(33, 47), is_causal=True)
+    else:
+        gradient(*inputs())
+    assert asked == ["backward"]
+
+
+def test_gradients_repeat_where_pytorch_was_told_so(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert api._ops_registered()
+    fagen.register_torch()
+    resolve.renew()
+    problems = []
+    decide = dispatch.answer_to_gradients
+    monkeypatch.setattr(
+        dispatch, "answer_to_gradients", lambda call: problems.append(call.deterministic) or decide(call)
+    )
+    gradient(*inputs())
+    torch.use_deterministic_algorithms(True)
+    try:
+        gradient(*inputs())
+        monkeypatch.setattr(api, "_ops_ready", lambda: False)  # then it waits for them
+        gradient(*inputs())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert list(dict.fromkeys(problems)) == [False, True] and asked == []
+
+
+def test_the_backward_kernel_is_asked_for_with_the_forward_one(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that nothing is compiled when the gradient is due."""
+    fagen.register_torch()
+    resolve.renew()
+    looks = []
+    decide = dispatch.answer_to_gradients
+    monkeypatch.setattr(dispatch, "answer_to_gradients", lambda call: looks.append(1) or decide(call))
+    flash(*inputs())
+    assert not looks
+    flash(*(t.requires_grad_() for t in inputs()))
+    assert looks and asked == []
+    with torch.no_grad():
+        looks.clear()
+        flash(*(t.requires_grad_() for t in inputs(35, 35)))
+    assert not looks
 
 
 OTHERS: dict[str, tuple[list[torch.Tensor], dict]] = {

@@ -225,8 +225,9 @@ def test_the_order_of_blocks_changes_no_bit(case: Case, folder: Path) -> None:
 def _with_chance(
     case: Case, folder: Path, rows: int, keys: int, chance: int, text: str, intervals: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """The same inputs; what comes first is drawn anew."""
-    moved = text.replace("emulator::begin(seed, units", f"emulator::begin(seed + {chance}, units + {chance}")
+    """The same inputs; what comes first is drawn anew. How many blocks share a group's heads follows from the units."""
+    more = chance if case.heads == case.kv_heads else 0
+    moved = text.replace("emulator::begin(seed, units", f"emulator::begin(seed + {chance}, units + {more}")
     assert moved != text or chance == 0
     return check(case, folder, rows, keys, text=moved, intervals=intervals)
 

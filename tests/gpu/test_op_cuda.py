@@ -73,19 +73,6 @@ def test_out_apart_from_its_inputs() -> None:
             fagen.attention(q, k, v, out=t)
 
 
-def test_deterministic_gradients_are_the_same_bits() -> None:
-    def gradients() -> tuple[torch.Tensor, ...]:
-        leaves = [t.requires_grad_() for t in _inputs(1, 2048, 4, 64)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            out = fagen.flash_attn_func(*leaves, causal=True, deterministic=True)
-        return torch.autograd.grad(out.float().square().sum(), leaves)
-
-    first = gradients()
-    for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
-
-
 def test_documents() -> None:
     q, k, v = _inputs(2, 500, 4, 64)
     ids = torch.repeat_interleave(torch.arange(5, device="cuda"), 100).expand(2, -1)
@@ -169,14 +156,11 @@ def test_other_stream() -> None:
     assert right(out, q, k, v)
 
 
-def test_float32_and_gradients_fall_back() -> None:
+def test_float32_falls_back() -> None:
     q, k, v = _inputs(1, 64, 2, 32, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert right(fagen.attention(q, k, v), q, k, v)
-        q, k, v = (t.bfloat16().requires_grad_() for t in (q, k, v))
-        fagen.attention(q, k, v, causal=True).float().square().sum().backward()
-    assert q.grad is not None and torch.isfinite(q.grad).all() and q.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])

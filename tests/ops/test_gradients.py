@@ -320,6 +320,40 @@ def test_what_no_kernel_serves_is_still_right(what: str) -> None:
 
 
 @pytest.mark.by_torch
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("want_lse", [False, True])
+def test_the_op_by_itself_has_pytorch_stand_in(layout: str, want_lse: bool) -> None:
+    """As when a compiled graph meets a call without a kernel: strides are then those that its tracer was told of."""
+    case = example(layout=layout, sq=33, sk=33, h=4, hk=4) if layout == "bshd" else example(
+        layout=layout, sq=4, sk=4, h=33, hk=33
+    )  # fmt: skip
+    inputs = [t.double() for t in (case.q, case.k, case.v)]
+    arguments = (*inputs, None, None, layout == "bhsd", False, -1, -1, 0.0, None, False)
+    out, lse = torch.ops.fagen.forward_lse(*arguments)
+    dout, dlse = random_like(out), random_like(lse) if want_lse else None
+    got = torch.ops.fagen.backward(*arguments, out, lse, dout, dlse)
+    close(got, definition(case, dout, dlse))
+    assert [t.stride() for t in got] == [t.stride() for t in inputs]
+    assert not any(t.requires_grad for t in got)
+
+
+@pytest.mark.slow
+@pytest.mark.by_torch
+def test_a_compiled_graph_has_pytorch_stand_in() -> None:
+    case = example(d=264, causal=True)  # beyond the head dims of all kernels
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return fagen.attention(q, k, v, causal=True).square().sum()
+
+    inputs, plain = leaves(case), leaves(case)
+    loss(*inputs).backward()
+    fagen.attention(*plain, causal=True).square().sum().backward()
+    for a, b in zip(inputs, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.by_torch
 def test_the_op_by_itself_refuses_what_it_did_not_make() -> None:
     q, k, v = example().q, example().k, example().v
     arguments = (q, k, v, None, None, False, False, -1, -1, 0.0, None, False)

@@ -24,9 +24,11 @@ _EXAMPLES = """examples:
   fagen build --dtype bf16 --head-dim 128 --mask causal --seqlen 1k,4k,16k --heads 32 --kv-heads 8
   fagen build --preset llama3-8b --max-seqlen 128k
   fagen build --problems serving.toml --jobs 8
+  fagen build --op backward --dtype bf16 --head-dim 128 --mask causal --seqlen 4k --heads 32
   fagen build --all-records
 
-Sizes matter where they were tuned: another size may have another winner, which is another kernel."""
+Sizes matter where they were tuned: another size may have another winner, which is another kernel.
+With --op backward the forward kernels are built, too: a step of training needs both."""
 
 
 def add(subparsers: Any) -> None:
@@ -50,7 +52,7 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fagen.dispatch import choose
+    from fagen.dispatch import choose, warmup
     from fagen.runtime import binding
 
     if args.jobs < 1:
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         problems += _recorded(target)
     elif not problems:
         raise UsageError("nothing to build", remedy="give problem flags, --problems FILE.toml or --all-records")
+    problems = warmup.with_forward(problems)
     if args.max_seqlen:
         problems = _of_all_sizes(problems, target, size(args.max_seqlen))
     work: dict[Any, tuple[Problem, Choice]] = {}  # many size points share a kernel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from fagen.ops.attention.problem import Problem
 
@@ -13,6 +13,17 @@ class BackwardProblem(Problem):
 
     op: str = "backward"
     deterministic: bool = False
+
+    @classmethod
+    def of(cls, forward: Problem, *, deterministic: bool = False) -> BackwardProblem:
+        """The gradients of a forward problem's call."""
+        return cls(**{**forward.to_dict(), "op": "backward", "deterministic": deterministic})
+
+    @property
+    def forward(self) -> Problem:
+        """The problem of the call that is differentiated."""
+        names = (field.name for field in fields(Problem))
+        return Problem(**{**{name: getattr(self, name) for name in names}, "op": "forward"})
 
     @property
     def static_key(self) -> str:

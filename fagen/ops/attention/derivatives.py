@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-TRAINED = ("cpu",)  # devices whose backward kernels serve calls
+# Dtypes whose gradients the backward families compute, by device. Known without them, for a graph that is traced: there
+# the kernel is chosen when the graph runs, which is too late for PyTorch's own attention to stand in it.
+TRAINED = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.bfloat16, torch.float16),
+}
 
 
 def differentiated(*tensors: torch.Tensor | None) -> bool:
@@ -14,6 +19,11 @@ def differentiated(*tensors: torch.Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(t.requires_grad for t in some):
         return True
     return has_tangent(*some)
+
+
+def must_repeat(deterministic: bool) -> bool:
+    """Whether gradients must be the same bits in every run, as the caller or all of PyTorch was told."""
+    return deterministic or torch.are_deterministic_algorithms_enabled()
 
 
 def has_tangent(*tensors: torch.Tensor | None) -> bool:
@@ -38,6 +48,6 @@ def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Ten
         return "forward-mode derivatives have no kernel"
     if slopes is not None and slopes.requires_grad:
         return "the gradient of ALiBi slopes has no kernel"
-    if q.device.type not in TRAINED:
-        return f"fagen has no backward kernel for device {q.device.type} yet"
+    if q.dtype not in TRAINED.get(q.device.type, ()):
+        return f"no backward kernel takes {q.dtype} on device {q.device.type}"
     return ""

@@ -281,7 +281,7 @@ PyObject* fast_call(PyObject* const* args, Py_ssize_t count, bool like_query) {
       .deterministic = a.deterministic == Py_True,
   };
   if (!one_device(call)) Py_RETURN_NONE;
-  const bool trained = !out && wants_gradient(call) && !has_tangent(call) && trains(call.q.device());
+  const bool trained = !out && wants_gradient(call) && !has_tangent(call);
   if (!trained && differentiated(call, out)) Py_RETURN_NONE;
   if ((out && !may_be_filled(*out, call.q)) || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
   if (out) return answer_into(call, want_lse, *out);

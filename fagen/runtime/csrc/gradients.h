@@ -8,8 +8,10 @@
 
 #include <ATen/Context.h>
 #include <ATen/FuncTorchTLS.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "fagen/abi/backward.h"
 #include "launch.h"
@@ -49,10 +51,21 @@ void check_saved(const Call& c, const Tensor& out, const Tensor& lse, const Tens
   }
 }
 
+// PyTorch computes the output once more and differentiates that, in a graph of its own: the keys of autograd, which lie
+// above this op and are switched off below it, must be on again.
+Gradients gradients_by_torch(const Call& c, const Tensor& out, const Tensor& lse, const Tensor& dout,
+                             const MaybeTensor& dlse) {
+  static const auto op = handle<Backward>("fagen::fallback_backward");
+  const at::NoGradGuard result_has_no_graph;
+  const auto keys = c10::impl::tls_local_dispatch_key_set();
+  const c10::impl::ForceDispatchKeyGuard autograd_is_on(
+      keys.included_, keys.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+  return call_op(op, c, out, lse, dout, dlse);
+}
+
 Gradients backward(const Call& c, const Tensor& out, const Tensor& lse, const Tensor& dout, const MaybeTensor& dlse) {
-  static const auto by_torch = handle<Backward>("fagen::fallback_backward");
   const Entry entry = entry_for(c, {.gradients = true});
-  if (!entry.launch) return call_op(by_torch, c, out, lse, dout, dlse);
+  if (!entry.launch) return gradients_by_torch(c, out, lse, dout, dlse);
   check_saved(c, out, lse, dout, dlse);
 
   const bool aligned = c.v.size(3) * c.v.element_size() % kAlignment == 0 && rows_aligned(c.q) && rows_aligned(c.k) &&
@@ -82,9 +95,6 @@ bool wants_gradient(const Call& c) {
   return at::GradMode::is_enabled() && !c.all_tensors([](const Tensor& t) { return !t.requires_grad(); });
 }
 
-// Whether calls on the device use backward kernels.
-bool trains(const at::Device& device) { return device.is_cpu() ? kTrainsCpu : device.is_cuda() && kTrainsCuda; }
-
 // A tensor without memory, of a tracer: nothing of it may be asked that has no answer before the graph runs.
 bool traced(const Tensor& t) { return t.key_set().has(c10::DispatchKey::Python); }
 
@@ -107,7 +117,6 @@ bool in_transform() {
 bool gradients_are_ours(const Call& c) {
   if (has_tangent(c) || in_transform()) return false;
   if (c.alibi_slopes && c.alibi_slopes->requires_grad()) return false;
-  if (!trains(c.q.device())) return false;
   if (traced(c.q)) return true;  // `backward` decides when the graph runs
   Call same = c;
   same.deterministic = must_repeat(c);

@@ -231,32 +231,30 @@ struct BackwardConsumer {
     pipelines.v.wait();
     if constexpr (kVInRegisters) load_v();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
-    store<C::kHeadDim>(p.dk, dk, p.head_dim, p.scale);
-    store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up<C>(p, 1.f));
+    if (launch.splits.by > 1) {
+      float* to = partial_gradients<C>(p, launch, keys.batch, keys.kv_head, keys.split, keys.tile * L::kGroups + group);
+      leave<C::kHeadDim>(to, dk);
+      leave<C::kHeadDimV>(to + kGroupKeys * C::kHeadDim, dv);
+    } else {
+      store<C::kHeadDim>(p.dk, dk, p.head_dim, p.scale);
+      store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up<C>(p, 1.f));
+    }
   }
 
-  // Store 64 keys of a gradient, two a thread. Lanes of a quad hold two columns each of pieces of 8; neighbours swap so
-  // that each has four of one piece, and a quad writes 32 whole bytes at once.
+  // Store 64 keys of a gradient: whole, or for the sum of the blocks that share the query heads.
   template <int kColumns>
   __device__ __forceinline__ void store(const fagen_tensor& to, const float (&c)[kColumns / 8][4], int columns,
                                         float scale) const {
-    const bool odd = threadIdx.x % 2;
-    const int column = odd * 8 + threadIdx.x % 4 / 2 * 4;  // in two pieces
-    const int first = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + Place().row;
-    Element* out = static_cast<Element*>(to.data) + keys.batch * to.stride[0] + keys.kv_head * to.stride[2] + column;
+    const int key = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + Place().row;
+    store_rows<Element, kColumns / 16>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, 0, kColumns / 8, scale,
+                                       [&](int n) { return make_float4(c[n][0], c[n][1], c[n][2], c[n][3]); });
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ void leave(float* to, const float (&c)[kColumns / 8][4]) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int key = first + r * 8, left = key < p.seqlen_k ? columns - column : 0;
-      const auto word = [&](int n) { return pack<Element>(c[n][r * 2] * scale, c[n][r * 2 + 1] * scale); };
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; n += 2) {
-        const uint32_t mine[2] = {word(n), word(n + 1)};
-        const uint32_t other = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
-        if (n * 8 < left)
-          *reinterpret_cast<uint2*>(out + key * to.stride[1] + n * 8) =
-              odd ? make_uint2(other, mine[1]) : make_uint2(mine[0], other);
-      }
-    }
+    for (int n = 0; n < kColumns / 8; ++n)
+      *reinterpret_cast<float4*>(to + n * (kPieceBytes / 4) + threadIdx.x % 128 * 4) =
+          make_float4(c[n][0], c[n][1], c[n][2], c[n][3]);
   }
 };
 

@@ -1,12 +1,12 @@
 // dQ on its way from a consumer's registers into memory, where the blocks of all key tiles add theirs in float32: by
 // shared memory and the copy engine (bulk), or straight from registers (red). Deterministic: in turns.
 #pragma once
-#include "fagen/common/element.cuh"
 #include "fagen/ptx/bulk.cuh"
 #include "fagen/ptx/reduce.cuh"
 #include "fagen/ptx/shared.cuh"
 #include "fagen/ptx/turn.cuh"
 #include "fagen/ptx/warpgroup.cuh"
+#include "fagen/sm90/backward/rows.cuh"
 #include "fagen/sm90/backward/walk.cuh"
 
 namespace fagen {
@@ -37,30 +37,6 @@ __device__ __forceinline__ void sink_dq(const float (&dq)[DqShare<C>::kColumns /
 #pragma unroll
     for (int i = 0; i < DqShare<C>::kColumns / 8; ++i)
       if (i < pieces) ptx::reduce_add_4(to + i * (kPieceBytes / 4), dq[i]);
-  }
-}
-
-// A warp's quarter of a chunk, from float32 in the order of fragments to rows of elements, scaled. `load(piece)` gives
-// the lane's four values of a piece of 8 columns; `m` is its first row, the other is 8 below.
-template <class C, class Element, int kUnroll, class Load>
-__device__ __forceinline__ void store_dq(const fagen_backward_params& p, int batch, int head, int m, int first_piece,
-                                         int pieces, Load load) {
-  const bool odd = threadIdx.x % 2;
-  const int column = first_piece * 8 + odd * 8 + threadIdx.x % 4 / 2 * 4;  // in two pieces
-  Element* out = static_cast<Element*>(p.dq.data) + batch * p.dq.stride[0] + head * p.dq.stride[2] + column;
-#pragma unroll kUnroll
-  for (int n = 0; n < pieces; n += 2) {
-    const float4 a = load(n), b = load(n + 1);
-    const float c[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint32_t mine[2] = {pack<Element>(c[0][r * 2] * p.scale, c[0][r * 2 + 1] * p.scale),
-                                pack<Element>(c[1][r * 2] * p.scale, c[1][r * 2 + 1] * p.scale)};
-      const uint32_t other = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
-      if (m + r * 8 < p.seqlen_q && n * 8 < p.head_dim - column)
-        *reinterpret_cast<uint2*>(out + (m + r * 8) * p.dq.stride[1] + n * 8) =
-            odd ? make_uint2(other, mine[1]) : make_uint2(mine[0], other);
-    }
   }
 }
 
@@ -160,10 +136,12 @@ struct DqDrain {
       for (int warp = 0; warp < 4; ++warp) {
         const uint32_t from = pipelines.dq.tile() + (warp * 32 + lane) * 16;
         const int m = at.tile * C::kTileM + share.row_chunk(chunk) * 64 + warp * 16 + lane / 4;
-        store_dq<C, Element, 1>(p, keys.batch, at.head, m, share.slab(chunk) * 8, share.pieces(chunk), [&](int piece) {
+        const auto load = [&](int piece) {
           const uint4 x = ptx::ld_shared_16(from + piece * kPieceBytes);
           return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
-        });
+        };
+        store_rows<Element, 1>(p.dq, keys.batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8,
+                               share.pieces(chunk), p.scale, load);
       }
       __syncwarp();
     }

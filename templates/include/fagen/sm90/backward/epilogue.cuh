@@ -1,4 +1,4 @@
-// The kernel after the backward one, where its blocks do not round dQ themselves: from float32 in the order of fragments
+// The kernels after the backward one. Where its blocks do not round dQ themselves: from float32 in the order of fragments
 // to rows of elements, scaled. A warpgroup has a chunk of 64 rows.
 #pragma once
 #include "fagen/sm90/backward/dq.cuh"
@@ -13,9 +13,33 @@ __device__ __forceinline__ void backward_epilogue(const fagen_backward_params& p
   const float* from = launch.dq + int64_t(blockIdx.x) * (64 * C::kHeadDim) + thread * 4;
   ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
-  store_dq<C, Element, Dq::kChunkPieces / 2>(p, plane / p.heads, plane % p.heads, m, 0, Dq::kChunkPieces, [&](int piece) {
-    return *reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4));
-  });
+  const auto load = [&](int piece) { return *reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4)); };
+  store_rows<Element, Dq::kChunkPieces / 2>(p.dq, plane / p.heads, plane % p.heads, m, p.seqlen_q, p.head_dim, 0,
+                                            Dq::kChunkPieces, p.scale, load);
+}
+
+// Where blocks have shared the query heads of a kv head: dK and dV of 64 keys are the sums of what each has left.
+template <class C, class Element>
+__device__ __forceinline__ void sum_groups(const fagen_backward_params& p, const BackwardLaunch& launch) {
+  constexpr int kDk = C::kHeadDim / 8, kDv = C::kHeadDimV / 8;
+  const int groups = launch.key_tiles * C::kWarpgroups, group = blockIdx.x % groups, plane = blockIdx.x / groups;
+  const int kv_head = plane % p.kv_heads, batch = plane / p.kv_heads, thread = threadIdx.x;
+  const int key = group * kGroupKeys + thread / 32 * 16 + thread % 32 / 4;
+  ptx::start_next_kernel();
+  ptx::wait_for_previous_kernel();
+  const auto load = [&](int piece) {
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+    for (int split = 0; split < int(launch.splits.by); ++split) {
+      const float* from = partial_gradients<C>(p, launch, batch, kv_head, split, group) + thread * 4;
+      const float4 x = *reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4));
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    return sum;
+  };
+  const auto load_dv = [&](int piece) { return load(kDk + piece); };
+  store_rows<Element, 1>(p.dk, batch, kv_head, key, p.seqlen_k, p.head_dim, 0, kDk, p.scale, load);
+  store_rows<Element, 1>(p.dv, batch, kv_head, key, p.seqlen_k, p.head_dim_v, 0, kDv, scale_up<C>(p, 1.f), load_dv);
 }
 
 // All gradients are zero: there are no rows or no keys. A grid's work, a warp a row.

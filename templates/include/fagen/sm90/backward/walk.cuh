@@ -14,11 +14,22 @@ struct BackwardLaunch {
   CUtensorMap q, k, v, dout;
   int row_tiles, key_tiles;  // per head
   TileOrder order;           // of key tiles
+  Divisor splits;            // blocks that share the query heads of a kv head
   float* lse_log2;           // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none
   float* delta;              // the same of the sums of dO O - dLSE
   float* dq;                 // (batch, heads, row_tiles), tiles of float32 in the order of fragments
   unsigned* turns;           // (batch, heads, row_tiles, kGroups): how many blocks have added their part
+  float* partial;            // splits > 1: what each has of dK and dV, in the order of fragments
 };
+
+// Where a split's dK and dV of 64 keys lie.
+template <class C>
+__device__ __forceinline__ float* partial_gradients(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                                    int batch, int kv_head, int split, int group) {
+  const int64_t plane = (int64_t(split) * p.batch + batch) * p.kv_heads + kv_head;
+  const int64_t groups = launch.key_tiles * C::kWarpgroups;
+  return launch.partial + (plane * groups + group) * (kGroupKeys * (C::kHeadDim + C::kHeadDimV));
+}
 
 // The band around the diagonal by columns: key n is seen by rows [n - last, n - first].
 struct RowBand {
@@ -52,9 +63,10 @@ struct KeyTile {
   static constexpr bool kIntervals = MaskOf<C>::kIntervals;
   static constexpr bool kLastFirst = C::kBlockOrder == BlockOrder::descending;
 
-  int tile, kv_head, batch, n0;
+  int tile, kv_head, split, batch, n0;
   int begin, end;            // row tiles that see any of its keys, by the band
   int full_begin, full_end;  // rows that see all of them
+  int splits;
   uint32_t extents;          // intervals: where those of its keys' bounds are; read anew, since registers are few
 
   // Orders that put the longest first take the last index of a head first; of key tiles the first is the longest.
@@ -62,13 +74,15 @@ struct KeyTile {
     const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(blockIdx.x);
     constexpr bool kTurned = C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned;
     tile = kTurned ? launch.key_tiles - 1 - coord.row_tile : coord.row_tile;
-    kv_head = coord.head, batch = coord.batch, n0 = tile * C::kTileN;
+    kv_head = launch.splits.quotient(coord.head), split = launch.splits.remainder(coord.head, kv_head);
+    batch = coord.batch, n0 = tile * C::kTileN;
     const int last_key = min(n0 + C::kTileN, band.seqlen_k) - 1;
     const int first_row = band.begin(n0), end_row = band.end(last_key);
     begin = first_row / C::kTileM;
     end = first_row < end_row ? (end_row + C::kTileM - 1) / C::kTileM : begin;
     full_begin = band.begin(last_key);
     full_end = last_key == n0 + C::kTileN - 1 ? band.end(n0) : 0;
+    splits = launch.splits.by;
     extents = smem + BackwardLayout<C>::kExtents;
   }
 
@@ -88,10 +102,11 @@ struct KeyTile {
   // that the band leaves and intervals hide.
   template <class Visit, class Skip>
   __device__ __forceinline__ void walk(const fagen_backward_params& p, Visit visit, Skip skip) const {
-    const int group = p.heads / p.kv_heads, tiles = end - begin;
+    const int group = p.heads / p.kv_heads, some = group / splits, first = kv_head * group + split * some;
+    const int tiles = end - begin;
     const int shift = C::kRowOrder == RowOrder::shifted && tiles > 0 ? tile % tiles : 0;
 #pragma unroll 1
-    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
+    for (int head = first; head < first + some; ++head)
 #pragma unroll 1
       for (int i = 0; i < tiles; ++i) {
         int t = C::kRowOrder == RowOrder::descending ? end - 1 - i : begin + i + shift;
@@ -129,7 +144,7 @@ __device__ __forceinline__ void load_intervals(const fagen_backward_params& p, c
   const int n0 = (kTurned ? launch.key_tiles - 1 - coord.row_tile : coord.row_tile) * C::kTileN;
   Intervals<C> intervals;
   intervals.bounds = static_cast<const int32_t*>(p.intervals.data) + coord.batch * p.intervals.stride[0] +
-                     (p.mask_heads == 1 ? 0 : coord.head) * p.intervals.stride[1];
+                     (p.mask_heads == 1 ? 0 : launch.splits.quotient(coord.head)) * p.intervals.stride[1];
   intervals.stride = p.intervals.stride[2];
   intervals.last_key = p.seqlen_k - 1;
   int low[4], high[4];
