@@ -237,10 +237,14 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
 
 
 def _default(p: Problem, t: Target) -> Config:
-    """The first guess with registers to spare where intervals take some beside a large head."""
+    """The first guess with registers to spare where intervals take some beside a large head, or dropout on many rows."""
     guesses = _guesses(p, t)
-    spare = OTHER_REGISTERS + (16 if p.mask == "intervals" and p.head_dim_padded > 192 else 0)
-    roomy = (c for c in guesses if fragment_registers(p, c) + spare <= consumer_registers(c))
+
+    def spare(c: Config) -> int:
+        of_mask = 16 if p.mask == "intervals" and p.head_dim_padded > 192 else 0
+        return OTHER_REGISTERS + of_mask + (24 if p.dropout and c.tile_m == 128 else 0)
+
+    roomy = (c for c in guesses if fragment_registers(p, c) + spare(c) <= consumer_registers(c))
     return next(roomy, guesses[-1])
 
 
