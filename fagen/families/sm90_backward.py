@@ -237,7 +237,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
 
 
 def _default(p: Problem, t: Target) -> Config:
-    """The first guess with registers to spare where intervals take some beside a large head, or dropout on many rows."""
+    """The first guess with registers to spare, which intervals take beside a large head, and dropout of many rows."""
     guesses = _guesses(p, t)
 
     def spare(c: Config) -> int:
