@@ -23,6 +23,12 @@ KNOBS = (
     Knob("ds_stages", "kDsStages", (1, 2), "tiles of dS in shared memory"),
     Knob("dv_start", "kDvStart", ("after_ds", "before_ds"), "dV is started when dS is formed, or under that"),
     Knob("dq_sink", "kDqSink", ("bulk", "red"), "dQ is added up by the copy engine, or from registers"),
+    Knob(
+        "dq_rounding",
+        "kDqRounding",
+        ("last_block", "own_kernel"),
+        "who rounds the sums of dQ: the block that adds the last part, or a kernel after all of them",
+    ),
     Knob("dq_owner", "kDqOwner", ("all", "first"), "warpgroups that compute dQ"),
     Knob("row_order", "kRowOrder", ("ascending", "descending", "shifted"), "order of a block's row tiles"),
     Knob(
@@ -62,7 +68,7 @@ def consumer_registers(c: Config) -> int:
     """Of a thread that computes: what the producing warpgroup leaves of the SM's registers."""
     groups = int(c.warpgroups)
     each = 65536 // (128 * (groups + 1)) // 8 * 8
-    producer = 32 if groups == 3 else 40
+    producer = 32 if groups == 3 else 56 if c.dq_rounding == "last_block" and c.tile_m == 64 else 40
     return min(240, ((groups + 1) * each - producer) // groups // 8 * 8)
 
 
@@ -74,7 +80,7 @@ def smem_bytes(p: Problem, c: Config) -> int:
     dq = _owners(c) * dq_columns(p, c) // 8 * PIECE_BYTES if c.dq_sink == "bulk" else 0
     stats = 4 * m * (c.q_stages + c.dout_stages)
     bounds = 16 * n + 32 if p.mask == "intervals" else 0
-    rounds = c.dq_sink == "bulk" and p.mask != "intervals"
+    rounds = c.dq_rounding == "last_block"
     barriers = BARRIER_BYTES * (2 + c.q_stages + c.dout_stages + c.warpgroups * (1 + rounds))
     return tiles * ROW_BYTES + dq + stats + bounds + barriers + SMEM_ALIGNMENT
 
@@ -130,6 +136,16 @@ def _sum_is_ordered(p: Problem, t: Target, c: Config) -> str | None:
     return None
 
 
+def _last_is_known(p: Problem, t: Target, c: Config) -> str | None:
+    if c.dq_rounding != "last_block":
+        return None
+    if c.dq_sink != "bulk":
+        return f"when sums from registers have arrived is not known, dq_sink={c.dq_sink}"
+    if p.mask == "intervals":
+        return "how many blocks intervals leave to add to a row tile is not known"
+    return None
+
+
 def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
     if p.mask == "none" and c.block_order in ("descending", "longest_first"):
         return f"without a mask all key tiles are equally long, block_order={c.block_order} only repeats another"
@@ -147,11 +163,23 @@ CONSTRAINTS = (
     Constraint(
         "smem_fits",
         _smem_fits,
-        ("tile_m", "tile_n", "warpgroups", "operands", "q_stages", "dout_stages", "ds_stages", "dq_sink", "dq_owner"),
+        (
+            "tile_m",
+            "tile_n",
+            "warpgroups",
+            "operands",
+            "q_stages",
+            "dout_stages",
+            "ds_stages",
+            "dq_sink",
+            "dq_rounding",
+            "dq_owner",
+        ),
     ),
     Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n", "warpgroups", "operands", "v_source", "dq_owner")),
     Constraint("owner_matters", _owner_matters, ("warpgroups", "dq_owner")),
     Constraint("sum_is_ordered", _sum_is_ordered, ("dq_sink",)),
+    Constraint("last_is_known", _last_is_known, ("dq_rounding", "dq_sink")),
     Constraint("order_matters", _order_matters, ("block_order",)),
     Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
 )
@@ -196,6 +224,7 @@ def _context(p: Problem, c: Config) -> dict[str, Any]:
 _Tile = tuple[str, int, int, int, int, int, int]
 _TILES: tuple[tuple[int, tuple[_Tile, ...]], ...] = (
     (64, (("registers", 128, 128, 2, 2, 2, 2), ("registers", 64, 192, 3, 2, 2, 2), ("registers", 64, 128, 2, 2, 2, 2))),
+    (96, (("registers", 64, 128, 2, 2, 2, 2), ("registers", 64, 128, 2, 2, 1, 1), ("shared", 64, 128, 2, 2, 1, 1))),
     (128, (("registers", 64, 128, 2, 2, 1, 2), ("registers", 64, 128, 2, 2, 1, 1), ("shared", 64, 128, 2, 2, 1, 1))),
     (
         192,
@@ -218,7 +247,8 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     sinks = ("red", "bulk") if size > 128 else ("bulk", "red")  # a large head leaves no room for a stage of dQ
     held = 64 < size <= 96  # there V fits in registers
     found = []
-    for order, sink, tile in itertools.product(orders, sinks, (*tiles, *_SMALLEST)):
+    roundings = ("own_kernel", "last_block") if size <= 64 else ("last_block", "own_kernel")
+    for order, sink, tile, rounding in itertools.product(orders, sinks, (*tiles, *_SMALLEST), roundings):
         operands, m, n, warpgroups, q_stages, dout_stages, ds_stages = tile
         # bounds of intervals and 128 rows leave no registers for P as an operand beside dP
         under = operands == "registers" and (held or m > 64) and not (p.mask == "intervals" and m > 64)
@@ -227,7 +257,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
                 "tile_m": m, "tile_n": n, "warpgroups": warpgroups, "operands": operands,
                 "v_source": "registers" if held and operands == "registers" else "shared",
                 "q_stages": q_stages, "dout_stages": dout_stages, "ds_stages": ds_stages, "dq_sink": sink,
-                "dv_start": "before_ds" if under else "after_ds", "dq_owner": "all",
+                "dq_rounding": rounding, "dv_start": "before_ds" if under else "after_ds", "dq_owner": "all",
                 "row_order": rows, "block_order": order, "section_mb": 32,
             }
         )  # fmt: skip

@@ -29,8 +29,8 @@ from tests.support.thorough import sample
 FAMILY, TARGET = sm90_backward.FAMILY, known("sm_90")
 BASE: dict[str, Any] = {
     "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "v_source": "shared",
-    "q_stages": 2, "dout_stages": 2, "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk", "dq_owner": "all",
-    "row_order": "ascending", "block_order": "ascending", "section_mb": 32,
+    "q_stages": 2, "dout_stages": 2, "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk",
+    "dq_rounding": "own_kernel", "dq_owner": "all", "row_order": "ascending", "block_order": "ascending", "section_mb": 32,
 }  # fmt: skip
 
 
@@ -57,6 +57,11 @@ SCHEMES: Mapping[str, Config] = {
     "shared_red": config(operands="shared", tile_n=80, dq_sink="red", q_stages=1, dout_stages=1),
     "shared_three_groups": config(operands="shared", tile_n=96, warpgroups=3, ds_stages=2, row_order="shifted"),
     "shared_first_owner": config(operands="shared", tile_n=96, dq_owner="first", block_order="longest_first"),
+    "last_block": config(dq_rounding="last_block"),
+    "last_block_long_tiles": config(dq_rounding="last_block", tile_m=128, dq_owner="first", dv_start="before_ds"),
+    "last_block_one_group": config(dq_rounding="last_block", tile_n=64, warpgroups=1, row_order="shifted"),
+    "last_block_three_groups": config(dq_rounding="last_block", tile_n=192, warpgroups=3, q_stages=1),
+    "last_block_shared": config(dq_rounding="last_block", operands="shared", tile_n=96, block_order="longest_first"),
     "sectioned_red": config(block_order="sectioned", section_mb=64, dq_sink="red", tile_n=192, warpgroups=3),
 }
 ONE_STAGE = (("q_stages", 1), ("dout_stages", 1), ("ds_stages", 1))
@@ -118,6 +123,7 @@ CASES += [Case("held_v", head_dim=d, head_dim_v=dv, heads=2) for d, dv in ((96, 
 CASES += [Case("base", mask="none", head_dim=128, heads=2), Case("red", head_dim=96, heads=3, kv_heads=1)]
 CASES += [Case("base", softcap=2.0), Case("base", alibi=True), Case("red", softcap=2.0, alibi=True, dtype="fp16")]
 CASES += [Case("base", mask="window", window=(40, 0), heads=2)]
+CASES += [Case("last_block", head_dim=80, heads=2), Case("last_block", mask="window", window=(10, -1), kv_heads=1)]
 CASES += [Case("long_tiles", mask="intervals", intervals=kind, window=(-1, 0)) for kind in ("lower1", "lower2")]
 SHARED = [("shared", 64, 256, 0), ("shared_red", 80, 256, 0), ("shared_red", 96, 96, 208), ("shared", 64, 64, 192)]
 SHARED += [("shared_three_groups", 96, 192, 128), ("shared_three_groups", 96, 160, 0)]
@@ -134,6 +140,8 @@ DETERMINISTIC = [
     Case("longest_first", mask="window", window=(70, 20), deterministic=True),
     Case("long_tiles_one_group", mask="intervals", intervals="both2", deterministic=True),
     Case("first_owner", mask="none", deterministic=True),
+    Case("last_block", deterministic=True),
+    Case("last_block_shared", mask="window", window=(70, 20), deterministic=True, kv_heads=4),
 ]
 
 
@@ -241,8 +249,9 @@ def test_packed_documents(folder: Path) -> None:
             check(case, folder, 327, 327, intervals=bounds)
 
 
-def test_rows_and_keys_that_see_nothing(folder: Path) -> None:
-    case = Case("base")
+@pytest.mark.parametrize("scheme", ["base", "last_block"])
+def test_rows_and_keys_that_see_nothing(folder: Path, scheme: str) -> None:
+    case = Case(scheme)
     for rows, keys in ((300, 1), (1, 300), (130, 64)):
         filled = check(case, folder, rows, keys, dlse=True)
         if rows > keys:

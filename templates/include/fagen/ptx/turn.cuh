@@ -16,13 +16,15 @@ __device__ __forceinline__ bool claim(unsigned* counter, unsigned claimed) {
   asm volatile("atom.relaxed.gpu.global.or.b32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(claimed) : "memory");
   return !(before & claimed);
 }
-// Wait until one of the bits is set; what was done before it was is visible, to the copy engine as well.
-__device__ __forceinline__ void wait_for_bit(const unsigned* counter, unsigned bit) {
+// Whether the bit is set; what was done before it was is visible, to the copy engine as well.
+__device__ __forceinline__ bool has_bit(const unsigned* counter, unsigned bit) {
   unsigned seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (!(seen & bit));
-  asm volatile("fence.proxy.async.global;" ::: "memory");
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\nfence.proxy.async.global;" : "=r"(seen) : "l"(counter) : "memory");
+  return seen & bit;
+}
+__device__ __forceinline__ void wait_for_bit(const unsigned* counter, unsigned bit) {
+  while (!has_bit(counter, bit)) {
+  }
 }
 // Count what this thread has added, and return the count before. What others had counted is visible.
 __device__ __forceinline__ unsigned count(unsigned* counter, unsigned number) {

@@ -11,6 +11,7 @@ inline bool claim(unsigned* counter, unsigned claimed) {
   *counter |= claimed;
   return first;
 }
+inline bool has_bit(const unsigned* counter, unsigned bit) { return *counter & bit; }
 inline void wait_for_bit(const unsigned* counter, unsigned bit) {
   while (!(*counter & bit)) emulator::wait({counter, *counter, ~0u, "bit", bit});
 }

@@ -40,8 +40,10 @@ __device__ __forceinline__ void sink_dq(const float (&dq)[DqShare<C>::kColumns /
   }
 }
 
-// The other side of the bulk sink: a warp adds what an owner has stored, row tile after row tile. The first block to
-// add to a tile stores instead, so that nothing need be zero; the last one rounds the sum (kRoundsDq).
+// The other side of the bulk sink: a warp adds what an owner has stored, row tile after row tile. With
+// dq_rounding=last_block the first block to add to a tile stores instead, so that nothing need be zero, and the last
+// one rounds the sum. Counters in memory tell who that is. A block asks for them while its consumers compute, and
+// rounds when the next part has left the stage in shared memory.
 template <class C, class Element>
 struct DqDrain {
   using L = BackwardLayout<C>;
@@ -55,6 +57,8 @@ struct DqDrain {
   const Dq share;
   BackwardPipelines<C> pipelines;
   int summed_phase = 0;
+  RowTileVisit before = {0, -1, false};  // the last row tile added to; not yet counted
+  bool stored = false;                   // `before` was stored
 
   __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
   __device__ __forceinline__ int64_t index(const RowTileVisit& at) const {
@@ -67,61 +71,62 @@ struct DqDrain {
     return launch.turns + index(at) * Dq::kGroups + share.group;
   }
 
-  // Whether this block's part is the first; if not, others' have been stored when this returns, in order if it matters.
-  __device__ __forceinline__ bool begin(const RowTileVisit& at) const {
+  // Whether this block's part is the first; if not, the others' are there that it is added to.
+  __device__ __forceinline__ bool begin(const RowTileVisit& at, bool seen) const {
     if constexpr (C::kDeterministic) {
       const int turn = keys.turn(band, at.tile).mine;
       ptx::wait_for_turn(counter(at), turn);
       return L::kRoundsDq && turn == 0;
     } else if constexpr (L::kRoundsDq) {
+      if (seen) return false;
       if (ptx::claim(counter(at), kClaimed)) return true;
       ptx::wait_for_bit(counter(at), kStored);
     }
     return false;
   }
-  // Whether this block's part was the last.
-  __device__ __forceinline__ bool end(const RowTileVisit& at, bool first) const {
-    if constexpr (L::kRoundsDq) {
+  // Count the part that was added before, and say whether it was the last.
+  __device__ __forceinline__ bool count() {
+    bool last = false;
+    if (leads() && before.tile >= 0 && (L::kRoundsDq || C::kDeterministic)) {
       ptx::bulk_wait();
-      const unsigned before = ptx::count(counter(at), 1 + (first && !C::kDeterministic ? kStored : 0));
-      return int(before & (kClaimed - 1)) == keys.turn(band, at.tile).count - 1;
-    } else if constexpr (C::kDeterministic) {
-      ptx::bulk_wait();
-      ptx::pass_turn(counter(at));
+      const bool first = stored && !C::kDeterministic;
+      const unsigned others = ptx::count(counter(before), 1 + (first ? kStored : 0)) & (kClaimed - 1);
+      last = L::kRoundsDq && int(others) == keys.turn(band, before.tile).count - 1;
     }
-    return false;
+    return L::kRoundsDq && __shfl_sync(~0u, last, 0);
   }
 
   __device__ __forceinline__ void add(const RowTileVisit& at) {
-    bool first = false, last = false;
+    const bool last = count();
+    const bool seen = L::kRoundsDq && !C::kDeterministic && leads() && ptx::has_bit(counter(at), kStored);
 #pragma unroll 1
     for (int chunk = 0; chunk < Dq::kChunks && share.owns(chunk); ++chunk) {
       const bool more = chunk + 1 < Dq::kChunks && share.owns(chunk + 1);
       if (leads()) {
         pipelines.dq.wait();
-        if (chunk == 0) first = begin(at);
+        if (chunk == 0) stored = begin(at, seen);
         float* to = tile(at) + share.offset(chunk);
         const int bytes = share.pieces(chunk) * kPieceBytes;
-        first ? ptx::bulk_store(to, pipelines.dq.tile(), bytes) : ptx::bulk_add(to, pipelines.dq.tile(), bytes);
+        stored ? ptx::bulk_store(to, pipelines.dq.tile(), bytes) : ptx::bulk_add(to, pipelines.dq.tile(), bytes);
         ptx::bulk_commit();
         ptx::bulk_wait_read();
-        if (!more) last = end(at, first);
-        if (more || !L::kRoundsDq) ptx::mbarrier_arrive(pipelines.dq.empty());
       }
+      if (!more && last) round(before);
+      if (leads()) ptx::mbarrier_arrive(pipelines.dq.empty());
       pipelines.dq.advance();
     }
-    if constexpr (L::kRoundsDq) {
-      if (__shfl_sync(~0u, last, 0)) round(at);
-      if (leads()) ptx::mbarrier_arrive(pipelines.dq.empty());
-    }
+    before = at;
   }
-  __device__ __forceinline__ void skip(const RowTileVisit& at) const {
-    if (!C::kDeterministic || !leads()) return;
+  __device__ __forceinline__ void skip(const RowTileVisit& at) {
+    if (!C::kDeterministic) return;
+    count();
+    before.tile = -1;
+    if (!leads()) return;
     ptx::wait_for_turn(counter(at), keys.turn(band, at.tile).mine);
     ptx::pass_turn(counter(at));
   }
 
-  // The sum of all blocks comes back to the place of this block's part.
+  // The sum of all blocks comes back to the stage, which is free.
   __device__ __forceinline__ void round(const RowTileVisit& at) {
 #pragma unroll 1
     for (int chunk = 0; chunk < Dq::kChunks && share.owns(chunk); ++chunk) {
@@ -150,6 +155,7 @@ struct DqDrain {
   __device__ __forceinline__ void run() {
     keys.walk(p, [&](const RowTileVisit& at) { add(at); },
               [&](int head, int t) { skip(RowTileVisit{head, t, false}); });
+    if (count()) round(before);
     if (leads()) ptx::bulk_wait();
   }
 };

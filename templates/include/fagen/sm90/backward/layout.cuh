@@ -63,9 +63,7 @@ struct BackwardLayout {
   static constexpr bool kIntervals = MaskOf<C>::kIntervals;
   static constexpr int kBoundBytes = kIntervals ? C::kTileN * 16 : 0, kExtentBytes = kIntervals ? 32 : 0;
 
-  // The block that adds the last part to a tile of dQ rounds it, too. Parts that intervals hide are not waited for, and
-  // sums from registers are not followed: a kernel of its own rounds those.
-  static constexpr bool kRoundsDq = C::kDqSink == DqSink::bulk && !kIntervals;
+  static constexpr bool kRoundsDq = C::kDqRounding == DqRounding::last_block;
 
   // Offsets: k, v, the stages of q, of dO and of dS, the owners' parts of dQ, the LSE of each stage of q, delta of each
   // stage of dO, the bounds of the keys' intervals and their extents, barriers.
@@ -79,7 +77,7 @@ struct BackwardLayout {
 
   // Registers of a thread: those that the block is compiled for, and how the roles divide them.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : kRoundsDq && C::kTileM == 64 ? 56 : 40;
   static constexpr int kConsumerShare = ((kGroups + 1) * kRegisters - kProducerRegisters) / kGroups / 8 * 8;
   static constexpr int kConsumerRegisters = kConsumerShare > 240 ? 240 : kConsumerShare;
 
