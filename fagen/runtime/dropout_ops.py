@@ -39,8 +39,6 @@ def answer_with(kernel_of: Callable[[AttentionCall], Kernel | None]) -> None:
 
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a call whose seed and offset are drawn, differentiable in q, k and v."""
-    if not _libraries:
-        _register()
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.fagen.forward_dropout(
         *call.op_arguments(), call.dropout, call.rng
     )
@@ -138,3 +136,6 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor,
 
 def _refuse_second(ctx: Any, *gradients: torch.Tensor | None) -> None:
     raise InvalidArgument("attention can be differentiated once", "its gradient has no derivative")
+
+
+_register()  # at once: torch.compile may trace the first call

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -204,6 +206,27 @@ def test_compiles_into_one_graph(dynamic: bool) -> None:
     assert torch.equal(got, want)
     for mine, theirs in zip(*(torch.autograd.grad(t.sum(), (q, k, v)) for t in (got, want)), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_the_first_call_of_a_process_may_be_traced() -> None:
+    code = (
+        "import torch, fagen\n"
+        "q = torch.randn(1, 8, 2, 16)\n"
+        "attend = lambda q: fagen.attention(q, q, q, dropout_p=0.5)\n"
+        "print(torch.compile(attend, fullgraph=True, backend='aot_eager')(q).shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "[1, 8, 2, 16]" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
+def test_empty_calls_have_gradients(shape: tuple[int, int, int]) -> None:
+    batch, rows, keys = shape
+    q, k, v = (torch.randn(batch, length, 2, 16, requires_grad=True) for length in (rows, keys, keys))
+    out, lse = fagen.attention(q, k, v, dropout_p=RATE, return_lse=True)
+    assert out.shape == q.shape and (out == 0).all()
+    for t, gradient in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert gradient.shape == t.shape and (gradient == 0).all()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
