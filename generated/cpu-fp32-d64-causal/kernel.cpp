@@ -506,8 +506,8 @@ struct Layout {
 // The weights that dropout drops: random numbers by Philox4x32-10, for device and host alike. Plain C++.
 //
 // A weight's number depends on the seed, the offset, its head, row and key alone: never on tiles, warps or the kernel.
-// One call of Philox gives 16 bytes, a byte a weight. They belong to rows r and r + 8 of a block of 16 rows, and to keys
-// 8 j + 2 t and 8 j + 2 t + 1, j = 0 ... 3, of a block of 32 keys. So
+// One call of Philox gives 16 bytes, a byte a weight. They belong to rows r and r + 8 of a block of 16 rows, and to
+// keys 8 j + 2 t and 8 j + 2 t + 1, j = 0 ... 3, of a block of 32 keys. So
 //
 //   - a thread of mma.sync or wgmma whose rows are rows of S needs all that a call gives: word j holds the four
 //     accumulators of its piece j, in their order. There is one call a lane and block of 16 x 32.
@@ -957,7 +957,8 @@ static Tile tile_of(const Element* from, int64_t stride, int rows, int columns, 
     return {from, stride};
 }
 
-// S = K Q^T, P = softmax(S) less what dropout drops, O^T += V^T P: some keys of a tile and kUsed vectors of the rows of a group.
+// S = K Q^T, P = softmax(S) less what dropout drops, O^T += V^T P: some keys of a tile and kUsed vectors of the rows of
+// a group.
 template <int kUsed, bool kMasked>
 static void advance(const HeadOf& head, Vectors group, Range rows, Range keys, Tile k, Tile v, float* scores) {
   constexpr int kRows = Config::kBlockRows, kWidth = At::kGroup;

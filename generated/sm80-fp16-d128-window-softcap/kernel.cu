@@ -171,8 +171,8 @@ static cudaError_t once_per_device(Facts* facts, Find find) {
 // The weights that dropout drops: random numbers by Philox4x32-10, for device and host alike. Plain C++.
 //
 // A weight's number depends on the seed, the offset, its head, row and key alone: never on tiles, warps or the kernel.
-// One call of Philox gives 16 bytes, a byte a weight. They belong to rows r and r + 8 of a block of 16 rows, and to keys
-// 8 j + 2 t and 8 j + 2 t + 1, j = 0 ... 3, of a block of 32 keys. So
+// One call of Philox gives 16 bytes, a byte a weight. They belong to rows r and r + 8 of a block of 16 rows, and to
+// keys 8 j + 2 t and 8 j + 2 t + 1, j = 0 ... 3, of a block of 32 keys. So
 //
 //   - a thread of mma.sync or wgmma whose rows are rows of S needs all that a call gives: word j holds the four
 //     accumulators of its piece j, in their order. There is one call a lane and block of 16 x 32.
@@ -280,8 +280,8 @@ __device__ __forceinline__ uint32_t spread_signs(uint32_t x) {
 
 namespace fagen {
 
-// kKeysAligned: tiles of keys begin at multiples of 32, so that one call of Philox serves 32 keys. kRowsAligned: slabs of
-// rows begin at multiples of 16, so that it serves a thread's two rows.
+// kKeysAligned: tiles of keys begin at multiples of 32, so that one call of Philox serves 32 keys. kRowsAligned: slabs
+// of rows begin at multiples of 16, so that it serves a thread's two rows.
 template <class C, int kSlabs, bool kKeysAligned, bool kRowsAligned = true, bool kDropout = C::kDropout>
 struct TileDropout {
   template <class Params>
@@ -306,8 +306,8 @@ struct TileDropout<C, kSlabs, kKeysAligned, kRowsAligned, true> {
   // `row` and `key`: the first weight of the lane, in its first slab and piece.
   __device__ __forceinline__ void set_place(int first_row, int first_key) { row = first_row, key = first_key; }
 
-  // Two neighbouring weights of 16 bits, or 0 in place of those that are dropped: register i of the `step`-th 16 keys of
-  // a slab. Registers come in order.
+  // Two neighbouring weights of 16 bits, or 0 in place of those that are dropped: register i of the `step`-th 16 keys
+  // of a slab. Registers come in order.
   __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) {
     if (i == 0 && (step % 2 == 0 || !kKeysAligned)) {
 #pragma unroll

@@ -16,8 +16,7 @@ struct CellDropout {
   __device__ __forceinline__ void load(const Dropout& dropout, const Lane& lane, int row, int key, int n) {
     if (n % (kKeysAligned ? 4 : 2)) return;
 #pragma unroll
-    for (int s = 0; s < kSlabs; ++s)
-      words[s] = dropout.words(row + s * 16 + lane.row, key + n * 8 + lane.column);
+    for (int s = 0; s < kSlabs; ++s) words[s] = dropout.words(row + s * 16 + lane.row, key + n * 8 + lane.column);
     odd = kKeysAligned ? 0 : (key / 16 + n / 2) % 2;
   }
   // Whether cell e of line i of piece n is kept; lines are r and r + 8 of each slab.

@@ -5,8 +5,8 @@
 
 namespace fagen {
 
-// kKeysAligned: tiles of keys begin at multiples of 32, so that one call of Philox serves 32 keys. kRowsAligned: slabs of
-// rows begin at multiples of 16, so that it serves a thread's two rows.
+// kKeysAligned: tiles of keys begin at multiples of 32, so that one call of Philox serves 32 keys. kRowsAligned: slabs
+// of rows begin at multiples of 16, so that it serves a thread's two rows.
 template <class C, int kSlabs, bool kKeysAligned, bool kRowsAligned = true, bool kDropout = C::kDropout>
 struct TileDropout {
   template <class Params>
@@ -31,8 +31,8 @@ struct TileDropout<C, kSlabs, kKeysAligned, kRowsAligned, true> {
   // `row` and `key`: the first weight of the lane, in its first slab and piece.
   __device__ __forceinline__ void set_place(int first_row, int first_key) { row = first_row, key = first_key; }
 
-  // Two neighbouring weights of 16 bits, or 0 in place of those that are dropped: register i of the `step`-th 16 keys of
-  // a slab. Registers come in order.
+  // Two neighbouring weights of 16 bits, or 0 in place of those that are dropped: register i of the `step`-th 16 keys
+  // of a slab. Registers come in order.
   __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) {
     if (i == 0 && (step % 2 == 0 || !kKeysAligned)) {
 #pragma unroll

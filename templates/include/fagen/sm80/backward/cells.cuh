@@ -33,8 +33,8 @@ struct ScoreGradient {
     if constexpr (C::kDropout) dropout = Dropout::of(p, batch, head);
   }
 
-  // `score` becomes P and `gradient`, which comes in as dP, becomes dS. Where the weight was dropped, dP counts as 0 and
-  // so does the P that is left, which is for dV.
+  // `score` becomes P and `gradient`, which comes in as dP, becomes dS. Where the weight was dropped, dP counts as
+  // 0, and so does the P that is left, which is for dV.
   __device__ __forceinline__ void apply(float& score, float& gradient, const RowStats& row, int m, int key,
                                         bool hidden, bool kept) const {
     float slope = 1.f, exponent;
