@@ -247,7 +247,9 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     sinks = ("red", "bulk") if size > 128 else ("bulk", "red")  # a large head leaves no room for a stage of dQ
     held = 64 < size <= 96  # there V fits in registers
     found = []
-    roundings = ("own_kernel", "last_block") if size <= 64 else ("last_block", "own_kernel")
+    roundings = ("own_kernel", "last_block")
+    if getattr(p, "deterministic", False) and 64 < size <= 128:  # the blocks wait for each other anyway
+        roundings = ("last_block", "own_kernel")
     for order, sink, tile, rounding in itertools.product(orders, sinks, (*tiles, *_SMALLEST), roundings):
         operands, m, n, warpgroups, q_stages, dout_stages, ds_stages = tile
         # bounds of intervals and 128 rows leave no registers for P as an operand beside dP

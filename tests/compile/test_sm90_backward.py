@@ -105,6 +105,9 @@ REJECTED = [
     ("owner_matters", "a lone warpgroup", {}, {"tile_n": 64, "warpgroups": 1, "dq_owner": "first"},
      {"dq_owner": "all"}),
     ("sum_is_ordered", "added up in turns", {"deterministic": True}, {"dq_sink": "red"}, {"dq_sink": "bulk"}),
+    ("last_is_known", "from registers", {}, {"dq_rounding": "last_block", "dq_sink": "red"}, {"dq_sink": "bulk"}),
+    ("last_is_known", "intervals leave", {"mask": "intervals", "intervals": "lower1"}, {"dq_rounding": "last_block"},
+     {"dq_rounding": "own_kernel"}),
     ("order_matters", "only repeats another", {}, {"block_order": "descending"}, {"block_order": "sectioned"}),
     ("section_matters", "has no sections", {}, {"section_mb": 16}, {"section_mb": 32}),
 ]  # fmt: skip

@@ -30,7 +30,8 @@ FAMILY, TARGET = sm90_backward.FAMILY, known("sm_90")
 BASE: dict[str, Any] = {
     "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "v_source": "shared",
     "q_stages": 2, "dout_stages": 2, "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk",
-    "dq_rounding": "own_kernel", "dq_owner": "all", "row_order": "ascending", "block_order": "ascending", "section_mb": 32,
+    "dq_rounding": "own_kernel", "dq_owner": "all", "row_order": "ascending", "block_order": "ascending",
+    "section_mb": 32,
 }  # fmt: skip
 
 

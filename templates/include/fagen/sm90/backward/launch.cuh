@@ -62,14 +62,15 @@ static cudaError_t make_maps(const fagen_backward_params& p, CUtensorMapDataType
   return map(&launch.v, p.v, p.head_dim_v, p.seqlen_k, C::kTileN, p.kv_heads);
 }
 
-// The heads of a section (sectioned order): as many as leave room for their rows of q, dO and dQ. Blocks of the same kv
-// head go through its query heads together, so that one of them counts.
+// The heads of a section (sectioned order): as many as leave room for their rows of q, dO and dQ, in sections of about
+// the same size, since a small last one would begin its longest blocks late. Blocks of the same kv head go through its
+// query heads together, so that one of them counts.
 template <class C, class Element>
 static int heads_of_section(const fagen_backward_params& p, int heads) {
   const int64_t row = (p.head_dim + p.head_dim_v) * int64_t(sizeof(Element)) + p.head_dim * int64_t(sizeof(float));
-  const int64_t head = row * p.seqlen_q, fit = (int64_t(C::kSectionMb) << 20) / head;
-  const int64_t all = int64_t(heads) * p.batch;
-  return int(fit < 1 ? 1 : fit < all ? fit : all);
+  const int64_t all = int64_t(heads) * p.batch, fit = (int64_t(C::kSectionMb) << 20) / (row * p.seqlen_q);
+  const int64_t sections = ceil_div<int64_t>(all, fit < 1 ? 1 : fit);
+  return int(ceil_div(all, sections));
 }
 
 using BackwardKernel = void (*)(fagen_backward_params, BackwardLaunch);
@@ -102,7 +103,7 @@ static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, 
   if (const cudaError_t e = launch_kernel(kernels.backward, keys, L::kThreads, L::kSmemBytes, stream, p, launch)) return e;
   if (splits > 1) {
     const int groups = launch.key_tiles * C::kWarpgroups * p.kv_heads * p.batch;
-    if (const cudaError_t e = launch_kernel(kernels.sum_groups, groups, 128, 0, stream, p, launch)) return e;
+    if (const cudaError_t e = launch_kernel(kernels.sum_groups, groups * GroupSums<C>::kBlocks, 128, 0, stream, p, launch)) return e;
   }
   if (L::kRoundsDq) return cudaSuccess;
   return launch_kernel(kernels.epilogue, rows * DqShare<C>::kRowChunks, 128, 0, stream, p, launch);
