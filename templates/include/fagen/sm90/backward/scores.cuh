@@ -78,7 +78,7 @@ struct SeenRows {
 // come before those where registers are left for what they bring.
 template <class C>
 struct RowStats {
-  static constexpr bool kEarly = C::kTileM == 64 && !MaskOf<C>::kIntervals;
+  static constexpr bool kEarly = C::kTileM == 64 && C::kWarpgroups < 3 && !MaskOf<C>::kIntervals;
   uint32_t from;
   float2 held[kEarly ? C::kTileM / 8 : 1];
 
