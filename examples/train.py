@@ -5,6 +5,7 @@ The text is made here: sentences of an invented grammar, so that there is someth
     python examples/train.py                  300 steps, on a GPU if there is one: in bfloat16 there
     python examples/train.py --packed         several documents a row, which do not see each other
     python examples/train.py --deterministic  fagen twice: the losses must agree in every bit
+    python examples/train.py --dropout 0.1    both drop a tenth of the weights, each of its own choice
     python examples/train.py --device cpu     where to train
 """
 
@@ -59,9 +60,9 @@ class Text:
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, attend: str, deterministic: bool) -> None:
+    def __init__(self, width: int, heads: int, attend: str, deterministic: bool, dropout: float) -> None:
         super().__init__()
-        self.heads, self.attend, self.deterministic = heads, attend, deterministic
+        self.heads, self.attend, self.deterministic, self.dropout = heads, attend, deterministic, dropout
         self.before, self.behind = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -76,18 +77,23 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         if self.attend == "fagen":
             intervals = None if documents is None else fagen.masks.from_documents(documents)
-            return fagen.attention(q, k, v, causal=True, intervals=intervals, deterministic=self.deterministic)
+            return fagen.attention(
+                q, k, v, causal=True, intervals=intervals, deterministic=self.deterministic, dropout_p=self.dropout
+            )
         mask = None if documents is None else (documents[:, None, :, None] == documents[:, None, None, :]).tril()
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        causal = documents is None
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=documents is None, dropout_p=self.dropout
+        )
+        return out.transpose(1, 2)
 
 
 class Gpt(nn.Module):
-    def __init__(self, letters: int, length: int, attend: str, deterministic: bool, width: int = 64, layers: int = 2):
+    def __init__(self, letters: int, length: int, attend: str, deterministic: bool, dropout: float) -> None:
         super().__init__()
+        width, layers = 64, 2
         self.letter, self.place = nn.Embedding(letters, width), nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, 4, attend, deterministic) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, 4, attend, deterministic, dropout) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, letters)
 
     def forward(self, letters: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
@@ -98,12 +104,13 @@ class Gpt(nn.Module):
 
 
 def train(
-    attend: str, *, steps: int, packed: bool = False, deterministic: bool = False, device: str = "cpu"
-) -> list[float]:
+    attend: str, *, steps: int, packed: bool = False, deterministic: bool = False, dropout: float = 0.0,
+    device: str = "cpu",
+) -> list[float]:  # fmt: skip
     """The loss of each step."""
     text = Text(length=64, device=device)
     torch.manual_seed(0)
-    model = Gpt(len(text.alphabet), text.length, attend, deterministic).to(device)
+    model = Gpt(len(text.alphabet), text.length, attend, deterministic, dropout).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(steps):
@@ -123,9 +130,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="RATE")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    how = {"steps": options.steps, "packed": options.packed, "device": options.device}
+    how = {"steps": options.steps, "packed": options.packed, "dropout": options.dropout, "device": options.device}
 
     if options.deterministic:  # the rest of the model, too
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
