@@ -21,6 +21,7 @@ struct Config {
   static constexpr Mask kMask = Mask::intervals;  // which cells are visible
   static constexpr bool kSoftcap = false;  // s -> softcap * tanh(s / softcap)
   static constexpr bool kAlibi = false;  // s -> s - slope * distance from the diagonal
+  static constexpr bool kDropout = false;  // weights are dropped at random
   static constexpr bool kAligned = true;  // rows are whole, aligned 16-byte pieces
   static constexpr int kIntervalColumns = 1;  // bounds a key carries
   static constexpr int kLTS = 0;  // column of LTS in intervals, -1: absent
@@ -151,7 +152,7 @@ extern "C" int fagen_launch(const fagen_forward_params* p, void* stream) {
 #include <stdio.h>
 
 extern "C" const char* fagen_params_layout(void) {
-  static char text[885];
+  static char text[943];
   static const char* const told = [] {
     char* end = text;
 #define FAGEN_FIELD(field) \
@@ -163,7 +164,7 @@ extern "C" const char* fagen_params_layout(void) {
     FAGEN_FIELD(lse); FAGEN_FIELD(workspace); FAGEN_FIELD(batch); FAGEN_FIELD(heads); FAGEN_FIELD(kv_heads);
     FAGEN_FIELD(mask_heads); FAGEN_FIELD(seqlen_q); FAGEN_FIELD(seqlen_k); FAGEN_FIELD(head_dim);
     FAGEN_FIELD(head_dim_v); FAGEN_FIELD(window_left); FAGEN_FIELD(window_right); FAGEN_FIELD(scale);
-    FAGEN_FIELD(softcap);
+    FAGEN_FIELD(softcap); FAGEN_FIELD(dropout); FAGEN_FIELD(rng);
 #undef FAGEN_FIELD
     snprintf(end, text + sizeof text - end, "sizeof %zu", sizeof(fagen_forward_params));
     return text;
