@@ -38,6 +38,14 @@ MANY_BLOCKS = [
 HEAD_DIMS = [(d, dv) for d in range(16, 257, 16) for dv in sorted({d, 64, 128})]
 
 
+DROPPING = [
+    case
+    for scheme in SCHEMES
+    for mask in ("causal", "none")
+    if not FAMILY.rejects((case := Case(scheme, mask=mask, dropout=0.3)).problem, known("sm_90"), case.config)
+]
+
+
 def _default(sizes: tuple[int, int]) -> Case:
     case = Case("base", head_dim=sizes[0], head_dim_v=sizes[1])
     return replace(case, changes=tuple(FAMILY.default(case.problem, known("sm_90")).items()))
@@ -45,7 +53,7 @@ def _default(sizes: tuple[int, int]) -> Case:
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    cases = [*CASES, *MANY_BLOCKS, *map(_default, HEAD_DIMS), *DETERMINISTIC]
+    cases = [*CASES, *MANY_BLOCKS, *map(_default, HEAD_DIMS), *DROPPING, *DETERMINISTIC]
     build_specs(KernelSpec(FAMILY, case.problem, present(), case.config) for case in cases)
 
 
@@ -77,6 +85,12 @@ def test_right_at_the_edges_of_tiles(case: Case) -> None:
 @pytest.mark.parametrize("case", MANY_BLOCKS, ids=str)
 def test_many_blocks(case: Case) -> None:
     check(case, 1100, 1300, batch=4)
+
+
+@pytest.mark.parametrize("case", DROPPING, ids=str)
+def test_dropout(case: Case) -> None:
+    for seed, (rows, keys) in enumerate(((77, 200), (333, 270), (700, 640))):
+        check(case, rows, keys, seed=seed, dlse=seed == 1)
 
 
 @pytest.mark.parametrize("sizes", HEAD_DIMS, ids=str)
