@@ -2,10 +2,11 @@
 # What a change of sm90_forward's templates asks of a Hopper card, in pieces of some minutes each:
 #   anew.sh check OUT     tests/gpu, and generated/ verified
 #   anew.sh tune OUT      tuning_db/ tuned for problems/hopper.toml; BUDGET (515s), GPUS=all for all of the machine
+#   anew.sh tune_backward OUT   the same for problems/hopper_backward.toml
 #   anew.sh figures OUT   ${CARD}_peers.json and ${CARD}_masks.json; FA3: the path of FlashAttention 3's library
 # The checkout is changed; OUT gets copies and logs. Each piece ends after SECONDS_AT_MOST (570), with what it has.
 set -u
-piece=${1:?check, tune or figures} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
+piece=${1:?check, tune, tune_backward or figures} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
 end=$(( $(date +%s) + ${SECONDS_AT_MOST:-570} ))
 mkdir -p "$out"
 
@@ -31,6 +32,11 @@ case $piece in
   tune)
     # shellcheck disable=SC2086
     part tune "$python" -m fagen tune --problems benchmarks/problems/hopper.toml --family sm90_forward \
+      --budget "${BUDGET:-515s}" ${GPUS:+--gpus $GPUS} --out tuning_db
+    tar -C tuning_db -cJf "$out/sm_90.tar.xz" sm_90 ;;
+  tune_backward)
+    # shellcheck disable=SC2086
+    part tune "$python" -m fagen tune --problems benchmarks/problems/hopper_backward.toml --family sm90_backward \
       --budget "${BUDGET:-515s}" ${GPUS:+--gpus $GPUS} --out tuning_db
     tar -C tuning_db -cJf "$out/sm_90.tar.xz" sm_90 ;;
   figures)
