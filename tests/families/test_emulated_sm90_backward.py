@@ -292,6 +292,16 @@ def test_who_does_not_wait_is_wrong(folder: Path, old: str, new: str) -> None:
     assert any(_is_wrong(text, folder, seed) for seed in range(40))
 
 
+def test_blocks_share_the_heads_of_a_group(folder: Path) -> None:
+    """With units to spare: without the sum of what they leave, dK and dV are wrong."""
+    case = Case("base", kv_heads=1)
+    check(case, folder, 70, 70, units=5)
+    text = _source(case)
+    assert "if (splits > 1) {" in text
+    with pytest.raises(AssertionError, match="d[kv]"):
+        check(case, folder, 70, 70, units=5, text=text.replace("if (splits > 1) {", "if (false) {"))
+
+
 def _is_wrong(text: str, folder: Path, seed: int) -> bool:
     try:
         check(_BROKEN, folder, 200, 200, seed=seed, text=text)

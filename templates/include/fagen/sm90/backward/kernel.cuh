@@ -7,8 +7,8 @@
 //                                 warp 0 loads these as well)
 //                 its last warps  bulk sink: one a consumer, adds its dQ to memory        dq.cuh
 //
-// A kernel before it computes delta; where no block rounds dQ that one sets it to zero, and one after it rounds it: prologue.cuh, epilogue.cuh. The host's
-// part: launch.cuh.
+// A kernel before it computes delta; where no block rounds dQ, that one sets it to zero, and one after it rounds it:
+// prologue.cuh, epilogue.cuh. The host's part: launch.cuh.
 #pragma once
 #include "fagen/sm90/backward/consumer.cuh"
 #include "fagen/sm90/backward/producer.cuh"

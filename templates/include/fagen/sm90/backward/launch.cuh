@@ -102,8 +102,8 @@ static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, 
   if (const cudaError_t e = launch_kernel(kernels.prologue, rows, kPrologueThreads, 0, stream, p, launch)) return e;
   if (const cudaError_t e = launch_kernel(kernels.backward, keys, L::kThreads, L::kSmemBytes, stream, p, launch)) return e;
   if (splits > 1) {
-    const int groups = launch.key_tiles * C::kWarpgroups * p.kv_heads * p.batch;
-    if (const cudaError_t e = launch_kernel(kernels.sum_groups, groups * GroupSums<C>::kBlocks, 128, 0, stream, p, launch)) return e;
+    const int sums = launch.key_tiles * C::kWarpgroups * p.kv_heads * p.batch * GroupSums<C>::kBlocks;
+    if (const cudaError_t e = launch_kernel(kernels.sum_groups, sums, 128, 0, stream, p, launch)) return e;
   }
   if (L::kRoundsDq) return cudaSuccess;
   return launch_kernel(kernels.epilogue, rows * DqShare<C>::kRowChunks, 128, 0, stream, p, launch);
