@@ -13,10 +13,12 @@ __all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates
 
 def all_families() -> tuple[Family, ...]:
     from fagen.families import cpu_backward, cpu_forward, sm80_backward, sm80_forward, sm90_backward, sm90_forward
+    from fagen.families import cpu_softmax
 
     forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY)
     backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY)
-    return extensions.with_offered((*forward, *backward), "FAMILIES")
+    softmax = (cpu_softmax.FAMILY,)
+    return extensions.with_offered((*forward, *backward, *softmax), "FAMILIES")
 
 
 def get(name: str) -> Family:
