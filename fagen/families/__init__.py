@@ -13,11 +13,11 @@ __all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates
 
 def all_families() -> tuple[Family, ...]:
     from fagen.families import cpu_backward, cpu_forward, sm80_backward, sm80_forward, sm90_backward, sm90_forward
-    from fagen.families import cpu_softmax
+    from fagen.families import cpu_softmax, simt_softmax
 
     forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY)
     backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY)
-    softmax = (cpu_softmax.FAMILY,)
+    softmax = (cpu_softmax.FAMILY, simt_softmax.FAMILY)
     return extensions.with_offered((*forward, *backward, *softmax), "FAMILIES")
 
 
