@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fagen.dispatch import resolve
+from fagen.dispatch import known_softmax, resolve
 from fagen.errors import InvalidArgument, InvalidType
 from fagen.notices import warn_fallback
 from fagen.ops.attention import derivatives
@@ -38,7 +38,11 @@ def log_softmax(x: torch.Tensor, dim: int = -1, dtype: torch.dtype | None = None
 
 
 def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None, log: bool) -> torch.Tensor:
-    dim = dimension(x, dim)
+    compiling = torch.compiler.is_compiling()
+    known = None if compiling else known_softmax.find(x, dim, dtype, log)
+    if known is not None:
+        return known(x)
+    axis, given = dimension(x, dim), x
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise InvalidType(f"dtype must be a floating dtype of torch, not {shown(dtype)}")
     if dtype is None and not (x.is_floating_point() or x.is_complex()):
@@ -47,10 +51,12 @@ def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None, log: bool) ->
     reason = _refusal(x, out_dtype)
     if reason:
         warn_fallback(reason)
-        return (torch.log_softmax if log else torch.softmax)(x, dim, dtype=dtype)
+        return (torch.log_softmax if log else torch.softmax)(x, axis, dtype=dtype)
     if x.dtype != out_dtype and not _widens(x.dtype, out_dtype):
         x = x.to(out_dtype)
-    made: torch.Tensor = torch.ops.fagen.softmax(x, dim, log, out_dtype)
+    made: torch.Tensor = torch.ops.fagen.softmax(x, axis, log, out_dtype)
+    if not compiling and x is given:
+        known_softmax.remember(x, dim, dtype, log)
     return made
 
 

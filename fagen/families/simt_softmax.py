@@ -21,8 +21,8 @@ LONGEST = 1 << 30  # of a line: places in it are 32-bit numbers
 KNOBS = (
     Knob(
         "variant", "kVariant", VARIANTS,
-        "safe, a pass for the maximum of its own; online; the line held in registers or in shared memory; parts of it in "
-        "several blocks, then a merge",
+        "safe, a pass for the maximum of its own; online; the line held in registers or in shared memory; parts of it "
+        "in several blocks, then a merge",
     ),
     Knob("threads", "kThreads", (1, 8, 32, 128, 256, 512, 1024), "threads of a row, or of a column"),
     Knob("lines", "kLines", (1, 4, 8, 32, 64, 128), "rows, or neighbouring columns, of a block"),

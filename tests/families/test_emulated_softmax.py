@@ -29,7 +29,8 @@ KERNELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two passes, half a warp a row": ({"dtype": "bf16"}, {"variant": "two_pass", "threads": 8, "lines": 8}),
     "registers, folded": ({"dtype": "fp16"}, {"variant": "registers", "held": 2, "fold_scale": True}),
     "shared, widened, logarithm": (
-        {"dtype": "fp16", "out_dtype": "fp32", "log": True}, {"variant": "shared", "held": 2, "threads": 128, "lines": 1}
+        {"dtype": "fp16", "out_dtype": "fp32", "log": True},
+        {"variant": "shared", "held": 2, "threads": 128, "lines": 1},
     ),
     "parts": ({"dtype": "bf16"}, {"variant": "split", "threads": 128, "lines": 1, "vector_bytes": 4}),
     "backward, registers, narrowed": (
@@ -112,7 +113,11 @@ def test_a_fault_is_found(name: str, old: str, new: str, cache_folder: Path) -> 
     text = _source(name)
     assert old in text
     library = emulated.build(text.replace(old, new), cache_folder / "emulated", Params)
-    with pytest.raises(AssertionError):
-        for seed, problem in enumerate(sized(_problem(name), LENGTHS * 2, (3, 5))):
-            launch = functools.partial(emulated.launch, library, seed=seed, units=3, fill=params)
+    launch = functools.partial(emulated.launch, library, units=3, fill=params)
+    found = 0
+    for seed, problem in enumerate(sized(_problem(name), LENGTHS, (3, 5))):
+        try:
             verify(problem, launch, seed=seed)
+        except AssertionError:
+            found += 1
+    assert found

@@ -74,7 +74,7 @@ def inputs(problem: SoftmaxProblem, device: Any, seed: int, varied: bool) -> Inp
         x = _forward(x.to(dtype), _axis(problem), problem.log, dtype)
         x, dout = x.clamp(min=-1e4) if problem.log else x, spread(draw())
     call = SoftmaxCall(spread(x), _TORCH[problem.out_dtype], problem.along, problem.log, dout)
-    room = guarded(held[:2] + (problem.columns,), call.out_dtype, where, pitch=pitch)
+    room = guarded((*held[:2], problem.columns), call.out_dtype, where, pitch=pitch)
     return Inputs.of(call, {"out": room})
 
 

@@ -33,7 +33,7 @@ def softmax_stats(x: torch.Tensor, dim: int = -1, block: int | None = None) -> S
     """Maximum and sum of exp(x - maximum) of each block of so many elements along `dim`; of the whole if None.
 
     Both have as many elements along `dim` as there are blocks; the last one may be shorter. float32 for 16 bits. The
-    maximum counts as a constant of gradients: what is made of the pair, as a softmax or a logsumexp, has the right ones.
+    maximum is a constant to autograd: what is made of the pair, as a softmax or a logsumexp, has the right gradient.
     """
     dim = dimension(x, dim)
     if not x.is_floating_point():
