@@ -25,6 +25,7 @@ _EXAMPLES = """examples:
   fagen bench --suite peers --filter 'd64 causal' --markdown bench.md
   fagen bench --suite peers --op backward          the gradients alone; with --deterministic, the same bits each time
   fagen bench --suite random --seed 7              60 problems that nobody tuned
+  fagen bench --suite softmax                      fagen.softmax against torch.softmax, eager and compiled
   fagen bench --out new.json --compare old.json    exit code 1 where a row fell by more than the noise
 """
 
@@ -34,7 +35,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     parser = arguments.add_verb(subparsers, "bench", about, _EXAMPLES)
     what = parser.add_argument_group("rows")
     what.add_argument(
-        "--suite", metavar="S", help="peers, models, masks, random, small, or several (default: peers; small on a CPU)"
+        "--suite",
+        metavar="S",
+        help="peers, models, masks, random, small, softmax, or several (default: peers; small on a CPU)",
     )
     what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
     arguments.add_problem_flags(parser)
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     target = results.present(args.target)
     chosen = rows_from(args, target)
     _require_op(args, chosen[0].op)
-    names = peers.chosen(args.peers, "cuda" if target.is_gpu else "cpu")
+    names = peers.chosen(args.peers, "cuda" if target.is_gpu else "cpu", chosen[0].op)
     old = compare.read(args.compare) if args.compare else None
     if old:
         compare.require_same(old, target.device, chosen[0].op)
@@ -109,6 +112,8 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
     except re.error as error:
         raise UsageError(f"--filter {args.filter!r} is no regular expression", str(error)) from error
     found = list({row.name: row for row in found if wanted.search(row.name)}.values())
+    if len({row.op for row in found}) > 1:
+        raise UsageError("a run measures one op", "suite softmax is another than that of attention's rows")
     if not found:
         raise UsageError("no row is left to measure", f"--filter {args.filter!r} matches none")
     return found

@@ -147,17 +147,19 @@ def check_sample(call: SoftmaxCall, outputs: Outputs) -> Verdict:
     random = Random(0)
     chosen = {0, problem.count - 1, *(random.randrange(problem.count) for _ in range(most - 2))}
     part = SoftmaxCall(
-        _picked(call.x, chosen, call.along), call.out_dtype, "row", call.log,
+        _picked(call.x, chosen, call.along), call.out_dtype, call.along, call.log,
         None if call.dout is None else _picked(call.dout, chosen, call.along),
     )  # fmt: skip
     return check(part, {"out": _picked(outputs["out"], chosen, call.along)})
 
 
 def _picked(t: torch.Tensor, chosen: set[int], along: str) -> torch.Tensor:
-    """Those rows, or columns, as rows of one matrix."""
+    """Those rows, or columns, as one matrix."""
     each = t.shape[1] if along == "row" else t.shape[2]
     places = (divmod(i, each) for i in sorted(chosen))
-    return torch.stack([t[b, i] if along == "row" else t[b, :, i] for b, i in places])[None]
+    if along == "row":
+        return torch.stack([t[b, i] for b, i in places])[None]
+    return torch.stack([t[b, :, i] for b, i in places], -1)[None]
 
 
 def torch_peer(call: SoftmaxCall) -> tuple[Callable[[], object] | None, str]:
