@@ -1,7 +1,7 @@
 """cpu_softmax against PyTorch's softmax on this CPU: interleaved calls, the least time of each, ratios.
 
     OMP_NUM_THREADS=1 python benchmarks/cpu_softmax_vs_torch.py --threads 1
-    OMP_NUM_THREADS=1 python benchmarks/cpu_softmax_vs_torch.py --threads 1 --knobs variant=stored unroll=8,chunk=1024
+    OMP_NUM_THREADS=1 python benchmarks/cpu_softmax_vs_torch.py --threads 1 --knobs scheme=stored unroll=8,chunk=1024
 
 Both write into an output that is there already, where PyTorch can. One thread is timed by its CPU time, more by the
 clock. Each kernel is verified first. `--knobs` times configs that differ from the default by knobs; `--op` times

@@ -17,7 +17,7 @@ ELEMENTS = {"fp32": "float", "fp16": "half_t", "bf16": "bfloat_t"}
 
 KNOBS = (
     Knob(
-        "variant", "kVariant", ("three_pass", "two_pass", "stored"),
+        "scheme", "kScheme", ("three_pass", "two_pass", "stored"),
         "safe, a pass each for maximum, sum, output; online, chunk by chunk; online with each exponential kept",
     ),
     Knob("chunk", "kChunk", (1024, 4096, 16384), "elements that are reduced at a time"),
@@ -25,12 +25,12 @@ KNOBS = (
 )  # fmt: skip
 
 
-def _variant_fits(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
-    if p.direction == "backward" and c.variant != "two_pass":
-        return f"backward sums and writes: variant={c.variant} only repeats two_pass"
-    if c.variant == "stored" and p.log:
+def _scheme_fits(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
+    if p.direction == "backward" and c.scheme != "two_pass":
+        return f"backward sums and writes: scheme={c.scheme} only repeats two_pass"
+    if c.scheme == "stored" and p.log:
         return "the logarithm writes no exponential: nothing to keep"
-    if c.variant == "stored" and p.along == "column" and p.out_dtype != "fp32":
+    if c.scheme == "stored" and p.along == "column" and p.out_dtype != "fp32":
         return f"along columns exponentials are kept in the output, which is {p.out_dtype}"
     return None
 
@@ -40,7 +40,7 @@ def _whole_rows(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
 
 
 def _repeats_chunk(c: Config) -> bool:
-    return c.variant == "three_pass" and c.chunk != 1024
+    return c.scheme == "three_pass" and c.chunk != 1024
 
 
 def _supports(p: SoftmaxProblem, t: Target) -> str | None:
@@ -55,7 +55,7 @@ def _make(p: SoftmaxProblem, t: Target, **changes: int | str) -> Config:
     """The default config with changes."""
     keeps = p.direction == "forward" and not p.log and (p.along == "row" or p.out_dtype == "fp32")
     values: dict[str, int | str] = {
-        "variant": "stored" if keeps else "two_pass", "chunk": 4096, "unroll": 4,
+        "scheme": "stored" if keeps else "two_pass", "chunk": 4096, "unroll": 4,
     }  # fmt: skip
     return FAMILY.config(values | changes)
 
@@ -63,8 +63,8 @@ def _make(p: SoftmaxProblem, t: Target, **changes: int | str) -> Config:
 def _first(p: SoftmaxProblem, t: Target) -> list[Config]:
     default = _make(p, t)
     tried = [
-        _make(p, t, unroll=2), _make(p, t, chunk=1024), _make(p, t, variant="two_pass"),
-        _make(p, t, variant="three_pass", chunk=1024),
+        _make(p, t, unroll=2), _make(p, t, chunk=1024), _make(p, t, scheme="two_pass"),
+        _make(p, t, scheme="three_pass", chunk=1024),
     ]  # fmt: skip
     return [c for c in dict.fromkeys(tried) if c != default and FAMILY.rejects(p, t, c) is None]
 
@@ -76,8 +76,8 @@ FAMILY = Family(
     dtypes=("fp32", "bf16", "fp16"),
     knobs=KNOBS,
     constraints=(
-        Constraint("variant_fits", _variant_fits, ("variant",)),
-        Constraint("whole_rows", _whole_rows, ("variant", "chunk")),
+        Constraint("scheme_fits", _scheme_fits, ("scheme",)),
+        Constraint("whole_rows", _whole_rows, ("scheme", "chunk")),
     ),
     supports=_supports,
     derive=lambda p, t, c: {},

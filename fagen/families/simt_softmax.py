@@ -2,7 +2,7 @@
 
 A team of threads has a line: a row, in vectors that lie at multiples of their size wherever the row begins, or a
 column, beside others so that loads are coalesced. Elements that a thread holds between the reduction and the output are
-read once; the rest of a longer line is read again, so that each variant is right at every length. Not run on a GPU yet.
+read once; the rest of a longer line is read again, so that each scheme is right at every length. Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from fagen.target import Target
 
 ELEMENTS = {"fp32": "float", "fp16": "half_t", "bf16": "bfloat_t"}
 FLAGS = ("-O3", "-std=c++17", "-Xptxas=-v", "-lineinfo")  # no fast math: a logarithm keeps its last bits
-VARIANTS = ("three_pass", "two_pass", "registers", "shared", "split")
+SCHEMES = ("three_pass", "two_pass", "registers", "shared", "split")
 LONGEST = 1 << 30  # of a line: places in it are 32-bit numbers
 
 KNOBS = (
     Knob(
-        "variant", "kVariant", VARIANTS,
+        "scheme", "kScheme", SCHEMES,
         "safe, a pass for the maximum of its own; online; the line held in registers or in shared memory; parts of it "
         "in several blocks, then a merge",
     ),
@@ -51,13 +51,13 @@ def _coalesced(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
     return None
 
 
-def _one_scheme(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
-    if c.variant == "three_pass" and p.direction == "backward":
-        return "backward has no maximum: variant=three_pass only repeats two_pass"
-    if c.variant == "split" and p.along == "row" and c.lines > 1:
+def _one_way(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
+    if c.scheme == "three_pass" and p.direction == "backward":
+        return "backward has no maximum: scheme=three_pass only repeats two_pass"
+    if c.scheme == "split" and p.along == "row" and c.lines > 1:
         return f"parts of one row fill a block, not {c.lines} rows"
-    if c.variant not in ("registers", "shared") and c.held > 1:
-        return f"variant={c.variant} holds nothing, so held={c.held} only repeats 1"
+    if c.scheme not in ("registers", "shared") and c.held > 1:
+        return f"scheme={c.scheme} holds nothing, so held={c.held} only repeats 1"
     return None
 
 
@@ -76,7 +76,7 @@ def _held_bytes(p: SoftmaxProblem, c: Config) -> int:
 
 
 def smem_bytes(p: SoftmaxProblem, c: Config) -> int:
-    return _held_bytes(p, c) * c.threads * c.lines if c.variant == "shared" else 0
+    return _held_bytes(p, c) * c.threads * c.lines if c.scheme == "shared" else 0
 
 
 def _smem_fits(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
@@ -85,7 +85,7 @@ def _smem_fits(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
 
 
 def _registers_fit(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
-    if c.variant != "registers":
+    if c.scheme != "registers":
         return None
     threads = max(128, c.threads * c.lines)
     need, room = -(-_held_bytes(p, c) // 4), _HELD_REGISTERS[threads]
@@ -128,21 +128,21 @@ def _shape(p: SoftmaxProblem, t: Target) -> str:
 
 
 _DEFAULTS: dict[str, dict[str, int | str]] = {
-    "short": {"variant": "registers", "threads": 8, "lines": 32, "held": 4},
-    "warp": {"variant": "registers", "threads": 32, "lines": 8, "held": 8},
-    "block": {"variant": "registers", "threads": 256, "lines": 1, "held": 8},
-    "large": {"variant": "registers", "threads": 1024, "lines": 1, "held": 4},
-    "long": {"variant": "two_pass", "threads": 1024, "lines": 1, "held": 1},
-    "split": {"variant": "split", "threads": 512, "lines": 1, "held": 1},
-    "short column": {"variant": "registers", "threads": 8, "lines": 32, "held": 8, "vector_bytes": 4},
-    "column": {"variant": "registers", "threads": 32, "lines": 32, "held": 8, "vector_bytes": 4},
+    "short": {"scheme": "registers", "threads": 8, "lines": 32, "held": 4},
+    "warp": {"scheme": "registers", "threads": 32, "lines": 8, "held": 8},
+    "block": {"scheme": "registers", "threads": 256, "lines": 1, "held": 8},
+    "large": {"scheme": "registers", "threads": 1024, "lines": 1, "held": 4},
+    "long": {"scheme": "two_pass", "threads": 1024, "lines": 1, "held": 1},
+    "split": {"scheme": "split", "threads": 512, "lines": 1, "held": 1},
+    "short column": {"scheme": "registers", "threads": 8, "lines": 32, "held": 8, "vector_bytes": 4},
+    "column": {"scheme": "registers", "threads": 32, "lines": 32, "held": 8, "vector_bytes": 4},
 }
 
 
 def _make(p: SoftmaxProblem, t: Target, **changes: int | str | bool) -> Config:
     """The default config with changes."""
     values = {"vector_bytes": 16, "fold_scale": False, **_DEFAULTS[_shape(p, t)]}
-    if p.direction == "backward" and values["variant"] == "registers" and int(values["held"]) > 1:
+    if p.direction == "backward" and values["scheme"] == "registers" and int(values["held"]) > 1:
         values["held"] = int(values["held"]) // 2  # of each of two inputs
     return FAMILY.config(values | changes)
 
@@ -150,9 +150,9 @@ def _make(p: SoftmaxProblem, t: Target, **changes: int | str | bool) -> Config:
 def _first(p: SoftmaxProblem, t: Target) -> list[Config]:
     default = _make(p, t)
     changes: list[dict[str, int | str | bool]] = [
-        {"variant": "two_pass", "held": 1}, {"variant": "three_pass", "held": 1}, {"fold_scale": True},
-        {"vector_bytes": 8}, {"variant": "shared", "held": 4}, {"threads": 128, "lines": 1},
-        {"threads": 512, "lines": 1}, {"threads": 256, "lines": 1, "variant": "split", "held": 1},
+        {"scheme": "two_pass", "held": 1}, {"scheme": "three_pass", "held": 1}, {"fold_scale": True},
+        {"vector_bytes": 8}, {"scheme": "shared", "held": 4}, {"threads": 128, "lines": 1},
+        {"threads": 512, "lines": 1}, {"threads": 256, "lines": 1, "scheme": "split", "held": 1},
     ]  # fmt: skip
     tried = [_make(p, t, **change) for change in changes]
     return [c for c in dict.fromkeys(tried) if c != default and FAMILY.rejects(p, t, c) is None]
@@ -167,7 +167,7 @@ FAMILY = Family(
     constraints=(
         Constraint("block_fits", _block_fits, ("threads", "lines")),
         Constraint("coalesced", _coalesced, ("threads", "lines", "vector_bytes")),
-        Constraint("one_scheme", _one_scheme, ("variant", "lines", "held")),
+        Constraint("one_way", _one_way, ("scheme", "lines", "held")),
         Constraint("folds", _folds, ("fold_scale",)),
         Constraint("registers_fit", _registers_fit),
         Constraint("smem_fits", _smem_fits),

@@ -1,4 +1,4 @@
-"""cpu_softmax against the oracle: every variant, both directions, rows and columns, all dtypes, ragged lengths."""
+"""cpu_softmax against the oracle: every scheme, both directions, rows and columns, all dtypes, ragged lengths."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from tests.support.softmax import check_rows, sized, verify
 FAMILY = cpu_softmax.FAMILY
 # around vectors of 4, 8 and 16, several of them, and chunks of 1024
 LENGTHS = (1, 3, 17, 31, 64, 257, 1024, 1500, 2049, 5000)
-# each variant, direction, dtype, cast and axis in some kernel, few enough that their compilation costs little
+# each scheme, direction, dtype, cast and axis in some kernel, few enough that their compilation costs little
 KERNELS: tuple[dict[str, Any], ...] = (
     {},
-    {"variant": "two_pass", "unroll": 8},
-    {"variant": "three_pass", "dtype": "bf16", "unroll": 2},
+    {"scheme": "two_pass", "unroll": 8},
+    {"scheme": "three_pass", "dtype": "bf16", "unroll": 2},
     {"dtype": "fp16", "unroll": 1},
     {"dtype": "fp16", "out_dtype": "fp32", "log": True},
     {"direction": "backward", "dtype": "fp32", "out_dtype": "bf16", "unroll": 2},
     {"direction": "backward", "dtype": "fp16", "log": True},
     {"along": "column"},
-    {"along": "column", "variant": "two_pass", "dtype": "fp16", "unroll": 2},
-    {"along": "column", "log": True, "variant": "three_pass", "dtype": "fp32", "unroll": 1},
+    {"along": "column", "scheme": "two_pass", "dtype": "fp16", "unroll": 2},
+    {"along": "column", "log": True, "scheme": "three_pass", "dtype": "fp32", "unroll": 1},
     {"along": "column", "direction": "backward"},
 )
 
@@ -41,7 +41,7 @@ KERNELS: tuple[dict[str, Any], ...] = (
 @functools.cache
 def build(index: int) -> Kernel:
     words = dict(KERNELS[index])
-    knobs = {name: words.pop(name) for name in ("variant", "unroll") if name in words}
+    knobs = {name: words.pop(name) for name in ("scheme", "unroll") if name in words}
     problem = SoftmaxProblem(**words)
     config = FAMILY.default(problem, host()).replace(chunk=1024, **knobs)
     return kernel.get(KernelSpec(FAMILY, problem, host(), config))
@@ -114,9 +114,9 @@ def test_the_space_and_its_constraints() -> None:
         space = enumerate_space(FAMILY, problem, host())
         assert FAMILY.default(problem, host()) in space.legal
         assert set(FAMILY.first_configs(problem, host())) <= set(space.legal)
-        kept = {c.variant for c in space.legal}
+        kept = {c.scheme for c in space.legal}
         assert ("stored" in kept) == (not problem.log and problem.along == "row")
-        assert {c.chunk for c in space.legal if c.variant == "three_pass"} == {1024}
+        assert {c.chunk for c in space.legal if c.scheme == "three_pass"} == {1024}
     backward = SoftmaxProblem(direction="backward")
-    assert {c.variant for c in enumerate_space(FAMILY, backward, host()).legal} == {"two_pass"}
+    assert {c.scheme for c in enumerate_space(FAMILY, backward, host()).legal} == {"two_pass"}
     assert "needs a CPU" in str(FAMILY.supports(backward, known("sm_90")))

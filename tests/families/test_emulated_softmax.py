@@ -1,4 +1,4 @@
-"""simt_softmax runs on the CPU: every variant, both directions, rows that begin anywhere, columns, parts and merges.
+"""simt_softmax runs on the CPU: every scheme, both directions, rows that begin anywhere, columns, parts and merges.
 
 What a GPU has beyond the emulator (tests/emulator) is left to tests/gpu.
 """
@@ -25,26 +25,26 @@ LENGTHS = (1, 7, 33, 256, 300, 1029, 2500)
 _SMALL: dict[str, Any] = {"threads": 32, "lines": 4, "held": 1, "vector_bytes": 16}
 # a kernel each: of the problem, of the config
 KERNELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "three passes": ({}, {"variant": "three_pass", "threads": 128, "lines": 1}),
-    "two passes, half a warp a row": ({"dtype": "bf16"}, {"variant": "two_pass", "threads": 8, "lines": 8}),
-    "registers, folded": ({"dtype": "fp16"}, {"variant": "registers", "held": 2, "fold_scale": True}),
+    "three passes": ({}, {"scheme": "three_pass", "threads": 128, "lines": 1}),
+    "two passes, half a warp a row": ({"dtype": "bf16"}, {"scheme": "two_pass", "threads": 8, "lines": 8}),
+    "registers, folded": ({"dtype": "fp16"}, {"scheme": "registers", "held": 2, "fold_scale": True}),
     "shared, widened, logarithm": (
         {"dtype": "fp16", "out_dtype": "fp32", "log": True},
-        {"variant": "shared", "held": 2, "threads": 128, "lines": 1},
+        {"scheme": "shared", "held": 2, "threads": 128, "lines": 1},
     ),
-    "parts": ({"dtype": "bf16"}, {"variant": "split", "threads": 128, "lines": 1, "vector_bytes": 4}),
+    "parts": ({"dtype": "bf16"}, {"scheme": "split", "threads": 128, "lines": 1, "vector_bytes": 4}),
     "backward, registers, narrowed": (
-        {"direction": "backward", "out_dtype": "bf16"}, {"variant": "registers", "threads": 128, "lines": 1}
+        {"direction": "backward", "out_dtype": "bf16"}, {"scheme": "registers", "threads": 128, "lines": 1}
     ),
     "backward, parts, logarithm": (
-        {"direction": "backward", "dtype": "fp16", "log": True}, {"variant": "split", "threads": 128, "lines": 1}
+        {"direction": "backward", "dtype": "fp16", "log": True}, {"scheme": "split", "threads": 128, "lines": 1}
     ),
     "columns, registers, backward": (
         {"along": "column", "direction": "backward"},
-        {"variant": "registers", "threads": 8, "lines": 32, "held": 2, "vector_bytes": 4},
+        {"scheme": "registers", "threads": 8, "lines": 32, "held": 2, "vector_bytes": 4},
     ),
     "columns, parts": (  # more of them than a team has threads
-        {"along": "column", "dtype": "bf16"}, {"variant": "split", "threads": 8, "lines": 32, "vector_bytes": 4}
+        {"along": "column", "dtype": "bf16"}, {"scheme": "split", "threads": 8, "lines": 32, "vector_bytes": 4}
     ),
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The softmax op: one op for both directions.
 
 Forward and backward are the same walk: a reduction along each row, then one function of each element and of what was
-reduced. They share params, layouts, knobs and variants, so that one family serves both; `direction` is in the static
+reduced. They share params, layouts, knobs and schemes, so that one family serves both; `direction` is in the static
 key, and each has records of its own.
 """
 

@@ -11,7 +11,7 @@ __device__ __forceinline__ Element* element_at(const fagen_tensor& t, int64_t ba
   return static_cast<Element*>(t.data) + batch * t.stride[0] + row * t.stride[1] + column;
 }
 
-// The params of a launch, and how many parts each line is cut into, of so many steps each (vectors, or rows of a column).
+// How many lines there are, and how many parts each is cut into, of so many steps: vectors, or elements of a column.
 struct Grid {
   int64_t lines;
   int parts, part_steps;

@@ -1,4 +1,4 @@
-// What is reduced along a line, and what becomes of each element: the softmax, its logarithm, their gradients.
+// The softmax, its logarithm and their gradients: the reduction along a line, then a function of each element.
 #pragma once
 #include <math.h>
 
@@ -25,11 +25,11 @@ struct ForwardSoftmax {
   __device__ static float weight(float x, float max) {
     return ptx::ex2(Config::kFoldScale ? fmaf(x, kLog2E, -__fmul_rn(max, kLog2E)) : (x - max) * kLog2E);
   }
-  // What a sum shrinks by when its maximum becomes another one.
+  // The factor of a sum whose maximum becomes another one.
   __device__ static float shrink(float from, float to) {
     return Config::kFoldScale ? ptx::ex2(__fmul_rn(from, kLog2E) - __fmul_rn(to, kLog2E)) : weight(from, to);
   }
-  // What to subtract: a maximum of -inf would give NaN for elements that others will outweigh.
+  // The number to subtract: a maximum of -inf would give NaN for elements that others will outweigh.
   __device__ static float reference(float max) { return max == -INFINITY ? 0.f : max; }
 
   __device__ static void add_max(State& s, const float (&x)[1][kWidth]) {

@@ -8,8 +8,8 @@ namespace fagen {
 template <class Config, class In, class Line, class Softmax, int kWidth, int kStep>
 struct Walk {
   static constexpr int kInputs = Softmax::kInputs;
-  static constexpr bool kInRegisters = Config::kVariant == Variant::registers;
-  static constexpr bool kInShared = Config::kVariant == Variant::shared;
+  static constexpr bool kInRegisters = Config::kScheme == Scheme::registers;
+  static constexpr bool kInShared = Config::kScheme == Scheme::shared;
   static constexpr int kHeld = kInRegisters || kInShared ? Config::kHeld : 0;
   static constexpr int kRegisters = kInRegisters ? kHeld : 1;
   using Held = Vector<In, kWidth>;
@@ -22,6 +22,29 @@ struct Walk {
   __device__ Walk(const Line& line, unsigned char* memory)
       : line(line), shared(reinterpret_cast<Held*>(memory) + threadIdx.x) {}
 
+  // Reduces the whole line; every thread of the team has the result.
+  template <class Team>
+  __device__ State reduce_line(Team& team) {
+    if constexpr (Config::kScheme == Scheme::three_pass) {
+      return reduce_in_two(team);
+    } else {
+      State state = reduce();
+      Softmax::share(state, team);
+      return state;
+    }
+  }
+
+  __device__ void write(const Softmax& softmax) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int at = line.first + i * kStep;
+      if (at < line.end) write(softmax, at, take(i));
+    }
+    for (int at = line.first + kHeld * kStep; at < line.end; at += kStep) write(softmax, at, Loaded(line, at));
+  }
+
+ private:
+  // Online: the sum follows the maximum.
   __device__ State reduce() {
     State state;
 #pragma unroll
@@ -51,16 +74,6 @@ struct Walk {
     return state;
   }
 
-  __device__ void write(const Softmax& softmax) {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int at = line.first + i * kStep;
-      if (at < line.end) write(softmax, at, take(i));
-    }
-    for (int at = line.first + kHeld * kStep; at < line.end; at += kStep) write(softmax, at, Loaded(line, at));
-  }
-
- private:
   struct Loaded {
     Held vector[kInputs];
 

@@ -11,7 +11,7 @@ namespace fagen {
 template <class Config, class In, class Out>
 struct ForwardColumns {
   static constexpr int kVectors = Config::kUnroll;
-  static constexpr bool kStored = Config::kVariant == Variant::stored;
+  static constexpr bool kStored = Config::kScheme == Scheme::stored;
 
   const In* x;
   Out* out;

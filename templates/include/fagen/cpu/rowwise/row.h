@@ -12,7 +12,7 @@ namespace fagen {
 template <class Config, class In, class Out>
 struct ForwardRow {
   static constexpr int kSlots = Config::kUnroll;
-  static constexpr bool kStored = Config::kVariant == Variant::stored;
+  static constexpr bool kStored = Config::kScheme == Scheme::stored;
   static constexpr bool kInScratch = kStored && sizeof(Out) < sizeof(float);
 
   const In* x;
@@ -58,8 +58,7 @@ struct ForwardRow {
     float max = -INFINITY;
     for (const RowStats& chunk : chunks) max = chunk.max > max ? chunk.max : max;
     double sum = 0;
-    for (const RowStats& chunk : chunks)
-      sum += double(chunk.sum) * exp_of(broadcast(chunk.max - reference_of(max)))[0];
+    for (const RowStats& chunk : chunks) sum += double(chunk.sum) * exp_of(broadcast(chunk.max - reference_of(max)))[0];
     return {max, float(sum)};
   }
 
