@@ -21,7 +21,15 @@ KNOBS = (
     Knob("q_stages", "kQStages", (1, 2, 3), "tiles of q in shared memory"),
     Knob("dout_stages", "kDoutStages", (1, 2, 3), "tiles of dO in shared memory"),
     Knob("ds_stages", "kDsStages", (1, 2), "tiles of dS in shared memory"),
-    Knob("dv_start", "kDvStart", ("after_ds", "before_ds"), "dV is started when dS is formed, or under that"),
+    Knob(
+        "dv_start",
+        "kDvStart",
+        ("after_ds", "before_ds", "after_store"),
+        "dV is started when dS is formed, under that, or when dS is in shared memory",
+    ),
+    Knob(
+        "seeds", "kSeeds", ("none", "delta", "both"), "scores begin with zero, dP with -delta, S with the LSE as well"
+    ),
     Knob("dq_sink", "kDqSink", ("bulk", "red"), "dQ is added up by the copy engine, or from registers"),
     Knob(
         "dq_rounding",
@@ -78,7 +86,7 @@ def smem_bytes(p: Problem, c: Config) -> int:
     tiles = n * (slabs + slabs_v) + c.q_stages * m * slabs + c.dout_stages * m * slabs_v
     tiles += c.ds_stages * m * _slabs(n) * (2 if c.operands == "shared" else 1)
     dq = _owners(c) * dq_columns(p, c) // 8 * PIECE_BYTES if c.dq_sink == "bulk" else 0
-    stats = 4 * m * (c.q_stages + c.dout_stages)
+    stats = 4 * m * 2 * c.q_stages
     bounds = 16 * n + 32 if p.mask == "intervals" else 0
     rounds = c.dq_rounding == "last_block"
     barriers = BARRIER_BYTES * (2 + c.q_stages + c.dout_stages + c.warpgroups * (1 + rounds))
@@ -122,6 +130,14 @@ def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
 def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
     need, limit = fragment_registers(p, c) + OTHER_REGISTERS, consumer_registers(c)
     return f"about {need} > {limit} registers a thread" if need > limit else None
+
+
+def _seeds_fit(p: Problem, t: Target, c: Config) -> str | None:
+    if p.dropout and c.seeds != "none":
+        return f"dropout scales dP before delta is subtracted, seeds={c.seeds}"
+    if c.seeds == "both" and (p.softcap or p.alibi):
+        return "softcap and ALiBi change scores before the LSE is subtracted, seeds=both"
+    return None
 
 
 def _owner_matters(p: Problem, t: Target, c: Config) -> str | None:
@@ -177,6 +193,7 @@ CONSTRAINTS = (
         ),
     ),
     Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n", "warpgroups", "operands", "v_source", "dq_owner")),
+    Constraint("seeds_fit", _seeds_fit, ("seeds",)),
     Constraint("owner_matters", _owner_matters, ("warpgroups", "dq_owner")),
     Constraint("sum_is_ordered", _sum_is_ordered, ("dq_sink",)),
     Constraint("last_is_known", _last_is_known, ("dq_rounding", "dq_sink")),
@@ -260,7 +277,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
                 "v_source": "registers" if held and operands == "registers" else "shared",
                 "q_stages": q_stages, "dout_stages": dout_stages, "ds_stages": ds_stages, "dq_sink": sink,
                 "dq_rounding": rounding, "dv_start": "before_ds" if under else "after_ds", "dq_owner": "all",
-                "row_order": rows, "block_order": order, "section_mb": 32,
+                "row_order": rows, "block_order": order, "section_mb": 32, "seeds": "none",
             }
         )  # fmt: skip
         if not any(constraint.check(p, t, config) for constraint in CONSTRAINTS):

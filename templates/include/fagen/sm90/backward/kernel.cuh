@@ -2,9 +2,9 @@
 //
 //   warpgroups 0 .. kGroups - 1   consumers: 64 keys each                                 consumer.cuh
 //                               or, with shared operands, some columns of a head        shared_consumer.cuh
-//   the last one, warp 0          loads k, and q with its LSE                             producer.cuh
-//                 warp 1          loads v, and dO with its delta (with three consumers    producer.cuh
-//                                 warp 0 loads these as well)
+//   the last one, warp 0          loads k, and q with its LSE and delta                   producer.cuh
+//                 warp 1          loads v and dO (with three consumers warp 0 loads       producer.cuh
+//                                 these as well)
 //                 its last warps  bulk sink: one a consumer, adds its dQ to memory        dq.cuh
 //
 // A kernel before it computes delta; where no block rounds dQ, that one sets it to zero, and one after it rounds it:

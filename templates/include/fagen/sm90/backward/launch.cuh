@@ -43,7 +43,7 @@ struct BackwardWorkspace {
   }
   void assign(char* workspace, BackwardLaunch& launch) const {
     launch.dq = reinterpret_cast<float*>(workspace);
-    launch.lse_log2 = reinterpret_cast<float*>(workspace + lse);
+    launch.lse = reinterpret_cast<float*>(workspace + lse);
     launch.delta = reinterpret_cast<float*>(workspace + delta);
     launch.turns = reinterpret_cast<unsigned*>(workspace + turns);
     launch.partial = reinterpret_cast<float*>(workspace + partial);

@@ -66,8 +66,10 @@ __device__ __forceinline__ void backward_prologue(const fagen_backward_params& p
     if (threadIdx.x % kRowLanes == 0) {
       const int64_t stat = int64_t(plane) * p.seqlen_q + m, at = int64_t(blockIdx.x) * C::kTileM + row;
       const float lse = m < p.seqlen_q ? p.lse[stat] : -INFINITY;
-      launch.lse_log2[at] = lse == -INFINITY ? INFINITY : lse * ScoreChange<C>::kLog2e;
-      launch.delta[at] = m < p.seqlen_q && lse != -INFINITY ? sum - (p.dlse ? p.dlse[stat] : 0.f) : 0.f;
+      const float subtracted = lse == -INFINITY ? INFINITY : lse;  // such a row's P is 0
+      launch.lse[at] = kSeedsScores<C> ? -subtracted / score_scale<C>(p) : subtracted * ScoreChange<C>::kLog2e;
+      const float delta = lse != -INFINITY ? sum - (p.dlse ? p.dlse[stat] : 0.f) : 0.f;
+      launch.delta[at] = kSeedsDp<C> ? -delta : delta;
     }
   }
 }

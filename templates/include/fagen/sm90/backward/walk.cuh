@@ -15,8 +15,9 @@ struct BackwardLaunch {
   int row_tiles, key_tiles;  // per head
   TileOrder order;           // of key tiles
   Divisor splits;            // blocks that share the query heads of a kv head
-  float* lse_log2;           // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none
-  float* delta;              // the same of the sums of dO O - dLSE
+  float* lse;                // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none;
+                             // as S begins with it where accumulators are seeded
+  float* delta;              // the same of the sums of dO O - dLSE, negated where dP begins with it
   float* dq;                 // (batch, heads, row_tiles), tiles of float32 in the order of fragments
   unsigned* turns;           // (batch, heads, row_tiles, kGroups): how many blocks have added their part
   float* partial;            // splits > 1: what each has of dK and dV, in the order of fragments
