@@ -34,8 +34,9 @@ KNOBS = (
     Knob(
         "dq_rounding",
         "kDqRounding",
-        ("last_block", "own_kernel"),
-        "who rounds the sums of dQ: the block that adds the last part, or a kernel after all of them",
+        ("last_block", "own_kernel", "later_blocks"),
+        "who rounds the sums of dQ: the block that adds the last part, a kernel after all of them, or blocks of the "
+        "same grid, a section of heads later",
     ),
     Knob("dq_owner", "kDqOwner", ("all", "first"), "warpgroups that compute dQ"),
     Knob("row_order", "kRowOrder", ("ascending", "descending", "shifted"), "order of a block's row tiles"),
@@ -162,6 +163,12 @@ def _last_is_known(p: Problem, t: Target, c: Config) -> str | None:
     return None
 
 
+def _later_has_sections(p: Problem, t: Target, c: Config) -> str | None:
+    if c.dq_rounding == "later_blocks" and c.block_order != "sectioned":
+        return f"a section later there is none, block_order={c.block_order}"
+    return None
+
+
 def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
     if p.mask == "none" and c.block_order in ("descending", "longest_first"):
         return f"without a mask all key tiles are equally long, block_order={c.block_order} only repeats another"
@@ -197,6 +204,7 @@ CONSTRAINTS = (
     Constraint("owner_matters", _owner_matters, ("warpgroups", "dq_owner")),
     Constraint("sum_is_ordered", _sum_is_ordered, ("dq_sink",)),
     Constraint("last_is_known", _last_is_known, ("dq_rounding", "dq_sink")),
+    Constraint("later_has_sections", _later_has_sections, ("dq_rounding", "block_order")),
     Constraint("order_matters", _order_matters, ("block_order",)),
     Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
 )
@@ -318,6 +326,16 @@ def _visit_cycles(p: Problem, c: Config) -> float:
     return busiest + softmax * exposed + 250 + waiting + 200 * (c.dq_owner == "first")
 
 
+def _helper_cycles(p: Problem, t: Target, c: Config) -> float:
+    """Before and after the products of all blocks: rows are prepared, dQ is rounded."""
+    d, dv, rows = p.head_dim_padded, p.head_dim_v_padded, p.batch * p.heads * p.seqlen_q
+    prepared, rounded = rows * (4 * dv + 4 * d), rows * 6 * d
+    if c.dq_rounding == "later_blocks":  # blocks that have an SM each read and write L2 for the most part
+        return 2000 + (prepared + rounded) / (24 * t.units)
+    memory = 11.6 * t.units  # bytes a cycle
+    return 2000 + prepared / memory + (2000 + rounded / memory if c.dq_rounding == "own_kernel" else 0)
+
+
 def cost(p: Problem, t: Target, c: Config) -> float:
     """Cycles, roughly: visits of row tiles, a block's beginning and end, the tail. Not yet fitted to a GPU."""
     seen, group = walk(p, int(c.tile_m), int(c.tile_n)), p.heads // p.kv_heads
@@ -328,7 +346,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     longest = min(seen.row_tiles, seen.visits) * group * visit + boundary
     work = seen.visits * p.heads * p.batch * visit + pieces * boundary
     tail = 0.36 if uneven and c.block_order in ("ascending", "descending") else 0.15
-    return makespan(work, longest, pieces, t.units, tail)
+    return _helper_cycles(p, t, c) + makespan(work, longest, pieces, t.units, tail)
 
 
 FAMILY = Family(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,12 @@ SCHEMES: Mapping[str, Config] = {
     "seeded_long_tiles": config(seeds="both", tile_m=128, dv_start="before_ds"),
     "seeded_held_v": config(seeds="delta", v_source="registers", dv_start="after_store", ds_stages=2, dq_sink="red"),
     "seeded_shared": config(seeds="both", operands="shared", tile_n=96, warpgroups=3),
+    "later_blocks": config(dq_rounding="later_blocks", block_order="sectioned", section_mb=16),
+    "later_blocks_red": config(dq_rounding="later_blocks", block_order="sectioned", tile_m=128, dq_sink="red"),
+    "later_blocks_shared": config(dq_rounding="later_blocks", block_order="sectioned", operands="shared", tile_n=96),
+    "later_blocks_three_groups": config(
+        dq_rounding="later_blocks", block_order="sectioned", tile_n=192, warpgroups=3, q_stages=1
+    ),
     "sectioned_red": config(block_order="sectioned", section_mb=64, dq_sink="red", tile_n=192, warpgroups=3),
 }
 ONE_STAGE = (("q_stages", 1), ("dout_stages", 1), ("ds_stages", 1))
@@ -255,7 +261,7 @@ def test_packed_documents(folder: Path) -> None:
             check(case, folder, 327, 327, intervals=bounds)
 
 
-@pytest.mark.parametrize("scheme", ["base", "last_block"])
+@pytest.mark.parametrize("scheme", ["base", "last_block", "later_blocks"])
 def test_rows_and_keys_that_see_nothing(folder: Path, scheme: str) -> None:
     case = Case(scheme)
     for rows, keys in ((300, 1), (1, 300), (130, 64)):
@@ -312,6 +318,56 @@ def test_blocks_share_the_heads_of_a_group(folder: Path) -> None:
     assert "if (splits > 1) {" in text
     with pytest.raises(AssertionError, match="d[kv]"):
         check(case, folder, 70, 70, units=5, text=text.replace("if (splits > 1) {", "if (false) {"))
+
+
+# ---- sections of heads in one grid -----------------------------------------------------------------------------------
+
+_LATER = Case("later_blocks", heads=3, kv_heads=3, changes=(("tile_n", 64), ("warpgroups", 1), *ONE_STAGE))
+
+
+def _of_small_sections(case: Case) -> str:
+    """Sections of one head."""
+    text = _source(case)
+    assert "(int64_t(C::kSectionMb) << 20)" in text
+    return text.replace("(int64_t(C::kSectionMb) << 20)", "(int64_t(C::kSectionMb) << 8)")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        _LATER,
+        replace(_LATER, heads=4, kv_heads=2, mask="window", window=(70, 20)),
+        replace(_LATER, scheme="later_blocks_red", mask="none"),
+        replace(_LATER, deterministic=True),
+    ],
+    ids=str,
+)
+def test_sections_of_one_grid(case: Case, folder: Path) -> None:
+    text = _of_small_sections(case)
+    for seed, (rows, keys) in enumerate(((150, 150), (70, 210))):
+        check(case, folder, rows, keys, seed=seed, units=(3, 7)[seed], batch=3, text=text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("if (section >= Sections::kPlaces) wait(", "if (false) wait("),  # dQ is zeroed before it is rounded
+        ("  if (kRoundsLater<C> && keys.section > 0)\n", "  if (false)\n"),  # dQ is added to before it is zero
+        ("    wait(sections.finished(section)", "    if (false) wait(sections.finished(section)"),
+    ],
+)
+def test_sections_wait_for_each_other(folder: Path, old: str, new: str) -> None:
+    text = _of_small_sections(_LATER)
+    assert old in text
+
+    def fails(seed: int) -> bool:
+        try:
+            check(_LATER, folder, 150, 70, seed=seed, units=9, batch=3, text=text.replace(old, new))
+        except AssertionError:
+            return True
+        return False
+
+    assert any(fails(seed) for seed in range(20))
 
 
 def _is_wrong(text: str, folder: Path, seed: int) -> bool:

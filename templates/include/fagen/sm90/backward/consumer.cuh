@@ -209,7 +209,7 @@ struct BackwardConsumer {
     pin(dk);
   }
   __device__ __forceinline__ void finish_with_dq(Fragments& ds, const RowTileVisit& at) {
-    float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
+    float* tile = dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile));
     DqPart dq;
     start_dq(dq, 0);
     ptx::wgmma_wait<1>();
@@ -239,6 +239,7 @@ struct BackwardConsumer {
     pipelines.v.wait();
     if constexpr (kVInRegisters) load_v();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
+    meet_finished<C>(launch, keys, kBarrier);
     if (launch.splits.by > 1) {
       float* to = partial_gradients<C>(p, launch, keys.batch, keys.kv_head, keys.split, keys.tile * L::kGroups + group);
       leave<C::kHeadDim>(to, dk);

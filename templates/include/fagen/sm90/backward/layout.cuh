@@ -14,6 +14,8 @@ template <class C>
 constexpr bool kSeedsScores = C::kSeeds == Seeds::both;  // accumulators of S begin with -LSE / scale
 template <class C>
 constexpr bool kSeedsDp = C::kSeeds != Seeds::none;  // those of dP with -delta
+template <class C>
+constexpr bool kRoundsLater = C::kDqRounding == DqRounding::later_blocks;
 
 // How the consumers share the product dQ = dS K, in chunks one after another. A chunk is 64 rows of some slabs of
 // columns: by rows where each consumer can have as many chunks as the others, else by slabs. With P and dS in shared
@@ -33,6 +35,10 @@ struct DqShare {
   // every group has all of its chunks: there is nothing to ask
   static constexpr bool kEach =
       kOwners == kGroups && (kByRows || (kBySlab ? kAllSlabs % kOwners == 0 : (kOwners - 1) * kOwnSlabs < kAllSlabs));
+
+  // warps of a block that add dQ to memory, each for a warpgroup; all consumers are one without them
+  static constexpr int kAdders =
+      C::kDqSink == DqSink::red ? 1 : kByRows ? kOwners : (kAllSlabs + kOwnSlabs - 1) / kOwnSlabs;
 
   const int group;
   __device__ __forceinline__ int slab(int chunk) const {

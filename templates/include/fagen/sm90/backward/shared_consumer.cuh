@@ -214,7 +214,7 @@ struct SharedConsumer {
 
   // P and dS are there: dQ, dV and dK.
   __device__ __forceinline__ void finish(const RowTileVisit& at) {
-    float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
+    float* tile = dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile));
     DqPart dq;
     if constexpr (Dq::kEach) {
       start_dq(dq, 0);
@@ -261,6 +261,7 @@ struct SharedConsumer {
     pipelines.k.wait();
     pipelines.v.wait();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
+    meet_finished<C>(launch, keys, kBarrier);
     ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
     store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, p.scale);
     store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up<C>(p, 1.f));
