@@ -20,7 +20,7 @@ SECTIONS = {
     "": ["README.md", "docs/api.md", "docs/coming-from.md", "docs/reference.md", "examples/README.md"],
     "Tuning": ["docs/tuning.md", "docs/search.md", "docs/report.md", "docs/database.md"],
     "Measuring": ["docs/bench.md", "docs/ablation.md"],
-    "How it works": ["docs/architecture.md", "docs/knobs.md", "docs/sm90.md"],
+    "How it works": ["docs/architecture.md", "docs/softmax.md", "docs/knobs.md", "docs/sm90.md"],
     "Notes": [
         "docs/notes/cpu_forward.md",
         "docs/notes/cpu_backward.md",
@@ -28,6 +28,7 @@ SECTIONS = {
         "docs/notes/sm80_backward.md",
         "docs/notes/sm90_forward.md",
         "docs/notes/sm90_backward.md",
+        "docs/notes/softmax.md",
     ],
     "Project": ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"],
 }

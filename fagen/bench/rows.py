@@ -41,8 +41,10 @@ class Row:
         return self.problem.window_right == 0
 
 
-def of_problem(problem: Problem) -> Row:
+def of_problem(problem: Any) -> Row:
     """A row for a problem of the user's own."""
+    if problem.op == "softmax":
+        return Row(problem.key, problem, problem.static_key)
     if problem.intervals == "lower2":
         problem = problem.replace(window_right=0)  # what `fagen.attention` takes two columns for when it is causal
     prefix = f"{problem.op}/"

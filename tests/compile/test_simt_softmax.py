@@ -1,4 +1,4 @@
-"""simt_softmax through nvcc, without a GPU: no spills in defaults, facts that Python and CUDA share, its constraints."""
+"""simt_softmax through nvcc, without a GPU: no spills in defaults, what Python and CUDA share, its constraints."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen.bench import output
-from fagen.cli import arguments, results
+from fagen.cli import arguments, results, softmax_arguments
 from fagen.errors import INTERRUPTED, UsageError
 from fagen.notices import emit_json, say
 from fagen.ops.attention.parse import choices
@@ -97,6 +97,10 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
 
     problems = _problems(args, target)
     op = _op(args, problems)
+    if op == softmax_arguments.OP:
+        if args.suite:
+            raise UsageError("--op softmax measures problems of flags", remedy="--suite softmax goes by --op backward")
+        problems = problems or arguments.expand({"op": op}, target)
     same_bits = bool(args.deterministic)
     problems = [rows.as_op(problem, op, same_bits=same_bits) for problem in problems]
     arguments.require_memory(problems, target, int((args.target or "").partition(":")[2] or 0))
@@ -128,7 +132,11 @@ def _problems(args: argparse.Namespace, target: Target) -> list[Problem]:
 
 def _op(args: argparse.Namespace, problems: list[Problem]) -> str:
     """The one op that is measured: that of --op, else that of the problems."""
-    asked = choices("op", args.op, arguments.OPS) if args.op else sorted({p.op for p in problems}) or ["forward"]
+    asked = (
+        choices("op", args.op, (*arguments.OPS, softmax_arguments.OP))
+        if args.op
+        else sorted({p.op for p in problems}) or ["forward"]
+    )
     if len(asked) != 1:
         raise UsageError(f"a run measures one op, not {' and '.join(asked)}", remedy="give --op one of them")
     if args.deterministic and asked == ["forward"]:
