@@ -89,6 +89,9 @@ def test_rows_of_a_layout_that_vectors_do_not_fit(name: str, launches) -> None:
 
     problem = _problem(name).replace(rows=3, columns=290)
     made = calls.inputs(problem, "cpu", 3, True)
+    if made.call.dout is not None:  # the inputs differ, too
+        room = torch.empty(1, 3, 301)[..., 11:].copy_(made.call.dout)
+        made = made.change(dout=room)
     out = torch.full((1, 3, 300), 7.0, dtype=made.call.out_dtype)
     for begin in range(1, 8):
         launches(name)(made.call, {"out": out[..., begin : begin + 290]})

@@ -96,7 +96,8 @@ def test_rows_that_are_not_finite(function: int) -> None:
     for row in ROWS.values():
         x = torch.tensor([row])
         near(ours(x), theirs(x, -1))
-        near(ours(x.expand(3, -1).T.contiguous(), 0), theirs(x.expand(3, -1).T, 0).contiguous())
+        if ours is fagen.softmax:
+            near(ours(x.expand(3, -1).T.contiguous(), 0), theirs(x.expand(3, -1).T, 0).contiguous())
 
 
 # ---- what is called, and what PyTorch does --------------------------------------------------------------------------
