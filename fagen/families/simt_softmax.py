@@ -1,8 +1,9 @@
 """Softmax for every NVIDIA GPU from sm_80 up, forward and backward, along rows and columns.
 
 A team of threads has a line: a row, in vectors that lie at multiples of their size wherever the row begins, or a
-column, beside others so that loads are coalesced. Elements that a thread holds between the reduction and the output are
-read once; the rest of a longer line is read again, so that each scheme is right at every length. Not run on a GPU yet.
+column, beside others so that loads are coalesced. On Hopper a cluster of blocks may share a row. Elements that a thread
+holds between the reduction and the output are read once; the rest of a longer line is read again, so that each scheme
+is right at every length. Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ KNOBS = (
     Knob("lines", "kLines", (1, 4, 8, 32, 64, 128), "rows, or neighbouring columns, of a block"),
     Knob("vector_bytes", "kVectorBytes", (4, 8, 16), "bytes that a thread loads at once; along columns an element"),
     Knob("held", "kHeld", (1, 2, 4, 8), "vectors that a thread holds, of each input"),
+    Knob("cluster", "kCluster", (1, 2, 4, 8), "blocks that share a row and what they hold of it (sm_90)"),
     Knob("fold_scale", "kFoldScale", (False, True), "log2 e and the maximum in one multiply-add"),
 )  # fmt: skip
 
@@ -61,6 +63,18 @@ def _one_way(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
     return None
 
 
+def _one_row(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
+    if c.cluster == 1:
+        return None
+    if t.capability < 90:
+        return f"clusters need sm_90, the target is {t.arch}"
+    if p.along == "column" or c.lines > 1:
+        return "a cluster shares one row"
+    if c.scheme not in ("registers", "shared"):
+        return f"a cluster holds its row, scheme={c.scheme} holds nothing"
+    return None
+
+
 def _folds(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
     if not c.fold_scale:
         return None
@@ -76,7 +90,8 @@ def _held_bytes(p: SoftmaxProblem, c: Config) -> int:
 
 
 def smem_bytes(p: SoftmaxProblem, c: Config) -> int:
-    return _held_bytes(p, c) * c.threads * c.lines if c.scheme == "shared" else 0
+    held = _held_bytes(p, c) * c.threads * c.lines if c.scheme == "shared" else 0
+    return held + (32 if c.cluster > 1 else 0)  # two slots, by which blocks of a cluster reduce
 
 
 def _smem_fits(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
@@ -141,7 +156,7 @@ _DEFAULTS: dict[str, dict[str, int | str]] = {
 
 def _make(p: SoftmaxProblem, t: Target, **changes: int | str | bool) -> Config:
     """The default config with changes."""
-    values = {"vector_bytes": 16, "fold_scale": False, **_DEFAULTS[_shape(p, t)]}
+    values = {"vector_bytes": 16, "cluster": 1, "fold_scale": False, **_DEFAULTS[_shape(p, t)]}
     if p.direction == "backward" and values["scheme"] == "registers" and int(values["held"]) > 1:
         values["held"] = int(values["held"]) // 2  # of each of two inputs
     return FAMILY.config(values | changes)
@@ -152,7 +167,9 @@ def _first(p: SoftmaxProblem, t: Target) -> list[Config]:
     changes: list[dict[str, int | str | bool]] = [
         {"scheme": "two_pass", "held": 1}, {"scheme": "three_pass", "held": 1}, {"fold_scale": True},
         {"vector_bytes": 8}, {"scheme": "shared", "held": 4}, {"threads": 128, "lines": 1},
-        {"threads": 512, "lines": 1}, {"threads": 256, "lines": 1, "scheme": "split", "held": 1},
+        {"threads": 512, "lines": 1}, {"scheme": "registers", "threads": 1024, "lines": 1, "held": 4, "cluster": 4},
+        {"scheme": "registers", "threads": 512, "lines": 1, "held": 4, "cluster": 8},
+        {"threads": 256, "lines": 1, "scheme": "split", "held": 1},
     ]  # fmt: skip
     tried = [_make(p, t, **change) for change in changes]
     return [c for c in dict.fromkeys(tried) if c != default and FAMILY.rejects(p, t, c) is None]
@@ -168,6 +185,7 @@ FAMILY = Family(
         Constraint("block_fits", _block_fits, ("threads", "lines")),
         Constraint("coalesced", _coalesced, ("threads", "lines", "vector_bytes")),
         Constraint("one_way", _one_way, ("scheme", "lines", "held")),
+        Constraint("one_row", _one_row, ("scheme", "lines", "cluster")),
         Constraint("folds", _folds, ("fold_scale",)),
         Constraint("registers_fit", _registers_fit),
         Constraint("smem_fits", _smem_fits),

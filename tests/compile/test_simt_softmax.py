@@ -58,7 +58,15 @@ def test_disagreement_with_python_is_a_compile_error() -> None:
 
 ROW, COLUMN = SoftmaxProblem(dtype="bf16"), SoftmaxProblem(dtype="bf16", along="column")
 BACK = SoftmaxProblem(dtype="fp16", direction="backward")
-BASE = {"scheme": "two_pass", "threads": 256, "lines": 1, "vector_bytes": 16, "held": 1, "fold_scale": False}
+BASE = {
+    "scheme": "two_pass",
+    "threads": 256,
+    "lines": 1,
+    "vector_bytes": 16,
+    "held": 1,
+    "cluster": 1,
+    "fold_scale": False,
+}
 OF_COLUMNS = {"threads": 8, "lines": 32, "vector_bytes": 4}
 
 
@@ -73,6 +81,7 @@ OF_COLUMNS = {"threads": 8, "lines": 32, "vector_bytes": 4}
         (BACK, "one_way", "backward has no maximum", {"scheme": "three_pass"}, {}),
         (ROW, "one_way", "parts of one row", {"scheme": "split", "lines": 4}, {"scheme": "split"}),
         (ROW, "one_way", "holds nothing", {"held": 2}, {"scheme": "registers", "held": 2}),
+        (ROW, "one_row", "clusters need sm_90", {"scheme": "registers", "cluster": 2}, {"scheme": "registers"}),
         (ROW, "folds", "bf16 times log2 e", {"fold_scale": True}, {}),
         (BACK, "folds", "cancels in the quotient", {"fold_scale": True}, {}),
         (ROW, "registers_fit", "32 > 16 registers", {"scheme": "registers", "threads": 1024, "held": 8},
@@ -88,6 +97,24 @@ def test_a_constraint_says_no_with_its_numbers(
     told = FAMILY.rejects(problem, where, FAMILY.config({**BASE, **broken}))
     assert told is not None and told[0] == name and words in told[1], told
     assert FAMILY.rejects(problem, where, FAMILY.config({**BASE, **mended})) is None
+
+
+def test_a_cluster_has_one_row_that_it_holds() -> None:
+    hopper, knobs = target.known("sm_90"), {"scheme": "registers", "threads": 512, "cluster": 8}
+    assert FAMILY.rejects(ROW, hopper, FAMILY.config({**BASE, **knobs})) is None
+    for problem, changes, words in (
+        (ROW, {"scheme": "two_pass"}, "holds nothing"), (ROW, {"threads": 128, "lines": 4}, "shares one row"),
+        (COLUMN, OF_COLUMNS, "shares one row"),
+    ):  # fmt: skip
+        told = FAMILY.rejects(problem, hopper, FAMILY.config({**BASE, **knobs, **changes}))
+        assert told is not None and told[0] == "one_row" and words in told[1]
+
+
+@pytest.mark.slow
+def test_a_cluster_compiles_without_spills() -> None:
+    hopper, knobs = target.known("sm_90"), {"scheme": "registers", "threads": 1024, "held": 4, "cluster": 8}
+    facts = cache.build(KernelSpec(FAMILY, ROW, hopper, FAMILY.config({**BASE, **knobs}))).facts
+    assert facts["spill_bytes"] == 0 and facts["registers"] <= 64, facts
 
 
 def test_folding_is_for_half_precision() -> None:

@@ -19,10 +19,10 @@ from fagen.target import known
 from tests.support import emulated
 from tests.support.softmax import check_rows, sized, verify
 
-FAMILY, TARGET = simt_softmax.FAMILY, known("sm_80")
+FAMILY, TARGET = simt_softmax.FAMILY, known("sm_90")
 # below, at and beyond one vector, a warp's, what is held; several rounds of the rest
 LENGTHS = (1, 7, 33, 256, 300, 1029, 2500)
-_SMALL: dict[str, Any] = {"threads": 32, "lines": 4, "held": 1, "vector_bytes": 16}
+_SMALL: dict[str, Any] = {"threads": 32, "lines": 4, "held": 1, "vector_bytes": 16, "cluster": 1}
 # a kernel each: of the problem, of the config
 KERNELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "three passes": ({}, {"scheme": "three_pass", "threads": 128, "lines": 1}),
@@ -33,8 +33,12 @@ KERNELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"scheme": "shared", "held": 2, "threads": 128, "lines": 1},
     ),
     "parts": ({"dtype": "bf16"}, {"scheme": "split", "threads": 128, "lines": 1, "vector_bytes": 4}),
-    "backward, registers, narrowed": (
-        {"direction": "backward", "out_dtype": "bf16"}, {"scheme": "registers", "threads": 128, "lines": 1}
+    "a cluster": (
+        {"dtype": "bf16"},
+        {"scheme": "registers", "threads": 128, "lines": 1, "cluster": 4, "held": 2, "vector_bytes": 4},
+    ),
+    "backward, a cluster, narrowed": (
+        {"direction": "backward", "out_dtype": "bf16"}, {"scheme": "shared", "threads": 128, "lines": 1, "cluster": 2}
     ),
     "backward, parts, logarithm": (
         {"direction": "backward", "dtype": "fp16", "log": True}, {"scheme": "split", "threads": 128, "lines": 1}
@@ -82,7 +86,7 @@ def test_rows_that_are_not_finite(name: str, launches) -> None:
         check_rows(_problem(name), launches(name), length)
 
 
-@pytest.mark.parametrize("name", ["two passes, half a warp a row", "backward, registers, narrowed"])
+@pytest.mark.parametrize("name", ["two passes, half a warp a row", "backward, a cluster, narrowed"])
 def test_rows_of_a_layout_that_vectors_do_not_fit(name: str, launches) -> None:
     """Input and output begin at different places of a vector: elements are then moved one by one."""
     from fagen.ops.softmax import calls
@@ -110,6 +114,7 @@ def test_rows_of_a_layout_that_vectors_do_not_fit(name: str, launches) -> None:
         ("columns, parts", "s.sum = s.sum * shrink(s.max, subtracted) +", "s.sum = s.sum +"),
         ("registers, folded", "if (s.max > before) s.sum *=", "if (false) s.sum *="),
         ("three passes", "      __syncthreads();\n", ""),  # read before it is written
+        ("a cluster", "      ptx::cluster_sync();\n      const", "      const"),
     ],
 )
 def test_a_fault_is_found(name: str, old: str, new: str, cache_folder: Path) -> None:

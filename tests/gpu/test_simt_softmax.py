@@ -32,16 +32,20 @@ KERNELS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     ({"dtype": "bf16", "direction": "backward"}, {"scheme": "registers", "held": 4}),
     ({"dtype": "fp32", "out_dtype": "fp16", "direction": "backward", "log": True}, {"scheme": "split"}),
     ({"dtype": "fp32", "direction": "backward"}, {"scheme": "shared", "held": 4}),
+    ({"dtype": "bf16"}, {"scheme": "registers", "threads": 512, "held": 8, "cluster": 8}),
+    ({"dtype": "fp32", "direction": "backward"}, {"scheme": "shared", "held": 8, "cluster": 4}),
     ({"dtype": "bf16", "along": "column"}, {"scheme": "registers", "threads": 8, "held": 4, **COLUMN}),
     ({"dtype": "fp32", "along": "column"}, {"scheme": "split", "threads": 32, **COLUMN}),
     ({"dtype": "fp16", "along": "column", "direction": "backward"}, {"scheme": "two_pass", "threads": 32, **COLUMN}),
 )
-_BASE: dict[str, Any] = {"threads": 256, "lines": 1, "vector_bytes": 16, "held": 1, "fold_scale": False}
+_BASE: dict[str, Any] = {"threads": 256, "lines": 1, "vector_bytes": 16, "held": 1, "cluster": 1, "fold_scale": False}
 
 
 @functools.cache
 def build(index: int) -> Kernel:
     words, knobs = KERNELS[index]
+    if "cluster" in knobs and target.detect().capability < 90:
+        pytest.skip("clusters need sm_90")
     where, problem = target.detect(), SoftmaxProblem(**words)
     return kernel.get(KernelSpec(FAMILY, problem, where, FAMILY.config({**_BASE, **knobs})))
 
