@@ -119,7 +119,7 @@ static bool visible(const Inputs& in, int b, int kv_head, int row, int key) {
   return !below && !above;
 }
 
-// What forward leaves, and the gradient of its output.
+// The results of forward, and the gradient of its output.
 struct Forward {
   std::vector<Element> o, dout;
   std::vector<float> lse;
