@@ -107,6 +107,10 @@ def test_heavy_imports_wait_for_their_use(path):
         "backward_calls.py",
         "gradients.py",
         "dropout_ops.py",
+        "decode_call.py",
+        "decode_calls.py",
+        "decode_inputs.py",
+        "decode_reference.py",
     ]  # which only their op imports
     if path.name not in on_tensors and path.parent.name != "compat":
         heavy.add("torch")
