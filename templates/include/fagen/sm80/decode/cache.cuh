@@ -56,14 +56,7 @@ struct SelectPages<C, true> {
   using Type = PagesAhead<C>;
 };
 
-// K or V of one kv head, in bytes.
-struct CacheHead {
-  const unsigned char* base;
-  int64_t page_stride, row_stride;
-  int row_bytes;
-};
-
-// Up to 16 bytes of rows that may start anywhere, Unit by Unit.
+// Up to 16 bytes of a row that may start anywhere, Unit by Unit.
 template <class Unit>
 __device__ __forceinline__ uint4 gather_bytes(const unsigned char* from, int bytes) {
   constexpr int kUnits = 16 / sizeof(Unit);
@@ -78,63 +71,99 @@ __device__ __forceinline__ uint4 gather_bytes(const unsigned char* from, int byt
   return piece.all;
 }
 
+// K or V of one kv head, and this lane's part of each copy: a column of 16-byte pieces, and every kRowsAtOnce-th row.
+template <class C, class Tile>
+struct CacheLane {
+  static constexpr int kKeys = DecodeShape<C>::kWarpKeys;
+  static constexpr int kItemBytes = DecodeShape<C>::kItemBytes;
+  static constexpr int kColumns = Tile::kChunks < 32 ? Tile::kChunks : 32;  // of pieces that a warp copies at once
+  static constexpr int kRowsAtOnce = kColumns > 16 ? 1 : kColumns > 8 ? 2 : kColumns > 4 ? 4 : kColumns > 2 ? 8 : 16;
+  static constexpr int kPage = C::kPageSize > 0 ? C::kPageSize : 1 << 30;  // keys that follow each other in memory
+  static_assert(kRowsAtOnce <= kPage || kPage == 1, "a lane's row of a page is the same in every copy");
+
+  const unsigned char* base;
+  int64_t page_stride, row_stride;
+  int row_bytes, row, column;
+
+  __device__ __forceinline__ CacheLane(const fagen_tensor& t, int64_t page, int kv_head, int head_dim)
+      : page_stride(t.stride[0] * kItemBytes), row_stride(t.stride[1] * kItemBytes), row_bytes(head_dim * kItemBytes) {
+    const int lane = threadIdx.x % 32;
+    row = lane / kColumns, column = lane % kColumns;
+    base = static_cast<const unsigned char*>(t.data) + page * page_stride + kv_head * t.stride[2] * kItemBytes +
+           row % kPage * row_stride + column * 16;
+  }
+
+  // Start copying the keys from `key` on to rows `first_row` and on of a tile; those outside [begin, end) become 0.
+  template <class Pages>
+  __device__ __forceinline__ void copy(const Pages& pages, int tile, int key, int begin, int end, uint32_t to,
+                                       int first_row) const {
+    constexpr bool kOnePage = kPage >= kKeys;
+    const unsigned char* first = base;
+    if constexpr (kOnePage) {
+      const int in_page = C::kPageSize > 0 ? unsigned(key) % kPage : key;
+      first += pages.page_of(tile, 0) * page_stride + in_page * row_stride;
+    }
+    const bool mine = row < kRowsAtOnce;
+    const uint32_t lane_offset = Tile::offset(first_row + (mine ? row : 0), column);
+#pragma unroll
+    for (int across = 0; across < Tile::kChunks; across += kColumns) {
+      const int bytes = mine && across + column < Tile::kChunks ? row_bytes - (across + column) * 16 : 0;
+      const int rows_end = bytes > 0 ? end - key - row : 0;
+#pragma unroll
+      for (int down = 0; down < kKeys; down += kRowsAtOnce) {
+        const unsigned char* from = first + across * 16;
+        if constexpr (kOnePage)
+          from += down * row_stride;
+        else  // all lanes take part
+          from += pages.page_of(tile, down + row % kRowsAtOnce) * page_stride + down % kPage * row_stride;
+        bool there = down < rows_end;
+        if constexpr (C::kMask == Mask::window) there &= key + row + down >= begin;
+        // rows that are kRowsAtOnce apart: the exchange of columns in a tile changes by a constant
+        const uint32_t exchanged = Tile::offset(down, 0) - down * Tile::kPitch;
+        const uint32_t at = to + (lane_offset ^ exchanged) + down * Tile::kPitch + across * 16;
+        if (!mine || across + column >= Tile::kChunks) continue;
+        if constexpr (C::kAligned)
+          ptx::cp_async_16(at, from, there);
+        else if constexpr (C::kFp8Cache)
+          ptx::st_shared_16(at, gather_bytes<uint8_t>(from, there ? bytes : 0));
+        else
+          ptx::st_shared_16(at, gather_bytes<uint16_t>(from, there ? bytes : 0));
+      }
+    }
+  }
+};
+
 template <class C>
 struct CacheReader {
   using S = DecodeShape<C>;
-  static constexpr int kKeys = S::kWarpKeys;
-  static constexpr unsigned kPage = C::kPageSize > 0 ? C::kPageSize : 1;
 
-  CacheHead k, v;
   int first_key, begin, end;
   typename SelectPages<C>::Type pages;
+  CacheLane<C, typename S::TileK> k;
+  CacheLane<C, typename S::TileV> v;
 
   // `first_tile`: of the split. Keys outside [begin, end) are never read.
   __device__ __forceinline__ CacheReader(const fagen_decode_params& p, const DecodeTile<C>& tile, int first_tile,
                                          int warp)
-      : first_key(first_tile * C::kTileN + warp * kKeys),
+      : first_key(first_tile * C::kTileN + warp * S::kWarpKeys),
         begin(tile.begin),
         end(tile.end),
         pages(static_cast<const int32_t*>(p.page_table.data) + tile.batch * p.page_table.stride[0], first_key, begin,
-              end) {
-    const int64_t row = C::kPageSize > 0 ? 0 : p.cache_batch_idx ? p.cache_batch_idx[tile.batch] : tile.batch;
-    k = head(p.k, row, tile.kv_head, p.head_dim);
-    v = head(p.v, row, tile.kv_head, p.head_dim_v);
-  }
-  static __device__ __forceinline__ CacheHead head(const fagen_tensor& t, int64_t page, int kv_head, int columns) {
-    const unsigned char* data = static_cast<const unsigned char*>(t.data);
-    return {data + (page * t.stride[0] + kv_head * t.stride[2]) * S::kItemBytes, t.stride[0] * S::kItemBytes,
-            t.stride[1] * S::kItemBytes, columns * S::kItemBytes};
+              end),
+        k(p.k, row_of(p, tile.batch), tile.kv_head, p.head_dim),
+        v(p.v, row_of(p, tile.batch), tile.kv_head, p.head_dim_v) {}
+
+  // A sequence's row of a cache without pages.
+  static __device__ __forceinline__ int64_t row_of(const fagen_decode_params& p, int batch) {
+    return C::kPageSize > 0 ? 0 : p.cache_batch_idx ? p.cache_batch_idx[batch] : batch;
   }
 
-  // Start copying the warp's keys of tile `tile` of the split; rows of the stage begin at `row`.
+  // Start copying the warp's keys of tile `tile` of the split; they are rows `row` and on of the stage.
   __device__ __forceinline__ void copy(int tile, uint32_t stage, int row) {
+    const int key = first_key + tile * C::kTileN;
     pages.move_to(tile);
-    copy_rows<typename S::TileK>(k, tile, stage, row);
-    copy_rows<typename S::TileV>(v, tile, stage + S::TileK::kBytes, row);
-  }
-
-  template <class Tile>
-  __device__ __forceinline__ void copy_rows(const CacheHead& from, int tile, uint32_t to, int first_row) const {
-    constexpr int kChunks = Tile::kChunks, kAll = kKeys * kChunks;
-    const int lane = threadIdx.x % 32, key = first_key + tile * C::kTileN;
-    const int in_page = C::kPageSize >= kKeys ? unsigned(key) % kPage : 0;  // where the page holds the whole tile
-#pragma unroll
-    for (int first = 0; first < kAll; first += 32) {
-      const int row = (first + lane) / kChunks, chunk = (first + lane) % kChunks;
-      const int page = pages.page_of(tile, min(row, kKeys - 1));  // all lanes take part
-      if (kAll % 32 && row >= kKeys) continue;
-      const bool there = key + row < end && key + row >= begin && chunk * 16 < from.row_bytes;
-      const int row_of_page = C::kPageSize == 0 ? key + row : C::kPageSize >= kKeys ? in_page + row : row % kPage;
-      const int64_t offset = page * from.page_stride + row_of_page * from.row_stride + chunk * 16;
-      const unsigned char* source = from.base + (there ? offset : 0);
-      const uint32_t at = to + Tile::offset(first_row + row, chunk);
-      if constexpr (C::kAligned)
-        ptx::cp_async_16(at, source, there);
-      else if constexpr (C::kFp8Cache)
-        ptx::st_shared_16(at, gather_bytes<uint8_t>(source, there ? from.row_bytes - chunk * 16 : 0));
-      else
-        ptx::st_shared_16(at, gather_bytes<uint16_t>(source, there ? from.row_bytes - chunk * 16 : 0));
-    }
+    k.copy(pages, tile, key, begin, end, stage, row);
+    v.copy(pages, tile, key, begin, end, stage + S::TileK::kBytes, row);
   }
 };
 
