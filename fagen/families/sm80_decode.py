@@ -6,7 +6,7 @@ blocks share the keys of a sequence.
 
 from __future__ import annotations
 
-from fagen.families.base import Config, Constraint, Family, Knob, Value, nothing
+from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.target import Target
 
@@ -123,30 +123,40 @@ def _make(**values: Value) -> Config:
     return Config({**base, **values})
 
 
-# Guesses, the best first; the first legal one is the default. Nothing of it has been measured.
+# Guesses, the best first; the first legal one of the rows' tile is the default. Nothing of it has been measured.
 _GUESSES = (
     _make(blocks_per_sm=3, stages=2),
     _make(stages=3),
-    _make(stages=4, tile_n=64, blocks_per_sm=1),
+    _make(stages=4, blocks_per_sm=1),
     _make(stages=2),
     _make(tile_n=128, stages=2),
     _make(tile_n=32, warps=2, stages=4, blocks_per_sm=4),
     _make(partition="columns", stages=3),
-    _make(tile_m=32, partition="columns", stages=2),
-    _make(tile_m=64, partition="columns", stages=2, q_source="shared"),
     _make(stages=2, blocks_per_sm=1),
     _make(stages=2, blocks_per_sm=1, q_source="shared"),
     _make(partition="columns", stages=2, blocks_per_sm=1, q_source="shared"),
     _make(tile_n=32, warps=2, stages=2, blocks_per_sm=1, q_source="shared"),
     _make(tile_n=32, warps=2, partition="columns", stages=2, blocks_per_sm=1, q_source="shared"),
     _make(tile_n=16, warps=1, stages=2, blocks_per_sm=1),
+    _make(tile_m=32, q_source="shared"),
+    _make(tile_m=32, partition="columns", q_source="shared"),
+    _make(tile_m=32, partition="columns", stages=2, q_source="shared", blocks_per_sm=1),
+    _make(tile_m=64, partition="columns", q_source="shared"),
+    _make(tile_m=64, partition="columns", stages=2, q_source="shared", blocks_per_sm=1),
 )
 
 
+def _wanted_tile(p: DecodeProblem, t: Target) -> int:
+    """The smallest tile that holds all rows of a kv head, so that its keys are read once."""
+    rows = p.seqlen_q * (p.heads // p.kv_heads)
+    return next((tile for tile in (16, 32) if rows <= tile), 64)
+
+
 def _guesses(p: DecodeProblem, t: Target) -> list[Config]:
-    """The legal ones of the table, such that registers are left over come first."""
+    """The legal ones of the table: first those with registers to spare, and of them those of the rows' tile."""
     legal = [c for c in _GUESSES if not any(k.check(p, t, c) for k in CONSTRAINTS)]
-    return sorted(legal, key=lambda c: fragment_registers(p, c) + 90 > register_limit(c))
+    wanted = _wanted_tile(p, t)
+    return sorted(legal, key=lambda c: (fragment_registers(p, c) + 90 > register_limit(c), abs(c.tile_m - wanted)))
 
 
 def _repeats(p: DecodeProblem, c: Config) -> bool:
@@ -214,7 +224,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=lambda p, t: _guesses(p, t)[0],
-    default_reads=nothing,
+    default_reads=_wanted_tile,
     flags=lambda t: (f"-gencode=arch=compute_{t.capability},code=sm_{t.capability}", *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:],
     repeats=_repeats,

@@ -24,6 +24,8 @@ PROBLEMS = {
     "d256-softcap": DecodeProblem(head_dim=256, mask="causal", softcap=True, page=128),
     "d192-128-sinks": DecodeProblem(head_dim=192, head_dim_v=128, mask="causal", sinks=True),
     "d256-fp8-fp16": DecodeProblem(head_dim=256, dtype="fp16", kv_dtype="fp8_e4m3", mask="window", page=256),
+    "d128-32-rows": DecodeProblem(head_dim=128, mask="causal", page=16, seqlen_q=4, heads=8, kv_heads=1),
+    "d128-64-rows": DecodeProblem(head_dim=128, mask="causal", page=16, seqlen_q=16, heads=8, kv_heads=1),
     "d96-unaligned": DecodeProblem(head_dim=96, aligned=False),
 }
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -45,9 +47,10 @@ def test_every_problem_that_is_served_has_a_legal_default(arch: str) -> None:
     where, most = target.known(arch), 256
     for d, kv, page in itertools.product(range(16, most + 1, 16), ("", "fp8_e4m3"), (0, 1, 256)):
         for dv in {d, 16, 128}:
-            problem = DecodeProblem(head_dim=d, head_dim_v=dv, kv_dtype=kv, page=page)
-            assert FAMILY.supports(problem, where) is None
-            FAMILY.require(problem, where, FAMILY.default(problem, where))
+            for heads in (1, 20, 64):
+                problem = DecodeProblem(head_dim=d, head_dim_v=dv, kv_dtype=kv, page=page, heads=heads, kv_heads=1)
+                assert FAMILY.supports(problem, where) is None
+                FAMILY.require(problem, where, FAMILY.default(problem, where))
 
 
 def test_what_no_tile_fits_is_refused_with_a_reason() -> None:
