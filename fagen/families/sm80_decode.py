@@ -22,7 +22,7 @@ KNOBS = (
     Knob("q_source", "kQSource", ("registers", "shared"), "where q waits for its products"),
     Knob("rescale", "kRescale", ("deferred", "each"), "when O follows a grown maximum"),
     Knob("split_keys", "kSplitKeys", (128, 256, 512, 1024), "fewest keys of a split; a caller's own number goes first"),
-    Knob("merge", "kMerge", ("combine", "last_block"), "who merges the splits: a second kernel, or the last block"),
+    Knob("merged_by", "kMergedBy", ("own_kernel", "last_block"), "who merges the splits of a sequence"),
     Knob("blocks_per_sm", "kBlocksPerSm", (1, 2, 3, 4), "blocks the register budget is cut for"),
 )
 
@@ -118,7 +118,7 @@ def _derive(p: DecodeProblem, t: Target, c: Config) -> dict[str, int]:
 def _make(**values: Value) -> Config:
     base: dict[str, Value] = {
         "tile_m": 16, "tile_n": 64, "warps": 4, "partition": "keys", "stages": 3, "q_source": "registers",
-        "rescale": "deferred", "split_keys": 256, "merge": "combine", "blocks_per_sm": 2,
+        "rescale": "deferred", "split_keys": 256, "merged_by": "own_kernel", "blocks_per_sm": 2,
     }  # fmt: skip
     return Config({**base, **values})
 
@@ -200,7 +200,7 @@ def cost(p: DecodeProblem, t: Target, c: Config) -> float:
     issued = (key_bytes / 512 * 12 + slabs * (d + dv) / 64 + (key_bytes / 16 if p.kv_dtype else 0)) / 4 * beside
     issued += (600 if c.partition == "columns" else 150) / int(c.tile_n)  # barriers, the softmax's chain
     keys = _keys(p) / splits
-    merge = 0.0 if splits == 1 else (2500 if c.merge == "combine" else 3500) + 12 * splits
+    merge = 0.0 if splits == 1 else (2500 if c.merged_by == "own_kernel" else 3500) + 12 * splits
     block = 2500 + keys * max(key_bytes / rate, issued) + slabs * dv * (4 if c.partition == "keys" else 2)
     return -(-tasks // (t.units * blocks)) * block + merge
 

@@ -112,9 +112,9 @@ def test_defaults_against_the_reference(problem: DecodeProblem) -> None:
         _check(which, problem.replace(batch=batch, seqlen_q=rows), 1, sample=True)
 
 
-@pytest.mark.parametrize("merge", ["combine", "last_block"])
-def test_long_and_many(merge: str) -> None:
-    case = Case("base", page=16, head_dim=128, changes=(("merge", merge), ("stages", 2)))
+@pytest.mark.parametrize("merged_by", ["own_kernel", "last_block"])
+def test_long_and_many(merged_by: str) -> None:
+    case = Case("base", page=16, head_dim=128, changes=(("merged_by", merged_by), ("stages", 2)))
     which = _kernel(case.problem, case)
     for batch, keys in ((1, 131072), (64, 9000), (256, 700)):
         problem = SERVED.replace(batch=batch, seqlen_k=keys)
@@ -122,9 +122,9 @@ def test_long_and_many(merge: str) -> None:
             _check(which, problem, seed, sample=True)
 
 
-@pytest.mark.parametrize("merge", ["combine", "last_block"])
-def test_a_graph_serves_changing_lengths(merge: str) -> None:
-    case = Case("base", page=16, head_dim=128, changes=(("merge", merge), ("stages", 2)))
+@pytest.mark.parametrize("merged_by", ["own_kernel", "last_block"])
+def test_a_graph_serves_changing_lengths(merged_by: str) -> None:
+    case = Case("base", page=16, head_dim=128, changes=(("merged_by", merged_by), ("stages", 2)))
     which, problem = _kernel(case.problem, case), SERVED.replace(batch=7)
     inputs = CALLS.inputs(problem, "cuda", 0, False)
     call, graph = inputs.call, torch.cuda.CUDAGraph()
@@ -160,10 +160,10 @@ def test_two_streams_do_not_share_counters() -> None:
         assert verdict, verdict.message
 
 
-@pytest.mark.parametrize("merge", ["combine", "last_block"])
+@pytest.mark.parametrize("merged_by", ["own_kernel", "last_block"])
 @pytest.mark.parametrize("splits", [-256, -1024])
-def test_splits_of_fixed_size_make_a_sequence_independent_of_others(merge: str, splits: int) -> None:
-    case = Case("base", page=16, head_dim=128, changes=(("merge", merge), ("stages", 2)))
+def test_splits_of_fixed_size_make_a_sequence_independent_of_others(merged_by: str, splits: int) -> None:
+    case = Case("base", page=16, head_dim=128, changes=(("merged_by", merged_by), ("stages", 2)))
     which = _kernel(case.problem, case)
     inputs = CALLS.inputs(SERVED.replace(batch=9, seqlen_k=8000), "cuda", 3, True).change(num_splits=splits)
     _launch(which, inputs)

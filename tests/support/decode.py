@@ -12,7 +12,7 @@ FAMILY = sm80_decode.FAMILY
 
 BASE: dict[str, Any] = {
     "tile_m": 16, "tile_n": 64, "warps": 4, "partition": "keys", "stages": 3, "q_source": "registers",
-    "rescale": "deferred", "split_keys": 128, "merge": "combine", "blocks_per_sm": 1,
+    "rescale": "deferred", "split_keys": 128, "merged_by": "own_kernel", "blocks_per_sm": 1,
 }  # fmt: skip
 _COLUMNS: dict[str, Any] = {"partition": "columns", "stages": 2}
 
@@ -24,15 +24,15 @@ def config(**changes: Any) -> Config:
 # One config a line differs from BASE in what its name says; together they hold every value of every knob.
 SCHEMES = {
     "base": config(),
-    "last_block": config(merge="last_block", stages=2, split_keys=256, blocks_per_sm=2),
+    "last_block": config(merged_by="last_block", stages=2, split_keys=256, blocks_per_sm=2),
     "one_warp": config(warps=1, tile_n=16, stages=8, q_source="shared", blocks_per_sm=4, split_keys=512),
     "two_warps": config(warps=2, tile_n=64, tile_m=32, stages=2, rescale="each"),
-    "eight_warps": config(warps=8, tile_n=128, stages=2, split_keys=1024, merge="last_block"),
+    "eight_warps": config(warps=8, tile_n=128, stages=2, split_keys=1024, merged_by="last_block"),
     "large": config(tile_n=256, stages=2, split_keys=256),
     "deep": config(tile_n=32, warps=2, stages=6, blocks_per_sm=3, rescale="each"),
     "four_stages": config(stages=4, tile_m=32, q_source="shared"),
     "columns": config(**_COLUMNS),
-    "columns_32": config(**_COLUMNS, tile_m=32, q_source="shared", merge="last_block"),
+    "columns_32": config(**_COLUMNS, tile_m=32, q_source="shared", merged_by="last_block"),
     "columns_64": config(**_COLUMNS, tile_m=64, q_source="shared", rescale="each"),
     "columns_two_warps": config(**{**_COLUMNS, "stages": 3}, warps=2, tile_n=32),
 }

@@ -72,8 +72,8 @@ struct DecodeBlock {
       const int row = i / kPieces, column = i % kPieces * 16, packed = tile.first_row + row;
       uint4 halves[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
       if (packed < tile.rows() && column < p.head_dim) {
-        const Element* from = q + (tile.first_q + packed / tile.group) * p.q.stride[1] +
-                              tile.head(packed) * p.q.stride[2] + column;
+        const Element* from =
+            q + (tile.first_q + packed / tile.group) * p.q.stride[1] + tile.head(packed) * p.q.stride[2] + column;
         load_16_columns<C>(halves, from, p.head_dim - column);
       }
       if constexpr (C::kFp8Cache) part_even_and_odd(halves);
@@ -159,8 +159,7 @@ struct SharedWeights {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
-      for (int w = 0; w < C::kWarps; ++w)
-        row_max[r] = fmaxf(row_max[r], maxima[w * C::kTileM + products.row_of(r)]);
+      for (int w = 0; w < C::kWarps; ++w) row_max[r] = fmaxf(row_max[r], maxima[w * C::kTileM + products.row_of(r)]);
     if (__any_sync(~0u, products.softmax.exceeds_slack(row_max))) {
       products.set_reference(s_acc, row_max, factor);
       products.rescale(factor);
@@ -187,8 +186,8 @@ struct SharedWeights {
         }
     __syncthreads();  // all weights are there
     const uint32_t p_lane = row_major_address<TileP>(products.lane, p_tile, 0);
-    const uint32_t v_lane = TileV::step(row_major_address<TileV>(products.lane, v_tile, 0), 0,
-                                        block.warp * (S::kWarpColumns / C::kStep));
+    const uint32_t v_lane =
+        TileV::step(row_major_address<TileV>(products.lane, v_tile, 0), 0, block.warp * (S::kWarpColumns / C::kStep));
 #pragma unroll
     for (int n = 0; n < C::kTileN / 16; ++n) {
       uint32_t weights[S::kSlabs][4];

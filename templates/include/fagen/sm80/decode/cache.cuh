@@ -12,13 +12,13 @@ template <class C>
 struct PagesAhead {
   static constexpr int kKeys = DecodeShape<C>::kWarpKeys;
   static constexpr int kPageKeys = C::kPageSize < kKeys ? C::kPageSize : kKeys;  // keys of a tile that share an entry
-  static constexpr int kEntries = kKeys / kPageKeys;                            // of a tile
-  static constexpr int kTiles = 32 / kEntries;                                  // of one read
+  static constexpr int kEntries = kKeys / kPageKeys;  // of a tile
+  static constexpr int kTiles = 32 / kEntries;  // of one read
   static_assert(kKeys % kPageKeys == 0 && kEntries <= 32 && 32 % kEntries == 0, "lanes hold the pages of whole tiles");
 
   const int32_t* table;
   int first_key, begin, end;  // the warp's first key of the split; the keys that are there
-  int held, ahead;            // this lane's entries
+  int held, ahead;  // this lane's entries
 
   __device__ __forceinline__ PagesAhead(const int32_t* table, int first_key, int begin, int end)
       : table(table), first_key(first_key), begin(begin), end(end), held(0), ahead(read(0)) {}

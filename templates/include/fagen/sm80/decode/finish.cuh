@@ -24,8 +24,8 @@ struct RowSums {
   float reference, sum = 0.f;
 };
 
-// Merge parts of a row, always in the same order. `stats(i)` gives reference and sum of part i of `stats_count`, `sums(i)`
-// its columns; with `kOneSum` all parts have the same reference and their columns are in the first.
+// Merge parts of a row, always in the same order. `stats(i)` gives reference and sum of part i of `stats_count`,
+// `sums(i)` its columns; with `kOneSum` all parts have the same reference and their columns are in the first.
 template <bool kOneSum, class Stats, class Sums>
 __device__ __forceinline__ RowSums merge_parts(int count, float scale_log2, Stats stats, Sums sums) {
   RowSums row;
@@ -60,8 +60,8 @@ struct DecodeOutput {
       top = higher;
     }
     if (p.lse && column == 0) {
-      const int64_t at = p.cu_seqlens_q ? int64_t(head) * p.rows + token
-                                        : (int64_t(tile.batch) * p.heads + head) * p.seqlen_q + token;
+      const int64_t at =
+          p.cu_seqlens_q ? int64_t(head) * p.rows + token : (int64_t(tile.batch) * p.heads + head) * p.seqlen_q + token;
       p.lse[at] = total == 0.f ? -INFINITY : top * kLn2 + logf(total);
     }
     const float inverse = total == 0.f ? 0.f : factor * value_scale / total;
@@ -155,7 +155,7 @@ __device__ __forceinline__ void finish_block(const DecodeBlock<C, Element>& bloc
     grid.sums[at * (C::kHeadDimV / 4) + column / 4] = sums.o;
     if (column == 0) grid.stats[at] = make_float2(sums.reference, sums.sum);
   });
-  if constexpr (C::kMerge == Merge::last_block)
+  if constexpr (C::kMergedBy == MergedBy::last_block)
     if (!alone && arrive_last(grid.arrived + tile.index, block.split.used))
       merge_splits(output, grid, block.split.used, S::kThreads);
 }

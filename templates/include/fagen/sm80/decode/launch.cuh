@@ -21,8 +21,8 @@ static int most_key_tiles(const fagen_decode_params& p) {
 }
 
 // The kernel's own number of splits. Blocks run in waves; a block costs its keys, what starting it costs (about as much
-// as kStart keys), and each further split what it adds to the merge. Lengths on the device have no part in this, so that
-// a CUDA graph serves all of them.
+// as kStart keys), and each further split what it adds to the merge. Lengths on the device have no part in this, so
+// that a CUDA graph serves all of them.
 template <class C>
 static int choose_splits(int64_t row_tiles, int key_tiles, int resident) {
   constexpr int64_t kStart = 128, kMerge = 128, kMergeOfSplit = 4;
@@ -61,7 +61,7 @@ struct DecodePlan {
     }
     if (grid.splits == 1) return;
     rows = tiles * grid.splits * C::kTileM;
-    arrived_bytes = C::kMerge == Merge::last_block ? align_workspace(tiles * sizeof(unsigned)) : 0;
+    arrived_bytes = C::kMergedBy == MergedBy::last_block ? align_workspace(tiles * sizeof(unsigned)) : 0;
     stats_bytes = align_workspace(rows * sizeof(float2));
     sums_bytes = align_workspace(rows * C::kHeadDimV * sizeof(float));
   }
@@ -89,7 +89,7 @@ static cudaError_t launch_decode(const fagen_decode_params& p, int resident, cud
     if (const cudaError_t e = cudaMemsetAsync(plan.grid.arrived, 0, plan.arrived_bytes, stream)) return e;
   using S = DecodeShape<C>;
   decode<<<unsigned(blocks), S::kThreads, S::kSmemBytes, stream>>>(p, plan.grid);
-  if (C::kMerge == Merge::combine && plan.grid.splits > 1)
+  if (C::kMergedBy == MergedBy::own_kernel && plan.grid.splits > 1)
     combine<<<unsigned(plan.tiles), kCombineThreads, 0, stream>>>(p, plan.grid);
   return cudaGetLastError();
 }

@@ -16,20 +16,19 @@ __device__ __forceinline__ fagen_forward_params score_params(float scale, float 
 }
 
 template <class C, class Element>
-using DecodeWarpProducts =
-    WarpProducts<C, Element, typename DecodeShape<C>::TileQ, typename DecodeShape<C>::TileK,
-                 typename DecodeShape<C>::TileV, DecodeShape<C>::kSlabs, DecodeShape<C>::kWarpKeys,
-                 DecodeShape<C>::kWarpColumns>;
+using DecodeWarpProducts = WarpProducts<C, Element, typename DecodeShape<C>::TileQ, typename DecodeShape<C>::TileK,
+                                        typename DecodeShape<C>::TileV, DecodeShape<C>::kSlabs,
+                                        DecodeShape<C>::kWarpKeys, DecodeShape<C>::kWarpColumns>;
 
 template <class C, class Element>
 struct DecodeProducts : DecodeWarpProducts<C, Element> {
   using S = DecodeShape<C>;
   using Base = DecodeWarpProducts<C, Element>;
-  using typename Base::Scores;
-  using typename Base::Weights;
   using Base::lane;
   using Base::o;
   using Base::softmax;
+  using typename Base::Scores;
+  using typename Base::Weights;
   using TileQ = typename S::TileQ;
   using TileK = typename S::TileK;
   using TileV = typename S::TileV;
@@ -142,7 +141,7 @@ struct DecodeProducts : DecodeWarpProducts<C, Element> {
         ptx::ldmatrix_x4_trans(v_frag, TileV::step(v_lane, 0, d));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // 16 columns: the even ones in one piece of O, the odd ones in the next
-          uint32_t even[2], odd[2];             // of keys 0 to 7 and 8 to 15
+          uint32_t even[2], odd[2];  // of keys 0 to 7 and 8 to 15
 #pragma unroll
           for (int i = 0; i < 2; ++i) expand_e4m3<Element>(v_frag[half * 2 + i], even[i], odd[i]);
 #pragma unroll

@@ -15,8 +15,8 @@ struct DecodeConfig : Base {
   static constexpr bool kAlibi = false, kDropout = false;
 };
 
-// The rows of a tile are query tokens x heads of a group. The warps split its keys: each has its own ring of stages, and
-// O, maxima and sums of its own (keys); or they share one ring, each has all keys' weights and some columns of O
+// The rows of a tile are query tokens x heads of a group. The warps split its keys: each has its own ring of stages,
+// and O, maxima and sums of its own (keys); or they share one ring, each has all keys' weights and some columns of O
 // (columns). In both a warp copies the same kWarpKeys keys of a tile and computes their scores.
 template <class C>
 struct DecodeShape {
