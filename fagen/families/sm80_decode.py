@@ -37,9 +37,15 @@ def _dims(p: DecodeProblem) -> tuple[int, int]:
     return -(-p.head_dim // unit) * unit, -(-p.head_dim_v // unit) * unit
 
 
+def _key_bytes(p: DecodeProblem) -> int:
+    """What a key and its value take of a stage."""
+    d, dv = _dims(p)
+    return (d if p.shared_kv else d + dv) * p.kv_itemsize
+
+
 def smem_bytes(p: DecodeProblem, c: Config) -> int:
     d, dv = _dims(p)
-    loop = c.tile_m * d * 2 + c.stages * c.tile_n * (d + dv) * p.kv_itemsize
+    loop = c.tile_m * d * 2 + c.stages * c.tile_n * _key_bytes(p)
     if c.partition == "columns":
         loop += c.tile_m * c.tile_n * 2 + c.warps * c.tile_m * 4
     parts = 1 if c.partition == "columns" else c.warps
@@ -112,7 +118,8 @@ def _supports(p: DecodeProblem, t: Target) -> str | None:
 
 
 def _derive(p: DecodeProblem, t: Target, c: Config) -> dict[str, int]:
-    return {"threads": 32 * int(c.warps), "smem_bytes": smem_bytes(p, c)}
+    early = t.capability >= 90  # the second kernel may be launched before the first ends
+    return {"threads": 32 * int(c.warps), "smem_bytes": smem_bytes(p, c), "early": int(early)}
 
 
 def _make(**values: Value) -> Config:
@@ -189,7 +196,7 @@ def _keys(p: DecodeProblem) -> int:
 def cost(p: DecodeProblem, t: Target, c: Config) -> float:
     """Cycles, roughly: a block reads its keys as fast as memory allows for what is in flight on its SM, or computes."""
     d, dv = _dims(p)
-    key_bytes, blocks = (d + dv) * p.kv_itemsize, int(c.blocks_per_sm)
+    key_bytes, blocks = _key_bytes(p), int(c.blocks_per_sm)
     splits, group = splits_of(p, t, c), p.heads // p.kv_heads
     row_tiles = -(-p.seqlen_q * group // int(c.tile_m))
     tasks = row_tiles * p.kv_heads * p.batch * splits

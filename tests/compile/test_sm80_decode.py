@@ -26,6 +26,9 @@ PROBLEMS = {
     "d256-fp8-fp16": DecodeProblem(head_dim=256, dtype="fp16", kv_dtype="fp8_e4m3", mask="window", page=256),
     "d128-32-rows": DecodeProblem(head_dim=128, mask="causal", page=16, seqlen_q=4, heads=8, kv_heads=1),
     "d128-64-rows": DecodeProblem(head_dim=128, mask="causal", page=16, seqlen_q=16, heads=8, kv_heads=1),
+    "latent": DecodeProblem(
+        head_dim=576, head_dim_v=512, shared_kv=True, mask="causal", page=64, heads=128, kv_heads=1
+    ),
     "d96-unaligned": DecodeProblem(head_dim=96, aligned=False),
 }
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")

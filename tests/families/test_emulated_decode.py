@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from fagen.errors import InvalidArgument
 from fagen.families import sm80_decode
+from fagen.ops.attention.decode import DecodeProblem
 from fagen.ops.attention.decode_call import DecodeCall
 from fagen.ops.attention.decode_calls import CALLS, Params, make_params
 from fagen.runtime.kernel import Library
@@ -48,6 +50,8 @@ CASES = [
     Case("columns_two_warps", head_dim=64, head_dim_v=128, aligned=False, softcap=True),
     Case("eight_warps", page=16, mask="none", dtype="fp16", **FP8),
     Case("eight_warps", page=128, head_dim=64, sinks=True),
+    Case("columns", page=64, head_dim=192, head_dim_v=128, shared_kv=True),
+    Case("base", page=1, head_dim=96, head_dim_v=64, shared_kv=True, mask="none", **FP8),
     Case("deep", page=1, head_dim=48),
     Case("deep", mask="none", head_dim=40, aligned=False, **FP8),
     Case("columns_32", page=256, mask="none"),
@@ -217,6 +221,22 @@ def test_every_fp8_number_is_exact(case: Case, folder: Path) -> None:
     assert torch.equal(found["out"], v[0, :1].to(dtype)[None])
     scores = v[0, 0].double().sum(1) / 8
     assert torch.allclose(found["lse"][0, :, 0].double(), scores, rtol=1e-6, atol=1e-6)
+
+
+def test_a_call_tells_that_v_is_a_part_of_k() -> None:
+    call = _call(PINNED, [40])
+    shared = dataclasses.replace(call, v=call.k[..., :32])
+    assert shared.problem.shared_kv and shared.problem.static_key.endswith("d64-32/none/page16/shared-kv")
+    apart = dataclasses.replace(shared, v=call.v[..., :32])
+    later = dataclasses.replace(shared, v=call.k[..., 32:])
+    assert not apart.problem.shared_kv and not later.problem.shared_kv
+    outputs = shared.new_outputs()
+    CALLS.require(shared.problem, shared, outputs)
+    CALLS.require(apart.problem, shared, outputs)  # who reads both reads the same twice
+    with pytest.raises(InvalidArgument, match="the kernel is for"):
+        CALLS.require(shared.problem, apart, outputs)
+    with pytest.raises(InvalidArgument, match="more columns"):
+        DecodeProblem(head_dim=64, head_dim_v=128, shared_kv=True)
 
 
 def test_the_kernels_rule_of_splits_is_pythons(folder: Path) -> None:

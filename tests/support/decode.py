@@ -51,6 +51,7 @@ class Case:
     head_dim_v: int = 0
     softcap: bool = False
     sinks: bool = False
+    shared_kv: bool = False
     aligned: bool = True
     changes: tuple[tuple[str, Any], ...] = field(default=())
 
@@ -59,6 +60,7 @@ class Case:
         return DecodeProblem(
             dtype=self.dtype, kv_dtype=self.kv_dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v,
             mask=self.mask, softcap=self.softcap, sinks=self.sinks, aligned=self.aligned, page=self.page,
+            shared_kv=self.shared_kv,
         )  # fmt: skip
 
     @property
@@ -67,7 +69,9 @@ class Case:
 
     def __str__(self) -> str:
         d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
-        flags = [name for name in ("softcap", "sinks") if getattr(self, name)] + ([] if self.aligned else ["unaligned"])
+        flags = [name for name in ("softcap", "sinks", "shared_kv") if getattr(self, name)] + (
+            [] if self.aligned else ["unaligned"]
+        )
         page = f"page{self.page}" if self.page else ""
         changes = (f"{k}={v}" for k, v in self.changes)
         return "-".join(filter(None, [self.scheme, page, self.mask, self.dtype, self.kv_dtype, d, *flags, *changes]))

@@ -130,7 +130,7 @@ __device__ __forceinline__ void run_split_keys(DecodeBlock<C, Element>& block, D
         if (key >= block.tile.end || key + S::kWarpKeys <= block.tile.begin) return;
         typename DecodeProducts<C, Element>::Scores s_acc;
         block.compute_scores(products, s_acc, i, stage);
-        products.add_values(s_acc, block.stage(stage) + S::TileK::kBytes);
+        products.add_values(s_acc, block.stage(stage) + S::kValues);
       });
 }
 
@@ -208,7 +208,7 @@ __device__ __forceinline__ void run_split_columns(DecodeBlock<C, Element>& block
       [&](int i, int stage) {
         typename DecodeProducts<C, Element>::Scores s_acc;
         block.compute_scores(products, s_acc, i, stage);
-        weights.add_values(products, s_acc, block.stage(stage) + S::TileK::kBytes);
+        weights.add_values(products, s_acc, block.stage(stage) + S::kValues);
       });
 }
 

@@ -163,7 +163,7 @@ struct CacheReader {
     const int key = first_key + tile * C::kTileN;
     pages.move_to(tile);
     k.copy(pages, tile, key, begin, end, stage, row);
-    v.copy(pages, tile, key, begin, end, stage + S::TileK::kBytes, row);
+    if constexpr (!C::kSharedKv) v.copy(pages, tile, key, begin, end, stage + S::kValues, row);
   }
 };
 

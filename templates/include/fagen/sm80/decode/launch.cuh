@@ -89,8 +89,12 @@ static cudaError_t launch_decode(const fagen_decode_params& p, int resident, cud
     if (const cudaError_t e = cudaMemsetAsync(plan.grid.arrived, 0, plan.arrived_bytes, stream)) return e;
   using S = DecodeShape<C>;
   decode<<<unsigned(blocks), S::kThreads, S::kSmemBytes, stream>>>(p, plan.grid);
-  if (C::kMergedBy == MergedBy::own_kernel && plan.grid.splits > 1)
-    combine<<<unsigned(plan.tiles), kCombineThreads, 0, stream>>>(p, plan.grid);
+  if (C::kMergedBy == MergedBy::own_kernel && plan.grid.splits > 1) {
+    if constexpr (Derived::early)
+      return launch_kernel(combine, int(plan.tiles), kCombineThreads, 0, stream, p, plan.grid);
+    else
+      combine<<<unsigned(plan.tiles), kCombineThreads, 0, stream>>>(p, plan.grid);
+  }
   return cudaGetLastError();
 }
 

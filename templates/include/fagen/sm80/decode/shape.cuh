@@ -33,10 +33,12 @@ struct DecodeShape {
   static constexpr int kRings = kSplitColumns ? 1 : C::kWarps;
   using TileQ = SmemTile<C::kTileM, C::kHeadDim, true>;
   using TileK = SmemTile<kRingRows, C::kHeadDim * kItemBytes / 2, true>;  // columns in units of 16 bits
-  using TileV = SmemTile<kRingRows, C::kHeadDimV * kItemBytes / 2, true>;
+  // v: the first columns of the tile of k, or a tile of its own
+  using TileV = SmemTile<kRingRows, (C::kSharedKv ? C::kHeadDim : C::kHeadDimV) * kItemBytes / 2, true>;
   using TileP = SmemTile<C::kTileM, C::kTileN, true>;
 
-  static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
+  static constexpr int kValues = C::kSharedKv ? 0 : TileK::kBytes;  // of a stage
+  static constexpr int kStageBytes = kValues + TileV::kBytes;
   static constexpr int kRingBytes = C::kStages * kStageBytes;
   static constexpr int kRingsBegin = TileQ::kBytes;
   static constexpr int kRingsEnd = kRingsBegin + kRings * kRingBytes;
