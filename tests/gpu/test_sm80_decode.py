@@ -42,6 +42,14 @@ SCORE_CASES = [
     for name in ("base", "columns", "last_block")
     for softcap, sinks, mask in ((True, False, "none"), (False, True, "window"), (True, True, "causal"))
 ]
+SHARED_CASES = [
+    Case(name, page=page, head_dim=d, head_dim_v=dv, shared_kv=True, mask=mask, **more)
+    for name, page, d, dv, mask in (
+        ("base", 16, 128, 128, "causal"), ("columns", 64, 576, 512, "none"), ("columns_32", 64, 576, 512, "causal"),
+        ("columns_two_warps", 1, 192, 128, "window"), ("last_block", 0, 96, 64, "none"),
+    )
+    for more in ({}, FP8)
+]  # fmt: skip
 UNALIGNED_CASES = [
     Case("base", aligned=False, head_dim=50, page=16),
     Case("columns_two_warps", aligned=False, head_dim=64, dtype="fp16", mask="none"),
@@ -50,7 +58,7 @@ UNALIGNED_CASES = [
 ]
 ALL = [
     case
-    for case in (*SCHEME_CASES, *PAGE_CASES, *FP8_CASES, *SCORE_CASES, *UNALIGNED_CASES)
+    for case in (*SCHEME_CASES, *PAGE_CASES, *FP8_CASES, *SCORE_CASES, *SHARED_CASES, *UNALIGNED_CASES)
     if not FAMILY.rejects(case.problem, target.known("sm_80"), case.config)
 ]
 
@@ -65,6 +73,10 @@ DEFAULTS = [
     for i, (d, dv) in enumerate(_DIMS)
     for j, kv in enumerate(("", "fp8_e4m3"))
 ]  # fmt: skip
+LATENT = DecodeProblem(
+    head_dim=576, head_dim_v=512, shared_kv=True, mask="causal", page=64, batch=5, heads=128, kv_heads=1, seqlen_k=3000
+)
+DEFAULTS += [LATENT, LATENT.replace(kv_dtype="fp8_e4m3"), LATENT.replace(heads=16, seqlen_q=2, dtype="fp16")]
 SERVED = DecodeProblem(head_dim=128, mask="causal", page=16, batch=32, heads=32, kv_heads=8, seqlen_k=4096)
 
 
@@ -94,6 +106,16 @@ def _check(which: Kernel, problem: DecodeProblem, seed: int, sample: bool = Fals
     _launch(which, inputs)
     verdict = (CALLS.check_sample if sample else CALLS.check)(inputs.call, inputs.outputs)
     assert verdict and not inputs.damage(), f"{problem.key} seed {seed}: {verdict.message} {inputs.damage()}"
+
+
+def sanitize(case: Case) -> None:
+    """A few small launches, for tools that slow them down."""
+    which = _kernel(case.problem, case)
+    for batch, rows, splits in ((3, 1, 0), (2, 5, 3)):
+        problem = case.problem.replace(batch=batch, heads=4, kv_heads=2, seqlen_q=rows, seqlen_k=300)
+        inputs = CALLS.inputs(problem, "cuda", batch, True).change(num_splits=splits)
+        _launch(which, inputs)
+        assert CALLS.check(inputs.call, inputs.outputs)
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)

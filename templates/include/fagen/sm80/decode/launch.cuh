@@ -7,7 +7,7 @@
 namespace fagen {
 
 constexpr int kMostSplits = 256;
-constexpr int kCombineThreads = 128;
+constexpr int kCombineThreads = 256;
 
 // Key tiles that a row tile can see at most, by the largest lengths. A window may begin amid a tile.
 template <class C>
