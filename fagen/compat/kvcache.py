@@ -88,6 +88,7 @@ def flash_attn_with_kvcache(
     table = _one_of("page_table", page_table, "block_table", block_table)
     sinks = _one_of("sinks", sinks, "learnable_sink", learnable_sink)
     plain = type(causal) is bool and type(window_size) is tuple and type(softcap) is float
+    plain = plain and not torch.compiler.is_compiling()
     settings = (_kept_settings if plain and type(softmax_scale) in _PLAIN else _settings)(
         causal, window_size, softcap, softmax_scale
     )

@@ -46,7 +46,7 @@ _kinds: dict[tuple[Any, ...], _Prepared] = {}
 
 
 def attend(call: DecodeCall, want_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out, lse), or (out, None). A call of a new kind is validated; contents of tensors are for who computes to check."""
+    """(out, lse), or (out, None). A call of a new kind is validated, but for the contents of its tensors."""
     try:
         kind = _kind(call)
     except (AttributeError, RuntimeError):  # no tensor, or not of strides: to be told in words

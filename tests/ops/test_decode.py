@@ -170,7 +170,10 @@ def test_calls_that_contradict_themselves_are_refused(change: dict[str, Any], me
     if "k" in change:
         change = {"k": change["k"], "v": torch.zeros(3, 71, 2, 16)}
     with pytest.raises(InvalidArgument) as raised:
-        call = dataclasses.replace(good, **change)
-        call.check_arguments()
-        call.check_tensors()
+        validate(dataclasses.replace(good, **change))
     assert message in str(raised.value)
+
+
+def validate(call: DecodeCall) -> None:
+    call.check_arguments()
+    call.check_tensors()
