@@ -7,7 +7,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fagen import ops
 from fagen.build import cache
@@ -120,11 +120,12 @@ class Kernel:
             with device:
                 status = launch(reference, stream)
             if status != 0:
-                self._fail(status, alive[0])
+                self.fail(status, alive[0])
 
         return start
 
-    def _fail(self, status: int, call: Call) -> None:
+    def fail(self, status: int, call: Call) -> NoReturn:
+        """Raise LaunchError for what a launch of the call returned."""
         text = (self.library.error(status) or b"unknown").decode(errors="replace")
         shapes = " ".join(str(tuple(t.shape)) for t in call.inputs().values())
         raise LaunchError(f"{self.spec.family.name} could not run: {text}", f"{shapes}: {self.spec.config}")

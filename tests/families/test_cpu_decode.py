@@ -12,6 +12,7 @@ import torch
 
 from fagen import ops
 from fagen.codegen.spec import KernelSpec
+from fagen.errors import LaunchError
 from fagen.families import cpu_decode
 from fagen.ops.attention.decode_call import DecodeCall
 from fagen.ops.attention.decode_problem import PAGES, DecodeProblem
@@ -118,18 +119,35 @@ def test_pinned_splits_do_not_depend_on_the_others() -> None:
             assert torch.equal(t[0], together[name][b]), f"sequence {b} of {int(call.seqlens_k[b])} keys: {name}"
 
 
-def test_lengths_beyond_the_bounds_are_cut() -> None:
-    """What a damaged tensor of lengths holds reads and writes nothing outside."""
-    k = built(0)
-    made = CALLS.inputs(k.spec.problem.replace(batch=3, seqlen_q=1, seqlen_k=70), "cpu", 1, False)
-    wild = dataclasses.replace(made.call, seqlens_k=torch.tensor([-5, 2**31 - 1, 70], dtype=torch.int32))
-    tame = dataclasses.replace(made.call, seqlens_k=torch.tensor([0, 70, 70], dtype=torch.int32))
-    assert all(
-        torch.equal(a, b) for a, b in zip(outputs_of(k, wild).values(), outputs_of(k, tame).values(), strict=True)
-    )
-    starts = torch.tensor([0, 2**31 - 1, -7, 3], dtype=torch.int32)
-    ragged = dataclasses.replace(made.call, q=made.call.q[:, 0], cu_seqlens_q=starts, most_rows=3)
-    outputs_of(k, ragged)
+def test_damaged_indices_are_refused() -> None:
+    """Nothing outside is read or written, and the caller is told."""
+    plain, paged = built(0), built(6)
+    contiguous = CALLS.inputs(plain.spec.problem.replace(batch=3, seqlen_q=1, seqlen_k=70), "cpu", 1, False).call
+    pages = CALLS.inputs(paged.spec.problem.replace(batch=3, seqlen_q=1, seqlen_k=70), "cpu", 1, False).call
+    assert pages.page_table is not None
+    rows = {"q": contiguous.q[:, 0], "most_rows": 2}
+
+    def changed(t: torch.Tensor, value: int) -> torch.Tensor:
+        copy = t.clone()
+        copy.view(-1)[1] = value
+        return copy
+
+    def starts(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    broken: list[tuple[Kernel, DecodeCall, dict[str, Any], str]] = []
+    for value in (-1, 71, 2**31 - 1, -(2**31)):
+        for k, call in ((plain, contiguous), (paged, pages)):
+            broken.append((k, call, {"seqlens_k": changed(call.seqlens_k, value)}, "a length"))
+    for value in (-1, pages.k.shape[0], 2**31 - 1, -(2**31)):
+        broken.append((paged, pages, {"page_table": changed(pages.page_table, value)}, "page table"))
+        broken.append((plain, contiguous, {"cache_batch_idx": starts(0, value, 1)}, "cache_batch_idx"))
+    for values in ((0, 2, 1, 3), (0, 3, 3, 3), (0, 1, 2, 2**31 - 1), (-1, 0, 1, 2), (0, 1, -(2**31), 3)):
+        broken.append((plain, contiguous, {**rows, "cu_seqlens_q": starts(*values)}, "a length"))
+    for k, call, change, message in broken:
+        with pytest.raises(LaunchError, match=message):
+            outputs_of(k, dataclasses.replace(call, **change))
+    outputs_of(plain, dataclasses.replace(contiguous, **rows, cu_seqlens_q=starts(0, 1, 1, 3)))
 
 
 def test_fp8_of_all_bits() -> None:

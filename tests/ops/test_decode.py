@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fagen import ops
-from fagen.errors import InvalidArgument
+from fagen.cli import arguments
+from fagen.errors import FagenError, InvalidArgument
 from fagen.ops import problem_from
 from fagen.ops.attention import decode_inputs, decode_reference
 from fagen.ops.attention.decode_call import DecodeCall
@@ -170,5 +171,32 @@ def test_calls_that_contradict_themselves_are_refused(change: dict[str, Any], me
     if "k" in change:
         change = {"k": change["k"], "v": torch.zeros(3, 71, 2, 16)}
     with pytest.raises(InvalidArgument) as raised:
-        dataclasses.replace(good, **change).check_tensors()
+        validate(dataclasses.replace(good, **change))
     assert message in str(raised.value)
+
+
+def validate(call: DecodeCall) -> None:
+    call.check_arguments()
+    call.check_tensors()
+
+
+def test_the_command_line_spells_every_problem() -> None:
+    problems = [
+        DecodeProblem(),
+        DecodeProblem(dtype="fp16", page=16, kv_dtype="fp8_e4m3", sinks=True, softcap=True, mask="causal", seqlen_q=4),
+        DecodeProblem(mask="window", window_left=9, window_right=0, seqlen_q=64, seqlen_k=64, aligned=False),
+        DecodeProblem(head_dim=576, head_dim_v=512, heads=128, kv_heads=1, page=64, batch=7),
+    ]
+    for problem in problems:
+        words, settings = ops.get("decode").flags(problem), {}
+        while words:
+            name = words.pop(0).removeprefix("--").replace("-", "_")
+            name, equals, value = name.partition("=")
+            value = value if equals else words.pop(0) if words and not words[0].startswith("--") else True
+            settings[name] = value
+        assert arguments.expand(settings) == [problem]
+    (plain,) = arguments.expand({"op": "decode", "seqlen": "4k"})
+    assert (plain.seqlen_q, plain.seqlen_k) == (1, 4096)
+    for settings in ({"page": 16}, {"sinks": True}, {"kv_dtype": "fp8_e4m3"}, {"op": "decode", "page": 7}):
+        with pytest.raises(FagenError):
+            arguments.expand(settings)

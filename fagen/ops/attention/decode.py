@@ -42,7 +42,7 @@ def features(p: DecodeProblem, units: int) -> dict[str, float]:
 
 
 def _flags(p: DecodeProblem) -> list[str]:
-    words = ["--op", "decode", *forward_flags(p)]
+    words = ["--op", "decode", *forward_flags(p, one_length=False)]
     words += ["--kv-dtype", p.kv_dtype] if p.kv_dtype else []
     words += ["--page", str(p.page)] if p.page else []
     words += ["--shared-kv"] if p.shared_kv else []

@@ -19,6 +19,7 @@ _TENSORS = (
     "q", "k", "v", "seqlens_k", "page_table", "cu_seqlens_q", "cache_batch_idx", "k_scale", "v_scale", "sinks",
 )  # fmt: skip
 _MASKS = {(-1, -1): "none", (-1, 0): "causal"}  # of a window; another one is just that
+EMPTY = "there is nothing to compute"
 LARGEST_SPLIT = 1 << 20  # blocks that share a sequence's keys, or keys of a block
 
 
@@ -42,7 +43,6 @@ class DecodeCall:
     num_splits: int = 0  # of a sequence's keys; 0: by the kernel's rule; -n: n keys each
     most_rows: int = 0  # of a sequence, with cu_seqlens_q
     most_keys: int = 0  # of a sequence; 0: as many as there is room for
-    want_lse: bool = False
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
@@ -94,9 +94,13 @@ class DecodeCall:
         return {"out": ((*q[:-1], self.v.shape[3]), self.q.dtype), "lse": (lse, torch.float32)}
 
     def new_outputs(self) -> dict[str, torch.Tensor]:
-        types = self.output_types()
-        wanted = ("out", "lse") if self.want_lse else ("out",)
-        return {name: self.q.new_empty(types[name][0], dtype=types[name][1]) for name in wanted}
+        return {name: self.q.new_empty(shape, dtype=dtype) for name, (shape, dtype) in self.output_types().items()}
+
+    def check_arguments(self) -> None:
+        """Raise InvalidArgument for settings that no kernel could be given."""
+        arguments.settings(False, self.window, self.softcap, self.scale)
+        if not -LARGEST_SPLIT <= self.num_splits <= LARGEST_SPLIT:
+            raise InvalidArgument(f"num_splits={self.num_splits} is out of range", f"at most {LARGEST_SPLIT}")
 
     def check_tensors(self) -> None:
         """Raise InvalidArgument for tensors that contradict each other. What device tensors hold is not looked at."""
@@ -113,8 +117,6 @@ class DecodeCall:
         if self.sinks is not None:
             sink_logits.check(self.sinks, self.heads, self.q.device)
             _require("sinks", self.sinks, (self.heads,), torch.float32, "float32")
-        if not -LARGEST_SPLIT <= self.num_splits <= LARGEST_SPLIT:
-            raise InvalidArgument(f"num_splits={self.num_splits} is out of range", f"at most {LARGEST_SPLIT}")
 
     def _check_cache(self) -> None:
         q, k, v = self.q, self.k, self.v
@@ -169,7 +171,9 @@ class DecodeCall:
             if t.stride(-1) != 1 and t.shape[-1] > 1:
                 return f"the last dimension of {name} is not contiguous"
         if 0 in q.shape or self.seqlen_k < 1:
-            return "there is nothing to compute"
+            return EMPTY
+        if self.scale is not None and not self.scale >= arguments.LEAST_NUMBER:
+            return f"scale={self.scale} is not positive"
         return ""
 
     @property

@@ -40,7 +40,8 @@ def make_params(call: DecodeCall, outputs: Outputs) -> ctypes.Structure:
     if (lse := outputs.get("lse")) is not None:
         params.lse = lse.data_ptr()
     params.batch, params.heads, params.kv_heads, params.rows = call.batch, call.heads, call.kv_heads, call.rows
-    params.seqlen_q, params.seqlen_k, params.page_size = call.seqlen_q, call.seqlen_k, call.k.shape[1]
+    params.seqlen_q, params.seqlen_k = call.seqlen_q, call.seqlen_k
+    params.pages, params.page_size = call.k.shape[:2]
     params.head_dim, params.head_dim_v = call.k.shape[3], call.v.shape[3]
     # a wider band shows no more, and its sum with a row would leave 32 bits
     left, right = call.window

@@ -63,7 +63,7 @@ def make(problem: DecodeProblem, device: Any, seed: int, varied: bool) -> Inputs
         sinks=torch.randn(p.heads, generator=numbers, device=where) if p.sinks else None,
         window=(p.window_left, p.window_right), softcap=SOFTCAP if p.softcap else 0.0,
         num_splits=_SPLITS[(p.batch + p.seqlen_k) % len(_SPLITS)] if varied else 0,
-        most_rows=p.seqlen_q if ragged else 0, most_keys=p.seqlen_k, want_lse=True,
+        most_rows=p.seqlen_q if ragged else 0, most_keys=p.seqlen_k,
     )  # fmt: skip
     types = call.output_types()
     rooms = {

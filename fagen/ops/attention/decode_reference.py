@@ -22,15 +22,16 @@ def attend(call: DecodeCall, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
     """The output and the LSE, computed in a dtype; rows that see nothing give 0, and -inf or their sink."""
     q, counts = _padded_rows(call)
     k, v = (_gathered(call, t, by, dtype) for t, by in ((call.k, call.k_scale), (call.v, call.v_scale)))
-    batch, rows, _, dim = q.shape
-    grouped = q.to(dtype).reshape(batch, rows, call.kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
+    batch, rows, heads, dim = q.shape
+    group = heads // call.kv_heads
+    grouped = q.to(dtype).reshape(batch, rows, call.kv_heads, group, dim).permute(0, 2, 3, 1, 4)
     scale = 1.0 / math.sqrt(dim) if call.scale is None else call.scale
     scores = torch.matmul(grouped * scale, k.permute(0, 2, 3, 1)[:, :, None])  # (batch, kv head, of a group, row, key)
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     scores = scores.masked_fill(~_visible(call, counts)[:, None, None], -math.inf)
     if call.sinks is not None:  # one more key, which has no value
-        column = call.sinks.to(dtype).reshape(1, call.kv_heads, -1, 1, 1)
+        column = call.sinks.to(dtype).reshape(1, call.kv_heads, group, 1, 1)
         scores = torch.cat([scores, column.expand(*scores.shape[:-1], 1)], dim=-1)
     lse = torch.logsumexp(scores if dtype == torch.float64 else scores.float(), dim=-1)
     top = scores.amax(-1, keepdim=True)

@@ -24,7 +24,7 @@ typedef struct fagen_decode_params {
   int32_t batch, heads, kv_heads;
   int32_t rows;                       // of q in all, with cu_seqlens_q; else batch * seqlen_q
   int32_t seqlen_q, seqlen_k;         // most rows and most keys of a sequence
-  int32_t page_size;                  // rows of a page
+  int32_t pages, page_size;           // of the cache; rows of a page
   int32_t head_dim, head_dim_v;       // as the caller has them; the kernel works on padded sizes
   int32_t window_left, window_right;  // the band around each sequence's bottom-right aligned diagonal; -1: unbounded
   int32_t num_splits;                 // blocks that share a sequence's keys; 0: the kernel chooses, by the sizes here;

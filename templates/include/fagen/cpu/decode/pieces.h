@@ -55,7 +55,9 @@ struct Pieces {
 
   static int64_t whole_tiles(int64_t keys) { return ceil_div(keys, Config::kTileN) * Config::kTileN; }
 
-  void cut() {
+  // False if a length is beyond its bound, or a sequence's place is none of the cache's.
+  bool cut() {
+    bool good = true;
     int64_t work = 0;
     for (int64_t b = 0; b < p.batch && p.num_splits == 0; ++b) {
       const Sequence<Config> s(p, b);
@@ -67,8 +69,10 @@ struct Pieces {
     for (int64_t b = 0; b < p.batch; ++b) {
       const Sequence<Config> s(p, b);
       splits[b] = splits_of(s);
+      good &= s.good && (!p.cache_batch_idx || (p.cache_batch_idx[b] >= 0 && p.cache_batch_idx[b] < p.pages));
       first[b + 1] = first[b] + int64_t(tiles(s)) * splits[b] * p.kv_heads;
     }
+    return good;
   }
 
   // Keys of a split of this sequence.

@@ -5,7 +5,7 @@
 
 namespace fagen {
 
-// Lengths are within the bounds of the params, whatever the tensors hold.
+// Lengths are cut to the bounds of the params, whatever the tensors hold. `good`: nothing had to be.
 template <class Config>
 struct Sequence {
   static constexpr bool kBanded = Config::kMask != decltype(Config::kMask)::none;
@@ -13,6 +13,7 @@ struct Sequence {
   int64_t index, first_row;  // the first of its rows among all rows of q
   int rows, keys;
   int left, right;  // the band, -1: unbounded
+  bool good;
 
   Sequence(const fagen_decode_params& p, int64_t index)
       : index(index), left(p.window_left), right(p.window_right) {
@@ -21,6 +22,7 @@ struct Sequence {
     const int64_t end = starts ? bounded(starts[index + 1], p.rows) : first_row + p.seqlen_q;
     rows = bounded(end - first_row, p.seqlen_q);
     keys = bounded(p.seqlens_k[index], p.seqlen_k);
+    good = keys == p.seqlens_k[index] && (!starts || (starts[index] == first_row && starts[index + 1] - first_row == rows));
   }
 
   static int bounded(int64_t x, int most) { return x < 0 ? 0 : x > most ? most : int(x); }
@@ -42,25 +44,28 @@ struct Cache {
   const Element* head;  // page 0
   int64_t page_stride, row_stride;
   const int32_t* pages;  // of the sequence, where the cache is paged
+  int32_t page_count;    // of the cache
 
   Cache(const fagen_decode_params& p, const fagen_tensor& t, int64_t sequence, int kv_head)
       : head(static_cast<const Element*>(t.data) + kv_head * t.stride[2]),
         page_stride(t.stride[0]),
         row_stride(t.stride[1]),
-        pages(nullptr) {
+        pages(nullptr),
+        page_count(p.pages) {
     if constexpr (Config::kPageSize > 0)
       pages = static_cast<const int32_t*>(p.page_table.data) + sequence * p.page_table.stride[0];
     else
       head += (p.cache_batch_idx ? p.cache_batch_idx[sequence] : sequence) * page_stride;
   }
 
-  // Where some keys lie; the last one once more up to whole vectors of keys.
-  void locate(Range keys, const Element** found) const {
+  // Where some keys lie; the last one once more up to whole vectors of keys. False if a page is none of the cache's.
+  bool locate(Range keys, const Element** found) const {
     int at = 0;
     if constexpr (Config::kPageSize > 0) {
       for (int key = keys.begin; key < keys.end;) {
-        const int page = key / Config::kPageSize, row = key % Config::kPageSize;
-        const Element* p = head + pages[page] * page_stride + row * row_stride;
+        const int32_t page = pages[key / Config::kPageSize], row = key % Config::kPageSize;
+        if (page < 0 || page >= page_count) return false;
+        const Element* p = head + page * page_stride + row * row_stride;
         const int rest = Config::kPageSize - row, count = rest < keys.end - key ? rest : keys.end - key;
         for (int i = 0; i < count; ++i, p += row_stride) found[at++] = p;
         key += count;
@@ -70,6 +75,7 @@ struct Cache {
       for (; at < keys.size(); p += row_stride) found[at++] = p;
     }
     for (const Element* last = found[at - 1]; at % kMaxLanes != 0;) found[at++] = last;
+    return true;
   }
 };
 
