@@ -29,6 +29,7 @@ KNOBS = (
 REGISTERS_PER_SM = 65536
 OTHER_REGISTERS = 56  # addresses, pages, maxima and sums, loop state: what a thread needs beside its fragments
 LANES = 32
+SM_RATE, MEMORY_LATENCY = 15, 700  # bytes a cycle that memory has for an SM; cycles until the first of them come
 
 
 def _dims(p: DecodeProblem) -> tuple[int, int]:
@@ -125,7 +126,7 @@ def _derive(p: DecodeProblem, t: Target, c: Config) -> dict[str, int]:
 def _make(**values: Value) -> Config:
     base: dict[str, Value] = {
         "tile_m": 16, "tile_n": 64, "warps": 4, "partition": "keys", "stages": 3, "q_source": "registers",
-        "rescale": "deferred", "split_keys": 256, "merged_by": "own_kernel", "blocks_per_sm": 2,
+        "rescale": "deferred", "split_keys": 128, "merged_by": "own_kernel", "blocks_per_sm": 2,
     }  # fmt: skip
     return Config({**base, **values})
 
@@ -148,6 +149,7 @@ _GUESSES = (
     _make(tile_m=32, q_source="shared"),
     _make(tile_m=32, partition="columns", q_source="shared"),
     _make(tile_m=32, partition="columns", stages=2, q_source="shared", blocks_per_sm=1),
+    _make(tile_m=64, tile_n=128, warps=8, partition="columns", stages=2, q_source="shared", blocks_per_sm=1),
     _make(tile_m=64, partition="columns", q_source="shared"),
     _make(tile_m=64, partition="columns", stages=2, q_source="shared", blocks_per_sm=1),
 )
@@ -194,22 +196,27 @@ def _keys(p: DecodeProblem) -> int:
 
 
 def cost(p: DecodeProblem, t: Target, c: Config) -> float:
-    """Cycles, roughly: a block reads its keys as fast as memory allows for what is in flight on its SM, or computes."""
+    """Cycles, roughly: a block reads its keys at its share of an SM's part of memory, of which it uses more the more
+    bytes are in flight; products, softmax and barriers are partly hidden behind that.
+    """
     d, dv = _dims(p)
     key_bytes, blocks = _key_bytes(p), int(c.blocks_per_sm)
-    splits, group = splits_of(p, t, c), p.heads // p.kv_heads
-    row_tiles = -(-p.seqlen_q * group // int(c.tile_m))
-    tasks = row_tiles * p.kv_heads * p.batch * splits
+    splits, slabs, per_warp = splits_of(p, t, c), int(c.tile_m) / 16, int(c.tile_n) // int(c.warps)
+    tasks = -(-p.seqlen_q * (p.heads // p.kv_heads) // int(c.tile_m)) * p.kv_heads * p.batch * splits
     beside = max(1.0, min(blocks, tasks / t.units))  # blocks that share an SM
-    in_flight = beside * (int(c.stages) - 1) * int(c.tile_n) * key_bytes
-    rate = min(15.0, in_flight / 1200) / beside  # bytes a cycle of a block: an SM's share of memory, or latency's
-    slabs = int(c.tile_m) / 16
-    issued = (key_bytes / 512 * 12 + slabs * (d + dv) / 64 + (key_bytes / 16 if p.kv_dtype else 0)) / 4 * beside
-    issued += (600 if c.partition == "columns" else 150) / int(c.tile_n)  # barriers, the softmax's chain
-    keys = _keys(p) / splits
+    rate = SM_RATE * min(4.0, max(1.0, t.units / tasks))  # few blocks share all of memory
+    in_flight = beside * (int(c.stages) - 1) * int(c.tile_n) * key_bytes / (rate * MEMORY_LATENCY)
+    read = key_bytes * beside / (rate * in_flight / (1 + in_flight))
+    products = (
+        slabs * (d + dv) / 64 + (d if p.shared_kv else d + dv) / 64
+    )  # of tensor cores, and reads of their operands
+    issued = (products + key_bytes / 64 + 60 / per_warp + (key_bytes / 12 if p.kv_dtype else 0)) / 4 * beside
+    waits = (500 + 12 * per_warp + (600 if c.partition == "columns" else 0)) / int(c.tile_n)  # a tile's own latency
+    computed = issued + waits
+    key = max(read, computed) + 0.3 * min(read, computed)
+    start = 2500 + slabs * dv * (4 if c.partition == "keys" else 2)
     merge = 0.0 if splits == 1 else (2500 if c.merged_by == "own_kernel" else 3500) + 12 * splits
-    block = 2500 + keys * max(key_bytes / rate, issued) + slabs * dv * (4 if c.partition == "keys" else 2)
-    return -(-tasks // (t.units * blocks)) * block + merge
+    return -(-tasks // (t.units * blocks)) * (start + _keys(p) / splits * key) + merge
 
 
 _SHAPE = ("tile_m", "tile_n", "warps", "partition")

@@ -53,6 +53,7 @@ CASES = [
     Case("columns", page=64, head_dim=192, head_dim_v=128, shared_kv=True),
     Case("base", page=1, head_dim=96, head_dim_v=64, shared_kv=True, mask="none", **FP8),
     Case("deep", page=1, head_dim=48),
+    Case("columns_eight", page=16, head_dim=128, sinks=True),
     Case("deep", mask="none", head_dim=40, aligned=False, **FP8),
     Case("columns_32", page=256, mask="none"),
     Case("columns_32", page=16, dtype="fp16", head_dim=128, sinks=True, **FP8),

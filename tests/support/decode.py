@@ -34,6 +34,7 @@ SCHEMES = {
     "columns": config(**_COLUMNS),
     "columns_32": config(**_COLUMNS, tile_m=32, q_source="shared", merged_by="last_block"),
     "columns_64": config(**_COLUMNS, tile_m=64, q_source="shared", rescale="each"),
+    "columns_eight": config(**_COLUMNS, tile_m=64, tile_n=128, warps=8, q_source="shared"),
     "columns_two_warps": config(**{**_COLUMNS, "stages": 3}, warps=2, tile_n=32),
 }
 
