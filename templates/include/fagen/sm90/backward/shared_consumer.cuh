@@ -47,7 +47,7 @@ struct SharedConsumer {
 
   // ---- products: each starts, and is waited for later
 
-  template <int kDepth>
+  template <int kDepth, bool kSeeded>
   __device__ __forceinline__ void start_scores(Scores& c, uint32_t of_rows, uint32_t of_keys) const {
     const Operand a = Operand::of_rows(of_rows), b = Operand::of_rows(of_keys + group * kKeys * kRowBytes);
     pin(c);
@@ -56,7 +56,7 @@ struct SharedConsumer {
     for (int d = 0; d < kDepth / 16; ++d) {
       const int within = d % 4 * 32;  // bytes into a slab's row
       ptx::wgmma<kKeys, false, false>(c, a.at(d / 4 * C::kTileM * kRowBytes + within),
-                                      b.at(d / 4 * C::kTileN * kRowBytes + within), d > 0);
+                                      b.at(d / 4 * C::kTileN * kRowBytes + within), kSeeded || d > 0);
     }
     ptx::wgmma_commit();
   }
@@ -104,6 +104,12 @@ struct SharedConsumer {
     for (int r = 0; r < 2; ++r) stats[r] = __uint_as_float(ptx::ld_shared_4(from + (first_row() + r * 8) * 4));
   }
 
+  // Begin accumulators with a value a row.
+  static __device__ __forceinline__ void seed(Scores& c, const float (&stats)[2]) {
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) c[j][0] = c[j][1] = stats[0], c[j][2] = c[j][3] = stats[1];
+  }
+
   // P in place of the scores.
   template <bool kMasked>
   __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowTileVisit& at, const float (&lse_log2)[2]) {
@@ -142,15 +148,15 @@ struct SharedConsumer {
           if (hidden.contains(row0 + r * 8)) s[j][r * 2 + e] = 0.f;
       }
   }
-  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives) const {
+  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives,
+                                          const float (&delta)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float delta = __uint_as_float(ptx::ld_shared_4(pipelines.delta() + (first_row() + r * 8) * 4));
 #pragma unroll
       for (int j = 0; j < kPieces; ++j)
 #pragma unroll
         for (int i = r * 2; i < r * 2 + 2; ++i) {
-          dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], delta, change.dropout);
+          dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], delta[r], change.dropout);
           if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
         }
     }
@@ -179,20 +185,23 @@ struct SharedConsumer {
     Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
     if (C::kAlibi || C::kDropout) change.set_head(p, keys.batch, at.head);
     pipelines.q.wait();
-    float lse_log2[2];
-    load_stats(lse_log2, pipelines.lse());
-    start_scores<C::kHeadDim>(s, pipelines.q.tile(), pipelines.k.tile());
+    float lse[2], delta[2];
+    load_stats(lse, pipelines.lse());
+    load_stats(delta, pipelines.delta());
+    if constexpr (kSeedsScores<C>) seed(s, lse);
+    if constexpr (kSeedsDp<C>) seed(dp, delta), pin(dp);
+    start_scores<C::kHeadDim, kSeedsScores<C>>(s, pipelines.q.tile(), pipelines.k.tile());
     pipelines.dout.wait();
-    start_scores<C::kHeadDimV>(dp, pipelines.dout.tile(), pipelines.v.tile());
+    start_scores<C::kHeadDimV, kSeedsDp<C>>(dp, pipelines.dout.tile(), pipelines.v.tile());
     ptx::wgmma_wait<1>();
     pin(s);
     if (at.partial)
-      exponentiate<true>(s, derivatives, at, lse_log2);
+      exponentiate<true>(s, derivatives, at, lse);
     else
-      exponentiate<false>(s, derivatives, at, lse_log2);
+      exponentiate<false>(s, derivatives, at, lse);
     ptx::wgmma_wait<0>();
     pin(dp);
-    form_ds(s, dp, derivatives);
+    form_ds(s, dp, derivatives, delta);
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last ones
     store<true>(weights(), s);
     store<false>(ds(), dp);
@@ -205,7 +214,7 @@ struct SharedConsumer {
 
   // P and dS are there: dQ, dV and dK.
   __device__ __forceinline__ void finish(const RowTileVisit& at) {
-    float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
+    float* tile = dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile));
     DqPart dq;
     if constexpr (Dq::kEach) {
       start_dq(dq, 0);
@@ -252,6 +261,7 @@ struct SharedConsumer {
     pipelines.k.wait();
     pipelines.v.wait();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
+    meet_finished<C>(launch, keys, kBarrier);
     ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
     store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, p.scale);
     store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up<C>(p, 1.f));
