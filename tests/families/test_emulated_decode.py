@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from fagen.dispatch import decode as dispatch
 from fagen.errors import InvalidArgument
 from fagen.families import sm80_decode
 from fagen.ops.attention.decode import DecodeProblem
@@ -104,7 +105,7 @@ def _call(case: Case, lengths: list[int], *, rows: int = 1, heads: int = 4, seed
         torch.randn(len(lengths) * most, page, 1, case.head_dim, generator=g, dtype=torch.bfloat16) for _ in range(2)
     )
     table = torch.arange(len(lengths) * most, dtype=torch.int32).view(len(lengths), most)
-    return DecodeCall(q, k, v, torch.tensor(lengths, dtype=torch.int32), table, want_lse=True, **more)
+    return DecodeCall(q, k, v, torch.tensor(lengths, dtype=torch.int32), table, **more)
 
 
 PINNED = Case("last_block", page=16)
@@ -215,7 +216,7 @@ def test_every_fp8_number_is_exact(case: Case, folder: Path) -> None:
     v = v.view(torch.float8_e4m3fn)
     q = torch.ones(1, 1, 4, 64, dtype=dtype)
     call = DecodeCall(
-        q, v, v, torch.ones(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32), want_lse=True,
+        q, v, v, torch.ones(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32),
         sinks=torch.full((4,), -math.inf) if case.sinks else None,
     )  # fmt: skip
     found = run(case, folder, call)
@@ -228,9 +229,10 @@ def test_a_call_tells_that_v_is_a_part_of_k() -> None:
     call = _call(PINNED, [40])
     shared = dataclasses.replace(call, v=call.k[..., :32])
     assert shared.problem.shared_kv and shared.problem.static_key.endswith("d64-32/none/page16/shared-kv")
-    apart = dataclasses.replace(shared, v=call.v[..., :32])
+    apart = dataclasses.replace(shared, v=call.v[..., :32])  # of the same strides
     later = dataclasses.replace(shared, v=call.k[..., 32:])
     assert not apart.problem.shared_kv and not later.problem.shared_kv
+    assert dispatch._kind(shared) != dispatch._kind(apart)  # whose tensors differ in addresses alone
     outputs = shared.new_outputs()
     CALLS.require(shared.problem, shared, outputs)
     CALLS.require(apart.problem, shared, outputs)  # who reads both reads the same twice
