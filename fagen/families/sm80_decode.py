@@ -12,7 +12,7 @@ from fagen.target import Target
 
 FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
 
-# What shapes a block comes first, so that a share that does not divide is dropped before the rest is varied.
+# The shape of a block comes first, so that a share that does not divide is dropped before the rest is varied.
 KNOBS = (
     Knob("tile_m", "kTileM", (16, 32, 64), "rows of a block: query tokens x heads of a group"),
     Knob("tile_n", "kTileN", (16, 32, 64, 128, 256), "keys that the warps of a block load at a time"),

@@ -160,7 +160,7 @@ def test_large_scores(magnitude: float, folder: Path) -> None:
     assert verdict, verdict.message
 
 
-# What a barrier or a wait is there for, taken away: found in one of some runs.
+# Barriers and waits are taken away: one of some runs finds it.
 _BROKEN = Case("columns", page=32, mask="none", dtype="fp16")
 
 

@@ -117,7 +117,7 @@ struct CacheLane {
         else  // all lanes take part
           from += pages.page_of(tile, down + row % kRowsAtOnce) * page_stride + down % kPage * row_stride;
         bool there = down < rows_end;
-        if constexpr (C::kMask == Mask::window) there &= key + row + down >= begin;
+        if constexpr (MaskOf<C>::kHasBegin) there &= key + row + down >= begin;
         // rows that are kRowsAtOnce apart: the exchange of columns in a tile changes by a constant
         const uint32_t exchanged = Tile::offset(down, 0) - down * Tile::kPitch;
         const uint32_t at = to + (lane_offset ^ exchanged) + down * Tile::kPitch + across * 16;

@@ -13,7 +13,7 @@ constexpr int kCombineThreads = 256;
 template <class C>
 static int most_key_tiles(const fagen_decode_params& p) {
   const int all = ceil_div(p.seqlen_k, C::kTileN);
-  if (C::kMask != Mask::window || p.window_left < 0) return all;
+  if (!MaskOf<C>::kHasBegin || p.window_left < 0) return all;
   const int right = p.window_right < p.seqlen_q ? p.window_right : p.seqlen_q;
   const int64_t seen = int64_t(p.window_left) + p.seqlen_q + (right > 0 ? right : 0);
   const int64_t tiles = ceil_div(seen, C::kTileN) + 1;
@@ -54,7 +54,7 @@ struct DecodePlan {
       grid.splits = p.num_splits < key_tiles ? p.num_splits : key_tiles;
     } else if (p.num_splits < 0) {
       grid.split_tiles = ceil_div(-int64_t(p.num_splits), C::kTileN);
-      grid.splits = ceil_div(key_tiles, grid.split_tiles) + (C::kMask == Mask::window);
+      grid.splits = ceil_div(key_tiles, grid.split_tiles) + MaskOf<C>::kHasBegin;
     } else {
       grid.splits = choose_splits<C>(tiles, key_tiles, resident);
       grid.least_tiles = ceil_div(C::kSplitKeys, C::kTileN);

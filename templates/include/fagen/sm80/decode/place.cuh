@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "fagen/abi/decode.h"
+#include "fagen/mask/mask.cuh"
 
 namespace fagen {
 
@@ -39,8 +40,8 @@ struct DecodeTile {
       first_q = p.cu_seqlens_q[batch];
       tokens = min(p.cu_seqlens_q[batch + 1] - first_q, p.seqlen_q);
     }
-    window_left = C::kMask == Mask::window ? p.window_left : -1;
-    window_right = C::kMask == Mask::none ? -1 : C::kMask == Mask::causal ? 0 : p.window_right;
+    window_left = MaskOf<C>::kHasBegin ? p.window_left : -1;
+    window_right = MaskOf<C>::kHasEnd ? p.window_right : -1;
     const int first = token(first_row), last = token(first_row + C::kTileM - 1);
     begin = begin_of(first), full_begin = begin_of(last);
     full_end = end_of(first), end = end_of(last);
@@ -52,10 +53,10 @@ struct DecodeTile {
   __device__ __forceinline__ int token(int row) const { return max(0, min(row / group, tokens - 1)); }
   __device__ __forceinline__ int head(int row) const { return kv_head * group + row % group; }
   __device__ __forceinline__ int begin_of(int token) const {
-    return C::kMask == Mask::window && window_left >= 0 ? min(keys, max(0, keys - tokens + token - window_left)) : 0;
+    return MaskOf<C>::kHasBegin && window_left >= 0 ? min(keys, max(0, keys - tokens + token - window_left)) : 0;
   }
   __device__ __forceinline__ int end_of(int token) const {
-    if (C::kMask == Mask::none || window_right < 0) return keys;
+    if (!MaskOf<C>::kHasEnd || window_right < 0) return keys;
     return int(max(int64_t(0), min(int64_t(keys), int64_t(keys) - tokens + token + window_right + 1)));
   }
 };

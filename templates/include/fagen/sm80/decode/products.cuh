@@ -7,7 +7,7 @@
 
 namespace fagen {
 
-// What the shared headers read of their params.
+// The params that the shared headers read.
 __device__ __forceinline__ fagen_forward_params score_params(float scale, float softcap) {
   fagen_forward_params p = {};
   p.scale = fmaxf(scale, 1e-37f);  // by 0 a hidden score would be no number
@@ -109,7 +109,7 @@ struct DecodeProducts : DecodeWarpProducts<C, Element> {
         if constexpr (ScoreMod<C>::kActive) score = mod(score, 0, 0);
         if constexpr (kMasked) {
           bool hidden = n * 8 + e >= to;
-          if constexpr (C::kMask == Mask::window) hidden |= n * 8 + e < from;
+          if constexpr (MaskOf<C>::kHasBegin) hidden |= n * 8 + e < from;
           if (hidden) score = -INFINITY;
         }
       }

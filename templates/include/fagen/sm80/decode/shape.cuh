@@ -5,7 +5,7 @@
 
 namespace fagen {
 
-// What the shared headers ask of a config. A step of an fp8 product takes 32 columns.
+// A config as the shared headers ask for it. A step of an fp8 product takes 32 columns.
 template <class Base>
 struct DecodeConfig : Base {
   static constexpr int kStep = Base::kFp8Cache ? 32 : 16;
