@@ -22,6 +22,7 @@ from fagen.families import sm80_decode
 from fagen.ops.attention.decode import DecodeProblem
 from fagen.ops.attention.decode_call import DecodeCall
 from fagen.ops.attention.decode_calls import CALLS, Params, make_params
+from fagen.ops.inputs import Inputs, guarded
 from fagen.runtime.kernel import Library
 from fagen.target import known
 from tests.support import emulated
@@ -150,6 +151,12 @@ def test_lengths_beyond_the_maximum_stay_inside(folder: Path) -> None:
     call.seqlens_k.copy_(torch.tensor([1 << 30, -5]))
     found = run(PINNED, folder, call)
     assert all(torch.equal(found[name], right[name]) for name in found)
+    rows = torch.tensor([-3, 1, 9], dtype=torch.int32)  # of a q of two rows
+    ragged = dataclasses.replace(call, q=call.q[:, 0], cu_seqlens_q=rows, most_rows=2)
+    inputs = {name: guarded(*types, torch.device("cpu")) for name, types in ragged.output_types().items()}
+    launched = Inputs.of(ragged, inputs)
+    emulated.launch(_library(PINNED, folder), ragged, launched.outputs, fill=make_params)
+    assert not launched.damage() and torch.equal(launched.outputs["out"], right["out"][:, 0])
 
 
 @pytest.mark.parametrize("magnitude", [30.0, 3e3, 133120.0])  # of the last, scores are beyond 2^31

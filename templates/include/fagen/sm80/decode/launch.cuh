@@ -51,7 +51,8 @@ struct DecodePlan {
     const int key_tiles = most_key_tiles<C>(p);
     grid.least_tiles = 1;
     if (p.num_splits > 0) {
-      grid.splits = p.num_splits < key_tiles ? p.num_splits : key_tiles;
+      const int most = key_tiles < kMostSplits ? key_tiles : kMostSplits;
+      grid.splits = p.num_splits < most ? p.num_splits : most;
     } else if (p.num_splits < 0) {
       grid.split_tiles = ceil_div(-int64_t(p.num_splits), C::kTileN);
       grid.splits = ceil_div(key_tiles, grid.split_tiles) + MaskOf<C>::kHasBegin;

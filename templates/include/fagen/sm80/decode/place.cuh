@@ -35,10 +35,11 @@ struct DecodeTile {
     first_row = index % grid.row_tiles * C::kTileM;
     kv_head = index / grid.row_tiles % p.kv_heads;
     batch = index / grid.row_tiles / p.kv_heads;
-    keys = min(max(p.seqlens_k[batch], 0), p.seqlen_k);  // no length leads out of the cache or the workspace
+    // no length leads out of the cache, of q or of the workspace
+    keys = min(max(p.seqlens_k[batch], 0), p.seqlen_k);
     if (p.cu_seqlens_q) {
-      first_q = p.cu_seqlens_q[batch];
-      tokens = min(p.cu_seqlens_q[batch + 1] - first_q, p.seqlen_q);
+      first_q = max(p.cu_seqlens_q[batch], 0);
+      tokens = min(min(p.cu_seqlens_q[batch + 1], p.rows) - first_q, p.seqlen_q);
     }
     window_left = MaskOf<C>::kHasBegin ? p.window_left : -1;
     window_right = MaskOf<C>::kHasEnd ? p.window_right : -1;
