@@ -12,6 +12,7 @@ from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import ALIGNMENT, LARGEST_SIZE, is_aligned
 from fagen.ops.attention.decode_problem import KV_TORCH_DTYPES, PAGES, DecodeProblem
 from fagen.ops.attention.problem import TORCH_DTYPES
+from fagen.target import Target, target_of
 
 _DTYPES = {getattr(torch, theirs): ours for ours, theirs in TORCH_DTYPES.items()}
 _KV_DTYPES = {getattr(torch, theirs): ours for ours, theirs in KV_TORCH_DTYPES.items()}
@@ -175,6 +176,10 @@ class DecodeCall:
         if self.scale is not None and not self.scale >= arguments.LEAST_NUMBER:
             return f"scale={self.scale} is not positive"
         return ""
+
+    @property
+    def target(self) -> Target | None:
+        return target_of(self.q.device)
 
     @property
     def problem(self) -> DecodeProblem:
