@@ -54,10 +54,3 @@ def by_sdpa(row: Row, inputs: Inputs) -> Serve:
         return made.transpose(1, 2)
 
     return serve
-
-
-def by_torch(inputs: Inputs) -> torch.Tensor:
-    """The computation of a call that no kernel of ours serves."""
-    from fagen.ops.attention import decode_reference
-
-    return decode_reference.attend(inputs.call, inputs.call.q.dtype)[0]
