@@ -1,6 +1,7 @@
 // dQ on its way from a consumer's registers into memory, where the blocks of all key tiles add theirs in float32: by
 // shared memory and the copy engine (bulk), or straight from registers (red). Deterministic: in turns.
 #pragma once
+#include "fagen/ptx/barrier.cuh"
 #include "fagen/ptx/bulk.cuh"
 #include "fagen/ptx/reduce.cuh"
 #include "fagen/ptx/shared.cuh"
@@ -11,6 +12,7 @@
 
 namespace fagen {
 
+// Its index among those of all heads.
 template <class C>
 __device__ __forceinline__ int64_t row_tile_index(const fagen_backward_params& p, const BackwardLaunch& launch,
                                                   int batch, int head, int tile) {
@@ -40,6 +42,20 @@ __device__ __forceinline__ void sink_dq(const float (&dq)[DqShare<C>::kColumns /
   }
 }
 
+// Say that all sums of a key tile are in memory. With the red sink that is said by its consumers, who meet for it.
+template <class C>
+__device__ __forceinline__ void count_finished(const BackwardLaunch& launch, const KeyTile<C>& keys) {
+  if constexpr (kRoundsLater<C>) ptx::count(launch.sections.finished(keys.section), 1);
+}
+template <class C>
+__device__ __forceinline__ void meet_finished(const BackwardLaunch& launch, const KeyTile<C>& keys, int barrier) {
+  if constexpr (kRoundsLater<C> && C::kDqSink == DqSink::red) {
+    __threadfence();
+    ptx::barrier_sync(barrier, DqShare<C>::kGroups * 128);
+    if (threadIdx.x == 0) count_finished<C>(launch, keys);
+  }
+}
+
 // The other side of the bulk sink: a warp adds what an owner has stored, row tile after row tile. With
 // dq_rounding=last_block the first block to add to a tile stores instead, so that nothing need be zero, and the last
 // one rounds the sum. Counters in memory tell who that is. A block asks for them while its consumers compute, and
@@ -65,7 +81,7 @@ struct DqDrain {
     return row_tile_index<C>(p, launch, keys.batch, at.head, at.tile);
   }
   __device__ __forceinline__ float* tile(const RowTileVisit& at) const {
-    return launch.dq + index(at) * Dq::kTileFloats;
+    return dq_sums<C>(launch, index(at));
   }
   __device__ __forceinline__ unsigned* counter(const RowTileVisit& at) const {
     return launch.turns + index(at) * Dq::kGroups + share.group;
@@ -156,7 +172,7 @@ struct DqDrain {
     keys.walk(p, [&](const RowTileVisit& at) { add(at); },
               [&](int head, int t) { skip(RowTileVisit{head, t, false}); });
     if (count()) round(before);
-    if (leads()) ptx::bulk_wait();
+    if (leads()) ptx::bulk_wait(), count_finished<C>(launch, keys);
   }
 };
 

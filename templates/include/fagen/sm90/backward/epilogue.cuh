@@ -1,21 +1,26 @@
-// The kernels after the backward one. Where its blocks do not round dQ themselves: from float32 in the order of fragments
-// to rows of elements, scaled. A warpgroup has a chunk of 64 rows.
+// Rounding: dQ when all keys have been to a row, dK and dV when all blocks that share a group's heads have ended.
 #pragma once
 #include "fagen/sm90/backward/dq.cuh"
 
 namespace fagen {
 
+// dQ from float32 in the order of fragments to rows of elements, scaled: a chunk of 64 rows, the `index`-th of all heads.
+// The work of a warpgroup.
 template <class C, class Element>
-__device__ __forceinline__ void backward_epilogue(const fagen_backward_params& p, const BackwardLaunch& launch) {
+__device__ __forceinline__ void round_rows(const fagen_backward_params& p, const BackwardLaunch& launch, int64_t index) {
   using Dq = DqShare<C>;
-  const int chunks = launch.row_tiles * Dq::kRowChunks, chunk = blockIdx.x % chunks, plane = blockIdx.x / chunks;
-  const int thread = threadIdx.x, m = chunk * 64 + thread / 32 * 16 + thread % 32 / 4;
-  const float* from = launch.dq + int64_t(blockIdx.x) * (64 * C::kHeadDim) + thread * 4;
-  ptx::start_next_kernel();
-  ptx::wait_for_previous_kernel();
-  const auto load = [&](int piece) { return *reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4)); };
+  const int chunks = launch.row_tiles * Dq::kRowChunks, chunk = index % chunks, plane = index / chunks;
+  const int thread = threadIdx.x % 128, m = chunk * 64 + thread / 32 * 16 + thread % 32 / 4;
+  const float* from = dq_sums<C>(launch, index / Dq::kRowChunks) + index % Dq::kRowChunks * (64 * C::kHeadDim) + thread * 4;
+  const auto load = [&](int piece) { return __ldcg(reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4))); };
   store_rows<Element, Dq::kChunkPieces / 2>(p.dq, plane / p.heads, plane % p.heads, m, p.seqlen_q, p.head_dim, 0,
                                             Dq::kChunkPieces, p.scale, load);
+}
+template <class C, class Element>
+__device__ __forceinline__ void backward_epilogue(const fagen_backward_params& p, const BackwardLaunch& launch) {
+  ptx::start_next_kernel();
+  ptx::wait_for_previous_kernel();
+  round_rows<C, Element>(p, launch, blockIdx.x);
 }
 
 // Where blocks have shared the query heads of a kv head: dK and dV of 64 keys are the sums of what each has left. A

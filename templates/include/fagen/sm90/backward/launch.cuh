@@ -25,28 +25,51 @@ static int group_splits(const fagen_backward_params& p) {
   return splits;
 }
 
-// The workspace: dQ in float32, the LSE and delta of every row, turns, what splits have of dK and dV.
+// The heads of a section (sectioned order): as many as leave room for their rows of q, dO and dQ, in sections of about
+// the same size, since a small last one would begin its longest blocks late. Blocks of the same kv head go through its
+// query heads together, so that one of them counts.
+template <class C>
+static int heads_of_section(const fagen_backward_params& p, int heads) {
+  const int64_t row = (p.head_dim + p.head_dim_v) * int64_t(2) + p.head_dim * int64_t(sizeof(float));
+  const int64_t all = int64_t(heads) * p.batch, fit = (int64_t(C::kSectionMb) << 20) / (row * p.seqlen_q);
+  const int64_t sections = ceil_div<int64_t>(all, fit < 1 ? 1 : fit);
+  return int(ceil_div(all, sections));
+}
+
+// The sections of a grid, of so many kv heads, or parts of them, at a time.
+template <class C>
+static Sections make_sections(const fagen_backward_params& p, int splits) {
+  if (p.batch == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return Sections();
+  const uint32_t heads = p.kv_heads * splits, all = heads * p.batch, at_once = heads_of_section<C>(p, heads);
+  const uint32_t key_tiles = ceil_div(p.seqlen_k, C::kTileN), row_tiles = ceil_div(p.seqlen_q, C::kTileM) * (p.heads / heads);
+  return {ceil_div(all, int(at_once)), at_once * key_tiles, at_once * row_tiles, all * key_tiles, all * row_tiles};
+}
+
+// The workspace: dQ in float32, the LSE and delta of every row, turns, what splits have of dK and dV, counters.
 template <class C>
 struct BackwardWorkspace {
-  uint64_t lse, delta, turns, partial, end;
+  uint64_t lse, delta, turns, partial, counters, end;
 
-  BackwardWorkspace(const fagen_backward_params& p, int splits) {
+  BackwardWorkspace(const fagen_backward_params& p, int splits, const Sections& sections) {
     const uint64_t tiles = uint64_t(ceil_div(p.seqlen_q, C::kTileM)) * p.heads * p.batch;
+    const uint64_t with_sums = kRoundsLater<C> ? sections.row_tiles_with_sums() : tiles;
     const auto next = [&](uint64_t begin, uint64_t bytes_a_tile) { return align_workspace(begin + tiles * bytes_a_tile); };
-    lse = next(0, DqShare<C>::kTileFloats * sizeof(float));
+    lse = align_workspace(with_sums * DqShare<C>::kTileFloats * sizeof(float));
     delta = next(lse, C::kTileM * sizeof(float));
     turns = next(delta, C::kTileM * sizeof(float));
     partial = next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
     const uint64_t keys = uint64_t(ceil_div(p.seqlen_k, C::kTileN)) * C::kTileN * p.kv_heads * p.batch;
     const uint64_t gradients = keys * (C::kHeadDim + C::kHeadDimV) * sizeof(float);
-    end = align_workspace(partial + (splits > 1 ? splits * gradients : 0));
+    counters = align_workspace(partial + (splits > 1 ? splits * gradients : 0));
+    end = align_workspace(counters + (kRoundsLater<C> ? 3 * sections.count * sizeof(unsigned) : 0));
   }
   void assign(char* workspace, BackwardLaunch& launch) const {
     launch.dq = reinterpret_cast<float*>(workspace);
-    launch.lse_log2 = reinterpret_cast<float*>(workspace + lse);
+    launch.lse = reinterpret_cast<float*>(workspace + lse);
     launch.delta = reinterpret_cast<float*>(workspace + delta);
     launch.turns = reinterpret_cast<unsigned*>(workspace + turns);
     launch.partial = reinterpret_cast<float*>(workspace + partial);
+    launch.sections.counters = reinterpret_cast<unsigned*>(workspace + counters);
   }
 };
 
@@ -60,17 +83,6 @@ static cudaError_t make_maps(const fagen_backward_params& p, CUtensorMapDataType
   if (const cudaError_t e = map(&launch.dout, p.dout, p.head_dim_v, p.seqlen_q, C::kTileM, p.heads)) return e;
   if (const cudaError_t e = map(&launch.k, p.k, p.head_dim, p.seqlen_k, C::kTileN, p.kv_heads)) return e;
   return map(&launch.v, p.v, p.head_dim_v, p.seqlen_k, C::kTileN, p.kv_heads);
-}
-
-// The heads of a section (sectioned order): as many as leave room for their rows of q, dO and dQ, in sections of about
-// the same size, since a small last one would begin its longest blocks late. Blocks of the same kv head go through its
-// query heads together, so that one of them counts.
-template <class C, class Element>
-static int heads_of_section(const fagen_backward_params& p, int heads) {
-  const int64_t row = (p.head_dim + p.head_dim_v) * int64_t(sizeof(Element)) + p.head_dim * int64_t(sizeof(float));
-  const int64_t all = int64_t(heads) * p.batch, fit = (int64_t(C::kSectionMb) << 20) / (row * p.seqlen_q);
-  const int64_t sections = ceil_div<int64_t>(all, fit < 1 ? 1 : fit);
-  return int(ceil_div(all, sections));
 }
 
 using BackwardKernel = void (*)(fagen_backward_params, BackwardLaunch);
@@ -96,16 +108,18 @@ static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, 
   launch.row_tiles = ceil_div(p.seqlen_q, C::kTileM), launch.key_tiles = ceil_div(p.seqlen_k, C::kTileN);
   const int splits = group_splits<C>(p), heads = p.kv_heads * splits;
   launch.splits = Divisor(splits);
-  launch.order = TileOrder::of<C::kBlockOrder>(launch.key_tiles, heads, p.batch, heads_of_section<C, Element>(p, heads));
-  BackwardWorkspace<C>(p, splits).assign(static_cast<char*>(p.workspace), launch);
-  const int rows = launch.row_tiles * p.heads * p.batch, keys = launch.key_tiles * heads * p.batch;
-  if (const cudaError_t e = launch_kernel(kernels.prologue, rows, kPrologueThreads, 0, stream, p, launch)) return e;
-  if (const cudaError_t e = launch_kernel(kernels.backward, keys, L::kThreads, L::kSmemBytes, stream, p, launch)) return e;
+  launch.order = TileOrder::of<C::kBlockOrder>(launch.key_tiles, heads, p.batch, heads_of_section<C>(p, heads));
+  launch.sections = make_sections<C>(p, splits);
+  BackwardWorkspace<C>(p, splits, launch.sections).assign(static_cast<char*>(p.workspace), launch);
+  const int rows = launch.sections.all_row_tiles, before = kRoundsLater<C> ? launch.sections.first_row_tiles() : rows;
+  const int blocks = kRoundsLater<C> ? launch.sections.blocks() : launch.sections.all_key_tiles;
+  if (const cudaError_t e = launch_kernel(kernels.prologue, before, kPrologueThreads, 0, stream, p, launch)) return e;
+  if (const cudaError_t e = launch_kernel(kernels.backward, blocks, L::kThreads, L::kSmemBytes, stream, p, launch)) return e;
   if (splits > 1) {
     const int sums = launch.key_tiles * C::kWarpgroups * p.kv_heads * p.batch * GroupSums<C>::kBlocks;
     if (const cudaError_t e = launch_kernel(kernels.sum_groups, sums, 128, 0, stream, p, launch)) return e;
   }
-  if (L::kRoundsDq) return cudaSuccess;
+  if (C::kDqRounding != DqRounding::own_kernel) return cudaSuccess;
   return launch_kernel(kernels.epilogue, rows * DqShare<C>::kRowChunks, 128, 0, stream, p, launch);
 }
 

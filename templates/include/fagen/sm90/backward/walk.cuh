@@ -6,6 +6,7 @@
 #include "fagen/ptx/mbarrier.cuh"
 #include "fagen/schedule/tile_order.cuh"
 #include "fagen/sm90/backward/layout.cuh"
+#include "fagen/sm90/backward/sections.cuh"
 
 namespace fagen {
 
@@ -15,12 +16,22 @@ struct BackwardLaunch {
   int row_tiles, key_tiles;  // per head
   TileOrder order;           // of key tiles
   Divisor splits;            // blocks that share the query heads of a kv head
-  float* lse_log2;           // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none
-  float* delta;              // the same of the sums of dO O - dLSE
-  float* dq;                 // (batch, heads, row_tiles), tiles of float32 in the order of fragments
+  float* lse;                // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none;
+                             // as S begins with it where accumulators are seeded
+  float* delta;              // the same of the sums of dO O - dLSE, negated where dP begins with it
+  float* dq;                 // (batch, heads, row_tiles), tiles of float32 in the order of fragments; of some sections
   unsigned* turns;           // (batch, heads, row_tiles, kGroups): how many blocks have added their part
   float* partial;            // splits > 1: what each has of dK and dV, in the order of fragments
+  Sections sections;         // dq_rounding=later_blocks
 };
+
+// The sums of dQ of the `index`-th row tile of all heads.
+template <class C>
+__device__ __forceinline__ float* dq_sums(const BackwardLaunch& launch, int64_t index) {
+  const Divisor& places = launch.sections.places;
+  const int64_t place = kRoundsLater<C> ? places.remainder(index, places.quotient(index)) : index;
+  return launch.dq + place * DqShare<C>::kTileFloats;
+}
 
 // Where a split's dK and dV of 64 keys lie.
 template <class C>
@@ -67,11 +78,15 @@ struct KeyTile {
   int begin, end;            // row tiles that see any of its keys, by the band
   int full_begin, full_end;  // rows that see all of them
   int splits;
+  uint32_t section;
   uint32_t extents;          // intervals: where those of its keys' bounds are; read anew, since registers are few
 
   // Orders that put the longest first take the last index of a head first; of key tiles the first is the longest.
-  __device__ __forceinline__ KeyTile(const BackwardLaunch& launch, const RowBand& band, uint32_t smem) {
-    const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(blockIdx.x);
+  // `index` counts the tiles of all heads in their order.
+  __device__ __forceinline__ KeyTile(const BackwardLaunch& launch, const RowBand& band, uint32_t smem, uint32_t index,
+                                     uint32_t section)
+      : section(section) {
+    const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(index);
     constexpr bool kTurned = C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned;
     tile = kTurned ? launch.key_tiles - 1 - coord.row_tile : coord.row_tile;
     kv_head = launch.splits.quotient(coord.head), split = launch.splits.remainder(coord.head, kv_head);
@@ -137,9 +152,9 @@ struct KeyTile {
 // Bring the bounds of a key tile's intervals to shared memory, and their extents: one warp's work.
 template <class C>
 __device__ __forceinline__ void load_intervals(const fagen_backward_params& p, const BackwardLaunch& launch,
-                                               uint32_t smem) {
+                                               uint32_t smem, uint32_t index) {
   using L = BackwardLayout<C>;
-  const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(blockIdx.x);
+  const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(index);
   constexpr bool kTurned = C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned;
   const int n0 = (kTurned ? launch.key_tiles - 1 - coord.row_tile : coord.row_tile) * C::kTileN;
   Intervals<C> intervals;
