@@ -19,51 +19,27 @@ from fagen.ops.attention.cache_update import NewRows
 from fagen.ops.attention.decode_call import DecodeCall
 from fagen.runtime import decode_ops
 
+_Tensor = torch.Tensor | None
+
 
 def flash_attn_with_kvcache(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
-    qv: torch.Tensor | None = None,
-    rotary_cos: torch.Tensor | None = None,
-    rotary_sin: torch.Tensor | None = None,
-    cache_seqlens: int | torch.Tensor | None = None,
-    cache_batch_idx: torch.Tensor | None = None,
-    cache_leftpad: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k_new: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    rotary_seqlens: torch.Tensor | None = None,
-    q_descale: torch.Tensor | None = None,
-    k_descale: torch.Tensor | None = None,
-    v_descale: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    scheduler_metadata: Any = None,
-    num_splits: int = 0,
-    pack_gqa: bool | None = None,
-    sm_margin: int = 0,
-    return_softmax_lse: bool = False,
-    *,
-    block_table: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    learnable_sink: torch.Tensor | None = None,
-    max_seqlen_k: int | None = None,
-    numerics: str = "tuned",
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k: _Tensor = None, v: _Tensor = None,
+    qv: _Tensor = None, rotary_cos: _Tensor = None, rotary_sin: _Tensor = None,
+    cache_seqlens: int | torch.Tensor | None = None, cache_batch_idx: _Tensor = None, cache_leftpad: _Tensor = None,
+    page_table: _Tensor = None, cu_seqlens_q: _Tensor = None, cu_seqlens_k_new: _Tensor = None,
+    max_seqlen_q: int | None = None, rotary_seqlens: _Tensor = None, q_descale: _Tensor = None,
+    k_descale: _Tensor = None, v_descale: _Tensor = None, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), attention_chunk: int = 0, softcap: float = 0.0,
+    rotary_interleaved: bool = True, scheduler_metadata: Any = None, num_splits: int = 0,
+    pack_gqa: bool | None = None, sm_margin: int = 0, return_softmax_lse: bool = False, *,
+    block_table: _Tensor = None, sinks: _Tensor = None, learnable_sink: _Tensor = None,
+    max_seqlen_k: int | None = None, numerics: str = "tuned",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Append k and v to the cache, then attend to all of it: out, or (out, softmax_lse).
 
-    q is (batch, seqlen_q, heads, d), or (rows, heads, d) with cu_seqlens_q: sequences of several lengths one behind the
-    other, prompts among single tokens. Causal and window are aligned bottom-right: the last row sees all keys. The
-    arguments are FlashAttention 3's, in its order; scheduler_metadata, pack_gqa and sm_margin are hints that change
-    nothing here.
+    The arguments are FlashAttention 3's, in its order, and a few more; scheduler_metadata, pack_gqa and sm_margin are
+    hints that change nothing. q is (batch, seqlen_q, heads, d), or (rows, heads, d) with cu_seqlens_q: sequences one
+    behind the other, prompts among single tokens. Causal and window are aligned bottom-right.
 
     k_cache, v_cache  (batch, seqlen, kv_heads, d), or pages (pages, 1, 16, 32, 64, 128 or 256 rows, kv_heads, d); of
                       q's dtype or float8_e4m3fn
@@ -80,50 +56,50 @@ def flash_attn_with_kvcache(
     num_splits        blocks that share a sequence's keys; 0: as many as suit
     numerics          "pinned": a sequence's bits do not depend on the others in the batch, nor on how many they are
 
-    Lengths are read on the device; nothing waits for it. On a GPU, contents of index tensors are checked with
-    FAGEN_DEBUG=1 only.
+    Lengths are read on the device; nothing waits for it. On a GPU, indices are checked with FAGEN_DEBUG=1 only.
     """
     if qv is not None or cache_leftpad is not None or attention_chunk or q_descale is not None:
         _refuse_unsupported(qv=qv, cache_leftpad=cache_leftpad, attention_chunk=attention_chunk, q_descale=q_descale)
-    table = _one_of("page_table", page_table, "block_table", block_table)
-    sinks = _one_of("sinks", sinks, "learnable_sink", learnable_sink)
-    plain = type(causal) is bool and type(window_size) is tuple and type(softcap) is float
-    plain = plain and not torch.compiler.is_compiling()
-    settings = (_kept_settings if plain and type(softmax_scale) in _PLAIN else _settings)(
-        causal, window_size, softcap, softmax_scale
-    )
-    if numerics != "tuned":
-        num_splits = _pinned_splits(numerics, num_splits)
-    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if not isinstance(t, torch.Tensor) or t.dim() < 3:
-            _refuse_tensor(name, t)
-    if torch.is_grad_enabled() and _wants_gradient(q, k_cache, v_cache, k, v, sinks):
-        raise UnsupportedProblem("flash_attn_with_kvcache has no gradient", "", "call it under torch.no_grad()")
-    table, index = _int32("page_table", table), _int32("cache_batch_idx", cache_batch_idx)
-    starts = _int32("cu_seqlens_q", cu_seqlens_q)
-    batch = q.shape[0] if starts is None else starts.shape[0] - 1
-    room = k_cache.shape[1] * (1 if table is None else table.shape[-1])
-    lengths = _lengths(cache_seqlens, batch, room, q.device)
-    most_rows = 0 if starts is None else _most_rows(q, max_seqlen_q)
-    (left, right), banded = settings.window, settings.window != (-1, -1)
-    if (most_rows or q.shape[1]) == 1:
-        right = -1  # a single row sees nothing behind the last key: no bound is needed there, and one kernel less
-    call = DecodeCall(
-        q, k_cache, v_cache, lengths, table, starts, index, k_descale, v_descale,
-        None if sinks is None else _checked_sinks(sinks, q), (left, right), settings.softcap, settings.scale,
-        arguments.integer("num_splits", num_splits), most_rows,
-        0 if max_seqlen_k is None else arguments.integer("max_seqlen_k", max_seqlen_k),
+    settings = _settings_of(causal, window_size, softcap, softmax_scale)
+    call = _call(
+        q, k_cache, v_cache, cache_seqlens, _one_of("page_table", page_table, "block_table", block_table), cu_seqlens_q,
+        cache_batch_idx, k_descale, v_descale, _one_of("sinks", sinks, "learnable_sink", learnable_sink), settings,
+        num_splits if numerics == "tuned" else _pinned_splits(numerics, num_splits), max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
+    if torch.is_grad_enabled() and _wants_gradient(q, k_cache, v_cache, k, v, call.sinks):
+        raise UnsupportedProblem("flash_attn_with_kvcache has no gradient", "", "call it under torch.no_grad()")
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
+        banded = settings.window != (-1, -1)
         new = _New(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, banded)
         call = new.appended(call)
     elif q.is_cuda and env.flag("FAGEN_DEBUG"):
         decode_checks.check_contents(call)
-    if not return_softmax_lse:
-        return _attend(call, False)[0]
-    out, lse = _attend(call, True)
-    assert lse is not None
-    return out, lse
+    out, lse = _attend(call, bool(return_softmax_lse))
+    return out if lse is None or not return_softmax_lse else (out, lse)
+
+
+def _call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Any, table: _Tensor, starts: _Tensor, index: _Tensor,
+    k_scale: _Tensor, v_scale: _Tensor, sinks: _Tensor, settings: arguments.Settings, num_splits: Any, most_rows: Any,
+    most_keys: Any,
+) -> DecodeCall:  # fmt: skip
+    for name, t in (("q", q), ("k_cache", k), ("v_cache", v)):
+        if not isinstance(t, torch.Tensor) or t.dim() < 3:
+            _refuse_tensor(name, t)
+    table, index = _int32("page_table", table), _int32("cache_batch_idx", index)
+    starts = _int32("cu_seqlens_q", starts)
+    batch = q.shape[0] if starts is None else starts.shape[0] - 1
+    room = k.shape[1] * (1 if table is None else table.shape[-1])
+    most_rows = 0 if starts is None else _most_rows(q, most_rows)
+    left, right = settings.window
+    if (most_rows or q.shape[1]) == 1:
+        right = -1  # a single row sees nothing behind the last key: no bound is needed there, and one kernel less
+    return DecodeCall(
+        q, k, v, _lengths(lengths, batch, room, q.device), table, starts, index, k_scale, v_scale,
+        None if sinks is None else _checked_sinks(sinks, q), (left, right), settings.softcap, settings.scale,
+        arguments.integer("num_splits", num_splits), most_rows,
+        0 if most_keys is None else arguments.integer("max_seqlen_k", most_keys),
+    )  # fmt: skip
 
 
 def _attend(call: DecodeCall, want_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -145,6 +121,12 @@ def _refuse_unsupported(**given: Any) -> None:
 
 
 _PLAIN = (float, type(None))
+
+
+def _settings_of(causal: Any, window_size: Any, softcap: Any, scale: Any) -> arguments.Settings:
+    plain = type(causal) is bool and type(window_size) is tuple and type(softcap) is float and type(scale) in _PLAIN
+    keep = plain and not torch.compiler.is_compiling()
+    return (_kept_settings if keep else _settings)(causal, window_size, softcap, scale)
 
 
 def _settings(causal: Any, window_size: Any, softcap: Any, scale: Any) -> arguments.Settings:

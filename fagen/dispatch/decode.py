@@ -20,7 +20,6 @@ from fagen.ops.attention.arguments import ALIGNMENT
 from fagen.ops.attention.decode_call import EMPTY, DecodeCall
 from fagen.runtime import decode_ops
 from fagen.runtime.kernel import WORKSPACE_ALIGNMENT
-from fagen.target import target_of
 
 if TYPE_CHECKING:
     from fagen.dispatch.plan import Answer
@@ -95,7 +94,7 @@ def _prepare(call: DecodeCall, kind: tuple[Any, ...]) -> _Prepared | None:
 
 def _answer(call: DecodeCall) -> Answer | None:
     reason = call.unreadable
-    target = None if reason else target_of(call.q.device)
+    target = None if reason else call.target
     if target is None:
         if reason != EMPTY:
             warn_fallback(reason or f"no kernels for device {call.q.device}")

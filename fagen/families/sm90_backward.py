@@ -116,8 +116,8 @@ def _shape_fits(p: Problem, t: Target, c: Config) -> str | None:
         return f"a warpgroup takes whole 8 keys, not {n} / {groups}"
     if c.operands == "shared" and p.dropout and n % (16 * groups):
         return f"dropout takes keys by 16, not {n} / {groups}"
-    if c.operands == "shared" and c.dv_start != "after_ds":
-        return f"operands=shared stores P and dS together, dv_start={c.dv_start}"
+    if c.operands == "shared" and c.dv_start == "before_ds":
+        return f"operands=shared starts dV when dS is formed, dv_start={c.dv_start}"
     if c.operands == "shared" and c.v_source != "shared":
         return f"operands=shared leaves no registers for v, v_source={c.v_source}"
     return None

@@ -66,6 +66,11 @@ SCHEMES: Mapping[str, Config] = {
     "seeded": config(seeds="both", dv_start="after_store"),
     "seeded_long_tiles": config(seeds="both", tile_m=128, dv_start="before_ds"),
     "seeded_held_v": config(seeds="delta", v_source="registers", dv_start="after_store", ds_stages=2, dq_sink="red"),
+    "stored_first_shared": config(operands="shared", tile_n=80, dv_start="after_store", dq_sink="red"),
+    "stored_first_shared_three_groups": config(
+        operands="shared", tile_n=96, warpgroups=3, dv_start="after_store", ds_stages=2, seeds="delta"
+    ),
+    "stored_first_shared_one_owner": config(operands="shared", tile_n=96, dv_start="after_store", dq_owner="first"),
     "seeded_shared": config(seeds="both", operands="shared", tile_n=96, warpgroups=3),
     "later_blocks": config(dq_rounding="later_blocks", block_order="sectioned", section_mb=16),
     "later_blocks_red": config(dq_rounding="later_blocks", block_order="sectioned", tile_m=128, dq_sink="red"),
@@ -142,6 +147,10 @@ SHARED += [("shared_three_groups", 96, 192, 128), ("shared_three_groups", 96, 16
 CASES += [
     Case(scheme, head_dim=d, head_dim_v=dv, heads=2, kv_heads=1, changes=(("tile_n", n), *ONE_STAGE))
     for scheme, n, d, dv in SHARED
+]
+CASES += [
+    Case("stored_first_shared", head_dim=d, heads=2, kv_heads=1, changes=(("tile_n", n), *ONE_STAGE))
+    for d, n in ((256, 64), (192, 80))
 ]
 CASES += [Case("shared", mask="intervals", intervals=kind, window=(-1, 0)) for kind in ("lower1", "both4")]
 CASES += [Case("shared_red", softcap=2.0, alibi=True), Case("shared_three_groups", mask="window", window=(40, 9))]

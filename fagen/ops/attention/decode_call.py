@@ -12,6 +12,7 @@ from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import ALIGNMENT, LARGEST_SIZE, is_aligned
 from fagen.ops.attention.decode_problem import KV_TORCH_DTYPES, PAGES, DecodeProblem
 from fagen.ops.attention.problem import TORCH_DTYPES
+from fagen.target import Target, target_of
 
 _DTYPES = {getattr(torch, theirs): ours for ours, theirs in TORCH_DTYPES.items()}
 _KV_DTYPES = {getattr(torch, theirs): ours for ours, theirs in KV_TORCH_DTYPES.items()}
@@ -181,6 +182,10 @@ class DecodeCall:
         """Whether v is the first columns of k."""
         k, v = self.k, self.v
         return k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and v.shape[3] <= k.shape[3]
+
+    @property
+    def target(self) -> Target | None:
+        return target_of(self.q.device)
 
     @property
     def problem(self) -> DecodeProblem:

@@ -14,6 +14,7 @@ from fagen.ops.attention.decode_problem import KV_TORCH_DTYPES, DecodeProblem
 from fagen.ops.attention.inputs import SOFTCAP
 from fagen.ops.attention.problem import TORCH_DTYPES
 from fagen.ops.inputs import Inputs, guarded
+from fagen.target import Target
 
 _NO_PAGE = 0x7FFFFFF0  # an entry of the page table that is no page
 _SPLITS = (0, 3, 1, -64)  # of varied calls: by rule, more than some sequences have keys for, none, of fixed size
@@ -27,7 +28,7 @@ def make(problem: DecodeProblem, device: Any, seed: int, varied: bool) -> Inputs
     an odd batch and several rows packed rows of several lengths, else sequences that lie in any order in the cache.
     """
     p, random = problem, Random(seed)
-    where = torch.device(device)
+    where = torch.device(("cuda" if device.is_gpu else "cpu") if isinstance(device, Target) else device)
     numbers = torch.Generator(where).manual_seed(seed)
     lengths = _lengths(p, random) if varied else [p.seqlen_k] * p.batch
     ragged = varied and p.batch % 2 == 1 and p.seqlen_q > 1

@@ -32,6 +32,7 @@ struct DqShare {
   static constexpr int kChunkPieces = C::kHeadDim / 8;  // of all columns
   static constexpr int kTileFloats = C::kTileM * C::kHeadDim;
   static constexpr int kStageBytes = C::kDqSink == DqSink::bulk ? kColumns / 8 * kPieceBytes : 0;
+  static constexpr bool kWholeSlabs = kByRows || (kBySlab && C::kHeadDim % kSlabColumns == 0);  // all chunks are full
   // every group has all of its chunks: there is nothing to ask
   static constexpr bool kEach =
       kOwners == kGroups && (kByRows || (kBySlab ? kAllSlabs % kOwners == 0 : (kOwners - 1) * kOwnSlabs < kAllSlabs));
@@ -51,7 +52,10 @@ struct DqShare {
     return kEach || (group < kOwners && slab(chunk) < kAllSlabs);
   }
   // how many pieces there are of a chunk's columns
-  __device__ __forceinline__ int pieces(int chunk) const { return min(kColumns / 8, kChunkPieces - slab(chunk) * 8); }
+  __device__ __forceinline__ int pieces(int chunk) const {
+    if constexpr (kWholeSlabs) return kColumns / 8;
+    return min(kColumns / 8, kChunkPieces - slab(chunk) * 8);
+  }
   // where a chunk begins in the float32 tile of dQ, which is in the order of fragments
   __device__ __forceinline__ int offset(int chunk) const {
     return (row_chunk(chunk) * kChunkPieces + slab(chunk) * 8) * (kPieceBytes / 4);

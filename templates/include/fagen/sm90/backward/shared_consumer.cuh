@@ -16,6 +16,7 @@ struct SharedConsumer {
   static constexpr int kKeys = C::kTileN / L::kGroups, kPieces = kKeys / 8;  // of the scores of this group
   static constexpr int kDkChunks = (L::kSlabs + L::kGroups - 1) / L::kGroups;  // slabs of 64 columns of a head
   static constexpr int kDvChunks = (L::kSlabsV + L::kGroups - 1) / L::kGroups;
+  static constexpr bool kDvFirst = C::kDvStart == DvStart::after_store;  // before all have stored dS
   static constexpr int kBarrier = 1;  // of all consumers; two more, and one for each group
   using Scores = float[kPieces][4];
   using DqPart = float[Dq::kColumns / 8][4];
@@ -60,21 +61,28 @@ struct SharedConsumer {
     }
     ptx::wgmma_commit();
   }
-  // dV^T += dO^T P, or dK^T += Q^T dS
-  template <int kSlabs, int kChunks>
+  // dV^T += dO^T P, or dK^T += Q^T dS: chunks from kFirst on, `kSome` of them
+  template <int kSlabs, int kFirst, int kSome, int kChunks>
   __device__ __forceinline__ void start_gradient(Gradient (&c)[kChunks], uint32_t of_columns, uint32_t weights) const {
     const Operand b = Operand::of_columns(weights, L::kDsSlabBytes);
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) pin(c[chunk]);
+    for (int chunk = kFirst; chunk < kFirst + kSome; ++chunk) pin(c[chunk]);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = kFirst; chunk < kFirst + kSome; ++chunk) {
       const Operand a = Operand::of_columns(of_columns + slab_of<kSlabs>(chunk) * C::kTileM * kRowBytes, 0);
 #pragma unroll
       for (int n = 0; n < C::kTileM / 16; ++n)
         ptx::wgmma<C::kTileN, true, true>(c[chunk], a.at(n * 2048), b.at(n * 2048), true);
     }
     ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void start_dv() {
+    start_gradient<L::kSlabsV, 0, kDvChunks>(dv, pipelines.dout.tile(), weights());
+  }
+  template <int kFirst = 0, int kSome = kDkChunks>
+  __device__ __forceinline__ void start_dk() {
+    start_gradient<L::kSlabs, kFirst, kSome>(dk, pipelines.q.tile(), ds());
   }
   // dQ = dS K
   __device__ __forceinline__ void start_dq(DqPart& dq, int chunk) const {
@@ -199,52 +207,97 @@ struct SharedConsumer {
       exponentiate<true>(s, derivatives, at, lse);
     else
       exponentiate<false>(s, derivatives, at, lse);
+    if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last ones
+    store<true>(weights(), s);
+    if constexpr (kDvFirst) meet();
     ptx::wgmma_wait<0>();
     pin(dp);
     form_ds(s, dp, derivatives, delta);
-    if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last ones
-    store<true>(weights(), s);
     store<false>(ds(), dp);
-    ptx::fence_shared_writes();
-    ptx::barrier_sync(kBarrier, L::kGroups * 128);
-    finish(at);
+    if constexpr (kDvFirst) start_dv();
+    meet();
+    if constexpr (!Dq::kEach)
+      finish_unevenly(at);
+    else if constexpr (kDvFirst)
+      finish_behind_dv(at);
+    else
+      finish(at);
     pipelines.q.release();
     if (++pipelines.ds_stage == C::kDsStages) pipelines.ds_stage = 0;
   }
 
-  // P and dS are there: dQ, dV and dK.
+  // All have stored what the others read.
+  static __device__ __forceinline__ void meet() {
+    ptx::fence_shared_writes();
+    ptx::barrier_sync(kBarrier, L::kGroups * 128);
+  }
+  __device__ __forceinline__ float* tile_of_dq(const RowTileVisit& at) const {
+    return dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile));
+  }
+
+  // P and dS are there: dQ, dV and dK. A chunk of dQ leaves while another product is under way.
   __device__ __forceinline__ void finish(const RowTileVisit& at) {
-    float* tile = dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile));
+    float* tile = tile_of_dq(at);
     DqPart dq;
-    if constexpr (Dq::kEach) {
-      start_dq(dq, 0);
-      start_gradient<L::kSlabsV>(dv, pipelines.dout.tile(), weights());
+    start_dq(dq, 0);
+    start_dv();
+    ptx::wgmma_wait<1>();
+    pin(dq);
+    sink_dq<C>(dq, share, 0, pipelines, tile);
+    if constexpr (Dq::kChunks > 1) start_dq(dq, 1);
+    start_dk();
+    ptx::wgmma_wait<(Dq::kChunks > 1 ? 2 : 1)>();
+    pin_all(dv);
+    pipelines.dout.release();
+    if constexpr (Dq::kChunks > 1) {
       ptx::wgmma_wait<1>();
       pin(dq);
-      sink_dq<C>(dq, share, 0, pipelines, tile);
-      if constexpr (Dq::kChunks > 1) start_dq(dq, 1);
-      start_gradient<L::kSlabs>(dk, pipelines.q.tile(), ds());
-      ptx::wgmma_wait<(Dq::kChunks > 1 ? 2 : 1)>();
-      pin_all(dv);
-      pipelines.dout.release();
-      if constexpr (Dq::kChunks > 1) {
-        ptx::wgmma_wait<1>();
-        pin(dq);
-        sink_dq<C>(dq, share, 1, pipelines, tile);
-      }
-      ptx::wgmma_wait<0>();
-      pin_all(dk);
-    } else {
-      start_gradient<L::kSlabsV>(dv, pipelines.dout.tile(), weights());
-      start_gradient<L::kSlabs>(dk, pipelines.q.tile(), ds());
-      ptx::wgmma_wait<1>();
-      pin_all(dv);
-      pipelines.dout.release();
-      ptx::wgmma_wait<0>();
-      pin_all(dk);
+      sink_dq<C>(dq, share, 1, pipelines, tile);
     }
+    ptx::wgmma_wait<0>();
+    pin_all(dk);
+    finish_dq<2>(dq, tile);
+  }
+  // The same, dV is under way.
+  __device__ __forceinline__ void finish_behind_dv(const RowTileVisit& at) {
+    constexpr int kBefore = Dq::kChunks > 1 ? kDkChunks / 2 : 0, kRest = kDkChunks - kBefore;
+    float* tile = tile_of_dq(at);
+    DqPart dq;
+    start_dq(dq, 0);
+    if constexpr (Dq::kChunks == 1) start_dk();
+    if constexpr (kBefore > 0) start_dk<0, kBefore>();
+    ptx::wgmma_wait<(Dq::kChunks == 1 || kBefore > 0 ? 1 : 0)>();
+    pin_all(dv);
+    pipelines.dout.release();
+    pin(dq);
+    sink_dq<C>(dq, share, 0, pipelines, tile);
+    if constexpr (Dq::kChunks > 1) {
+      start_dq(dq, 1);
+      start_dk<kBefore, kRest>();
+      ptx::wgmma_wait<1>();
+      pin(dq);
+      sink_dq<C>(dq, share, 1, pipelines, tile);
+    }
+    ptx::wgmma_wait<0>();
+    pin_all(dk);
+    finish_dq<2>(dq, tile);
+  }
+  // Not every group has all chunks of dQ.
+  __device__ __forceinline__ void finish_unevenly(const RowTileVisit& at) {
+    DqPart dq;
+    if constexpr (!kDvFirst) start_dv();
+    start_dk();
+    ptx::wgmma_wait<1>();
+    pin_all(dv);
+    pipelines.dout.release();
+    ptx::wgmma_wait<0>();
+    pin_all(dk);
+    finish_dq<0>(dq, tile_of_dq(at));
+  }
+  template <int kFirst>
+  __device__ __forceinline__ void finish_dq(DqPart& dq, float* tile) {
 #pragma unroll
-    for (int chunk = Dq::kEach ? 2 : 0; chunk < Dq::kChunks; ++chunk)
+    for (int chunk = kFirst; chunk < Dq::kChunks; ++chunk)
       if (share.owns(chunk)) {
         start_dq(dq, chunk);
         ptx::wgmma_wait<0>();
