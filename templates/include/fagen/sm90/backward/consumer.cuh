@@ -6,6 +6,7 @@
 #include "fagen/ptx/mma_sync.cuh"
 #include "fagen/sm90/backward/dq.cuh"
 #include "fagen/sm90/backward/scores.cuh"
+#include "fagen/sm90/backward/split_sums.cuh"
 #include "fagen/sm90/operand.cuh"
 
 namespace fagen {
@@ -241,29 +242,20 @@ struct BackwardConsumer {
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
     meet_finished<C>(launch, keys, kBarrier);
     if (launch.splits.by > 1) {
-      float* to = partial_gradients<C>(p, launch, keys.batch, keys.kv_head, keys.split, keys.tile * L::kGroups + group);
-      leave<C::kHeadDim>(to, dk);
-      leave<C::kHeadDimV>(to + kGroupKeys * C::kHeadDim, dv);
+      SplitSums<C, Element>{p, keys, pipelines.smem, group}.run(dk, dv, kBarrier);
     } else {
       store<C::kHeadDim>(p.dk, dk, p.head_dim, p.scale);
       store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up<C>(p, 1.f));
     }
   }
 
-  // Store 64 keys of a gradient: whole, or for the sum of the blocks that share the query heads.
+  // Store 64 keys of a gradient.
   template <int kColumns>
   __device__ __forceinline__ void store(const fagen_tensor& to, const float (&c)[kColumns / 8][4], int columns,
                                         float scale) const {
     const int key = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + Place().row;
     store_rows<Element, kColumns / 16>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, 0, kColumns / 8, scale,
                                        [&](int n) { return make_float4(c[n][0], c[n][1], c[n][2], c[n][3]); });
-  }
-  template <int kColumns>
-  static __device__ __forceinline__ void leave(float* to, const float (&c)[kColumns / 8][4]) {
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n)
-      *reinterpret_cast<float4*>(to + n * (kPieceBytes / 4) + threadIdx.x % 128 * 4) =
-          make_float4(c[n][0], c[n][1], c[n][2], c[n][3]);
   }
 };
 
