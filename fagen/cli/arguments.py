@@ -40,6 +40,7 @@ SETTINGS = {
     "kv_dtype": "with op decode: fp8_e4m3 of a cache in fp8 (default: that of q)",
     "page": "with op decode: rows of a page of the cache, 1,16,64 (default: 0, not paged)",
     "sinks": "with op decode: each head has a logit without a value",
+    "shared_kv": "with op decode: v is the first columns of k, in the same memory",
     "seqlen": "length of queries and keys: 1k,4k (default: 1k); with op decode of keys alone, with one query",
     "seqlen_q": "length of the queries alone",
     "seqlen_k": "length of the keys alone",
@@ -47,8 +48,8 @@ SETTINGS = {
     "heads": "heads of q (default: 16)",
     "kv_heads": "heads of k and v (default: as many as of q)",
 }
-_SWITCHES = ("softcap", "alibi", "dropout", "unaligned", "deterministic", "sinks")
-_OF_DECODE = ("kv_dtype", "page", "sinks")
+_SWITCHES = ("softcap", "alibi", "dropout", "unaligned", "deterministic", "sinks", "shared_kv")
+_OF_DECODE = ("kv_dtype", "page", "sinks", "shared_kv")
 OPS = ("forward", "backward", "decode")  # whose problems these settings spell
 _USABLE = 0.9  # of a device's memory: what runs there besides, and what verifying takes
 
@@ -147,7 +148,7 @@ def _problem(point: dict[str, Any], bounds: tuple[int, int], switches: dict[str,
         switches |= {name: point[name] for name in ("kv_dtype", "page")}
         seqlen_q = 1 if one_query else seqlen_q
     else:
-        del switches["sinks"]
+        del switches["sinks"], switches["shared_kv"]
     kind: type[Problem] = ops.get(point["op"]).problem
     return kind(
         dtype=point["dtype"],

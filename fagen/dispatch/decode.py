@@ -68,8 +68,8 @@ def _kind(call: DecodeCall) -> tuple[Any, ...]:
     )  # fmt: skip
     return (
         *[None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors],
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT, call.window, call.softcap, call.scale,
-        call.num_splits, call.most_rows, call.most_keys,
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT, k.data_ptr() == v.data_ptr(), call.window,
+        call.softcap, call.scale, call.num_splits, call.most_rows, call.most_keys,
     )  # fmt: skip
 
 
@@ -82,7 +82,8 @@ def _prepare(call: DecodeCall, kind: tuple[Any, ...]) -> _Prepared | None:
     kernel, outputs = found.kernel, call.new_outputs()
     kernel.calls.require(kernel.spec.problem, call, outputs)
     params = kernel.calls.params(call, outputs)
-    need = kernel.library.workspace_bytes(ctypes.byref(params))
+    with torch.cuda.device(call.q.device) if call.q.is_cuda else nullcontext():  # a kernel may ask it for its SMs
+        need = kernel.library.workspace_bytes(ctypes.byref(params))
     prepared = _Prepared(kernel, params, need, tuple(outputs["out"].shape), tuple(outputs["lse"].shape), epoch)
     if found.known:
         if len(_kinds) >= _MOST_KINDS:

@@ -17,6 +17,7 @@ def all_families() -> tuple[Family, ...]:
         cpu_decode,
         cpu_forward,
         sm80_backward,
+        sm80_decode,
         sm80_forward,
         sm90_backward,
         sm90_forward,
@@ -24,7 +25,7 @@ def all_families() -> tuple[Family, ...]:
 
     forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY)
     backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY)
-    decode = (cpu_decode.FAMILY,)
+    decode = (cpu_decode.FAMILY, sm80_decode.FAMILY)
     return extensions.with_offered((*forward, *backward, *decode), "FAMILIES")
 
 

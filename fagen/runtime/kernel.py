@@ -102,14 +102,15 @@ class Kernel:
         """
         self._check(call, outputs)
         first, params = _first(call), self.calls.params(call, outputs)
-        need = self.library.workspace_bytes(ctypes.byref(params))
+        device = _select(first)
+        with device:  # a kernel may ask it for its SMs
+            need = self.library.workspace_bytes(ctypes.byref(params))
         if need and workspace is None:
             workspace, params.workspace = workspace_tensor(need, first.device)
         elif need and workspace is not None:
             if workspace.numel() * workspace.element_size() < need or workspace.data_ptr() % WORKSPACE_ALIGNMENT:
                 raise InvalidArgument("the workspace is too small or not aligned", f"{need} bytes, 256-byte aligned")
             params.workspace = workspace.data_ptr()
-        device = _select(first)
         if first.is_cuda and stream is None:
             stream = _current_stream(first)
         launch, reference = self.library.launch, ctypes.byref(params)

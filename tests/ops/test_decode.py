@@ -186,6 +186,7 @@ def test_the_command_line_spells_every_problem() -> None:
         DecodeProblem(dtype="fp16", page=16, kv_dtype="fp8_e4m3", sinks=True, softcap=True, mask="causal", seqlen_q=4),
         DecodeProblem(mask="window", window_left=9, window_right=0, seqlen_q=64, seqlen_k=64, aligned=False),
         DecodeProblem(head_dim=576, head_dim_v=512, heads=128, kv_heads=1, page=64, batch=7),
+        DecodeProblem(head_dim=576, head_dim_v=512, shared_kv=True),
     ]
     for problem in problems:
         words, settings = ops.get("decode").flags(problem), {}
@@ -197,6 +198,12 @@ def test_the_command_line_spells_every_problem() -> None:
         assert arguments.expand(settings) == [problem]
     (plain,) = arguments.expand({"op": "decode", "seqlen": "4k"})
     assert (plain.seqlen_q, plain.seqlen_k) == (1, 4096)
-    for settings in ({"page": 16}, {"sinks": True}, {"kv_dtype": "fp8_e4m3"}, {"op": "decode", "page": 7}):
+    for settings in (
+        {"page": 16},
+        {"sinks": True},
+        {"shared_kv": True},
+        {"kv_dtype": "fp8_e4m3"},
+        {"op": "decode", "page": 7},
+    ):
         with pytest.raises(FagenError):
             arguments.expand(settings)

@@ -25,6 +25,7 @@ def _constants(p: DecodeProblem) -> list[Constant]:
         ("bool", "kAligned", str(p.aligned).lower(), "rows are whole, aligned 16-byte pieces"),
         ("bool", "kFp8Cache", str(p.kv_dtype == "fp8_e4m3").lower(), "k and v are e4m3, else of the dtype of q"),
         ("int", "kPageSize", str(p.page), "rows of a page, 0: the cache is not paged"),
+        ("bool", "kSharedKv", str(p.shared_kv).lower(), "v is the first columns of k"),
     ]
 
 
@@ -44,6 +45,7 @@ def _flags(p: DecodeProblem) -> list[str]:
     words = ["--op", "decode", *forward_flags(p, one_length=False)]
     words += ["--kv-dtype", p.kv_dtype] if p.kv_dtype else []
     words += ["--page", str(p.page)] if p.page else []
+    words += ["--shared-kv"] if p.shared_kv else []
     return words + (["--sinks"] if p.sinks else [])
 
 

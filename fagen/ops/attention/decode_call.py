@@ -182,6 +182,12 @@ class DecodeCall:
         return target_of(self.q.device)
 
     @property
+    def shared_kv(self) -> bool:
+        """Whether v is the first columns of k."""
+        k, v = self.k, self.v
+        return k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and v.shape[3] <= k.shape[3]
+
+    @property
     def problem(self) -> DecodeProblem:
         """The problem that the call is, unless it is unreadable."""
         q, k, v = self.q, self.k, self.v
@@ -195,6 +201,7 @@ class DecodeCall:
             softcap=bool(self.softcap),
             sinks=self.sinks is not None,
             page=self.page,
+            shared_kv=self.shared_kv,
             # a fresh output starts at an aligned address
             aligned=is_aligned(q) and is_aligned(k) and is_aligned(v) and not v.shape[3] * q.element_size() % ALIGNMENT,
             batch=self.batch,

@@ -63,7 +63,8 @@ def require(problem: DecodeProblem, call: DecodeCall, outputs: Outputs) -> None:
     its = call.problem
     if its.static_key != problem.static_key:  # some kernels serve more than their own
         mask = "window" if problem.mask == "window" else its.mask
-        its = its.replace(mask=mask, aligned=its.aligned and problem.aligned)
+        shared = its.shared_kv and problem.shared_kv
+        its = its.replace(mask=mask, aligned=its.aligned and problem.aligned, shared_kv=shared)
         have = f"the call is {call.problem.static_key}"
         _want(its.static_key == problem.static_key, f"the kernel is for {problem.static_key}", have)
     for name in ("seqlens_k", "cu_seqlens_q", "cache_batch_idx", "sinks"):

@@ -41,7 +41,10 @@ def make(problem: DecodeProblem, device: Any, seed: int, varied: bool) -> Inputs
     leading = (sum(counts),) if ragged else (p.batch, p.seqlen_q)
     q = torch.randn((*leading, p.heads, held(p.head_dim)), generator=numbers, dtype=dtype, device=where)
     table, chosen = _places(p, lengths, random, varied)
-    k, v = (_cache(p, dim, held(dim), table, chosen, lengths, numbers, where) for dim in (p.head_dim, p.head_dim_v))
+    k = _cache(p, p.head_dim, held(p.head_dim), table, chosen, lengths, numbers, where)
+    v = k[..., : p.head_dim_v]
+    if not p.shared_kv:
+        v = _cache(p, p.head_dim_v, held(p.head_dim_v), table, chosen, lengths, numbers, where)
 
     def integers(values: Any) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=where)

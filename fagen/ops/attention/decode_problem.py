@@ -31,6 +31,7 @@ class DecodeProblem(Problem):
     kv_dtype: str = ""  # a key of KV_DTYPES
     sinks: bool = False
     page: int = 0  # one of PAGES
+    shared_kv: bool = False  # v is the first head_dim_v columns of k, in the same memory
 
     def _check(self) -> None:
         super()._check()
@@ -40,6 +41,9 @@ class DecodeProblem(Problem):
         if self.kv_dtype not in KV_DTYPES:
             known = ", ".join(filter(None, KV_DTYPES))
             raise InvalidArgument(f"kv_dtype {shown(self.kv_dtype)} is not supported", f"supported: {known}, or none")
+        if self.shared_kv and self.head_dim_v > self.head_dim:
+            have = f"head_dim_v={self.head_dim_v} head_dim={self.head_dim}"
+            raise InvalidArgument("shared_kv: v cannot have more columns than k", have)
         if self.page not in PAGES:
             known = ", ".join(map(str, PAGES[1:]))
             raise InvalidArgument(f"page={shown(self.page)} is not supported", f"rows of a page: {known}; 0: no pages")
@@ -50,6 +54,7 @@ class DecodeProblem(Problem):
         parts = [f"kv-{self.kv_dtype}"] if self.kv_dtype else []
         parts += ["sinks"] if self.sinks else []
         parts += [f"page{self.page}"] if self.page else []
+        parts += ["shared-kv"] if self.shared_kv else []
         return "/".join([super().static_key, *parts])
 
     @property
@@ -60,7 +65,8 @@ class DecodeProblem(Problem):
         """Memory of a call's inputs and outputs: q, O, the LSE, the keys and values of all sequences, their pages."""
         p = self
         of_rows = p.batch * p.heads * p.seqlen_q * ((p.head_dim + p.head_dim_v) * p.itemsize + 4)
-        of_keys = p.batch * p.seqlen_k * p.kv_heads * (p.head_dim + p.head_dim_v) * p.kv_itemsize
+        dims = p.head_dim + (0 if p.shared_kv else p.head_dim_v)
+        of_keys = p.batch * p.seqlen_k * p.kv_heads * dims * p.kv_itemsize
         pages = p.batch * -(-p.seqlen_k // p.page) if p.page else 0
         return of_rows + of_keys + 4 * (pages + p.batch)
 
