@@ -178,14 +178,14 @@ class DecodeCall:
         return ""
 
     @property
+    def target(self) -> Target | None:
+        return target_of(self.q.device)
+
+    @property
     def shared_kv(self) -> bool:
         """Whether v is the first columns of k."""
         k, v = self.k, self.v
         return k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and v.shape[3] <= k.shape[3]
-
-    @property
-    def target(self) -> Target | None:
-        return target_of(self.q.device)
 
     @property
     def problem(self) -> DecodeProblem:
