@@ -144,6 +144,18 @@ def test_one_launch_serves_all_lengths_up_to_its_maximum(folder: Path) -> None:
         assert verdict, f"{lengths}: {verdict.message}"
 
 
+def test_the_second_kernel_may_start_early(folder: Path) -> None:
+    """As from sm_90 on, where it is launched before the first has ended."""
+    case, where = Case("base", page=16), known("sm_90")
+    text = emulated.source(FAMILY, case.problem, where, FAMILY.require(case.problem, where, case.config))
+    assert "early = 1" in text
+    call = _call(case, [437, 90, 600], rows=2, num_splits=4)
+    outputs = {name: torch.full(shape, math.nan, dtype=t) for name, (shape, t) in call.output_types().items()}
+    emulated.launch(emulated.build(text, folder, Params), call, outputs, units=9, fill=make_params)
+    verdict = CALLS.check(call, outputs)
+    assert verdict, verdict.message
+
+
 def test_damaged_lengths_and_pages_stay_inside(folder: Path) -> None:
     """A length that is no length counts as the maximum, or as 0, an entry that is no page as the last page."""
     call = _call(PINNED, [64, 64])
