@@ -64,7 +64,7 @@ def flash_attn_with_kvcache(
     call = _call(
         q, k_cache, v_cache, cache_seqlens, _one_of("page_table", page_table, "block_table", block_table), cu_seqlens_q,
         cache_batch_idx, k_descale, v_descale, _one_of("sinks", sinks, "learnable_sink", learnable_sink), settings,
-        num_splits if numerics == "tuned" else _pinned_splits(numerics, num_splits), max_seqlen_q, max_seqlen_k,
+        _splits(num_splits, numerics), max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
     if torch.is_grad_enabled() and _wants_gradient(q, k_cache, v_cache, k, v, call.sinks):
         raise UnsupportedProblem("flash_attn_with_kvcache has no gradient", "", "call it under torch.no_grad()")
@@ -80,7 +80,7 @@ def flash_attn_with_kvcache(
 
 def _call(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Any, table: _Tensor, starts: _Tensor, index: _Tensor,
-    k_scale: _Tensor, v_scale: _Tensor, sinks: _Tensor, settings: arguments.Settings, num_splits: Any, most_rows: Any,
+    k_scale: _Tensor, v_scale: _Tensor, sinks: _Tensor, settings: arguments.Settings, num_splits: int, most_rows: Any,
     most_keys: Any,
 ) -> DecodeCall:  # fmt: skip
     for name, t in (("q", q), ("k_cache", k), ("v_cache", v)):
@@ -97,19 +97,22 @@ def _call(
     return DecodeCall(
         q, k, v, _lengths(lengths, batch, room, q.device), table, starts, index, k_scale, v_scale,
         None if sinks is None else _checked_sinks(sinks, q), (left, right), settings.softcap, settings.scale,
-        arguments.integer("num_splits", num_splits), most_rows,
+        num_splits, most_rows,
         0 if most_keys is None else arguments.integer("max_seqlen_k", most_keys),
     )  # fmt: skip
 
 
 def _attend(call: DecodeCall, want_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Straight to the kernel, unless a tracer, mode or subclass wants to see an op."""
-    if torch.compiler.is_compiling() or type(call.q) is not torch.Tensor:
-        return decode_ops.attend(call)
+    return decode.attend(call, want_lse) if _is_plain(call.q) else decode_ops.attend(call)
+
+
+def _is_plain(t: torch.Tensor) -> bool:
+    """A tensor with memory that may be looked at, and nobody who wants to see ops."""
+    if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, torch.nn.Parameter):
+        return False
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    if modes or torch._C._functorch.peek_interpreter_stack() is not None:
-        return decode_ops.attend(call)
-    return decode.attend(call, want_lse)
+    return not modes and torch._C._functorch.peek_interpreter_stack() is None
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -146,11 +149,17 @@ def _one_of(name: str, a: Any, other: str, b: Any) -> Any:
     return b if a is None else a
 
 
-def _pinned_splits(numerics: Any, num_splits: Any) -> int:
+def _splits(num_splits: Any, numerics: Any) -> int:
+    """As `DecodeCall` says it."""
+    count = arguments.integer("num_splits", num_splits)
+    if count < 0:
+        raise InvalidArgument(f"num_splits={count} is negative", "", "0 leaves it to the kernel")
+    if numerics == "tuned":
+        return count
     if numerics != "pinned":
         raise InvalidArgument(f"numerics={arguments.shown(numerics)} is unknown", "known: tuned, pinned")
-    if num_splits:
-        raise InvalidArgument("num_splits does not go with pinned numerics", f"num_splits={num_splits}")
+    if count:
+        raise InvalidArgument("num_splits does not go with pinned numerics", f"num_splits={count}")
     return -decode.PINNED_KEYS
 
 
@@ -223,8 +232,7 @@ class _New:
             rows, counts = NewRows.packed(starts, k.shape[0]), starts[1:] - starts[:-1]
         before, positions = call.seqlens_k, rows.behind(call.seqlens_k)
         later = dataclasses.replace(call, seqlens_k=(before + counts).to(torch.int32))
-        compiling = torch.compiler.is_compiling()
-        if not compiling and (not k.is_cuda or env.flag("FAGEN_DEBUG")):
+        if _is_plain(k) and (not k.is_cuda or env.flag("FAGEN_DEBUG")):
             self._check_contents(later, before, starts, k)
         if self.cos is not None:
             first = before if self.rotary_seqlens is None else self.rotary_seqlens
@@ -262,7 +270,7 @@ class _New:
                 raise InvalidArgument(f"{name} must be (positions, {k.shape[-1] // 2} or less) on {k.device}", have)
         if k.dtype.itemsize < 2:
             raise InvalidArgument("a key in fp8 cannot be turned", f"k is {k.dtype}", "pass k in the dtype of q")
-        lengths = self.rotary_seqlens
+        lengths = _int32("rotary_seqlens", self.rotary_seqlens)
         if lengths is not None and (tuple(lengths.shape) != (call.batch,) or lengths.device != k.device):
             raise InvalidArgument("rotary_seqlens must be int32 (batch)", f"it is {tuple(lengths.shape)}")
 

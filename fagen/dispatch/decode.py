@@ -145,6 +145,9 @@ def _by_torch(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     """In float32, as kernels compute."""
     if not call.q.is_cuda:
         decode_checks.check_contents(call)
+    if not call.q.numel():
+        made = call.new_outputs()
+        return made["out"], made["lse"]
     dtype = call.q.dtype
     out, lse = decode_reference.attend(call, torch.float32 if dtype.itemsize < 4 else dtype)
     return out.to(dtype).contiguous(), lse.float().contiguous()

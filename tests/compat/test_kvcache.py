@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fagen
-from fagen.dispatch import resolve
+from fagen.dispatch import decode, resolve
 from fagen.errors import FagenError, InvalidArgument, UnsupportedProblem
 from fagen.notices import FallbackWarning
 from fagen.ops.attention import decode_reference
@@ -221,6 +222,24 @@ def test_nothing_to_compute() -> None:
     kc = randn(2, 8, KV_HEADS, D)
     out = fagen.flash_attn_with_kvcache(randn(0, 1, HEADS, D), kc, kc, cache_seqlens=int32())
     assert out.shape == (0, 1, HEADS, D)
+    for q, more in ((randn(2, 0, HEADS, D), {}), (randn(0, HEADS, D), {"cu_seqlens_q": int32(0, 0, 0)})):
+        out, lse = fagen.flash_attn_with_kvcache(q, kc, kc.clone(), **more, return_softmax_lse=True)
+        assert out.shape == q.shape and lse.numel() == 0
+
+
+def test_many_splits_take_no_more_memory_than_keys() -> None:
+    q, k, v = randn(1, 1, HEADS, D), randn(1, 80, KV_HEADS, D), randn(1, 80, KV_HEADS, D, seed=1)
+    out = fagen.flash_attn_with_kvcache(q, k, v, num_splits=1 << 20)
+    close(out[0], attended(q[0], k[0], v[0])[0])
+    assert max(kind.workspace_bytes for kind in decode._kinds.values()) < 1 << 20
+
+
+def test_fake_tensors_pass() -> None:
+    with FakeTensorMode():
+        q, cache, new = torch.empty(2, 1, 4, 16), torch.empty(2, 32, 2, 16), torch.empty(2, 1, 2, 16)
+        lengths = torch.empty(2, dtype=torch.int32)
+        out = fagen.flash_attn_with_kvcache(q, cache, cache.clone(), new, new, cache_seqlens=lengths, causal=True)
+    assert isinstance(out, torch.Tensor) and out.shape == q.shape
 
 
 # ---- a kind of call that was seen before -----------------------------------------------------------------------------
@@ -299,6 +318,8 @@ def test_bad_arguments_are_refused_and_write_nothing() -> None:
         ({"qv": q}, "qv"), ({"cache_leftpad": int32(1)}, "cache_leftpad"), ({"attention_chunk": 4}, "attention_chunk"),
         ({"q_descale": torch.ones(6, 2)}, "q_descale"), ({"block_table": table}, "two names"),
         ({"numerics": "fast"}, "numerics"), ({"numerics": "pinned", "num_splits": 3}, "num_splits"),
+        ({"num_splits": -4}, "num_splits=-4"), ({"page_table": table[:, :0]}, "no pages"),
+        ({**new, "rotary_cos": cos, "rotary_sin": cos, "rotary_seqlens": torch.ones(6)}, "rotary_seqlens"),
         ({"softcap": -1.0}, "softcap"), ({"window_size": 3}, "window_size"), ({"num_splits": "a"}, "num_splits"),
         ({"cache_seqlens": 81}, "room for 80"), ({"cache_seqlens": -1}, "cache_seqlens=-1"),
         ({"cache_seqlens": torch.ones(6)}, "int32"), ({"page_table": table.float()}, "int32"),

@@ -145,6 +145,8 @@ class DecodeCall:
             raise InvalidArgument(f"seqlens_k has {self.batch} sequences", f"q has {self.q.shape[0]}")
         if self.page_table is not None:
             _require("page_table", self.page_table, (self.batch, self.page_table.shape[-1]), torch.int32, "int32")
+            if not self.page_table.shape[1]:
+                raise InvalidArgument("page_table has no pages", f"its shape is {tuple(self.page_table.shape)}")
         if self.cu_seqlens_q is not None:
             _require("cu_seqlens_q", self.cu_seqlens_q, (self.batch + 1,), torch.int32, "int32")
             if not 0 < self.most_rows <= LARGEST_SIZE:

@@ -42,7 +42,9 @@ struct Pieces {
   int64_t most_pieces() const {
     const int64_t whole = p.batch * most_tiles() * p.kv_heads;
     if (p.num_splits == 0) return Config::kPieces + 2 * whole;
-    return whole * (p.num_splits > 0 ? int64_t(p.num_splits) + 2 : ceil_div(p.seqlen_k, -int64_t(p.num_splits)));
+    if (p.num_splits < 0) return whole * ceil_div(p.seqlen_k, -int64_t(p.num_splits));
+    const int64_t tiles = ceil_div(p.seqlen_k, Config::kTileN);  // a split is whole tiles
+    return whole * ((p.num_splits < tiles ? p.num_splits : tiles) + 2);
   }
   uint64_t workspace_bytes() const {
     const uint64_t partials = sizeof(float) * uint64_t(most_pieces() * piece_floats());
