@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fagen import ops
+from fagen.errors import UsageError
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
 from fagen.ops.inputs import Inputs
@@ -32,6 +33,11 @@ class Row:
         return self.problem.op
 
     @property
+    def length(self) -> int:
+        """The length by which rows of a series differ."""
+        return self.problem.seqlen_k if self.op == "decode" else self.problem.seqlen_q
+
+    @property
     def causal(self) -> bool:
         return self.problem.window_right == 0
 
@@ -53,6 +59,8 @@ def as_op(problem: Problem, op: str, *, same_bits: bool = False) -> Problem:
     """The same sizes for an op; `same_bits` makes a backward problem deterministic."""
     if problem.op == op and not same_bits:
         return problem
+    if "decode" in (problem.op, op):
+        raise UsageError(f"{problem.key} is no problem of {op}", "sizes of decode mean something else")
     fields = {**problem.to_dict(), "op": op}
     if op == "backward":
         fields["deterministic"] = same_bits
@@ -124,7 +132,7 @@ def options(row: Row, call: AttentionCall) -> dict[str, Any]:
 def flops(row: Row, call: AttentionCall) -> float:
     """By the op's products for each visible cell; a causal square counts half, as the field counts."""
     p = row.problem
-    if call.intervals is None:
+    if p.op == "decode" or call.intervals is None:
         return p.flops()
     square = p.replace(mask="none", intervals="", window_left=-1, window_right=-1)
     planes = call.intervals.shape[0] * call.intervals.shape[1]
@@ -137,6 +145,8 @@ def least_bytes(row: Row) -> int:
     Backward reads dO and the LSE beside them, and writes the gradient of all that forward reads.
     """
     p = row.problem
+    if p.op == "decode":
+        return p.bytes()
     dims, backward = p.head_dim + p.head_dim_v, p.op == "backward"
     first = max(0, p.seqlen_k - p.seqlen_q - p.window_left) if p.window_left >= 0 else 0
     keys = p.seqlen_k - min(first, p.seqlen_k - 1)

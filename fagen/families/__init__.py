@@ -12,11 +12,21 @@ __all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates
 
 
 def all_families() -> tuple[Family, ...]:
-    from fagen.families import cpu_backward, cpu_forward, sm80_backward, sm80_forward, sm90_backward, sm90_forward
+    from fagen.families import (
+        cpu_backward,
+        cpu_decode,
+        cpu_forward,
+        sm80_backward,
+        sm80_decode,
+        sm80_forward,
+        sm90_backward,
+        sm90_forward,
+    )
 
     forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY)
     backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY)
-    return extensions.with_offered((*forward, *backward), "FAMILIES")
+    decode = (cpu_decode.FAMILY, sm80_decode.FAMILY)
+    return extensions.with_offered((*forward, *backward, *decode), "FAMILIES")
 
 
 def get(name: str) -> Family:

@@ -12,9 +12,9 @@ from fagen.schema import shown
 
 
 def all_ops() -> tuple[Op, ...]:
-    from fagen.ops.attention import backward, forward
+    from fagen.ops.attention import backward, decode, forward
 
-    return extensions.with_offered((forward.OP, backward.OP), "OPS")
+    return extensions.with_offered((forward.OP, backward.OP, decode.OP), "OPS")
 
 
 def get(name: str) -> Op:
