@@ -444,4 +444,4 @@ def test_the_reference_is_not_what_serves(monkeypatch: pytest.MonkeyPatch) -> No
     """The tests above compare a kernel, not PyTorch with PyTorch."""
     q, k = randn(1, 1, HEADS, D), randn(1, 32, KV_HEADS, D)
     monkeypatch.delattr(decode_reference, "attend")
-    fagen.flash_attn_with_kvcache(q, k, k)
+    fagen.flash_attn_with_kvcache(q, k, k.clone())
