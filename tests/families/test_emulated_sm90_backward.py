@@ -319,14 +319,27 @@ def test_who_does_not_wait_is_wrong(folder: Path, old: str, new: str) -> None:
     assert any(_is_wrong(text, folder, seed) for seed in range(40))
 
 
-def test_blocks_share_the_heads_of_a_group(folder: Path) -> None:
-    """With units to spare: without the sum of what they leave, dK and dV are wrong."""
-    case = Case("base", kv_heads=1)
-    check(case, folder, 70, 70, units=5)
+@pytest.mark.parametrize("case", [Case("base", kv_heads=1), Case("three_groups", heads=6, mask="none")], ids=str)
+def test_blocks_share_the_heads_of_a_group(folder: Path, case: Case) -> None:
+    """With units to spare. Without the sum over a cluster, dK and dV are wrong."""
+    for seed in range(2):
+        check(case, folder, 70, 130, units=5, seed=seed, batch=1 + seed)
     text = _source(case)
-    assert "if (splits > 1) {" in text
-    with pytest.raises(AssertionError, match="d[kv]"):
-        check(case, folder, 70, 70, units=5, text=text.replace("if (splits > 1) {", "if (false) {"))
+    for old, new in (
+        ("split < keys.splits; ++split", "split < 1; ++split"),  # only one block's part
+        ("    ptx::cluster_sync();\n#pragma unroll 1", "#pragma unroll 1"),  # before it is there
+    ):
+        assert old in text
+        broken = text.replace(old, new)
+        assert any(_is_wrong(broken, folder, seed, case=case, rows=70, keys=70, units=5) for seed in range(10))
+
+
+@pytest.mark.parametrize("scheme", ["base", "first_owner_red", "last_block", "later_blocks"])
+def test_one_tile_has_all_keys(folder: Path, scheme: str) -> None:
+    """What a block has of dQ is stored as it is. Rows that see none of the keys get zeros."""
+    for case in (Case(scheme), Case(scheme, mask="window", window=(70, 20), kv_heads=4)):
+        for rows, keys in ((300, 100), (90, 128)):
+            check(case, folder, rows, keys, dlse=True)
 
 
 # ---- sections of heads in one grid -----------------------------------------------------------------------------------
@@ -369,19 +382,15 @@ def test_sections_wait_for_each_other(folder: Path, old: str, new: str) -> None:
     text = _of_small_sections(_LATER)
     assert old in text
 
-    def fails(seed: int) -> bool:
-        try:
-            check(_LATER, folder, 150, 70, seed=seed, units=9, batch=3, text=text.replace(old, new))
-        except AssertionError:
-            return True
-        return False
-
-    assert any(fails(seed) for seed in range(20))
+    broken, how = text.replace(old, new), {"rows": 150, "keys": 70, "units": 9, "batch": 3}
+    assert any(_is_wrong(broken, folder, seed, case=_LATER, **how) for seed in range(20))
 
 
-def _is_wrong(text: str, folder: Path, seed: int) -> bool:
+def _is_wrong(
+    text: str, folder: Path, seed: int, *, case: Case = _BROKEN, rows: int = 200, keys: int = 200, **more: Any
+) -> bool:
     try:
-        check(_BROKEN, folder, 200, 200, seed=seed, text=text)
+        check(case, folder, rows, keys, seed=seed, text=text, **more)
     except AssertionError:
         return True
     return False
@@ -394,7 +403,7 @@ def test_who_waits_for_ever_is_told(folder: Path, old: str) -> None:
     text = _source(_BROKEN)
     assert old in text
     with pytest.raises(AssertionError, match="(?s)nothing can go on.*waits for barrier at"):
-        check(_BROKEN, folder, 300, 100, text=text.replace(old, ""))
+        check(_BROKEN, folder, 300, 200, text=text.replace(old, ""))
 
 
 def test_every_value_of_every_knob_is_run() -> None:

@@ -6,6 +6,7 @@
 #include "fagen/ptx/mma_sync.cuh"
 #include "fagen/sm90/backward/dq.cuh"
 #include "fagen/sm90/backward/scores.cuh"
+#include "fagen/sm90/backward/split_sums.cuh"
 #include "fagen/sm90/operand.cuh"
 
 namespace fagen {
@@ -199,6 +200,12 @@ struct BackwardConsumer {
     if (++pipelines.ds_stage == C::kDsStages) pipelines.ds_stage = 0;
   }
 
+  __device__ __forceinline__ void sink(const DqPart& dq, int chunk, const RowTileVisit& at) {
+    if (launch.one_key_tile)
+      store_dq<C, Element>(p, dq, share, chunk, keys.batch, at);
+    else
+      sink_dq<C>(dq, share, chunk, pipelines, dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
+  }
   // dV is under way, dS is there: dK, and dQ where this group has a part of it.
   __device__ __forceinline__ void finish(Fragments& ds) {
     ptx::wgmma_wait<0>();
@@ -209,7 +216,6 @@ struct BackwardConsumer {
     pin(dk);
   }
   __device__ __forceinline__ void finish_with_dq(Fragments& ds, const RowTileVisit& at) {
-    float* tile = dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile));
     DqPart dq;
     start_dq(dq, 0);
     ptx::wgmma_wait<1>();
@@ -218,7 +224,7 @@ struct BackwardConsumer {
     start_gradient<C::kHeadDim>(dk, ds, pipelines.q.tile());
     ptx::wgmma_wait<1>();
     pin(dq);
-    sink_dq<C>(dq, share, 0, pipelines, tile);
+    sink(dq, 0, at);
     ptx::wgmma_wait<0>();
     pin(dk);
 #pragma unroll
@@ -226,7 +232,7 @@ struct BackwardConsumer {
       start_dq(dq, chunk);
       ptx::wgmma_wait<0>();
       pin(dq);
-      sink_dq<C>(dq, share, chunk, pipelines, tile);
+      sink(dq, chunk, at);
     }
   }
 
@@ -241,29 +247,20 @@ struct BackwardConsumer {
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
     meet_finished<C>(launch, keys, kBarrier);
     if (launch.splits.by > 1) {
-      float* to = partial_gradients<C>(p, launch, keys.batch, keys.kv_head, keys.split, keys.tile * L::kGroups + group);
-      leave<C::kHeadDim>(to, dk);
-      leave<C::kHeadDimV>(to + kGroupKeys * C::kHeadDim, dv);
+      SplitSums<C, Element>{p, keys, pipelines.smem, group}.run(dk, dv, kBarrier);
     } else {
       store<C::kHeadDim>(p.dk, dk, p.head_dim, p.scale);
       store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up<C>(p, 1.f));
     }
   }
 
-  // Store 64 keys of a gradient: whole, or for the sum of the blocks that share the query heads.
+  // Store 64 keys of a gradient.
   template <int kColumns>
   __device__ __forceinline__ void store(const fagen_tensor& to, const float (&c)[kColumns / 8][4], int columns,
                                         float scale) const {
     const int key = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + Place().row;
     store_rows<Element, kColumns / 16>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, 0, kColumns / 8, scale,
                                        [&](int n) { return make_float4(c[n][0], c[n][1], c[n][2], c[n][3]); });
-  }
-  template <int kColumns>
-  static __device__ __forceinline__ void leave(float* to, const float (&c)[kColumns / 8][4]) {
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n)
-      *reinterpret_cast<float4*>(to + n * (kPieceBytes / 4) + threadIdx.x % 128 * 4) =
-          make_float4(c[n][0], c[n][1], c[n][2], c[n][3]);
   }
 };
 

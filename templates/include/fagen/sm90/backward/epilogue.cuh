@@ -1,4 +1,4 @@
-// Rounding: dQ when all keys have been to a row, dK and dV when all blocks that share a group's heads have ended.
+// Rounding: dQ when all keys have been to a row.
 #pragma once
 #include "fagen/sm90/backward/dq.cuh"
 
@@ -21,39 +21,6 @@ __device__ __forceinline__ void backward_epilogue(const fagen_backward_params& p
   ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
   round_rows<C, Element>(p, launch, blockIdx.x);
-}
-
-// Where blocks have shared the query heads of a kv head: dK and dV of 64 keys are the sums of what each has left. A
-// warpgroup has some pieces of 8 columns of one of them.
-template <class C>
-struct GroupSums {
-  static constexpr int kDk = C::kHeadDim / 8, kDv = C::kHeadDimV / 8, kPieces = 2;  // of a block
-  static constexpr int kBlocks = (kDk + kDv) / kPieces;                             // for 64 keys
-};
-template <class C, class Element>
-__device__ __forceinline__ void sum_groups(const fagen_backward_params& p, const BackwardLaunch& launch) {
-  using S = GroupSums<C>;
-  const int part = blockIdx.x % S::kBlocks * S::kPieces, rest = blockIdx.x / S::kBlocks;
-  const int groups = launch.key_tiles * C::kWarpgroups, group = rest % groups, plane = rest / groups;
-  const int kv_head = plane % p.kv_heads, batch = plane / p.kv_heads, thread = threadIdx.x;
-  const int key = group * kGroupKeys + thread / 32 * 16 + thread % 32 / 4;
-  ptx::start_next_kernel();
-  ptx::wait_for_previous_kernel();
-  const auto load = [&](int piece) {
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 4
-    for (int split = 0; split < int(launch.splits.by); ++split) {
-      const float* from = partial_gradients<C>(p, launch, batch, kv_head, split, group) + thread * 4;
-      const float4 x = *reinterpret_cast<const float4*>(from + (part + piece) * (kPieceBytes / 4));
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-    }
-    return sum;
-  };
-  if (part < S::kDk)
-    store_rows<Element, 1>(p.dk, batch, kv_head, key, p.seqlen_k, p.head_dim, part, S::kPieces, p.scale, load);
-  else
-    store_rows<Element, 1>(p.dv, batch, kv_head, key, p.seqlen_k, p.head_dim_v, part - S::kDk, S::kPieces,
-                           scale_up<C>(p, 1.f), load);
 }
 
 // All gradients are zero: there are no rows or no keys. A grid's work, a warp a row.

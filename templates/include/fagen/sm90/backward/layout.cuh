@@ -77,6 +77,10 @@ struct BackwardLayout {
   static constexpr bool kIntervals = MaskOf<C>::kIntervals;
   static constexpr int kBoundBytes = kIntervals ? C::kTileN * 16 : 0, kExtentBytes = kIntervals ? 32 : 0;
 
+  // Blocks that share a group's heads put all of dK and dV in the place of the tiles.
+  static constexpr bool kSplitsGroups =
+      !kSharedOperands<C> && kGroups * kGroupKeys * (C::kHeadDim + C::kHeadDimV) * 4 <=
+                                 kKBytes + kVBytes + C::kQStages * kQBytes + C::kDoutStages * kDoutBytes + C::kDsStages * kDsBytes;
   static constexpr bool kRoundsDq = C::kDqRounding == DqRounding::last_block;
 
   // Offsets: k, v, the stages of q, of dO and of dS, the owners' parts of dQ, the LSE and delta of each stage of q, the

@@ -23,19 +23,19 @@ struct Step {
 
 struct Sections {
   static constexpr uint32_t kPlaces = 3;      // sections that have sums of dQ at a time
-  static constexpr uint32_t kHelperTiles = 8;  // row tiles that a block prepares or rounds
+  static constexpr int kHelperTiles = 8;  // row tiles that a block prepares or rounds
 
-  uint32_t count, key_tiles, row_tiles;   // sections; tiles of one, the last may have fewer
+  uint32_t count, key_tiles, row_tiles;   // sections; blocks of key tiles, and row tiles, of one: the last may have fewer
   uint32_t all_key_tiles, all_row_tiles;  // of all heads
   uint32_t helpers;                       // blocks that prepare a section, and that round it
   Divisor step, places;                   // blocks of a step; row tiles that have sums of dQ
   unsigned* counters;                     // prepared, finished, rounded: blocks of each section that have
 
   Sections() = default;
-  Sections(uint32_t count, uint32_t key_tiles, uint32_t row_tiles, uint32_t all_key_tiles, uint32_t all_row_tiles)
+  Sections(uint32_t count, uint32_t key_tiles, uint32_t row_tiles, uint32_t all_key_tiles, uint32_t all_row_tiles,
+           uint32_t helpers)
       : count(count), key_tiles(key_tiles), row_tiles(row_tiles), all_key_tiles(all_key_tiles),
-        all_row_tiles(all_row_tiles), helpers((row_tiles + kHelperTiles - 1) / kHelperTiles),
-        step(key_tiles + 2 * helpers), places(kPlaces * row_tiles) {}
+        all_row_tiles(all_row_tiles), helpers(helpers), step(key_tiles + 2 * helpers), places(kPlaces * row_tiles) {}
 
   uint32_t blocks() const { return (count + 1) * step.by; }
   uint32_t first_row_tiles() const { return row_tiles < all_row_tiles ? row_tiles : all_row_tiles; }
