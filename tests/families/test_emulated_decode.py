@@ -144,13 +144,31 @@ def test_one_launch_serves_all_lengths_up_to_its_maximum(folder: Path) -> None:
         assert verdict, f"{lengths}: {verdict.message}"
 
 
-def test_lengths_beyond_the_maximum_stay_inside(folder: Path) -> None:
-    """A length that is no length reads and writes nothing outside: it counts as the maximum, or as 0."""
+def test_the_second_kernel_may_start_early(folder: Path) -> None:
+    """As from sm_90 on, where it is launched before the first has ended."""
+    case, where = Case("base", page=16), known("sm_90")
+    text = emulated.source(FAMILY, case.problem, where, FAMILY.require(case.problem, where, case.config))
+    assert "early = 1" in text
+    call = _call(case, [437, 90, 600], rows=2, num_splits=4)
+    outputs = {name: torch.full(shape, math.nan, dtype=t) for name, (shape, t) in call.output_types().items()}
+    emulated.launch(emulated.build(text, folder, Params), call, outputs, units=9, fill=make_params)
+    verdict = CALLS.check(call, outputs)
+    assert verdict, verdict.message
+
+
+def test_damaged_lengths_and_pages_stay_inside(folder: Path) -> None:
+    """A length that is no length counts as the maximum, or as 0, an entry that is no page as the last page."""
     call = _call(PINNED, [64, 64])
     right = run(PINNED, folder, dataclasses.replace(call, seqlens_k=torch.tensor([64, 0], dtype=torch.int32)))
     call.seqlens_k.copy_(torch.tensor([1 << 30, -5]))
     found = run(PINNED, folder, call)
     assert all(torch.equal(found[name], right[name]) for name in found)
+    table = call.page_table.clone()
+    table[0, 1:3] = torch.tensor([-1, 1 << 30])
+    last = call.page_table.clone()
+    last[0, 1:3] = call.k.shape[0] - 1
+    other, want = (run(PINNED, folder, dataclasses.replace(call, page_table=t)) for t in (table, last))
+    assert all(torch.equal(other[name], want[name]) for name in other)
     rows = torch.tensor([-3, 1, 9], dtype=torch.int32)  # of a q of two rows
     ragged = dataclasses.replace(call, q=call.q[:, 0], cu_seqlens_q=rows, most_rows=2)
     inputs = {name: guarded(*types, torch.device("cpu")) for name, types in ragged.output_types().items()}

@@ -17,17 +17,24 @@ struct PagesAhead {
   static_assert(kKeys % kPageKeys == 0 && kEntries <= 32 && 32 % kEntries == 0, "lanes hold the pages of whole tiles");
 
   const int32_t* table;
+  unsigned last_page;  // of the cache: no entry leads out of it
   int first_key, begin, end;  // the warp's first key of the split; the keys that are there
   int held, ahead;  // this lane's entries
 
-  __device__ __forceinline__ PagesAhead(const int32_t* table, int first_key, int begin, int end)
-      : table(table), first_key(first_key), begin(begin), end(end), held(0), ahead(read(0)) {}
+  __device__ __forceinline__ PagesAhead(const fagen_decode_params& p, const DecodeTile<C>& tile, int first_key)
+      : table(static_cast<const int32_t*>(p.page_table.data) + tile.batch * p.page_table.stride[0]),
+        last_page(p.pages - 1),
+        first_key(first_key),
+        begin(tile.begin),
+        end(tile.end),
+        held(0),
+        ahead(read(0)) {}
 
   // This lane's entry from tile `tile` of the split on.
   __device__ __forceinline__ int read(int tile) const {
     const int lane = threadIdx.x % 32;
     const int key = first_key + (tile + lane / kEntries) * C::kTileN + lane % kEntries * kPageKeys;
-    return key < end && key + kPageKeys > begin ? table[unsigned(key) / C::kPageSize] : 0;
+    return key < end && key + kPageKeys > begin ? min(unsigned(table[unsigned(key) / C::kPageSize]), last_page) : 0;
   }
   // Call for every tile, in order, before its pages are asked for.
   __device__ __forceinline__ void move_to(int tile) {
@@ -42,14 +49,15 @@ struct PagesAhead {
 };
 
 // Keys follow each other.
+template <class C>
 struct NoPages {
-  __device__ __forceinline__ NoPages(const int32_t*, int, int, int) {}
+  __device__ __forceinline__ NoPages(const fagen_decode_params&, const DecodeTile<C>&, int) {}
   __device__ __forceinline__ void move_to(int) {}
   __device__ __forceinline__ int page_of(int, int) const { return 0; }
 };
 template <class C, bool kPaged = (C::kPageSize > 0)>
 struct SelectPages {
-  using Type = NoPages;
+  using Type = NoPages<C>;
 };
 template <class C>
 struct SelectPages<C, true> {
@@ -148,14 +156,14 @@ struct CacheReader {
       : first_key(first_tile * C::kTileN + warp * S::kWarpKeys),
         begin(tile.begin),
         end(tile.end),
-        pages(static_cast<const int32_t*>(p.page_table.data) + tile.batch * p.page_table.stride[0], first_key, begin,
-              end),
+        pages(p, tile, first_key),
         k(p.k, row_of(p, tile.batch), tile.kv_head, p.head_dim),
         v(p.v, row_of(p, tile.batch), tile.kv_head, p.head_dim_v) {}
 
   // A sequence's row of a cache without pages.
   static __device__ __forceinline__ int64_t row_of(const fagen_decode_params& p, int batch) {
-    return C::kPageSize > 0 ? 0 : p.cache_batch_idx ? p.cache_batch_idx[batch] : batch;
+    if (C::kPageSize > 0) return 0;
+    return p.cache_batch_idx ? min(unsigned(p.cache_batch_idx[batch]), unsigned(p.pages - 1)) : batch;
   }
 
   // Start copying the warp's keys of tile `tile` of the split; they are rows `row` and on of the stage.

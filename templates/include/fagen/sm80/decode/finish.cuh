@@ -24,7 +24,7 @@ struct RowSums {
   float reference, sum = 0.f;
 };
 
-// Merge parts of a row, always in the same order. `stats(i)` gives reference and sum of part i of `stats_count`,
+// Merge parts of a row, always in the same order. `stats(i)` gives reference and sum of part i,
 // `sums(i)` its columns; with `kOneSum` all parts have the same reference and their columns are in the first.
 template <bool kOneSum, class Stats, class Sums>
 __device__ __forceinline__ RowSums merge_parts(int count, float scale_log2, Stats stats, Sums sums) {

@@ -25,13 +25,14 @@ static int most_key_tiles(const fagen_decode_params& p) {
 // that a CUDA graph serves all of them.
 template <class C>
 static int choose_splits(int64_t row_tiles, int key_tiles, int resident) {
-  constexpr int64_t kStart = 128, kMerge = 128, kMergeOfSplit = 4;
+  constexpr int kStart = 128, kMerge = 128, kMergeOfSplit = 4;
+  if (row_tiles > INT32_MAX / kMostSplits) return 1;  // below, divisions of 32 bits: this is asked at every launch
   const int most = ceil_div(key_tiles * C::kTileN, C::kSplitKeys);
   int best = 1;
   int64_t least = 0;
   for (int splits = 1; splits <= most && splits <= kMostSplits; ++splits) {
-    const int64_t waves = ceil_div(row_tiles * splits, resident);
-    const int64_t keys = int64_t(ceil_div(key_tiles, splits)) * C::kTileN;
+    const int64_t waves = ceil_div(int(row_tiles) * splits, resident);
+    const int keys = ceil_div(key_tiles, splits) * C::kTileN;
     const int64_t cost = waves * (keys + kStart) + (splits > 1 ? kMerge + splits * kMergeOfSplit : 0);
     if (splits == 1 || cost < least) best = splits, least = cost;
   }
