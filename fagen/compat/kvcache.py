@@ -238,8 +238,8 @@ class _New:
             first = before if self.rotary_seqlens is None else self.rotary_seqlens
             k = self._turned(k, rows.behind(first))
             later = dataclasses.replace(later, q=self._turned(call.q, self._positions_of_q(call)))
+        places = rows.places(positions, call.k, call.page_table, call.cache_batch_idx)
         for cache, new, scale in ((call.k, k, call.k_scale), (call.v, v, call.v_scale)):
-            places = rows.places(positions, cache, call.page_table, call.cache_batch_idx)
             places.write(cache, cache_update.quantized(new, scale, rows, cache.dtype))
         return later
 

@@ -143,17 +143,17 @@ def test_mixed_batches_of_packed_rows(page: int) -> None:
     close(same, out.double())  # without a bound of the rows
 
 
-@pytest.mark.parametrize(
-    "how", [{"window": (20, 0)}, {"softcap": 5.0}, {"scale": 0.7}, {"sinks": randn(HEADS)}], ids=str
-)
-def test_the_other_settings(how: dict[str, Any]) -> None:
-    cache, q = Cache(LENGTHS, 16), randn(6, 2, HEADS, D)
-    names = {"window": "window_size", "scale": "softmax_scale"}
-    theirs = {names.get(name, name): value for name, value in how.items()}
-    causal = "window" not in how
-    out = fagen.flash_attn_with_kvcache(q, **cache.arguments(), causal=causal, **theirs)
+def test_the_other_settings() -> None:
+    """All of them at once: a kernel of its own is compiled for each set."""
+    cache, q, sinks = Cache(LENGTHS, 16), randn(6, 2, HEADS, D), randn(HEADS)
+    theirs: dict[str, Any] = {"softcap": 5.0, "window_size": (20, 0), "softmax_scale": 0.7}
+    how: dict[str, Any] = {"softcap": 5.0, "window": (20, 0), "scale": 0.7}
+    out = fagen.flash_attn_with_kvcache(q, **cache.arguments(), **theirs, sinks=sinks)
     for b, rows in enumerate(cache.rows):
-        close(out[b], attended(q[b], *rows, causal=causal, **how)[0])
+        close(out[b], attended(q[b], *rows, **how, sinks=sinks)[0])
+    rounded = sinks.bfloat16()
+    out = fagen.flash_attn_with_kvcache(q, **cache.arguments(), **theirs, learnable_sink=rounded)
+    close(out[5], attended(q[5], *cache.rows[5], **how, sinks=rounded)[0])
 
 
 def turned(x: torch.Tensor, position: int, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -444,4 +444,4 @@ def test_the_reference_is_not_what_serves(monkeypatch: pytest.MonkeyPatch) -> No
     """The tests above compare a kernel, not PyTorch with PyTorch."""
     q, k = randn(1, 1, HEADS, D), randn(1, 32, KV_HEADS, D)
     monkeypatch.delattr(decode_reference, "attend")
-    fagen.flash_attn_with_kvcache(q, k, k)
+    fagen.flash_attn_with_kvcache(q, k, k.clone())

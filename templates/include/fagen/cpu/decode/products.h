@@ -1,9 +1,36 @@
 // Both products of decode. Columns of head_dim lie along the lanes, so that each element of the cache is loaded, and
 // converted, once for a few rows of q; rows and keys are blocked in registers.
 #pragma once
-#include "fagen/cpu/simd.h"
+#include "fagen/cpu/element.h"
 
 namespace fagen {
+
+// Vectors of a row that are loaded together. Two of bfloat16 are pairs of a word: even columns by a shift, odd ones by
+// a mask. So they lie in q and o of the scratch as well; `interleave` puts them in order again.
+template <class Element>
+struct Together {
+  static constexpr int kVectors = 1;
+  static FAGEN_INLINE void read(const Element* p, vec (&x)[1]) { x[0] = load(p); }
+};
+struct BfloatPairs {
+  static constexpr int kVectors = 2;
+  static FAGEN_INLINE void read(const bfloat_t* p, vec (&x)[2]) {
+    const uvec words = (uvec)load(reinterpret_cast<const float*>(p));
+    x[0] = (vec)(words << 16), x[1] = (vec)(words & 0xffff0000u);
+  }
+};
+
+// Even and odd columns of two vectors, and back.
+FAGEN_INLINE void deinterleave(vec& a, vec& b) {
+  const ivec even = lane_index() * 2;
+  const vec first = __builtin_shuffle(a, b, even), second = __builtin_shuffle(a, b, even + 1);
+  a = first, b = second;
+}
+FAGEN_INLINE void interleave(vec& even, vec& odd) {
+  const ivec lane = lane_index(), low = lane / 2 + lane % 2 * kLanes;
+  const vec first = __builtin_shuffle(even, odd, low), second = __builtin_shuffle(even, odd, low + kLanes / 2);
+  even = first, odd = second;
+}
 
 // Lane i: the sum of all lanes of x[i].
 FAGEN_INLINE vec lane_sums(vec (&x)[kLanes]) {
@@ -20,20 +47,21 @@ FAGEN_INLINE vec lane_sums(vec (&x)[kLanes]) {
 }
 
 // Products of kRows rows of q with kLanes / kRows keys.
-template <int kRows, int kHeadDim, int kPitch, class Element>
+template <class Loader, int kRows, int kHeadDim, int kPitch, class Element>
 FAGEN_INLINE void score_block(const float* q, const Element* const* k, float* scores) {
   constexpr int kKeys = kLanes / kRows;
   vec sum[kLanes] = {};  // [row][key]
 #pragma GCC unroll 1
-  for (int d = 0; d < kHeadDim; d += kLanes) {
-    vec row[kRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) row[r] = load(q + r * kHeadDim + d);
+  for (int d = 0; d < kHeadDim; d += Loader::kVectors * kLanes) {
 #pragma GCC unroll 16
     for (int key = 0; key < kKeys; ++key) {
-      const vec x = load(k[key] + d);
+      vec x[Loader::kVectors];
+      Loader::read(k[key] + d, x);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) sum[r * kKeys + key] += x * row[r];
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int i = 0; i < Loader::kVectors; ++i)
+          sum[r * kKeys + key] += x[i] * load(q + r * kHeadDim + d + i * kLanes);
     }
   }
   const vec total = lane_sums(sum);
@@ -43,28 +71,31 @@ FAGEN_INLINE void score_block(const float* q, const Element* const* k, float* sc
 
 // scores[row][key] = q[row] . k[key], as many blocks of kRows rows as fit, then smaller ones. Keys come in whole
 // vectors. Not inlined: registers are dealt out per function.
-template <int kRows, int kHeadDim, int kPitch, class Element>
+template <class Loader, int kRows, int kHeadDim, int kPitch, class Element>
 __attribute__((noinline)) void score_product(const float* q, int rows, const Element* const* k, int keys,
                                              float* scores) {
   for (; rows >= kRows; rows -= kRows, q += kRows * kHeadDim, scores += kRows * kPitch)
     for (int key = 0; key < keys; key += kLanes / kRows)
-      score_block<kRows, kHeadDim, kPitch>(q, k + key, scores + key);
+      score_block<Loader, kRows, kHeadDim, kPitch>(q, k + key, scores + key);
   if constexpr (kRows > 1)
-    if (rows > 0) score_product<kRows / 2, kHeadDim, kPitch>(q, rows, k, keys, scores);
+    if (rows > 0) score_product<Loader, kRows / 2, kHeadDim, kPitch>(q, rows, k, keys, scores);
 }
 
 // Columns of o from `column` on, kVectors of them, of kRows rows.
-template <int kRows, int kVectors, int kHeadDimV, int kPitch, class Element>
+template <class Loader, int kRows, int kVectors, int kHeadDimV, int kPitch, class Element>
 FAGEN_INLINE void output_block(const float* weights, const Element* const* v, int keys, int column, float* o) {
   vec sum[kRows][kVectors] = {};
 #pragma GCC unroll 1
   for (int key = 0; key < keys; ++key) {
     const Element* from = v[key] + column;
 #pragma GCC unroll 16
-    for (int i = 0; i < kVectors; ++i) {
-      const vec x = load(from + i * kLanes);
+    for (int i = 0; i < kVectors; i += Loader::kVectors) {
+      vec x[Loader::kVectors];
+      Loader::read(from + i * kLanes, x);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) sum[r][i] += weights[r * kPitch + key] * x;
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int j = 0; j < Loader::kVectors; ++j) sum[r][i + j] += weights[r * kPitch + key] * x[j];
     }
   }
 #pragma GCC unroll 4
@@ -77,23 +108,23 @@ FAGEN_INLINE void output_block(const float* weights, const Element* const* v, in
 }
 
 // As many blocks of kVectors as fit into the columns that are left, then smaller ones.
-template <int kRows, int kVectors, int kHeadDimV, int kPitch, class Element>
+template <class Loader, int kRows, int kVectors, int kHeadDimV, int kPitch, class Element>
 FAGEN_INLINE void output_rows(const float* weights, const Element* const* v, int keys, int column, float* o) {
   for (; column + kVectors * kLanes <= kHeadDimV; column += kVectors * kLanes)
-    output_block<kRows, kVectors, kHeadDimV, kPitch>(weights, v, keys, column, o);
-  if constexpr (kVectors > 1 && kHeadDimV / kLanes % kVectors != 0)
-    output_rows<kRows, kVectors / 2, kHeadDimV, kPitch>(weights, v, keys, column, o);
+    output_block<Loader, kRows, kVectors, kHeadDimV, kPitch>(weights, v, keys, column, o);
+  if constexpr (kVectors > Loader::kVectors && kHeadDimV / kLanes % kVectors != 0)
+    output_rows<Loader, kRows, kVectors / 2, kHeadDimV, kPitch>(weights, v, keys, column, o);
 }
 
 // o[row] += sum over key of weights[row][key] * v[key]
-template <int kRows, int kHeadDimV, int kPitch, class Element>
+template <class Loader, int kRows, int kHeadDimV, int kPitch, class Element>
 __attribute__((noinline)) void output_product(const float* weights, int rows, const Element* const* v, int keys,
                                               float* o) {
   constexpr int kVectors = (kLanes > 8 ? 16 : 8) / kRows;  // half of the registers are sums
   for (; rows >= kRows; rows -= kRows, weights += kRows * kPitch, o += kRows * kHeadDimV)
-    output_rows<kRows, kVectors, kHeadDimV, kPitch>(weights, v, keys, 0, o);
+    output_rows<Loader, kRows, kVectors, kHeadDimV, kPitch>(weights, v, keys, 0, o);
   if constexpr (kRows > 1)
-    if (rows > 0) output_product<kRows / 2, kHeadDimV, kPitch>(weights, rows, v, keys, o);
+    if (rows > 0) output_product<Loader, kRows / 2, kHeadDimV, kPitch>(weights, rows, v, keys, o);
 }
 
 }  // namespace fagen
