@@ -38,6 +38,15 @@ from tests.support.cases import Case, run
 assert run(Case("tma", mask="intervals", intervals="both4"), 70, 299)
 print("all right")
 """
+SIMT = """
+from tests.support.cases import run
+from tests.support.simt import HEAD_DIMS, Case
+for name in "base small wide three_stages registers whole_tiles streamed many_lanes".split():
+    assert run(Case(name, head_dim=HEAD_DIMS.get(name, 64)), 70, 99)
+assert run(Case("base", mask="intervals", intervals="both4"), 70, 99)
+assert run(Case("base", mask="none", aligned=False, head_dim=50), 70, 99)
+print("all right")
+"""
 BACKWARD = """
 from tests.gpu.test_sm80_backward import check
 from tests.support.backward import Case
@@ -60,7 +69,7 @@ print("all right")
 """
 IDS = {
     MMA_SYNC: "sm80", BACKWARD: "sm80-backward", WGMMA: "sm90", INTERVALS: "sm90-intervals",
-    SM90_BACKWARD: "sm90-backward",
+    SM90_BACKWARD: "sm90-backward", SIMT: "simt",
 }  # fmt: skip
 
 
@@ -74,6 +83,8 @@ def _hopper() -> bool:
     [
         ("memcheck", MMA_SYNC),
         ("racecheck", MMA_SYNC),
+        ("memcheck", SIMT),
+        ("racecheck", SIMT),
         ("memcheck", BACKWARD),
         ("racecheck", BACKWARD),
         ("memcheck", SM90_BACKWARD),
@@ -86,7 +97,7 @@ def _hopper() -> bool:
     ids=lambda x: IDS.get(x, x),
 )
 def test_sanitizer(check: str, kernels: str) -> None:
-    if kernels not in (MMA_SYNC, BACKWARD) and not _hopper():
+    if kernels not in (MMA_SYNC, SIMT, BACKWARD) and not _hopper():
         pytest.skip("needs Hopper")
     # With intervals all kernels: racecheck fails of itself where of two that overlap it follows the second only.
     ours = "fagen" if kernels in (BACKWARD, SM90_BACKWARD) else "forward_kernel"

@@ -171,7 +171,7 @@ def test_float64() -> None:
 
 
 def test_large_head_dim() -> None:
-    falls_back("head_dim 260 is larger than 256", example(d=260, window=(5, 5)))
+    falls_back("head_dim 1025 is larger than 1024", example(d=1025, window=(5, 5)))
 
 
 def test_a_last_dimension_that_is_not_contiguous() -> None:

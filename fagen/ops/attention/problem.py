@@ -22,7 +22,10 @@ INTERVAL_KINDS = {
     "both2": ("LTS", "UTE"),
     "both4": ("LTS", "LTE", "UTS", "UTE"),
 }
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 1024
+# Whether the families of plain float32 (simt_*) serve calls on a GPU. Their kernels have not run on one yet: until they
+# have, PyTorch computes what no other family can, and simt_* are there for tune, emit and build.
+SIMT_SERVES = False
 _SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k")
 _BOUNDS = ("window_left", "window_right")
 
@@ -137,6 +140,11 @@ class Problem:
     @property
     def head_dim_v_padded(self) -> int:
         return padded(self.head_dim_v)
+
+    def wider_than(self, most: int) -> str | None:
+        """The reason of a family whose head dims go up to `most`."""
+        size = max(self.head_dim, self.head_dim_v)
+        return f"head_dim {size} is larger than {most}" if size > most else None
 
     @property
     def itemsize(self) -> int:

@@ -32,3 +32,5 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
 inline float2 __bfloat1622float2(__nv_bfloat162 pair) {
   return {emulator::value<__nv_bfloat16>(pair.x.bits), emulator::value<__nv_bfloat16>(pair.y.bits)};
 }
+inline float __bfloat162float(__nv_bfloat16 x) { return emulator::value<__nv_bfloat16>(x.bits); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return emulator::round_bfloat(x); }

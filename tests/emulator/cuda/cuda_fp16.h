@@ -38,3 +38,5 @@ inline __half2 __floats2half2_rn(float a, float b) { return {emulator::round_hal
 inline float2 __half22float2(__half2 pair) {
   return {emulator::value<__half>(pair.x.bits), emulator::value<__half>(pair.y.bits)};
 }
+inline float __half2float(__half x) { return emulator::value<__half>(x.bits); }
+inline __half __float2half_rn(float x) { return emulator::round_half(x); }
