@@ -72,9 +72,10 @@ def smem_bytes(p: Problem, c: Config) -> int:
 def rectangle_registers(p: Problem, c: Config) -> int:
     """O; S with its operands, or the operands of O alone; pieces on their way to shared memory."""
     rows, keys, of_o, quads = int(c.score_rows), _score_keys(c), int(c.output_rows), _quads(p, c)
+    parts = 2 if p.head_dim_padded > 256 else 1  # long sums are made of short ones
     held = sum(_stage_floats(p, c)) // (32 * int(c.warps)) if c.copies == "registers" else 0
     held = held * p.itemsize // 4 if p.aligned else held
-    return of_o * quads * 4 + max(rows * keys + 4 * rows + 4, 4 * of_o + 4) + held
+    return of_o * quads * 4 + max(parts * rows * keys + 4 * rows + 4, 4 * of_o + 4) + held
 
 
 def register_limit(c: Config) -> int:
@@ -94,7 +95,7 @@ def _even_columns(p: Problem, t: Target, c: Config) -> str | None:
     lanes, columns = _lanes(c, int(c.output_rows)), p.head_dim_v_padded
     if lanes < 2:
         return f"{c.warps} warps cannot share {c.tile_m} rows, {c.output_rows} each"
-    if lanes > 4 and _quads(p, c) == 1 and 2 * columns <= 4 * lanes:
+    if lanes > 8 and _quads(p, c) == 1 and 2 * columns <= 4 * lanes:
         return f"{lanes} threads share {columns} columns of v, four each: half of them have none"
     return None
 

@@ -83,6 +83,19 @@ def test_scores_of_any_size(folder: Path) -> None:
         assert verdict, verdict.message
 
 
+def test_a_kernel_serves_every_smaller_head_dim(folder: Path) -> None:
+    """As emitted kernels are used; larger ones it refuses."""
+    kernel = Case("small", mask="none", aligned=False)
+    library = emulated.build(_source(kernel), folder)
+    launch = functools.partial(emulated.launch, library)
+    for d, dv in ((1, 1), (20, 64), (64, 5)):
+        case = Case("small", mask="none", aligned=False, head_dim=d, head_dim_v=dv)
+        verdict = run(case, 40, 70, batch=1, device="cpu", launch=launch)
+        assert verdict, verdict.message
+    with pytest.raises(AssertionError):
+        run(Case("small", mask="none", aligned=False, head_dim=65), 40, 70, batch=1, device="cpu", launch=launch)
+
+
 # each leaves out what orders the reads and writes of shared memory, or hides the keys past the last
 _BREAKS = {
     "no wait": ("ptx::cp_async_wait<C::kStages - 2>();", ""),

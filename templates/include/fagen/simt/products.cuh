@@ -15,6 +15,14 @@ __device__ __forceinline__ void clear(float (&sums)[kRows][kColumns]) {
     for (float& sum : row) sum = 0.f;
 }
 
+template <int kRows, int kColumns>
+__device__ __forceinline__ void add(float (&sums)[kRows][kColumns], const float (&more)[kRows][kColumns]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) sums[i][j] += more[i][j];
+}
+
 // sums[i][j] += row i of a times row j of b, kDepth numbers each. Rows are kStepA and kStepB floats apart.
 template <int kDepth, int kStepA, int kStepB, int kRows, int kColumns>
 __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kColumns], const float* a, const float* b) {
