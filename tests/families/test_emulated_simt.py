@@ -98,7 +98,7 @@ def test_a_kernel_serves_every_smaller_head_dim(folder: Path) -> None:
 
 # each leaves out what orders the reads and writes of shared memory, or hides the keys past the last
 _BREAKS = {
-    "no wait": ("ptx::cp_async_wait<C::kStages - 2>();", ""),
+    "no wait": ("ptx::cp_async_wait<kStages - 2>();", ""),
     "no barrier": ("__syncthreads();\n    const float* chunk", "const float* chunk"),
     "no mask": ("if (hidden) scores[i][j] = -INFINITY;", ""),
 }  # fmt: skip

@@ -2,8 +2,8 @@
 #pragma once
 #include "fagen/common/dropout.cuh"
 #include "fagen/common/softmax.cuh"
+#include "fagen/simt/chunk_stream.cuh"
 #include "fagen/simt/forward/block.cuh"
-#include "fagen/simt/products.cuh"
 #include "fagen/simt/scores.cuh"
 
 namespace fagen {
@@ -29,46 +29,14 @@ struct ScoreRows {
         mod(block.p, block.coord.batch, block.coord.head),
         dropout(block.p, block.coord.batch, block.coord.head) {}
 
-  // S = Q K^T of a tile, chunk after chunk. Long sums are made of short ones, which round less.
+  // S = Q K^T of a tile.
   template <class AllChunks>
   __device__ __forceinline__ void multiply(Scores& scores, AllChunks& chunks) const {
-    constexpr int kPart = 256 / C::kChunkD;  // chunks of a short sum
-    clear(scores);
-    if constexpr (Shape::kKeyChunks <= kPart) {
-      multiply_chunks<Shape::kKeyChunks, true>(scores, chunks, 0);
-    } else {
-      Scores part;
-#pragma unroll 1
-      for (int first = 0; first < (Shape::kKeyChunks - 1) / kPart * kPart; first += kPart) {
-        clear(part);
-        multiply_chunks<kPart, false>(part, chunks, first);
-        add(scores, part);
-      }
-      constexpr int kLast = (Shape::kKeyChunks - 1) % kPart + 1;
-      clear(part);
-      multiply_chunks<kLast, true>(part, chunks, Shape::kKeyChunks - kLast);
-      add(scores, part);
-    }
-  }
-  // The products of kCount chunks from the `first` one on; kLast: the last one ends with the head dimension.
-  template <int kCount, bool kLast, class AllChunks>
-  __device__ __forceinline__ void multiply_chunks(Scores& scores, AllChunks& chunks, int first) const {
-#pragma unroll 1
-    for (int i = 0; i < kCount - kLast; ++i) {
-      multiply_chunk<C::kChunkD>(scores, chunks.next(), (first + i) * C::kChunkD);
-      chunks.done();
-    }
-    if constexpr (kLast) {
-      multiply_chunk<Shape::kLastDepth>(scores, chunks.next(), (first + kCount - 1) * C::kChunkD);
-      chunks.done();
-    }
-  }
-  // Add the products of a chunk of K's columns; `chunk` is of this depth from `column` on.
-  template <int kDepth>
-  __device__ __forceinline__ void multiply_chunk(Scores& scores, const float* chunk, int column) const {
-    const float* q = Shape::kQStreamed ? chunk + Shape::kKeyFloats : block.shared + column;
-    multiply_rows<kDepth, Grid::kRowStep * Shape::kStrideQ, Grid::kLanes * Shape::kStrideK>(
-        scores, q + grid.row(0) * Shape::kStrideQ, chunk + grid.lane * Shape::kStrideK);
+    multiply_all<C::kHeadDim, C::kChunkD>(scores, chunks, [&](Scores& sums, const float* chunk, int column, auto depth) {
+      const float* q = Shape::kQStreamed ? chunk + Shape::kKeyFloats : block.shared + column;
+      multiply_rows<decltype(depth)::value, Grid::kRowStep * Shape::kStrideQ, Grid::kLanes * Shape::kStrideK>(
+          sums, q + grid.row(0) * Shape::kStrideQ, chunk + grid.lane * Shape::kStrideK);
+    });
   }
 
   __device__ __forceinline__ void exponentiate(Scores& scores, int tile, bool partial) {

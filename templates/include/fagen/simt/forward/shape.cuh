@@ -18,7 +18,6 @@ struct ForwardShape {
   static constexpr int kQuads = (C::kHeadDimV + kQuadStep - 1) / kQuadStep;
 
   static constexpr int kKeyChunks = (C::kHeadDim + C::kChunkD - 1) / C::kChunkD;
-  static constexpr int kLastDepth = C::kHeadDim - (kKeyChunks - 1) * C::kChunkD;  // columns of the last one
   static constexpr int kValueChunks = C::kTileN / C::kChunkKeys;
   static constexpr bool kQStreamed = C::kQSource == QSource::streamed;
 
