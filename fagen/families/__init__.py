@@ -15,6 +15,7 @@ def all_families() -> tuple[Family, ...]:
     from fagen.families import (
         cpu_backward,
         cpu_forward,
+        simt_backward,
         simt_forward,
         sm80_backward,
         sm80_forward,
@@ -23,7 +24,7 @@ def all_families() -> tuple[Family, ...]:
     )
 
     forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY, simt_forward.FAMILY)
-    backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY)
+    backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY, simt_backward.FAMILY)
     return extensions.with_offered((*forward, *backward), "FAMILIES")
 
 
