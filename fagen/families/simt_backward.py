@@ -154,7 +154,13 @@ _GUESSES = (
     (64, [_make(chunk_rows=64, blocks_per_sm=2), _make(chunk_rows=64)]),
     (128, [_make(chunk_rows=32, blocks_per_sm=2), _make(chunk_rows=16)]),
     (256, [_make(warps=8, cell_rows=4, chunk_rows=16), _make(warps=8, cell_rows=4, chunk_rows=8)]),
-    (512, [_make(warps=8, cell_rows=4, chunk_rows=8), _make(tile_own=32, warps=8, cell_rows=4, chunk_rows=8)]),
+    (
+        512,
+        [
+            _make(tile_other=32, warps=8, cell_rows=4, chunk_rows=8),
+            _make(tile_own=32, warps=8, cell_rows=4, chunk_rows=8),
+        ],
+    ),
 )
 _WIDEST = [
     _make(tile_own=32, tile_other=64, warps=8, cell_rows=4, chunk_rows=8),

@@ -222,8 +222,8 @@ _GUESSES = (
     (
         512,
         [
-            _make(warps=8, tile_n=128, score_rows=4, chunk_keys=8, q_source="streamed"),
             _make(warps=8, score_rows=4, chunk_keys=8, q_source="streamed"),
+            _make(warps=8, tile_n=128, score_rows=4, chunk_keys=8, q_source="streamed"),
         ],
     ),
 )
