@@ -9,6 +9,8 @@ import torch
 from torch.library import Library
 
 from fagen import api
+from fagen.compat.flash_attn import window_bounds
+from fagen.compat.varlen import packed_masks
 from fagen.dispatch import attention as dispatch
 from fagen.dispatch import resolve
 from fagen.errors import MissingTool
@@ -19,6 +21,7 @@ from fagen.ops.attention.call import AttentionCall
 NAME = "fagen"
 _OP = "_scaled_dot_product_flash_attention"
 _GRADIENT = f"{_OP}_backward"
+_PACKED, _PACKED_GRADIENT = "_flash_attention_forward", "_flash_attention_backward"
 _MOST_ANSWERS = 4096  # sizes whose answer is kept
 
 _Outputs = tuple[torch.Tensor, torch.Tensor, None, None, int, int, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -30,7 +33,8 @@ _answers_of: object = None  # the plans that they are of
 
 def register_torch(*, activate: bool = True) -> None:
     """`torch.nn.functional.scaled_dot_product_attention` on CUDA by kernels of ours, where PyTorch takes its flash
-    backend, gradients too; that backend serves what they do not: dropout, packed sequences.
+    backend, and `torch.nn.attention.varlen.varlen_attn`, gradients too; that backend serves what they do not: dropout,
+    paged caches.
 
     `torch.nn.attention.restore_flash_attention_impl()` undoes it. With activate=False it begins with
     `torch.nn.attention.activate_flash_attention_impl("fagen")`. PyTorch 2.11 or newer.
@@ -57,14 +61,17 @@ class _Handle:
 
 
 def _take_over() -> _Handle:
+    wrappers = {
+        _OP: _kernel, _GRADIENT: _gradient, _PACKED: _packed_kernel, _PACKED_GRADIENT: _packed_gradient,
+    }  # fmt: skip
     try:
-        forward, backward = (torch.library.get_kernel(f"aten::{op}", _dispatch_key) for op in (_OP, _GRADIENT))
+        before = {op: torch.library.get_kernel(f"aten::{op}", _dispatch_key) for op in wrappers}
     except RuntimeError as error:
         what = f"this PyTorch has no flash attention for {_dispatch_key}"
         raise MissingTool(what, str(error).splitlines()[0], "install a build of torch for CUDA") from error
     library = Library("aten", "IMPL")
-    library.impl(_OP, _kernel(forward.call_boxed), _dispatch_key, with_keyset=True)
-    library.impl(_GRADIENT, _gradient(backward.call_boxed), _dispatch_key, with_keyset=True)
+    for op, wrapper in wrappers.items():
+        library.impl(op, wrapper(before[op].call_boxed), _dispatch_key, with_keyset=True)
     return _Handle(library)
 
 
@@ -142,32 +149,48 @@ def _serves(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None,
     *, trained: bool = False, gradients: bool = False,
 ) -> bool:  # fmt: skip
+    """Whether a kernel of ours takes the call, or its gradients."""
+    if not _sound(query, key, value, scale, 4) or (is_causal and query.shape[2] != key.shape[2]):
+        return False  # causal: aligned bottom-right by some of its kernels and top-left by others
+
+    def make_call(repeated: bool) -> AttentionCall:
+        return AttentionCall.of(
+            query, key, value, layout="bhsd", causal=is_causal, scale=scale, deterministic=repeated
+        )  # fmt: skip
+
+    return _answer(make_call, query, key, value, is_causal, trained=trained, gradients=gradients)
+
+
+def _sound(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, dims: int) -> bool:
+    """Whether shapes, strides and scale are of calls that we compute."""
+    shape, tensors = query.shape, (query, key, value)
+    if len(shape) != dims or 0 in shape or 0 in key.shape or value.shape != key.shape or key.shape[-1] != shape[-1]:
+        return False
+    return (scale is None or scale > 0) and all(t.stride(-1) == 1 and t.dtype == query.dtype for t in tensors)
+
+
+def _answer(
+    make_call: Callable[[bool], AttentionCall], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *of: Any,
+    trained: bool, gradients: bool,
+) -> bool:  # fmt: skip
     """Whether a kernel of ours takes the call, or its gradients, and is not known to be the slower one. Answers are
-    kept by size. The backward kernel of a call that is `trained` is compiled with its forward kernel."""
+    kept by size and by what else makes calls different. The backward kernel of a call that is `trained` is compiled
+    with its forward kernel."""
     global _answers_of
-    tensors, shape = (query, key, value), query.shape
-    if len(shape) != 4 or 0 in shape or 0 in key.shape or value.shape != key.shape or key.shape[3] != shape[3]:
-        return False
-    if is_causal and shape[2] != key.shape[2]:
-        return False  # aligned bottom-right by some of its kernels and top-left by others
-    if (scale is not None and not scale > 0) or any(t.stride(3) != 1 or t.dtype != query.dtype for t in tensors):
-        return False
-    epoch = resolve.epoch()
+    tensors, epoch = (query, key, value), resolve.epoch()
     if _answers_of is not epoch or len(_answers) >= _MOST_ANSWERS:
         _answers.clear()
         _answers_of = epoch
     aligned = all(is_aligned(t) for t in tensors)
     repeated = (trained or gradients) and derivatives.must_repeat(False)
     wanted = trained, gradients, repeated
-    known = (query.device, query.dtype, tuple(shape), tuple(key.shape), is_causal, aligned, *wanted)
+    known = (query.device, query.dtype, tuple(query.shape), tuple(key.shape), of, aligned, *wanted)
     answer = _answers.get(known)
     if answer is not None:
         return answer
-    call = AttentionCall.of(
-        query, key, value, layout="bhsd", causal=is_causal, scale=scale, deterministic=repeated
-    )  # fmt: skip
     if _capturing(query.device):
         return False
+    call = make_call(repeated)
     if trained:
         dispatch.answer_to_gradients(call)
     found = dispatch.answer_to_gradients(call) if gradients else dispatch.answer_to(call, ours=False)
@@ -179,3 +202,116 @@ def _serves(
 def _capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is: nothing may be compiled or loaded then, and PyTorch's kernel is there."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+# ---- packed sequences ------------------------------------------------------------------------------------------------
+
+
+def _packed_kernel(before: Callable[..., Any]) -> Callable[..., Any]:
+    """Our kernel of the op below `varlen_attn`. What later versions of it know is in `others`."""
+
+    def attend(
+        keys: torch._C.DispatchKeySet,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cum_seq_q: torch.Tensor | None,
+        cum_seq_k: torch.Tensor | None,
+        max_q: int,
+        max_k: int,
+        dropout_p: float,
+        is_causal: bool,
+        return_debug_mask: bool,
+        *,
+        num_splits: int | None = None,
+        **others: Any,
+    ) -> Any:
+        how = {name: others.get(name) for name in ("scale", "window_size_left", "window_size_right")}
+        known = all(value is None for name, value in others.items() if name not in how)
+        trained = derivatives.differentiated(query, key, value)
+        if known and dropout_p == 0 and not return_debug_mask and cum_seq_q is not None and cum_seq_k is not None:
+            with torch.no_grad():
+                packed = _Packed(query, key, value, cum_seq_q, cum_seq_k, is_causal, **how)
+                if packed.serves(trained=trained):
+                    return packed.attend()
+        if num_splits is not None:
+            others["num_splits"] = num_splits
+        sequences = cum_seq_q, cum_seq_k, max_q, max_k
+        return before(keys, query, key, value, *sequences, dropout_p, is_causal, return_debug_mask, **others)
+
+    return attend
+
+
+def _packed_gradient(before: Callable[..., Any]) -> Callable[..., Any]:
+    def differentiate(
+        keys: torch._C.DispatchKeySet,
+        grad_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        logsumexp: torch.Tensor,
+        cum_seq_q: torch.Tensor | None,
+        cum_seq_k: torch.Tensor | None,
+        max_q: int,
+        max_k: int,
+        dropout_p: float,
+        is_causal: bool,
+        *random: torch.Tensor,
+        scale: float | None = None,
+        window_size_left: int | None = None,
+        window_size_right: int | None = None,
+    ) -> Any:
+        bounds = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+        plain = dropout_p == 0 and logsumexp.dtype == torch.float32 and query.dim() == 3
+        if plain and cum_seq_q is not None and cum_seq_k is not None and logsumexp.shape == query.shape[:2][::-1]:
+            with torch.no_grad():
+                packed = _Packed(query, key, value, cum_seq_q, cum_seq_k, is_causal, scale, **bounds)
+                if api.ops_for_gradients() and packed.serves(gradients=True):
+                    return packed.differentiate(out, logsumexp, grad_out)
+        tensors = (grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k)
+        return before(keys, *tensors, max_q, max_k, dropout_p, is_causal, *random, scale=scale, **bounds)
+
+    return differentiate
+
+
+class _Packed:
+    """A call of packed sequences, (total length, heads, head_dim); causal and window bottom-right in each."""
+
+    def __init__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, of_q: torch.Tensor, of_k: torch.Tensor,
+        is_causal: bool, scale: float | None, window_size_left: int | None, window_size_right: int | None,
+    ) -> None:  # fmt: skip
+        self.tensors, self.lengths, self.causal, self.scale = (query, key, value), (of_q, of_k), is_causal, scale
+        left, right = (-1 if bound is None else bound for bound in (window_size_left, window_size_right))
+        self.bounds = window_bounds((left, right))
+
+    def serves(self, *, trained: bool = False, gradients: bool = False) -> bool:
+        sound = _sound(*self.tensors, self.scale, 3) and self.lengths[0].shape == self.lengths[1].shape
+        same = self.lengths[0] is self.lengths[1]
+        how = self.causal, self.bounds, same
+        return sound and _answer(self.call, *self.tensors, *how, trained=trained, gradients=gradients)
+
+    def call(self, repeated: bool) -> AttentionCall:
+        query, key, value = self.tensors
+        keep_apart = packed_masks(query, key, *self.lengths, self.causal, self.bounds)
+        return AttentionCall.of(
+            query[None], key[None], value[None], **keep_apart, scale=self.scale, deterministic=repeated
+        )  # fmt: skip
+
+    def attend(self) -> tuple[torch.Tensor, ...]:
+        """What the op returns: output, LSE (heads, total length), the state of random numbers, two that are unused."""
+        query, key, value = self.tensors
+        keep_apart = packed_masks(query, key, *self.lengths, self.causal, self.bounds)
+        out = torch.empty_like(query)
+        _, lse = api.attention(
+            query[None], key[None], value[None], **keep_apart, scale=self.scale, return_lse=True, out=out[None]
+        )  # fmt: skip
+        state = torch.empty(2, dtype=torch.uint64, device=query.device)
+        nothing = torch.empty((), dtype=torch.uint64, device=query.device)
+        return out, lse[0], state, nothing, query.new_empty(0)
+
+    def differentiate(self, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor) -> list[torch.Tensor]:
+        call = self.call(derivatives.must_repeat(False))
+        found = torch.ops.fagen.backward(*call.op_arguments(), out[None], lse[None], grad_out[None], None)
+        return [t[0] for t in found]

@@ -57,12 +57,10 @@ def flash_attn_varlen_func(
             "ALiBi of packed sequences needs rows and keys of the same lengths",
             "cu_seqlens_q and cu_seqlens_k are two tensors", "pass one tensor as both if they are equal",
         )  # fmt: skip
-    bounds = window_bounds(window_size)
-    intervals = _intervals(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], same, causal, bounds)
+    masks_of = packed_masks(q, k, cu_seqlens_q, cu_seqlens_k, causal, window_bounds(window_size))
     result = api.attention(
-        q[None], k[None], v[None], causal=causal and same, window=bounds if same else (None, None),
-        intervals=intervals, softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale, return_lse=want_probs,
-        deterministic=deterministic, dropout_p=dropout_p,
+        q[None], k[None], v[None], **masks_of, softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale,
+        return_lse=want_probs, deterministic=deterministic, dropout_p=dropout_p,
     )  # fmt: skip
     if isinstance(result, torch.Tensor):
         return result[0]
@@ -78,12 +76,14 @@ def _check_lengths(name: str, cu_seqlens: Any, device: torch.device) -> None:
         raise InvalidArgument(f"{name} is on {cu_seqlens.device}", f"q is on {device}")
 
 
-def _intervals(
-    of_q: torch.Tensor, of_k: torch.Tensor, rows: int, keys: int, same: bool, causal: bool,
+def packed_masks(
+    q: torch.Tensor, k: torch.Tensor, of_q: torch.Tensor, of_k: torch.Tensor, causal: bool,
     bounds: tuple[int | None, int | None],
-) -> torch.Tensor:  # fmt: skip
-    """Where rows and keys are the same, the band of the whole is that of each sequence, and the call has it."""
-    if same:
+) -> dict[str, Any]:  # fmt: skip
+    """The arguments of `attention` that keep packed sequences apart. Where rows and keys are the same, the band of the
+    whole is that of each sequence."""
+    rows, keys = q.shape[0], k.shape[0]
+    if of_q is of_k and rows == keys:
         both = masks.from_cu_seqlens(of_q, of_k, rows, keys)
-        return both[..., :1].contiguous() if causal else both
-    return masks.from_cu_seqlens(of_q, of_k, rows, keys, causal=causal, left=bounds[0], right=bounds[1])
+        return {"causal": causal, "window": bounds, "intervals": both[..., :1].contiguous() if causal else both}
+    return {"intervals": masks.from_cu_seqlens(of_q, of_k, rows, keys, causal=causal, left=bounds[0], right=bounds[1])}

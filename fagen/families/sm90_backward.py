@@ -21,13 +21,22 @@ KNOBS = (
     Knob("q_stages", "kQStages", (1, 2, 3), "tiles of q in shared memory"),
     Knob("dout_stages", "kDoutStages", (1, 2, 3), "tiles of dO in shared memory"),
     Knob("ds_stages", "kDsStages", (1, 2), "tiles of dS in shared memory"),
-    Knob("dv_start", "kDvStart", ("after_ds", "before_ds"), "dV is started when dS is formed, or under that"),
+    Knob(
+        "dv_start",
+        "kDvStart",
+        ("after_ds", "before_ds", "after_store"),
+        "dV is started when dS is formed, under that, or when dS is in shared memory",
+    ),
+    Knob(
+        "seeds", "kSeeds", ("none", "delta", "both"), "scores begin with zero, dP with -delta, S with the LSE as well"
+    ),
     Knob("dq_sink", "kDqSink", ("bulk", "red"), "dQ is added up by the copy engine, or from registers"),
     Knob(
         "dq_rounding",
         "kDqRounding",
-        ("last_block", "own_kernel"),
-        "who rounds the sums of dQ: the block that adds the last part, or a kernel after all of them",
+        ("last_block", "own_kernel", "later_blocks"),
+        "who rounds the sums of dQ: the block that adds the last part, a kernel after all of them, or blocks of the "
+        "same grid, a section of heads later",
     ),
     Knob("dq_owner", "kDqOwner", ("all", "first"), "warpgroups that compute dQ"),
     Knob("row_order", "kRowOrder", ("ascending", "descending", "shifted"), "order of a block's row tiles"),
@@ -78,7 +87,7 @@ def smem_bytes(p: Problem, c: Config) -> int:
     tiles = n * (slabs + slabs_v) + c.q_stages * m * slabs + c.dout_stages * m * slabs_v
     tiles += c.ds_stages * m * _slabs(n) * (2 if c.operands == "shared" else 1)
     dq = _owners(c) * dq_columns(p, c) // 8 * PIECE_BYTES if c.dq_sink == "bulk" else 0
-    stats = 4 * m * (c.q_stages + c.dout_stages)
+    stats = 4 * m * 2 * c.q_stages
     bounds = 16 * n + 32 if p.mask == "intervals" else 0
     rounds = c.dq_rounding == "last_block"
     barriers = BARRIER_BYTES * (2 + c.q_stages + c.dout_stages + c.warpgroups * (1 + rounds))
@@ -107,8 +116,8 @@ def _shape_fits(p: Problem, t: Target, c: Config) -> str | None:
         return f"a warpgroup takes whole 8 keys, not {n} / {groups}"
     if c.operands == "shared" and p.dropout and n % (16 * groups):
         return f"dropout takes keys by 16, not {n} / {groups}"
-    if c.operands == "shared" and c.dv_start != "after_ds":
-        return f"operands=shared stores P and dS together, dv_start={c.dv_start}"
+    if c.operands == "shared" and c.dv_start == "before_ds":
+        return f"operands=shared starts dV when dS is formed, dv_start={c.dv_start}"
     if c.operands == "shared" and c.v_source != "shared":
         return f"operands=shared leaves no registers for v, v_source={c.v_source}"
     return None
@@ -122,6 +131,14 @@ def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
 def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
     need, limit = fragment_registers(p, c) + OTHER_REGISTERS, consumer_registers(c)
     return f"about {need} > {limit} registers a thread" if need > limit else None
+
+
+def _seeds_fit(p: Problem, t: Target, c: Config) -> str | None:
+    if p.dropout and c.seeds != "none":
+        return f"dropout scales dP before delta is subtracted, seeds={c.seeds}"
+    if c.seeds == "both" and (p.softcap or p.alibi):
+        return "softcap and ALiBi change scores before the LSE is subtracted, seeds=both"
+    return None
 
 
 def _owner_matters(p: Problem, t: Target, c: Config) -> str | None:
@@ -143,6 +160,12 @@ def _last_is_known(p: Problem, t: Target, c: Config) -> str | None:
         return f"when sums from registers have arrived is not known, dq_sink={c.dq_sink}"
     if p.mask == "intervals":
         return "how many blocks intervals leave to add to a row tile is not known"
+    return None
+
+
+def _later_has_sections(p: Problem, t: Target, c: Config) -> str | None:
+    if c.dq_rounding == "later_blocks" and c.block_order != "sectioned":
+        return f"a section later there is none, block_order={c.block_order}"
     return None
 
 
@@ -177,9 +200,11 @@ CONSTRAINTS = (
         ),
     ),
     Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n", "warpgroups", "operands", "v_source", "dq_owner")),
+    Constraint("seeds_fit", _seeds_fit, ("seeds",)),
     Constraint("owner_matters", _owner_matters, ("warpgroups", "dq_owner")),
     Constraint("sum_is_ordered", _sum_is_ordered, ("dq_sink",)),
     Constraint("last_is_known", _last_is_known, ("dq_rounding", "dq_sink")),
+    Constraint("later_has_sections", _later_has_sections, ("dq_rounding", "block_order")),
     Constraint("order_matters", _order_matters, ("block_order",)),
     Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
 )
@@ -260,7 +285,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
                 "v_source": "registers" if held and operands == "registers" else "shared",
                 "q_stages": q_stages, "dout_stages": dout_stages, "ds_stages": ds_stages, "dq_sink": sink,
                 "dq_rounding": rounding, "dv_start": "before_ds" if under else "after_ds", "dq_owner": "all",
-                "row_order": rows, "block_order": order, "section_mb": 32,
+                "row_order": rows, "block_order": order, "section_mb": 32, "seeds": "none",
             }
         )  # fmt: skip
         if not any(constraint.check(p, t, config) for constraint in CONSTRAINTS):
@@ -301,6 +326,16 @@ def _visit_cycles(p: Problem, c: Config) -> float:
     return busiest + softmax * exposed + 250 + waiting + 200 * (c.dq_owner == "first")
 
 
+def _helper_cycles(p: Problem, t: Target, c: Config) -> float:
+    """Before and after the products of all blocks: rows are prepared, dQ is rounded."""
+    d, dv, rows = p.head_dim_padded, p.head_dim_v_padded, p.batch * p.heads * p.seqlen_q
+    prepared, rounded = rows * (4 * dv + 4 * d), rows * 6 * d
+    if c.dq_rounding == "later_blocks":  # blocks that have an SM each read and write L2 for the most part
+        return 2000 + (prepared + rounded) / (24 * t.units)
+    memory = 11.6 * t.units  # bytes a cycle
+    return 2000 + prepared / memory + (2000 + rounded / memory if c.dq_rounding == "own_kernel" else 0)
+
+
 def cost(p: Problem, t: Target, c: Config) -> float:
     """Cycles, roughly: visits of row tiles, a block's beginning and end, the tail. Not yet fitted to a GPU."""
     seen, group = walk(p, int(c.tile_m), int(c.tile_n)), p.heads // p.kv_heads
@@ -311,7 +346,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     longest = min(seen.row_tiles, seen.visits) * group * visit + boundary
     work = seen.visits * p.heads * p.batch * visit + pieces * boundary
     tail = 0.36 if uneven and c.block_order in ("ascending", "descending") else 0.15
-    return makespan(work, longest, pieces, t.units, tail)
+    return _helper_cycles(p, t, c) + makespan(work, longest, pieces, t.units, tail)
 
 
 FAMILY = Family(

@@ -6,8 +6,10 @@ the ops are defined to return and to read.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -58,11 +60,22 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         scores = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * scale
         return scores @ k, scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
 
+    def packed_forward(q: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, ...]:
+        calls.append("packed forward")
+        empty = torch.empty(0, dtype=torch.uint64)
+        return torch.zeros_like(q), q.new_zeros(q.shape[1], q.shape[0]).float(), empty, empty, q.new_empty(0)
+
+    def packed_backward(grad: torch.Tensor, *tensors: torch.Tensor, **_: object) -> tuple[torch.Tensor, ...]:
+        calls.append("packed backward")
+        return tuple(torch.zeros_like(t) for t in tensors[:3])
+
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fallback.FallbackWarning)
         library.impl(OP, forward, "CPU")
         library.impl(f"{OP}_backward", backward, "CPU")
+        library.impl("_flash_attention_forward", packed_forward, "CPU")
+        library.impl("_flash_attention_backward", packed_backward, "CPU")
         monkeypatch.setattr(torch_impl, "_dispatch_key", "CPU")
         yield calls
         registry.restore_flash_attention_impl(_raise_warn=False)
@@ -286,6 +299,98 @@ def test_where_pytorch_is_the_faster_one_it_serves(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dispatch, "answer_to", lambda *_, ours: plan.ASK if ours else plan.TORCH)
     flash(*inputs())
     assert asked == ["forward"]
+
+
+# ---- packed sequences ------------------------------------------------------------------------------------------------
+
+OF_Q, OF_K = (0, 13, 13, 40, 57), (0, 20, 31, 60, 64)
+
+
+def packed(of_q: tuple[int, ...], of_k: tuple[int, ...], kv_heads: int = 2) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(8)
+    shapes = ((of_q[-1], 4, 16), (of_k[-1], kv_heads, 16), (of_k[-1], kv_heads, 16))
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def one_by_one(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_q: tuple[int, ...], of_k: tuple[int, ...], **how: Any
+) -> torch.Tensor:
+    """Each sequence alone, in PyTorch's own operations. Rows that see nothing are zero."""
+    left, right = how.get("window_size", (-1, -1))
+    outs = []
+    for (a, b), (c, d) in zip(itertools.pairwise(of_q), itertools.pairwise(of_k), strict=True):
+        mine, keys, values = q[a:b].transpose(0, 1), *(t[c:d].transpose(0, 1).repeat_interleave(2, 0) for t in (k, v))
+        place = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)
+        hidden = (place > left if left >= 0 else place < -(1 << 30)) | (
+            -place > right if right >= 0 else place > 1 << 30
+        )
+        scores = (mine @ keys.transpose(1, 2) * how.get("scale", 0.25)).masked_fill(hidden, -torch.inf)
+        weights = torch.where(hidden.all(1, keepdim=True), 0.0, scores.softmax(-1))
+        outs.append((weights @ values).transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("how", [{}, {"window_size": (-1, 0)}, {"window_size": (9, 0), "scale": 0.3}], ids=str)
+@pytest.mark.parametrize("same", [True, False])
+def test_packed_sequences(how: dict[str, Any], same: bool, asked: list[str]) -> None:
+    """`varlen_attn` and its gradients."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    assert api._ops_registered()
+    fagen.register_torch()
+    of_q, of_k = (OF_K, OF_K) if same else (OF_Q, OF_K)
+    cu_q = torch.tensor(of_q, dtype=torch.int32)
+    cu_k = cu_q if same else torch.tensor(of_k, dtype=torch.int32)
+    leaves = [t.requires_grad_() for t in packed(of_q, of_k)]
+    out = varlen.varlen_attn(*leaves, cu_q, cu_k, 33, 33, enable_gqa=True, **how)
+    weight = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
+    got = torch.autograd.grad((out * weight).sum(), leaves)
+    want_out = one_by_one(*leaves, of_q, of_k, **how)
+    want = torch.autograd.grad((want_out * weight).sum(), leaves)
+    assert asked == []
+    torch.testing.assert_close(out, want_out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def packed_flash(*given: torch.Tensor, **options: Any) -> tuple:
+    cu = torch.tensor(OF_K, dtype=torch.int32)
+    dropout, sequences = options.pop("dropout_p", 0.0), options.pop("sequences", (cu, cu))
+    return aten._flash_attention_forward(*given, *sequences, 33, 33, dropout, False, False, **options)
+
+
+PACKED_OTHERS: dict[str, dict[str, Any]] = {
+    "dropout": {"dropout_p": 0.1},
+    "used lengths": {"seqused_k": torch.ones(4, dtype=torch.int32)},
+    "slopes": {"alibi_slopes": torch.ones(4)},
+    "no sequences": {"sequences": (None, None)},
+    "negative scale": {"scale": -1.0},
+}
+
+
+@pytest.mark.parametrize("name", PACKED_OTHERS)
+def test_packed_calls_that_go_to_the_kernel_before(name: str, asked: list[str]) -> None:
+    fagen.register_torch()
+    packed_flash(*packed(OF_K, OF_K), **PACKED_OTHERS[name])
+    assert asked == ["packed forward"]
+
+
+def test_packed_gradients_of_dropout_go_to_the_kernel_before(asked: list[str]) -> None:
+    assert api._ops_registered()
+    fagen.register_torch()
+    q, k, v = packed(OF_K, OF_K)
+    out, lse, state, nothing, _ = packed_flash(q, k, v)
+    cu = torch.tensor(OF_K, dtype=torch.int32)
+    for dropout in (0.0, 0.1):
+        aten._flash_attention_backward(out, q, k, v, out, lse, cu, cu, 33, 33, dropout, False, state, nothing)
+    assert asked == ["packed backward"]
+
+
+def test_what_the_packed_op_returns(asked: list[str]) -> None:
+    fagen.register_torch()
+    given = packed(OF_K, OF_K)
+    got, told = packed_flash(*given), packed_flash(*given, dropout_p=0.1)
+    assert asked == ["packed forward"]
+    assert [t.shape for t in got[:2]] == [t.shape for t in told[:2]] and got[1].dtype == torch.float32
+    assert [t.stride() for t in got[:2]] == [t.stride() for t in told[:2]]
 
 
 def test_a_build_of_torch_without_the_op(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ BASE: dict[str, Any] = {
     "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "v_source": "shared",
     "q_stages": 2, "dout_stages": 2, "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk",
     "dq_rounding": "own_kernel", "dq_owner": "all", "row_order": "ascending", "block_order": "ascending",
-    "section_mb": 32,
+    "section_mb": 32, "seeds": "none",
 }  # fmt: skip
 
 
@@ -63,6 +63,21 @@ SCHEMES: Mapping[str, Config] = {
     "last_block_one_group": config(dq_rounding="last_block", tile_n=64, warpgroups=1, row_order="shifted"),
     "last_block_three_groups": config(dq_rounding="last_block", tile_n=192, warpgroups=3, q_stages=1),
     "last_block_shared": config(dq_rounding="last_block", operands="shared", tile_n=96, block_order="longest_first"),
+    "seeded": config(seeds="both", dv_start="after_store"),
+    "seeded_long_tiles": config(seeds="both", tile_m=128, dv_start="before_ds"),
+    "seeded_held_v": config(seeds="delta", v_source="registers", dv_start="after_store", ds_stages=2, dq_sink="red"),
+    "stored_first_shared": config(operands="shared", tile_n=80, dv_start="after_store", dq_sink="red"),
+    "stored_first_shared_three_groups": config(
+        operands="shared", tile_n=96, warpgroups=3, dv_start="after_store", ds_stages=2, seeds="delta"
+    ),
+    "stored_first_shared_one_owner": config(operands="shared", tile_n=96, dv_start="after_store", dq_owner="first"),
+    "seeded_shared": config(seeds="both", operands="shared", tile_n=96, warpgroups=3),
+    "later_blocks": config(dq_rounding="later_blocks", block_order="sectioned", section_mb=16),
+    "later_blocks_red": config(dq_rounding="later_blocks", block_order="sectioned", tile_m=128, dq_sink="red"),
+    "later_blocks_shared": config(dq_rounding="later_blocks", block_order="sectioned", operands="shared", tile_n=96),
+    "later_blocks_three_groups": config(
+        dq_rounding="later_blocks", block_order="sectioned", tile_n=192, warpgroups=3, q_stages=1
+    ),
     "sectioned_red": config(block_order="sectioned", section_mb=64, dq_sink="red", tile_n=192, warpgroups=3),
 }
 ONE_STAGE = (("q_stages", 1), ("dout_stages", 1), ("ds_stages", 1))
@@ -124,6 +139,7 @@ CASES += [Case("held_v", head_dim=d, head_dim_v=dv, heads=2) for d, dv in ((96, 
 CASES += [Case("base", mask="none", head_dim=128, heads=2), Case("red", head_dim=96, heads=3, kv_heads=1)]
 CASES += [Case("base", softcap=2.0), Case("base", alibi=True), Case("red", softcap=2.0, alibi=True, dtype="fp16")]
 CASES += [Case("base", mask="window", window=(40, 0), heads=2)]
+CASES += [Case("seeded_held_v", softcap=2.0, alibi=True), Case("seeded", head_dim=128, heads=2, dtype="fp16")]
 CASES += [Case("last_block", head_dim=80, heads=2), Case("last_block", mask="window", window=(10, -1), kv_heads=1)]
 CASES += [Case("long_tiles", mask="intervals", intervals=kind, window=(-1, 0)) for kind in ("lower1", "lower2")]
 SHARED = [("shared", 64, 256, 0), ("shared_red", 80, 256, 0), ("shared_red", 96, 96, 208), ("shared", 64, 64, 192)]
@@ -131,6 +147,10 @@ SHARED += [("shared_three_groups", 96, 192, 128), ("shared_three_groups", 96, 16
 CASES += [
     Case(scheme, head_dim=d, head_dim_v=dv, heads=2, kv_heads=1, changes=(("tile_n", n), *ONE_STAGE))
     for scheme, n, d, dv in SHARED
+]
+CASES += [
+    Case("stored_first_shared", head_dim=d, heads=2, kv_heads=1, changes=(("tile_n", n), *ONE_STAGE))
+    for d, n in ((256, 64), (192, 80))
 ]
 CASES += [Case("shared", mask="intervals", intervals=kind, window=(-1, 0)) for kind in ("lower1", "both4")]
 CASES += [Case("shared_red", softcap=2.0, alibi=True), Case("shared_three_groups", mask="window", window=(40, 9))]
@@ -158,7 +178,7 @@ def _source(case: Case) -> str:
 
 def make_call(
     case: Case, rows: int, keys: int, g: torch.Generator, *, batch: int = 1, layout: str = "bshd",
-    magnitude: float = 1.0, dlse: bool = False, intervals: torch.Tensor | None = None,
+    magnitude: float = 1.0, scale: float | None = None, dlse: bool = False, intervals: torch.Tensor | None = None,
 ) -> BackwardCall:  # fmt: skip
     """Random tensors, and what forward makes of them in float32."""
 
@@ -173,7 +193,7 @@ def make_call(
     slopes = torch.rand(case.heads, device=g.device, generator=g) if case.alibi else None
     window = (-1, 0) if case.mask == "causal" else case.window
     call = AttentionCall(
-        q, k, v, layout, window, intervals, case.intervals, softcap=case.softcap, alibi_slopes=slopes,
+        q, k, v, layout, window, intervals, case.intervals, scale=scale, softcap=case.softcap, alibi_slopes=slopes,
         deterministic=case.deterministic, dropout=case.dropout, rng=rng_of(g.device) if case.dropout else None,
     )  # fmt: skip
     out, lse = reference.attend(call, reference.cast(call.bhsd(), torch.float32), reference.visible(call))
@@ -250,7 +270,7 @@ def test_packed_documents(folder: Path) -> None:
             check(case, folder, 327, 327, intervals=bounds)
 
 
-@pytest.mark.parametrize("scheme", ["base", "last_block"])
+@pytest.mark.parametrize("scheme", ["base", "last_block", "later_blocks"])
 def test_rows_and_keys_that_see_nothing(folder: Path, scheme: str) -> None:
     case = Case(scheme)
     for rows, keys in ((300, 1), (1, 300), (130, 64)):
@@ -266,8 +286,15 @@ def test_rows_and_keys_that_see_nothing(folder: Path, scheme: str) -> None:
         assert all((t == 0).all() for t in outputs.values())
 
 
-def test_large_scores_stay_finite(folder: Path) -> None:
-    check(Case("base", mask="none"), folder, 70, 70, magnitude=30.0)
+@pytest.mark.parametrize("scheme", ["base", "seeded"])
+def test_large_scores_stay_finite(folder: Path, scheme: str) -> None:
+    check(Case(scheme, mask="none"), folder, 70, 70, magnitude=30.0)
+
+
+@pytest.mark.parametrize("scale", [1e-37, 3.0])
+def test_any_scale_divides_the_lse(folder: Path, scale: float) -> None:
+    """Scores that begin with -LSE / scale."""
+    check(Case("seeded"), folder, 70, 90, scale=scale)
 
 
 # ---- what is wrong is found ------------------------------------------------------------------------------------------
@@ -292,19 +319,78 @@ def test_who_does_not_wait_is_wrong(folder: Path, old: str, new: str) -> None:
     assert any(_is_wrong(text, folder, seed) for seed in range(40))
 
 
-def test_blocks_share_the_heads_of_a_group(folder: Path) -> None:
-    """With units to spare: without the sum of what they leave, dK and dV are wrong."""
-    case = Case("base", kv_heads=1)
-    check(case, folder, 70, 70, units=5)
+@pytest.mark.parametrize("case", [Case("base", kv_heads=1), Case("three_groups", heads=6, mask="none")], ids=str)
+def test_blocks_share_the_heads_of_a_group(folder: Path, case: Case) -> None:
+    """With units to spare. Without the sum over a cluster, dK and dV are wrong."""
+    for seed in range(2):
+        check(case, folder, 70, 130, units=5, seed=seed, batch=1 + seed)
     text = _source(case)
-    assert "if (splits > 1) {" in text
-    with pytest.raises(AssertionError, match="d[kv]"):
-        check(case, folder, 70, 70, units=5, text=text.replace("if (splits > 1) {", "if (false) {"))
+    for old, new in (
+        ("split < keys.splits; ++split", "split < 1; ++split"),  # only one block's part
+        ("    ptx::cluster_sync();\n#pragma unroll 1", "#pragma unroll 1"),  # before it is there
+    ):
+        assert old in text
+        broken = text.replace(old, new)
+        assert any(_is_wrong(broken, folder, seed, case=case, rows=70, keys=70, units=5) for seed in range(10))
 
 
-def _is_wrong(text: str, folder: Path, seed: int) -> bool:
+@pytest.mark.parametrize("scheme", ["base", "first_owner_red", "last_block", "later_blocks"])
+def test_one_tile_has_all_keys(folder: Path, scheme: str) -> None:
+    """What a block has of dQ is stored as it is. Rows that see none of the keys get zeros."""
+    for case in (Case(scheme), Case(scheme, mask="window", window=(70, 20), kv_heads=4)):
+        for rows, keys in ((300, 100), (90, 128)):
+            check(case, folder, rows, keys, dlse=True)
+
+
+# ---- sections of heads in one grid -----------------------------------------------------------------------------------
+
+_LATER = Case("later_blocks", heads=3, kv_heads=3, changes=(("tile_n", 64), ("warpgroups", 1), *ONE_STAGE))
+
+
+def _of_small_sections(case: Case) -> str:
+    """Sections of one head."""
+    text = _source(case)
+    assert "(int64_t(C::kSectionMb) << 20)" in text
+    return text.replace("(int64_t(C::kSectionMb) << 20)", "(int64_t(C::kSectionMb) << 8)")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        _LATER,
+        replace(_LATER, heads=4, kv_heads=2, mask="window", window=(70, 20)),
+        replace(_LATER, scheme="later_blocks_red", mask="none"),
+        replace(_LATER, deterministic=True),
+    ],
+    ids=str,
+)
+def test_sections_of_one_grid(case: Case, folder: Path) -> None:
+    text = _of_small_sections(case)
+    for seed, (rows, keys) in enumerate(((150, 150), (70, 210))):
+        check(case, folder, rows, keys, seed=seed, units=(3, 7)[seed], batch=3, text=text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("if (section >= Sections::kPlaces) wait(", "if (false) wait("),  # dQ is zeroed before it is rounded
+        ("  if (kRoundsLater<C> && keys.section > 0)\n", "  if (false)\n"),  # dQ is added to before it is zero
+        ("    wait(sections.finished(section)", "    if (false) wait(sections.finished(section)"),
+    ],
+)
+def test_sections_wait_for_each_other(folder: Path, old: str, new: str) -> None:
+    text = _of_small_sections(_LATER)
+    assert old in text
+
+    broken, how = text.replace(old, new), {"rows": 150, "keys": 70, "units": 9, "batch": 3}
+    assert any(_is_wrong(broken, folder, seed, case=_LATER, **how) for seed in range(20))
+
+
+def _is_wrong(
+    text: str, folder: Path, seed: int, *, case: Case = _BROKEN, rows: int = 200, keys: int = 200, **more: Any
+) -> bool:
     try:
-        check(_BROKEN, folder, 200, 200, seed=seed, text=text)
+        check(case, folder, rows, keys, seed=seed, text=text, **more)
     except AssertionError:
         return True
     return False
@@ -317,7 +403,7 @@ def test_who_waits_for_ever_is_told(folder: Path, old: str) -> None:
     text = _source(_BROKEN)
     assert old in text
     with pytest.raises(AssertionError, match="(?s)nothing can go on.*waits for barrier at"):
-        check(_BROKEN, folder, 300, 100, text=text.replace(old, ""))
+        check(_BROKEN, folder, 300, 200, text=text.replace(old, ""))
 
 
 def test_every_value_of_every_knob_is_run() -> None:

@@ -178,3 +178,31 @@ def test_without_it_pytorchs_kernel_is_there_again(ours: list[bool]) -> None:
     q, k, v = inputs()
     registry.restore_flash_attention_impl()
     assert right(F.scaled_dot_product_attention(q, k, v), q, k, v, layout="bhsd") and ours == []
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (40, 0)])
+def test_packed_sequences(window: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`varlen_attn` and its gradients, beside PyTorch's own kernel."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    served, serves = [], torch_impl._Packed.serves
+
+    def told(packed: torch_impl._Packed, **what: bool) -> bool:
+        served.append(serves(packed, **what))
+        return served[-1]
+
+    monkeypatch.setattr(torch_impl._Packed, "serves", told)
+    lengths = torch.tensor([0, 130, 130, 400, 700], dtype=torch.int32, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(2)
+    leaves = [torch.randn(700, 4, 64, device="cuda", generator=generator).bfloat16().requires_grad_() for _ in range(3)]
+    weight = torch.randn(700, 4, 64, device="cuda", generator=generator)
+
+    def once() -> tuple[torch.Tensor, ...]:
+        out = varlen.varlen_attn(*leaves, lengths, lengths, 300, 300, window_size=window)
+        return out, *torch.autograd.grad((out.float() * weight).sum(), leaves)
+
+    mine = once()
+    assert served == [True, True]
+    registry.restore_flash_attention_impl()
+    for a, b in zip(mine, once(), strict=True):
+        torch.testing.assert_close(a, b, atol=3e-2, rtol=3e-2)
+    assert len(served) == 2

@@ -6,6 +6,7 @@
 #include "fagen/ptx/mma_sync.cuh"
 #include "fagen/sm90/backward/dq.cuh"
 #include "fagen/sm90/backward/scores.cuh"
+#include "fagen/sm90/backward/split_sums.cuh"
 #include "fagen/sm90/operand.cuh"
 
 namespace fagen {
@@ -20,6 +21,8 @@ struct BackwardConsumer {
   using Scores = float[kPieces][4];
   using Fragments = uint32_t[kSteps][4];
   using DqPart = float[Dq::kColumns / 8][4];
+  using Lse = RowStats<C, kSeedsScores<C>>;
+  using Delta = RowStats<C, kSeedsDp<C>>;
 
   const fagen_backward_params& p;
   const BackwardLaunch& launch;
@@ -39,8 +42,9 @@ struct BackwardConsumer {
 
   // ---- products: each starts, and is waited for later
 
-  // The product of two operands whose rows are `kDepth` long, of this group's keys and a row tile.
-  template <int kDepth>
+  // The product of two operands whose rows are `kDepth` long, of this group's keys and a row tile; added to what the
+  // accumulators hold if they are `kSeeded`.
+  template <int kDepth, bool kSeeded>
   __device__ __forceinline__ void start_scores(Scores& c, uint32_t of_keys, uint32_t of_rows) const {
     const Operand a = Operand::of_rows(of_keys + group * kGroupKeys * kRowBytes), b = Operand::of_rows(of_rows);
     pin(c);
@@ -49,7 +53,7 @@ struct BackwardConsumer {
     for (int d = 0; d < kDepth / 16; ++d) {
       const int within = d % 4 * 32;  // bytes into a slab's row
       ptx::wgmma<C::kTileM, false, false>(c, a.at(d / 4 * C::kTileN * kRowBytes + within),
-                                          b.at(d / 4 * C::kTileM * kRowBytes + within), d > 0);
+                                          b.at(d / 4 * C::kTileM * kRowBytes + within), kSeeded || d > 0);
     }
     ptx::wgmma_commit();
   }
@@ -61,10 +65,11 @@ struct BackwardConsumer {
       ptx::wgmma_fence();
 #pragma unroll
       for (int d = 0; d < C::kHeadDimV / 16; ++d)
-        ptx::wgmma<C::kTileM, false>(dp, v[d], b.at(d / 4 * C::kTileM * kRowBytes + d % 4 * 32), d > 0);
+        ptx::wgmma<C::kTileM, false>(dp, v[d], b.at(d / 4 * C::kTileM * kRowBytes + d % 4 * 32),
+                                kSeedsDp<C> || d > 0);
       ptx::wgmma_commit();
     } else {
-      start_scores<C::kHeadDimV>(dp, pipelines.v.tile(), pipelines.dout.tile());
+      start_scores<C::kHeadDimV, kSeedsDp<C>>(dp, pipelines.v.tile(), pipelines.dout.tile());
     }
   }
   // A lane names a row of V and the swizzled place of its half of 16 columns.
@@ -101,7 +106,7 @@ struct BackwardConsumer {
   // ---- between products
 
   template <bool kMasked>
-  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowStats<C>& lse,
+  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const Lse& lse,
                                                const RowTileVisit& at) {
     const Place place;
     const int key = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + place.row;
@@ -111,14 +116,14 @@ struct BackwardConsumer {
       mark_dropped<true, false>(s, change.dropout, at.tile * C::kTileM, keys.n0 + key - place.row);
   }
   // dS in place of dP
-  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives) const {
-    const uint32_t stat = pipelines.delta() + Place().column * 4;
+  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives,
+                                          const Delta& delta) const {
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
-      const float2 delta = ptx::ld_shared_8(stat + j * 32);
+      const float2 of_rows = delta.of(j);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], i % 2 ? delta.y : delta.x, change.dropout);
+        dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], i % 2 ? of_rows.y : of_rows.x, change.dropout);
         if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
       }
     }
@@ -140,14 +145,13 @@ struct BackwardConsumer {
 #pragma unroll
       for (uint32_t& pair : step) pair = kept_weights<C>(pair);
   }
-  // dS, rows of q down, this group's keys in a slab of their own.
+  // dS, rows of q down, this group's keys in a slab of their own. The others may read it after a fence and a barrier.
   __device__ __forceinline__ void store_ds(const Fragments& ds) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const uint32_t row = pipelines.ds() + group * L::kDsSlabBytes + (lane / 16 * 8 + lane % 8) * kRowBytes;
     const uint32_t place = row + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
     for (int n = 0; n < kSteps; ++n) ptx::stmatrix_x4_trans(place + n * 16 * kRowBytes, ds[n]);
-    ptx::fence_shared_writes();
   }
 
   // ---- a row tile
@@ -157,8 +161,11 @@ struct BackwardConsumer {
     Fragments weights, ds;      // P^T and dS^T
     if (C::kAlibi || C::kDropout) change.set_head(p, keys.batch, at.head);
     pipelines.q.wait();
-    const RowStats<C> lse(pipelines.lse() + Place().column * 4);
-    start_scores<C::kHeadDim>(s, pipelines.k.tile(), pipelines.q.tile());
+    const uint32_t of_lse = pipelines.lse() + Place().column * 4, of_delta = pipelines.delta() + Place().column * 4;
+    const Lse lse(of_lse);
+    if constexpr (kSeedsScores<C>) seed(s, of_lse);
+    if constexpr (kSeedsDp<C>) seed(dp, of_delta), pin(dp);
+    start_scores<C::kHeadDim, kSeedsScores<C>>(s, pipelines.k.tile(), pipelines.q.tile());
     pipelines.dout.wait();
     start_dp(dp);
     ptx::wgmma_wait<1>();
@@ -167,21 +174,23 @@ struct BackwardConsumer {
       exponentiate<true>(s, derivatives, lse, at);
     else
       exponentiate<false>(s, derivatives, lse, at);
+    const Delta delta(of_delta);
     if constexpr (C::kDvStart == DvStart::before_ds) {
       pack_weights(weights, s);
       start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
-      ptx::wgmma_wait<1>();
-    } else {
-      ptx::wgmma_wait<0>();
     }
+    ptx::wgmma_wait<(C::kDvStart == DvStart::before_ds ? 1 : 0)>();
     pin(dp);
-    form_ds(s, dp, derivatives);
-    if constexpr (C::kDvStart == DvStart::after_ds) pack_weights(weights, s);
+    form_ds(s, dp, derivatives, delta);
+    if constexpr (C::kDvStart != DvStart::before_ds) pack_weights(weights, s);
     pack_operand(ds, dp);
     if constexpr (C::kDvStart == DvStart::after_ds)
       start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last dS
     store_ds(ds);
+    if constexpr (C::kDvStart == DvStart::after_store)
+      start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
+    ptx::fence_shared_writes();
     ptx::barrier_sync(kBarrier, L::kGroups * 128);
     if (share.owns())
       finish_with_dq(ds, at);
@@ -191,6 +200,12 @@ struct BackwardConsumer {
     if (++pipelines.ds_stage == C::kDsStages) pipelines.ds_stage = 0;
   }
 
+  __device__ __forceinline__ void sink(const DqPart& dq, int chunk, const RowTileVisit& at) {
+    if (launch.one_key_tile)
+      store_dq<C, Element>(p, dq, share, chunk, keys.batch, at);
+    else
+      sink_dq<C>(dq, share, chunk, pipelines, dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
+  }
   // dV is under way, dS is there: dK, and dQ where this group has a part of it.
   __device__ __forceinline__ void finish(Fragments& ds) {
     ptx::wgmma_wait<0>();
@@ -201,7 +216,6 @@ struct BackwardConsumer {
     pin(dk);
   }
   __device__ __forceinline__ void finish_with_dq(Fragments& ds, const RowTileVisit& at) {
-    float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
     DqPart dq;
     start_dq(dq, 0);
     ptx::wgmma_wait<1>();
@@ -210,7 +224,7 @@ struct BackwardConsumer {
     start_gradient<C::kHeadDim>(dk, ds, pipelines.q.tile());
     ptx::wgmma_wait<1>();
     pin(dq);
-    sink_dq<C>(dq, share, 0, pipelines, tile);
+    sink(dq, 0, at);
     ptx::wgmma_wait<0>();
     pin(dk);
 #pragma unroll
@@ -218,7 +232,7 @@ struct BackwardConsumer {
       start_dq(dq, chunk);
       ptx::wgmma_wait<0>();
       pin(dq);
-      sink_dq<C>(dq, share, chunk, pipelines, tile);
+      sink(dq, chunk, at);
     }
   }
 
@@ -231,30 +245,22 @@ struct BackwardConsumer {
     pipelines.v.wait();
     if constexpr (kVInRegisters) load_v();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
+    meet_finished<C>(launch, keys, kBarrier);
     if (launch.splits.by > 1) {
-      float* to = partial_gradients<C>(p, launch, keys.batch, keys.kv_head, keys.split, keys.tile * L::kGroups + group);
-      leave<C::kHeadDim>(to, dk);
-      leave<C::kHeadDimV>(to + kGroupKeys * C::kHeadDim, dv);
+      SplitSums<C, Element>{p, keys, pipelines.smem, group}.run(dk, dv, kBarrier);
     } else {
       store<C::kHeadDim>(p.dk, dk, p.head_dim, p.scale);
       store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up<C>(p, 1.f));
     }
   }
 
-  // Store 64 keys of a gradient: whole, or for the sum of the blocks that share the query heads.
+  // Store 64 keys of a gradient.
   template <int kColumns>
   __device__ __forceinline__ void store(const fagen_tensor& to, const float (&c)[kColumns / 8][4], int columns,
                                         float scale) const {
     const int key = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + Place().row;
     store_rows<Element, kColumns / 16>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, 0, kColumns / 8, scale,
                                        [&](int n) { return make_float4(c[n][0], c[n][1], c[n][2], c[n][3]); });
-  }
-  template <int kColumns>
-  static __device__ __forceinline__ void leave(float* to, const float (&c)[kColumns / 8][4]) {
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n)
-      *reinterpret_cast<float4*>(to + n * (kPieceBytes / 4) + threadIdx.x % 128 * 4) =
-          make_float4(c[n][0], c[n][1], c[n][2], c[n][3]);
   }
 };
 

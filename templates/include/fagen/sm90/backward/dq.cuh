@@ -1,6 +1,7 @@
 // dQ on its way from a consumer's registers into memory, where the blocks of all key tiles add theirs in float32: by
 // shared memory and the copy engine (bulk), or straight from registers (red). Deterministic: in turns.
 #pragma once
+#include "fagen/ptx/barrier.cuh"
 #include "fagen/ptx/bulk.cuh"
 #include "fagen/ptx/reduce.cuh"
 #include "fagen/ptx/shared.cuh"
@@ -11,10 +12,23 @@
 
 namespace fagen {
 
+// Its index among those of all heads.
 template <class C>
 __device__ __forceinline__ int64_t row_tile_index(const fagen_backward_params& p, const BackwardLaunch& launch,
                                                   int batch, int head, int tile) {
   return (int64_t(batch) * p.heads + head) * launch.row_tiles + tile;
+}
+
+// A chunk of rows of dQ that no other block adds to, to memory as it is.
+template <class C, class Element>
+__device__ __forceinline__ void store_dq(const fagen_backward_params& p, const float (&dq)[DqShare<C>::kColumns / 8][4],
+                                         const DqShare<C>& share, int chunk, int batch, const RowTileVisit& at) {
+  constexpr int kPieces = DqShare<C>::kColumns / 8;
+  unsigned thread = threadIdx.x;
+  ptx::pin(thread);  // nothing of this is computed before the visits: registers are few
+  const int m = at.tile * C::kTileM + share.row_chunk(chunk) * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
+  store_rows<Element, kPieces / 2>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8, kPieces, p.scale,
+                                   [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
 }
 
 // The consumer's side: one chunk of its part.
@@ -37,6 +51,20 @@ __device__ __forceinline__ void sink_dq(const float (&dq)[DqShare<C>::kColumns /
 #pragma unroll
     for (int i = 0; i < DqShare<C>::kColumns / 8; ++i)
       if (i < pieces) ptx::reduce_add_4(to + i * (kPieceBytes / 4), dq[i]);
+  }
+}
+
+// Say that all sums of a key tile are in memory. With the red sink that is said by its consumers, who meet for it.
+template <class C>
+__device__ __forceinline__ void count_finished(const BackwardLaunch& launch, const KeyTile<C>& keys) {
+  if constexpr (kRoundsLater<C>) ptx::count(launch.sections.finished(keys.section), 1);
+}
+template <class C>
+__device__ __forceinline__ void meet_finished(const BackwardLaunch& launch, const KeyTile<C>& keys, int barrier) {
+  if constexpr (kRoundsLater<C> && C::kDqSink == DqSink::red) {
+    __threadfence();
+    ptx::barrier_sync(barrier, DqShare<C>::kGroups * 128);
+    if (threadIdx.x == 0) count_finished<C>(launch, keys);
   }
 }
 
@@ -65,7 +93,7 @@ struct DqDrain {
     return row_tile_index<C>(p, launch, keys.batch, at.head, at.tile);
   }
   __device__ __forceinline__ float* tile(const RowTileVisit& at) const {
-    return launch.dq + index(at) * Dq::kTileFloats;
+    return dq_sums<C>(launch, index(at));
   }
   __device__ __forceinline__ unsigned* counter(const RowTileVisit& at) const {
     return launch.turns + index(at) * Dq::kGroups + share.group;
@@ -153,10 +181,11 @@ struct DqDrain {
   }
 
   __device__ __forceinline__ void run() {
+    if (launch.one_key_tile) return;
     keys.walk(p, [&](const RowTileVisit& at) { add(at); },
               [&](int head, int t) { skip(RowTileVisit{head, t, false}); });
     if (count()) round(before);
-    if (leads()) ptx::bulk_wait();
+    if (leads()) ptx::bulk_wait(), count_finished<C>(launch, keys);
   }
 };
 

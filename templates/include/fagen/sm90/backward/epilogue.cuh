@@ -1,54 +1,26 @@
-// The kernels after the backward one. Where its blocks do not round dQ themselves: from float32 in the order of fragments
-// to rows of elements, scaled. A warpgroup has a chunk of 64 rows.
+// Rounding: dQ when all keys have been to a row.
 #pragma once
 #include "fagen/sm90/backward/dq.cuh"
 
 namespace fagen {
 
+// dQ from float32 in the order of fragments to rows of elements, scaled: a chunk of 64 rows, the `index`-th of all heads.
+// The work of a warpgroup.
 template <class C, class Element>
-__device__ __forceinline__ void backward_epilogue(const fagen_backward_params& p, const BackwardLaunch& launch) {
+__device__ __forceinline__ void round_rows(const fagen_backward_params& p, const BackwardLaunch& launch, int64_t index) {
   using Dq = DqShare<C>;
-  const int chunks = launch.row_tiles * Dq::kRowChunks, chunk = blockIdx.x % chunks, plane = blockIdx.x / chunks;
-  const int thread = threadIdx.x, m = chunk * 64 + thread / 32 * 16 + thread % 32 / 4;
-  const float* from = launch.dq + int64_t(blockIdx.x) * (64 * C::kHeadDim) + thread * 4;
-  ptx::start_next_kernel();
-  ptx::wait_for_previous_kernel();
-  const auto load = [&](int piece) { return *reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4)); };
+  const int chunks = launch.row_tiles * Dq::kRowChunks, chunk = index % chunks, plane = index / chunks;
+  const int thread = threadIdx.x % 128, m = chunk * 64 + thread / 32 * 16 + thread % 32 / 4;
+  const float* from = dq_sums<C>(launch, index / Dq::kRowChunks) + index % Dq::kRowChunks * (64 * C::kHeadDim) + thread * 4;
+  const auto load = [&](int piece) { return __ldcg(reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4))); };
   store_rows<Element, Dq::kChunkPieces / 2>(p.dq, plane / p.heads, plane % p.heads, m, p.seqlen_q, p.head_dim, 0,
                                             Dq::kChunkPieces, p.scale, load);
 }
-
-// Where blocks have shared the query heads of a kv head: dK and dV of 64 keys are the sums of what each has left. A
-// warpgroup has some pieces of 8 columns of one of them.
-template <class C>
-struct GroupSums {
-  static constexpr int kDk = C::kHeadDim / 8, kDv = C::kHeadDimV / 8, kPieces = 2;  // of a block
-  static constexpr int kBlocks = (kDk + kDv) / kPieces;                             // for 64 keys
-};
 template <class C, class Element>
-__device__ __forceinline__ void sum_groups(const fagen_backward_params& p, const BackwardLaunch& launch) {
-  using S = GroupSums<C>;
-  const int part = blockIdx.x % S::kBlocks * S::kPieces, rest = blockIdx.x / S::kBlocks;
-  const int groups = launch.key_tiles * C::kWarpgroups, group = rest % groups, plane = rest / groups;
-  const int kv_head = plane % p.kv_heads, batch = plane / p.kv_heads, thread = threadIdx.x;
-  const int key = group * kGroupKeys + thread / 32 * 16 + thread % 32 / 4;
+__device__ __forceinline__ void backward_epilogue(const fagen_backward_params& p, const BackwardLaunch& launch) {
   ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
-  const auto load = [&](int piece) {
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 4
-    for (int split = 0; split < int(launch.splits.by); ++split) {
-      const float* from = partial_gradients<C>(p, launch, batch, kv_head, split, group) + thread * 4;
-      const float4 x = *reinterpret_cast<const float4*>(from + (part + piece) * (kPieceBytes / 4));
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-    }
-    return sum;
-  };
-  if (part < S::kDk)
-    store_rows<Element, 1>(p.dk, batch, kv_head, key, p.seqlen_k, p.head_dim, part, S::kPieces, p.scale, load);
-  else
-    store_rows<Element, 1>(p.dv, batch, kv_head, key, p.seqlen_k, p.head_dim_v, part - S::kDk, S::kPieces,
-                           scale_up<C>(p, 1.f), load);
+  round_rows<C, Element>(p, launch, blockIdx.x);
 }
 
 // All gradients are zero: there are no rows or no keys. A grid's work, a warp a row.

@@ -9,6 +9,8 @@
 
 namespace fagen {
 
+constexpr int kMostSplits = 8;  // blocks of a cluster on every GPU
+
 // How many blocks share the query heads of a kv head, so that all SMs have work: the fewest that divide them evenly.
 // With shared operands dK and dV are in no order that could be summed.
 template <class C>
@@ -18,35 +20,58 @@ static int group_splits(const fagen_backward_params& p) {
   const auto find = [](int device, int& count) {
     return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   };
-  if (kSharedOperands<C> || group == 1 || once_per_device(&sms, find)) return 1;
+  if (!BackwardLayout<C>::kSplitsGroups || group == 1 || once_per_device(&sms, find)) return 1;
   const int64_t blocks = int64_t(ceil_div(p.seqlen_k, C::kTileN)) * p.kv_heads * p.batch;
   int splits = 1;
-  while (splits < group && (group % splits || blocks * splits * 2 < sms * 3)) ++splits;
+  for (int more = 2; more <= group && more <= kMostSplits && blocks * splits * 2 < sms * 3; ++more)
+    if (group % more == 0) splits = more;
   return splits;
 }
 
-// The workspace: dQ in float32, the LSE and delta of every row, turns, what splits have of dK and dV.
+// The heads of a section (sectioned order): as many as leave room for their rows of q, dO and dQ, in sections of about
+// the same size, since a small last one would begin its longest blocks late. Blocks of the same kv head go through its
+// query heads together, so that one of them counts, or one for each split.
+template <class C>
+static int heads_of_section(const fagen_backward_params& p, int splits) {
+  const int64_t row = (p.head_dim + p.head_dim_v) * int64_t(2) + p.head_dim * int64_t(sizeof(float));
+  const int64_t all = int64_t(p.kv_heads) * p.batch, fit = (int64_t(C::kSectionMb) << 20) / (row * p.seqlen_q * splits);
+  const int64_t sections = ceil_div<int64_t>(all, fit < 1 ? 1 : fit);
+  return int(ceil_div(all, sections));
+}
+
+// The sections of a grid. All blocks of a cluster have the same task.
+template <class C>
+static Sections make_sections(const fagen_backward_params& p, int splits) {
+  if (p.batch == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return Sections();
+  const uint32_t all = p.kv_heads * p.batch, at_once = heads_of_section<C>(p, splits);
+  const uint32_t blocks = ceil_div(p.seqlen_k, C::kTileN) * splits;
+  const uint32_t row_tiles = ceil_div(p.seqlen_q, C::kTileM) * (p.heads / p.kv_heads);
+  const uint32_t helpers = ceil_div(int(at_once * row_tiles), Sections::kHelperTiles);
+  return {ceil_div(int(all), at_once), at_once * blocks, at_once * row_tiles, all * blocks, all * row_tiles,
+          ceil_div(int(helpers), splits) * splits};
+}
+
+// The workspace: dQ in float32, the LSE and delta of every row, turns, counters.
 template <class C>
 struct BackwardWorkspace {
-  uint64_t lse, delta, turns, partial, end;
+  uint64_t lse, delta, turns, counters, end;
 
-  BackwardWorkspace(const fagen_backward_params& p, int splits) {
+  BackwardWorkspace(const fagen_backward_params& p, const Sections& sections) {
     const uint64_t tiles = uint64_t(ceil_div(p.seqlen_q, C::kTileM)) * p.heads * p.batch;
+    const uint64_t with_sums = kRoundsLater<C> ? sections.row_tiles_with_sums() : tiles;
     const auto next = [&](uint64_t begin, uint64_t bytes_a_tile) { return align_workspace(begin + tiles * bytes_a_tile); };
-    lse = next(0, DqShare<C>::kTileFloats * sizeof(float));
+    lse = align_workspace(with_sums * DqShare<C>::kTileFloats * sizeof(float));
     delta = next(lse, C::kTileM * sizeof(float));
     turns = next(delta, C::kTileM * sizeof(float));
-    partial = next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
-    const uint64_t keys = uint64_t(ceil_div(p.seqlen_k, C::kTileN)) * C::kTileN * p.kv_heads * p.batch;
-    const uint64_t gradients = keys * (C::kHeadDim + C::kHeadDimV) * sizeof(float);
-    end = align_workspace(partial + (splits > 1 ? splits * gradients : 0));
+    counters = next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
+    end = align_workspace(counters + (kRoundsLater<C> ? 3 * sections.count * sizeof(unsigned) : 0));
   }
   void assign(char* workspace, BackwardLaunch& launch) const {
     launch.dq = reinterpret_cast<float*>(workspace);
-    launch.lse_log2 = reinterpret_cast<float*>(workspace + lse);
+    launch.lse = reinterpret_cast<float*>(workspace + lse);
     launch.delta = reinterpret_cast<float*>(workspace + delta);
     launch.turns = reinterpret_cast<unsigned*>(workspace + turns);
-    launch.partial = reinterpret_cast<float*>(workspace + partial);
+    launch.sections.counters = reinterpret_cast<unsigned*>(workspace + counters);
   }
 };
 
@@ -62,22 +87,26 @@ static cudaError_t make_maps(const fagen_backward_params& p, CUtensorMapDataType
   return map(&launch.v, p.v, p.head_dim_v, p.seqlen_k, C::kTileN, p.kv_heads);
 }
 
-// The heads of a section (sectioned order): as many as leave room for their rows of q, dO and dQ, in sections of about
-// the same size, since a small last one would begin its longest blocks late. Blocks of the same kv head go through its
-// query heads together, so that one of them counts.
-template <class C, class Element>
-static int heads_of_section(const fagen_backward_params& p, int heads) {
-  const int64_t row = (p.head_dim + p.head_dim_v) * int64_t(sizeof(Element)) + p.head_dim * int64_t(sizeof(float));
-  const int64_t all = int64_t(heads) * p.batch, fit = (int64_t(C::kSectionMb) << 20) / (row * p.seqlen_q);
-  const int64_t sections = ceil_div<int64_t>(all, fit < 1 ? 1 : fit);
-  return int(ceil_div(all, sections));
-}
-
 using BackwardKernel = void (*)(fagen_backward_params, BackwardLaunch);
 
 struct BackwardKernels {
-  BackwardKernel prologue, backward, epilogue, sum_groups, zero;
+  BackwardKernel prologue, backward, epilogue, zero;
 };
+
+// The blocks that share the query heads of a kv head are a cluster.
+template <class C>
+static cudaError_t launch_blocks(BackwardKernel kernel, int blocks, int splits, cudaStream_t stream,
+                                 const fagen_backward_params& p, const BackwardLaunch& launch) {
+  using L = BackwardLayout<C>;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {unsigned(splits), 1, 1};
+  const cudaLaunchConfig_t config = {dim3(blocks), dim3(L::kThreads), size_t(L::kSmemBytes),
+                                     stream,       attributes,        splits > 1 ? 2u : 1u};
+  return cudaLaunchKernelEx(&config, kernel, p, launch);
+}
 
 template <class C, class Element>
 static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, CUtensorMapDataType type,
@@ -94,18 +123,17 @@ static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, 
   if (p.seqlen_q == 0 || p.seqlen_k == 0) return launch_kernel(kernels.zero, 128, 256, 0, stream, p, launch);
   if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
   launch.row_tiles = ceil_div(p.seqlen_q, C::kTileM), launch.key_tiles = ceil_div(p.seqlen_k, C::kTileN);
-  const int splits = group_splits<C>(p), heads = p.kv_heads * splits;
+  launch.one_key_tile = launch.key_tiles == 1 && !L::kIntervals && !kSharedOperands<C>;
+  const int splits = group_splits<C>(p);
   launch.splits = Divisor(splits);
-  launch.order = TileOrder::of<C::kBlockOrder>(launch.key_tiles, heads, p.batch, heads_of_section<C, Element>(p, heads));
-  BackwardWorkspace<C>(p, splits).assign(static_cast<char*>(p.workspace), launch);
-  const int rows = launch.row_tiles * p.heads * p.batch, keys = launch.key_tiles * heads * p.batch;
-  if (const cudaError_t e = launch_kernel(kernels.prologue, rows, kPrologueThreads, 0, stream, p, launch)) return e;
-  if (const cudaError_t e = launch_kernel(kernels.backward, keys, L::kThreads, L::kSmemBytes, stream, p, launch)) return e;
-  if (splits > 1) {
-    const int sums = launch.key_tiles * C::kWarpgroups * p.kv_heads * p.batch * GroupSums<C>::kBlocks;
-    if (const cudaError_t e = launch_kernel(kernels.sum_groups, sums, 128, 0, stream, p, launch)) return e;
-  }
-  if (L::kRoundsDq) return cudaSuccess;
+  launch.order = TileOrder::of<C::kBlockOrder>(launch.key_tiles, p.kv_heads, p.batch, heads_of_section<C>(p, splits));
+  launch.sections = make_sections<C>(p, splits);
+  BackwardWorkspace<C>(p, launch.sections).assign(static_cast<char*>(p.workspace), launch);
+  const int rows = launch.sections.all_row_tiles, before = kRoundsLater<C> ? launch.sections.first_row_tiles() : rows;
+  const int blocks = kRoundsLater<C> ? launch.sections.blocks() : launch.sections.all_key_tiles;
+  if (const cudaError_t e = launch_kernel(kernels.prologue, before, kPrologueThreads, 0, stream, p, launch)) return e;
+  if (const cudaError_t e = launch_blocks<C>(kernels.backward, blocks, splits, stream, p, launch)) return e;
+  if (C::kDqRounding != DqRounding::own_kernel || launch.one_key_tile) return cudaSuccess;
   return launch_kernel(kernels.epilogue, rows * DqShare<C>::kRowChunks, 128, 0, stream, p, launch);
 }
 

@@ -10,6 +10,12 @@ constexpr int kPieceBytes = 2048;   // a piece of 8 columns of 64 rows of dQ, fl
 
 template <class C>
 constexpr bool kSharedOperands = C::kOperands == Operands::shared;
+template <class C>
+constexpr bool kSeedsScores = C::kSeeds == Seeds::both;  // accumulators of S begin with -LSE / scale
+template <class C>
+constexpr bool kSeedsDp = C::kSeeds != Seeds::none;  // those of dP with -delta
+template <class C>
+constexpr bool kRoundsLater = C::kDqRounding == DqRounding::later_blocks;
 
 // How the consumers share the product dQ = dS K, in chunks one after another. A chunk is 64 rows of some slabs of
 // columns: by rows where each consumer can have as many chunks as the others, else by slabs. With P and dS in shared
@@ -26,9 +32,14 @@ struct DqShare {
   static constexpr int kChunkPieces = C::kHeadDim / 8;  // of all columns
   static constexpr int kTileFloats = C::kTileM * C::kHeadDim;
   static constexpr int kStageBytes = C::kDqSink == DqSink::bulk ? kColumns / 8 * kPieceBytes : 0;
+  static constexpr bool kWholeSlabs = kByRows || (kBySlab && C::kHeadDim % kSlabColumns == 0);  // all chunks are full
   // every group has all of its chunks: there is nothing to ask
   static constexpr bool kEach =
       kOwners == kGroups && (kByRows || (kBySlab ? kAllSlabs % kOwners == 0 : (kOwners - 1) * kOwnSlabs < kAllSlabs));
+
+  // warps of a block that add dQ to memory, each for a warpgroup; all consumers are one without them
+  static constexpr int kAdders =
+      C::kDqSink == DqSink::red ? 1 : kByRows ? kOwners : (kAllSlabs + kOwnSlabs - 1) / kOwnSlabs;
 
   const int group;
   __device__ __forceinline__ int slab(int chunk) const {
@@ -41,7 +52,10 @@ struct DqShare {
     return kEach || (group < kOwners && slab(chunk) < kAllSlabs);
   }
   // how many pieces there are of a chunk's columns
-  __device__ __forceinline__ int pieces(int chunk) const { return min(kColumns / 8, kChunkPieces - slab(chunk) * 8); }
+  __device__ __forceinline__ int pieces(int chunk) const {
+    if constexpr (kWholeSlabs) return kColumns / 8;
+    return min(kColumns / 8, kChunkPieces - slab(chunk) * 8);
+  }
   // where a chunk begins in the float32 tile of dQ, which is in the order of fragments
   __device__ __forceinline__ int offset(int chunk) const {
     return (row_chunk(chunk) * kChunkPieces + slab(chunk) * 8) * (kPieceBytes / 4);
@@ -63,14 +77,18 @@ struct BackwardLayout {
   static constexpr bool kIntervals = MaskOf<C>::kIntervals;
   static constexpr int kBoundBytes = kIntervals ? C::kTileN * 16 : 0, kExtentBytes = kIntervals ? 32 : 0;
 
+  // Blocks that share a group's heads put all of dK and dV in the place of the tiles.
+  static constexpr bool kSplitsGroups =
+      !kSharedOperands<C> && kGroups * kGroupKeys * (C::kHeadDim + C::kHeadDimV) * 4 <=
+                                 kKBytes + kVBytes + C::kQStages * kQBytes + C::kDoutStages * kDoutBytes + C::kDsStages * kDsBytes;
   static constexpr bool kRoundsDq = C::kDqRounding == DqRounding::last_block;
 
-  // Offsets: k, v, the stages of q, of dO and of dS, the owners' parts of dQ, the LSE of each stage of q, delta of each
-  // stage of dO, the bounds of the keys' intervals and their extents, barriers.
+  // Offsets: k, v, the stages of q, of dO and of dS, the owners' parts of dQ, the LSE and delta of each stage of q, the
+  // bounds of the keys' intervals and their extents, barriers.
   static constexpr int kK = 0, kV = kK + kKBytes, kQ = kV + kVBytes, kDout = kQ + C::kQStages * kQBytes;
   static constexpr int kDs = kDout + C::kDoutStages * kDoutBytes, kDq = kDs + C::kDsStages * kDsBytes;
   static constexpr int kLse = kDq + Dq::kOwners * Dq::kStageBytes, kDelta = kLse + C::kQStages * kStatBytes;
-  static constexpr int kBounds = kDelta + C::kDoutStages * kStatBytes, kExtents = kBounds + kBoundBytes;
+  static constexpr int kBounds = kDelta + C::kQStages * kStatBytes, kExtents = kBounds + kBoundBytes;
   static constexpr int kBarriers = kExtents + kExtentBytes;
   static constexpr int kBarrierPairs = 2 + C::kQStages + C::kDoutStages + kGroups * (kRoundsDq ? 2 : 1);
   static constexpr int kSmemBytes = kBarriers + kBarrierPairs * kBarrierBytes + kSmemAlignment;  // room to align
@@ -89,7 +107,7 @@ struct BackwardLayout {
   static_assert(kConsumerRegisters == Derived::registers, "Python and CUDA disagree about the registers of a thread");
 };
 
-// The barriers and tiles of a block, as one warp sees them. A row tile's q comes with its LSE, dO with its delta.
+// The barriers and tiles of a block, as one warp sees them. A row tile's q comes with its LSE and delta.
 template <class C>
 struct BackwardPipelines {
   using L = BackwardLayout<C>;
@@ -114,7 +132,7 @@ struct BackwardPipelines {
     return smem + L::kBarriers + index * kBarrierBytes;
   }
   __device__ __forceinline__ uint32_t lse() const { return smem + L::kLse + q.stage * L::kStatBytes; }
-  __device__ __forceinline__ uint32_t delta() const { return smem + L::kDelta + dout.stage * L::kStatBytes; }
+  __device__ __forceinline__ uint32_t delta() const { return smem + L::kDelta + q.stage * L::kStatBytes; }
   __device__ __forceinline__ uint32_t ds() const { return smem + L::kDs + ds_stage * L::kDsBytes; }
 
   __device__ __forceinline__ void init() const {

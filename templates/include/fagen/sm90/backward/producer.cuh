@@ -1,5 +1,5 @@
-// The producer warps: one loads k and q with its LSE, one loads v and dO with its delta. One lane of each talks to the
-// copy engine.
+// The producer warps: one loads k and q with its LSE and delta, one loads v and dO. One lane of each talks to the copy
+// engine.
 #pragma once
 #include "fagen/ptx/bulk.cuh"
 #include "fagen/ptx/tma.cuh"
@@ -34,22 +34,29 @@ struct BackwardProducer {
   }
   __device__ __forceinline__ void load_q(const RowTileVisit& at) {
     pipelines.q.acquire();
-    ptx::mbarrier_arrive_expect(pipelines.q.full(), L::kQBytes + L::kStatBytes);
+    ptx::mbarrier_arrive_expect(pipelines.q.full(), L::kQBytes + 2 * L::kStatBytes);
     load<L::kSlabs, C::kTileM>(launch.q, pipelines.q.tile(), pipelines.q.full(), at.tile * C::kTileM, at.head);
-    ptx::bulk_load(pipelines.lse(), launch.lse_log2 + stat(at), L::kStatBytes, pipelines.q.full());
+    ptx::bulk_load(pipelines.lse(), launch.lse + stat(at), L::kStatBytes, pipelines.q.full());
+    ptx::bulk_load(pipelines.delta(), launch.delta + stat(at), L::kStatBytes, pipelines.q.full());
     pipelines.q.advance();
   }
   __device__ __forceinline__ void load_dout(const RowTileVisit& at) {
     pipelines.dout.acquire();
-    ptx::mbarrier_arrive_expect(pipelines.dout.full(), L::kDoutBytes + L::kStatBytes);
+    ptx::mbarrier_arrive_expect(pipelines.dout.full(), L::kDoutBytes);
     load<L::kSlabsV, C::kTileM>(launch.dout, pipelines.dout.tile(), pipelines.dout.full(), at.tile * C::kTileM, at.head);
-    ptx::bulk_load(pipelines.delta(), launch.delta + stat(at), L::kStatBytes, pipelines.dout.full());
     pipelines.dout.advance();
+  }
+
+  // Until the LSE and delta of the section's rows are there, and its dQ is zero.
+  __device__ __forceinline__ void wait_for_rows() const {
+    if (kRoundsLater<C> && keys.section > 0)
+      ptx::wait_for_count(launch.sections.prepared(keys.section), launch.sections.helpers);
   }
 
   // Each is one lane's work.
   __device__ __forceinline__ void run_q() {
     load_keys();
+    wait_for_rows();
     keys.walk(p, [&](const RowTileVisit& at) { load_q(at); });
   }
   __device__ __forceinline__ void run_dout() {
@@ -58,6 +65,7 @@ struct BackwardProducer {
   }
   __device__ __forceinline__ void run_both() {
     load_keys(), load_values();
+    wait_for_rows();
     keys.walk(p, [&](const RowTileVisit& at) { load_q(at), load_dout(at); });
   }
 };

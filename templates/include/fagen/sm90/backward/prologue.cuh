@@ -1,12 +1,12 @@
-// The kernel before the backward one: delta = sum over d of dO O, less dLSE; the LSE in base 2; and the counters
-// of dQ set to zero, or dQ itself. A block
-// has one row tile of a head.
+// Rows are prepared before keys come to them: delta = sum over d of dO O, less dLSE; the LSE in base 2; and the counters of
+// dQ set to zero, or dQ itself. A kernel of its own, a block a row tile, or the work of some blocks of the backward one.
 #pragma once
 #include "fagen/sm90/backward/dq.cuh"
 
 namespace fagen {
 
-constexpr int kPrologueThreads = 256, kRowLanes = 8;  // lanes that share a row
+constexpr int kPrologueThreads = 256;
+constexpr int kRowLanes = 8;  // share a row
 
 // The sum of products of two words, two elements each.
 template <class Element>
@@ -24,33 +24,33 @@ __device__ __forceinline__ float multiply_pairs<half_t>(uint32_t a, uint32_t b) 
   return u.x * v.x + u.y * v.y;
 }
 
-template <class C, class Element>
-__device__ __forceinline__ void backward_prologue(const fagen_backward_params& p, const BackwardLaunch& launch) {
-  const int tile = blockIdx.x % launch.row_tiles, plane = blockIdx.x / launch.row_tiles;
+// The `index`-th row tile of all heads: the work of a block of `kThreads`.
+template <class C, class Element, int kThreads>
+__device__ __forceinline__ void prepare_rows(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                             int64_t index) {
+  const int tile = index % launch.row_tiles, plane = index / launch.row_tiles;
   const int head = plane % p.heads, batch = plane / p.heads;
-  ptx::start_next_kernel();
-  ptx::wait_for_previous_kernel();
-  if constexpr (!BackwardLayout<C>::kRoundsDq) {
-    float4* zeroed = reinterpret_cast<float4*>(launch.dq + int64_t(blockIdx.x) * DqShare<C>::kTileFloats);
-    for (int i = threadIdx.x; i < DqShare<C>::kTileFloats / 4; i += kPrologueThreads)
+  if (!BackwardLayout<C>::kRoundsDq && !launch.one_key_tile) {
+    float4* zeroed = reinterpret_cast<float4*>(dq_sums<C>(launch, index));
+    for (int i = threadIdx.x; i < DqShare<C>::kTileFloats / 4; i += kThreads)
       zeroed[i] = make_float4(0.f, 0.f, 0.f, 0.f);
   } else {
-    int first, last;  // a tile that no block adds to is zero
+    int first, last;  // a tile that no block has a part of is zero
     RowBand(p).key_tiles<C>(tile, first, last);
     if (last < first)
-      for (int row = threadIdx.x / 32; row < C::kTileM && tile * C::kTileM + row < p.seqlen_q; row += kPrologueThreads / 32)
+      for (int row = threadIdx.x / 32; row < C::kTileM && tile * C::kTileM + row < p.seqlen_q; row += kThreads / 32)
         for (int d = threadIdx.x % 32 * 8; d < p.head_dim; d += 256)
           *reinterpret_cast<uint4*>(static_cast<Element*>(p.dq.data) + batch * p.dq.stride[0] +
                                     (tile * C::kTileM + row) * p.dq.stride[1] + head * p.dq.stride[2] + d) =
               make_uint4(0, 0, 0, 0);
   }
   if ((C::kDeterministic || BackwardLayout<C>::kRoundsDq) && threadIdx.x < DqShare<C>::kGroups)
-    launch.turns[int64_t(blockIdx.x) * DqShare<C>::kGroups + threadIdx.x] = 0;
+    launch.turns[index * DqShare<C>::kGroups + threadIdx.x] = 0;
   const auto row_of = [&](const fagen_tensor& t, int m) {
     return static_cast<const Element*>(t.data) + batch * t.stride[0] + m * t.stride[1] + head * t.stride[2];
   };
 #pragma unroll 1
-  for (int row = threadIdx.x / kRowLanes; row < C::kTileM; row += kPrologueThreads / kRowLanes) {
+  for (int row = threadIdx.x / kRowLanes; row < C::kTileM; row += kThreads / kRowLanes) {
     const int m = tile * C::kTileM + row;
     float sum = 0.f;
     if (m < p.seqlen_q) {
@@ -64,12 +64,23 @@ __device__ __forceinline__ void backward_prologue(const fagen_backward_params& p
 #pragma unroll
     for (int lanes = 1; lanes < kRowLanes; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
     if (threadIdx.x % kRowLanes == 0) {
-      const int64_t stat = int64_t(plane) * p.seqlen_q + m, at = int64_t(blockIdx.x) * C::kTileM + row;
+      const int64_t stat = int64_t(plane) * p.seqlen_q + m, at = index * C::kTileM + row;
       const float lse = m < p.seqlen_q ? p.lse[stat] : -INFINITY;
-      launch.lse_log2[at] = lse == -INFINITY ? INFINITY : lse * ScoreChange<C>::kLog2e;
-      launch.delta[at] = m < p.seqlen_q && lse != -INFINITY ? sum - (p.dlse ? p.dlse[stat] : 0.f) : 0.f;
+      const float subtracted = lse == -INFINITY ? INFINITY : lse;  // such a row's P is 0
+      launch.lse[at] = kSeedsScores<C> ? -subtracted / score_scale<C>(p) : subtracted * ScoreChange<C>::kLog2e;
+      const float delta = lse != -INFINITY ? sum - (p.dlse ? p.dlse[stat] : 0.f) : 0.f;
+      launch.delta[at] = kSeedsDp<C> ? -delta : delta;
     }
   }
+}
+
+template <class C, class Element>
+__device__ __forceinline__ void backward_prologue(const fagen_backward_params& p, const BackwardLaunch& launch) {
+  ptx::start_next_kernel();
+  ptx::wait_for_previous_kernel();
+  if (kRoundsLater<C> && blockIdx.x == 0)
+    for (uint32_t i = threadIdx.x; i < 3 * launch.sections.count; i += kPrologueThreads) launch.sections.counters[i] = 0;
+  prepare_rows<C, Element, kPrologueThreads>(p, launch, blockIdx.x);
 }
 
 }  // namespace fagen

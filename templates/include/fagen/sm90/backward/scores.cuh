@@ -15,7 +15,13 @@ struct Place {
   int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
 };
 
-// Exponents of P in base 2: a scaled score, changed by softcap and ALiBi, less the row's LSE.
+// The scale of scores. Where accumulators begin with -LSE / scale, the quotient must be finite.
+template <class C>
+__device__ __forceinline__ float score_scale(const fagen_backward_params& p) {
+  return kSeedsScores<C> ? fmaxf(p.scale, 1e-30f) : p.scale;
+}
+
+// Exponents of P in base 2: a scaled score, changed by softcap and ALiBi, less the row's LSE, if the score is not yet.
 template <class C>
 struct ScoreChange {
   static constexpr float kLog2e = 1.4426950408889634f;
@@ -24,7 +30,7 @@ struct ScoreChange {
   Dropout dropout;
 
   __device__ __forceinline__ explicit ScoreChange(const fagen_backward_params& p)
-      : scale(C::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e),
+      : scale(C::kSoftcap ? p.scale / p.softcap : score_scale<C>(p) * kLog2e),
         cap_log2(p.softcap * kLog2e),
         slope_log2(0.f),
         shift(p.seqlen_k - p.seqlen_q) {
@@ -45,6 +51,8 @@ struct ScoreChange {
       return score - lse_log2;
     } else if constexpr (C::kAlibi) {
       return fmaf(score, scale, -slope_log2 * fabsf(float(distance))) - lse_log2;
+    } else if constexpr (kSeedsScores<C>) {
+      return score * scale;
     } else {
       return fmaf(score, scale, -lse_log2);
     }
@@ -74,11 +82,11 @@ struct SeenRows {
   }
 };
 
-// The LSE of a thread's rows. Loads from shared memory wait for the products that were started before them, so they
-// come before those where registers are left for what they bring.
-template <class C>
+// The LSE, or delta, of a thread's rows. Loads from shared memory wait for the products that were started before them,
+// so that the LSE comes before those where registers are left for it. Delta takes its place while dP is awaited.
+template <class C, bool kSeeded>
 struct RowStats {
-  static constexpr bool kEarly = C::kTileM == 64 && C::kWarpgroups < 3 && !MaskOf<C>::kIntervals;
+  static constexpr bool kEarly = !kSeeded && C::kTileM == 64 && C::kWarpgroups < 3 && !MaskOf<C>::kIntervals;
   uint32_t from;
   float2 held[kEarly ? C::kTileM / 8 : 1];
 
@@ -88,16 +96,27 @@ struct RowStats {
   }
   // of the rows that the thread has of a piece
   __device__ __forceinline__ float2 of(int piece) const {
+    if (kSeeded) return float2();  // it is in the accumulators
     return kEarly ? held[kEarly ? piece : 0] : ptx::ld_shared_8(from + piece * 32);
   }
 };
+
+// Begin accumulators with a value a row.
+template <int kPieces>
+__device__ __forceinline__ void seed(float (&c)[kPieces][4], uint32_t from) {
+#pragma unroll
+  for (int j = 0; j < kPieces; ++j) {
+    const float2 stat = ptx::ld_shared_8(from + j * 32);
+    c[j][0] = c[j][2] = stat.x, c[j][1] = c[j][3] = stat.y;
+  }
+}
 
 // P in place of the scores. `key` is the thread's first key, `m` its first row of q. Under softcap `derivatives` keeps
 // those of its scores.
 template <class C, bool kMasked, int kPieces>
 __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&derivatives)[kPieces][4],
                                              const ScoreChange<C>& change, const RowBand& band, int key, int m,
-                                             const RowStats<C>& lse, uint32_t bounds) {
+                                             const RowStats<C, kSeedsScores<C>>& lse, uint32_t bounds) {
   const SeenRows<C> rows(band, key, bounds);
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
@@ -136,11 +155,11 @@ __device__ __forceinline__ uint32_t kept_weights(uint32_t pair) {
   return pair;
 }
 
-// dS of a weight and its dP, which counts as 0 where the weight was dropped.
+// dS of a weight and its dP, which counts as 0 where the weight was dropped, and may be less delta already.
 template <class C>
 __device__ __forceinline__ float gradient_of_score(float weight, float dp, float delta, const Dropout& dropout) {
   if constexpr (C::kDropout) dp = weight < 0.f ? 0.f : dp * dropout.scale, weight = fabsf(weight);
-  return weight * (dp - delta);
+  return weight * (kSeedsDp<C> ? dp : dp - delta);
 }
 
 }  // namespace fagen

@@ -16,6 +16,7 @@ struct SharedConsumer {
   static constexpr int kKeys = C::kTileN / L::kGroups, kPieces = kKeys / 8;  // of the scores of this group
   static constexpr int kDkChunks = (L::kSlabs + L::kGroups - 1) / L::kGroups;  // slabs of 64 columns of a head
   static constexpr int kDvChunks = (L::kSlabsV + L::kGroups - 1) / L::kGroups;
+  static constexpr bool kDvFirst = C::kDvStart == DvStart::after_store;  // before all have stored dS
   static constexpr int kBarrier = 1;  // of all consumers; two more, and one for each group
   using Scores = float[kPieces][4];
   using DqPart = float[Dq::kColumns / 8][4];
@@ -47,7 +48,7 @@ struct SharedConsumer {
 
   // ---- products: each starts, and is waited for later
 
-  template <int kDepth>
+  template <int kDepth, bool kSeeded>
   __device__ __forceinline__ void start_scores(Scores& c, uint32_t of_rows, uint32_t of_keys) const {
     const Operand a = Operand::of_rows(of_rows), b = Operand::of_rows(of_keys + group * kKeys * kRowBytes);
     pin(c);
@@ -56,25 +57,32 @@ struct SharedConsumer {
     for (int d = 0; d < kDepth / 16; ++d) {
       const int within = d % 4 * 32;  // bytes into a slab's row
       ptx::wgmma<kKeys, false, false>(c, a.at(d / 4 * C::kTileM * kRowBytes + within),
-                                      b.at(d / 4 * C::kTileN * kRowBytes + within), d > 0);
+                                      b.at(d / 4 * C::kTileN * kRowBytes + within), kSeeded || d > 0);
     }
     ptx::wgmma_commit();
   }
-  // dV^T += dO^T P, or dK^T += Q^T dS
-  template <int kSlabs, int kChunks>
+  // dV^T += dO^T P, or dK^T += Q^T dS: chunks from kFirst on, `kSome` of them
+  template <int kSlabs, int kFirst, int kSome, int kChunks>
   __device__ __forceinline__ void start_gradient(Gradient (&c)[kChunks], uint32_t of_columns, uint32_t weights) const {
     const Operand b = Operand::of_columns(weights, L::kDsSlabBytes);
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) pin(c[chunk]);
+    for (int chunk = kFirst; chunk < kFirst + kSome; ++chunk) pin(c[chunk]);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = kFirst; chunk < kFirst + kSome; ++chunk) {
       const Operand a = Operand::of_columns(of_columns + slab_of<kSlabs>(chunk) * C::kTileM * kRowBytes, 0);
 #pragma unroll
       for (int n = 0; n < C::kTileM / 16; ++n)
         ptx::wgmma<C::kTileN, true, true>(c[chunk], a.at(n * 2048), b.at(n * 2048), true);
     }
     ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void start_dv() {
+    start_gradient<L::kSlabsV, 0, kDvChunks>(dv, pipelines.dout.tile(), weights());
+  }
+  template <int kFirst = 0, int kSome = kDkChunks>
+  __device__ __forceinline__ void start_dk() {
+    start_gradient<L::kSlabs, kFirst, kSome>(dk, pipelines.q.tile(), ds());
   }
   // dQ = dS K
   __device__ __forceinline__ void start_dq(DqPart& dq, int chunk) const {
@@ -102,6 +110,12 @@ struct SharedConsumer {
   static __device__ __forceinline__ void load_stats(float (&stats)[2], uint32_t from) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) stats[r] = __uint_as_float(ptx::ld_shared_4(from + (first_row() + r * 8) * 4));
+  }
+
+  // Begin accumulators with a value a row.
+  static __device__ __forceinline__ void seed(Scores& c, const float (&stats)[2]) {
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) c[j][0] = c[j][1] = stats[0], c[j][2] = c[j][3] = stats[1];
   }
 
   // P in place of the scores.
@@ -142,15 +156,15 @@ struct SharedConsumer {
           if (hidden.contains(row0 + r * 8)) s[j][r * 2 + e] = 0.f;
       }
   }
-  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives) const {
+  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives,
+                                          const float (&delta)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float delta = __uint_as_float(ptx::ld_shared_4(pipelines.delta() + (first_row() + r * 8) * 4));
 #pragma unroll
       for (int j = 0; j < kPieces; ++j)
 #pragma unroll
         for (int i = r * 2; i < r * 2 + 2; ++i) {
-          dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], delta, change.dropout);
+          dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], delta[r], change.dropout);
           if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
         }
     }
@@ -179,68 +193,114 @@ struct SharedConsumer {
     Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
     if (C::kAlibi || C::kDropout) change.set_head(p, keys.batch, at.head);
     pipelines.q.wait();
-    float lse_log2[2];
-    load_stats(lse_log2, pipelines.lse());
-    start_scores<C::kHeadDim>(s, pipelines.q.tile(), pipelines.k.tile());
+    float lse[2], delta[2];
+    load_stats(lse, pipelines.lse());
+    load_stats(delta, pipelines.delta());
+    if constexpr (kSeedsScores<C>) seed(s, lse);
+    if constexpr (kSeedsDp<C>) seed(dp, delta), pin(dp);
+    start_scores<C::kHeadDim, kSeedsScores<C>>(s, pipelines.q.tile(), pipelines.k.tile());
     pipelines.dout.wait();
-    start_scores<C::kHeadDimV>(dp, pipelines.dout.tile(), pipelines.v.tile());
+    start_scores<C::kHeadDimV, kSeedsDp<C>>(dp, pipelines.dout.tile(), pipelines.v.tile());
     ptx::wgmma_wait<1>();
     pin(s);
     if (at.partial)
-      exponentiate<true>(s, derivatives, at, lse_log2);
+      exponentiate<true>(s, derivatives, at, lse);
     else
-      exponentiate<false>(s, derivatives, at, lse_log2);
-    ptx::wgmma_wait<0>();
-    pin(dp);
-    form_ds(s, dp, derivatives);
+      exponentiate<false>(s, derivatives, at, lse);
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last ones
     store<true>(weights(), s);
+    if constexpr (kDvFirst) meet();
+    ptx::wgmma_wait<0>();
+    pin(dp);
+    form_ds(s, dp, derivatives, delta);
     store<false>(ds(), dp);
-    ptx::fence_shared_writes();
-    ptx::barrier_sync(kBarrier, L::kGroups * 128);
-    finish(at);
+    if constexpr (kDvFirst) start_dv();
+    meet();
+    if constexpr (!Dq::kEach)
+      finish_unevenly(at);
+    else if constexpr (kDvFirst)
+      finish_behind_dv(at);
+    else
+      finish(at);
     pipelines.q.release();
     if (++pipelines.ds_stage == C::kDsStages) pipelines.ds_stage = 0;
   }
 
-  // P and dS are there: dQ, dV and dK.
+  // All have stored what the others read.
+  static __device__ __forceinline__ void meet() {
+    ptx::fence_shared_writes();
+    ptx::barrier_sync(kBarrier, L::kGroups * 128);
+  }
+  __device__ __forceinline__ void sink(const DqPart& dq, int chunk, const RowTileVisit& at) {
+    sink_dq<C>(dq, share, chunk, pipelines, dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
+  }
+
+  // P and dS are there: dQ, dV and dK. A chunk of dQ leaves while another product is under way.
   __device__ __forceinline__ void finish(const RowTileVisit& at) {
-    float* tile = launch.dq + row_tile_index<C>(p, launch, keys.batch, at.head, at.tile) * Dq::kTileFloats;
     DqPart dq;
-    if constexpr (Dq::kEach) {
-      start_dq(dq, 0);
-      start_gradient<L::kSlabsV>(dv, pipelines.dout.tile(), weights());
+    start_dq(dq, 0);
+    start_dv();
+    ptx::wgmma_wait<1>();
+    pin(dq);
+    sink(dq, 0, at);
+    if constexpr (Dq::kChunks > 1) start_dq(dq, 1);
+    start_dk();
+    ptx::wgmma_wait<(Dq::kChunks > 1 ? 2 : 1)>();
+    pin_all(dv);
+    pipelines.dout.release();
+    if constexpr (Dq::kChunks > 1) {
       ptx::wgmma_wait<1>();
       pin(dq);
-      sink_dq<C>(dq, share, 0, pipelines, tile);
-      if constexpr (Dq::kChunks > 1) start_dq(dq, 1);
-      start_gradient<L::kSlabs>(dk, pipelines.q.tile(), ds());
-      ptx::wgmma_wait<(Dq::kChunks > 1 ? 2 : 1)>();
-      pin_all(dv);
-      pipelines.dout.release();
-      if constexpr (Dq::kChunks > 1) {
-        ptx::wgmma_wait<1>();
-        pin(dq);
-        sink_dq<C>(dq, share, 1, pipelines, tile);
-      }
-      ptx::wgmma_wait<0>();
-      pin_all(dk);
-    } else {
-      start_gradient<L::kSlabsV>(dv, pipelines.dout.tile(), weights());
-      start_gradient<L::kSlabs>(dk, pipelines.q.tile(), ds());
-      ptx::wgmma_wait<1>();
-      pin_all(dv);
-      pipelines.dout.release();
-      ptx::wgmma_wait<0>();
-      pin_all(dk);
+      sink(dq, 1, at);
     }
+    ptx::wgmma_wait<0>();
+    pin_all(dk);
+    finish_dq<2>(dq, at);
+  }
+  // The same, dV is under way.
+  __device__ __forceinline__ void finish_behind_dv(const RowTileVisit& at) {
+    constexpr int kBefore = Dq::kChunks > 1 ? kDkChunks / 2 : 0, kRest = kDkChunks - kBefore;
+    DqPart dq;
+    start_dq(dq, 0);
+    if constexpr (Dq::kChunks == 1) start_dk();
+    if constexpr (kBefore > 0) start_dk<0, kBefore>();
+    ptx::wgmma_wait<(Dq::kChunks == 1 || kBefore > 0 ? 1 : 0)>();
+    pin_all(dv);
+    pipelines.dout.release();
+    pin(dq);
+    sink(dq, 0, at);
+    if constexpr (Dq::kChunks > 1) {
+      start_dq(dq, 1);
+      start_dk<kBefore, kRest>();
+      ptx::wgmma_wait<1>();
+      pin(dq);
+      sink(dq, 1, at);
+    }
+    ptx::wgmma_wait<0>();
+    pin_all(dk);
+    finish_dq<2>(dq, at);
+  }
+  // Not every group has all chunks of dQ.
+  __device__ __forceinline__ void finish_unevenly(const RowTileVisit& at) {
+    DqPart dq;
+    if constexpr (!kDvFirst) start_dv();
+    start_dk();
+    ptx::wgmma_wait<1>();
+    pin_all(dv);
+    pipelines.dout.release();
+    ptx::wgmma_wait<0>();
+    pin_all(dk);
+    finish_dq<0>(dq, at);
+  }
+  template <int kFirst>
+  __device__ __forceinline__ void finish_dq(DqPart& dq, const RowTileVisit& at) {
 #pragma unroll
-    for (int chunk = Dq::kEach ? 2 : 0; chunk < Dq::kChunks; ++chunk)
+    for (int chunk = kFirst; chunk < Dq::kChunks; ++chunk)
       if (share.owns(chunk)) {
         start_dq(dq, chunk);
         ptx::wgmma_wait<0>();
         pin(dq);
-        sink_dq<C>(dq, share, chunk, pipelines, tile);
+        sink(dq, chunk, at);
       }
   }
 
@@ -252,6 +312,7 @@ struct SharedConsumer {
     pipelines.k.wait();
     pipelines.v.wait();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
+    meet_finished<C>(launch, keys, kBarrier);
     ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
     store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, p.scale);
     store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up<C>(p, 1.f));

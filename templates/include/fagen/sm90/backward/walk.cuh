@@ -6,6 +6,7 @@
 #include "fagen/ptx/mbarrier.cuh"
 #include "fagen/schedule/tile_order.cuh"
 #include "fagen/sm90/backward/layout.cuh"
+#include "fagen/sm90/backward/sections.cuh"
 
 namespace fagen {
 
@@ -13,22 +14,23 @@ namespace fagen {
 struct BackwardLaunch {
   CUtensorMap q, k, v, dout;
   int row_tiles, key_tiles;  // per head
+  bool one_key_tile;         // that all rows visit, or none at all: what its block has of dQ is no part of a sum
   TileOrder order;           // of key tiles
-  Divisor splits;            // blocks that share the query heads of a kv head
-  float* lse_log2;           // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none
-  float* delta;              // the same of the sums of dO O - dLSE
-  float* dq;                 // (batch, heads, row_tiles), tiles of float32 in the order of fragments
+  Divisor splits;            // blocks that share the query heads of a kv head: a cluster
+  float* lse;                // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none;
+                             // as S begins with it where accumulators are seeded
+  float* delta;              // the same of the sums of dO O - dLSE, negated where dP begins with it
+  float* dq;                 // (batch, heads, row_tiles), tiles of float32 in the order of fragments; of some sections
   unsigned* turns;           // (batch, heads, row_tiles, kGroups): how many blocks have added their part
-  float* partial;            // splits > 1: what each has of dK and dV, in the order of fragments
+  Sections sections;         // dq_rounding=later_blocks
 };
 
-// Where a split's dK and dV of 64 keys lie.
+// The sums of dQ of the `index`-th row tile of all heads.
 template <class C>
-__device__ __forceinline__ float* partial_gradients(const fagen_backward_params& p, const BackwardLaunch& launch,
-                                                    int batch, int kv_head, int split, int group) {
-  const int64_t plane = (int64_t(split) * p.batch + batch) * p.kv_heads + kv_head;
-  const int64_t groups = launch.key_tiles * C::kWarpgroups;
-  return launch.partial + (plane * groups + group) * (kGroupKeys * (C::kHeadDim + C::kHeadDimV));
+__device__ __forceinline__ float* dq_sums(const BackwardLaunch& launch, int64_t index) {
+  const Divisor& places = launch.sections.places;
+  const int64_t place = kRoundsLater<C> ? places.remainder(index, places.quotient(index)) : index;
+  return launch.dq + place * DqShare<C>::kTileFloats;
 }
 
 // The band around the diagonal by columns: key n is seen by rows [n - last, n - first].
@@ -67,15 +69,19 @@ struct KeyTile {
   int begin, end;            // row tiles that see any of its keys, by the band
   int full_begin, full_end;  // rows that see all of them
   int splits;
+  uint32_t section;
   uint32_t extents;          // intervals: where those of its keys' bounds are; read anew, since registers are few
 
   // Orders that put the longest first take the last index of a head first; of key tiles the first is the longest.
-  __device__ __forceinline__ KeyTile(const BackwardLaunch& launch, const RowBand& band, uint32_t smem) {
-    const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(blockIdx.x);
+  // `index` counts the tiles of all heads in their order, those of splits side by side.
+  __device__ __forceinline__ KeyTile(const BackwardLaunch& launch, const RowBand& band, uint32_t smem, uint32_t index,
+                                     uint32_t section)
+      : section(section) {
+    const uint32_t place = launch.splits.quotient(index);
+    const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(place);
     constexpr bool kTurned = C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned;
     tile = kTurned ? launch.key_tiles - 1 - coord.row_tile : coord.row_tile;
-    kv_head = launch.splits.quotient(coord.head), split = launch.splits.remainder(coord.head, kv_head);
-    batch = coord.batch, n0 = tile * C::kTileN;
+    kv_head = coord.head, split = launch.splits.remainder(index, place), batch = coord.batch, n0 = tile * C::kTileN;
     const int last_key = min(n0 + C::kTileN, band.seqlen_k) - 1;
     const int first_row = band.begin(n0), end_row = band.end(last_key);
     begin = first_row / C::kTileM;
@@ -137,14 +143,14 @@ struct KeyTile {
 // Bring the bounds of a key tile's intervals to shared memory, and their extents: one warp's work.
 template <class C>
 __device__ __forceinline__ void load_intervals(const fagen_backward_params& p, const BackwardLaunch& launch,
-                                               uint32_t smem) {
+                                               uint32_t smem, uint32_t index) {
   using L = BackwardLayout<C>;
-  const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(blockIdx.x);
+  const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(launch.splits.quotient(index));
   constexpr bool kTurned = C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned;
   const int n0 = (kTurned ? launch.key_tiles - 1 - coord.row_tile : coord.row_tile) * C::kTileN;
   Intervals<C> intervals;
   intervals.bounds = static_cast<const int32_t*>(p.intervals.data) + coord.batch * p.intervals.stride[0] +
-                     (p.mask_heads == 1 ? 0 : launch.splits.quotient(coord.head)) * p.intervals.stride[1];
+                     (p.mask_heads == 1 ? 0 : coord.head) * p.intervals.stride[1];
   intervals.stride = p.intervals.stride[2];
   intervals.last_key = p.seqlen_k - 1;
   int low[4], high[4];
