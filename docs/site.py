@@ -26,6 +26,7 @@ SECTIONS = {
         "docs/notes/cpu_backward.md",
         "docs/notes/sm80_forward.md",
         "docs/notes/sm80_backward.md",
+        "docs/notes/simt.md",
         "docs/notes/sm90_forward.md",
         "docs/notes/sm90_backward.md",
     ],

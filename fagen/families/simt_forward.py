@@ -325,6 +325,6 @@ FAMILY = Family(
     first_configs=lambda p, t: _guesses(p, t)[1:4],
     cost=cost,
     last_resort=True,
-    dispatched=SIMT_SERVES,
+    serves_calls=lambda p: p.dtype in SIMT_SERVES,
     resources=_resources,
 )

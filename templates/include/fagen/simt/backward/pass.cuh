@@ -37,7 +37,7 @@ struct CellGradient {
     if constexpr (P::kDropout) dropout = Dropout::of(p, batch, head);
   }
 
-  // What the gradient's product takes of a cell: dS, or for dV the weight less what dropout drops.
+  // The cell of the gradient's product: dS, or for dV the weight less what dropout drops.
   __device__ __forceinline__ float operator()(float score, float of_weight, const RowStats& stats, int row,
                                               int key) const {
     float exponent, up = 1.f, derivative = 1.f;
