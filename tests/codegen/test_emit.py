@@ -18,6 +18,7 @@ from fagen.cli.arguments import expand
 from fagen.cli.commands.emit import choose
 from fagen.codegen import emit
 from fagen.errors import FagenError, InvalidConfig, UnsupportedProblem, UsageError
+from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.target import known
 from fagen.tuner.evaluate import SPILL_TOLERANCE
 
@@ -185,7 +186,7 @@ def test_a_family_alone_is_enough(tmp_path, monkeypatch, family, target):
     [
         ("--target sm_90 --family sm8_forward", 2, "sm8_forward"),
         ("--target cpu --family sm90_forward", 1, "sm90_forward: needs"),
-        ("--family sm90_forward --head-dim 512", 2, "512"),
+        ("--family sm90_forward --head-dim 2048", 2, "2048"),
     ],
 )
 def test_a_family_that_cannot_says_why(tmp_path, capsys, words, code, says):
@@ -308,9 +309,8 @@ def test_a_config_that_is_none(config, error, says):
 
 
 def test_a_problem_that_no_family_serves_says_why():
-    target = known("sm_90")
-    with pytest.raises(UnsupportedProblem, match="sm80_forward: "):
-        choose(expand({"dtype": "fp32"})[0], target, "default")
+    with pytest.raises(UnsupportedProblem, match="cpu_backward: head_dim 512"):
+        choose(BackwardProblem(dtype="fp32", head_dim=512), known("cpu"), "default")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
