@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fagen import ops
+from fagen.errors import UsageError
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
 from fagen.ops.inputs import Inputs
@@ -33,8 +34,10 @@ class Row:
 
     @property
     def length(self) -> int:
-        """By which the rows of a series differ."""
-        return int(self.problem.length if self.op == "softmax" else self.problem.seqlen_q)
+        """The length by which rows of a series differ."""
+        if self.op == "softmax":
+            return int(self.problem.length)
+        return int(self.problem.seqlen_k if self.op == "decode" else self.problem.seqlen_q)
 
     @property
     def causal(self) -> bool:
@@ -60,6 +63,8 @@ def as_op(problem: Problem, op: str, *, same_bits: bool = False) -> Problem:
     """The same sizes for an op; `same_bits` makes a backward problem deterministic."""
     if problem.op == op and not same_bits:
         return problem
+    if "decode" in (problem.op, op):
+        raise UsageError(f"{problem.key} is no problem of {op}", "sizes of decode mean something else")
     fields = {**problem.to_dict(), "op": op}
     if op == "backward":
         fields["deterministic"] = same_bits
@@ -131,7 +136,7 @@ def options(row: Row, call: AttentionCall) -> dict[str, Any]:
 def flops(row: Row, call: Any) -> float:
     """By the op's products for each visible cell; a causal square counts half, as the field counts."""
     p = row.problem
-    if row.op == "softmax" or call.intervals is None:
+    if row.op in ("decode", "softmax") or call.intervals is None:
         return float(p.flops())
     square = p.replace(mask="none", intervals="", window_left=-1, window_right=-1)
     planes = call.intervals.shape[0] * call.intervals.shape[1]
@@ -144,7 +149,7 @@ def least_bytes(row: Row) -> int:
     Backward reads dO and the LSE beside them, and writes the gradient of all that forward reads.
     """
     p = row.problem
-    if row.op == "softmax":
+    if row.op in ("decode", "softmax"):
         return int(p.bytes())
     dims, backward = p.head_dim + p.head_dim_v, p.op == "backward"
     first = max(0, p.seqlen_k - p.seqlen_q - p.window_left) if p.window_left >= 0 else 0

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 # scores that are verified; of longer rows a part is
 _CELLS = {"forward": {"cuda": 1 << 32, "cpu": 1 << 25}, "backward": {"cuda": 1 << 25, "cpu": 1 << 22}}
+_CELLS["decode"] = _CELLS["backward"]
 _HOST_CALLS, _HOST_ROUNDS = 200, 9
 
 Result = dict[str, Any]
@@ -225,7 +226,7 @@ def alive(device: str, name: str, where: str) -> None:
 def verified(out: Any, call: Any, cells: int) -> tuple[Verdict, str]:
     """The op's oracle on whole outputs, or, where that takes too long, on a part of the same outputs.
 
-    Of an output of forward that is evenly spread heads, of gradients the oracle's own sample.
+    Of an output of forward that is evenly spread heads, else the op's own sample.
     """
     from fagen import ops
     from fagen.ops.attention import reference
@@ -239,7 +240,7 @@ def verified(out: Any, call: Any, cells: int) -> tuple[Verdict, str]:
     each, units = group * call.seqlen_q * call.seqlen_k, call.batch * planes
     if units * each <= cells or (op == "forward" and units <= 2):
         return calls.check(call, given), "all"
-    if op == "backward":
+    if op != "forward":
         return calls.check_sample(call, given), "a sample of heads, rows and keys"
     wanted = min(units, max(2, cells // each))
     picked = sorted({round(i * (units - 1) / (wanted - 1)) for i in range(wanted)})

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fagen import families, target
+from fagen import families, ops, target
 from fagen.errors import InvalidConfig
 from fagen.families import Config, Family, sm80_forward, sm90_forward
 from fagen.families.space import enumerate_space
@@ -22,7 +22,7 @@ PROBLEMS = {
 
 def place(family: Family, fields: dict) -> tuple[Problem, target.Target]:
     """A problem of the family's own dtype, and a target that it supports."""
-    problem = Problem(dtype=family.dtypes[0], **fields)
+    problem = ops.get(family.op).problem(dtype=family.dtypes[0], **fields)
     targets = [target.Target("cpu", "any", 8, simd="avx512"), target.known("sm_80"), target.known("sm_90")]
     return problem, next(where for where in targets if family.supports(problem, where) is None)
 

@@ -24,6 +24,7 @@ _EXAMPLES = """examples:
   fagen bench --head-dim 128 --mask causal --seqlen 4k,16k --heads 32 --kv-heads 8 --peers none
   fagen bench --suite peers --filter 'd64 causal' --markdown bench.md
   fagen bench --suite peers --op backward          the gradients alone; with --deterministic, the same bits each time
+  fagen bench --op decode                          a step of decoding, contiguous, paged and fp8
   fagen bench --suite random --seed 7              60 problems that nobody tuned
   fagen bench --suite softmax                      fagen.softmax against torch.softmax, eager and compiled
   fagen bench --out new.json --compare old.json    exit code 1 where a row fell by more than the noise
@@ -37,7 +38,8 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument(
         "--suite",
         metavar="S",
-        help="peers, models, masks, random, small, softmax, or several (default: peers; small on a CPU)",
+        help="peers, models, masks, random, small, decode, softmax, or several (default: peers; small on a CPU; "
+        "by --op decode)",
     )
     what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
     arguments.add_problem_flags(parser)
@@ -104,7 +106,7 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
     same_bits = bool(args.deterministic)
     problems = [rows.as_op(problem, op, same_bits=same_bits) for problem in problems]
     arguments.require_memory(problems, target, int((args.target or "").partition(":")[2] or 0))
-    words = args.suite.split(",") if args.suite else [] if problems else [suites.default(target)]
+    words = args.suite.split(",") if args.suite else [] if problems else [suites.default(target, op)]
     found: list[Row] = []
     for word in words:
         if word not in suites.SUITES:
@@ -139,8 +141,8 @@ def _op(args: argparse.Namespace, problems: list[Problem]) -> str:
     )
     if len(asked) != 1:
         raise UsageError(f"a run measures one op, not {' and '.join(asked)}", remedy="give --op one of them")
-    if args.deterministic and asked == ["forward"]:
-        raise UsageError("--deterministic needs op backward", "forward always gives the same bits")
+    if args.deterministic and asked != ["backward"]:
+        raise UsageError("--deterministic needs op backward", f"{asked[0]} always gives the same bits")
     return asked[0]
 
 

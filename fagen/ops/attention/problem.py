@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from fagen import schema
 from fagen.errors import InvalidArgument
@@ -22,7 +22,10 @@ INTERVAL_KINDS = {
     "both2": ("LTS", "UTE"),
     "both4": ("LTS", "LTE", "UTS", "UTE"),
 }
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 1024
+# The dtypes of the calls on a GPU that the families of plain float32 (simt_*) serve, where no other family can. Their
+# kernels have not run on one yet: until they have, PyTorch computes such calls, and simt_* are there for tune and emit.
+SIMT_SERVES: tuple[str, ...] = ()
 _SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k")
 _BOUNDS = ("window_left", "window_right")
 
@@ -39,6 +42,8 @@ class Problem:
     `window_left` and `window_right` are run-time bounds of the band around the bottom-right aligned diagonal,
     -1 for unbounded. `mask="causal"` is the band (-1, 0) known at compile time; "intervals" obeys the band as well.
     """
+
+    most_head_dim: ClassVar[int] = MAX_HEAD_DIM
 
     op: str = "forward"
     dtype: str = "bf16"
@@ -87,8 +92,8 @@ class Problem:
             )
         for name in ("head_dim", "head_dim_v"):
             value = getattr(self, name)
-            if not 1 <= value <= MAX_HEAD_DIM:
-                raise InvalidArgument(f"{name}={shown(value)} is out of range", f"1 <= {name} <= {MAX_HEAD_DIM}")
+            if not 1 <= value <= self.most_head_dim:
+                raise InvalidArgument(f"{name}={shown(value)} is out of range", f"1 <= {name} <= {self.most_head_dim}")
         for name in _SIZES:
             value = getattr(self, name)
             if not 1 <= value <= schema.MOST:
@@ -137,6 +142,11 @@ class Problem:
     @property
     def head_dim_v_padded(self) -> int:
         return padded(self.head_dim_v)
+
+    def wider_than(self, most: int) -> str | None:
+        """The reason of a family whose head dims go up to `most`."""
+        size = max(self.head_dim, self.head_dim_v)
+        return f"head_dim {size} is larger than {most}" if size > most else None
 
     @property
     def itemsize(self) -> int:

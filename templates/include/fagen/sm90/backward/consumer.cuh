@@ -200,6 +200,12 @@ struct BackwardConsumer {
     if (++pipelines.ds_stage == C::kDsStages) pipelines.ds_stage = 0;
   }
 
+  __device__ __forceinline__ void sink(const DqPart& dq, int chunk, const RowTileVisit& at) {
+    if (launch.one_key_tile)
+      store_dq<C, Element>(p, dq, share, chunk, keys.batch, at);
+    else
+      sink_dq<C>(dq, share, chunk, pipelines, dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
+  }
   // dV is under way, dS is there: dK, and dQ where this group has a part of it.
   __device__ __forceinline__ void finish(Fragments& ds) {
     ptx::wgmma_wait<0>();
@@ -210,7 +216,6 @@ struct BackwardConsumer {
     pin(dk);
   }
   __device__ __forceinline__ void finish_with_dq(Fragments& ds, const RowTileVisit& at) {
-    float* tile = dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile));
     DqPart dq;
     start_dq(dq, 0);
     ptx::wgmma_wait<1>();
@@ -219,7 +224,7 @@ struct BackwardConsumer {
     start_gradient<C::kHeadDim>(dk, ds, pipelines.q.tile());
     ptx::wgmma_wait<1>();
     pin(dq);
-    sink_dq<C>(dq, share, 0, pipelines, tile);
+    sink(dq, 0, at);
     ptx::wgmma_wait<0>();
     pin(dk);
 #pragma unroll
@@ -227,7 +232,7 @@ struct BackwardConsumer {
       start_dq(dq, chunk);
       ptx::wgmma_wait<0>();
       pin(dq);
-      sink_dq<C>(dq, share, chunk, pipelines, tile);
+      sink(dq, chunk, at);
     }
   }
 

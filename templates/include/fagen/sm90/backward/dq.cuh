@@ -19,6 +19,18 @@ __device__ __forceinline__ int64_t row_tile_index(const fagen_backward_params& p
   return (int64_t(batch) * p.heads + head) * launch.row_tiles + tile;
 }
 
+// A chunk of rows of dQ that no other block adds to, to memory as it is.
+template <class C, class Element>
+__device__ __forceinline__ void store_dq(const fagen_backward_params& p, const float (&dq)[DqShare<C>::kColumns / 8][4],
+                                         const DqShare<C>& share, int chunk, int batch, const RowTileVisit& at) {
+  constexpr int kPieces = DqShare<C>::kColumns / 8;
+  unsigned thread = threadIdx.x;
+  ptx::pin(thread);  // nothing of this is computed before the visits: registers are few
+  const int m = at.tile * C::kTileM + share.row_chunk(chunk) * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
+  store_rows<Element, kPieces / 2>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8, kPieces, p.scale,
+                                   [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
+}
+
 // The consumer's side: one chunk of its part.
 template <class C>
 __device__ __forceinline__ void sink_dq(const float (&dq)[DqShare<C>::kColumns / 8][4], const DqShare<C>& share,
@@ -169,6 +181,7 @@ struct DqDrain {
   }
 
   __device__ __forceinline__ void run() {
+    if (launch.one_key_tile) return;
     keys.walk(p, [&](const RowTileVisit& at) { add(at); },
               [&](int head, int t) { skip(RowTileVisit{head, t, false}); });
     if (count()) round(before);

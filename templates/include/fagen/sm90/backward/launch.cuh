@@ -123,6 +123,7 @@ static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, 
   if (p.seqlen_q == 0 || p.seqlen_k == 0) return launch_kernel(kernels.zero, 128, 256, 0, stream, p, launch);
   if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
   launch.row_tiles = ceil_div(p.seqlen_q, C::kTileM), launch.key_tiles = ceil_div(p.seqlen_k, C::kTileN);
+  launch.one_key_tile = launch.key_tiles == 1 && !L::kIntervals && !kSharedOperands<C>;
   const int splits = group_splits<C>(p);
   launch.splits = Divisor(splits);
   launch.order = TileOrder::of<C::kBlockOrder>(launch.key_tiles, p.kv_heads, p.batch, heads_of_section<C>(p, splits));
@@ -132,7 +133,7 @@ static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, 
   const int blocks = kRoundsLater<C> ? launch.sections.blocks() : launch.sections.all_key_tiles;
   if (const cudaError_t e = launch_kernel(kernels.prologue, before, kPrologueThreads, 0, stream, p, launch)) return e;
   if (const cudaError_t e = launch_blocks<C>(kernels.backward, blocks, splits, stream, p, launch)) return e;
-  if (C::kDqRounding != DqRounding::own_kernel) return cudaSuccess;
+  if (C::kDqRounding != DqRounding::own_kernel || launch.one_key_tile) return cudaSuccess;
   return launch_kernel(kernels.epilogue, rows * DqShare<C>::kRowChunks, 128, 0, stream, p, launch);
 }
 

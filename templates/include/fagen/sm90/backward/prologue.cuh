@@ -30,12 +30,12 @@ __device__ __forceinline__ void prepare_rows(const fagen_backward_params& p, con
                                              int64_t index) {
   const int tile = index % launch.row_tiles, plane = index / launch.row_tiles;
   const int head = plane % p.heads, batch = plane / p.heads;
-  if constexpr (!BackwardLayout<C>::kRoundsDq) {
+  if (!BackwardLayout<C>::kRoundsDq && !launch.one_key_tile) {
     float4* zeroed = reinterpret_cast<float4*>(dq_sums<C>(launch, index));
     for (int i = threadIdx.x; i < DqShare<C>::kTileFloats / 4; i += kThreads)
       zeroed[i] = make_float4(0.f, 0.f, 0.f, 0.f);
   } else {
-    int first, last;  // a tile that no block adds to is zero
+    int first, last;  // a tile that no block has a part of is zero
     RowBand(p).key_tiles<C>(tile, first, last);
     if (last < first)
       for (int row = threadIdx.x / 32; row < C::kTileM && tile * C::kTileM + row < p.seqlen_q; row += kThreads / 32)

@@ -231,19 +231,18 @@ struct SharedConsumer {
     ptx::fence_shared_writes();
     ptx::barrier_sync(kBarrier, L::kGroups * 128);
   }
-  __device__ __forceinline__ float* tile_of_dq(const RowTileVisit& at) const {
-    return dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile));
+  __device__ __forceinline__ void sink(const DqPart& dq, int chunk, const RowTileVisit& at) {
+    sink_dq<C>(dq, share, chunk, pipelines, dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
   }
 
   // P and dS are there: dQ, dV and dK. A chunk of dQ leaves while another product is under way.
   __device__ __forceinline__ void finish(const RowTileVisit& at) {
-    float* tile = tile_of_dq(at);
     DqPart dq;
     start_dq(dq, 0);
     start_dv();
     ptx::wgmma_wait<1>();
     pin(dq);
-    sink_dq<C>(dq, share, 0, pipelines, tile);
+    sink(dq, 0, at);
     if constexpr (Dq::kChunks > 1) start_dq(dq, 1);
     start_dk();
     ptx::wgmma_wait<(Dq::kChunks > 1 ? 2 : 1)>();
@@ -252,16 +251,15 @@ struct SharedConsumer {
     if constexpr (Dq::kChunks > 1) {
       ptx::wgmma_wait<1>();
       pin(dq);
-      sink_dq<C>(dq, share, 1, pipelines, tile);
+      sink(dq, 1, at);
     }
     ptx::wgmma_wait<0>();
     pin_all(dk);
-    finish_dq<2>(dq, tile);
+    finish_dq<2>(dq, at);
   }
   // The same, dV is under way.
   __device__ __forceinline__ void finish_behind_dv(const RowTileVisit& at) {
     constexpr int kBefore = Dq::kChunks > 1 ? kDkChunks / 2 : 0, kRest = kDkChunks - kBefore;
-    float* tile = tile_of_dq(at);
     DqPart dq;
     start_dq(dq, 0);
     if constexpr (Dq::kChunks == 1) start_dk();
@@ -270,17 +268,17 @@ struct SharedConsumer {
     pin_all(dv);
     pipelines.dout.release();
     pin(dq);
-    sink_dq<C>(dq, share, 0, pipelines, tile);
+    sink(dq, 0, at);
     if constexpr (Dq::kChunks > 1) {
       start_dq(dq, 1);
       start_dk<kBefore, kRest>();
       ptx::wgmma_wait<1>();
       pin(dq);
-      sink_dq<C>(dq, share, 1, pipelines, tile);
+      sink(dq, 1, at);
     }
     ptx::wgmma_wait<0>();
     pin_all(dk);
-    finish_dq<2>(dq, tile);
+    finish_dq<2>(dq, at);
   }
   // Not every group has all chunks of dQ.
   __device__ __forceinline__ void finish_unevenly(const RowTileVisit& at) {
@@ -292,17 +290,17 @@ struct SharedConsumer {
     pipelines.dout.release();
     ptx::wgmma_wait<0>();
     pin_all(dk);
-    finish_dq<0>(dq, tile_of_dq(at));
+    finish_dq<0>(dq, at);
   }
   template <int kFirst>
-  __device__ __forceinline__ void finish_dq(DqPart& dq, float* tile) {
+  __device__ __forceinline__ void finish_dq(DqPart& dq, const RowTileVisit& at) {
 #pragma unroll
     for (int chunk = kFirst; chunk < Dq::kChunks; ++chunk)
       if (share.owns(chunk)) {
         start_dq(dq, chunk);
         ptx::wgmma_wait<0>();
         pin(dq);
-        sink_dq<C>(dq, share, chunk, pipelines, tile);
+        sink(dq, chunk, at);
       }
   }
 

@@ -14,6 +14,7 @@ namespace fagen {
 struct BackwardLaunch {
   CUtensorMap q, k, v, dout;
   int row_tiles, key_tiles;  // per head
+  bool one_key_tile;         // that all rows visit, or none at all: what its block has of dQ is no part of a sum
   TileOrder order;           // of key tiles
   Divisor splits;            // blocks that share the query heads of a kv head: a cluster
   float* lse;                // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none;
