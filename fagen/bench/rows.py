@@ -35,9 +35,8 @@ class Row:
     @property
     def length(self) -> int:
         """The length by which rows of a series differ."""
-        if self.op == "softmax":
-            return int(self.problem.length)
-        return int(self.problem.seqlen_k if self.op == "decode" else self.problem.seqlen_q)
+        lengths = {"decode": "seqlen_k", "softmax": "length"}
+        return int(getattr(self.problem, lengths.get(self.op, "seqlen_q")))
 
     @property
     def causal(self) -> bool:

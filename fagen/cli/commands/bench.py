@@ -38,8 +38,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument(
         "--suite",
         metavar="S",
-        help="peers, models, masks, random, small, decode, softmax, or several (default: peers; small on a CPU; "
-        "by --op decode)",
+        help="peers, models, masks, random, small, decode, softmax, or several (default: peers; small on a CPU)",
     )
     what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
     arguments.add_problem_flags(parser)
