@@ -17,18 +17,28 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = {
-    "": ["README.md", "docs/api.md", "docs/coming-from.md", "docs/reference.md", "examples/README.md"],
+    "": [
+        "README.md",
+        "docs/api.md",
+        "docs/serving.md",
+        "docs/coming-from.md",
+        "docs/reference.md",
+        "examples/README.md",
+    ],
     "Tuning": ["docs/tuning.md", "docs/search.md", "docs/report.md", "docs/database.md"],
     "Measuring": ["docs/bench.md", "docs/ablation.md"],
-    "How it works": ["docs/architecture.md", "docs/knobs.md", "docs/sm90.md"],
+    "How it works": ["docs/architecture.md", "docs/softmax.md", "docs/knobs.md", "docs/sm90.md"],
     "Notes": [
         "docs/notes/cpu_forward.md",
         "docs/notes/cpu_backward.md",
+        "docs/notes/cpu_decode.md",
         "docs/notes/sm80_forward.md",
         "docs/notes/sm80_backward.md",
+        "docs/notes/sm80_decode.md",
         "docs/notes/simt.md",
         "docs/notes/sm90_forward.md",
         "docs/notes/sm90_backward.md",
+        "docs/notes/softmax.md",
     ],
     "Project": ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"],
 }

@@ -8,6 +8,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.api import attention as attention
     from fagen.compat import hf as hf
     from fagen.compat.flash_attn import flash_attn_func as flash_attn_func
+    from fagen.compat.kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
     from fagen.compat.sdpa import sdpa as sdpa
     from fagen.compat.torch_impl import register_torch as register_torch
     from fagen.compat.varlen import flash_attn_varlen_func as flash_attn_varlen_func
@@ -15,7 +16,13 @@ if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.errors import FagenError as FagenError
     from fagen.explanation import explain as explain
     from fagen.ops.attention import masks as masks
+    from fagen.ops.attention.merge import merge_states as merge_states
     from fagen.ops.attention.problem import Problem as Problem
+    from fagen.ops.softmax.problem import SoftmaxProblem as SoftmaxProblem
+    from fagen.ops.softmax.stats import merge_stats as merge_stats
+    from fagen.ops.softmax.stats import softmax_stats as softmax_stats
+    from fagen.softmax_api import log_softmax as log_softmax
+    from fagen.softmax_api import softmax as softmax
     from fagen.target import Target as Target
     from fagen.tuner.call import tune as tune
 
@@ -24,14 +31,21 @@ __version__ = "0.1.0"
 # Each public name and the module it is imported from at its first use; a test compares this with the imports above.
 _WHERE = {
     "attention": "fagen.api",
+    "softmax": "fagen.softmax_api",
+    "log_softmax": "fagen.softmax_api",
+    "softmax_stats": "fagen.ops.softmax.stats",
+    "merge_stats": "fagen.ops.softmax.stats",
     "warmup": "fagen.dispatch.warmup",
     "tune": "fagen.tuner.call",
     "flash_attn_func": "fagen.compat.flash_attn",
     "flash_attn_varlen_func": "fagen.compat.varlen",
+    "flash_attn_with_kvcache": "fagen.compat.kvcache",
+    "merge_states": "fagen.ops.attention.merge",
     "sdpa": "fagen.compat.sdpa",
     "register_torch": "fagen.compat.torch_impl",
     "explain": "fagen.explanation",
     "Problem": "fagen.ops.attention.problem",
+    "SoftmaxProblem": "fagen.ops.softmax.problem",
     "Target": "fagen.target",
     "FagenError": "fagen.errors",
     "masks": "fagen.ops.attention.masks",

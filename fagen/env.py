@@ -19,6 +19,7 @@ VARIABLES = {
     "FAGEN_DISABLE_JIT": "1: the same as FAGEN_BUILD=never (default: 0)",
     "FAGEN_STALE": "a winner whose kernel source changed since it was tuned: verify, trust or refuse (default: verify)",
     "FAGEN_EXTENSIONS": "Python modules with more ops and families, separated by commas; they are imported",
+    "FAGEN_DEBUG": "1: lengths and indices of a cache on a GPU are checked, which waits for it (default: 0)",
     "FAGEN_QUIET": "1: no line on stderr when a first call compiles (default: 0)",
 }
 

@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
 
     registry = folder / "fagen" / "families" / "__init__.py"
     text = registry.read_text()
-    changed = text.replace("import cpu_backward,", "import cpu_backward, plain_forward,").replace(
+    changed = text.replace("        cpu_backward,\n", "        cpu_backward,\n        plain_forward,\n").replace(
         "forward = (", "forward = (plain_forward.FAMILY, ", 1
     )
     assert changed.count("plain_forward") == 2, "the registry has changed: see all_families"

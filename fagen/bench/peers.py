@@ -20,6 +20,7 @@ from fagen.errors import UsageError
 if TYPE_CHECKING:
     from fagen.ops.attention.backward_call import BackwardCall
     from fagen.ops.attention.call import AttentionCall
+    from fagen.ops.attention.decode_call import DecodeCall
     from fagen.runtime.kernel import Kernel
 
 OURS = "fagen"
@@ -40,6 +41,7 @@ class Loaded:
     prepare: Prepare  # of forward
     version: str = ""
     backward: Prepare | str = "it computes no gradients"  # or why there is none
+    decode: Prepare | str = "it is not timed on a cache here"
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,24 @@ PEERS = {
     "sdpa": Peer("SDPA, torch's choice", ("cuda", "cpu"), "fagen.bench.sdpa:sdpa"),
     "efficient": Peer("memory-efficient (SDPA)", ("cuda",), "fagen.bench.sdpa:efficient"),
     "math": Peer("math (SDPA)", ("cuda", "cpu"), "fagen.bench.sdpa:math"),
+    "torch_softmax": Peer("torch.softmax", ("cuda", "cpu"), "fagen.bench.softmax:eager"),
+    "compiled_softmax": Peer("softmax through torch.compile", ("cuda", "cpu"), "fagen.bench.softmax:compiled"),
 }
+_OF_SOFTMAX = ("torch_softmax", "compiled_softmax")  # the others are of attention
 _ALL = {"cuda": ("cudnn", "fa2", "flash_attn", "fa3", "fa4", "flex", "flashinfer"), "cpu": ("sdpa",)}
 
 
-def chosen(words: str, device: str) -> list[str]:
+def chosen(words: str, device: str, op: str = "forward") -> list[str]:
     """Names of peers of --peers: all, none or a list."""
+    everyone = _OF_SOFTMAX if op == "softmax" else _ALL[device]
     names = [word.strip() for word in words.split(",") if word.strip()]
     if names in (["all"], ["none"]):
-        return list(_ALL[device]) if names == ["all"] else []
+        return list(everyone) if names == ["all"] else []
     for name in names:
         if name not in PEERS:
             raise UsageError(f"peer {name!r} is unknown", f"known: {', '.join(PEERS)}, all, none")
+        if (name in _OF_SOFTMAX) != (op == "softmax"):
+            raise UsageError(f"peer {name} computes no {op}", f"of the softmax suite are: {', '.join(_OF_SOFTMAX)}")
     return list(dict.fromkeys(names))
 
 
@@ -100,11 +108,14 @@ def load(
 
 
 def _of_op(loaded: Loaded, op: str) -> Loaded:
+    if op == "softmax":
+        return loaded
     if op == "forward":
         return replace(loaded, prepare=_verifiable(loaded.prepare))
-    if isinstance(loaded.backward, str):
-        raise Absent(loaded.backward)
-    return replace(loaded, prepare=_verifiable(loaded.backward))
+    prepare = loaded.decode if op == "decode" else loaded.backward
+    if isinstance(prepare, str):
+        raise Absent(prepare)
+    return replace(loaded, prepare=_verifiable(prepare))
 
 
 def _verifiable(prepare: Prepare) -> Prepare:
@@ -131,6 +142,8 @@ def ours(row: Row, inputs: Inputs) -> Serve:
 
     if row.op == "backward":
         return _our_backward(inputs.call)
+    if row.op == "decode":
+        return _our_decode(inputs.call)
     if row.problem.dropout:
         return _our_dropout(inputs.call)
     given = options(row, inputs.call)
@@ -153,6 +166,14 @@ def _our_backward(call: BackwardCall) -> Serve:
     return launched(made) if made else lambda i: fallback.gradients(i.call.forward, i.call.dout, None)
 
 
+def _our_decode(call: DecodeCall) -> Serve:
+    """The kernel that dispatch picks; else PyTorch, as a call does it."""
+    from fagen.ops.attention import decode_reference
+
+    made = _kernel(call)
+    return launched(made) if made else lambda i: decode_reference.attend(i.call, i.call.q.dtype)[0]
+
+
 def _our_dropout(call: AttentionCall) -> Serve:
     """The kernel that dispatch picks, with the seed of the inputs, so that its output can be verified."""
     from fagen.ops.attention import fallback
@@ -161,7 +182,7 @@ def _our_dropout(call: AttentionCall) -> Serve:
     return launched(made) if made else lambda i: fallback.attend(i.call)[0]
 
 
-def _kernel(call: AttentionCall) -> Kernel | None:
+def _kernel(call: AttentionCall | DecodeCall) -> Kernel | None:
     from fagen.dispatch import resolve
 
     assert call.target is not None
@@ -191,7 +212,7 @@ def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said in the result
-        if row.op == "backward" or row.problem.dropout:
+        if row.op != "forward" or row.problem.dropout:
             call = inputs.call
             kernel = _kernel(call)
             found = explanation.explain_problem(call.problem, call.target)

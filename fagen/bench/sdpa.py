@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fagen.bench import decode
 from fagen.bench.autograd import through_autograd
 from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
@@ -49,7 +50,7 @@ def sdpa(paths: Mapping[str, Path]) -> Loaded:
 
 def _loaded(backend: str, version: str) -> Loaded:
     forward = _through_sdpa(backend)
-    return Loaded(forward, version, through_autograd(forward))
+    return Loaded(forward, version, through_autograd(forward), *([] if backend else [decode.by_sdpa]))
 
 
 def _through_sdpa(backend: str) -> Prepare:

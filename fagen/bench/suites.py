@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fagen.bench import random_rows
+from fagen.bench import decode, random_rows, softmax
 from fagen.bench.rows import Row, of_problem, row_of_op
+from fagen.errors import UsageError
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -19,6 +20,8 @@ SUITES = {
     "masks": "window, packed documents, prefix LM at 16k",
     "random": "60 problems drawn by --seed, that nobody tuned",
     "small": "a small suite, for a CPU",
+    "decode": "with --op decode: a step of a batch on a cache, contiguous, in pages, in fp8",
+    "softmax": "fagen.softmax, along rows from 128 to 1 M and along columns; with --op backward its gradient",
 }
 _CROSS = "cross-512x8192"
 _MASKS = {"full": "none", "causal": "causal"}  # of a row's name: of a problem
@@ -60,6 +63,12 @@ _SHAPE: dict[str, Any] = {"heads": 16, "head_dim": 128}  # of the mask rows
 
 def suite(name: str, target: Target, seed: int = 0, op: str = "forward", *, same_bits: bool = False) -> list[Row]:
     """The rows of a suite for an op. Nobody trains by the cross-attention of `peers`, which backward leaves out."""
+    if name == softmax.OP:
+        return softmax.suite(target, op)
+    if (name == "decode") != (op == "decode"):
+        raise UsageError(f"suite {name} has no rows of {op}", "suite decode is of op decode, the others are not")
+    if op == "decode":
+        return decode.suite(target)
     found = _suite(name, target, seed)
     if op == "backward":
         found = [row for row in found if row.series != _CROSS]
@@ -74,8 +83,8 @@ def _suite(name: str, target: Target, seed: int) -> list[Row]:
     return {"peers": _peers, "models": _models, "masks": _masks}[name]()
 
 
-def default(target: Target) -> str:
-    return "peers" if target.is_gpu else "small"
+def default(target: Target, op: str = "forward") -> str:
+    return "decode" if op == "decode" else "peers" if target.is_gpu else "small"
 
 
 def _dims(of_qk: int, of_v: int) -> str:

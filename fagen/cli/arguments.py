@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from fagen import ops, schema
-from fagen.cli import presets
+from fagen.cli import presets, softmax_arguments
 from fagen.errors import InvalidArgument, MissingTool, UsageError
 from fagen.notices import say
 from fagen.ops.attention import flags
+from fagen.ops.attention.decode_problem import KV_TORCH_DTYPES, PAGES
 from fagen.ops.attention.parse import choices, head_dims, is_number, sizes, split, window
 from fagen.ops.attention.problem import DTYPES, INTERVAL_KINDS, MASKS, Problem
 from fagen.target import ARCHS, Target
 
 # A problem as flags and TOML files spell it: names of settings, most of which take several values.
 SETTINGS = {
-    "op": "forward or backward (default: forward)",
+    "op": "forward, backward, decode or softmax (default: forward)",
     "preset": "models whose layers are meant, llama3-8b,gemma3-4b; with it only op, dtype, lengths and batch",
     "dtype": "fp16, bf16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)",
     "head_dim": "64,128, or 192-128 when q/k and v differ (default: 128)",
@@ -36,15 +37,21 @@ SETTINGS = {
     "dropout": "with weights dropped at random",
     "unaligned": "of tensors whose rows do not start at multiples of 16 bytes",
     "deterministic": "with op backward: the same bits each time",
-    "seqlen": "length of queries and keys: 1k,4k (default: 1k)",
+    "kv_dtype": "with op decode: fp8_e4m3 of a cache in fp8 (default: that of q)",
+    "page": "with op decode: rows of a page of the cache, 1,16,64 (default: 0, not paged)",
+    "sinks": "with op decode: each head has a logit without a value",
+    "shared_kv": "with op decode: v is the first columns of k, in the same memory",
+    "seqlen": "length of queries and keys: 1k,4k (default: 1k); with op decode of keys alone, with one query",
     "seqlen_q": "length of the queries alone",
     "seqlen_k": "length of the keys alone",
     "batch": "batch size (default: 1)",
     "heads": "heads of q (default: 16)",
     "kv_heads": "heads of k and v (default: as many as of q)",
+    **softmax_arguments.SETTINGS,
 }
-_SWITCHES = ("softcap", "alibi", "dropout", "unaligned", "deterministic")
-OPS = ("forward", "backward")  # whose problems these settings spell
+_SWITCHES = ("softcap", "alibi", "dropout", "unaligned", "deterministic", "sinks", "shared_kv")
+_OF_DECODE = ("kv_dtype", "page", "sinks", "shared_kv")
+OPS = ("forward", "backward", "decode")  # whose problems these settings spell
 _USABLE = 0.9  # of a device's memory: what runs there besides, and what verifying takes
 
 
@@ -56,6 +63,11 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
     for name in settings:
         if name not in SETTINGS:
             raise UsageError(f"unknown problem setting {name!r}", f"known: {', '.join(SETTINGS)}")
+    default_dtype = "fp32" if target is not None and not target.is_gpu else "bf16"
+    if settings.get("op") == softmax_arguments.OP:
+        found: Any = softmax_arguments.expand(settings, default_dtype)
+        return found
+    softmax_arguments.refuse(settings)
     if "preset" in settings:
         return _expand_presets(settings, target)
     masks = settings.get("mask")
@@ -68,7 +80,6 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
             raise UsageError(f"{flag} needs mask {needs}", f"the masks are {', '.join(masks)}")
     if "window" in masks and "window" not in settings:
         raise UsageError("mask 'window' needs its width", remedy="add --window LEFT,RIGHT, like --window 1024,0")
-    default_dtype = "fp32" if target is not None and not target.is_gpu else "bf16"
     axes: dict[str, list[Any]] = {
         "op": choices("op", settings.get("op", "forward"), OPS),
         "dtype": choices("dtype", settings.get("dtype", default_dtype), DTYPES),
@@ -79,14 +90,18 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
         "batch": sizes(settings.get("batch", 1)),
         "heads": sizes(settings.get("heads", 16)),
         "kv_heads": sizes(settings["kv_heads"]) if "kv_heads" in settings else [0],
+        "kv_dtype": choices("kv dtype", settings["kv_dtype"], [*KV_TORCH_DTYPES]) if "kv_dtype" in settings else [""],
+        "page": [int(word) for word in choices("page", settings.get("page", 0), [*map(str, PAGES)])],
     }
+    _require_decode(axes["op"], settings)
     bounds = window(settings["window"]) if "window" in settings else (-1, -1)
     switches = {name: settings.get(name, False) for name in _SWITCHES}
     for name, value in switches.items():
         if type(value) is not bool:
             raise UsageError(f"{name} is true or false, not {schema.shown(value)}")
+    one_query = "seqlen_q" not in settings
     problems = [
-        _problem(dict(zip(axes, point, strict=True)), bounds, dict(switches))
+        _problem(dict(zip(axes, point, strict=True)), bounds, dict(switches), one_query)
         for point in itertools.product(*axes.values())
     ]
     return list(dict.fromkeys(problems))
@@ -119,7 +134,14 @@ def _lengths(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
     return list(itertools.product(sizes(of_q), sizes(of_k)))
 
 
-def _problem(point: dict[str, Any], bounds: tuple[int, int], switches: dict[str, Any]) -> Problem:
+def _require_decode(chosen: list[str], settings: Mapping[str, Any]) -> None:
+    for name in _OF_DECODE:
+        if settings.get(name) and chosen != ["decode"]:
+            raise UsageError(f"--{name.replace('_', '-')} needs op decode", f"the op is {', '.join(chosen)}")
+
+
+def _problem(point: dict[str, Any], bounds: tuple[int, int], switches: dict[str, Any], one_query: bool) -> Problem:
+    """`one_query`: the length of queries was not said, and decode has one."""
     (qk, v), (seqlen_q, seqlen_k), mask = point["head_dim"], point["seqlen"], point["mask"]
     left, right = bounds if mask in ("window", "intervals") else (-1, -1)
     unaligned, deterministic = switches.pop("unaligned"), switches.pop("deterministic")
@@ -127,6 +149,11 @@ def _problem(point: dict[str, Any], bounds: tuple[int, int], switches: dict[str,
         switches["deterministic"] = deterministic
     elif deterministic:
         raise UsageError("--deterministic needs op backward", "forward always gives the same bits")
+    if point["op"] == "decode":
+        switches |= {name: point[name] for name in ("kv_dtype", "page")}
+        seqlen_q = 1 if one_query else seqlen_q
+    else:
+        del switches["sinks"], switches["shared_kv"]
     kind: type[Problem] = ops.get(point["op"]).problem
     return kind(
         dtype=point["dtype"],
@@ -185,7 +212,7 @@ def add_problem_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("problem", "lists (a,b,c) multiply; sizes may end in k")
     for name, text in SETTINGS.items():
         flag = "--" + name.replace("_", "-")
-        if name in _SWITCHES:
+        if name in (*_SWITCHES, *softmax_arguments.SWITCHES):
             group.add_argument(flag, action="store_true", default=None, help=text)
         else:
             group.add_argument(flag, metavar="L,R" if name == "window" else "LIST", help=text)

@@ -7,7 +7,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fagen import ops
 from fagen.build import cache
@@ -102,14 +102,15 @@ class Kernel:
         """
         self._check(call, outputs)
         first, params = _first(call), self.calls.params(call, outputs)
-        need = self.library.workspace_bytes(ctypes.byref(params))
+        device = _select(first)
+        with device:  # a kernel may ask it for its SMs
+            need = self.library.workspace_bytes(ctypes.byref(params))
         if need and workspace is None:
             workspace, params.workspace = workspace_tensor(need, first.device)
         elif need and workspace is not None:
             if workspace.numel() * workspace.element_size() < need or workspace.data_ptr() % WORKSPACE_ALIGNMENT:
                 raise InvalidArgument("the workspace is too small or not aligned", f"{need} bytes, 256-byte aligned")
             params.workspace = workspace.data_ptr()
-        device = _select(first)
         if first.is_cuda and stream is None:
             stream = _current_stream(first)
         launch, reference = self.library.launch, ctypes.byref(params)
@@ -119,11 +120,12 @@ class Kernel:
             with device:
                 status = launch(reference, stream)
             if status != 0:
-                self._fail(status, alive[0])
+                self.fail(status, alive[0])
 
         return start
 
-    def _fail(self, status: int, call: Call) -> None:
+    def fail(self, status: int, call: Call) -> NoReturn:
+        """Raise LaunchError for what a launch of the call returned."""
         text = (self.library.error(status) or b"unknown").decode(errors="replace")
         shapes = " ".join(str(tuple(t.shape)) for t in call.inputs().values())
         raise LaunchError(f"{self.spec.family.name} could not run: {text}", f"{shapes}: {self.spec.config}")

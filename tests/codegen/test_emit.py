@@ -45,6 +45,9 @@ def make(folder: Path, command: str) -> None:
         "--dtype bf16 --head-dim 72-40 --interval-kind both4 " + SMALL,
         "--dtype fp32 --head-dim 32 --mask causal --dropout " + SMALL,
         "--dtype fp32 --head-dim 20 --window 9,3 --softcap --alibi --seqlen-q 33 --seqlen-k 70 --heads 2",
+        "--op backward --dtype fp32 --head-dim 64 --mask causal " + SMALL,
+        "--op backward --dtype bf16 --head-dim 72-40 --interval-kind both4 " + SMALL,
+        "--op backward --dtype fp32 --head-dim 20 --window 9,3 --softcap --alibi --dropout --seqlen-q 33 --seqlen-k 70",
     ],
 )
 def test_the_example_is_built_by_its_own_command_and_is_right(tmp_path, words):
@@ -79,6 +82,27 @@ def test_the_example_fails_a_kernel_that_computes_something_else(tmp_path, there
     assert "WRONG" in done.stdout
 
 
+@needs_cxx
+@pytest.mark.parametrize(
+    ("there", "instead"),
+    [
+        ("p.scale = 1.f", "p.scale = 1.1f"),  # another computation
+        ("p.window_right = kRight", "p.window_right = kRight + 1"),  # another mask
+        ("p.dv = tensor(out.dv_memory", "p.dv = tensor(out.dk_memory"),  # left unwritten: still NaN
+    ],
+)
+def test_the_example_of_gradients_fails_a_kernel_that_computes_something_else(tmp_path, there, instead):
+    words = "--op backward --dtype fp32 --head-dim 16 --window 40,3"
+    manifest = run_emit(tmp_path, f"--target cpu --config default --example {words} {SMALL}")
+    text = (tmp_path / "main.cpp").read_text()
+    assert there in text
+    (tmp_path / "main.cpp").write_text(text.replace(there, instead))
+    make(tmp_path, manifest["example"].replace("-O3", "-O1"))
+    done = subprocess.run([tmp_path / "example"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "WRONG" in done.stdout
+
+
 @needs_nvcc
 @pytest.mark.nvcc
 @pytest.mark.slow
@@ -86,6 +110,7 @@ def test_the_example_fails_a_kernel_that_computes_something_else(tmp_path, there
     "words",
     [
         "--target sm_80 --dtype bf16 --head-dim 64 --mask causal",
+        "--op backward --target sm_90 --dtype bf16 --head-dim 128 --mask causal",
         "--target sm_90 --dtype fp16 --head-dim 64 --interval-kind lower1 --softcap --alibi",
         "--target sm_90 --dtype bf16 --head-dim 64 --mask causal --dropout",
     ],

@@ -76,9 +76,19 @@ check(Case("base", deterministic=True), 150, 199)
 check(Case("shared_red", head_dim=256, changes=(("tile_n", 80), *ONE_STAGE)), 70, 99)
 print("all right")
 """
+DECODE = """
+from tests.gpu.test_sm80_decode import FP8, sanitize
+from tests.support.decode import Case
+for name in ("base", "last_block", "one_warp", "columns", "columns_64", "eight_warps"):
+    sanitize(Case(name, page=16, mask="window", sinks=True))
+sanitize(Case("base", page=1, **FP8))
+sanitize(Case("columns", page=64, head_dim=192, head_dim_v=128, shared_kv=True))
+sanitize(Case("base", aligned=False, head_dim=50))
+print("all right")
+"""
 IDS = {
     MMA_SYNC: "sm80", BACKWARD: "sm80-backward", WGMMA: "sm90", INTERVALS: "sm90-intervals",
-    SM90_BACKWARD: "sm90-backward", SIMT: "simt", SIMT_BACKWARD: "simt-backward",
+    SM90_BACKWARD: "sm90-backward", SIMT: "simt", SIMT_BACKWARD: "simt-backward", DECODE: "sm80-decode",
 }  # fmt: skip
 
 
@@ -96,6 +106,8 @@ def _hopper() -> bool:
         ("racecheck", SIMT),
         ("memcheck", BACKWARD),
         ("racecheck", BACKWARD),
+        ("memcheck", DECODE),
+        ("racecheck", DECODE),
         ("memcheck", SIMT_BACKWARD),
         ("racecheck", SIMT_BACKWARD),
         ("memcheck", SM90_BACKWARD),
@@ -108,10 +120,10 @@ def _hopper() -> bool:
     ids=lambda x: IDS.get(x, x),
 )
 def test_sanitizer(check: str, kernels: str) -> None:
-    if kernels not in (MMA_SYNC, SIMT, BACKWARD, SIMT_BACKWARD) and not _hopper():
+    if kernels not in (MMA_SYNC, SIMT, BACKWARD, SIMT_BACKWARD, DECODE) and not _hopper():
         pytest.skip("needs Hopper")
     # With intervals all kernels: racecheck fails of itself where of two that overlap it follows the second only.
-    ours = "fagen" if kernels in (BACKWARD, SIMT_BACKWARD, SM90_BACKWARD) else "forward_kernel"
+    ours = "fagen" if kernels in (BACKWARD, SIMT_BACKWARD, SM90_BACKWARD, DECODE) else "forward_kernel"
     only = "" if kernels is INTERVALS else f"--kernel-regex kns={ours}"
     options = f"--tool {check} --error-exitcode 9 {only}"
     command = [TOOL, *options.split(), sys.executable, "-c", kernels]

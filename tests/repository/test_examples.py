@@ -70,6 +70,13 @@ def test_train(run, flags, steps, apart):
 
 
 @pytest.mark.slow
+def test_serve(run):
+    said = run(sys.executable, EXAMPLES / "serve.py", "--requests=12")
+    assert "all tokens are those of a plain loop" in said and "PyTorch computes" not in said
+    assert int(re.search(r"up to (\d+) requests together", said)[1]) > 3
+
+
+@pytest.mark.slow
 def test_tune_one_shape(run, tmp_path):
     said = run("sh", EXAMPLES / "tune_one_shape.sh", TRIALS="2")
     assert "picked   cpu_forward (exact" in said

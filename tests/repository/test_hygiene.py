@@ -107,6 +107,19 @@ def test_heavy_imports_wait_for_their_use(path):
         "backward_calls.py",
         "gradients.py",
         "dropout_ops.py",
+        "cache_update.py",
+        "decode.py",
+        "decode_call.py",
+        "decode_checks.py",
+        "decode_ops.py",
+        "merge.py",
+        "decode_calls.py",
+        "decode_inputs.py",
+        "decode_reference.py",
+        "calls.py",
+        "stats.py",
+        "softmax_api.py",
+        "known_softmax.py",
     ]  # which only their op imports
     if path.name not in on_tensors and path.parent.name != "compat":
         heavy.add("torch")

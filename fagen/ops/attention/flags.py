@@ -5,8 +5,8 @@ from __future__ import annotations
 from fagen.ops.attention.problem import DTYPES, Problem
 
 
-def of(problem: Problem) -> list[str]:
-    """What `fagen` reads as exactly this problem."""
+def of(problem: Problem, *, one_length: bool = True) -> list[str]:
+    """What `fagen` reads as exactly this problem; with `one_length` equal lengths are said once."""
     p = problem
     words = ["--dtype", p.dtype]
     words += ["--head-dim", str(p.head_dim) if p.head_dim == p.head_dim_v else f"{p.head_dim}-{p.head_dim_v}"]
@@ -24,7 +24,7 @@ def of(problem: Problem) -> list[str]:
         "--unaligned": contiguous and not p.aligned,
     }
     words += [flag for flag, on in switches.items() if on]
-    if p.seqlen_q == p.seqlen_k:
+    if one_length and p.seqlen_q == p.seqlen_k:
         words += ["--seqlen", str(p.seqlen_q)]
     else:
         words += [f"--seqlen-q={p.seqlen_q}", f"--seqlen-k={p.seqlen_k}"]

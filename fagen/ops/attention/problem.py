@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from fagen import schema
 from fagen.errors import InvalidArgument
@@ -42,6 +42,8 @@ class Problem:
     `window_left` and `window_right` are run-time bounds of the band around the bottom-right aligned diagonal,
     -1 for unbounded. `mask="causal"` is the band (-1, 0) known at compile time; "intervals" obeys the band as well.
     """
+
+    most_head_dim: ClassVar[int] = MAX_HEAD_DIM
 
     op: str = "forward"
     dtype: str = "bf16"
@@ -90,8 +92,8 @@ class Problem:
             )
         for name in ("head_dim", "head_dim_v"):
             value = getattr(self, name)
-            if not 1 <= value <= MAX_HEAD_DIM:
-                raise InvalidArgument(f"{name}={shown(value)} is out of range", f"1 <= {name} <= {MAX_HEAD_DIM}")
+            if not 1 <= value <= self.most_head_dim:
+                raise InvalidArgument(f"{name}={shown(value)} is out of range", f"1 <= {name} <= {self.most_head_dim}")
         for name in _SIZES:
             value = getattr(self, name)
             if not 1 <= value <= schema.MOST:

@@ -26,11 +26,17 @@ inline __nv_bfloat16 round_bfloat(float f) {
 
 }  // namespace emulator
 
+inline float __bfloat162float(__nv_bfloat16 x) { return emulator::value<__nv_bfloat16>(x.bits); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return emulator::round_bfloat(x); }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
   return {emulator::round_bfloat(a), emulator::round_bfloat(b)};
 }
 inline float2 __bfloat1622float2(__nv_bfloat162 pair) {
   return {emulator::value<__nv_bfloat16>(pair.x.bits), emulator::value<__nv_bfloat16>(pair.y.bits)};
+}
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  const float2 x = __bfloat1622float2(a), y = __bfloat1622float2(b);
+  return __floats2bfloat162_rn(x.x * y.x, x.y * y.y);
 }
 inline float __bfloat162float(__nv_bfloat16 x) { return emulator::value<__nv_bfloat16>(x.bits); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return emulator::round_bfloat(x); }

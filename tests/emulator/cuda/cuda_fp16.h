@@ -34,9 +34,15 @@ inline __half round_half(float f) {
 
 }  // namespace emulator
 
+inline float __half2float(__half x) { return emulator::value<__half>(x.bits); }
+inline __half __float2half_rn(float x) { return emulator::round_half(x); }
 inline __half2 __floats2half2_rn(float a, float b) { return {emulator::round_half(a), emulator::round_half(b)}; }
 inline float2 __half22float2(__half2 pair) {
   return {emulator::value<__half>(pair.x.bits), emulator::value<__half>(pair.y.bits)};
+}
+inline __half2 __hmul2(__half2 a, __half2 b) {
+  const float2 x = __half22float2(a), y = __half22float2(b);
+  return __floats2half2_rn(x.x * y.x, x.y * y.y);
 }
 inline float __half2float(__half x) { return emulator::value<__half>(x.bits); }
 inline __half __float2half_rn(float x) { return emulator::round_half(x); }

@@ -47,6 +47,7 @@ template <class T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __uint_as_float(unsigned x) { return emulator::of_bits<float>(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
@@ -131,6 +132,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int d
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   return bytes <= 232448 ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return memset(to, value, bytes), cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t) { return emulator::report.c_str(); }
 

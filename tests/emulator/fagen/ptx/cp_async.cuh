@@ -12,7 +12,11 @@ inline void cp_async_16(uint32_t to, const void* from, bool valid) {
   emulator::now->copies.open.push_back(
       [=] { *place = valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0); });
 }
-inline void cp_async_commit() { emulator::now->copies.commit(); }
+// Copies land when they are waited for, or at once.
+inline void cp_async_commit() {
+  emulator::now->copies.commit();
+  if (emulator::chance(2)) emulator::now->copies.finish(0);
+}
 template <int kPending>
 void cp_async_wait() {
   emulator::now->copies.finish(kPending);
