@@ -35,6 +35,7 @@ SECTIONS = {
         "docs/notes/sm80_forward.md",
         "docs/notes/sm80_backward.md",
         "docs/notes/sm80_decode.md",
+        "docs/notes/simt.md",
         "docs/notes/sm90_forward.md",
         "docs/notes/sm90_backward.md",
     ],

@@ -97,7 +97,7 @@ def header_text(spec: KernelSpec) -> str:
     lines = [
         f"The interface of {source_name(spec)}: {op.title} for {spec.problem.static_key}",
         f"on {spec.target.arch}. Plain C. All kernels of fagen have this interface; to link two of them into one",
-        "program, rename their functions on the compiler's command line: -Dfagen_launch=first_launch and so on.",
+        "program, rename functions and namespace by the compiler: -Dfagen_launch=first_launch ... -Dfagen=first.",
     ]
     return f"{_comment(lines)}#pragma once\n{params}{functions}"
 

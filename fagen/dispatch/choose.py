@@ -64,16 +64,18 @@ class Choice:
         }
 
 
-def choose(problem: Problem, target: Target, *, check: bool = False, stale: str = "", ours: bool = False) -> Choice:
+def choose(
+    problem: Problem, target: Target, *, check: bool = False, stale: str = "", ours: bool = False, idle: bool = False
+) -> Choice:
     """An exact record, the nearest, one of the same arch, the first able family's default, the next one's, PyTorch.
 
     PyTorch comes first where it was faster than the record's kernel when that was tuned, unless a kernel of `ours` is
     wanted in any case. `check` verifies a record whose kernel source has changed since it was tuned, if nobody has yet;
-    that builds and runs it. `stale` stands for FAGEN_STALE.
+    that builds and runs it. `stale` stands for FAGEN_STALE. With `idle`, families that serve no calls are asked too.
     """
     from fagen.db.store import Database
 
-    able, refusals = families.candidates(problem, target)
+    able, refusals = (families.candidates if idle else families.serving)(problem, target)
     reasons = [f"{name}: {reason}" for name, reason in refusals.items()]
     if not able:
         return Choice("none", reasons=reasons)

@@ -193,7 +193,7 @@ def stand_in(problem: Problem, target: Target) -> Kernel | None:
     for row in _rows(problem, target):
         if row.answer.kernel is not None:
             return row.answer.kernel
-    choice = choose.by_default(problem, target, families.candidates(problem, target)[0], [])
+    choice = choose.by_default(problem, target, families.serving(problem, target)[0], [])
     if choice.spec is not None:
         found = kernels.loaded(choice.spec)
         if found is not None:
@@ -219,7 +219,7 @@ def _any_loaded(problem: Problem, target: Target) -> Kernel | None:
 
 
 def _make_plan(problem: Problem, target: Target) -> Plan:
-    able, _ = families.candidates(problem, target)
+    able, _ = families.serving(problem, target)
     rows = sorted(_rows(problem, target), key=lambda row: (row.elsewhere, row.record.key, row.record.seconds))
     rows = [_where_torch_may(row, rows[index + 1 :]) for index, row in enumerate(rows)]
     old = _plans.get((problem.static_key, target))
@@ -239,7 +239,7 @@ def _where_torch_may(row: PlannedRecord, behind: list[PlannedRecord]) -> Planned
 
 def _rows(problem: Problem, target: Target) -> Iterator[PlannedRecord]:
     """The records of the static key that may serve, the nearest first. No kernel is built, no source verified."""
-    able, refusals = families.candidates(problem, target)
+    able, refusals = families.serving(problem, target)
     waits = env.build_mode() != "background"
     stale = "" if waits else choose.known_only()
     looked: set[Key] = set()

@@ -39,7 +39,7 @@ def sizes(problem: Problem, target: Target, most: int) -> list[Problem]:
     """
     if not 1 <= most <= MOST_SEQLEN:
         raise InvalidArgument(f"a longest sequence of {most} is out of range", f"1 to {MOST_SEQLEN}")
-    able, refusals = families.candidates(problem, target)
+    able, refusals = families.serving(problem, target)
     records = []
     for record, provenance in store.Database.load().candidates(problem, target):
         if not choose.by_record(record, provenance, problem, target, able, refusals)[1]:
@@ -104,7 +104,7 @@ def _within(recorded: Problem, problem: Problem, most: int) -> bool:
 
 
 def _by_default(problem: Problem, target: Target, most: int) -> list[Problem]:
-    able, _ = families.candidates(problem, target)
+    able, _ = families.serving(problem, target)
     doublings = most.bit_length() * _GRID
     lengths = sorted(
         {min(most, max(1, round(2 ** (i / _GRID)) + step)) for i in range(doublings) for step in (-1, 0, 1)}

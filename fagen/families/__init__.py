@@ -8,7 +8,7 @@ from fagen.families.base import Config, Constraint, Family, Knob, nothing
 from fagen.ops.base import Problem
 from fagen.target import Target
 
-__all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates", "get", "nothing"]
+__all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates", "get", "nothing", "serving"]
 
 
 def all_families() -> tuple[Family, ...]:
@@ -16,6 +16,8 @@ def all_families() -> tuple[Family, ...]:
         cpu_backward,
         cpu_decode,
         cpu_forward,
+        simt_backward,
+        simt_forward,
         sm80_backward,
         sm80_decode,
         sm80_forward,
@@ -23,8 +25,8 @@ def all_families() -> tuple[Family, ...]:
         sm90_forward,
     )
 
-    forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY)
-    backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY)
+    forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY, simt_forward.FAMILY)
+    backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY, simt_backward.FAMILY)
     decode = (cpu_decode.FAMILY, sm80_decode.FAMILY)
     return extensions.with_offered((*forward, *backward, *decode), "FAMILIES")
 
@@ -38,13 +40,23 @@ def get(name: str) -> Family:
 
 def candidates(problem: Problem, target: Target) -> tuple[list[Family], dict[str, str]]:
     """Families of the problem's op that can serve it on the target, and why each other one cannot."""
-    able, reasons = [], {}
+    able: list[Family] = []
+    reasons: dict[str, str] = {}
     for family in all_families():
         if family.op != problem.op:
             continue
         reason = family.supports(problem, target)
+        if not reason and family.last_resort and able:
+            reason = f"the last resort, and {able[0].name} serves this"
         if reason:
             reasons[family.name] = reason
         else:
             able.append(family)
     return able, reasons
+
+
+def serving(problem: Problem, target: Target) -> tuple[list[Family], dict[str, str]]:
+    """The same of the families that serve calls."""
+    able, reasons = candidates(problem, target)
+    idle = {f.name: "not run on a GPU yet: it serves no calls" for f in able if not f.serves_calls(problem)}
+    return [family for family in able if family.name not in idle], reasons | idle

@@ -124,6 +124,10 @@ class Family:
     repeats: Callable[[Any, Config], bool] = field(default=lambda problem, config: False)
     # about how many seconds a config will take, to order the first trials; only ratios between configs matter
     cost: Callable[[Any, Target, Config], float] | None = None
+    # it serves only what no other family can: where another one does it would be slower, and is not tried
+    last_resort: bool = False
+    # whether calls of a problem are served; if not, the family is there for tune and emit alone
+    serves_calls: Callable[[Any], bool] = field(default=lambda problem: True)
     # knob values that cost resources, for the stable rule among ties: fewest first
     resources: Callable[[Any, Target, Config], tuple] = field(default=lambda problem, target, config: ())
 

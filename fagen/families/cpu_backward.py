@@ -72,7 +72,7 @@ def _packed_once(p: Problem, t: Target, c: Config) -> str | None:
 def _supports(p: Problem, t: Target) -> str | None:
     if t.is_gpu:
         return f"needs a CPU, the target is {t.arch}"
-    return None
+    return p.wider_than(256)
 
 
 def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:

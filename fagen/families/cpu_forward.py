@@ -107,6 +107,10 @@ def _make(p: Problem, t: Target, **changes: int | str) -> Config:
     if p.dtype != "fp32":  # a packed tile pays when more rows share it
         large = p.head_dim_padded + p.head_dim_v_padded > 256
         values |= {"tile_m": 128, "tile_n": 64 if large else 128, "packing": "tile"}
+    if p.head_dim_padded + p.head_dim_v_padded > 512:  # what a thread holds of its rows must fit in its scratch
+        packing = values["packing"] if p.dtype == "fp32" else "head"
+        rows = 12 if t.simd in VECTOR_REGISTERS else 6
+        values |= {"tile_m": 32, "tile_n": 128, "block_rows": rows, "block_vectors": 2, "packing": packing}
     return FAMILY.config(values | changes)
 
 

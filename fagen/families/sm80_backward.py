@@ -184,7 +184,7 @@ def _supports(p: Problem, t: Target) -> str | None:
         return f"needs sm_80 or newer, the target is {t.arch}"
     if p.dtype not in ("fp16", "bf16"):
         return f"serves fp16 and bf16, not {p.dtype}"
-    return None
+    return p.wider_than(256)
 
 
 def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:

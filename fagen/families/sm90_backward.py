@@ -217,7 +217,7 @@ def _supports(p: Problem, t: Target) -> str | None:
         return f"serves fp16 and bf16, not {p.dtype}"
     if not p.aligned:
         return "the copy engine needs rows that start at multiples of 16 bytes"
-    return None
+    return p.wider_than(256)
 
 
 def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:

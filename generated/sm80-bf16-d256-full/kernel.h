@@ -1,6 +1,6 @@
 // The interface of kernel.cu: attention forward for forward/bf16/d256/none
 // on sm_90. Plain C. All kernels of fagen have this interface; to link two of them into one
-// program, rename their functions on the compiler's command line: -Dfagen_launch=first_launch and so on.
+// program, rename functions and namespace by the compiler: -Dfagen_launch=first_launch ... -Dfagen=first.
 #pragma once
 // ---- fagen/abi/forward.h ---------------------------------------------------------------------------------
 // The arguments of a forward kernel: the one struct that a caller passes. Plain C; no torch, no CUDA header.

@@ -18,6 +18,7 @@ from fagen.cli.arguments import expand
 from fagen.cli.commands.emit import choose
 from fagen.codegen import emit
 from fagen.errors import FagenError, InvalidConfig, UnsupportedProblem, UsageError
+from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.target import known
 from fagen.tuner.evaluate import SPILL_TOLERANCE
 
@@ -44,6 +45,9 @@ def make(folder: Path, command: str) -> None:
         "--dtype bf16 --head-dim 72-40 --interval-kind both4 " + SMALL,
         "--dtype fp32 --head-dim 32 --mask causal --dropout " + SMALL,
         "--dtype fp32 --head-dim 20 --window 9,3 --softcap --alibi --seqlen-q 33 --seqlen-k 70 --heads 2",
+        "--op backward --dtype fp32 --head-dim 64 --mask causal " + SMALL,
+        "--op backward --dtype bf16 --head-dim 72-40 --interval-kind both4 " + SMALL,
+        "--op backward --dtype fp32 --head-dim 20 --window 9,3 --softcap --alibi --dropout --seqlen-q 33 --seqlen-k 70",
     ],
 )
 def test_the_example_is_built_by_its_own_command_and_is_right(tmp_path, words):
@@ -78,6 +82,27 @@ def test_the_example_fails_a_kernel_that_computes_something_else(tmp_path, there
     assert "WRONG" in done.stdout
 
 
+@needs_cxx
+@pytest.mark.parametrize(
+    ("there", "instead"),
+    [
+        ("p.scale = 1.f", "p.scale = 1.1f"),  # another computation
+        ("p.window_right = kRight", "p.window_right = kRight + 1"),  # another mask
+        ("p.dv = tensor(out.dv_memory", "p.dv = tensor(out.dk_memory"),  # left unwritten: still NaN
+    ],
+)
+def test_the_example_of_gradients_fails_a_kernel_that_computes_something_else(tmp_path, there, instead):
+    words = "--op backward --dtype fp32 --head-dim 16 --window 40,3"
+    manifest = run_emit(tmp_path, f"--target cpu --config default --example {words} {SMALL}")
+    text = (tmp_path / "main.cpp").read_text()
+    assert there in text
+    (tmp_path / "main.cpp").write_text(text.replace(there, instead))
+    make(tmp_path, manifest["example"].replace("-O3", "-O1"))
+    done = subprocess.run([tmp_path / "example"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "WRONG" in done.stdout
+
+
 @needs_nvcc
 @pytest.mark.nvcc
 @pytest.mark.slow
@@ -85,6 +110,7 @@ def test_the_example_fails_a_kernel_that_computes_something_else(tmp_path, there
     "words",
     [
         "--target sm_80 --dtype bf16 --head-dim 64 --mask causal",
+        "--op backward --target sm_90 --dtype bf16 --head-dim 128 --mask causal",
         "--target sm_90 --dtype fp16 --head-dim 64 --interval-kind lower1 --softcap --alibi",
         "--target sm_90 --dtype bf16 --head-dim 64 --mask causal --dropout",
     ],
@@ -160,7 +186,7 @@ def test_a_family_alone_is_enough(tmp_path, monkeypatch, family, target):
     [
         ("--target sm_90 --family sm8_forward", 2, "sm8_forward"),
         ("--target cpu --family sm90_forward", 1, "sm90_forward: needs"),
-        ("--family sm90_forward --head-dim 512", 2, "512"),
+        ("--family sm90_forward --head-dim 2048", 2, "2048"),
     ],
 )
 def test_a_family_that_cannot_says_why(tmp_path, capsys, words, code, says):
@@ -283,9 +309,8 @@ def test_a_config_that_is_none(config, error, says):
 
 
 def test_a_problem_that_no_family_serves_says_why():
-    target = known("sm_90")
-    with pytest.raises(UnsupportedProblem, match="sm80_forward: "):
-        choose(expand({"dtype": "fp32"})[0], target, "default")
+    with pytest.raises(UnsupportedProblem, match="cpu_backward: head_dim 512"):
+        choose(BackwardProblem(dtype="fp32", head_dim=512), known("cpu"), "default")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

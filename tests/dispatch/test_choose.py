@@ -130,7 +130,9 @@ def test_the_next_family_when_the_first_has_no_default(monkeypatch: pytest.Monke
     assert choice.family is FAMILY and any(r.startswith("first: its default does not fit") for r in choice.reasons)
 
 
-def test_pytorch_when_no_family_serves() -> None:
+def test_pytorch_when_no_family_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = tuple(family for family in families.all_families() if not family.last_resort)
+    monkeypatch.setattr(families, "all_families", lambda: others)
     choice = choose.choose(Problem(dtype="fp32"), target.known("sm_90"))
     assert (choice.kind, choice.provenance, choice.family) == ("torch", "none", None)
     assert {r.partition(":")[0] for r in choice.reasons} == {
@@ -337,3 +339,30 @@ def test_attention_runs_the_recorded_winner(monkeypatch: pytest.MonkeyPatch) -> 
     for out in (before, after):
         assert right(out, q, k, v, causal=True)
     assert fagen.explain(q, k, v, causal=True).built is True
+
+
+def test_a_family_that_serves_no_calls_is_there_for_who_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper, problem = target.known("sm_90"), Problem(dtype="fp32", head_dim=300)
+
+    def with_simt(serves: bool) -> None:
+        every = families.all_families()
+        simt = dataclasses.replace(families.get("simt_forward"), serves_calls=lambda problem: serves)
+        changed = [simt if f.name == simt.name else f for f in every]
+        monkeypatch.setattr(families, "all_families", lambda: tuple(changed))
+
+    with_simt(False)
+    choice = choose.choose(problem, hopper)
+    assert choice.spec is None and any("simt_forward: not run on a GPU yet" in reason for reason in choice.reasons)
+    asked = choose.choose(problem, hopper, idle=True).spec
+    assert asked is not None and asked.family.name == "simt_forward"
+    with_simt(True)
+    served = choose.choose(problem, hopper).spec
+    assert served is not None and served.family.name == "simt_forward"
+
+
+def test_the_last_resort_is_no_candidate_beside_another() -> None:
+    able, reasons = families.candidates(Problem(dtype="bf16"), target.known("sm_80"))
+    assert [family.name for family in able] == ["sm80_forward"]
+    assert reasons["simt_forward"] == "the last resort, and sm80_forward serves this"
+    able, _ = families.candidates(Problem(dtype="bf16", head_dim=264), target.known("sm_80"))
+    assert [family.name for family in able] == ["simt_forward"]

@@ -20,7 +20,7 @@ from fagen.dispatch import choose, kernels, resolve, warmup
 from fagen.errors import BuildError
 from fagen.ops.attention import derivatives, fallback
 from fagen.ops.attention.backward_problem import BackwardProblem
-from fagen.ops.attention.problem import TORCH_DTYPES, Problem
+from fagen.ops.attention.problem import SIMT_SERVES, TORCH_DTYPES, Problem
 from fagen.runtime import background
 from fagen.target import ARCHS
 
@@ -64,7 +64,9 @@ def test_other_gpus_take_the_family_of_all(arch: str) -> None:
     for deterministic in (False, True):
         assert chosen(arch, deterministic=deterministic) == "sm80_backward"
     choice = choose.choose(BackwardProblem(dtype="fp32"), target.known(arch))
-    assert choice.spec is None and any("not fp32" in reason for reason in choice.reasons)
+    assert (choice.spec is not None) == ("fp32" in SIMT_SERVES) and any(
+        "not fp32" in reason for reason in choice.reasons
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,8 +74,19 @@ def test_other_gpus_take_the_family_of_all(arch: str) -> None:
 )
 def test_a_trace_knows_the_dtypes_that_the_families_serve(device: str, where: target.Target) -> None:
     for name, of_torch in TORCH_DTYPES.items():
-        able, _ = families.candidates(BackwardProblem(dtype=name), where)
+        able, _ = families.serving(BackwardProblem(dtype=name), where)
         assert (getattr(torch, of_torch) in derivatives.TRAINED[device]) == bool(able), (name, device)
+
+
+@pytest.mark.parametrize(
+    ("device", "where"), [("cpu", HERE), *(("cuda", target.known(arch)) for arch in GPUS)], ids=str
+)
+def test_a_trace_knows_the_head_dims_that_the_families_serve(device: str, where: target.Target) -> None:
+    for d in (64, 256, 257, 512, 1024):
+        able, _ = families.serving(BackwardProblem(dtype="bf16", head_dim=d), where)
+        assert (d <= derivatives.TRAINED[device][torch.bfloat16]) == bool(able), (d, device)
+    q = torch.zeros(1, 3, 1, 300, requires_grad=True)
+    assert derivatives.refusal(q, q, q, None) == "no backward kernel takes head_dim 300 on device cpu: 256 at most"
 
 
 def test_a_problem_and_its_gradients_name_each_other() -> None:

@@ -38,6 +38,15 @@ from tests.support.cases import Case, run
 assert run(Case("tma", mask="intervals", intervals="both4"), 70, 299)
 print("all right")
 """
+SIMT = """
+from tests.support.cases import run
+from tests.support.simt import HEAD_DIMS, Case
+for name in "base small wide three_stages registers whole_tiles streamed many_lanes".split():
+    assert run(Case(name, head_dim=HEAD_DIMS.get(name, 64)), 70, 99)
+assert run(Case("base", mask="intervals", intervals="both4"), 70, 99)
+assert run(Case("base", mask="none", aligned=False, head_dim=50), 70, 99)
+print("all right")
+"""
 BACKWARD = """
 from tests.gpu.test_sm80_backward import check
 from tests.support.backward import Case
@@ -45,6 +54,15 @@ for name in ("base", "held", "own_dq", "held_own_dq", "one_stage", "held_one_sta
     check(Case(name, sizes=((70, 99),)))
 check(Case("base", mask="intervals", intervals="both4", sizes=((99, 70),)))
 check(Case("own_dq", mask="intervals", intervals="both4", sizes=((99, 70),)))
+check(Case("base", mask="none", aligned=False, head_dim=50, sizes=((70, 99),)))
+print("all right")
+"""
+SIMT_BACKWARD = """
+from tests.gpu.test_simt_backward import check
+from tests.support.simt_backward import HEAD_DIMS, Case
+for name in "base small wide three_stages registers many_lanes".split():
+    check(Case(name, head_dim=HEAD_DIMS.get(name, 64), sizes=((70, 99),)))
+check(Case("base", mask="intervals", intervals="both4", sizes=((99, 70),)))
 check(Case("base", mask="none", aligned=False, head_dim=50, sizes=((70, 99),)))
 print("all right")
 """
@@ -70,7 +88,7 @@ print("all right")
 """
 IDS = {
     MMA_SYNC: "sm80", BACKWARD: "sm80-backward", WGMMA: "sm90", INTERVALS: "sm90-intervals",
-    SM90_BACKWARD: "sm90-backward", DECODE: "sm80-decode",
+    SM90_BACKWARD: "sm90-backward", SIMT: "simt", SIMT_BACKWARD: "simt-backward", DECODE: "sm80-decode",
 }  # fmt: skip
 
 
@@ -84,10 +102,14 @@ def _hopper() -> bool:
     [
         ("memcheck", MMA_SYNC),
         ("racecheck", MMA_SYNC),
+        ("memcheck", SIMT),
+        ("racecheck", SIMT),
         ("memcheck", BACKWARD),
         ("racecheck", BACKWARD),
         ("memcheck", DECODE),
         ("racecheck", DECODE),
+        ("memcheck", SIMT_BACKWARD),
+        ("racecheck", SIMT_BACKWARD),
         ("memcheck", SM90_BACKWARD),
         ("racecheck", SM90_BACKWARD),
         ("memcheck", WGMMA),
@@ -98,10 +120,10 @@ def _hopper() -> bool:
     ids=lambda x: IDS.get(x, x),
 )
 def test_sanitizer(check: str, kernels: str) -> None:
-    if kernels not in (MMA_SYNC, BACKWARD, DECODE) and not _hopper():
+    if kernels not in (MMA_SYNC, SIMT, BACKWARD, SIMT_BACKWARD, DECODE) and not _hopper():
         pytest.skip("needs Hopper")
     # With intervals all kernels: racecheck fails of itself where of two that overlap it follows the second only.
-    ours = "fagen" if kernels in (BACKWARD, SM90_BACKWARD, DECODE) else "forward_kernel"
+    ours = "fagen" if kernels in (BACKWARD, SIMT_BACKWARD, SM90_BACKWARD, DECODE) else "forward_kernel"
     only = "" if kernels is INTERVALS else f"--kernel-regex kns={ours}"
     options = f"--tool {check} --error-exitcode 9 {only}"
     command = [TOOL, *options.split(), sys.executable, "-c", kernels]

@@ -170,8 +170,17 @@ def test_float64() -> None:
     assert (out.transpose(1, 2) - want).abs().max() < 1e-12 and (lse - want_lse).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_dims_beyond_256_have_a_kernel(dtype: torch.dtype) -> None:
+    case = example(d=1000, causal=True)
+    case.q, case.k, case.v = (t.to(dtype) for t in (case.q, case.k, case.v))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fallback.FallbackWarning)
+        assert run(case)
+
+
 def test_large_head_dim() -> None:
-    falls_back("head_dim 260 is larger than 256", example(d=260, window=(5, 5)))
+    falls_back("head_dim 1025 is larger than 1024", example(d=1025, window=(5, 5)))
 
 
 def test_a_last_dimension_that_is_not_contiguous() -> None:

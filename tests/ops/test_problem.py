@@ -76,7 +76,7 @@ def test_survives_json() -> None:
         ({"mask": "bias"}, "mask 'bias' is unknown"),
         ({"mask": "intervals"}, "does not go with mask='intervals'"),
         ({"intervals": "both2"}, "does not go with mask='none'"),
-        ({"head_dim": 257}, "head_dim=257 is out of range"),
+        ({"head_dim": 1025}, "head_dim=1025 is out of range"),
         ({"head_dim": -1}, "head_dim=-1 is out of range"),
         ({"batch": 0}, "batch=0 must be at least 1"),
         ({"heads": 6, "kv_heads": 4}, "must divide number of heads in query"),

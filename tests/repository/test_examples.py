@@ -44,7 +44,7 @@ def run(tmp_path):
 def test_every_example_is_listed_and_run_here():
     listed = set(re.findall(r"\]\(([^).][^)]*)\)", (EXAMPLES / "README.md").read_text()))
     there = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.glob("*") if path.is_file()}
-    assert listed == there - {"README.md"} | {"add_a_family/run.py"}
+    assert listed == there - {"README.md"} | {"add_a_family/run.py", "solve/README.md"}
     for name in listed:
         assert Path(name).name in Path(__file__).read_text(), name
 
@@ -99,6 +99,22 @@ def test_an_emitted_kernel_runs_without_python(run):
     words = [str(ROOT / word) if (ROOT / word).exists() else word for word in command.split()]
     run(str(toolchain.require_cxx()), "-Wall", "-Werror", *words[1:])
     assert run("./emitted").startswith("right: error")
+
+
+def test_solve_is_right_on_the_cpu(run, tmp_path):
+    """All corners of its domain, and some of the rest, against float64; by kernels that were emitted."""
+    run(sys.executable, EXAMPLES / "solve" / "build.py", "--target", "cpu", "--out", tmp_path / "solve")
+    said = run(tmp_path / "solve" / "solve", "check", 10)
+    assert re.search(r"^right: (\d+) of \1 calls", said, re.MULTILINE), said
+    assert "faster" in run(tmp_path / "solve" / "solve", "time", 64, 64, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.nvcc
+def test_solve_compiles_for_a_gpu(run, tmp_path):
+    """Two kernels in one program: where there is no GPU it cannot run."""
+    words = ("--target", "sm_90", "--sizes", 64, "--out", tmp_path / "solve")
+    assert "2 kernels" in run(sys.executable, EXAMPLES / "solve" / "build.py", *words)
 
 
 def test_the_family_is_the_one_that_contributing_shows():

@@ -20,7 +20,7 @@ from fagen.runtime import kernel
 from fagen.runtime.kernel import Kernel
 
 FAMILY = sm80_forward.FAMILY
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BASE: dict[str, Any] = {
     "tile_m": 64, "tile_n": 32, "warps": 4, "partition": "split_q", "loop_order": "q_outer", "stages": 2,
     "overlap": False, "q_source": "shared", "smem_layout": "swizzled", "blocks_per_sm": 1, "rescale": "deferred",

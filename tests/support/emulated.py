@@ -34,7 +34,7 @@ _WGMMA = re.compile(
 )  # rendered, no header
 _DYNAMIC = re.compile(r"extern __shared__ .*?unsigned char (\w+)\[\];")
 _STATIC = re.compile(r"__shared__ ([\w:]+) (\w+)(\[\w+\])?;")
-_ELEMENTS = {"bf16": "__nv_bfloat16", "fp16": "__half"}
+_ELEMENTS = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
 _BEGIN = """
 extern "C" void emulator_begin(uint64_t seed, int units) { emulator::begin(seed, units, %d); }
 """

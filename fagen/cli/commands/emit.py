@@ -101,7 +101,7 @@ def choose(problem: Problem, target: Target, config: str, only: str | None = Non
         return _best_of(only, problem, target)
     from fagen.dispatch.choose import choose as choose_kernel
 
-    choice = choose_kernel(problem, target, ours=True)
+    choice = choose_kernel(problem, target, ours=True, idle=True)
     if choice.spec is None:
         raise UnsupportedProblem(f"no kernel serves {problem.static_key} on {target.arch}", "; ".join(choice.reasons))
     words = f"tuned on {choice.record.device}, {choice.provenance}" if choice.record else "the family's default"

@@ -37,4 +37,6 @@ OP = Op(
     symbols=forward.OP.symbols,
     enums=forward.OP.enums,
     calls=_calls,
+    example_names=forward.OP.example_names,
+    example="example/backward.j2",
 )

@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-# Dtypes whose gradients the backward families compute, by device. Known without them, for a graph that is traced: there
-# the kernel is chosen when the graph runs, which is too late for PyTorch's own attention to stand in it.
-TRAINED = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float16),
-    "cuda": (torch.bfloat16, torch.float16),
+from fagen.ops.attention.problem import MAX_HEAD_DIM, SIMT_SERVES, TORCH_DTYPES
+
+# Dtypes whose gradients the backward families compute, by device, and up to which head dim. Known without them, for a
+# graph that is traced: there the kernel is chosen when the graph runs, which is too late for PyTorch's own attention to
+# stand in it.
+TRAINED: dict[str, dict[torch.dtype, int]] = {
+    "cpu": dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 256),
+    "cuda": dict.fromkeys((torch.bfloat16, torch.float16), 256)
+    | dict.fromkeys((getattr(torch, TORCH_DTYPES[name]) for name in SIMT_SERVES), MAX_HEAD_DIM),
 }
 
 
@@ -50,4 +54,7 @@ def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Ten
         return "the gradient of ALiBi slopes has no kernel"
     if q.dtype not in TRAINED.get(q.device.type, ()):
         return f"no backward kernel takes {q.dtype} on device {q.device.type}"
+    head_dim, most = max(q.shape[-1], v.shape[-1]), TRAINED[q.device.type][q.dtype]
+    if head_dim > most:
+        return f"no backward kernel takes head_dim {head_dim} on device {q.device.type}: {most} at most"
     return ""

@@ -22,7 +22,10 @@ INTERVAL_KINDS = {
     "both2": ("LTS", "UTE"),
     "both4": ("LTS", "LTE", "UTS", "UTE"),
 }
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 1024
+# The dtypes of the calls on a GPU that the families of plain float32 (simt_*) serve, where no other family can. Their
+# kernels have not run on one yet: until they have, PyTorch computes such calls, and simt_* are there for tune and emit.
+SIMT_SERVES: tuple[str, ...] = ()
 _SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k")
 _BOUNDS = ("window_left", "window_right")
 
@@ -139,6 +142,11 @@ class Problem:
     @property
     def head_dim_v_padded(self) -> int:
         return padded(self.head_dim_v)
+
+    def wider_than(self, most: int) -> str | None:
+        """The reason of a family whose head dims go up to `most`."""
+        size = max(self.head_dim, self.head_dim_v)
+        return f"head_dim {size} is larger than {most}" if size > most else None
 
     @property
     def itemsize(self) -> int:

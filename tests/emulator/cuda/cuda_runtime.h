@@ -48,6 +48,7 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 inline float __uint_as_float(unsigned x) { return emulator::of_bits<float>(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }

@@ -1,0 +1,57 @@
+// The interface of kernel.cpp: attention backward for backward/fp32/d64/causal
+// on cpu. Plain C. All kernels of fagen have this interface; to link two of them into one
+// program, rename functions and namespace by the compiler: -Dfagen_launch=first_launch ... -Dfagen=first.
+#pragma once
+// ---- fagen/abi/backward.h --------------------------------------------------------------------------------
+// The arguments of a backward kernel: the one struct that a caller passes. Plain C; no torch, no CUDA header.
+// ---- fagen/abi/tensor.h ----------------------------------------------------------------------------------
+// A tensor that a kernel reads or writes, as every op passes it. Plain C; no torch, no CUDA header.
+#include <stdint.h>
+
+typedef struct fagen_tensor {
+  void* data;         // null if the call has none
+  int64_t stride[3];  // in elements; the op says of which dimensions. The last dimension is contiguous.
+} fagen_tensor;
+
+// Strides of q, k, v, o and their gradients are those of batch, row and head. A batch stride of 0 broadcasts.
+typedef struct fagen_backward_params {
+  fagen_tensor q;     // (batch, seqlen_q, heads, head_dim)
+  fagen_tensor k;     // (batch, seqlen_k, kv_heads, head_dim)
+  fagen_tensor v;     // (batch, seqlen_k, kv_heads, head_dim_v)
+  fagen_tensor o;     // (batch, seqlen_q, heads, head_dim_v), what forward made
+  fagen_tensor dout;  // its gradient
+  fagen_tensor dq;    // written: each like its own
+  fagen_tensor dk;
+  fagen_tensor dv;
+  fagen_tensor intervals;     // int32 (batch, mask_heads, seqlen_k, columns); strides: batch (or 0), mask head, key
+  fagen_tensor alibi_slopes;  // float (batch, heads); strides: batch (or 0), the others unused
+  const float* lse;    // (batch, heads, seqlen_q) contiguous, natural log, made by forward; -inf: sees nothing
+  const float* dlse; // its gradient, contiguous; null if the call has none
+  void* workspace;     // fagen_workspace_bytes() bytes, 256-byte aligned; null if that is 0
+  int32_t batch, heads, kv_heads, mask_heads;
+  int32_t seqlen_q, seqlen_k;
+  int32_t head_dim, head_dim_v;       // as the caller has them; the kernel works on padded sizes
+  int32_t window_left, window_right;  // the band around the bottom-right aligned diagonal; -1: unbounded
+  float scale;                        // multiplies q.k before the softmax
+  float softcap;                      // s -> softcap * tanh(s / softcap); 0: off
+  float dropout;                      // probability that a weight is dropped; read by kernels with dropout
+  const uint64_t* rng;                // seed and offset of the random numbers, where the kernel reads; null without
+} fagen_backward_params;
+
+// fagen_params_layout() of the kernel that this header belongs to.
+#define FAGEN_PARAMS_LAYOUT "q.data 0 8; q.stride 8 24; k.data 32 8; k.stride 40 24; v.data 64 8; v.stride 72 24; o.data 96 8; o.stride 104 24; dout.data 128 8; dout.stride 136 24; dq.data 160 8; dq.stride 168 24; dk.data 192 8; dk.stride 200 24; dv.data 224 8; dv.stride 232 24; intervals.data 256 8; intervals.stride 264 24; alibi_slopes.data 288 8; alibi_slopes.stride 296 24; lse 320 8; dlse 328 8; workspace 336 8; batch 344 4; heads 348 4; kv_heads 352 4; mask_heads 356 4; seqlen_q 360 4; seqlen_k 364 4; head_dim 368 4; head_dim_v 372 4; window_left 376 4; window_right 380 4; scale 384 4; softcap 388 4; dropout 392 4; rng 400 8; sizeof 408"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+// Enqueues the kernel on `stream` (a cudaStream_t; ignored on the CPU). 0, or a code for fagen_error().
+int fagen_launch(const fagen_backward_params* params, void* stream);
+const char* fagen_error(int code);
+// What params->workspace must hold; the other fields must be set, pointers aside.
+uint64_t fagen_workspace_bytes(const fagen_backward_params* params);
+// Name, offset and size of every field of the params as the kernel was built. Another text than FAGEN_PARAMS_LAYOUT:
+// this header is of another kernel.
+const char* fagen_params_layout(void);
+#ifdef __cplusplus
+}
+#endif
