@@ -227,7 +227,7 @@ class _New:
         self._check(k, v, call, starts)
         counts: torch.Tensor | int = k.shape[1]
         if starts is None:
-            rows = NewRows.padded(call.batch, k.shape[1], k.device)
+            rows = NewRows.padded(k.shape[1], k.device)
         else:
             rows, counts = NewRows.packed(starts, k.shape[0]), starts[1:] - starts[:-1]
         before, positions = call.seqlens_k, rows.behind(call.seqlens_k)
@@ -292,11 +292,11 @@ class _New:
         """Rows of q stand behind the keys that were there; without causal and window all at the first place."""
         first = call.seqlens_k if self.rotary_seqlens is None else self.rotary_seqlens
         if call.cu_seqlens_q is None:
-            rows = NewRows.padded(call.batch, call.seqlen_q, call.q.device)
+            rows = NewRows.padded(call.seqlen_q, call.q.device)
         else:
             rows = NewRows.packed(call.cu_seqlens_q, call.rows)
         if not self.banded:
-            return first[rows.sequence].expand(call.q.shape[:-2])
+            return rows.of(first).expand(call.q.shape[:-2])
         return rows.behind(first)
 
     def _turned(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
