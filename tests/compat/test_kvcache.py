@@ -331,6 +331,8 @@ def test_bad_arguments_are_refused_and_write_nothing() -> None:
         ({"qv": q}, "qv"), ({"cache_leftpad": int32(1)}, "cache_leftpad"), ({"attention_chunk": 4}, "attention_chunk"),
         ({"q_descale": torch.ones(6, 2)}, "q_descale"), ({"block_table": table}, "two names"),
         ({"numerics": "fast"}, "numerics"), ({"numerics": "pinned", "num_splits": 3}, "num_splits"),
+        ({**new, "num_splits": 1 << 30}, "num_splits"), ({"cache_seqlens": torch.tensor(3)}, "0 dimensions"),
+        ({"page_table": table[0]}, "page_table has 1 dimensions"), ({"cu_seqlens_q": int32()}, "cu_seqlens_q is empty"),
         ({"num_splits": -4}, "num_splits=-4"), ({"page_table": table[:, :0]}, "no pages"),
         ({**new, "rotary_cos": cos, "rotary_sin": cos, "rotary_seqlens": torch.ones(6)}, "rotary_seqlens"),
         ({"softcap": -1.0}, "softcap"), ({"window_size": 3}, "window_size"), ({"num_splits": "a"}, "num_splits"),
