@@ -27,7 +27,7 @@ SECTIONS = {
     ],
     "Tuning": ["docs/tuning.md", "docs/search.md", "docs/report.md", "docs/database.md"],
     "Measuring": ["docs/bench.md", "docs/ablation.md"],
-    "How it works": ["docs/architecture.md", "docs/knobs.md", "docs/sm90.md"],
+    "How it works": ["docs/architecture.md", "docs/softmax.md", "docs/knobs.md", "docs/sm90.md"],
     "Notes": [
         "docs/notes/cpu_forward.md",
         "docs/notes/cpu_backward.md",
@@ -38,6 +38,7 @@ SECTIONS = {
         "docs/notes/simt.md",
         "docs/notes/sm90_forward.md",
         "docs/notes/sm90_backward.md",
+        "docs/notes/softmax.md",
     ],
     "Project": ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"],
 }

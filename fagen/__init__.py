@@ -19,6 +19,11 @@ if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.ops.attention.decode_problem import DecodeProblem as DecodeProblem
     from fagen.ops.attention.merge import merge_states as merge_states
     from fagen.ops.attention.problem import Problem as Problem
+    from fagen.ops.softmax.problem import SoftmaxProblem as SoftmaxProblem
+    from fagen.ops.softmax.stats import merge_stats as merge_stats
+    from fagen.ops.softmax.stats import softmax_stats as softmax_stats
+    from fagen.softmax_api import log_softmax as log_softmax
+    from fagen.softmax_api import softmax as softmax
     from fagen.target import Target as Target
     from fagen.tuner.call import tune as tune
 
@@ -27,6 +32,10 @@ __version__ = "0.1.0"
 # Each public name and the module it is imported from at its first use; a test compares this with the imports above.
 _WHERE = {
     "attention": "fagen.api",
+    "softmax": "fagen.softmax_api",
+    "log_softmax": "fagen.softmax_api",
+    "softmax_stats": "fagen.ops.softmax.stats",
+    "merge_stats": "fagen.ops.softmax.stats",
     "warmup": "fagen.dispatch.warmup",
     "tune": "fagen.tuner.call",
     "flash_attn_func": "fagen.compat.flash_attn",
@@ -38,6 +47,7 @@ _WHERE = {
     "explain": "fagen.explanation",
     "DecodeProblem": "fagen.ops.attention.decode_problem",
     "Problem": "fagen.ops.attention.problem",
+    "SoftmaxProblem": "fagen.ops.softmax.problem",
     "Target": "fagen.target",
     "FagenError": "fagen.errors",
     "masks": "fagen.ops.attention.masks",

@@ -70,18 +70,24 @@ PEERS = {
     "sdpa": Peer("SDPA, torch's choice", ("cuda", "cpu"), "fagen.bench.sdpa:sdpa"),
     "efficient": Peer("memory-efficient (SDPA)", ("cuda",), "fagen.bench.sdpa:efficient"),
     "math": Peer("math (SDPA)", ("cuda", "cpu"), "fagen.bench.sdpa:math"),
+    "torch_softmax": Peer("torch.softmax", ("cuda", "cpu"), "fagen.bench.softmax:eager"),
+    "compiled_softmax": Peer("softmax through torch.compile", ("cuda", "cpu"), "fagen.bench.softmax:compiled"),
 }
+_OF_SOFTMAX = ("torch_softmax", "compiled_softmax")  # the others are of attention
 _ALL = {"cuda": ("cudnn", "fa2", "flash_attn", "fa3", "fa4", "flex", "flashinfer"), "cpu": ("sdpa",)}
 
 
-def chosen(words: str, device: str) -> list[str]:
+def chosen(words: str, device: str, op: str = "forward") -> list[str]:
     """Names of peers of --peers: all, none or a list."""
+    everyone = _OF_SOFTMAX if op == "softmax" else _ALL[device]
     names = [word.strip() for word in words.split(",") if word.strip()]
     if names in (["all"], ["none"]):
-        return list(_ALL[device]) if names == ["all"] else []
+        return list(everyone) if names == ["all"] else []
     for name in names:
         if name not in PEERS:
             raise UsageError(f"peer {name!r} is unknown", f"known: {', '.join(PEERS)}, all, none")
+        if (name in _OF_SOFTMAX) != (op == "softmax"):
+            raise UsageError(f"peer {name} computes no {op}", f"of the softmax suite are: {', '.join(_OF_SOFTMAX)}")
     return list(dict.fromkeys(names))
 
 
@@ -102,6 +108,8 @@ def load(
 
 
 def _of_op(loaded: Loaded, op: str) -> Loaded:
+    if op == "softmax":
+        return loaded
     if op == "forward":
         return replace(loaded, prepare=_verifiable(loaded.prepare))
     prepare = loaded.decode if op == "decode" else loaded.backward

@@ -23,7 +23,7 @@ class Row:
     """`series` names the rows that differ in length alone. Packed documents and a prefix are masks of intervals."""
 
     name: str
-    problem: Problem
+    problem: Any  # attention's, or a softmax
     series: str = ""
     documents: tuple[int, ...] = ()  # lengths of the documents that each sequence holds
     prefix: int = 0  # keys that all rows see, the rest is causal
@@ -35,15 +35,18 @@ class Row:
     @property
     def length(self) -> int:
         """The length by which rows of a series differ."""
-        return self.problem.seqlen_k if self.op == "decode" else self.problem.seqlen_q
+        lengths = {"decode": "seqlen_k", "softmax": "length"}
+        return int(getattr(self.problem, lengths.get(self.op, "seqlen_q")))
 
     @property
     def causal(self) -> bool:
         return self.problem.window_right == 0
 
 
-def of_problem(problem: Problem) -> Row:
+def of_problem(problem: Any) -> Row:
     """A row for a problem of the user's own."""
+    if problem.op == "softmax":
+        return Row(problem.key, problem, problem.static_key)
     if problem.intervals == "lower2":
         problem = problem.replace(window_right=0)  # what `fagen.attention` takes two columns for when it is causal
     prefix = f"{problem.op}/"
@@ -96,12 +99,12 @@ def make_inputs(row: Row, where: Target | str, seed: int = 0) -> Inputs:
     from fagen.ops.attention import masks
 
     made: Inputs = ops.get(row.op).calls().inputs(row.problem, where, seed, False)
-    device = made.call.q.device
     if row.documents:
+        device = made.call.q.device
         ids = torch.arange(len(row.documents)).repeat_interleave(torch.tensor(row.documents))
         return _masked(made, masks.from_documents(ids[None], causal=row.causal).to(device))
     if row.prefix:
-        return _masked(made, masks.from_prefix([row.prefix], row.problem.seqlen_q).to(device))
+        return _masked(made, masks.from_prefix([row.prefix], row.problem.seqlen_q).to(made.call.q.device))
     return made
 
 
@@ -129,11 +132,11 @@ def options(row: Row, call: AttentionCall) -> dict[str, Any]:
     }
 
 
-def flops(row: Row, call: AttentionCall) -> float:
+def flops(row: Row, call: Any) -> float:
     """By the op's products for each visible cell; a causal square counts half, as the field counts."""
     p = row.problem
-    if p.op == "decode" or call.intervals is None:
-        return p.flops()
+    if row.op in ("decode", "softmax") or call.intervals is None:
+        return float(p.flops())
     square = p.replace(mask="none", intervals="", window_left=-1, window_right=-1)
     planes = call.intervals.shape[0] * call.intervals.shape[1]
     return square.flops() / square.visible() * visible_cells(p, call.intervals) / planes
@@ -145,8 +148,8 @@ def least_bytes(row: Row) -> int:
     Backward reads dO and the LSE beside them, and writes the gradient of all that forward reads.
     """
     p = row.problem
-    if p.op == "decode":
-        return p.bytes()
+    if row.op in ("decode", "softmax"):
+        return int(p.bytes())
     dims, backward = p.head_dim + p.head_dim_v, p.op == "backward"
     first = max(0, p.seqlen_k - p.seqlen_q - p.window_left) if p.window_left >= 0 else 0
     keys = p.seqlen_k - min(first, p.seqlen_k - 1)

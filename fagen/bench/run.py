@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import family, peers, rows
+from fagen.bench import family, peers, rows, softmax
 from fagen.bench.peers import OURS, Cannot, Prepare
 from fagen.bench.rows import Inputs, Row
 from fagen.errors import LaunchError
@@ -24,7 +24,6 @@ from fagen.target import Target
 from fagen.timing.machine import Machine
 
 if TYPE_CHECKING:
-    from fagen.ops.attention.call import AttentionCall
     from fagen.ops.attention.reference import Verdict
 
 FORMAT = 1
@@ -60,20 +59,26 @@ def bench(
     """
     import torch
 
-    machine, ours = Machine(target), family.ours(held, target) if held else peers.ours
+    machine = Machine(target)
     found: list[Result] = []
     with torch.no_grad():
         on_sample(machine.sample("start"))
         for number, row in enumerate(chosen):
             if number == len(chosen) // 2 and number:
                 on_sample(machine.sample("middle"))
-            found.append(time_row(row, {OURS: ours, **others}, target, settings, held))
+            found.append(time_row(row, {OURS: _ours(row, target, held), **others}, target, settings, held))
             _shares(found[-1], machine)
             on_row(found[-1])
         on_sample(machine.sample("end"))
     for result in found:
         _shares(result, machine)
     return found, machine
+
+
+def _ours(row: Row, target: Target, held: str | None) -> Prepare:
+    if held:
+        return family.ours(held, target)
+    return softmax.ours if row.op == softmax.OP else peers.ours
 
 
 def _shares(result: Result, machine: Machine) -> None:
@@ -129,7 +134,9 @@ def time_row(
 
 def _choice(row: Row, inputs: Inputs, target: Target, held: str | None) -> Result:
     try:
-        return family.choice(row, target, held) if held else peers.choice(row, inputs)
+        if held:
+            return family.choice(row, target, held)
+        return (softmax.choice if row.op == softmax.OP else peers.choice)(row, inputs)
     except Exception as error:  # the call itself will raise it again, and be told as failed
         return {"served_by": "nothing", "reason": peers.reason(error)}
 
@@ -175,7 +182,7 @@ def prepared(
             out = serve(inputs)
             synchronize(device)
             seconds = time.perf_counter() - start
-            verdict, checked = verified(out, inputs.call, _CELLS[row.op][device])
+            verdict, checked = verified(out, inputs.call, _CELLS.get(row.op, {}).get(device, 0))
             for other in more if verdict.ok else ():
                 serve(other)
             synchronize(device)
@@ -216,7 +223,7 @@ def alive(device: str, name: str, where: str) -> None:
         ) from error
 
 
-def verified(out: Any, call: AttentionCall, cells: int) -> tuple[Verdict, str]:
+def verified(out: Any, call: Any, cells: int) -> tuple[Verdict, str]:
     """The op's oracle on whole outputs, or, where that takes too long, on a part of the same outputs.
 
     Of an output of forward that is evenly spread heads, else the op's own sample.
@@ -227,6 +234,8 @@ def verified(out: Any, call: AttentionCall, cells: int) -> tuple[Verdict, str]:
     op = call.problem.op
     calls = ops.get(op).calls()
     given = dict(zip(calls.timed, out if isinstance(out, tuple) else (out,), strict=True))
+    if op == softmax.OP:
+        return calls.check_sample(call, given), "a sample of rows"
     group, planes = call.heads // call.kv_heads, call.kv_heads
     each, units = group * call.seqlen_q * call.seqlen_k, call.batch * planes
     if units * each <= cells or (op == "forward" and units <= 2):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fagen.bench import decode, random_rows
+from fagen.bench import decode, random_rows, softmax
 from fagen.bench.rows import Row, of_problem, row_of_op
 from fagen.errors import UsageError
 from fagen.ops.attention.problem import Problem
@@ -21,6 +21,7 @@ SUITES = {
     "random": "60 problems drawn by --seed, that nobody tuned",
     "small": "a small suite, for a CPU",
     "decode": "with --op decode: a step of a batch on a cache, contiguous, in pages, in fp8",
+    "softmax": "fagen.softmax, along rows from 128 to 1 M and along columns; with --op backward its gradient",
 }
 _CROSS = "cross-512x8192"
 _MASKS = {"full": "none", "causal": "causal"}  # of a row's name: of a problem
@@ -62,6 +63,8 @@ _SHAPE: dict[str, Any] = {"heads": 16, "head_dim": 128}  # of the mask rows
 
 def suite(name: str, target: Target, seed: int = 0, op: str = "forward", *, same_bits: bool = False) -> list[Row]:
     """The rows of a suite for an op. Nobody trains by the cross-attention of `peers`, which backward leaves out."""
+    if name == softmax.OP:
+        return softmax.suite(target, op)
     if (name == "decode") != (op == "decode"):
         raise UsageError(f"suite {name} has no rows of {op}", "suite decode is of op decode, the others are not")
     if op == "decode":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fagen import ops, schema
-from fagen.cli import presets
+from fagen.cli import presets, softmax_arguments
 from fagen.errors import InvalidArgument, MissingTool, UsageError
 from fagen.notices import say
 from fagen.ops.attention import flags
@@ -24,7 +24,7 @@ from fagen.target import ARCHS, Target
 
 # A problem as flags and TOML files spell it: names of settings, most of which take several values.
 SETTINGS = {
-    "op": "forward, backward or decode (default: forward)",
+    "op": "forward, backward, decode or softmax (default: forward)",
     "preset": "models whose layers are meant, llama3-8b,gemma3-4b; with it only op, dtype, lengths and batch",
     "dtype": "fp16, bf16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)",
     "head_dim": "64,128, or 192-128 when q/k and v differ (default: 128)",
@@ -47,6 +47,7 @@ SETTINGS = {
     "batch": "batch size (default: 1)",
     "heads": "heads of q (default: 16)",
     "kv_heads": "heads of k and v (default: as many as of q)",
+    **softmax_arguments.SETTINGS,
 }
 _SWITCHES = ("softcap", "alibi", "dropout", "unaligned", "deterministic", "sinks", "shared_kv")
 _OF_DECODE = ("kv_dtype", "page", "sinks", "shared_kv")
@@ -62,6 +63,11 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
     for name in settings:
         if name not in SETTINGS:
             raise UsageError(f"unknown problem setting {name!r}", f"known: {', '.join(SETTINGS)}")
+    default_dtype = "fp32" if target is not None and not target.is_gpu else "bf16"
+    if settings.get("op") == softmax_arguments.OP:
+        found: Any = softmax_arguments.expand(settings, default_dtype)
+        return found
+    softmax_arguments.refuse(settings)
     if "preset" in settings:
         return _expand_presets(settings, target)
     masks = settings.get("mask")
@@ -74,7 +80,6 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
             raise UsageError(f"{flag} needs mask {needs}", f"the masks are {', '.join(masks)}")
     if "window" in masks and "window" not in settings:
         raise UsageError("mask 'window' needs its width", remedy="add --window LEFT,RIGHT, like --window 1024,0")
-    default_dtype = "fp32" if target is not None and not target.is_gpu else "bf16"
     axes: dict[str, list[Any]] = {
         "op": choices("op", settings.get("op", "forward"), OPS),
         "dtype": choices("dtype", settings.get("dtype", default_dtype), DTYPES),
@@ -207,7 +212,7 @@ def add_problem_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("problem", "lists (a,b,c) multiply; sizes may end in k")
     for name, text in SETTINGS.items():
         flag = "--" + name.replace("_", "-")
-        if name in _SWITCHES:
+        if name in (*_SWITCHES, *softmax_arguments.SWITCHES):
             group.add_argument(flag, action="store_true", default=None, help=text)
         else:
             group.add_argument(flag, metavar="L,R" if name == "window" else "LIST", help=text)

@@ -16,8 +16,10 @@ def all_families() -> tuple[Family, ...]:
         cpu_backward,
         cpu_decode,
         cpu_forward,
+        cpu_softmax,
         simt_backward,
         simt_forward,
+        simt_softmax,
         sm80_backward,
         sm80_decode,
         sm80_forward,
@@ -28,7 +30,8 @@ def all_families() -> tuple[Family, ...]:
     forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY, simt_forward.FAMILY)
     backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY, simt_backward.FAMILY)
     decode = (cpu_decode.FAMILY, sm80_decode.FAMILY)
-    return extensions.with_offered((*forward, *backward, *decode), "FAMILIES")
+    softmax = (cpu_softmax.FAMILY, simt_softmax.FAMILY)
+    return extensions.with_offered((*forward, *backward, *decode, *softmax), "FAMILIES")
 
 
 def get(name: str) -> Family:

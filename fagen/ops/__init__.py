@@ -13,8 +13,9 @@ from fagen.schema import shown
 
 def all_ops() -> tuple[Op, ...]:
     from fagen.ops.attention import backward, decode, forward
+    from fagen.ops.softmax import op as softmax
 
-    return extensions.with_offered((forward.OP, backward.OP, decode.OP), "OPS")
+    return extensions.with_offered((forward.OP, backward.OP, decode.OP, softmax.OP), "OPS")
 
 
 def get(name: str) -> Op:

@@ -418,7 +418,10 @@ def some_legal(family: Family, problem: Problem, where, count: int) -> list[Conf
     return list(found)
 
 
-@pytest.mark.parametrize("family", families.all_families(), ids=lambda family: family.name)
+OF_ATTENTION = [family for family in families.all_families() if family.op != "softmax"]
+
+
+@pytest.mark.parametrize("family", OF_ATTENTION, ids=lambda family: family.name)
 def test_a_cost_model_takes_every_config_of_every_kind_of_problem(family):
     where = next(
         t for t in (host(), known("sm_80"), H200) if family.supports(Problem(dtype=family.dtypes[0]), t) is None

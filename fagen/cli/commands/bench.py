@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen.bench import output
-from fagen.cli import arguments, results
+from fagen.cli import arguments, results, softmax_arguments
 from fagen.errors import INTERRUPTED, UsageError
 from fagen.notices import emit_json, say
 from fagen.ops.attention.parse import choices
@@ -26,6 +26,7 @@ _EXAMPLES = """examples:
   fagen bench --suite peers --op backward          the gradients alone; with --deterministic, the same bits each time
   fagen bench --op decode                          a step of decoding, contiguous, paged and fp8
   fagen bench --suite random --seed 7              60 problems that nobody tuned
+  fagen bench --suite softmax                      fagen.softmax against torch.softmax, eager and compiled
   fagen bench --out new.json --compare old.json    exit code 1 where a row fell by more than the noise
 """
 
@@ -37,7 +38,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument(
         "--suite",
         metavar="S",
-        help="peers, models, masks, random, small, decode, or several (default: peers; small on a CPU; by --op decode)",
+        help="peers, models, masks, random, small, decode, softmax, or several (default: peers; small on a CPU)",
     )
     what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
     arguments.add_problem_flags(parser)
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     target = results.present(args.target)
     chosen = rows_from(args, target)
     _require_op(args, chosen[0].op)
-    names = peers.chosen(args.peers, "cuda" if target.is_gpu else "cpu")
+    names = peers.chosen(args.peers, "cuda" if target.is_gpu else "cpu", chosen[0].op)
     old = compare.read(args.compare) if args.compare else None
     if old:
         compare.require_same(old, target.device, chosen[0].op)
@@ -97,6 +98,10 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
 
     problems = _problems(args, target)
     op = _op(args, problems)
+    if op == softmax_arguments.OP:
+        if args.suite:
+            raise UsageError("--op softmax measures problems of flags", remedy="--suite softmax goes by --op backward")
+        problems = problems or arguments.expand({"op": op}, target)
     same_bits = bool(args.deterministic)
     problems = [rows.as_op(problem, op, same_bits=same_bits) for problem in problems]
     arguments.require_memory(problems, target, int((args.target or "").partition(":")[2] or 0))
@@ -112,6 +117,8 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
     except re.error as error:
         raise UsageError(f"--filter {args.filter!r} is no regular expression", str(error)) from error
     found = list({row.name: row for row in found if wanted.search(row.name)}.values())
+    if len({row.op for row in found}) > 1:
+        raise UsageError("a run measures one op", "suite softmax is another than that of attention's rows")
     if not found:
         raise UsageError("no row is left to measure", f"--filter {args.filter!r} matches none")
     return found
@@ -126,7 +133,11 @@ def _problems(args: argparse.Namespace, target: Target) -> list[Problem]:
 
 def _op(args: argparse.Namespace, problems: list[Problem]) -> str:
     """The one op that is measured: that of --op, else that of the problems."""
-    asked = choices("op", args.op, arguments.OPS) if args.op else sorted({p.op for p in problems}) or ["forward"]
+    asked = (
+        choices("op", args.op, (*arguments.OPS, softmax_arguments.OP))
+        if args.op
+        else sorted({p.op for p in problems}) or ["forward"]
+    )
     if len(asked) != 1:
         raise UsageError(f"a run measures one op, not {' and '.join(asked)}", remedy="give --op one of them")
     if args.deterministic and asked != ["backward"]:

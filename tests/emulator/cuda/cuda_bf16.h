@@ -26,6 +26,8 @@ inline __nv_bfloat16 round_bfloat(float f) {
 
 }  // namespace emulator
 
+inline float __bfloat162float(__nv_bfloat16 x) { return emulator::value<__nv_bfloat16>(x.bits); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return emulator::round_bfloat(x); }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
   return {emulator::round_bfloat(a), emulator::round_bfloat(b)};
 }

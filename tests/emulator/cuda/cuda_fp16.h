@@ -34,6 +34,8 @@ inline __half round_half(float f) {
 
 }  // namespace emulator
 
+inline float __half2float(__half x) { return emulator::value<__half>(x.bits); }
+inline __half __float2half_rn(float x) { return emulator::round_half(x); }
 inline __half2 __floats2half2_rn(float a, float b) { return {emulator::round_half(a), emulator::round_half(b)}; }
 inline float2 __half22float2(__half2 pair) {
   return {emulator::value<__half>(pair.x.bits), emulator::value<__half>(pair.y.bits)};

@@ -1,0 +1,128 @@
+"""The suite `softmax`: rows of a softmax and its gradient, ours as a user calls it, and the peers that PyTorch has."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fagen.bench.peers import Loaded, Serve, launched
+from fagen.bench.rows import Inputs, Row
+from fagen.ops.softmax.problem import SoftmaxProblem
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from fagen.ops.softmax.call import SoftmaxCall
+    from fagen.runtime.kernel import Kernel
+    from fagen.target import Target
+
+OP = "softmax"
+# rows x columns, as users have them: attention's, classes, vocabularies, and rows that no block holds
+_SIZES = (
+    (64, 128), (4096, 128), (32768, 256), (16384, 1024), (4096, 4096), (4096, 8192), (2048, 32000), (1024, 50257),
+    (1024, 128256), (128, 262144), (128, 1 << 20),
+)  # fmt: skip
+_COLUMNS = ((4096, 4096), (64, 262144))  # along them
+_CPU_BYTES = 1 << 30  # of a row that a CPU measures
+
+
+def suite(target: Target, direction: str) -> list[Row]:
+    """Half precision and float32 on a GPU; on a CPU float32."""
+    found = []
+    for dtype in ("bf16", "fp32") if target.is_gpu else ("fp32",):
+        for along, sizes in (("row", _SIZES), ("column", _COLUMNS)):
+            for rows, columns in sizes:
+                problem = SoftmaxProblem(direction=direction, dtype=dtype, along=along, rows=rows, columns=columns)
+                if target.is_gpu or problem.bytes() <= _CPU_BYTES:
+                    series = f"{direction} {dtype} {along}"
+                    found.append(Row(f"{series} {rows}x{columns}", problem, series))
+    return found
+
+
+# ---- ours -----------------------------------------------------------------------------------------------------------
+
+
+def ours(row: Row, inputs: Inputs) -> Serve:
+    """`fagen.softmax` as a user calls it. Of backward the kernel that dispatch picks, without autograd, as the peers
+    are launched; else what PyTorch does instead."""
+    from fagen import softmax_api
+    from fagen.ops.softmax import calls
+
+    call = inputs.call
+    if call.dout is None:
+        function = softmax_api.log_softmax if call.log else softmax_api.softmax
+        return lambda i: function(i.call.x, i.call.axis, i.call.out_dtype)
+    found = _kernel(call)
+    return launched(found) if found else lambda i: calls.by_torch(i.call)
+
+
+def _kernel(call: SoftmaxCall) -> Kernel | None:
+    from fagen.dispatch import resolve
+    from fagen.target import target_of
+
+    target = target_of(call.x.device)
+    return resolve.kernel_for(call.problem, target) if target else None
+
+
+def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
+    """What dispatch picks for the row, and whether a kernel of ours really serves it."""
+    from fagen import explanation
+    from fagen.target import target_of
+
+    target = target_of(inputs.call.x.device)
+    assert target is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said in the result
+        kernel = _kernel(inputs.call)
+    report = explanation.explain_problem(row.problem, target).to_dict()
+    names = ("key", "family", "config", "provenance", "record", "facts")
+    return {name: report[name] for name in names} | {"served_by": "kernel" if kernel is not None else "torch"}
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------
+
+
+def eager(paths: Mapping[str, Path]) -> Loaded:
+    from fagen.ops.softmax import calls
+
+    return Loaded(lambda row, inputs: lambda i: calls.by_torch(i.call), _torch_version())
+
+
+def compiled(paths: Mapping[str, Path]) -> Loaded:
+    """The textbook's formulas through torch.compile, for each row's shape by itself."""
+
+    def prepare(row: Row, inputs: Inputs) -> Serve:
+        import torch
+
+        function: Callable[..., Any] = _backward if inputs.call.dout is not None else _forward
+        call = inputs.call
+        made = torch.compile(
+            functools.partial(function, axis=call.axis, log=call.log, dtype=call.out_dtype),
+            dynamic=False, fullgraph=True,
+        )  # fmt: skip
+        return lambda i: made(*i.call.inputs().values())
+
+    return Loaded(prepare, _torch_version())
+
+
+def _forward(x: torch.Tensor, *, axis: int, log: bool, dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
+    return (torch.log_softmax if log else torch.softmax)(x, axis, dtype=dtype)
+
+
+def _backward(y: torch.Tensor, dout: torch.Tensor, *, axis: int, log: bool, dtype: torch.dtype) -> torch.Tensor:
+    y, dout = y.float(), dout.float()
+    if log:
+        return (dout - y.exp() * dout.sum(axis, keepdim=True)).to(dtype)
+    return (y * (dout - (y * dout).sum(axis, keepdim=True))).to(dtype)
+
+
+def _torch_version() -> str:
+    import torch
+
+    return torch.__version__
