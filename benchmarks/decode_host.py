@@ -1,4 +1,5 @@
-"""Host time of `fagen.flash_attn_with_kvcache` on the CPU, at sizes whose kernel takes next to nothing.
+"""Host time of `fagen.flash_attn_with_kvcache` on the CPU, at sizes whose kernel takes next to nothing: CPU time of the
+thread, so that other work on the machine counts little.
 
 python benchmarks/decode_host.py
 """
@@ -21,10 +22,10 @@ def microseconds(call: Callable[[], object]) -> str:
     call()
     rounds = []
     for _ in range(ROUNDS):
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(CALLS):
             call()
-        rounds.append((time.perf_counter() - start) / CALLS * 1e6)
+        rounds.append((time.thread_time() - start) / CALLS * 1e6)
     return f"median {statistics.median(rounds):6.1f} us, fastest round {min(rounds):6.1f}, slowest {max(rounds):6.1f}"
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.errors import FagenError as FagenError
     from fagen.explanation import explain as explain
     from fagen.ops.attention import masks as masks
+    from fagen.ops.attention.decode_problem import DecodeProblem as DecodeProblem
     from fagen.ops.attention.merge import merge_states as merge_states
     from fagen.ops.attention.problem import Problem as Problem
     from fagen.ops.softmax.problem import SoftmaxProblem as SoftmaxProblem
@@ -44,6 +45,7 @@ _WHERE = {
     "sdpa": "fagen.compat.sdpa",
     "register_torch": "fagen.compat.torch_impl",
     "explain": "fagen.explanation",
+    "DecodeProblem": "fagen.ops.attention.decode_problem",
     "Problem": "fagen.ops.attention.problem",
     "SoftmaxProblem": "fagen.ops.softmax.problem",
     "Target": "fagen.target",

@@ -86,8 +86,10 @@ def _call(
     for name, t in (("q", q), ("k_cache", k), ("v_cache", v)):
         if not isinstance(t, torch.Tensor) or t.dim() < 3:
             _refuse_tensor(name, t)
-    table, index = _int32("page_table", table), _int32("cache_batch_idx", index)
+    table, index = _int32("page_table", table, 2), _int32("cache_batch_idx", index)
     starts = _int32("cu_seqlens_q", starts)
+    if starts is not None and not starts.shape[0]:
+        raise InvalidArgument("cu_seqlens_q is empty", "", "it has one number more than there are sequences")
     batch = q.shape[0] if starts is None else starts.shape[0] - 1
     room = k.shape[1] * (1 if table is None else table.shape[-1])
     most_rows = 0 if starts is None else _most_rows(q, most_rows)
@@ -168,11 +170,13 @@ def _refuse_tensor(name: str, t: Any) -> None:
     raise InvalidArgument(f"{name} has {t.dim()} dimensions", f"its shape is {tuple(t.shape)}")
 
 
-def _int32(name: str, t: torch.Tensor | None) -> torch.Tensor | None:
+def _int32(name: str, t: torch.Tensor | None, dimensions: int = 1) -> torch.Tensor | None:
     """Indices as kernels read them."""
     if t is None:
         return None
     arguments.dense(name, t)
+    if t.dim() != dimensions:
+        raise InvalidArgument(f"{name} has {t.dim()} dimensions, not {dimensions}", f"its shape is {tuple(t.shape)}")
     if t.dtype != torch.int32:
         if t.dtype != torch.int64:
             raise InvalidArgument(f"{name} must be int32", f"it is {t.dtype}")
@@ -222,12 +226,13 @@ class _New:
         if k is None or v is None:
             have = ", ".join(n for n in ("k", "v") if getattr(self, n) is not None) or "neither"
             raise InvalidArgument("k and v are given both, and rotary_cos and rotary_sin with them", f"given: {have}")
+        call.check_arguments()
         call.check_tensors()
         starts = _int32("cu_seqlens_k_new", self.starts)
         self._check(k, v, call, starts)
         counts: torch.Tensor | int = k.shape[1]
         if starts is None:
-            rows = NewRows.padded(call.batch, k.shape[1], k.device)
+            rows = NewRows.padded(k.shape[1], k.device)
         else:
             rows, counts = NewRows.packed(starts, k.shape[0]), starts[1:] - starts[:-1]
         before, positions = call.seqlens_k, rows.behind(call.seqlens_k)
@@ -292,11 +297,11 @@ class _New:
         """Rows of q stand behind the keys that were there; without causal and window all at the first place."""
         first = call.seqlens_k if self.rotary_seqlens is None else self.rotary_seqlens
         if call.cu_seqlens_q is None:
-            rows = NewRows.padded(call.batch, call.seqlen_q, call.q.device)
+            rows = NewRows.padded(call.seqlen_q, call.q.device)
         else:
             rows = NewRows.packed(call.cu_seqlens_q, call.rows)
         if not self.banded:
-            return first[rows.sequence].expand(call.q.shape[:-2])
+            return rows.of(first).expand(call.q.shape[:-2])
         return rows.behind(first)
 
     def _turned(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

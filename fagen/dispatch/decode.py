@@ -18,6 +18,7 @@ from fagen.notices import warn_fallback
 from fagen.ops.attention import decode_checks, decode_reference
 from fagen.ops.attention.arguments import ALIGNMENT
 from fagen.ops.attention.decode_call import EMPTY, DecodeCall
+from fagen.ops.attention.decode_calls import make_params
 from fagen.runtime import decode_ops
 from fagen.runtime.kernel import WORKSPACE_ALIGNMENT
 
@@ -80,8 +81,7 @@ def _prepare(call: DecodeCall, kind: tuple[Any, ...]) -> _Prepared | None:
     if found is None or found.kernel is None:
         return None
     kernel, outputs = found.kernel, call.new_outputs()
-    kernel.calls.require(kernel.spec.problem, call, outputs)
-    params = kernel.calls.params(call, outputs)
+    params = make_params(call, outputs)
     with torch.cuda.device(call.q.device) if call.q.is_cuda else nullcontext():  # a kernel may ask it for its SMs
         need = kernel.library.workspace_bytes(ctypes.byref(params))
     prepared = _Prepared(kernel, params, need, tuple(outputs["out"].shape), tuple(outputs["lse"].shape), epoch)

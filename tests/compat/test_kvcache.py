@@ -218,6 +218,19 @@ def test_lengths_may_be_one_number_or_none() -> None:
     close(fagen.flash_attn_with_kvcache(q, **paged, page_table=table.long(), max_seqlen_k=80), full.double())
 
 
+def test_indices_may_be_views() -> None:
+    """Of every second element: kernels read them as they lie, so they are copied."""
+    cache, q = Cache(LENGTHS, 0), randn(6, 1, HEADS, D)
+    named = cache.arguments()
+    want = fagen.flash_attn_with_kvcache(q, **named)
+    for name in ("cache_seqlens", "cache_batch_idx"):
+        spread = torch.stack([named[name], torch.full((6,), 77, dtype=torch.int32)], dim=1)[:, 0]
+        assert not spread.is_contiguous()
+        assert torch.equal(fagen.flash_attn_with_kvcache(q, **{**named, name: spread}), want)
+    with pytest.raises(InvalidArgument, match="must be contiguous"):
+        torch.ops.fagen.decode(q, cache.k, cache.v, spread, *[None] * 6, -1, -1, 0.0, None, 0, 0, 0)
+
+
 def test_nothing_to_compute() -> None:
     kc = randn(2, 8, KV_HEADS, D)
     out = fagen.flash_attn_with_kvcache(randn(0, 1, HEADS, D), kc, kc, cache_seqlens=int32())
@@ -318,6 +331,8 @@ def test_bad_arguments_are_refused_and_write_nothing() -> None:
         ({"qv": q}, "qv"), ({"cache_leftpad": int32(1)}, "cache_leftpad"), ({"attention_chunk": 4}, "attention_chunk"),
         ({"q_descale": torch.ones(6, 2)}, "q_descale"), ({"block_table": table}, "two names"),
         ({"numerics": "fast"}, "numerics"), ({"numerics": "pinned", "num_splits": 3}, "num_splits"),
+        ({**new, "num_splits": 1 << 30}, "num_splits"), ({"cache_seqlens": torch.tensor(3)}, "0 dimensions"),
+        ({"page_table": table[0]}, "page_table has 1 dimensions"), ({"cu_seqlens_q": int32()}, "cu_seqlens_q is empty"),
         ({"num_splits": -4}, "num_splits=-4"), ({"page_table": table[:, :0]}, "no pages"),
         ({**new, "rotary_cos": cos, "rotary_sin": cos, "rotary_seqlens": torch.ones(6)}, "rotary_seqlens"),
         ({"softcap": -1.0}, "softcap"), ({"window_size": 3}, "window_size"), ({"num_splits": "a"}, "num_splits"),

@@ -155,6 +155,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"page_table": torch.zeros(3, 2, dtype=torch.int32)}, "pages of 70 rows"),
     ({"cache_batch_idx": torch.zeros(2, dtype=torch.int32)}, "cache_batch_idx must be int32 (3,)"),
     ({"most_keys": 71}, "room for 70"),
+    ({"seqlens_k": torch.ones(6, dtype=torch.int32)[::2]}, "seqlens_k must be contiguous"),
     ({"sinks": torch.zeros(2, dtype=torch.bfloat16)}, "sinks must be float32"),
     ({"k_scale": torch.zeros(3)}, "k_scale must be float32 (3, 2)"),
     ({"num_splits": 1 << 30}, "num_splits"),

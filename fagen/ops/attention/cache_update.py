@@ -27,39 +27,49 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class NewRows:
-    """New rows of a batch: the sequence of each, and its number in it. (batch, rows), or packed: (rows)."""
+    """New rows of a batch: the number of each in its sequence, (batch, rows), or packed (rows) with their sequences.
 
-    sequence: torch.Tensor
-    number: torch.Tensor
+    A server appends at every step, so that what is not needed is not computed: `number` is None for one row each.
+    """
+
+    number: torch.Tensor | None
+    sequence: torch.Tensor | None = None
 
     @classmethod
-    def padded(cls, batch: int, rows: int, device: torch.device) -> NewRows:
-        return cls(torch.arange(batch, device=device)[:, None], torch.arange(rows, device=device)[None])
+    def padded(cls, rows: int, device: torch.device) -> NewRows:
+        return cls(None if rows == 1 else torch.arange(rows, device=device))
 
     @classmethod
     def packed(cls, starts: torch.Tensor, rows: int) -> NewRows:
         """Of rows one sequence behind the other, the first of each at `starts`. Rows behind the last have no place."""
         row = torch.arange(rows, device=starts.device, dtype=starts.dtype)
         sequence = torch.bucketize(row, starts[1:].contiguous(), right=True).clamp(max=starts.shape[0] - 2)
-        return cls(sequence, torch.where(row < starts[-1], row - starts[sequence], _NOWHERE))
+        return cls(torch.where(row < starts[-1], row - starts[sequence], _NOWHERE), sequence)
+
+    def of(self, t: torch.Tensor) -> torch.Tensor:
+        """Each row's of a tensor (batch, ...)."""
+        return t[:, None] if self.sequence is None else t[self.sequence]
 
     def behind(self, lengths: torch.Tensor) -> torch.Tensor:
         """The position of each row in a sequence that had these lengths before."""
-        return lengths[self.sequence] + self.number
+        return self.of(lengths) if self.number is None else self.of(lengths) + self.number
 
     def places(
         self, positions: torch.Tensor, cache: torch.Tensor, table: torch.Tensor | None, index: torch.Tensor | None
     ) -> Places:
         """A negative entry would count from the end of the cache: it becomes one that torch refuses to write to."""
-        if table is not None:
-            size = cache.shape[1]
-            found = table[self.sequence, torch.div(positions, size, rounding_mode="floor")]
-            rows = positions % size
+        size, none = cache.shape[1], cache.shape[0]
+        if table is None:
+            everyone = torch.arange(none, device=cache.device) if index is None else index
+            found = self.of(everyone[: positions.shape[0]] if self.sequence is None else everyone)
+            found = torch.where((found < 0) | (positions < 0), none, found)
+            return Places(found.long(), positions.long())
+        pages = positions // size
+        if self.sequence is None:
+            found = table.gather(1, pages.long())  # which refuses what lies outside
         else:
-            found = self.sequence.expand(positions.shape) if index is None else index[self.sequence]
-            rows = torch.where(positions < 0, cache.shape[1], positions)
-        pages = torch.where((found < 0) | (positions < 0), cache.shape[0], found).long()
-        return Places(pages.expand(positions.shape), rows.long())
+            found = torch.where(positions < 0, -1, table[self.sequence, pages])
+        return Places(torch.where(found < 0, none, found).long(), (positions % size).long())
 
 
 def rotate(
@@ -82,5 +92,5 @@ def quantized(x: torch.Tensor, scale: torch.Tensor | None, rows: NewRows, dtype:
     """Rows as the cache holds them: over their scale (batch, kv_heads), at most the largest number of fp8."""
     if x.dtype == dtype:
         return x
-    wide = x.float() if scale is None else x.float() / scale[rows.sequence][..., None]
+    wide = x.float() if scale is None else x.float() / rows.of(scale)[..., None]
     return wide.clamp(-_LARGEST_E4M3, _LARGEST_E4M3).to(dtype)

@@ -109,6 +109,10 @@ class DecodeCall:
             arguments.dense(name, t)
             if t.device != self.q.device:
                 raise InvalidArgument(f"{name} is on {t.device}", f"q is on {self.q.device}")
+        for name in ("seqlens_k", "cu_seqlens_q", "cache_batch_idx", "sinks"):  # kernels are told no strides of them
+            t = getattr(self, name)
+            if t is not None and not t.is_contiguous():
+                raise InvalidArgument(f"{name} must be contiguous", f"its strides are {t.stride()}")
         self._check_cache()
         self._check_indices()
         for name in ("k_scale", "v_scale"):
