@@ -254,7 +254,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
 def _default(p: Problem, t: Target) -> Config:
     """The first guess with registers to spare: nobody has looked at its spills for this very problem and GPU."""
     spare = OTHER_REGISTERS + (30 if p.mask == "intervals" else 0) + (30 if p.softcap or p.alibi else 0)
-    spare += (60 if p.dropout else 0) + (0 if p.dtype == "fp32" else 20 if p.aligned else 50)
+    spare += (60 if p.dropout else 0) + (0 if p.dtype == "fp32" else 50)
     guesses = _guesses(p, t)
     roomy = (c for c in guesses if rectangle_registers(p, c) + spare <= register_limit(c))
     return next(roomy, min(guesses, key=lambda c: rectangle_registers(p, c) - register_limit(c)))
