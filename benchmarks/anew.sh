@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What a change of sm90_forward's templates asks of a Hopper card, in pieces of some minutes each:
-#   anew.sh check OUT     tests/gpu, and generated/ verified
+# A change of templates, and new families, on a Hopper card, in pieces of some minutes each:
+#   anew.sh check OUT     tests/gpu, and generated/ verified; check_forward: the older families
 #   anew.sh tune OUT      tuning_db/ tuned for problems/hopper.toml; BUDGET (515s), GPUS=all for all of the machine
 #   anew.sh tune_backward OUT   the same for problems/hopper_backward.toml
 #   anew.sh figures OUT   ${CARD}_peers.json and ${CARD}_masks.json; FA3: the path of FlashAttention 3's library
 # The checkout is changed; OUT gets copies and logs. Each piece ends after SECONDS_AT_MOST (570), with what it has.
 set -u
-piece=${1:?check, tune, tune_backward or figures} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
+piece=${1:?check, check_forward, tune, tune_backward or figures} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
 end=$(( $(date +%s) + ${SECONDS_AT_MOST:-570} ))
 mkdir -p "$out"
 
@@ -18,17 +18,23 @@ part() {  # NAME COMMAND...: as long as there is time; its last lines are shown
 }
 
 case $piece in
-  check)
-    part sm90 "$python" -m pytest -q tests/gpu/test_sm90_forward.py
-    part sm90_backward "$python" -m pytest -q tests/gpu/test_sm90_backward.py
+  check)  # what has changed most since it last ran comes first
+    tests() { part "$1" "$python" -m pytest -q "${@:2}"; }
+    tests sm90_backward tests/gpu/test_sm90_backward.py
+    tests decode tests/gpu/test_sm80_decode.py tests/gpu/test_kvcache_cuda.py
+    tests softmax tests/gpu/test_simt_softmax.py
+    tests simt tests/gpu/test_simt_forward.py tests/gpu/test_simt_backward.py
+    tests gradients tests/gpu/test_gradients_cuda.py
     part generated "$python" -m fagen.cli.generated verify
     cp generated/manifest.json "$out/"
-    part op "$python" -m pytest -q tests/gpu/test_op_cuda.py tests/gpu/test_measure_cuda.py \
-      tests/gpu/test_trust_cuda.py tests/gpu/test_ablation_cuda.py tests/gpu/test_torch_impl_cuda.py
-    part gradients "$python" -m pytest -q tests/gpu/test_gradients_cuda.py
-    part sanitizer "$python" -m pytest -q tests/gpu/test_sanitizer.py
-    part sm80 "$python" -m pytest -q tests/gpu/test_sm80_forward.py
-    part sm80_backward "$python" -m pytest -q tests/gpu/test_sm80_backward.py ;;
+    tests op tests/gpu/test_op_cuda.py tests/gpu/test_measure_cuda.py tests/gpu/test_trust_cuda.py \
+      tests/gpu/test_ablation_cuda.py tests/gpu/test_torch_impl_cuda.py
+    tests sanitizer tests/gpu/test_sanitizer.py ;;
+  check_forward)
+    tests() { part "$1" "$python" -m pytest -q "${@:2}"; }
+    tests sm90 tests/gpu/test_sm90_forward.py
+    tests sm80 tests/gpu/test_sm80_forward.py
+    tests sm80_backward tests/gpu/test_sm80_backward.py ;;
   tune)
     # shellcheck disable=SC2086
     part tune "$python" -m fagen tune --problems benchmarks/problems/hopper.toml --family sm90_forward \

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fagen.bench.peers import Loaded, Serve, launched
 from fagen.bench.rows import Inputs, Row
-from fagen.ops.softmax.problem import SoftmaxProblem
+from fagen.errors import UsageError
+from fagen.ops.softmax.problem import DIRECTIONS, SoftmaxProblem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +33,8 @@ _CPU_BYTES = 1 << 30  # of a row that a CPU measures
 
 def suite(target: Target, direction: str) -> list[Row]:
     """Half precision and float32 on a GPU; on a CPU float32."""
+    if direction not in DIRECTIONS:
+        raise UsageError(f"suite softmax has no rows of {direction}", f"it goes by --op {' or '.join(DIRECTIONS)}")
     found = []
     for dtype in ("bf16", "fp32") if target.is_gpu else ("fp32",):
         for along, sizes in (("row", _SIZES), ("column", _COLUMNS)):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fagen import schema
 from fagen.errors import UsageError
 from fagen.ops.attention.parse import choices, sizes
-from fagen.ops.softmax.problem import ALONG, DIRECTIONS, ITEM_BYTES, SoftmaxProblem
+
+if TYPE_CHECKING:
+    from fagen.ops.softmax.problem import SoftmaxProblem
 
 OP = "softmax"
 SETTINGS = {
@@ -26,6 +28,8 @@ _SHARED = ("op", "dtype", "batch")
 
 def expand(settings: Mapping[str, Any], default_dtype: str) -> list[SoftmaxProblem]:
     """Every problem that the settings describe: lists multiply."""
+    from fagen.ops.softmax.problem import ALONG, DIRECTIONS, ITEM_BYTES, SoftmaxProblem
+
     for name in settings:
         if name not in SETTINGS and name not in _SHARED:
             flag = "--" + name.replace("_", "-")

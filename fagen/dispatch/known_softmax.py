@@ -1,7 +1,7 @@
 """Calls of softmax that came before: what was decided of them, so that the next like them only launches.
 
 Most softmaxes are short, and what is asked of a call takes longer than they do. A call is known by the shape, strides,
-dtype and device of its tensor and by its arguments; it is forgotten when dispatch may choose otherwise.
+dtype and device of its tensors and by its arguments; it is forgotten when dispatch may choose otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from fagen.dispatch import resolve
 from fagen.errors import LaunchError
-from fagen.ops.softmax.call import SoftmaxCall, fold
+from fagen.ops.softmax.call import SoftmaxCall
 from fagen.ops.softmax.calls import Params, params
 from fagen.runtime.kernel import workspace_tensor
 from fagen.target import target_of
@@ -28,37 +28,41 @@ _known: dict[Hashable, KnownCall] = {}
 
 
 def find(x: torch.Tensor, dim: int, dtype: torch.dtype | None, log: bool) -> KnownCall | None:
-    """What serves the call, if one like it came before and nobody but a kernel wants to see this one."""
+    """The same for a call by the user, who may have given anything: None as well where somebody wants to see the op."""
     if type(x) is not torch.Tensor or type(dim) is not int or not (dtype is None or type(dtype) is torch.dtype):
         return None
     if not _is_plain(x):
         return None
-    found = _known.get(_key(x, dim, dtype, log))
+    most = x.dim() or 1
+    return served(x, dim % most, dtype or x.dtype, log, None) if -most <= dim < most else None
+
+
+def served(x: torch.Tensor, dim: int, dtype: torch.dtype, log: bool, dout: torch.Tensor | None) -> KnownCall | None:
+    """What serves valid arguments of the op, if a call like it came before."""
+    found = _known.get(_key(x, dim, dtype, log, dout))
     return found if found is not None and found.usable() else None
 
 
-def remember(x: torch.Tensor, dim: int, dtype: torch.dtype | None, log: bool) -> None:
-    """A valid call that was served, if a kernel takes the memory of `x` as it is."""
-    if type(x) is not torch.Tensor or not _is_plain(x) or x.numel() == 0:
+def remember(x: torch.Tensor, dim: int, dout: torch.Tensor | None, call: SoftmaxCall, epoch: object) -> None:
+    """A call that a kernel served, if it took the memory of its tensors as it is; `epoch` was before the choice."""
+    pairs = ((x, call.x), (dout, call.dout))
+    if any(given is not None and read is not None and given.data_ptr() != read.data_ptr() for given, read in pairs):
         return
-    folded, along = fold(x.detach(), dim % max(1, x.dim()))
-    if folded.data_ptr() != x.data_ptr():
-        return
-    call, target, begun = SoftmaxCall(folded, dtype or x.dtype, along, log), target_of(x.device), resolve.epoch()
+    target = target_of(x.device)
     answer = resolve.answer(call.problem, target) if target is not None else None
     if answer is None or not answer.known or answer.kernel is None:
         return
     if len(_known) >= _MOST:
         _known.clear()
-    _known[_key(x, dim, dtype, log)] = KnownCall(answer.kernel, call, x, begun)
+    _known[_key(x, dim, call.out_dtype, call.log, dout)] = KnownCall(answer.kernel, call, x, epoch)
 
 
 def forget() -> None:
     _known.clear()
 
 
-def _key(x: torch.Tensor, dim: int, dtype: torch.dtype | None, log: bool) -> Hashable:
-    return x.shape, x.stride(), x.dtype, x.device, dim, dtype, log
+def _key(x: torch.Tensor, dim: int, dtype: torch.dtype, log: bool, dout: torch.Tensor | None) -> Hashable:
+    return x.shape, x.stride(), x.dtype, x.device, dim, dtype, log, None if dout is None else dout.stride()
 
 
 def _is_plain(x: torch.Tensor) -> bool:
@@ -86,16 +90,18 @@ class KnownCall:
     def usable(self) -> bool:
         return self.epoch is resolve.epoch() and (self.index is None or self.index == torch.cuda.current_device())
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, dout: torch.Tensor | None = None) -> torch.Tensor:
         shape, dtype, device = self.shape, self.dtype, self.device
         out = torch.empty_like(x) if self.alike else torch.empty(shape, dtype=dtype, device=device)
         filled: Any = Params.from_buffer_copy(self.template)
         filled.x.data, filled.out.data = x.data_ptr(), out.data_ptr()
+        if dout is not None:
+            filled.dout.data = dout.data_ptr()
         if self.workspace_bytes:
-            _memory, filled.workspace = workspace_tensor(self.workspace_bytes, self.device)
-        stream = None if self.index is None else torch.cuda.current_stream(self.device).cuda_stream
+            _memory, filled.workspace = workspace_tensor(self.workspace_bytes, device)
+        stream = None if self.index is None else torch.cuda.current_stream(device).cuda_stream
         status = self.launch(ctypes.byref(filled), stream)
         if status != 0:
             text = (self.kernel.library.error(status) or b"unknown").decode(errors="replace")
-            raise LaunchError(f"{self.kernel.spec.family.name} could not run: {text}", f"{tuple(self.shape)}")
+            raise LaunchError(f"{self.kernel.spec.family.name} could not run: {text}", f"{tuple(shape)}")
         return out

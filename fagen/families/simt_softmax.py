@@ -3,7 +3,7 @@
 A team of threads has a line: a row, in vectors that lie at multiples of their size wherever the row begins, or a
 column, beside others so that loads are coalesced. On Hopper a cluster of blocks may share a row. Elements that a thread
 holds between the reduction and the output are read once; the rest of a longer line is read again, so that each scheme
-is right at every length. Not run on a GPU yet.
+is right at every length. Not run on a GPU yet: it serves no calls.
 """
 
 from __future__ import annotations
@@ -197,4 +197,5 @@ FAMILY = Family(
     flags=lambda t: (f"-gencode=arch=compute_{t.capability},code=sm_{t.capability}", *FLAGS),
     context=_context,
     first_configs=_first,
+    serves_calls=lambda p: False,
 )

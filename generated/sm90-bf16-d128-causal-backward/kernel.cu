@@ -2685,7 +2685,8 @@ struct Helper {
   }
 
   __device__ __forceinline__ void prepare(uint32_t section, uint32_t first, uint32_t end) const {
-    if (section >= Sections::kPlaces) wait(sections.rounded(section - Sections::kPlaces), sections.helpers);
+    if (section >= Sections::kPlaces && !launch.one_key_tile)
+      wait(sections.rounded(section - Sections::kPlaces), sections.helpers);
     for (uint32_t tile = first; tile < end; ++tile) prepare_rows<C, Element, L::kThreads>(p, launch, tile);
     count(sections.prepared(section));
   }

@@ -42,8 +42,8 @@ def test_help_lists_every_verb():
 
 @pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in main.VERBS)], ids=" ".join)
 def test_help_is_quick_since_it_imports_little(words):
-    """Modules are counted, not seconds: 80 for the verbs' list, 140 for a verb."""
-    most = 80 if len(words) == 1 else 140
+    """Modules are counted, not seconds: 80 for the verbs' list, 150 for a verb."""
+    most = 80 if len(words) == 1 else 150
     program = (
         "import sys\nbefore = len(sys.modules)\nfrom fagen.cli.main import main\n"
         f"try: code = main({words!r})\nexcept SystemExit as end: code = end.code\n"
@@ -65,7 +65,7 @@ def test_help_is_quick_since_it_imports_little(words):
         (["cache", "empty"], "empty"),
         (["explain", "--head-dim", "64", "--frobnicate"], "--frobnicate"),
         (["explain", "--target", "cpu", "--head-dim", "0"], "head_dim=0"),
-        (["explain", "--target", "cpu", "--head-dim", "300"], "head_dim=300"),
+        (["explain", "--target", "cpu", "--head-dim", "1100"], "head_dim=1100"),
         (["explain", "--target", "cpu", "--heads", "6", "--kv-heads", "4"], "heads=6 kv_heads=4"),
         (["explain", "--target", "sm_12"], "sm_80"),
         (["explain", "--target", "gpu:x"], "gpu:0"),

@@ -191,7 +191,7 @@ def test_another_mask_is_wrong(old: str, new: str, folder: Path) -> None:
 
 def test_every_family_serves_dropout() -> None:
     told = {}
-    for family in (family for family in all_families() if family.op != "softmax"):
+    for family in (family for family in all_families() if family.op in ("forward", "backward")):
         problem = backward.BackwardProblem if family.op == "backward" else Case("base").problem.__class__
         dtype = "fp32" if family.name.startswith("cpu") else "bf16"
         target = known("cpu" if family.name.startswith("cpu") else "sm_90")

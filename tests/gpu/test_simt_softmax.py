@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import fagen
-from fagen import target
+from fagen import families, target
 from fagen.codegen.spec import KernelSpec
+from fagen.dispatch import resolve
 from fagen.families import simt_softmax
 from fagen.ops.softmax import calls
 from fagen.ops.softmax.problem import SoftmaxProblem
@@ -65,6 +67,18 @@ def test_rows_that_are_not_finite(index: int) -> None:
         check_rows(made.spec.problem, made.launch, length, device="cuda")
 
 
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls go to the family, also as long as it serves none; and not to PyTorch."""
+    monkeypatch.setattr(families, "serving", families.candidates)
+    monkeypatch.setattr("fagen.softmax_api.by_torch", lambda call: pytest.fail("PyTorch served the call"))
+    resolve.forget()
+    yield
+    monkeypatch.undo()
+    resolve.forget()
+
+
+@pytest.mark.usefixtures("served")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "dim"), [((64, 128), -1), ((3, 50_257), 1), ((2, 300_000), -1), ((9, 500, 70), 1)])
 def test_the_op(dtype: torch.dtype, shape: tuple[int, ...], dim: int) -> None:
@@ -80,6 +94,7 @@ def test_the_op(dtype: torch.dtype, shape: tuple[int, ...], dim: int) -> None:
         assert (gradients[0] - gradients[1]).abs().max() <= 4 * bound * size + 1e-6
 
 
+@pytest.mark.usefixtures("served")
 def test_one_row_of_16_m_elements() -> None:
     x = torch.randn(1, 1 << 24, device="cuda")
     made = calls.inputs(SoftmaxProblem(rows=1, columns=1 << 24), "cuda", 0, False)
@@ -89,6 +104,7 @@ def test_one_row_of_16_m_elements() -> None:
     assert abs(float(fagen.softmax(x).double().sum()) - 1) < 1e-5
 
 
+@pytest.mark.usefixtures("served")
 def test_in_a_cuda_graph() -> None:
     x = torch.randn(100, 3000, device="cuda")
     with torch.no_grad():
@@ -102,6 +118,7 @@ def test_in_a_cuda_graph() -> None:
         torch.testing.assert_close(out, torch.softmax(x, -1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("served")
 def test_in_a_compiled_graph() -> None:
     x = torch.randn(8, 500, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     whole = torch.compile(lambda t: fagen.softmax(t * 2, -1, torch.float32).square().sum(), fullgraph=True)

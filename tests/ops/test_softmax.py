@@ -182,6 +182,26 @@ def test_a_call_like_one_before_only_launches(monkeypatch: pytest.MonkeyPatch) -
     assert known_softmax.find(x, -1, None, False) is None
 
 
+def test_gradients_like_some_before_only_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradient(x: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(fagen.softmax(x), x, dout)[0]
+
+    known_softmax.forget()
+    gradient(torch.randn(7, 30), torch.randn(7, 30))
+    asked: list[SoftmaxProblem] = []
+    kernel_for = resolve.kernel_for
+    monkeypatch.setattr(resolve, "kernel_for", lambda p, where: asked.append(p) or kernel_for(p, where))
+    x, dout = torch.randn(7, 30), torch.randn(7, 30)
+    ours = gradient(x, dout)
+    assert not asked
+    turned = gradient(x, dout.T.contiguous().T)
+    assert [p.direction for p in asked] == ["backward"], "a gradient of other strides asks again"
+    y = torch.softmax(x, -1)
+    for made in (ours, turned):
+        torch.testing.assert_close(made, y * (dout - (y * dout).sum(-1, keepdim=True)), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_opcheck() -> None:
     x = torch.randn(3, 7)

@@ -38,5 +38,3 @@ inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
   const float2 x = __bfloat1622float2(a), y = __bfloat1622float2(b);
   return __floats2bfloat162_rn(x.x * y.x, x.y * y.y);
 }
-inline float __bfloat162float(__nv_bfloat16 x) { return emulator::value<__nv_bfloat16>(x.bits); }
-inline __nv_bfloat16 __float2bfloat16_rn(float x) { return emulator::round_bfloat(x); }

@@ -44,5 +44,3 @@ inline __half2 __hmul2(__half2 a, __half2 b) {
   const float2 x = __half22float2(a), y = __half22float2(b);
   return __floats2half2_rn(x.x * y.x, x.y * y.y);
 }
-inline float __half2float(__half x) { return emulator::value<__half>(x.bits); }
-inline __half __float2half_rn(float x) { return emulator::round_half(x); }

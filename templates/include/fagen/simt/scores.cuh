@@ -7,30 +7,28 @@
 
 namespace fagen {
 
-// Softcap and ALiBi in float32. With either, scores are turned to base-2 logarithms here, and the softmax's own scale
-// is 1.
+// Softcap and ALiBi in float32. With either, scores are scaled here, and the softmax's own scale is 1.
 template <class C>
 struct ExactScoreMod {
   static constexpr bool kActive = C::kSoftcap || C::kAlibi;
-  static constexpr float kLog2e = 1.4426950408889634f;
-  float scale, cap_log2, slope_log2;
+  float scale, softcap, slope;
   int shift;
 
   template <class Params>
   __device__ __forceinline__ ExactScoreMod(const Params& p, int batch, int head) : shift(p.seqlen_k - p.seqlen_q) {
-    scale = C::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e;
-    cap_log2 = p.softcap * kLog2e;
+    scale = C::kSoftcap ? p.scale / p.softcap : p.scale;
+    softcap = p.softcap;
     const float* slopes = static_cast<const float*>(p.alibi_slopes.data);
-    slope_log2 = C::kAlibi ? slopes[batch * p.alibi_slopes.stride[0] + head] * kLog2e : 0.f;
+    slope = C::kAlibi ? slopes[batch * p.alibi_slopes.stride[0] + head] : 0.f;
   }
   template <class Params>
-  static __device__ __forceinline__ float softmax_scale_log2(const Params& p) {
-    return kActive ? 1.f : p.scale * kLog2e;
+  static __device__ __forceinline__ float softmax_scale(const Params& p) {
+    return kActive ? 1.f : p.scale;
   }
   __device__ __forceinline__ float operator()(float score, int m, int key) const {
     score *= scale;
-    if constexpr (C::kSoftcap) score = cap_log2 * tanhf(score);
-    if constexpr (C::kAlibi) score -= slope_log2 * fabsf(float(m + shift - key));
+    if constexpr (C::kSoftcap) score = softcap * tanhf(score);
+    if constexpr (C::kAlibi) score -= slope * fabsf(float(m + shift - key));
     return score;
   }
 };

@@ -1,12 +1,43 @@
 // The state that a thread's rows carry from tile to tile: the online softmax, and a rectangle of O.
 #pragma once
+#include <float.h>
+#include <math.h>
+
 #include "fagen/common/dropout.cuh"
-#include "fagen/common/softmax.cuh"
+#include "fagen/ptx/math.cuh"
 #include "fagen/simt/chunk_stream.cuh"
 #include "fagen/simt/forward/block.cuh"
 #include "fagen/simt/scores.cuh"
 
 namespace fagen {
+
+// The online softmax of kRows rows in float32. The reference is subtracted before the scale: that is exact near it, however
+// large the scores are, and what came before a larger one is brought to it without an error of its own.
+template <int kRows>
+struct ExactSoftmax {
+  static constexpr float kLog2e = 1.4426950408889634f;
+  float reference[kRows], sum[kRows];
+  float scale, scale_log2;
+
+  __device__ __forceinline__ explicit ExactSoftmax(float scale) : scale(scale), scale_log2(scale * kLog2e) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) reference[i] = -FLT_MAX, sum[i] = 0.f;  // finite, so that no tile has to ask
+  }
+  // Raise a row's reference to a maximum; O is multiplied by what is returned, as the sum is here.
+  __device__ __forceinline__ float set_reference(int i, float row_max) {
+    const float next = fmaxf(reference[i], row_max), factor = ptx::ex2((reference[i] - next) * scale_log2);
+    reference[i] = next;
+    sum[i] *= factor;
+    return factor;
+  }
+  __device__ __forceinline__ float exponentiate(float score, int i) const {
+    return ptx::ex2((score - reference[i]) * scale_log2);
+  }
+  // Log-sum-exp of a row, natural, given the whole row's sum.
+  __device__ __forceinline__ float lse(int i, float row_sum) const {
+    return row_sum == 0.f ? -INFINITY : fmaf(reference[i], scale, logf(row_sum));
+  }
+};
 
 // The rows of a thread in the grid over scores: it turns the scores of a tile into weights in shared memory, with a
 // factor for what O has so far.
@@ -19,13 +50,13 @@ struct ScoreRows {
 
   const Block<C, Element>& block;
   Grid grid;
-  OnlineSoftmax<kRows, false> softmax;
+  ExactSoftmax<kRows> softmax;
   ExactScoreMod<C> mod;
   WeightDropout<C> dropout;
 
   __device__ __forceinline__ explicit ScoreRows(const Block<C, Element>& block)
       : block(block),
-        softmax(ExactScoreMod<C>::softmax_scale_log2(block.p)),
+        softmax(ExactScoreMod<C>::softmax_scale(block.p)),
         mod(block.p, block.coord.batch, block.coord.head),
         dropout(block.p, block.coord.batch, block.coord.head) {}
 
@@ -43,13 +74,15 @@ struct ScoreRows {
     const int key = tile * C::kTileN;
     apply_mod<C>(scores, grid, mod, block.first_row, key);
     if (partial) hide_scores<C>(scores, grid, block.mask, block.first_row, key);
-    float factor[kRows];
-    update_max(scores, factor);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+      float tile_max = scores[i][0];
+#pragma unroll
+      for (float score : scores[i]) tile_max = fmaxf(tile_max, score);
+      const float factor = softmax.set_reference(i, Grid::max_over_lanes(tile_max));
 #pragma unroll
       for (float& score : scores[i]) softmax.sum[i] += score = softmax.exponentiate(score, i);
-      if (grid.lane == 0) block.shared[Shape::kFactors + grid.row(i)] = factor[i];
+      if (grid.lane == 0) block.shared[Shape::kFactors + grid.row(i)] = factor;
     }
     dropout.template each<Grid, kKeys>(grid, block.first_row, key, [&](int i, int j, bool kept) {
       if (!kept) scores[i][j] = 0.f;
@@ -60,29 +93,6 @@ struct ScoreRows {
 #pragma unroll
       for (int j = 0; j < kKeys; ++j)
         weights[i * Grid::kRowStep * Shape::kStrideP + j * Grid::kLanes] = scores[i][j];
-  }
-
-  // Raise the references to the rows' maxima. Those that are too large for the exponential's FMA are subtracted from
-  // the scores.
-  __device__ __forceinline__ void update_max(Scores& scores, float (&factor)[kRows]) {
-    float tile_max[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      tile_max[i] = scores[i][0];
-#pragma unroll
-      for (float score : scores[i]) tile_max[i] = fmaxf(tile_max[i], score);
-      tile_max[i] = Grid::max_over_lanes(tile_max[i]);
-    }
-    softmax.set_reference(tile_max, factor);
-    if constexpr (!ExactScoreMod<C>::kActive)
-      while (__any_sync(~0u, softmax.offset_too_large())) {  // once; as a loop it stays out of the common tile's way
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-          for (float& score : scores[i]) score -= softmax.reference[i];
-          softmax.offset[i] = 0.f;
-        }
-      }
   }
 
   // At the end: the LSE, and what O is to be divided by.
