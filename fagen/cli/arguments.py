@@ -17,7 +17,6 @@ from fagen.cli import presets, softmax_arguments
 from fagen.errors import InvalidArgument, MissingTool, UsageError
 from fagen.notices import say
 from fagen.ops.attention import flags
-from fagen.ops.attention.decode_problem import KV_TORCH_DTYPES, PAGES
 from fagen.ops.attention.parse import choices, head_dims, is_number, sizes, split, window
 from fagen.ops.attention.problem import DTYPES, INTERVAL_KINDS, MASKS, Problem
 from fagen.target import ARCHS, Target
@@ -60,6 +59,8 @@ _USABLE = 0.9  # of a device's memory: what runs there besides, and what verifyi
 
 def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Problem]:
     """Every problem that the settings describe: lists multiply."""
+    from fagen.ops.attention.decode_problem import KV_TORCH_DTYPES, PAGES  # which --help does not need
+
     for name in settings:
         if name not in SETTINGS:
             raise UsageError(f"unknown problem setting {name!r}", f"known: {', '.join(SETTINGS)}")

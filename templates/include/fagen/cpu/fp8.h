@@ -8,7 +8,8 @@ struct fp8_t {
   uint8_t bits;
 };
 
-// Bytes in the upper eight bits of lanes: words of four bytes, each in four lanes, shifted. Compilers widen bytes worse.
+// Bytes in the upper eight bits of lanes: words of four bytes, each in four lanes, shifted. Compilers widen bytes
+// worse.
 FAGEN_INLINE uvec load_bytes(const fp8_t* p) {
   const ivec lane = lane_index();
   uvec words{};

@@ -1,5 +1,5 @@
-// How the work is cut: a piece is some rows of a kv head of a sequence against some of its keys. Where a sequence's keys
-// are split, the pieces leave what they found in the workspace, and their sum is made after all of them.
+// How the work is cut: a piece is some rows of a kv head of a sequence against some of its keys. Where a sequence's
+// keys are split, the pieces leave what they found in the workspace, and their sum is made after all of them.
 #pragma once
 #include "fagen/cpu/decode/rows.h"
 #include "fagen/cpu/decode/sequence.h"

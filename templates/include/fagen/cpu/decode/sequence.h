@@ -15,14 +15,14 @@ struct Sequence {
   int left, right;  // the band, -1: unbounded
   bool good;
 
-  Sequence(const fagen_decode_params& p, int64_t index)
-      : index(index), left(p.window_left), right(p.window_right) {
+  Sequence(const fagen_decode_params& p, int64_t index) : index(index), left(p.window_left), right(p.window_right) {
     const int32_t* starts = p.cu_seqlens_q;
     first_row = starts ? bounded(starts[index], p.rows) : index * p.seqlen_q;
     const int64_t end = starts ? bounded(starts[index + 1], p.rows) : first_row + p.seqlen_q;
     rows = bounded(end - first_row, p.seqlen_q);
     keys = bounded(p.seqlens_k[index], p.seqlen_k);
-    good = keys == p.seqlens_k[index] && (!starts || (starts[index] == first_row && starts[index + 1] - first_row == rows));
+    good = keys == p.seqlens_k[index] &&
+           (!starts || (starts[index] == first_row && starts[index + 1] - first_row == rows));
   }
 
   static int bounded(int64_t x, int most) { return x < 0 ? 0 : x > most ? most : int(x); }
