@@ -67,7 +67,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
 _PROBLEMS: dict[str, list[Any]] = {
     "op": [1, "sideways"], "dtype": [[], "fp8"], "mask": [None, "none; code"], "intervals": ["x", "lower1", 0],
     "aligned": [INJECTED, 1, None], "softcap": ["true", 0, 30.0], "alibi": [[], 1],
-    "head_dim": [True, 0, 257, HUGE, "64", 64.0], "head_dim_v": [-1, 257, None],
+    "head_dim": [True, 0, 1025, HUGE, "64", 64.0], "head_dim_v": [-1, 1025, None],
     "batch": [0, -1, True, HUGE, 2**31, 1.0, float("nan"), None], "heads": ["32", 2**31], "kv_heads": [5, HUGE, False],
     "seqlen_q": [2**31, 10**12, float("inf")], "seqlen_k": [-5, 2**31, {}],
     "window_left": [-2, 2**31, None, 0.5], "window_right": ["0", True],

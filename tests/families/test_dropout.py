@@ -52,7 +52,7 @@ def _static(number: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", sample(range(len(cpu_forward.CONFIGS)), every=3))
+@pytest.mark.parametrize("number", sample(range(len(cpu_forward.CONFIGS)), every=6))
 def test_cpu_forward(number: int) -> None:
     k = cpu_forward.build(changes=tuple(cpu_forward.CONFIGS[number].items()), **_static(number))
     for rows, keys in SIZES:
@@ -64,7 +64,7 @@ def test_cpu_forward(number: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", sample(range(len(cpu_backward.CONFIGS)), every=3))
+@pytest.mark.parametrize("number", sample(range(len(cpu_backward.CONFIGS)), every=6))
 def test_cpu_backward(number: int) -> None:
     k = cpu_backward.build(changes=tuple(cpu_backward.CONFIGS[number].items()), **_static(number + 1))
     for rows, keys in SIZES:

@@ -49,7 +49,7 @@ def test_every_scheme(case: Case, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(DIM_CASES, every=2), ids=str)
+@pytest.mark.parametrize("case", sample(DIM_CASES, every=4), ids=str)
 def test_every_head_dim(case: Case, folder: Path) -> None:
     verdict = check(case, folder, 40, 70)
     assert verdict, verdict.message

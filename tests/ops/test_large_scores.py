@@ -17,13 +17,14 @@ from fagen.runtime import kernel
 from fagen.target import host, known
 from tests.support import emulated
 from tests.support.cases import HOPPER, Case, run
+from tests.support.thorough import sample
 
 # one of each way in which scores become weights
 SCHEMES = ("tma", "tma_rescale_each", "base", "overlap", "split_k", "kv_outer", "pairs")
 MAGNITUDES = {"bf16": (3e3, 133120.0, 1e8), "fp16": (3e3,)}  # scores up to 2^50; fp16 itself ends at 65504
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", sample(list(SCHEMES), every=2))
 def test_cuda_kernels(scheme: str, tmp_path: Path) -> None:
     dtype = "fp16" if scheme in ("tma_rescale_each", "pairs") else "bf16"
     for magnitude in MAGNITUDES[dtype]:

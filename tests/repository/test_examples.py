@@ -109,7 +109,7 @@ def test_solve_is_right_on_the_cpu(run, tmp_path):
     assert "faster" in run(tmp_path / "solve" / "solve", "time", 64, 64, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.nvcc
 def test_solve_compiles_for_a_gpu(run, tmp_path):
     """Two kernels in one program: where there is no GPU it cannot run."""
