@@ -66,7 +66,10 @@ def build(text: str, folder: Path, params: abi.Struct = Params) -> Library:
 
 @functools.cache
 def _common(folder: Path) -> Path:
-    """A folder of this emulator and compiler, with what all kernels share: the emulator, loaded, and its headers."""
+    """A folder of this emulator and compiler, with what all kernels share: the emulator, loaded, and its headers.
+
+    A process has one folder: the symbols of a second emulator would be those of the first.
+    """
     files = [path for path in sorted(EMULATOR.rglob("*")) if path.suffix in (".h", ".cpp")]
     facts = [toolchain.compiler_version(toolchain.require_cxx()), *_FLAGS, *(path.read_text() for path in files)]
     folder = folder / hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
