@@ -1802,7 +1802,7 @@ __device__ __forceinline__ void run_q_outer_overlapped(const Block<C, Element>& 
     load_next();
     Scores s_next;
     state.add_values_under_scores(s_acc, block.v_tile(stage), s_next, block.smem, block.first_row, block.k_tile(next),
-                              block.first_key);
+                                  block.first_key);
     modify(s_next, tile, masked);
 #pragma unroll
     for (int s = 0; s < BlockShape<C>::kSlabs; ++s)
@@ -1874,9 +1874,7 @@ __device__ __forceinline__ void run_kv_outer(const Block<C, Element>& block) {
   const int first_tile = block.coord.row_tile * per_block, end_tile = min(first_tile + per_block, grid.row_tiles);
   if (first_tile >= end_tile) return;
   const int64_t head = int64_t(block.coord.batch) * block.p.heads + block.coord.head;
-  const auto stored = [&](int row_tile) {
-    return grid.state + (head * grid.row_tiles + row_tile) * Stored::kFloat4s;
-  };
+  const auto stored = [&](int row_tile) { return grid.state + (head * grid.row_tiles + row_tile) * Stored::kFloat4s; };
   const auto range_of = [&](int first, int end) {
     return TileRange::of<C::kTileN>(block.mask.band, first * C::kTileM, min(end * C::kTileM, block.p.seqlen_q));
   };

@@ -992,8 +992,8 @@ struct ScoreGradient {
 
   // `score` becomes P and `gradient`, which comes in as dP, becomes dS. Where the weight was dropped, dP counts as
   // 0, and so does the P that is left, which is for dV.
-  __device__ __forceinline__ void apply(float& score, float& gradient, const RowStats& row, int m, int key,
-                                        bool hidden, bool kept) const {
+  __device__ __forceinline__ void apply(float& score, float& gradient, const RowStats& row, int m, int key, bool hidden,
+                                        bool kept) const {
     float slope = 1.f, exponent;
     if constexpr (C::kSoftcap) {
       const float capped = ptx::tanh_approx(score * scale);
@@ -1072,8 +1072,7 @@ struct Cells {
           if constexpr (kMasked) {
             if constexpr (kHidesFirst) hidden = column < seen[i].begin;
             if constexpr (kHidesLast) hidden |= column >= seen[i].end;
-            if constexpr (MaskOf<C>::kIntervals)
-              hidden |= (kTransposed ? hidden_rows[i] : hidden_keys[e]).contains(m);
+            if constexpr (MaskOf<C>::kIntervals) hidden |= (kTransposed ? hidden_rows[i] : hidden_keys[e]).contains(m);
           }
           bool kept = true;
           if constexpr (C::kDropout) kept = dropout.kept(score.dropout, i, n, e);
@@ -1606,8 +1605,8 @@ struct KeyBlock {
     const auto b = Operand<TileB>::columns_first(lane, S::kTransposed ? q_tile(stage) : smem, share.cell, 0);
     clear(sums);
     multiply<Element, S::kD / 16>(
-        sums, [&](uint32_t(&f)[4], int s, int d) { a.load(f, s, d); },
-        [&](uint32_t(&f)[4], int n, int d) { b.load(f, n, d); });
+        sums, [&](uint32_t (&f)[4], int s, int d) { a.load(f, s, d); },
+        [&](uint32_t (&f)[4], int n, int d) { b.load(f, n, d); });
   }
 
   // dP = dO V^T, or its transpose.
@@ -1620,13 +1619,13 @@ struct KeyBlock {
     clear(sums);
     multiply<Element, S::kDv / 16>(
         sums,
-        [&](uint32_t(&f)[4], int s, int d) {
+        [&](uint32_t (&f)[4], int s, int d) {
           if constexpr (S::kVInRegisters && S::kTransposed)
             copy_v(f, s, d);
           else
             a.load(f, s, d);
         },
-        [&](uint32_t(&f)[4], int n, int d) {
+        [&](uint32_t (&f)[4], int n, int d) {
           if constexpr (S::kVInRegisters && !S::kTransposed)
             copy_v(f, n, d);
           else
@@ -1647,13 +1646,13 @@ struct KeyBlock {
     const auto b = Operand<TileB>::rows_first(lane, b_tile, 0, share.part * (kColumns / 16));
     multiply<Element, C::kTileM / 16>(
         sums,
-        [&](uint32_t(&f)[4], int s, int step) {
+        [&](uint32_t (&f)[4], int s, int step) {
           if constexpr (S::kTransposed)
             x.operand(f, s, step);
           else
             a.load_transposed(f, step, s);
         },
-        [&](uint32_t(&f)[4], int n, int step) { b.load_transposed(f, step, n); });
+        [&](uint32_t (&f)[4], int n, int step) { b.load_transposed(f, step, n); });
   }
 
   // dQ of a tile of rows += dS K, over this block's keys.
@@ -1668,13 +1667,13 @@ struct KeyBlock {
     clear(sums);
     multiply<Element, C::kTileN / 16>(
         sums,
-        [&](uint32_t(&f)[4], int s, int step) {
+        [&](uint32_t (&f)[4], int s, int step) {
           if constexpr (S::kTransposed)
             a.load_transposed(f, step, s);
           else
             a.load(f, s, step);
         },
-        [&](uint32_t(&f)[4], int n, int step) { b.load_transposed(f, step, n); });
+        [&](uint32_t (&f)[4], int n, int step) { b.load_transposed(f, step, n); });
     const int64_t index = (int64_t(coord.batch) * p.heads + head) * args.row_tiles + tile;
     DqSums::add(args.dq_sum + index * DqSums::kFloats, sums);
   }
@@ -1695,7 +1694,8 @@ struct KeyBlock {
       const WarpCells cells{lane, score, mask, stats(q_stage) + row, tile * C::kTileM + row, first_key() + key};
       cells.template differentiate<kMasked>(s_acc, dp_acc, weights, gradients);
     }
-    if constexpr (!S::kTransposed) weights.template store<typename S::TileS>(lane, weights_tile, share.line, share.cell);
+    if constexpr (!S::kTransposed)
+      weights.template store<typename S::TileS>(lane, weights_tile, share.line, share.cell);
     if constexpr (!S::kTransposed || S::kAddsDq)
       gradients.template store<typename S::TileS>(lane, gradients_tile, share.line, share.cell);
     if constexpr (!S::kTransposed) __syncthreads();
@@ -1762,8 +1762,8 @@ __device__ __forceinline__ void run_key_block(KeyBlock<C, Element>& block) {
 }  // namespace fagen
 
 // ---- fagen/sm80/backward/row_block.cuh -------------------------------------------------------------------
-// dQ in a kernel of its own: a block keeps one tile of rows, and the keys pass by as in forward. S and dP are computed a
-// second time, and nothing is added across blocks: two runs agree in every bit.
+// dQ in a kernel of its own: a block keeps one tile of rows, and the keys pass by as in forward. S and dP are computed
+// a second time, and nothing is added across blocks: two runs agree in every bit.
 
 namespace fagen {
 
@@ -1827,8 +1827,8 @@ struct RowBlock {
     const auto b = Operand<TileB>::columns_first(lane, keys, 0, 0);
     clear(sums);
     multiply<Element, kSteps>(
-        sums, [&](uint32_t(&f)[4], int s, int d) { a.load(f, s, d); },
-        [&](uint32_t(&f)[4], int n, int d) { b.load(f, n, d); });
+        sums, [&](uint32_t (&f)[4], int s, int d) { a.load(f, s, d); },
+        [&](uint32_t (&f)[4], int n, int d) { b.load(f, n, d); });
   }
 
   template <bool kMasked>
@@ -1841,8 +1841,8 @@ struct RowBlock {
     cells.template differentiate<kMasked>(s_acc, dp_acc, weights, gradients);
     const auto b = Operand<typename S::TileK>::rows_first(lane, k_tile(stage), 0, 0);
     multiply<Element, S::kTileN / 16>(
-        dq, [&](uint32_t(&f)[4], int s, int step) { gradients.operand(f, s, step); },
-        [&](uint32_t(&f)[4], int n, int step) { b.load_transposed(f, step, n); });
+        dq, [&](uint32_t (&f)[4], int s, int step) { gradients.operand(f, s, step); },
+        [&](uint32_t (&f)[4], int n, int step) { b.load_transposed(f, step, n); });
   }
 
   __device__ __forceinline__ void store() const {

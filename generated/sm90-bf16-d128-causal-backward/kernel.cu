@@ -464,7 +464,8 @@ __device__ __forceinline__ void bulk_add(float* to, uint32_t from, int bytes) {
 }
 // Copy them instead.
 __device__ __forceinline__ void bulk_store(float* to, uint32_t from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
@@ -562,8 +563,7 @@ __device__ __forceinline__ bool has_bit(const unsigned* counter, unsigned bit) {
   return seen & bit;
 }
 __device__ __forceinline__ void wait_for_bit(const unsigned* counter, unsigned bit) {
-  while (!has_bit(counter, bit)) {
-  }
+  while (!has_bit(counter, bit)) {}
 }
 // Count what this thread has added, and return the count before. What others had counted is visible.
 __device__ __forceinline__ unsigned count(unsigned* counter, unsigned number) {
@@ -1240,8 +1240,9 @@ struct DqShare {
       kOwners == kGroups && (kByRows || (kBySlab ? kAllSlabs % kOwners == 0 : (kOwners - 1) * kOwnSlabs < kAllSlabs));
 
   // warps of a block that add dQ to memory, each for a warpgroup; all consumers are one without them
-  static constexpr int kAdders =
-      C::kDqSink == DqSink::red ? 1 : kByRows ? kOwners : (kAllSlabs + kOwnSlabs - 1) / kOwnSlabs;
+  static constexpr int kAdders = C::kDqSink == DqSink::red ? 1
+                                 : kByRows                 ? kOwners
+                                                           : (kAllSlabs + kOwnSlabs - 1) / kOwnSlabs;
 
   const int group;
   __device__ __forceinline__ int slab(int chunk) const {
@@ -1281,8 +1282,9 @@ struct BackwardLayout {
 
   // Blocks that share a group's heads put all of dK and dV in the place of the tiles.
   static constexpr bool kSplitsGroups =
-      !kSharedOperands<C> && kGroups * kGroupKeys * (C::kHeadDim + C::kHeadDimV) * 4 <=
-                                 kKBytes + kVBytes + C::kQStages * kQBytes + C::kDoutStages * kDoutBytes + C::kDsStages * kDsBytes;
+      !kSharedOperands<C> &&
+      kGroups * kGroupKeys * (C::kHeadDim + C::kHeadDimV) * 4 <=
+          kKBytes + kVBytes + C::kQStages * kQBytes + C::kDoutStages * kDoutBytes + C::kDsStages * kDsBytes;
   static constexpr bool kRoundsDq = C::kDqRounding == DqRounding::last_block;
 
   // Offsets: k, v, the stages of q, of dO and of dS, the owners' parts of dQ, the LSE and delta of each stage of q, the
@@ -1317,8 +1319,9 @@ struct BackwardPipelines {
   Pipeline<1, L::kVBytes> v;
   Pipeline<C::kQStages, L::kQBytes> q;
   Pipeline<C::kDoutStages, L::kDoutBytes> dout;
-  Pipeline<1, L::Dq::kStageBytes> dq;  // of one owner: filled by its four warps, emptied by a warp that adds it to memory
-  uint32_t summed;                     // the owner's barrier: the sum of all blocks is there, in the same place
+  Pipeline<1, L::Dq::kStageBytes>
+      dq;  // of one owner: filled by its four warps, emptied by a warp that adds it to memory
+  uint32_t summed;  // the owner's barrier: the sum of all blocks is there, in the same place
   uint32_t smem;
   int ds_stage = 0;
 
@@ -1358,8 +1361,8 @@ struct BackwardPipelines {
 //
 //   prepare section s + 1  ─  work on the key tiles of section s  ─  round section s - 1
 //
-// A block waits only for what blocks before it do, so none waits for ever. Three sections at most have sums of dQ. Their
-// places are used in turn and stay in L2. A kernel before prepares section 0.
+// A block waits only for what blocks before it do, so none waits for ever. Three sections at most have sums of dQ.
+// Their places are used in turn and stay in L2. A kernel before prepares section 0.
 #include <stdint.h>
 
 
@@ -1375,20 +1378,27 @@ struct Step {
 };
 
 struct Sections {
-  static constexpr uint32_t kPlaces = 3;      // sections that have sums of dQ at a time
+  static constexpr uint32_t kPlaces = 3;  // sections that have sums of dQ at a time
   static constexpr int kHelperTiles = 8;  // row tiles that a block prepares or rounds
 
-  uint32_t count, key_tiles, row_tiles;   // sections; blocks of key tiles, and row tiles, of one: the last may have fewer
+  uint32_t count, key_tiles,
+      row_tiles;  // sections; blocks of key tiles, and row tiles, of one: the last may have fewer
   uint32_t all_key_tiles, all_row_tiles;  // of all heads
-  uint32_t helpers;                       // blocks that prepare a section, and that round it
-  Divisor step, places;                   // blocks of a step; row tiles that have sums of dQ
-  unsigned* counters;                     // prepared, finished, rounded: blocks of each section that have
+  uint32_t helpers;  // blocks that prepare a section, and that round it
+  Divisor step, places;  // blocks of a step; row tiles that have sums of dQ
+  unsigned* counters;  // prepared, finished, rounded: blocks of each section that have
 
   Sections() = default;
   Sections(uint32_t count, uint32_t key_tiles, uint32_t row_tiles, uint32_t all_key_tiles, uint32_t all_row_tiles,
            uint32_t helpers)
-      : count(count), key_tiles(key_tiles), row_tiles(row_tiles), all_key_tiles(all_key_tiles),
-        all_row_tiles(all_row_tiles), helpers(helpers), step(key_tiles + 2 * helpers), places(kPlaces * row_tiles) {}
+      : count(count),
+        key_tiles(key_tiles),
+        row_tiles(row_tiles),
+        all_key_tiles(all_key_tiles),
+        all_row_tiles(all_row_tiles),
+        helpers(helpers),
+        step(key_tiles + 2 * helpers),
+        places(kPlaces * row_tiles) {}
 
   uint32_t blocks() const { return (count + 1) * step.by; }
   uint32_t first_row_tiles() const { return row_tiles < all_row_tiles ? row_tiles : all_row_tiles; }
@@ -1423,9 +1433,9 @@ struct BackwardLaunch {
   float* lse;                // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none;
                              // as S begins with it where accumulators are seeded
   float* delta;              // the same of the sums of dO O - dLSE, negated where dP begins with it
-  float* dq;                 // (batch, heads, row_tiles), tiles of float32 in the order of fragments; of some sections
-  unsigned* turns;           // (batch, heads, row_tiles, kGroups): how many blocks have added their part
-  Sections sections;         // dq_rounding=later_blocks
+  float* dq;  // (batch, heads, row_tiles), tiles of float32 in the order of fragments; of some sections
+  unsigned* turns;  // (batch, heads, row_tiles, kGroups): how many blocks have added their part
+  Sections sections;  // dq_rounding=later_blocks
 };
 
 // The sums of dQ of the `index`-th row tile of all heads.
@@ -1469,11 +1479,11 @@ struct KeyTile {
   static constexpr bool kLastFirst = C::kBlockOrder == BlockOrder::descending;
 
   int tile, kv_head, split, batch, n0;
-  int begin, end;            // row tiles that see any of its keys, by the band
+  int begin, end;  // row tiles that see any of its keys, by the band
   int full_begin, full_end;  // rows that see all of them
   int splits;
   uint32_t section;
-  uint32_t extents;          // intervals: where those of its keys' bounds are; read anew, since registers are few
+  uint32_t extents;  // intervals: where those of its keys' bounds are; read anew, since registers are few
 
   // Orders that put the longest first take the last index of a head first; of key tiles the first is the longest.
   // `index` counts the tiles of all heads in their order, those of splits side by side.
@@ -1595,8 +1605,8 @@ __device__ __forceinline__ void store_dq(const fagen_backward_params& p, const f
   unsigned thread = threadIdx.x;
   ptx::pin(thread);  // nothing of this is computed before the visits: registers are few
   const int m = at.tile * C::kTileM + share.row_chunk(chunk) * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
-  store_rows<Element, kPieces / 2>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8, kPieces, p.scale,
-                                   [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
+  store_rows<Element, kPieces / 2>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8, kPieces,
+                                   p.scale, [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
 }
 
 // The consumer's side: one chunk of its part.
@@ -1660,9 +1670,7 @@ struct DqDrain {
   __device__ __forceinline__ int64_t index(const RowTileVisit& at) const {
     return row_tile_index<C>(p, launch, keys.batch, at.head, at.tile);
   }
-  __device__ __forceinline__ float* tile(const RowTileVisit& at) const {
-    return dq_sums<C>(launch, index(at));
-  }
+  __device__ __forceinline__ float* tile(const RowTileVisit& at) const { return dq_sums<C>(launch, index(at)); }
   __device__ __forceinline__ unsigned* counter(const RowTileVisit& at) const {
     return launch.turns + index(at) * Dq::kGroups + share.group;
   }
@@ -1750,8 +1758,8 @@ struct DqDrain {
 
   __device__ __forceinline__ void run() {
     if (launch.one_key_tile) return;
-    keys.walk(p, [&](const RowTileVisit& at) { add(at); },
-              [&](int head, int t) { skip(RowTileVisit{head, t, false}); });
+    keys.walk(
+        p, [&](const RowTileVisit& at) { add(at); }, [&](int head, int t) { skip(RowTileVisit{head, t, false}); });
     if (count()) round(before);
     if (leads()) ptx::bulk_wait(), count_finished<C>(launch, keys);
   }
@@ -2108,8 +2116,8 @@ __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&der
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = i / 2, e = i % 2, row = m + j * 8 + e;
-      const float x =
-          change.exponent(s[j][i], e ? lse_log2.y : lse_log2.x, row + change.shift - (key + r * 8), derivatives[C::kSoftcap ? j : 0][i]);
+      const float x = change.exponent(s[j][i], e ? lse_log2.y : lse_log2.x, row + change.shift - (key + r * 8),
+                                      derivatives[C::kSoftcap ? j : 0][i]);
       const float weight = ptx::ex2(fminf(x, 0.f));  // a weight is at most 1, however large scores round
       s[j][i] = !kMasked || rows.contains(row, r) ? weight : 0.f;
     }
@@ -2331,8 +2339,7 @@ struct BackwardConsumer {
       ptx::wgmma_fence();
 #pragma unroll
       for (int d = 0; d < C::kHeadDimV / 16; ++d)
-        ptx::wgmma<C::kTileM, false>(dp, v[d], b.at(d / 4 * C::kTileM * kRowBytes + d % 4 * 32),
-                                kSeedsDp<C> || d > 0);
+        ptx::wgmma<C::kTileM, false>(dp, v[d], b.at(d / 4 * C::kTileM * kRowBytes + d % 4 * 32), kSeedsDp<C> || d > 0);
       ptx::wgmma_commit();
     } else {
       start_scores<C::kHeadDimV, kSeedsDp<C>>(dp, pipelines.v.tile(), pipelines.dout.tile());
@@ -2359,8 +2366,8 @@ struct BackwardConsumer {
   // dQ = dS K, a chunk of this group's part
   __device__ __forceinline__ void start_dq(DqPart& dq, int chunk) const {
     const Operand a = Operand::of_rows(pipelines.ds() + share.row_chunk(chunk) * 64 * kRowBytes);
-    const Operand b = Operand::of_columns(pipelines.k.tile() + share.slab(chunk) * C::kTileN * kRowBytes,
-                                          C::kTileN * kRowBytes);
+    const Operand b =
+        Operand::of_columns(pipelines.k.tile() + share.slab(chunk) * C::kTileN * kRowBytes, C::kTileN * kRowBytes);
     pin(dq);
     ptx::wgmma_fence();
 #pragma unroll
@@ -2372,8 +2379,7 @@ struct BackwardConsumer {
   // ---- between products
 
   template <bool kMasked>
-  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const Lse& lse,
-                                               const RowTileVisit& at) {
+  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const Lse& lse, const RowTileVisit& at) {
     const Place place;
     const int key = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + place.row;
     fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
@@ -2450,12 +2456,10 @@ struct BackwardConsumer {
     form_ds(s, dp, derivatives, delta);
     if constexpr (C::kDvStart != DvStart::before_ds) pack_weights(weights, s);
     pack_operand(ds, dp);
-    if constexpr (C::kDvStart == DvStart::after_ds)
-      start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
+    if constexpr (C::kDvStart == DvStart::after_ds) start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last dS
     store_ds(ds);
-    if constexpr (C::kDvStart == DvStart::after_store)
-      start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
+    if constexpr (C::kDvStart == DvStart::after_store) start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     ptx::fence_shared_writes();
     ptx::barrier_sync(kBarrier, L::kGroups * 128);
     if (share.owns())
@@ -2470,7 +2474,8 @@ struct BackwardConsumer {
     if (launch.one_key_tile)
       store_dq<C, Element>(p, dq, share, chunk, keys.batch, at);
     else
-      sink_dq<C>(dq, share, chunk, pipelines, dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
+      sink_dq<C>(dq, share, chunk, pipelines,
+                 dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
   }
   // dV is under way, dS is there: dK, and dQ where this group has a part of it.
   __device__ __forceinline__ void finish(Fragments& ds) {
@@ -2539,15 +2544,19 @@ struct BackwardConsumer {
 
 namespace fagen {
 
-// dQ from float32 in the order of fragments to rows of elements, scaled: a chunk of 64 rows, the `index`-th of all heads.
-// The work of a warpgroup.
+// dQ from float32 in the order of fragments to rows of elements, scaled: a chunk of 64 rows, the `index`-th of all
+// heads. The work of a warpgroup.
 template <class C, class Element>
-__device__ __forceinline__ void round_rows(const fagen_backward_params& p, const BackwardLaunch& launch, int64_t index) {
+__device__ __forceinline__ void round_rows(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                           int64_t index) {
   using Dq = DqShare<C>;
   const int chunks = launch.row_tiles * Dq::kRowChunks, chunk = index % chunks, plane = index / chunks;
   const int thread = threadIdx.x % 128, m = chunk * 64 + thread / 32 * 16 + thread % 32 / 4;
-  const float* from = dq_sums<C>(launch, index / Dq::kRowChunks) + index % Dq::kRowChunks * (64 * C::kHeadDim) + thread * 4;
-  const auto load = [&](int piece) { return __ldcg(reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4))); };
+  const float* from =
+      dq_sums<C>(launch, index / Dq::kRowChunks) + index % Dq::kRowChunks * (64 * C::kHeadDim) + thread * 4;
+  const auto load = [&](int piece) {
+    return __ldcg(reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4)));
+  };
   store_rows<Element, Dq::kChunkPieces / 2>(p.dq, plane / p.heads, plane % p.heads, m, p.seqlen_q, p.head_dim, 0,
                                             Dq::kChunkPieces, p.scale, load);
 }
@@ -2572,14 +2581,16 @@ __device__ __forceinline__ void store_zero_gradients(const fagen_backward_params
     }
   };
   if (p.seqlen_q > 0) clear(p.dq, p.seqlen_q, p.heads, p.head_dim);
-  if (p.seqlen_k > 0) clear(p.dk, p.seqlen_k, p.kv_heads, p.head_dim), clear(p.dv, p.seqlen_k, p.kv_heads, p.head_dim_v);
+  if (p.seqlen_k > 0)
+    clear(p.dk, p.seqlen_k, p.kv_heads, p.head_dim), clear(p.dv, p.seqlen_k, p.kv_heads, p.head_dim_v);
 }
 
 }  // namespace fagen
 
 // ---- fagen/sm90/backward/prologue.cuh --------------------------------------------------------------------
-// Rows are prepared before keys come to them: delta = sum over d of dO O, less dLSE; the LSE in base 2; and the counters of
-// dQ set to zero, or dQ itself. A kernel of its own, a block a row tile, or the work of some blocks of the backward one.
+// Rows are prepared before keys come to them: delta = sum over d of dO O, less dLSE; the LSE in base 2; and the
+// counters of dQ set to zero, or dQ itself. A kernel of its own, a block a row tile, or the work of some blocks of the
+// backward one.
 
 namespace fagen {
 
@@ -2657,7 +2668,8 @@ __device__ __forceinline__ void backward_prologue(const fagen_backward_params& p
   ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
   if (kRoundsLater<C> && blockIdx.x == 0)
-    for (uint32_t i = threadIdx.x; i < 3 * launch.sections.count; i += kPrologueThreads) launch.sections.counters[i] = 0;
+    for (uint32_t i = threadIdx.x; i < 3 * launch.sections.count; i += kPrologueThreads)
+      launch.sections.counters[i] = 0;
   prepare_rows<C, Element, kPrologueThreads>(p, launch, blockIdx.x);
 }
 
@@ -2698,7 +2710,8 @@ struct Helper {
     count(sections.rounded(section));
   }
   __device__ __forceinline__ void run(const Step& step) const {
-    const uint32_t begin = step.section * sections.row_tiles, end = min(begin + sections.row_tiles, sections.all_row_tiles);
+    const uint32_t begin = step.section * sections.row_tiles,
+                   end = min(begin + sections.row_tiles, sections.all_row_tiles);
     const uint32_t first = begin + step.index * Sections::kHelperTiles, last = min(first + Sections::kHelperTiles, end);
     if (step.task == Task::prepare) prepare(step.section, first, last);
     if (step.task == Task::round && !launch.one_key_tile) round(step.section, first, last);
@@ -2751,7 +2764,8 @@ struct BackwardProducer {
   __device__ __forceinline__ void load_dout(const RowTileVisit& at) {
     pipelines.dout.acquire();
     ptx::mbarrier_arrive_expect(pipelines.dout.full(), L::kDoutBytes);
-    load<L::kSlabsV, C::kTileM>(launch.dout, pipelines.dout.tile(), pipelines.dout.full(), at.tile * C::kTileM, at.head);
+    load<L::kSlabsV, C::kTileM>(launch.dout, pipelines.dout.tile(), pipelines.dout.full(), at.tile * C::kTileM,
+                                at.head);
     pipelines.dout.advance();
   }
 
@@ -2901,7 +2915,8 @@ struct SharedConsumer {
 
   // P in place of the scores.
   template <bool kMasked>
-  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowTileVisit& at, const float (&lse_log2)[2]) {
+  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowTileVisit& at,
+                                               const float (&lse_log2)[2]) {
     const int row0 = at.tile * C::kTileM + first_row(), key0 = keys.n0 + group * kKeys + Place().column;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -2913,8 +2928,8 @@ struct SharedConsumer {
         for (int e = 0; e < 2; ++e) {
           float& x = s[j][r * 2 + e];
           const int key = j * 8 + e;
-          const float exponent =
-              change.exponent(x, lse_log2[r], m + change.shift - (key0 + key), derivatives[C::kSoftcap ? j : 0][r * 2 + e]);
+          const float exponent = change.exponent(x, lse_log2[r], m + change.shift - (key0 + key),
+                                                 derivatives[C::kSoftcap ? j : 0][r * 2 + e]);
           x = ptx::ex2(fminf(exponent, 0.f));  // a weight is at most 1, however large scores round
           if (kMasked && (key < begin || key >= end)) x = 0.f;
         }
@@ -2922,7 +2937,7 @@ struct SharedConsumer {
     if constexpr (kMasked && MaskOf<C>::kIntervals) clear_hidden(s, row0);
     if constexpr (C::kDropout)
       mark_dropped<false, kKeys % 32 == 0 && C::kTileN % 32 == 0>(s, change.dropout, row0 - Place().row,
-                                                                 key0 - Place().column);
+                                                                  key0 - Place().column);
   }
   __device__ __forceinline__ void clear_hidden(Scores& s, int row0) const {
 #pragma unroll
@@ -3013,7 +3028,8 @@ struct SharedConsumer {
     ptx::barrier_sync(kBarrier, L::kGroups * 128);
   }
   __device__ __forceinline__ void sink(const DqPart& dq, int chunk, const RowTileVisit& at) {
-    sink_dq<C>(dq, share, chunk, pipelines, dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
+    sink_dq<C>(dq, share, chunk, pipelines,
+               dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
   }
 
   // P and dS are there: dQ, dV and dK. A chunk of dQ leaves while another product is under way.
@@ -3087,9 +3103,11 @@ struct SharedConsumer {
 
   __device__ __forceinline__ void run() {
 #pragma unroll
-    for (int i = 0; i < kDkChunks * C::kTileN / 8 * 4; ++i) dk[i / (C::kTileN / 2)][i / 4 % (C::kTileN / 8)][i % 4] = 0.f;
+    for (int i = 0; i < kDkChunks * C::kTileN / 8 * 4; ++i)
+      dk[i / (C::kTileN / 2)][i / 4 % (C::kTileN / 8)][i % 4] = 0.f;
 #pragma unroll
-    for (int i = 0; i < kDvChunks * C::kTileN / 8 * 4; ++i) dv[i / (C::kTileN / 2)][i / 4 % (C::kTileN / 8)][i % 4] = 0.f;
+    for (int i = 0; i < kDvChunks * C::kTileN / 8 * 4; ++i)
+      dv[i / (C::kTileN / 2)][i / 4 % (C::kTileN / 8)][i % 4] = 0.f;
     pipelines.k.wait();
     pipelines.v.wait();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
@@ -3350,7 +3368,11 @@ static Sections make_sections(const fagen_backward_params& p, int splits) {
   const uint32_t blocks = ceil_div(p.seqlen_k, C::kTileN) * splits;
   const uint32_t row_tiles = ceil_div(p.seqlen_q, C::kTileM) * (p.heads / p.kv_heads);
   const uint32_t helpers = ceil_div(int(at_once * row_tiles), Sections::kHelperTiles);
-  return {ceil_div(int(all), at_once), at_once * blocks, at_once * row_tiles, all * blocks, all * row_tiles,
+  return {ceil_div(int(all), at_once),
+          at_once * blocks,
+          at_once * row_tiles,
+          all * blocks,
+          all * row_tiles,
           ceil_div(int(helpers), splits) * splits};
 }
 
@@ -3362,11 +3384,14 @@ struct BackwardWorkspace {
   BackwardWorkspace(const fagen_backward_params& p, const Sections& sections) {
     const uint64_t tiles = uint64_t(ceil_div(p.seqlen_q, C::kTileM)) * p.heads * p.batch;
     const uint64_t with_sums = kRoundsLater<C> ? sections.row_tiles_with_sums() : tiles;
-    const auto next = [&](uint64_t begin, uint64_t bytes_a_tile) { return align_workspace(begin + tiles * bytes_a_tile); };
+    const auto next = [&](uint64_t begin, uint64_t bytes_a_tile) {
+      return align_workspace(begin + tiles * bytes_a_tile);
+    };
     lse = align_workspace(with_sums * DqShare<C>::kTileFloats * sizeof(float));
     delta = next(lse, C::kTileM * sizeof(float));
     turns = next(delta, C::kTileM * sizeof(float));
-    counters = next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
+    counters =
+        next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
     end = align_workspace(counters + (kRoundsLater<C> ? 3 * sections.count * sizeof(unsigned) : 0));
   }
   void assign(char* workspace, BackwardLaunch& launch) const {

@@ -1430,9 +1430,9 @@ struct VisitBits {
 template <class C>
 struct IntervalKeyWalk {
   const VisitBits* visits;
-  unsigned next;   // index in `visits`
+  unsigned next;  // index in `visits`
   VisitBits bits;  // the present ones: tiles still to visit
-  int key;         // the present tile's first
+  int key;  // the present tile's first
 
   __device__ __forceinline__ IntervalKeyWalk(const VisitBits* visits, unsigned first)
       : visits(visits), next(first), bits{0, 0} {}

@@ -223,9 +223,11 @@ PyObject* answer_into(const Call& c, bool want_lse, Tensor out) {
 }
 
 // The arguments of fagen.attention, in the order in which api.py hands them over.
-#define FAGEN_HANDED(X)                                                                                       \
-  X(q) X(k) X(v) X(layout) X(causal) X(window) X(intervals) X(softcap) X(alibi_slopes) X(scale) X(return_lse) \
-  X(out) X(deterministic)
+#define FAGEN_HANDED(X) \
+  X(q)                  \
+  X(k)                  \
+  X(v)                  \
+  X(layout) X(causal) X(window) X(intervals) X(softcap) X(alibi_slopes) X(scale) X(return_lse) X(out) X(deterministic)
 
 struct Handed {
 #define FAGEN_OBJECT(name) PyObject* name;
@@ -240,8 +242,8 @@ std::string doc_of(const char* name) {
 #undef FAGEN_NAME
 }
 
-// A call of the usual kind; None for everything else, which the caller then handles at leisure. `like_query`: the output
-// lies in memory as q does.
+// A call of the usual kind; None for everything else, which the caller then handles at leisure. `like_query`: the
+// output lies in memory as q does.
 PyObject* fast_call(PyObject* const* args, Py_ssize_t count, bool like_query) {
   HANDLE_TH_ERRORS
   if (count != kHanded) Py_RETURN_NONE;
@@ -371,8 +373,6 @@ TORCH_LIBRARY_IMPL(fagen, Autograd, m) {
   m.impl("forward_out", &fagen::AsOp<fagen::forward_out_autograd>::op);
   m.impl("backward", &fagen::AsOp<fagen::backward_autograd>::op);
 }
-TORCH_LIBRARY_IMPL(fagen, ADInplaceOrView, m) {
-  m.impl("forward_out", &fagen::AsOp<fagen::forward_out_in_place>::op);
-}
+TORCH_LIBRARY_IMPL(fagen, ADInplaceOrView, m) { m.impl("forward_out", &fagen::AsOp<fagen::forward_out_in_place>::op); }
 
 PyMODINIT_FUNC PyInit_kernel() { return PyModule_Create(&fagen::module); }

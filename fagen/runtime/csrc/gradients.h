@@ -42,11 +42,13 @@ void check_saved(const Call& c, const Tensor& out, const Tensor& lse, const Tens
   const std::array<int64_t, 4> like_out = {c.q.size(0), c.q.size(1), c.q.size(2), c.v.size(3)};
   const std::array<int64_t, 3> like_lse = {c.q.size(0), c.q.size(c.head()), c.q.size(c.row())};
   for (const Tensor* t : {&out, &dout}) {
-    const bool fits = t->sizes() == at::IntArrayRef(like_out) && t->dtype() == c.q.dtype() && t->device() == c.q.device();
+    const bool fits =
+        t->sizes() == at::IntArrayRef(like_out) && t->dtype() == c.q.dtype() && t->device() == c.q.device();
     if (!fits) refuse.call("out and its gradient must have the shape, dtype and device of the result", "");
   }
   for (const Tensor* t : {&lse, dlse ? &*dlse : &lse}) {
-    const bool fits = t->sizes() == at::IntArrayRef(like_lse) && t->dtype() == at::kFloat && t->device() == c.q.device();
+    const bool fits =
+        t->sizes() == at::IntArrayRef(like_lse) && t->dtype() == at::kFloat && t->device() == c.q.device();
     if (!fits) refuse.call("lse and its gradient must be float32 (batch, heads, seqlen_q)", "");
   }
 }
@@ -68,8 +70,8 @@ Gradients backward(const Call& c, const Tensor& out, const Tensor& lse, const Te
   if (!entry.launch) return gradients_by_torch(c, out, lse, dout, dlse);
   check_saved(c, out, lse, dout, dlse);
 
-  const bool aligned = c.v.size(3) * c.v.element_size() % kAlignment == 0 && rows_aligned(c.q) && rows_aligned(c.k) &&
-                       rows_aligned(c.v);
+  const bool aligned =
+      c.v.size(3) * c.v.element_size() % kAlignment == 0 && rows_aligned(c.q) && rows_aligned(c.k) && rows_aligned(c.v);
   const Tensor o = readable(out, aligned), from = readable(dout, aligned), sums = lse.contiguous();
   const Tensor of_sums = dlse ? dlse->contiguous() : Tensor();
   Tensor dq = room_like(c.q), dk = room_like(c.k), dv = room_like(c.v);
@@ -108,9 +110,7 @@ bool in_transform() {
   try {
     transforms->checkSupportsCppAutogradFunction();
     return false;
-  } catch (const c10::Error&) {
-    return true;
-  }
+  } catch (const c10::Error&) { return true; }
 }
 
 // Whether every gradient that is wanted is one that a kernel of ours computes.
@@ -134,8 +134,8 @@ struct Attention : torch::autograd::Function<Attention> {
     const auto [out, lse] = call_op(op, c);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({q, k, v, out, lse, c.intervals.value_or(Tensor()), c.alibi_slopes.value_or(Tensor())});
-    ctx->saved_data["flags"] = std::vector<int64_t>{c.bhsd, c.causal, c.window_left, c.window_right, c.scale.has_value(),
-                                                    must_repeat(c)};
+    ctx->saved_data["flags"] =
+        std::vector<int64_t>{c.bhsd, c.causal, c.window_left, c.window_right, c.scale.has_value(), must_repeat(c)};
     ctx->saved_data["numbers"] = std::vector<double>{c.softcap, c.scale.value_or(0)};
     return {out, lse};
   }

@@ -50,8 +50,8 @@ bool shares_no_memory(const Tensor& a, const Tensor& b) {
 // What lies in one buffer, one beside the other, Python looks at more closely.
 void refuse_overlap(const Call& c, const Tensor& out) {
   static const auto look = handle<Overlap>("fagen::refuse_overlap");
-  const bool apart = out.is_non_overlapping_and_dense() &&
-                     c.all_tensors([&out](const Tensor& t) { return shares_no_memory(out, t); });
+  const bool apart =
+      out.is_non_overlapping_and_dense() && c.all_tensors([&out](const Tensor& t) { return shares_no_memory(out, t); });
   if (!apart) call_op(look, c, out);
 }
 

@@ -2,8 +2,9 @@
 //
 // The table is keyed by every fact of a call that validation and dispatch read. A hit is therefore a call that was
 // checked before. A size that is new to known static facts is checked and resolved here, by the plan of those facts:
-// the record nearest to the size decides, as dispatch/choose.py would. Everything else asks Python (op `resolve`), which
-// checks, chooses, builds and loads, and answers with the kernel's functions and with the plan of the static facts.
+// the record nearest to the size decides, as dispatch/choose.py would. Everything else asks Python (op `resolve`),
+// which checks, chooses, builds and loads, and answers with the kernel's functions and with the plan of the static
+// facts.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -35,8 +36,8 @@ constexpr size_t kMaxEntries = 1 << 16;  // then the table starts anew: sizes th
 
 // ---- the arguments of a call ----------------------------------------------------------------------------------------
 
-// The one list of what every op begins with: X(type, name, type in the schema). Call, the schemas, the signatures and the
-// key of the table follow from it. `OpArguments` of ops/attention/call.py is the same list in Python.
+// The one list of what every op begins with: X(type, name, type in the schema). Call, the schemas, the signatures and
+// the key of the table follow from it. `OpArguments` of ops/attention/call.py is the same list in Python.
 #define FAGEN_ARGUMENTS(X)                       \
   X(const Tensor&, q, "Tensor")                  \
   X(const Tensor&, k, "Tensor")                  \
@@ -141,9 +142,9 @@ struct AsOp<kFunction, std::tuple<Each...>> {
 constexpr size_t kTensorWords = 5;
 
 template <class Each>
-constexpr size_t kWordsOf = std::is_same_v<Each, const Tensor&> || std::is_same_v<Each, const MaybeTensor&>
-                                ? kTensorWords
-                                : std::is_same_v<Each, int64_t>;
+constexpr size_t kWordsOf =
+    std::is_same_v<Each, const Tensor&> || std::is_same_v<Each, const MaybeTensor&> ? kTensorWords
+                                                                                    : std::is_same_v<Each, int64_t>;
 template <class All>
 constexpr size_t kWordsOfAll = 0;
 template <class... Each>
@@ -236,7 +237,7 @@ Facts facts_of(const Call& c, const Wanted& wanted) {
   write.flag(out_aligned && rows_aligned(c.q) && rows_aligned(c.k) && rows_aligned(c.v));
   write.flag(wanted.lse);
   write.flag(wanted.gradients);
-  write.flag(c.window_left < 0 && c.window_right < 0);   // no mask
+  write.flag(c.window_left < 0 && c.window_right < 0);  // no mask
   write.flag(c.window_left < 0 && c.window_right == 0);  // causal; else a window
   write.finish();
   return facts;
@@ -356,7 +357,8 @@ Plan plan_of(const int64_t* words, size_t count) {
   return plan;
 }
 
-// ---- sizes ------------------------------------------------------------------------------------------------------------
+// ---- sizes
+// ------------------------------------------------------------------------------------------------------------
 
 Sizes sizes_of(const Call& c) {
   return {c.q.size(0),       c.q.size(c.head()), c.k.size(c.head()), c.q.size(c.row()),

@@ -31,8 +31,7 @@ __device__ __forceinline__ bool has_bit(const unsigned* counter, unsigned bit) {
   return seen & bit;
 }
 __device__ __forceinline__ void wait_for_bit(const unsigned* counter, unsigned bit) {
-  while (!has_bit(counter, bit)) {
-  }
+  while (!has_bit(counter, bit)) {}
 }
 // Count what this thread has added, and return the count before. What others had counted is visible.
 __device__ __forceinline__ unsigned count(unsigned* counter, unsigned number) {

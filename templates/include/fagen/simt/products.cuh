@@ -43,8 +43,8 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kColumns], co
   }
 }
 
-// sums[i][4 q + c] += row i of a times column kQuadStep q + c of b, c = 0 ... 3, kDepth numbers each. Rows of a are kStepA
-// floats apart, rows of b kStepB.
+// sums[i][4 q + c] += row i of a times column kQuadStep q + c of b, c = 0 ... 3, kDepth numbers each. Rows of a are
+// kStepA floats apart, rows of b kStepB.
 template <int kDepth, int kStepA, int kStepB, int kQuadStep, int kRows, int kColumns>
 __device__ __forceinline__ void multiply_columns(float (&sums)[kRows][kColumns], const float* a, const float* b) {
   static_assert(kDepth % 4 == 0 && kColumns % 4 == 0, "loads are of four numbers");

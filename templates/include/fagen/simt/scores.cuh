@@ -71,7 +71,8 @@ __device__ __forceinline__ void hide_scores(float (&scores)[Grid::kRows][kKeys],
   }
 }
 
-// Dropout: the weights of a tile that are kept. Tiles of keys begin at multiples of 32, as the random numbers' blocks do.
+// Dropout: the weights of a tile that are kept. Tiles of keys begin at multiples of 32, as the random numbers' blocks
+// do.
 template <class C, bool kDropout = C::kDropout>
 struct WeightDropout {
   template <class Params>

@@ -18,8 +18,7 @@ struct Matrix {
 
 // One head of a tensor of (batch, row, head, element).
 template <class Element>
-__device__ __forceinline__ Matrix<Element> head_of(const fagen_tensor& t, int batch, int head, int rows,
-                                                   int cols) {
+__device__ __forceinline__ Matrix<Element> head_of(const fagen_tensor& t, int batch, int head, int rows, int cols) {
   return {static_cast<Element*>(t.data) + batch * t.stride[0] + head * t.stride[2], t.stride[1], rows, cols};
 }
 
@@ -48,10 +47,9 @@ struct TileCopy {
     });
   }
   // Load into registers, and store from there.
-  static __device__ __forceinline__ void load(Piece (&held)[kEach], const Matrix<Element>& from, int row,
-                                              int column) {
+  static __device__ __forceinline__ void load(Piece (&held)[kEach], const Matrix<Element>& from, int row, int column) {
     each_piece<kEach>(from, row, column,
-               [&](int i, int, const Element* source, bool there) { held[i] = read(source, there); });
+                      [&](int i, int, const Element* source, bool there) { held[i] = read(source, there); });
   }
   static __device__ __forceinline__ void store(float* to, const Piece (&held)[kEach]) {
     each_piece<kEach>({}, 0, 0, [&](int i, int offset, const Element*, bool) { write(to + offset, held[i]); });
@@ -59,7 +57,7 @@ struct TileCopy {
   // Both at once.
   static __device__ __forceinline__ void copy(float* to, const Matrix<Element>& from, int row, int column) {
     each_piece<4>(from, row, column,
-               [&](int, int offset, const Element* source, bool there) { write(to + offset, read(source, there)); });
+                  [&](int, int offset, const Element* source, bool there) { write(to + offset, read(source, there)); });
   }
 
  private:

@@ -32,8 +32,7 @@ inline void bulk_store(float* to, uint32_t from, int bytes) {
   emulator::Block* block = emulator::now->block;
   if (from % 16 || uintptr_t(to) % 16 || bytes % 16) emulator::fail("a bulk copy is not aligned");
   block->at(from, 16), block->at(from + bytes - 16, 16);
-  emulator::now->sums.open.push_back(
-      [=] { memcpy(to, block->shared.data() + emulator::offset_of(from), bytes); });
+  emulator::now->sums.open.push_back([=] { memcpy(to, block->shared.data() + emulator::offset_of(from), bytes); });
 }
 inline void bulk_commit() {
   emulator::now->sums.commit();

@@ -1,5 +1,5 @@
-// A pass: one gradient, tile by tile of the other side. S and dP are computed anew in each, so that no block adds to what
-// another one computes, and the gradients are the same bits each time.
+// A pass: one gradient, tile by tile of the other side. S and dP are computed anew in each, so that no block adds to
+// what another one computes, and the gradients are the same bits each time.
 #pragma once
 #include <math.h>
 
@@ -9,8 +9,8 @@
 
 namespace fagen {
 
-// A row's logsumexp and delta = sum of dO * O, less the gradient of the logsumexp. Rows that see nothing, and those past
-// the last, have an infinite logsumexp: their weights are 0.
+// A row's logsumexp and delta = sum of dO * O, less the gradient of the logsumexp. Rows that see nothing, and those
+// past the last, have an infinite logsumexp: their weights are 0.
 struct RowStats {
   float lse, delta;
 
@@ -107,7 +107,8 @@ struct Pass {
     RowStats stats[kStats];
 #pragma unroll
     for (int s = 0; s < kStats; ++s)
-      stats[s] = RowStats::of(block.p, block.args.delta, block.batch, walk.head, P::kOwnsKeys ? other_at(s) : own_at(s));
+      stats[s] =
+          RowStats::of(block.p, block.args.delta, block.batch, walk.head, P::kOwnsKeys ? other_at(s) : own_at(s));
     float* cells = block.shared + Shape::kCells + grid.row(0) * Shape::kStrideCells + grid.lane;
 #pragma unroll
     for (int i = 0; i < Grid::kRows; ++i)
@@ -149,7 +150,7 @@ struct Pass {
       if (row >= to.rows) continue;
 #pragma unroll
       for (int q = 0; q < Shape::kQuads; ++q) {
-        const float(&sum)[4 * Shape::kQuads] = sums[i];
+        const float (&sum)[4 * Shape::kQuads] = sums[i];
         const float scaled[4] = {sum[4 * q] * scale, sum[4 * q + 1] * scale, sum[4 * q + 2] * scale,
                                  sum[4 * q + 3] * scale};
         store_columns<P::kAligned>(to.row(row), q * Shape::kQuadStep + 4 * sum_grid.lane, to.cols, scaled);

@@ -8,8 +8,8 @@ namespace fagen {
 
 enum class Gradient { dq, dk, dv };
 
-// A block of a pass owns a tile of the gradient's rows, and visits tiles of the other side: for dQ it owns rows and visits
-// keys, for dK and dV the other way round.
+// A block of a pass owns a tile of the gradient's rows, and visits tiles of the other side: for dQ it owns rows and
+// visits keys, for dK and dV the other way round.
 template <class C, Gradient kGradient>
 struct PassConfig : C {
   static constexpr Gradient kOf = kGradient;
@@ -18,8 +18,8 @@ struct PassConfig : C {
   static constexpr int kTileN = kOwnsKeys ? C::kTileOwn : C::kTileOther;
 };
 
-// Shared memory holds, in floats, the stages and the cells: P or dS of a pair of tiles. A stage holds a chunk of columns
-// of both tiles, for S or dP, or a chunk of whole rows of the other side, for the gradient.
+// Shared memory holds, in floats, the stages and the cells: P or dS of a pair of tiles. A stage holds a chunk of
+// columns of both tiles, for S or dP, or a chunk of whole rows of the other side, for the gradient.
 template <class P>
 struct PassShape {
   static constexpr int kThreads = P::kWarps * 32;

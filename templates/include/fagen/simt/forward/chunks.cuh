@@ -72,7 +72,7 @@ struct KeyChunks {
 };
 
 template <class C, class Element>
-using Chunks = ChunkStream<KeyChunks<C, Element>, C::kStages, ForwardShape<C>::kStageFloats,
-                           KeyChunks<C, Element>::kAsync>;
+using Chunks =
+    ChunkStream<KeyChunks<C, Element>, C::kStages, ForwardShape<C>::kStageFloats, KeyChunks<C, Element>::kAsync>;
 
 }  // namespace fagen

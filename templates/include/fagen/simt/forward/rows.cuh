@@ -11,8 +11,8 @@
 
 namespace fagen {
 
-// The online softmax of kRows rows in float32. The reference is subtracted before the scale: that is exact near it, however
-// large the scores are, and what came before a larger one is brought to it without an error of its own.
+// The online softmax of kRows rows in float32. The reference is subtracted before the scale: that is exact near it,
+// however large the scores are, and what came before a larger one is brought to it without an error of its own.
 template <int kRows>
 struct ExactSoftmax {
   static constexpr float kLog2e = 1.4426950408889634f;
@@ -63,11 +63,12 @@ struct ScoreRows {
   // S = Q K^T of a tile.
   template <class AllChunks>
   __device__ __forceinline__ void multiply(Scores& scores, AllChunks& chunks) const {
-    multiply_all<C::kHeadDim, C::kChunkD>(scores, chunks, [&](Scores& sums, const float* chunk, int column, auto depth) {
-      const float* q = Shape::kQStreamed ? chunk + Shape::kKeyFloats : block.shared + column;
-      multiply_rows<decltype(depth)::value, Grid::kRowStep * Shape::kStrideQ, Grid::kLanes * Shape::kStrideK>(
-          sums, q + grid.row(0) * Shape::kStrideQ, chunk + grid.lane * Shape::kStrideK);
-    });
+    multiply_all<C::kHeadDim, C::kChunkD>(
+        scores, chunks, [&](Scores& sums, const float* chunk, int column, auto depth) {
+          const float* q = Shape::kQStreamed ? chunk + Shape::kKeyFloats : block.shared + column;
+          multiply_rows<decltype(depth)::value, Grid::kRowStep * Shape::kStrideQ, Grid::kLanes * Shape::kStrideK>(
+              sums, q + grid.row(0) * Shape::kStrideQ, chunk + grid.lane * Shape::kStrideK);
+        });
   }
 
   __device__ __forceinline__ void exponentiate(Scores& scores, int tile, bool partial) {
@@ -91,8 +92,7 @@ struct ScoreRows {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < kKeys; ++j)
-        weights[i * Grid::kRowStep * Shape::kStrideP + j * Grid::kLanes] = scores[i][j];
+      for (int j = 0; j < kKeys; ++j) weights[i * Grid::kRowStep * Shape::kStrideP + j * Grid::kLanes] = scores[i][j];
   }
 
   // At the end: the LSE, and what O is to be divided by.
@@ -163,7 +163,7 @@ struct OutputRows {
 #pragma unroll
       for (int q = 0; q < Shape::kQuads; ++q)
         store_columns<C::kAligned>(block.o.row(row), q * Shape::kQuadStep + 4 * grid.lane, block.o.cols,
-                                   reinterpret_cast<const float(&)[4]>(o[i][4 * q]));
+                                   reinterpret_cast<const float (&)[4]>(o[i][4 * q]));
     }
   }
 };

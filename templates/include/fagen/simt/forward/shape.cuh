@@ -5,16 +5,17 @@
 
 namespace fagen {
 
-// Shared memory holds, in floats: q (unless it is loaded anew with every chunk of K), the stages, the weights P, and two
-// numbers a row. A stage holds a chunk of K, kChunkD columns of all keys of a tile, or one of V, kChunkKeys whole rows.
-// Rows that a warp reads side by side are 4 floats longer than a multiple of 32 bytes, so that they lie in other banks.
+// Shared memory holds, in floats: q (unless it is loaded anew with every chunk of K), the stages, the weights P, and
+// two numbers a row. A stage holds a chunk of K, kChunkD columns of all keys of a tile, or one of V, kChunkKeys whole
+// rows. Rows that a warp reads side by side are 4 floats longer than a multiple of 32 bytes, so that they lie in other
+// banks.
 template <class C>
 struct ForwardShape {
   static constexpr int kThreads = C::kWarps * 32;
   using ScoreGrid = ThreadGrid<kThreads, C::kTileM, C::kScoreRows>;    // over rows and keys, for S
   using OutputGrid = ThreadGrid<kThreads, C::kTileM, C::kOutputRows>;  // over rows and columns of v, for O
   static constexpr int kScoreKeys = C::kTileN / ScoreGrid::kLanes;     // keys of a thread
-  static constexpr int kQuadStep = 4 * OutputGrid::kLanes;             // columns from a thread's four to its next four
+  static constexpr int kQuadStep = 4 * OutputGrid::kLanes;  // columns from a thread's four to its next four
   static constexpr int kQuads = (C::kHeadDimV + kQuadStep - 1) / kQuadStep;
 
   static constexpr int kKeyChunks = (C::kHeadDim + C::kChunkD - 1) / C::kChunkD;
@@ -32,7 +33,7 @@ struct ForwardShape {
   static constexpr int kStagesBegin = kQStreamed ? 0 : kQFloats;
   static constexpr int kWeights = kStagesBegin + C::kStages * kStageFloats;
   static constexpr int kFactors = kWeights + C::kTileM * kStrideP;  // a row's factor of its O so far
-  static constexpr int kSums = kFactors + C::kTileM;     // at the end: of its weights
+  static constexpr int kSums = kFactors + C::kTileM;  // at the end: of its weights
   static constexpr int kSmemBytes = 4 * (kSums + C::kTileM);
 
   static_assert(C::kTileN % ScoreGrid::kLanes == 0 && C::kTileN % 32 == 0, "threads share the keys evenly");
@@ -42,10 +43,10 @@ struct ForwardShape {
 
 // Computed once on the host for a launch.
 struct GridArgs {
-  int row_tiles;      // per head
+  int row_tiles;  // per head
   int key_tiles;
   int heads_at_once;  // sectioned order
-  Extent* extents;    // intervals: of each key tile
+  Extent* extents;  // intervals: of each key tile
 };
 
 }  // namespace fagen

@@ -35,8 +35,8 @@ struct ScoreGradient {
 
   // `score` becomes P and `gradient`, which comes in as dP, becomes dS. Where the weight was dropped, dP counts as
   // 0, and so does the P that is left, which is for dV.
-  __device__ __forceinline__ void apply(float& score, float& gradient, const RowStats& row, int m, int key,
-                                        bool hidden, bool kept) const {
+  __device__ __forceinline__ void apply(float& score, float& gradient, const RowStats& row, int m, int key, bool hidden,
+                                        bool kept) const {
     float slope = 1.f, exponent;
     if constexpr (C::kSoftcap) {
       const float capped = ptx::tanh_approx(score * scale);
@@ -115,8 +115,7 @@ struct Cells {
           if constexpr (kMasked) {
             if constexpr (kHidesFirst) hidden = column < seen[i].begin;
             if constexpr (kHidesLast) hidden |= column >= seen[i].end;
-            if constexpr (MaskOf<C>::kIntervals)
-              hidden |= (kTransposed ? hidden_rows[i] : hidden_keys[e]).contains(m);
+            if constexpr (MaskOf<C>::kIntervals) hidden |= (kTransposed ? hidden_rows[i] : hidden_keys[e]).contains(m);
           }
           bool kept = true;
           if constexpr (C::kDropout) kept = dropout.kept(score.dropout, i, n, e);

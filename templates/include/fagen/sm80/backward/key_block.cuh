@@ -127,8 +127,8 @@ struct KeyBlock {
     const auto b = Operand<TileB>::columns_first(lane, S::kTransposed ? q_tile(stage) : smem, share.cell, 0);
     clear(sums);
     multiply<Element, S::kD / 16>(
-        sums, [&](uint32_t(&f)[4], int s, int d) { a.load(f, s, d); },
-        [&](uint32_t(&f)[4], int n, int d) { b.load(f, n, d); });
+        sums, [&](uint32_t (&f)[4], int s, int d) { a.load(f, s, d); },
+        [&](uint32_t (&f)[4], int n, int d) { b.load(f, n, d); });
   }
 
   // dP = dO V^T, or its transpose.
@@ -141,13 +141,13 @@ struct KeyBlock {
     clear(sums);
     multiply<Element, S::kDv / 16>(
         sums,
-        [&](uint32_t(&f)[4], int s, int d) {
+        [&](uint32_t (&f)[4], int s, int d) {
           if constexpr (S::kVInRegisters && S::kTransposed)
             copy_v(f, s, d);
           else
             a.load(f, s, d);
         },
-        [&](uint32_t(&f)[4], int n, int d) {
+        [&](uint32_t (&f)[4], int n, int d) {
           if constexpr (S::kVInRegisters && !S::kTransposed)
             copy_v(f, n, d);
           else
@@ -168,13 +168,13 @@ struct KeyBlock {
     const auto b = Operand<TileB>::rows_first(lane, b_tile, 0, share.part * (kColumns / 16));
     multiply<Element, C::kTileM / 16>(
         sums,
-        [&](uint32_t(&f)[4], int s, int step) {
+        [&](uint32_t (&f)[4], int s, int step) {
           if constexpr (S::kTransposed)
             x.operand(f, s, step);
           else
             a.load_transposed(f, step, s);
         },
-        [&](uint32_t(&f)[4], int n, int step) { b.load_transposed(f, step, n); });
+        [&](uint32_t (&f)[4], int n, int step) { b.load_transposed(f, step, n); });
   }
 
   // dQ of a tile of rows += dS K, over this block's keys.
@@ -189,13 +189,13 @@ struct KeyBlock {
     clear(sums);
     multiply<Element, C::kTileN / 16>(
         sums,
-        [&](uint32_t(&f)[4], int s, int step) {
+        [&](uint32_t (&f)[4], int s, int step) {
           if constexpr (S::kTransposed)
             a.load_transposed(f, step, s);
           else
             a.load(f, s, step);
         },
-        [&](uint32_t(&f)[4], int n, int step) { b.load_transposed(f, step, n); });
+        [&](uint32_t (&f)[4], int n, int step) { b.load_transposed(f, step, n); });
     const int64_t index = (int64_t(coord.batch) * p.heads + head) * args.row_tiles + tile;
     DqSums::add(args.dq_sum + index * DqSums::kFloats, sums);
   }
@@ -216,7 +216,8 @@ struct KeyBlock {
       const WarpCells cells{lane, score, mask, stats(q_stage) + row, tile * C::kTileM + row, first_key() + key};
       cells.template differentiate<kMasked>(s_acc, dp_acc, weights, gradients);
     }
-    if constexpr (!S::kTransposed) weights.template store<typename S::TileS>(lane, weights_tile, share.line, share.cell);
+    if constexpr (!S::kTransposed)
+      weights.template store<typename S::TileS>(lane, weights_tile, share.line, share.cell);
     if constexpr (!S::kTransposed || S::kAddsDq)
       gradients.template store<typename S::TileS>(lane, gradients_tile, share.line, share.cell);
     if constexpr (!S::kTransposed) __syncthreads();

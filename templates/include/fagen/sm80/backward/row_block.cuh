@@ -1,5 +1,5 @@
-// dQ in a kernel of its own: a block keeps one tile of rows, and the keys pass by as in forward. S and dP are computed a
-// second time, and nothing is added across blocks: two runs agree in every bit.
+// dQ in a kernel of its own: a block keeps one tile of rows, and the keys pass by as in forward. S and dP are computed
+// a second time, and nothing is added across blocks: two runs agree in every bit.
 #pragma once
 #include "fagen/sm80/backward/sums.cuh"
 
@@ -65,8 +65,8 @@ struct RowBlock {
     const auto b = Operand<TileB>::columns_first(lane, keys, 0, 0);
     clear(sums);
     multiply<Element, kSteps>(
-        sums, [&](uint32_t(&f)[4], int s, int d) { a.load(f, s, d); },
-        [&](uint32_t(&f)[4], int n, int d) { b.load(f, n, d); });
+        sums, [&](uint32_t (&f)[4], int s, int d) { a.load(f, s, d); },
+        [&](uint32_t (&f)[4], int n, int d) { b.load(f, n, d); });
   }
 
   template <bool kMasked>
@@ -79,8 +79,8 @@ struct RowBlock {
     cells.template differentiate<kMasked>(s_acc, dp_acc, weights, gradients);
     const auto b = Operand<typename S::TileK>::rows_first(lane, k_tile(stage), 0, 0);
     multiply<Element, S::kTileN / 16>(
-        dq, [&](uint32_t(&f)[4], int s, int step) { gradients.operand(f, s, step); },
-        [&](uint32_t(&f)[4], int n, int step) { b.load_transposed(f, step, n); });
+        dq, [&](uint32_t (&f)[4], int s, int step) { gradients.operand(f, s, step); },
+        [&](uint32_t (&f)[4], int n, int step) { b.load_transposed(f, step, n); });
   }
 
   __device__ __forceinline__ void store() const {

@@ -53,9 +53,7 @@ __device__ __forceinline__ void run_kv_outer(const Block<C, Element>& block) {
   const int first_tile = block.coord.row_tile * per_block, end_tile = min(first_tile + per_block, grid.row_tiles);
   if (first_tile >= end_tile) return;
   const int64_t head = int64_t(block.coord.batch) * block.p.heads + block.coord.head;
-  const auto stored = [&](int row_tile) {
-    return grid.state + (head * grid.row_tiles + row_tile) * Stored::kFloat4s;
-  };
+  const auto stored = [&](int row_tile) { return grid.state + (head * grid.row_tiles + row_tile) * Stored::kFloat4s; };
   const auto range_of = [&](int first, int end) {
     return TileRange::of<C::kTileN>(block.mask.band, first * C::kTileM, min(end * C::kTileM, block.p.seqlen_q));
   };

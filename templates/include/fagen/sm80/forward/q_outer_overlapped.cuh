@@ -66,7 +66,7 @@ __device__ __forceinline__ void run_q_outer_overlapped(const Block<C, Element>& 
     load_next();
     Scores s_next;
     state.add_values_under_scores(s_acc, block.v_tile(stage), s_next, block.smem, block.first_row, block.k_tile(next),
-                              block.first_key);
+                                  block.first_key);
     modify(s_next, tile, masked);
 #pragma unroll
     for (int s = 0; s < BlockShape<C>::kSlabs; ++s)

@@ -65,8 +65,7 @@ struct BackwardConsumer {
       ptx::wgmma_fence();
 #pragma unroll
       for (int d = 0; d < C::kHeadDimV / 16; ++d)
-        ptx::wgmma<C::kTileM, false>(dp, v[d], b.at(d / 4 * C::kTileM * kRowBytes + d % 4 * 32),
-                                kSeedsDp<C> || d > 0);
+        ptx::wgmma<C::kTileM, false>(dp, v[d], b.at(d / 4 * C::kTileM * kRowBytes + d % 4 * 32), kSeedsDp<C> || d > 0);
       ptx::wgmma_commit();
     } else {
       start_scores<C::kHeadDimV, kSeedsDp<C>>(dp, pipelines.v.tile(), pipelines.dout.tile());
@@ -93,8 +92,8 @@ struct BackwardConsumer {
   // dQ = dS K, a chunk of this group's part
   __device__ __forceinline__ void start_dq(DqPart& dq, int chunk) const {
     const Operand a = Operand::of_rows(pipelines.ds() + share.row_chunk(chunk) * 64 * kRowBytes);
-    const Operand b = Operand::of_columns(pipelines.k.tile() + share.slab(chunk) * C::kTileN * kRowBytes,
-                                          C::kTileN * kRowBytes);
+    const Operand b =
+        Operand::of_columns(pipelines.k.tile() + share.slab(chunk) * C::kTileN * kRowBytes, C::kTileN * kRowBytes);
     pin(dq);
     ptx::wgmma_fence();
 #pragma unroll
@@ -106,8 +105,7 @@ struct BackwardConsumer {
   // ---- between products
 
   template <bool kMasked>
-  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const Lse& lse,
-                                               const RowTileVisit& at) {
+  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const Lse& lse, const RowTileVisit& at) {
     const Place place;
     const int key = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + place.row;
     fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
@@ -184,12 +182,10 @@ struct BackwardConsumer {
     form_ds(s, dp, derivatives, delta);
     if constexpr (C::kDvStart != DvStart::before_ds) pack_weights(weights, s);
     pack_operand(ds, dp);
-    if constexpr (C::kDvStart == DvStart::after_ds)
-      start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
+    if constexpr (C::kDvStart == DvStart::after_ds) start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last dS
     store_ds(ds);
-    if constexpr (C::kDvStart == DvStart::after_store)
-      start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
+    if constexpr (C::kDvStart == DvStart::after_store) start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     ptx::fence_shared_writes();
     ptx::barrier_sync(kBarrier, L::kGroups * 128);
     if (share.owns())
@@ -204,7 +200,8 @@ struct BackwardConsumer {
     if (launch.one_key_tile)
       store_dq<C, Element>(p, dq, share, chunk, keys.batch, at);
     else
-      sink_dq<C>(dq, share, chunk, pipelines, dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
+      sink_dq<C>(dq, share, chunk, pipelines,
+                 dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
   }
   // dV is under way, dS is there: dK, and dQ where this group has a part of it.
   __device__ __forceinline__ void finish(Fragments& ds) {

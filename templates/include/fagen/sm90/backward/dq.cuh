@@ -27,8 +27,8 @@ __device__ __forceinline__ void store_dq(const fagen_backward_params& p, const f
   unsigned thread = threadIdx.x;
   ptx::pin(thread);  // nothing of this is computed before the visits: registers are few
   const int m = at.tile * C::kTileM + share.row_chunk(chunk) * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
-  store_rows<Element, kPieces / 2>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8, kPieces, p.scale,
-                                   [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
+  store_rows<Element, kPieces / 2>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8, kPieces,
+                                   p.scale, [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
 }
 
 // The consumer's side: one chunk of its part.
@@ -92,9 +92,7 @@ struct DqDrain {
   __device__ __forceinline__ int64_t index(const RowTileVisit& at) const {
     return row_tile_index<C>(p, launch, keys.batch, at.head, at.tile);
   }
-  __device__ __forceinline__ float* tile(const RowTileVisit& at) const {
-    return dq_sums<C>(launch, index(at));
-  }
+  __device__ __forceinline__ float* tile(const RowTileVisit& at) const { return dq_sums<C>(launch, index(at)); }
   __device__ __forceinline__ unsigned* counter(const RowTileVisit& at) const {
     return launch.turns + index(at) * Dq::kGroups + share.group;
   }
@@ -182,8 +180,8 @@ struct DqDrain {
 
   __device__ __forceinline__ void run() {
     if (launch.one_key_tile) return;
-    keys.walk(p, [&](const RowTileVisit& at) { add(at); },
-              [&](int head, int t) { skip(RowTileVisit{head, t, false}); });
+    keys.walk(
+        p, [&](const RowTileVisit& at) { add(at); }, [&](int head, int t) { skip(RowTileVisit{head, t, false}); });
     if (count()) round(before);
     if (leads()) ptx::bulk_wait(), count_finished<C>(launch, keys);
   }

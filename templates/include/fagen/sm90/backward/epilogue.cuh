@@ -4,15 +4,19 @@
 
 namespace fagen {
 
-// dQ from float32 in the order of fragments to rows of elements, scaled: a chunk of 64 rows, the `index`-th of all heads.
-// The work of a warpgroup.
+// dQ from float32 in the order of fragments to rows of elements, scaled: a chunk of 64 rows, the `index`-th of all
+// heads. The work of a warpgroup.
 template <class C, class Element>
-__device__ __forceinline__ void round_rows(const fagen_backward_params& p, const BackwardLaunch& launch, int64_t index) {
+__device__ __forceinline__ void round_rows(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                           int64_t index) {
   using Dq = DqShare<C>;
   const int chunks = launch.row_tiles * Dq::kRowChunks, chunk = index % chunks, plane = index / chunks;
   const int thread = threadIdx.x % 128, m = chunk * 64 + thread / 32 * 16 + thread % 32 / 4;
-  const float* from = dq_sums<C>(launch, index / Dq::kRowChunks) + index % Dq::kRowChunks * (64 * C::kHeadDim) + thread * 4;
-  const auto load = [&](int piece) { return __ldcg(reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4))); };
+  const float* from =
+      dq_sums<C>(launch, index / Dq::kRowChunks) + index % Dq::kRowChunks * (64 * C::kHeadDim) + thread * 4;
+  const auto load = [&](int piece) {
+    return __ldcg(reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4)));
+  };
   store_rows<Element, Dq::kChunkPieces / 2>(p.dq, plane / p.heads, plane % p.heads, m, p.seqlen_q, p.head_dim, 0,
                                             Dq::kChunkPieces, p.scale, load);
 }
@@ -37,7 +41,8 @@ __device__ __forceinline__ void store_zero_gradients(const fagen_backward_params
     }
   };
   if (p.seqlen_q > 0) clear(p.dq, p.seqlen_q, p.heads, p.head_dim);
-  if (p.seqlen_k > 0) clear(p.dk, p.seqlen_k, p.kv_heads, p.head_dim), clear(p.dv, p.seqlen_k, p.kv_heads, p.head_dim_v);
+  if (p.seqlen_k > 0)
+    clear(p.dk, p.seqlen_k, p.kv_heads, p.head_dim), clear(p.dv, p.seqlen_k, p.kv_heads, p.head_dim_v);
 }
 
 }  // namespace fagen

@@ -38,7 +38,8 @@ struct Helper {
     count(sections.rounded(section));
   }
   __device__ __forceinline__ void run(const Step& step) const {
-    const uint32_t begin = step.section * sections.row_tiles, end = min(begin + sections.row_tiles, sections.all_row_tiles);
+    const uint32_t begin = step.section * sections.row_tiles,
+                   end = min(begin + sections.row_tiles, sections.all_row_tiles);
     const uint32_t first = begin + step.index * Sections::kHelperTiles, last = min(first + Sections::kHelperTiles, end);
     if (step.task == Task::prepare) prepare(step.section, first, last);
     if (step.task == Task::round && !launch.one_key_tile) round(step.section, first, last);

@@ -47,7 +47,11 @@ static Sections make_sections(const fagen_backward_params& p, int splits) {
   const uint32_t blocks = ceil_div(p.seqlen_k, C::kTileN) * splits;
   const uint32_t row_tiles = ceil_div(p.seqlen_q, C::kTileM) * (p.heads / p.kv_heads);
   const uint32_t helpers = ceil_div(int(at_once * row_tiles), Sections::kHelperTiles);
-  return {ceil_div(int(all), at_once), at_once * blocks, at_once * row_tiles, all * blocks, all * row_tiles,
+  return {ceil_div(int(all), at_once),
+          at_once * blocks,
+          at_once * row_tiles,
+          all * blocks,
+          all * row_tiles,
           ceil_div(int(helpers), splits) * splits};
 }
 
@@ -59,11 +63,14 @@ struct BackwardWorkspace {
   BackwardWorkspace(const fagen_backward_params& p, const Sections& sections) {
     const uint64_t tiles = uint64_t(ceil_div(p.seqlen_q, C::kTileM)) * p.heads * p.batch;
     const uint64_t with_sums = kRoundsLater<C> ? sections.row_tiles_with_sums() : tiles;
-    const auto next = [&](uint64_t begin, uint64_t bytes_a_tile) { return align_workspace(begin + tiles * bytes_a_tile); };
+    const auto next = [&](uint64_t begin, uint64_t bytes_a_tile) {
+      return align_workspace(begin + tiles * bytes_a_tile);
+    };
     lse = align_workspace(with_sums * DqShare<C>::kTileFloats * sizeof(float));
     delta = next(lse, C::kTileM * sizeof(float));
     turns = next(delta, C::kTileM * sizeof(float));
-    counters = next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
+    counters =
+        next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
     end = align_workspace(counters + (kRoundsLater<C> ? 3 * sections.count * sizeof(unsigned) : 0));
   }
   void assign(char* workspace, BackwardLaunch& launch) const {

@@ -38,8 +38,9 @@ struct DqShare {
       kOwners == kGroups && (kByRows || (kBySlab ? kAllSlabs % kOwners == 0 : (kOwners - 1) * kOwnSlabs < kAllSlabs));
 
   // warps of a block that add dQ to memory, each for a warpgroup; all consumers are one without them
-  static constexpr int kAdders =
-      C::kDqSink == DqSink::red ? 1 : kByRows ? kOwners : (kAllSlabs + kOwnSlabs - 1) / kOwnSlabs;
+  static constexpr int kAdders = C::kDqSink == DqSink::red ? 1
+                                 : kByRows                 ? kOwners
+                                                           : (kAllSlabs + kOwnSlabs - 1) / kOwnSlabs;
 
   const int group;
   __device__ __forceinline__ int slab(int chunk) const {
@@ -79,8 +80,9 @@ struct BackwardLayout {
 
   // Blocks that share a group's heads put all of dK and dV in the place of the tiles.
   static constexpr bool kSplitsGroups =
-      !kSharedOperands<C> && kGroups * kGroupKeys * (C::kHeadDim + C::kHeadDimV) * 4 <=
-                                 kKBytes + kVBytes + C::kQStages * kQBytes + C::kDoutStages * kDoutBytes + C::kDsStages * kDsBytes;
+      !kSharedOperands<C> &&
+      kGroups * kGroupKeys * (C::kHeadDim + C::kHeadDimV) * 4 <=
+          kKBytes + kVBytes + C::kQStages * kQBytes + C::kDoutStages * kDoutBytes + C::kDsStages * kDsBytes;
   static constexpr bool kRoundsDq = C::kDqRounding == DqRounding::last_block;
 
   // Offsets: k, v, the stages of q, of dO and of dS, the owners' parts of dQ, the LSE and delta of each stage of q, the
@@ -115,8 +117,9 @@ struct BackwardPipelines {
   Pipeline<1, L::kVBytes> v;
   Pipeline<C::kQStages, L::kQBytes> q;
   Pipeline<C::kDoutStages, L::kDoutBytes> dout;
-  Pipeline<1, L::Dq::kStageBytes> dq;  // of one owner: filled by its four warps, emptied by a warp that adds it to memory
-  uint32_t summed;                     // the owner's barrier: the sum of all blocks is there, in the same place
+  Pipeline<1, L::Dq::kStageBytes>
+      dq;  // of one owner: filled by its four warps, emptied by a warp that adds it to memory
+  uint32_t summed;  // the owner's barrier: the sum of all blocks is there, in the same place
   uint32_t smem;
   int ds_stage = 0;
 

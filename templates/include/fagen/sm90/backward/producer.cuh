@@ -43,7 +43,8 @@ struct BackwardProducer {
   __device__ __forceinline__ void load_dout(const RowTileVisit& at) {
     pipelines.dout.acquire();
     ptx::mbarrier_arrive_expect(pipelines.dout.full(), L::kDoutBytes);
-    load<L::kSlabsV, C::kTileM>(launch.dout, pipelines.dout.tile(), pipelines.dout.full(), at.tile * C::kTileM, at.head);
+    load<L::kSlabsV, C::kTileM>(launch.dout, pipelines.dout.tile(), pipelines.dout.full(), at.tile * C::kTileM,
+                                at.head);
     pipelines.dout.advance();
   }
 

@@ -1,5 +1,6 @@
-// Rows are prepared before keys come to them: delta = sum over d of dO O, less dLSE; the LSE in base 2; and the counters of
-// dQ set to zero, or dQ itself. A kernel of its own, a block a row tile, or the work of some blocks of the backward one.
+// Rows are prepared before keys come to them: delta = sum over d of dO O, less dLSE; the LSE in base 2; and the
+// counters of dQ set to zero, or dQ itself. A kernel of its own, a block a row tile, or the work of some blocks of the
+// backward one.
 #pragma once
 #include "fagen/sm90/backward/dq.cuh"
 
@@ -79,7 +80,8 @@ __device__ __forceinline__ void backward_prologue(const fagen_backward_params& p
   ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
   if (kRoundsLater<C> && blockIdx.x == 0)
-    for (uint32_t i = threadIdx.x; i < 3 * launch.sections.count; i += kPrologueThreads) launch.sections.counters[i] = 0;
+    for (uint32_t i = threadIdx.x; i < 3 * launch.sections.count; i += kPrologueThreads)
+      launch.sections.counters[i] = 0;
   prepare_rows<C, Element, kPrologueThreads>(p, launch, blockIdx.x);
 }
 

@@ -124,8 +124,8 @@ __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&der
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = i / 2, e = i % 2, row = m + j * 8 + e;
-      const float x =
-          change.exponent(s[j][i], e ? lse_log2.y : lse_log2.x, row + change.shift - (key + r * 8), derivatives[C::kSoftcap ? j : 0][i]);
+      const float x = change.exponent(s[j][i], e ? lse_log2.y : lse_log2.x, row + change.shift - (key + r * 8),
+                                      derivatives[C::kSoftcap ? j : 0][i]);
       const float weight = ptx::ex2(fminf(x, 0.f));  // a weight is at most 1, however large scores round
       s[j][i] = !kMasked || rows.contains(row, r) ? weight : 0.f;
     }

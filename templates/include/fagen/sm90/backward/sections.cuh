@@ -3,8 +3,8 @@
 //
 //   prepare section s + 1  ─  work on the key tiles of section s  ─  round section s - 1
 //
-// A block waits only for what blocks before it do, so none waits for ever. Three sections at most have sums of dQ. Their
-// places are used in turn and stay in L2. A kernel before prepares section 0.
+// A block waits only for what blocks before it do, so none waits for ever. Three sections at most have sums of dQ.
+// Their places are used in turn and stay in L2. A kernel before prepares section 0.
 #pragma once
 #include <stdint.h>
 
@@ -22,20 +22,27 @@ struct Step {
 };
 
 struct Sections {
-  static constexpr uint32_t kPlaces = 3;      // sections that have sums of dQ at a time
+  static constexpr uint32_t kPlaces = 3;  // sections that have sums of dQ at a time
   static constexpr int kHelperTiles = 8;  // row tiles that a block prepares or rounds
 
-  uint32_t count, key_tiles, row_tiles;   // sections; blocks of key tiles, and row tiles, of one: the last may have fewer
+  uint32_t count, key_tiles,
+      row_tiles;  // sections; blocks of key tiles, and row tiles, of one: the last may have fewer
   uint32_t all_key_tiles, all_row_tiles;  // of all heads
-  uint32_t helpers;                       // blocks that prepare a section, and that round it
-  Divisor step, places;                   // blocks of a step; row tiles that have sums of dQ
-  unsigned* counters;                     // prepared, finished, rounded: blocks of each section that have
+  uint32_t helpers;  // blocks that prepare a section, and that round it
+  Divisor step, places;  // blocks of a step; row tiles that have sums of dQ
+  unsigned* counters;  // prepared, finished, rounded: blocks of each section that have
 
   Sections() = default;
   Sections(uint32_t count, uint32_t key_tiles, uint32_t row_tiles, uint32_t all_key_tiles, uint32_t all_row_tiles,
            uint32_t helpers)
-      : count(count), key_tiles(key_tiles), row_tiles(row_tiles), all_key_tiles(all_key_tiles),
-        all_row_tiles(all_row_tiles), helpers(helpers), step(key_tiles + 2 * helpers), places(kPlaces * row_tiles) {}
+      : count(count),
+        key_tiles(key_tiles),
+        row_tiles(row_tiles),
+        all_key_tiles(all_key_tiles),
+        all_row_tiles(all_row_tiles),
+        helpers(helpers),
+        step(key_tiles + 2 * helpers),
+        places(kPlaces * row_tiles) {}
 
   uint32_t blocks() const { return (count + 1) * step.by; }
   uint32_t first_row_tiles() const { return row_tiles < all_row_tiles ? row_tiles : all_row_tiles; }

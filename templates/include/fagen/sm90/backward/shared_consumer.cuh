@@ -120,7 +120,8 @@ struct SharedConsumer {
 
   // P in place of the scores.
   template <bool kMasked>
-  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowTileVisit& at, const float (&lse_log2)[2]) {
+  __device__ __forceinline__ void exponentiate(Scores& s, Scores& derivatives, const RowTileVisit& at,
+                                               const float (&lse_log2)[2]) {
     const int row0 = at.tile * C::kTileM + first_row(), key0 = keys.n0 + group * kKeys + Place().column;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -132,8 +133,8 @@ struct SharedConsumer {
         for (int e = 0; e < 2; ++e) {
           float& x = s[j][r * 2 + e];
           const int key = j * 8 + e;
-          const float exponent =
-              change.exponent(x, lse_log2[r], m + change.shift - (key0 + key), derivatives[C::kSoftcap ? j : 0][r * 2 + e]);
+          const float exponent = change.exponent(x, lse_log2[r], m + change.shift - (key0 + key),
+                                                 derivatives[C::kSoftcap ? j : 0][r * 2 + e]);
           x = ptx::ex2(fminf(exponent, 0.f));  // a weight is at most 1, however large scores round
           if (kMasked && (key < begin || key >= end)) x = 0.f;
         }
@@ -141,7 +142,7 @@ struct SharedConsumer {
     if constexpr (kMasked && MaskOf<C>::kIntervals) clear_hidden(s, row0);
     if constexpr (C::kDropout)
       mark_dropped<false, kKeys % 32 == 0 && C::kTileN % 32 == 0>(s, change.dropout, row0 - Place().row,
-                                                                 key0 - Place().column);
+                                                                  key0 - Place().column);
   }
   __device__ __forceinline__ void clear_hidden(Scores& s, int row0) const {
 #pragma unroll
@@ -232,7 +233,8 @@ struct SharedConsumer {
     ptx::barrier_sync(kBarrier, L::kGroups * 128);
   }
   __device__ __forceinline__ void sink(const DqPart& dq, int chunk, const RowTileVisit& at) {
-    sink_dq<C>(dq, share, chunk, pipelines, dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
+    sink_dq<C>(dq, share, chunk, pipelines,
+               dq_sums<C>(launch, row_tile_index<C>(p, launch, keys.batch, at.head, at.tile)));
   }
 
   // P and dS are there: dQ, dV and dK. A chunk of dQ leaves while another product is under way.
@@ -306,9 +308,11 @@ struct SharedConsumer {
 
   __device__ __forceinline__ void run() {
 #pragma unroll
-    for (int i = 0; i < kDkChunks * C::kTileN / 8 * 4; ++i) dk[i / (C::kTileN / 2)][i / 4 % (C::kTileN / 8)][i % 4] = 0.f;
+    for (int i = 0; i < kDkChunks * C::kTileN / 8 * 4; ++i)
+      dk[i / (C::kTileN / 2)][i / 4 % (C::kTileN / 8)][i % 4] = 0.f;
 #pragma unroll
-    for (int i = 0; i < kDvChunks * C::kTileN / 8 * 4; ++i) dv[i / (C::kTileN / 2)][i / 4 % (C::kTileN / 8)][i % 4] = 0.f;
+    for (int i = 0; i < kDvChunks * C::kTileN / 8 * 4; ++i)
+      dv[i / (C::kTileN / 2)][i / 4 % (C::kTileN / 8)][i % 4] = 0.f;
     pipelines.k.wait();
     pipelines.v.wait();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });

@@ -20,9 +20,9 @@ struct BackwardLaunch {
   float* lse;                // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none;
                              // as S begins with it where accumulators are seeded
   float* delta;              // the same of the sums of dO O - dLSE, negated where dP begins with it
-  float* dq;                 // (batch, heads, row_tiles), tiles of float32 in the order of fragments; of some sections
-  unsigned* turns;           // (batch, heads, row_tiles, kGroups): how many blocks have added their part
-  Sections sections;         // dq_rounding=later_blocks
+  float* dq;  // (batch, heads, row_tiles), tiles of float32 in the order of fragments; of some sections
+  unsigned* turns;  // (batch, heads, row_tiles, kGroups): how many blocks have added their part
+  Sections sections;  // dq_rounding=later_blocks
 };
 
 // The sums of dQ of the `index`-th row tile of all heads.
@@ -66,11 +66,11 @@ struct KeyTile {
   static constexpr bool kLastFirst = C::kBlockOrder == BlockOrder::descending;
 
   int tile, kv_head, split, batch, n0;
-  int begin, end;            // row tiles that see any of its keys, by the band
+  int begin, end;  // row tiles that see any of its keys, by the band
   int full_begin, full_end;  // rows that see all of them
   int splits;
   uint32_t section;
-  uint32_t extents;          // intervals: where those of its keys' bounds are; read anew, since registers are few
+  uint32_t extents;  // intervals: where those of its keys' bounds are; read anew, since registers are few
 
   // Orders that put the longest first take the last index of a head first; of key tiles the first is the longest.
   // `index` counts the tiles of all heads in their order, those of splits side by side.
