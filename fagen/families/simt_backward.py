@@ -6,6 +6,7 @@ what others compute, so that the bits are the same each time; and shared memory 
 
 from __future__ import annotations
 
+from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob, Value, nothing
 from fagen.families.cost import makespan, walk
 from fagen.families.simt_forward import FLAGS, REGISTERS_PER_SM
@@ -111,28 +112,15 @@ def _copies_convert(p: Problem, t: Target, c: Config) -> str | None:
 
 
 def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
-    need = smem_bytes(_columns(p), c)
-    if need > t.smem_per_block:
-        return f"{need} > {t.smem_per_block} bytes of shared memory on {t.arch}"
-    if c.blocks_per_sm * (need + 1024) > t.smem_per_unit:
-        return f"{c.blocks_per_sm} blocks x {need + 1024} > {t.smem_per_unit} bytes of shared memory an SM"
-    return None
+    return device_limits.smem_fits(smem_bytes(_columns(p), c), t, c)
 
 
 def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
-    need = rectangle_registers(p, c) + OTHER_REGISTERS
-    limit = register_limit(c)
-    if need > limit:
-        return f"about {need} > {limit} registers a thread ({c.warps} warps x {c.blocks_per_sm} blocks)"
-    return None
+    return device_limits.registers_fit(rectangle_registers(p, c) + OTHER_REGISTERS, register_limit(c), c)
 
 
 def _supports(p: Problem, t: Target) -> str | None:
-    if not t.is_gpu:
-        return "needs a GPU"
-    if t.capability < 80:
-        return f"needs sm_80 or newer, the target is {t.arch}"
-    return None
+    return device_limits.needs_sm80(t)
 
 
 def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
@@ -245,7 +233,7 @@ FAMILY = Family(
     derive=_derive,
     default=_default,
     default_reads=nothing,
-    flags=lambda t: (f"-gencode=arch=compute_{t.capability},code=sm_{t.capability}", *FLAGS),
+    flags=lambda t: (device_limits.gencode(t), *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:4],
     cost=cost,
     last_resort=True,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob
 from fagen.ops.softmax.problem import ITEM_BYTES, SoftmaxProblem
 from fagen.target import Target
@@ -108,10 +109,8 @@ def _registers_fit(p: SoftmaxProblem, t: Target, c: Config) -> str | None:
 
 
 def _supports(p: SoftmaxProblem, t: Target) -> str | None:
-    if not t.is_gpu:
-        return "needs a GPU"
-    if t.capability < 80:
-        return f"needs sm_80 or newer, the target is {t.arch}"
+    if lacking := device_limits.needs_sm80(t):
+        return lacking
     return f"a line has {p.length} > {LONGEST} elements" if p.length > LONGEST else None
 
 
@@ -194,7 +193,7 @@ FAMILY = Family(
     derive=_derive,
     default=_make,
     default_reads=_shape,
-    flags=lambda t: (f"-gencode=arch=compute_{t.capability},code=sm_{t.capability}", *FLAGS),
+    flags=lambda t: (device_limits.gencode(t), *FLAGS),
     context=_context,
     first_configs=_first,
     serves_calls=lambda p: False,

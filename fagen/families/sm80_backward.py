@@ -3,6 +3,7 @@ FlashAttention 2."""
 
 from __future__ import annotations
 
+from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob, Value, nothing
 from fagen.families.cost import makespan, walk
 from fagen.families.sm80_forward import FLAGS, OTHER_REGISTERS, register_limit
@@ -158,30 +159,24 @@ def _parts_begin_well(p: Problem, t: Target, c: Config) -> str | None:
 
 
 def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
-    need = smem_bytes(p, c)
-    if need > t.smem_per_block:
-        return f"{need} > {t.smem_per_block} bytes of shared memory on {t.arch}"
-    if c.blocks_per_sm * (need + 1024) > t.smem_per_unit:
-        return f"{c.blocks_per_sm} blocks x {need + 1024} > {t.smem_per_unit} bytes of shared memory an SM"
+    if too_much := device_limits.smem_fits(smem_bytes(p, c), t, c):
+        return too_much
     if c.dq_route == "own_kernel" and dq_smem_bytes(p, c) > t.smem_per_block:
         return f"dQ's kernel: {dq_smem_bytes(p, c)} > {t.smem_per_block} bytes of shared memory on {t.arch}"
     return None
 
 
 def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
-    need, limit = fragment_registers(p, c) + OTHER_REGISTERS, register_limit(c)
-    if need > limit:
-        return f"about {need} > {limit} registers a thread ({c.warps} warps x {c.blocks_per_sm} blocks)"
+    if too_many := device_limits.registers_fit(fragment_registers(p, c) + OTHER_REGISTERS, register_limit(c), c):
+        return too_many
     if c.dq_route == "own_kernel" and dq_registers(p, c) + OTHER_REGISTERS > 255:
         return f"dQ's kernel: about {dq_registers(p, c) + OTHER_REGISTERS} > 255 registers a thread"
     return None
 
 
 def _supports(p: Problem, t: Target) -> str | None:
-    if not t.is_gpu:
-        return "needs a GPU"
-    if t.capability < 80:
-        return f"needs sm_80 or newer, the target is {t.arch}"
+    if lacking := device_limits.needs_sm80(t):
+        return lacking
     if p.dtype not in ("fp16", "bf16"):
         return f"serves fp16 and bf16, not {p.dtype}"
     return p.wider_than(256)
@@ -350,7 +345,7 @@ FAMILY = Family(
     derive=_derive,
     default=_default,
     default_reads=nothing,
-    flags=lambda t: (f"-gencode=arch=compute_{t.capability},code=sm_{t.capability}", *FLAGS),
+    flags=lambda t: (device_limits.gencode(t), *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:],
     repeats=lambda p, c: c.gqa == "atomics" and p.heads == p.kv_heads,
     cost=cost,

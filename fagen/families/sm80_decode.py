@@ -6,6 +6,7 @@ blocks share the keys of a sequence.
 
 from __future__ import annotations
 
+from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.target import Target
@@ -85,19 +86,11 @@ def _pages_of_a_warp(p: DecodeProblem, t: Target, c: Config) -> str | None:
 
 
 def _smem_fits(p: DecodeProblem, t: Target, c: Config) -> str | None:
-    need = smem_bytes(p, c)
-    if need > t.smem_per_block:
-        return f"{need} > {t.smem_per_block} bytes of shared memory on {t.arch}"
-    if c.blocks_per_sm * (need + 1024) > t.smem_per_unit:
-        return f"{c.blocks_per_sm} blocks x {need + 1024} > {t.smem_per_unit} bytes of shared memory an SM"
-    return None
+    return device_limits.smem_fits(smem_bytes(p, c), t, c)
 
 
 def _registers_fit(p: DecodeProblem, t: Target, c: Config) -> str | None:
-    need, limit = fragment_registers(p, c) + OTHER_REGISTERS, register_limit(c)
-    if need > limit:
-        return f"about {need} > {limit} registers a thread ({c.warps} warps x {c.blocks_per_sm} blocks)"
-    return None
+    return device_limits.registers_fit(fragment_registers(p, c) + OTHER_REGISTERS, register_limit(c), c)
 
 
 def _whole_tiles(p: DecodeProblem, t: Target, c: Config) -> str | None:
@@ -107,10 +100,8 @@ def _whole_tiles(p: DecodeProblem, t: Target, c: Config) -> str | None:
 
 
 def _supports(p: DecodeProblem, t: Target) -> str | None:
-    if not t.is_gpu:
-        return "needs a GPU"
-    if t.capability < 80:
-        return f"needs sm_80 or newer, the target is {t.arch}"
+    if lacking := device_limits.needs_sm80(t):
+        return lacking
     if p.dtype not in ("fp16", "bf16"):
         return f"serves fp16 and bf16, not {p.dtype}"
     if not _guesses(p, t):
@@ -239,7 +230,7 @@ FAMILY = Family(
     derive=_derive,
     default=lambda p, t: _guesses(p, t)[0],
     default_reads=_wanted_tile,
-    flags=lambda t: (f"-gencode=arch=compute_{t.capability},code=sm_{t.capability}", *FLAGS),
+    flags=lambda t: (device_limits.gencode(t), *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:],
     repeats=_repeats,
     cost=cost,

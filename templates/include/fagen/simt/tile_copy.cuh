@@ -2,7 +2,7 @@
 #pragma once
 #include "fagen/abi/tensor.h"
 #include "fagen/ptx/cp_async_4.cuh"
-#include "fagen/simt/element.cuh"
+#include "fagen/simt/store.cuh"
 
 namespace fagen {
 
