@@ -25,8 +25,8 @@ struct Sections {
   static constexpr uint32_t kPlaces = 3;  // sections that have sums of dQ at a time
   static constexpr int kHelperTiles = 8;  // row tiles that a block prepares or rounds
 
-  uint32_t count, key_tiles,
-      row_tiles;  // sections; blocks of key tiles, and row tiles, of one: the last may have fewer
+  uint32_t count;
+  uint32_t key_tiles, row_tiles;  // of a section: blocks of key tiles, and row tiles; the last may have fewer
   uint32_t all_key_tiles, all_row_tiles;  // of all heads
   uint32_t helpers;  // blocks that prepare a section, and that round it
   Divisor step, places;  // blocks of a step; row tiles that have sums of dQ
