@@ -21,6 +21,7 @@ SUITES = {
     "random": "60 problems drawn by --seed, that nobody tuned",
     "small": "a small suite, for a CPU",
     "decode": "with --op decode: a step of a batch on a cache, contiguous, in pages, in fp8",
+    "fp32": "float32 at head dims 32 to 256, lengths 512 to 4096: 32 rows",
     "softmax": "fagen.softmax, along rows from 128 to 1 M and along columns; with --op backward its gradient",
 }
 _CROSS = "cross-512x8192"
@@ -80,7 +81,7 @@ def _suite(name: str, target: Target, seed: int) -> list[Row]:
         return _small(target)
     if name == "random":
         return random_rows.suite(seed)
-    return {"peers": _peers, "models": _models, "masks": _masks}[name]()
+    return {"peers": _peers, "models": _models, "masks": _masks, "fp32": _fp32}[name]()
 
 
 def default(target: Target, op: str = "forward") -> str:
@@ -106,6 +107,20 @@ def _grid_row(dims: tuple[int, int], heads: int, mask: str, length: int) -> Row:
     )
     series = f"{_dims(*dims)} {mask}"
     return Row(f"{series} s{length} b{problem.batch} h{heads}", problem, series)
+
+
+def _fp32() -> list[Row]:
+    found = []
+    for head_dim in (32, 64, 128, 256):
+        for mask in _MASKS:
+            for length in (512, 1024, 2048, 4096):
+                problem = Problem(
+                    dtype="fp32", head_dim=head_dim, mask=_MASKS[mask], batch=8192 // length,
+                    heads=1024 // head_dim, seqlen_q=length,
+                )  # fmt: skip
+                series = f"fp32 d{head_dim} {mask}"
+                found.append(Row(f"{series} s{length} b{problem.batch} h{problem.heads}", problem, series))
+    return found
 
 
 def _layer(name: str, length: int, batch: int, heads: int, kv_heads: int, dims: tuple[int, int], left: int = -1) -> Row:

@@ -196,5 +196,4 @@ FAMILY = Family(
     flags=lambda t: (device_limits.gencode(t), *FLAGS),
     context=_context,
     first_configs=_first,
-    serves_calls=lambda p: False,
 )

@@ -231,7 +231,6 @@ FAMILY = Family(
     default=lambda p, t: _guesses(p, t)[0],
     default_reads=_wanted_tile,
     flags=lambda t: (device_limits.gencode(t), *FLAGS),
-    serves_calls=lambda p: False,
     first_configs=lambda p, t: _guesses(p, t)[1:],
     repeats=_repeats,
     cost=cost,

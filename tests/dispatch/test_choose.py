@@ -352,7 +352,9 @@ def test_a_family_that_serves_no_calls_is_there_for_who_asks_for_it(monkeypatch:
 
     with_simt(False)
     choice = choose.choose(problem, hopper)
-    assert choice.spec is None and any("simt_forward: not run on a GPU yet" in reason for reason in choice.reasons)
+    assert choice.spec is None and any(
+        "simt_forward: it serves no calls of this dtype" in reason for reason in choice.reasons
+    )
     asked = choose.choose(problem, hopper, idle=True).spec
     assert asked is not None and asked.family.name == "simt_forward"
     with_simt(True)

@@ -68,7 +68,8 @@ DEFAULTS = [
     DecodeProblem(
         head_dim=d, head_dim_v=dv, mask=_MASKS[i % 3], dtype=("bf16", "fp16")[i % 2], page=_PAGES[(i + 2 * j) % 7],
         kv_dtype=kv, batch=5, heads=16, kv_heads=4, seqlen_q=1 + 2 * (i % 2), seqlen_k=5000,
-        window_left=700 if i % 3 == 2 else -1, window_right=0 if i % 3 else -1,
+        window_left=700 if i % 3 == 2 else -1, window_right=0 if i % 3 == 2 else -1,
+        aligned=not kv or d % 16 == 0,
     )
     for i, (d, dv) in enumerate(_DIMS)
     for j, kv in enumerate(("", "fp8_e4m3"))
@@ -163,7 +164,7 @@ def test_a_graph_serves_changing_lengths(merged_by: str) -> None:
             t.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        verdict = CALLS.check_sample(call, inputs.outputs, seed=step)
+        verdict = CALLS.check_sample(call, inputs.outputs)
         assert verdict, f"step {step}: {verdict.message}"
 
 

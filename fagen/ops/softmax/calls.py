@@ -25,6 +25,7 @@ Params: Any = abi.params("fagen/abi/softmax.h")
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 _GRADIENT_FACTOR = 3.0  # of PyTorch's error
+_EXPONENTIAL = 2.0**-21  # relative; ex2.approx in a weight and in the sum, of which PyTorch's expf is more exact
 _SAMPLED, _SAMPLED_ELEMENTS = 64, 1 << 25  # rows or columns that are checked at a problem's own size
 _SMALL_LENGTH, _SMALL_COUNT = 1 << 16, 64  # of the problem itself, made small
 
@@ -114,7 +115,7 @@ def by_torch(call: SoftmaxCall, dtype: torch.dtype | None = None) -> torch.Tenso
 
 def check(call: SoftmaxCall, outputs: Outputs) -> Verdict:
     """Against float64, block of 64 rows by block: an error of at most twice PyTorch's (3 times of a gradient), plus one
-    rounding. Where numbers shrink with the length they are scaled by it, so that the oracle's small absolute
+    rounding, or that of the hardware's exponential. Where numbers shrink with the length they are scaled by it, so that the oracle's small absolute
     term stays small beside them."""
     scale = 1.0 if call.log else float(call.x.shape[call.axis])
     with torch.no_grad():
@@ -124,7 +125,7 @@ def check(call: SoftmaxCall, outputs: Outputs) -> Verdict:
             peer = want + torch.maximum((peer - want).abs(), _rounded_sum(call, call.dout))
         tensors = [t * scale for t in (outputs["out"].to(torch.float64), want, peer)]
         shown = [(t if call.along == "row" else t.transpose(1, 2))[None] for t in tensors]
-    rounding = torch.finfo(call.out_dtype).eps / 2
+    rounding = max(torch.finfo(call.out_dtype).eps / 2, _EXPONENTIAL)
     name, factor = ("out", 2.0) if call.dout is None else ("dx", _GRADIENT_FACTOR)
     found = compare(name, shown[0], shown[1], shown[2], rounding=rounding, factor=factor)
     return dataclasses.replace(found, error=found.error / scale)
