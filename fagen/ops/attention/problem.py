@@ -23,8 +23,8 @@ INTERVAL_KINDS = {
     "both4": ("LTS", "LTE", "UTS", "UTE"),
 }
 MAX_HEAD_DIM = 1024
-# The dtypes of the calls on a GPU that the families of plain float32 (simt_*) serve. They can take fp16 and bf16 too, but
-# PyTorch's tensor cores are faster where no other family takes the head dim: there simt_* are for tune and emit.
+# The dtypes of the calls on a GPU that the families of plain float32 (simt_*) serve. They can take fp16 and bf16 too,
+# but PyTorch's tensor cores are faster where no other family takes the head dim: there simt_* are for tune and emit.
 SIMT_SERVES: tuple[str, ...] = ("fp32",)
 _SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k")
 _BOUNDS = ("window_left", "window_right")

@@ -115,8 +115,8 @@ def by_torch(call: SoftmaxCall, dtype: torch.dtype | None = None) -> torch.Tenso
 
 def check(call: SoftmaxCall, outputs: Outputs) -> Verdict:
     """Against float64, block of 64 rows by block: an error of at most twice PyTorch's (3 times of a gradient), plus one
-    rounding, or that of the hardware's exponential. Where numbers shrink with the length they are scaled by it, so that the oracle's small absolute
-    term stays small beside them."""
+    rounding, or that of the hardware's exponential. Where numbers shrink with the length they are scaled by it, so that
+    the oracle's small absolute term stays small beside them."""
     scale = 1.0 if call.log else float(call.x.shape[call.axis])
     with torch.no_grad():
         want = by_torch(call, torch.float64)
