@@ -48,19 +48,19 @@ _kinds: dict[tuple[Any, ...], _Prepared] = {}
 def attend(call: DecodeCall, want_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse), or (out, None). A call of a new kind is validated, but for the contents of its tensors."""
     try:
-        kind = _kind(call)
+        key = kind(call)
     except (AttributeError, RuntimeError):  # no tensor, or not of strides: to be told in words
         call.check_tensors()
         raise
-    prepared = _kinds.get(kind)
+    prepared = _kinds.get(key)
     if prepared is None or prepared.epoch is not resolve.epoch():
         call.check_arguments()
         call.check_tensors()
-        prepared = _prepare(call, kind)
+        prepared = _prepare(call, key)
     return _by_torch(call) if prepared is None else _launch(prepared, call, want_lse)
 
 
-def _kind(call: DecodeCall) -> tuple[Any, ...]:
+def kind(call: DecodeCall) -> tuple[Any, ...]:
     """All that the checks of tensors look at, and that the kernel and its params, but for addresses, follow from."""
     q, k, v = call.q, call.k, call.v
     tensors = (
@@ -74,7 +74,7 @@ def _kind(call: DecodeCall) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _prepare(call: DecodeCall, kind: tuple[Any, ...]) -> _Prepared | None:
+def _prepare(call: DecodeCall, key: tuple[Any, ...]) -> _Prepared | None:
     """Ask dispatch. None where PyTorch computes, for now or for good."""
     epoch = resolve.epoch()
     found = _answer(call)
@@ -88,7 +88,7 @@ def _prepare(call: DecodeCall, kind: tuple[Any, ...]) -> _Prepared | None:
     if found.known:
         if len(_kinds) >= _MOST_KINDS:
             _kinds.clear()
-        _kinds[kind] = prepared
+        _kinds[key] = prepared
     return prepared
 
 

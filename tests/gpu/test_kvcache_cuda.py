@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,13 @@ import torch
 
 import fagen
 from fagen import families
+from fagen.compat import kvcache_append
 from fagen.errors import InvalidArgument
+from fagen.ops.attention import cache_append
+from fagen.ops.attention.cache_append import NewTokens
+from fagen.runtime import append
+from fagen.target import detect
+from tests.support.append import drawn
 
 DEVICE = "cuda"
 
@@ -147,3 +154,17 @@ def test_pinned_numerics() -> None:
     for b in range(6):
         mine = {name: named[name][b : b + 1] for name in ("q", "k_cache", "v_cache", "cache_seqlens")}
         assert torch.equal(fagen.flash_attn_with_kvcache(**mine, numerics="pinned")[0], together[b]), b
+
+
+def test_the_kernel_appends_the_bits_of_pytorch() -> None:
+    found = append.library(detect(), capturing=False)
+    assert found is not None
+    for seed in range(60):
+        here, tokens = drawn(seed)
+        call, theirs = (dataclasses.replace(here, **on(DEVICE, here.inputs())) for _ in range(2))
+        new = NewTokens(**on(DEVICE, {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}))
+        assert cache_append.readable(call, new)
+        kind = kvcache_append._Prepared(found, cache_append.make_params(call, new))
+        mine, want = kvcache_append._launch(kind, call, new), kvcache_append._by_torch(theirs, new)
+        for a, b in ((call.k, theirs.k), (call.v, theirs.v), (mine.q, want.q), (mine.seqlens_k, want.seqlens_k)):
+            assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), seed

@@ -48,6 +48,9 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __uint_as_float(unsigned x) { return emulator::of_bits<float>(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
