@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fagen import env
-from fagen.compat import kvcache_append
+from fagen.compat import kvcache_append, kvcache_known
 from fagen.compat.flash_attn import window_bounds
 from fagen.dispatch import decode
 from fagen.errors import InvalidArgument, UnsupportedProblem
@@ -58,6 +58,20 @@ def flash_attn_with_kvcache(
     """
     if qv is not None or cache_leftpad is not None or attention_chunk or q_descale is not None:
         _refuse_unsupported(qv=qv, cache_leftpad=cache_leftpad, attention_chunk=attention_chunk, q_descale=q_descale)
+    mine = kvcache_known.Arguments(
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
+        page_table if block_table is None else block_table, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, k_descale,
+        v_descale, sinks if learnable_sink is None else learnable_sink,
+    )  # fmt: skip
+    settings_given = (
+        max_seqlen_q, softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits, max_seqlen_k,
+        numerics, block_table is None or page_table is None, sinks is None or learnable_sink is None,
+    )  # fmt: skip
+    key = kvcache_known.key_of(mine, settings_given)
+    if key is not None:
+        served = kvcache_known.serve(key, mine, bool(return_softmax_lse), bool(rotary_interleaved))
+        if served is not None:
+            return served
     settings = _settings_of(causal, window_size, softcap, softmax_scale)
     call = _call(
         q, k_cache, v_cache, cache_seqlens, _one_of("page_table", page_table, "block_table", block_table), cu_seqlens_q,
@@ -66,16 +80,27 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     if torch.is_grad_enabled() and _wants_gradient(q, k_cache, v_cache, k, v, call.sinks):
         raise UnsupportedProblem("flash_attn_with_kvcache has no gradient", "", "call it under torch.no_grad()")
+    appended: kvcache_append.Prepared | None = None
+    given, new = call, None
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         banded = settings.window != (-1, -1)
-        new = kvcache_append.NewArguments(
+        new = kvcache_append.new_tokens(
             k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, banded
         )
-        call = new.appended(call)
+        call, appended = kvcache_append.append_rows(call, new)
     elif q.is_cuda and env.flag("FAGEN_DEBUG"):
         decode_checks.check_contents(call)
-    out, lse = _attend(call, bool(return_softmax_lse))
-    return out if lse is None or not return_softmax_lse else (out, lse)
+    if not decode_ops.is_plain(q):  # a tracer, mode or subclass wants to see an op
+        out, lse = decode_ops.attend(call)
+        return (out, lse) if return_softmax_lse else out
+    prepared = decode.prepare(call)
+    if prepared is None:
+        out, lse = decode.by_torch(call)
+        return (out, lse) if return_softmax_lse else out
+    if key is not None and (new is None or appended is not None):
+        kvcache_known.remember(key, mine, given, new, prepared, appended)
+    made, made_lse = decode.launch(prepared, call, bool(return_softmax_lse))
+    return made if made_lse is None else (made, made_lse)
 
 
 def _call(
@@ -102,11 +127,6 @@ def _call(
         num_splits, most_rows,
         0 if most_keys is None else arguments.integer("max_seqlen_k", most_keys),
     )  # fmt: skip
-
-
-def _attend(call: DecodeCall, want_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Straight to the kernel, unless a tracer, mode or subclass wants to see an op."""
-    return decode.attend(call, want_lse) if decode_ops.is_plain(call.q) else decode_ops.attend(call)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------

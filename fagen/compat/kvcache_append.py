@@ -6,71 +6,62 @@ that it does not have), PyTorch's own calls do, with the same bits.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fagen import env
-from fagen.dispatch import decode
 from fagen.errors import InvalidArgument, LaunchError
 from fagen.ops.attention import arguments, cache_append, cache_update, decode_checks
 from fagen.ops.attention.cache_append import NewTokens
 from fagen.ops.attention.cache_update import NewRows
-from fagen.ops.attention.decode_call import DecodeCall
+from fagen.ops.attention.decode_call import DecodeCall, Tensors
 from fagen.runtime import append, decode_ops
-from fagen.runtime.kernel import Library
+from fagen.runtime.kernel import Library, launch_on_stream
 from fagen.target import target_of
 
-_MOST_KINDS = 4096  # of calls that are kept
 
-
-@dataclass(frozen=True)
-class _Prepared:
+class Prepared(NamedTuple):
     """What all calls of a kind share: a library, and its params without addresses."""
 
     library: Library
-    params: ctypes.Structure
+    params: Any
 
 
-_kinds: dict[tuple[Any, ...], _Prepared] = {}
+def new_tokens(
+    k: Any, v: Any, starts: Any, cos: Any, sin: Any, rotary_seqlens: Any, interleaved: Any, banded: bool
+) -> NewTokens:
+    """Of arguments as they were given. `banded`: causal or with a window."""
+    if k is None or v is None:
+        have = ", ".join(name for name, t in (("k", k), ("v", v)) if t is not None) or "neither"
+        raise InvalidArgument("k and v are given both, and rotary_cos and rotary_sin with them", f"given: {have}")
+    starts = arguments.int32("cu_seqlens_k_new", starts)
+    lengths = arguments.int32("rotary_seqlens", rotary_seqlens)
+    return NewTokens(k, v, starts, cos, sin, lengths, bool(interleaved), banded)
 
 
-@dataclass(frozen=True)
-class NewArguments:
-    """The arguments that speak of new keys and of rotation, as they were given."""
+def append_rows(call: DecodeCall, new: NewTokens) -> tuple[DecodeCall, Prepared | None]:
+    """The call after the new rows are written; q is turned. Nothing is written before all is checked.
 
-    k: torch.Tensor | None
-    v: torch.Tensor | None
-    starts: torch.Tensor | None
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
-    rotary_seqlens: torch.Tensor | None
-    interleaved: bool
-    banded: bool  # causal or with a window
-
-    def appended(self, call: DecodeCall) -> DecodeCall:
-        """The call after the new rows are written; q is turned. Nothing is written before all is checked."""
-        k, v = self.k, self.v
-        if k is None or v is None:
-            have = ", ".join(n for n in ("k", "v") if getattr(self, n) is not None) or "neither"
-            raise InvalidArgument("k and v are given both, and rotary_cos and rotary_sin with them", f"given: {have}")
-        starts = arguments.int32("cu_seqlens_k_new", self.starts)
-        lengths = arguments.int32("rotary_seqlens", self.rotary_seqlens)
-        new = NewTokens(k, v, starts, self.cos, self.sin, lengths, bool(self.interleaved), self.banded)
-        plain = decode_ops.is_plain(call.q) and decode_ops.is_plain(k) and decode_ops.is_plain(call.k)
-        kind = _kind(call, new) if plain else None
-        prepared = None if kind is None else _kinds.get(kind)
-        if prepared is None:
-            call.check_arguments()
-            call.check_tensors()
-            _check(call, new)
-            prepared = _prepare(call, new, kind) if plain else None
-        if plain and ((prepared is None and not k.is_cuda) or (k.is_cuda and env.flag("FAGEN_DEBUG"))):
-            _check_contents(call, new)
-        return _by_torch(call, new) if prepared is None else _launch(prepared, call, new)
+    Beside it what does the same for calls of the same kind; None where PyTorch appended.
+    """
+    call.check_arguments()
+    call.check_tensors()
+    _check(call, new)
+    plain = decode_ops.is_plain(call.q) and decode_ops.is_plain(new.k) and decode_ops.is_plain(call.k)
+    prepared = _prepare(call, new) if plain else None
+    if plain and ((prepared is None and not call.q.is_cuda) or (call.q.is_cuda and env.flag("FAGEN_DEBUG"))):
+        _check_contents(call, new)
+    if prepared is None:
+        return _by_torch(call, new), None
+    status, q, after = launch(prepared, call, new)
+    if status:
+        if not q.is_cuda:
+            _check_contents(call, new)  # in words
+        text = (prepared.library.error(status) or b"unknown").decode(errors="replace")
+        raise LaunchError(f"new rows could not be appended: {text}", f"k {tuple(new.k.shape)}")
+    return dataclasses.replace(call, q=q, seqlens_k=after), prepared
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
@@ -133,46 +124,22 @@ def _check_contents(call: DecodeCall, new: NewTokens) -> None:
 # ---- by our kernel --------------------------------------------------------------------------------------------------
 
 
-def _kind(call: DecodeCall, new: NewTokens) -> tuple[Any, ...] | None:
-    """All that the checks and the params, but for addresses, follow from; None if it is no call of tensors at all."""
-    try:
-        tensors = (new.k, new.v, new.starts, new.cos, new.sin, new.rotary_seqlens)
-        mine = [None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors]
-        return (*decode.kind(call), *mine, new.interleaved, new.banded)
-    except (AttributeError, RuntimeError):  # the checks tell it in words
-        return None
-
-
-def _prepare(call: DecodeCall, new: NewTokens, kind: tuple[Any, ...] | None) -> _Prepared | None:
+def _prepare(call: DecodeCall, new: NewTokens) -> Prepared | None:
     """None where PyTorch appends, for now or for good."""
     target = target_of(call.q.device)
-    if target is None or kind is None or not cache_append.readable(call, new):
+    if target is None or not cache_append.readable(call, new):
         return None
     found = append.library(target, call.q.is_cuda and torch.cuda.is_current_stream_capturing())
-    if found is None:
-        return None
-    if len(_kinds) >= _MOST_KINDS:
-        _kinds.clear()
-    made = _kinds[kind] = _Prepared(found, cache_append.make_params(call, new))
-    return made
+    return None if found is None else Prepared(found, cache_append.make_params(call, new))
 
 
-def _launch(prepared: _Prepared, call: DecodeCall, new: NewTokens) -> DecodeCall:
+def launch(prepared: Prepared, call: Tensors | DecodeCall, new: NewTokens) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """A call of the kind, by its own tensors: the status, q turned, and the lengths with the new rows."""
     after = torch.empty_like(call.seqlens_k)
-    q = call.q.new_empty(call.q.shape) if new.cos is not None else call.q
-    params: Any = type(prepared.params).from_buffer_copy(prepared.params)  # other threads have their own
+    q = call.q if new.cos is None else call.q.new_empty(call.q.shape)
+    params: Any = append.Params.from_buffer_copy(prepared.params)  # other threads have their own
     cache_append.set_addresses(params, call, new, after, None if new.cos is None else q)
-    if q.is_cuda:
-        with torch.cuda.device(q.device):
-            status = prepared.library.launch(params, torch.cuda.current_stream(q.device).cuda_stream)
-    else:
-        status = prepared.library.launch(params, None)
-    if status:
-        if not q.is_cuda:
-            _check_contents(call, new)  # in words
-        text = (prepared.library.error(status) or b"unknown").decode(errors="replace")
-        raise LaunchError(f"new rows could not be appended: {text}", f"k {tuple(new.k.shape)}")
-    return dataclasses.replace(call, q=q, seqlens_k=after)
+    return launch_on_stream(prepared.library, params, call.q), q, after
 
 
 # ---- by PyTorch -----------------------------------------------------------------------------------------------------

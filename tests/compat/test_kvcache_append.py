@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import fagen
+from fagen import notices
 from fagen.build import cache as builds
 from fagen.cli import main
-from fagen.compat import kvcache_append
-from fagen.compat.kvcache_append import _Prepared
+from fagen.compat import kvcache_append, kvcache_known
+from fagen.compat.kvcache_append import Prepared
 from fagen.errors import BuildError, InvalidArgument, LaunchError
 from fagen.ops.attention import cache_append
 from fagen.ops.attention.cache_append import NewTokens
@@ -31,10 +32,10 @@ from tests.support.append import FP8, bits, clone_with_memory, drawn, integers
 Launch = Callable[[DecodeCall, NewTokens], DecodeCall]
 
 
-def prepared(library: Library, call: DecodeCall, new: NewTokens) -> _Prepared:
+def prepared(library: Library, call: DecodeCall, new: NewTokens) -> Prepared:
     kvcache_append._check(call, new)
     assert cache_append.readable(call, new)
-    return _Prepared(library, cache_append.make_params(call, new))
+    return Prepared(library, cache_append.make_params(call, new))
 
 
 @pytest.fixture(params=["cpu", "emulated"])
@@ -49,7 +50,9 @@ def launch(request: pytest.FixtureRequest, cache_folder: Path) -> Launch:
     def launch(call: DecodeCall, new: NewTokens) -> DecodeCall:
         if request.param == "emulated":
             found._library.emulator_begin(ctypes.c_uint64(0), ctypes.c_int(3))
-        return kvcache_append._launch(prepared(found, call, new), call, new)
+        status, q, after = kvcache_append.launch(prepared(found, call, new), call, new)
+        assert status == 0
+        return dataclasses.replace(call, q=q, seqlens_k=after)
 
     return launch
 
@@ -93,13 +96,13 @@ def test_lengths_and_indices_astray_write_nothing_astray(cache_folder: Path) -> 
         new = NewTokens(torch.ones(3, 1, 1, 8), torch.ones(3, 1, 1, 8), None, torch.ones(4, 4), torch.ones(4, 4), None,
                         True, True)  # fmt: skip
         library._library.emulator_begin(ctypes.c_uint64(0), ctypes.c_int(3))
-        later = kvcache_append._launch(prepared(library, call, new), call, new)
+        status, q, _ = kvcache_append.launch(prepared(library, call, new), call, new)
         changed = {tuple(at[:2]) for at in (call.v != 7).nonzero().tolist()}
         assert changed == ({(4, 1)} if lengths[1] == 33 else {(5, 15)} if lengths[2] == 47 else set()), (
             lengths,
             changed,
         )
-        assert later.q.shape == call.q.shape
+        assert status == 0 and q.shape == call.q.shape
 
 
 def cached() -> dict[str, Any]:
@@ -120,6 +123,7 @@ def test_calls_are_served_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
         fagen.flash_attn_with_kvcache(**named, **more)
     assert not served and float(named["k_cache"][1, 31].min()) == 1.0 and not named["k_cache"][:, 4:31].any()
     whole = named | {name: t.double() for name, t in named.items() if name != "cache_seqlens"}
+    monkeypatch.setattr(notices, "_warned", set())
     with pytest.warns(UserWarning, match="float64"):
         fagen.flash_attn_with_kvcache(**whole)
     fagen.flash_attn_with_kvcache(**{**named, **{n: t.to(FP8) for n, t in named.items() if n[0] in "kv"}})
@@ -131,14 +135,14 @@ def test_calls_are_served_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
 def test_without_a_kernel_pytorch_appends(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not built and may not be; it cannot be built, which is said once; it is built meanwhile."""
     monkeypatch.setattr(append, "_libraries", {})
-    monkeypatch.setattr(kvcache_append, "_kinds", {})
+    monkeypatch.setattr(kvcache_known, "_known", {})
     named = cached()
     fagen.flash_attn_with_kvcache(**named)  # builds what attends
     want = named["k_cache"].clone()
 
     def again() -> None:
         append._libraries.clear()
-        kvcache_append._kinds.clear()
+        kvcache_known._known.clear()
         named["k_cache"].zero_()
         fagen.flash_attn_with_kvcache(**named)
         assert torch.equal(named["k_cache"], want)
@@ -168,15 +172,19 @@ def test_without_a_kernel_pytorch_appends(monkeypatch: pytest.MonkeyPatch) -> No
     assert append.library(known("sm_80"), capturing=True) is None and "sm_80" not in append._libraries
 
 
-def test_what_the_kernel_refuses_is_told() -> None:
-    found = append.library(host(), capturing=False)
+def test_what_the_kernel_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = cache_append.make_params
+
+    def broken(call: DecodeCall, new: NewTokens) -> Any:
+        made: Any = make(call, new)
+        made.element = 9
+        return made
+
+    monkeypatch.setattr(cache_append, "make_params", broken)
     call, new = drawn(0)
-    assert found is not None
-    bad = prepared(found, call, new)
-    bad.params.element = 9
     with pytest.raises(LaunchError, match="could not be appended: sizes or pointers"):
-        kvcache_append._launch(bad, call, new)
-    assert math.isclose(float(call.k.float().max()), 7.0)
+        kvcache_append.append_rows(call, new)
+    assert math.isclose(float(call.k.float().max()), 7.0), "nothing is written"
 
 
 def test_it_is_built_ahead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

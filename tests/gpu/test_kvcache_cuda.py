@@ -162,9 +162,11 @@ def test_the_kernel_appends_the_bits_of_pytorch() -> None:
     for seed in range(60):
         here, tokens = drawn(seed)
         call, theirs = (dataclasses.replace(here, **on(DEVICE, here.inputs())) for _ in range(2))
-        new = NewTokens(**on(DEVICE, {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}))
+        new = NewTokens(**on(DEVICE, tokens._asdict()))
         assert cache_append.readable(call, new)
-        kind = kvcache_append._Prepared(found, cache_append.make_params(call, new))
-        mine, want = kvcache_append._launch(kind, call, new), kvcache_append._by_torch(theirs, new)
-        for a, b in ((call.k, theirs.k), (call.v, theirs.v), (mine.q, want.q), (mine.seqlens_k, want.seqlens_k)):
+        kind = kvcache_append.Prepared(found, cache_append.make_params(call, new))
+        status, q, after = kvcache_append.launch(kind, call, new)
+        assert status == 0
+        want = kvcache_append._by_torch(theirs, new)
+        for a, b in ((call.k, theirs.k), (call.v, theirs.v), (q, want.q), (after, want.seqlens_k)):
             assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), seed

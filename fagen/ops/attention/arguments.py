@@ -139,8 +139,10 @@ def is_aligned(t: torch.Tensor) -> bool:
     item = t.element_size()
     if t.data_ptr() % ALIGNMENT or t.shape[-1] * item % ALIGNMENT:
         return False
-    strides = (t.stride(i) for i in range(t.dim() - 1) if t.shape[i] > 1)  # others are never used
-    return all(stride != 0 and stride * item % ALIGNMENT == 0 for stride in strides)
+    for size, stride in zip(t.shape[:-1], t.stride(), strict=False):
+        if size > 1 and (stride == 0 or stride * item % ALIGNMENT):  # others are never used
+            return False
+    return True
 
 
 def refuse_overlap(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fagen.ops import abi
-from fagen.ops.attention.decode_call import DecodeCall
+from fagen.ops.attention.decode_call import DecodeCall, Tensors
 
 Params = abi.params("fagen/abi/append.h")
 
@@ -17,8 +16,7 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MOST_COLUMNS = 1024  # of a head
 
 
-@dataclass(frozen=True, eq=False)
-class NewTokens:
+class NewTokens(NamedTuple):
     """The arguments that speak of new keys and of rotation; validated with the call that they belong to."""
 
     k: torch.Tensor
@@ -77,11 +75,12 @@ def _row_strides(t: torch.Tensor, starts: torch.Tensor | None) -> tuple[int, ...
 
 
 def _stride(field: Any, strides: tuple[int, ...]) -> None:
-    for i, stride in enumerate(strides):
-        field.stride[i] = stride
+    field.stride[: len(strides)] = strides
 
 
-def set_addresses(p: Any, call: DecodeCall, new: NewTokens, after: torch.Tensor, turned: torch.Tensor | None) -> None:
+def set_addresses(
+    p: Any, call: Tensors | DecodeCall, new: NewTokens, after: torch.Tensor, turned: torch.Tensor | None
+) -> None:
     """`after` takes the lengths with the new rows, `turned` q where there is a rotary embedding."""
     p.k_new.data, p.v_new.data, p.k.data, p.v.data = (t.data_ptr() for t in (new.k, new.v, call.k, call.v))
     p.seqlens_k, p.seqlens_after = call.seqlens_k.data_ptr(), after.data_ptr()
