@@ -60,72 +60,75 @@ def flash_attn_with_kvcache(
         _refuse_unsupported(qv=qv, cache_leftpad=cache_leftpad, attention_chunk=attention_chunk, q_descale=q_descale)
     mine = kvcache_known.Arguments(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
-        page_table if block_table is None else block_table, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, k_descale,
-        v_descale, sinks if learnable_sink is None else learnable_sink,
+        _one_of("page_table", page_table, "block_table", block_table), cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens,
+        k_descale, v_descale, _one_of("sinks", sinks, "learnable_sink", learnable_sink),
     )  # fmt: skip
-    settings_given = (
-        max_seqlen_q, softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits, max_seqlen_k,
-        numerics, block_table is None or page_table is None, sinks is None or learnable_sink is None,
-    )  # fmt: skip
-    key = kvcache_known.key_of(mine, settings_given)
-    if key is not None:
-        served = kvcache_known.serve(key, mine, bool(return_softmax_lse), bool(rotary_interleaved))
-        if served is not None:
-            return served
-    settings = _settings_of(causal, window_size, softcap, softmax_scale)
-    call = _call(
-        q, k_cache, v_cache, cache_seqlens, _one_of("page_table", page_table, "block_table", block_table), cu_seqlens_q,
-        cache_batch_idx, k_descale, v_descale, _one_of("sinks", sinks, "learnable_sink", learnable_sink), settings,
-        _splits(num_splits, numerics), max_seqlen_q, max_seqlen_k,
-    )  # fmt: skip
-    if torch.is_grad_enabled() and _wants_gradient(q, k_cache, v_cache, k, v, call.sinks):
+    settings = kvcache_known.Settings(
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        rotary_interleaved,
+        num_splits,
+        numerics,
+    )
+    key, want_lse = kvcache_known.key_of(mine, settings), bool(return_softmax_lse)
+    served = None if key is None else kvcache_known.serve(key, mine, settings, want_lse)
+    return _serve_new(key, mine, settings, want_lse) if served is None else served
+
+
+def _serve_new(
+    key: kvcache_known.Key | None, a: kvcache_known.Arguments, settings: kvcache_known.Settings, want_lse: bool
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """A call that is looked at in full, and remembered by its key where the next like it need not be."""
+    call = given = _call(a, settings)
+    if torch.is_grad_enabled() and _wants_gradient(a.q, a.k_cache, a.v_cache, a.k, a.v, call.sinks):
         raise UnsupportedProblem("flash_attn_with_kvcache has no gradient", "", "call it under torch.no_grad()")
-    appended: kvcache_append.Prepared | None = None
-    given, new = call, None
-    if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
-        banded = settings.window != (-1, -1)
+    appended, new = None, None
+    if a.k is not None or a.v is not None or a.cos is not None or a.sin is not None:
+        banded = call.window != (-1, -1)  # of one row a sequence it does not matter
         new = kvcache_append.new_tokens(
-            k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, banded
+            a.k, a.v, a.new_starts, a.cos, a.sin, a.rotary_seqlens, settings.interleaved, banded
         )
         call, appended = kvcache_append.append_rows(call, new)
-    elif q.is_cuda and env.flag("FAGEN_DEBUG"):
+    elif a.q.is_cuda and env.flag("FAGEN_DEBUG"):
         decode_checks.check_contents(call)
-    if not decode_ops.is_plain(q):  # a tracer, mode or subclass wants to see an op
+    if not decode_ops.is_plain(a.q):  # a tracer, mode or subclass wants to see an op
         out, lse = decode_ops.attend(call)
-        return (out, lse) if return_softmax_lse else out
+        return (out, lse) if want_lse else out
     prepared = decode.prepare(call)
     if prepared is None:
         out, lse = decode.by_torch(call)
-        return (out, lse) if return_softmax_lse else out
+        return (out, lse) if want_lse else out
     if key is not None and (new is None or appended is not None):
-        kvcache_known.remember(key, mine, given, new, prepared, appended)
-    made, made_lse = decode.launch(prepared, call, bool(return_softmax_lse))
+        kvcache_known.remember(key, a, given, new, prepared, appended)
+    made, made_lse = decode.launch(prepared, call, want_lse)
     return made if made_lse is None else (made, made_lse)
 
 
-def _call(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Any, table: _Tensor, starts: _Tensor, index: _Tensor,
-    k_scale: _Tensor, v_scale: _Tensor, sinks: _Tensor, settings: arguments.Settings, num_splits: int, most_rows: Any,
-    most_keys: Any,
-) -> DecodeCall:  # fmt: skip
-    for name, t in (("q", q), ("k_cache", k), ("v_cache", v)):
+def _call(a: kvcache_known.Arguments, given: kvcache_known.Settings) -> DecodeCall:
+    settings = _settings_of(given.causal, given.window, given.softcap, given.scale)
+    q, k = a.q, a.k_cache
+    for name, t in (("q", q), ("k_cache", k), ("v_cache", a.v_cache)):
         if not isinstance(t, torch.Tensor) or t.dim() < 3:
             _refuse_tensor(name, t)
-    table, index = arguments.int32("page_table", table, 2), arguments.int32("cache_batch_idx", index)
-    starts = arguments.int32("cu_seqlens_q", starts)
+    table, index = arguments.int32("page_table", a.table, 2), arguments.int32("cache_batch_idx", a.index)
+    starts = arguments.int32("cu_seqlens_q", a.starts)
     if starts is not None and not starts.shape[0]:
         raise InvalidArgument("cu_seqlens_q is empty", "", "it has one number more than there are sequences")
     batch = q.shape[0] if starts is None else starts.shape[0] - 1
     room = k.shape[1] * (1 if table is None else table.shape[-1])
-    most_rows = 0 if starts is None else _most_rows(q, most_rows)
+    most_rows = 0 if starts is None else _most_rows(q, given.most_rows)
     left, right = settings.window
     if (most_rows or q.shape[1]) == 1:
         right = -1  # a single row sees nothing behind the last key: no bound is needed there, and one kernel less
     return DecodeCall(
-        q, k, v, _lengths(lengths, batch, room, q.device), table, starts, index, k_scale, v_scale,
-        None if sinks is None else _checked_sinks(sinks, q), (left, right), settings.softcap, settings.scale,
-        num_splits, most_rows,
-        0 if most_keys is None else arguments.integer("max_seqlen_k", most_keys),
+        q, k, a.v_cache, _lengths(a.lengths, batch, room, q.device), table, starts, index, a.k_scale, a.v_scale,
+        None if a.sinks is None else _checked_sinks(a.sinks, q), (left, right), settings.softcap, settings.scale,
+        _splits(given.num_splits, given.numerics), most_rows,
+        0 if given.most_keys is None else arguments.integer("max_seqlen_k", given.most_keys),
     )  # fmt: skip
 
 

@@ -43,6 +43,20 @@ class Arguments(NamedTuple):
     sinks: Any
 
 
+class Settings(NamedTuple):
+    """All else that changes what a call gives, as it was given."""
+
+    most_rows: Any
+    most_keys: Any
+    scale: Any
+    causal: Any
+    window: Any
+    softcap: Any
+    interleaved: Any
+    num_splits: Any
+    numerics: Any
+
+
 class _Known(NamedTuple):
     attend: decode.Prepared
     append: kvcache_append.Prepared | None
@@ -52,7 +66,7 @@ class _Known(NamedTuple):
 _known: dict[Key, _Known] = {}
 
 
-def key_of(a: Arguments, settings: tuple[Any, ...]) -> Key | None:
+def key_of(a: Arguments, settings: Settings) -> Key | None:
     """All that follows from a call but its addresses; None where it is nothing to be remembered: somebody wants to see
     the ops, a gradient is wanted, its contents are to be checked, or it is no call of tensors at all."""
     if not decode_ops.is_plain(a.q):
@@ -73,7 +87,7 @@ def key_of(a: Arguments, settings: tuple[Any, ...]) -> Key | None:
     return key
 
 
-def serve(key: Key, a: Arguments, want_lse: bool, interleaved: bool) -> Any:
+def serve(key: Key, a: Arguments, settings: Settings, want_lse: bool) -> Any:
     """What the call gives, if one like it came before; None if not, or if its contents are to be told in words."""
     known = _known.get(key)
     if known is None or known.attend.epoch is not resolve.epoch():
@@ -82,7 +96,8 @@ def serve(key: Key, a: Arguments, want_lse: bool, interleaved: bool) -> Any:
         a.q, a.k_cache, a.v_cache, a.lengths, a.table, a.starts, a.index, a.k_scale, a.v_scale, a.sinks
     )  # fmt: skip
     if known.append is not None:
-        new = NewTokens(a.k, a.v, a.new_starts, a.cos, a.sin, a.rotary_seqlens, interleaved, known.banded)
+        interleaved, banded = settings.interleaved, known.banded
+        new = NewTokens(a.k, a.v, a.new_starts, a.cos, a.sin, a.rotary_seqlens, interleaved, banded)
         status, q, after = kvcache_append.launch(known.append, tensors, new)
         if status:
             return None
