@@ -76,15 +76,12 @@ def key_of(a: Arguments, settings: Settings) -> Key | None:
             return None
         if a.q.is_cuda and env.flag("FAGEN_DEBUG"):
             return None
+        hash(settings)  # a list of window bounds, say, has none
         q, k, v = a.q.data_ptr(), a.k_cache.data_ptr(), a.v_cache.data_ptr()
-        key = (
-            *[None if t is None else (type(t), t.dtype, t.device, t.shape, t.stride()) for t in a],
-            *settings, (q | k | v) % ALIGNMENT, k == v,
-        )  # fmt: skip
-        hash(key)
+        shapes = [None if t is None else (type(t), t.dtype, t.device, t.shape, t.stride()) for t in a]
     except (AttributeError, RuntimeError, TypeError):  # the checks tell it in words
         return None
-    return key
+    return (*shapes, settings, (q | k | v) % ALIGNMENT, k == v)
 
 
 def serve(key: Key, a: Arguments, settings: Settings, want_lse: bool) -> Any:
