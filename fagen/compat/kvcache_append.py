@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.graph import increment_version
 
 from fagen import env
 from fagen.errors import InvalidArgument, LaunchError
@@ -139,7 +140,11 @@ def launch(prepared: Prepared, call: Tensors | DecodeCall, new: NewTokens) -> tu
     q = call.q if new.cos is None else call.q.new_empty(call.q.shape)
     params: Any = append.Params.from_buffer_copy(prepared.params)  # other threads have their own
     cache_append.set_addresses(params, call, new, after, None if new.cos is None else q)
-    return launch_on_stream(prepared.library, params, call.q), q, after
+    status = launch_on_stream(prepared.library, params, call.q)
+    for cache in (call.k, call.v):
+        if not cache.is_inference():
+            increment_version(cache)  # whoever saved it for a gradient must learn that it has changed
+    return status, q, after
 
 
 # ---- by PyTorch -----------------------------------------------------------------------------------------------------

@@ -120,7 +120,14 @@ def test_calls_are_served_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     named = cached()
     angles = {"rotary_cos": torch.ones(40, 8), "rotary_sin": torch.zeros(40, 8)}
     for more in ({}, angles, {**angles, "rotary_seqlens": torch.tensor([0, 1])}, {"causal": True}):
-        fagen.flash_attn_with_kvcache(**named, **more)
+        before = named["k_cache"]._version, named["v_cache"]._version
+        for _ in range(2):
+            fagen.flash_attn_with_kvcache(**named, **more)
+        assert named["k_cache"]._version == before[0] + 2 and named["v_cache"]._version == before[1] + 2
+    with torch.inference_mode():
+        mine = {**named, "k_cache": named["k_cache"].clone(), "v_cache": named["v_cache"].clone()}
+        fagen.flash_attn_with_kvcache(**mine)
+    assert torch.equal(mine["k_cache"], named["k_cache"])
     assert not served and float(named["k_cache"][1, 31].min()) == 1.0 and not named["k_cache"][:, 4:31].any()
     whole = named | {name: t.double() for name, t in named.items() if name != "cache_seqlens"}
     monkeypatch.setattr(notices, "_warned", set())

@@ -72,7 +72,8 @@ FAGEN_SHARED int angle_row(const fagen_append_params& p, SequenceRow at, bool fi
 
 FAGEN_SHARED int length_after(const fagen_append_params& p, int sequence) {
   const int32_t* starts = p.cu_seqlens_new;
-  return p.seqlens_k[sequence] + (starts ? starts[sequence + 1] - starts[sequence] : p.most_new);
+  const uint32_t count = starts ? uint32_t(starts[sequence + 1]) - uint32_t(starts[sequence]) : uint32_t(p.most_new);
+  return int(uint32_t(p.seqlens_k[sequence]) + count);  // of lengths astray as well: who reads it keeps it in range
 }
 
 // The number divided by its scale as e4m3, rounded to nearest even, at most 448 in size; NaN stays NaN.
