@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,12 @@ from fagen.ops.attention.decode_call import DecodeCall
 from fagen.runtime import decode_ops
 
 _Tensor = torch.Tensor | None
+
+
+class SplitKeys(NamedTuple):
+    """In the place of `numerics`: keys of a split, as a plan chose them."""
+
+    keys: int
 
 
 def flash_attn_with_kvcache(
@@ -64,16 +70,9 @@ def flash_attn_with_kvcache(
         k_descale, v_descale, _one_of("sinks", sinks, "learnable_sink", learnable_sink),
     )  # fmt: skip
     settings = kvcache_known.Settings(
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        rotary_interleaved,
-        num_splits,
+        max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits,
         numerics,
-    )
+    )  # fmt: skip
     key, want_lse = kvcache_known.key_of(mine, settings), bool(return_softmax_lse)
     served = None if key is None else kvcache_known.serve(key, mine, settings, want_lse)
     return _serve_new(key, mine, settings, want_lse) if served is None else served
@@ -173,6 +172,8 @@ def _splits(num_splits: Any, numerics: Any) -> int:
         raise InvalidArgument(f"num_splits={count} is negative", "", "0 leaves it to the kernel")
     if numerics == "tuned":
         return count
+    if type(numerics) is SplitKeys:
+        return -numerics.keys
     if numerics != "pinned":
         raise InvalidArgument(f"numerics={arguments.shown(numerics)} is unknown", "known: tuned, pinned")
     if count:

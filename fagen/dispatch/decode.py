@@ -117,8 +117,9 @@ def keep(known: dict[tuple[Any, ...], T], key: tuple[Any, ...], value: T) -> Non
 
 
 def _sizes(call: DecodeCall) -> tuple[int, int, int]:
-    """With splits of fixed size the choice of a kernel may not depend on the other sequences either."""
-    return (call.batch, call.seqlen_q, call.seqlen_k) if call.num_splits >= 0 else (1, 1, 8 * PINNED_KEYS)
+    """With pinned splits the choice of a kernel may not depend on the other sequences either."""
+    pinned = call.num_splits == -PINNED_KEYS
+    return (1, 1, 8 * PINNED_KEYS) if pinned else (call.batch, call.seqlen_q, call.seqlen_k)
 
 
 def _ask(call: DecodeCall, facts: tuple[Any, ...]) -> Answer | None:

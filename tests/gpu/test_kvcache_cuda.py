@@ -156,6 +156,28 @@ def test_pinned_numerics() -> None:
         assert torch.equal(fagen.flash_attn_with_kvcache(**mine, numerics="pinned")[0], together[b]), b
 
 
+def test_a_plan_and_one_graph_serve_other_lengths() -> None:
+    here = step(1, PAGE)
+    del here["k"], here["v"]
+    problem = fagen.DecodeProblem(
+        head_dim=D, heads=HEADS, kv_heads=KV_HEADS, batch=6, page=PAGE, seqlen_k=1088, mask="none"
+    )
+    there = on(DEVICE, here)
+    plan = fagen.DecodePlan(problem, LENGTHS)
+    assert plan.split_keys > 0
+    plan.run(**there)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = plan.run(**there)
+    assert isinstance(out, torch.Tensor)
+    for lengths in (LENGTHS, [1000, 1, 1088, 0, 17, 500]):
+        there["cache_seqlens"].copy_(int32(*lengths))
+        graph.replay()
+        want = fagen.flash_attn_with_kvcache(**{**here, "cache_seqlens": int32(*lengths)})
+        assert isinstance(want, torch.Tensor)
+        assert (out.cpu().float() - want.float()).abs().max() < 0.03
+
+
 def test_the_kernel_appends_the_bits_of_pytorch() -> None:
     found = append.library(detect(), capturing=False)
     assert found is not None
