@@ -181,7 +181,8 @@ def _first(p: SoftmaxProblem, t: Target) -> list[Config]:
     changes: list[dict[str, int | str | bool]] = [
         {"scheme": "two_pass", "held": 1}, {"scheme": "three_pass", "held": 1}, {"fold_scale": True},
         {"scheme": "registers", "vector_bytes": 8}, {"scheme": "registers"}, {"scheme": "shared", "held": 4},
-        {"threads": 128, "lines": 1}, {"threads": 256, "lines": 1}, {"threads": 512, "lines": 1}, {"scheme": "registers", "threads": 1024, "lines": 1, "held": 4, "cluster": 4},
+        {"threads": 128, "lines": 1}, {"threads": 256, "lines": 1}, {"threads": 512, "lines": 1},
+        {"scheme": "registers", "threads": 1024, "lines": 1, "held": 4, "cluster": 4},
         {"scheme": "registers", "threads": 512, "lines": 1, "held": 4, "cluster": 8},
         {"threads": 256, "lines": 1, "scheme": "split", "held": 1},
     ]  # fmt: skip
