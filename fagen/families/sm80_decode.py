@@ -27,8 +27,8 @@ KNOBS = (
         "merged_by",
         "kMergedBy",
         ("own_kernel", "last_block", "cluster"),
-        "who merges the splits of a sequence: a second kernel, the block that ends last, or up to 8 blocks as a cluster "
-        "(sm_90), more of them a second kernel",
+        "who merges the splits of a sequence: a second kernel, the block that ends last, or, of up to 8, a cluster of "
+        "their blocks (sm_90)",
     ),
     Knob("blocks_per_sm", "kBlocksPerSm", (1, 2, 3, 4), "blocks the register budget is cut for"),
 )

@@ -37,7 +37,7 @@ CASES = [
     Case("last_block", page=1, mask="window", sinks=True),
     Case("last_block", mask="none", head_dim=96),
     Case("cluster", page=16, head_dim=128, sinks=True),
-    Case("cluster_columns", page=64, mask="window", dtype="fp16", **FP8),
+    Case("cluster_columns", page=64, mask="window", head_dim=128, dtype="fp16", **FP8),
     Case("base", page=1, **FP8),
     Case("two_warps", page=16, mask="window", dtype="fp16", softcap=True),
     Case("columns", page=32, mask="none", dtype="fp16", head_dim=128, sinks=True, **FP8),
