@@ -6,6 +6,8 @@ blocks share the keys of a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.ops.attention.decode_problem import DecodeProblem
@@ -36,6 +38,7 @@ KNOBS = (
 REGISTERS_PER_SM = 65536
 OTHER_REGISTERS = 56  # addresses, pages, maxima and sums, loop state: what a thread needs beside its fragments
 LANES, CLUSTER = 32, 8
+MOST_SPLITS, START_KEYS = 256, 128  # of a sequence; keys that starting a block costs as much as
 SM_RATE, MEMORY_LATENCY = 15, 700  # bytes a cycle that memory has for an SM; cycles until the first of them come
 
 
@@ -194,9 +197,35 @@ def splits_of(p: DecodeProblem, t: Target, c: Config) -> int:
     def cost(splits: int) -> int:
         keys = -(-key_tiles // splits) * int(c.tile_n)
         merge = 32 if c.merged_by == "cluster" and splits <= CLUSTER else 128
-        return -(-row_tiles * splits // resident) * (keys + 128) + (merge + 4 * splits if splits > 1 else 0)
+        merging = merge + 4 * splits if splits > 1 else 0
+        return -(-row_tiles * splits // resident) * (keys + START_KEYS) + merging
 
-    return min(range(1, min(most, 256) + 1), key=cost)
+    return min(range(1, min(most, MOST_SPLITS) + 1), key=cost)
+
+
+def split_keys(p: DecodeProblem, t: Target, c: Config, lengths: Sequence[int]) -> int:
+    """Keys of a split, for a batch whose lengths are known, so that all blocks cost about the same.
+
+    The device deals blocks to SMs as these become free, so that it ends a block after the mean at most, and with whole
+    waves where all are alike. Smaller splits shorten that and cost more starts and more to merge.
+    """
+    tile, resident = int(c.tile_n), t.units * int(c.blocks_per_sm)
+    planes = -(-p.seqlen_q * (p.heads // p.kv_heads) // int(c.tile_m)) * p.kv_heads
+    seen = [min(n, _keys(p)) for n in lengths]
+    longest = max(seen, default=0)
+    sizes, keys = [], max(int(c.split_keys), -(-p.seqlen_k // MOST_SPLITS))
+    while keys < longest:
+        sizes.append(-(-keys // tile) * tile)
+        keys += max(tile, keys // 4)
+    sizes.append(-(-max(longest, p.seqlen_k) // tile) * tile)  # none is split
+
+    def cost(size: int) -> float:
+        blocks = planes * sum(-(-n // size) for n in seen)
+        mean, block = (planes * sum(seen) + blocks * START_KEYS) / resident, min(size, longest) + START_KEYS
+        end = max(block, min(mean + block, -(-blocks // resident) * block))
+        return end + (128 + 4 * -(-longest // size) if size < longest else 0)
+
+    return min(sizes, key=cost)
 
 
 def _keys(p: DecodeProblem) -> int:
@@ -253,5 +282,6 @@ FAMILY = Family(
     first_configs=lambda p, t: _guesses(p, t)[1:],
     repeats=_repeats,
     cost=cost,
+    split_keys=split_keys,
     resources=_resources,
 )
