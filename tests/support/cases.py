@@ -123,6 +123,9 @@ SCHEMES_90 = {
     "tma_pair": config_90(cluster=2),
     "tma_shared_weights": config_90(shared_weights=True, tile_m=192, tile_n=80),
     "tma_packed": config_90(pack_heads=True),
+    "tma_split": config_90(splits="keys", schedule="single", tile_m=64, tile_n=32),
+    "tma_split_packed": config_90(splits="keys", schedule="single", pack_heads=True, ping_pong=True),
+    "tma_split_groups": config_90(splits="keys", schedule="single", tile_m=192, shared_weights=True, stages=1),
     **{f"tma_n{n}": config_90(tile_n=n) for n in (112, 144, 160, 176, 192, 208)},
     **_mixed_90(),
 }
