@@ -28,7 +28,8 @@ CASES = {
     Case("tma_split_groups", mask="none", dropout=0.2, heads=2, kv_heads=1): ((70, 200),),
 }
 PARTS = (1, 2, 3, 7, 100)
-_RULE, _FORCED = "  return best;\n", "  return emulator_parts ? std::min(emulator_parts, key_tiles) : best;\n"
+_RULE = "  if (row_tiles >= sms) return 1;\n"
+_FORCED = "  if (emulator_parts) return std::min(emulator_parts, key_tiles);\n"
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def _text(case: Case) -> str:
     """The kernel, with a number of parts that a test can set. 0 leaves it to the kernel's rule."""
     text = emulated.source(case.family, case.problem, known("sm_90"), case.config)
     assert text.count(_RULE) == 1
-    return f'extern "C" int emulator_parts;\nint emulator_parts;\n{text.replace(_RULE, _FORCED)}'
+    return f'extern "C" int emulator_parts;\nint emulator_parts;\n{text.replace(_RULE, _FORCED + _RULE)}'
 
 
 @functools.cache
