@@ -272,9 +272,9 @@ def _one_warpgroup(p: Problem) -> bool:
 
 
 def _leaves_sms_idle(p: Problem, t: Target) -> bool:
-    """Whether tiles of rows are fewer than SMs, and their keys enough to be shared."""
+    """Whether even the smallest tiles of rows are fewer than SMs, and their keys enough to be shared."""
     packed = packed_heads(p)
-    blocks = -(-p.seqlen_q * packed // 128) * p.heads // packed * p.batch
+    blocks = -(-p.seqlen_q * packed // 64) * (p.heads // packed) * p.batch
     keys = min(p.seqlen_k, p.window_left + p.seqlen_q) if p.window_left >= 0 else p.seqlen_k
     return blocks <= 0.7 * t.units and keys >= _SPLIT_KEYS
 
@@ -363,7 +363,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     teams, pieces = t.units // cluster, heads * -(-seen.row_tiles // cluster)
     work, longest = heads * (seen.visits * visit + seen.row_tiles * boundary), seen.most * visit + boundary
     total = makespan(work / cluster, longest, pieces, teams, tail)
-    if c.splits == "keys":
+    if c.splits == "keys" and pieces < t.units:
         total = min(total, _split_cycles(p, c, seen.most, visit, boundary, pieces, t.units))
     if c.schedule == "balanced" and uneven:  # some SMs are a little slower than others
         total *= 1.06

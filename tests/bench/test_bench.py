@@ -143,6 +143,15 @@ def test_rows_of_a_suite_have_names_of_their_own(name):
     assert all(row.series for row in found)
 
 
+def test_few_rows_are_what_splits_are_for():
+    found = suites.suite("few_rows", GPU)
+    needing = [row for row in found if rows.needs_split_keys(row.problem, GPU)]
+    family = families.get("sm90_forward")
+    split = [row for row in needing if family.default(row.problem, GPU).splits == "keys"]
+    assert len(found) == 23 and len(needing) >= 20 and len(split) >= 20
+    assert {row.problem.mask for row in found} == {"none", "causal"}
+
+
 def test_the_models_suite_slides():
     found = {row.name: row.problem for row in suites.suite("models", GPU)}
     assert set(LAYERS) - {"cross-512x8192 full h32/8 d128"} <= set(found)
