@@ -71,10 +71,11 @@ def test_right_for_any_number_of_parts(case: Case, folder: Path) -> None:
             assert verdict, f"{rows}x{keys} in {parts} parts: {verdict.message}"
 
 
-def test_no_keys_at_all(folder: Path) -> None:
+@pytest.mark.parametrize(("batch", "rows", "keys"), [(1, 70, 0), (1, 0, 300), (0, 70, 300)])
+def test_no_keys_or_no_rows(batch: int, rows: int, keys: int, folder: Path) -> None:
     case = next(case for case in CASES if case.mask == "causal")
-    q, k = torch.randn(1, 70, 3, 64).half(), torch.empty(1, 0, 1, 64).half()
-    out, lse = torch.full_like(q, torch.nan), torch.full((1, 3, 70), torch.nan)
+    q, k = torch.randn(batch, rows, 3, 64).half(), torch.randn(batch, keys, 1, 64).half()
+    out, lse = torch.full_like(q, torch.nan), torch.full((batch, 3, rows), torch.nan)
     emulated.launch(_library(case, folder), AttentionCall.of(q, k, k, causal=True), {"out": out, "lse": lse})
     assert (out == 0).all() and (lse == -torch.inf).all()
 

@@ -13,8 +13,8 @@ namespace fagen {
 template <class Base>
 struct SplitKeys : Base {
   static_assert(Base::kSchedule == Schedule::single, "blockIdx.x is the row tile");
-  static_assert(Base::kBlockOrder == BlockOrder::ascending && Base::kCluster == 1 && Base::kMask != Mask::intervals,
-                "Python refuses what parts of the keys do not go with");
+  static_assert(Base::kBlockOrder == BlockOrder::ascending && Base::kCluster == 1, "Python refuses others");
+  static_assert(!MaskOf<Base>::kIntervals, "the visits of intervals are not split");
 };
 
 struct SplitLaunchArgs : LaunchArgs {
@@ -29,7 +29,7 @@ struct SplitLaunchArgs : LaunchArgs {
   }
 };
 
-// Of the key tiles that rows see, those of this block's part.
+// Rows see the key tiles of this block's part alone.
 template <class Base>
 struct HeadPacking<SplitKeys<Base>> : HeadPacking<Base> {
   const SplitLaunchArgs& launch;

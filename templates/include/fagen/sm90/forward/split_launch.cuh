@@ -8,21 +8,21 @@ namespace fagen {
 constexpr int kMostParts = 128;
 
 // The number of parts with the least cycles, by a model: the SM with the most blocks works through their key tiles,
-// each block costs its start and, of several parts, a store of O in float32, which the merge reads again. Row tiles that
-// fill the SMs are not split.
+// each block costs its start and, of several parts, a store of O in float32, which the merge reads again. Row tiles
+// that fill the SMs are not split.
 template <class C>
 static int choose_parts(int row_tiles, int key_tiles, int resident) {
-  constexpr int kStart = 1500, kMerge = 3000, kPartBytes = C::kTileM * C::kHeadDimV * 4;
+  constexpr int kStart = 1500, kMerge = 3000, kMostBlocks = 8;
   constexpr int kVisit = C::kTileM * C::kTileN / 64 * (C::kHeadDim + C::kHeadDimV) / 24 + 200;
   constexpr int kBytesPerCycle = 32;  // that an SM writes to L2 or reads from it
-  const int sms = resident / C::kBlocksPerSm;
+  constexpr int kPart = 2 * C::kTileM * C::kHeadDimV * 4 / kBytesPerCycle;
+  const int sms = resident / C::kBlocksPerSm, most = key_tiles < kMostParts ? key_tiles : kMostParts;
   if (row_tiles >= sms) return 1;
   int best = 1;
-  int64_t least = INT64_MAX;
-  for (int parts = 1; parts <= key_tiles && parts <= kMostParts; ++parts) {
-    const int64_t blocks = ceil_div(int64_t(row_tiles) * parts, sms);  // on one SM
-    int64_t cycles = blocks * (int64_t(ceil_div(key_tiles, parts)) * kVisit + kStart);
-    if (parts > 1) cycles += kMerge + 2 * blocks * kPartBytes / kBytesPerCycle;
+  int64_t least = int64_t(key_tiles) * kVisit + kStart;
+  for (int blocks = 1; blocks <= kMostBlocks; ++blocks) {  // on an SM
+    const int fit = blocks * sms / row_tiles, parts = fit < most ? fit : most;
+    const int64_t cycles = blocks * (int64_t(ceil_div(key_tiles, parts)) * kVisit + kStart + kPart) + kMerge;
     if (cycles < least) best = parts, least = cycles;
   }
   return best;
@@ -41,7 +41,7 @@ struct SplitPlan {
     const int first_key = p.seqlen_k - p.seqlen_q - p.window_left;  // of the first row
     first_tile = MaskOf<C>::kHasBegin && p.window_left >= 0 && first_key > 0 ? first_key / C::kTileN : 0;
     if (p.seqlen_k > first_tile * C::kTileN) key_tiles = ceil_div(p.seqlen_k, C::kTileN) - first_tile;
-    if (key_tiles == 0) return;
+    if (key_tiles == 0 || row_tiles == 0) return;
     part_tiles = ceil_div(key_tiles, choose_parts<C>(row_tiles, key_tiles, resident));
     parts = ceil_div(key_tiles, part_tiles);  // all of them hold keys
     if (parts == 1) return;
@@ -74,8 +74,8 @@ template <class C>
 static cudaError_t launch_split_forward(const fagen_forward_params& p, cudaStream_t stream, CUtensorMapDataType type,
                                         int resident, SplitKernel forward, MergeKernel merge) {
   using L = BlockLayout<C>;
-  if (p.batch == 0 || p.seqlen_q == 0) return cudaSuccess;
   const SplitPlan<C> plan(p, resident);
+  if (plan.row_tiles == 0) return cudaSuccess;
   SplitLaunchArgs launch;
   if (const cudaError_t e = make_args<C>(p, plan, type, launch)) return e;
   if (plan.key_tiles > 0) {
