@@ -123,9 +123,9 @@ def test_the_kernels_own_rule(rows: int, keys: int, least: int, most: int, folde
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("(range.end - 1 - launch.first_tile)", "(range.end - launch.first_tile)"),  # a part that nobody wrote is read
-        ("part.full_end = min(max(all.full_end, part.begin), part.end)", "part.full_end = part.end"),  # no mask
-        ("begin + launch.part_tiles;", "begin + launch.part_tiles + 1;"),  # a key tile is in two parts
+        ("part_of(range.end - 1)", "part_of(range.end)"),  # a part that nobody wrote is read
+        ("mine.full_end = min(max(all.full_end, mine.begin), mine.end)", "mine.full_end = mine.end"),  # no mask
+        ("begin + tiles_of_part;", "begin + tiles_of_part + 1;"),  # a key tile is in two parts
     ],
 )
 def test_what_is_wrong_is_found(old: str, new: str, folder: Path) -> None:

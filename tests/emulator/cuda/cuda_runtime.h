@@ -3,6 +3,7 @@
 #include "../emulator.h"
 
 #define __global__
+#define __host__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
