@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fagen.families.base import Config, Constraint, Family, Knob
-from fagen.families.cost import Walk, key_bytes, makespan, walk
+from fagen.families.cost import Walk, key_bytes, makespan, split_cycles, walk
 from fagen.families.sm90_forward_block import (
     FEWEST_REGISTERS,
     OTHER_REGISTERS,
@@ -338,15 +338,6 @@ def _memory_cycles(p: Problem, t: Target, c: Config, seen: Walk, heads: int) -> 
     return (rows + keys + missed) / (11 * t.units)
 
 
-def _split_cycles(p: Problem, c: Config, tiles: int, visit: float, boundary: float, pieces: int, units: int) -> float:
-    """The least cycles of any number of parts, as sm90/forward/split_launch.cuh counts them."""
-    part_bytes, least = 4 * int(c.tile_m) * p.head_dim_v_padded, math.inf
-    for parts in range(2, min(tiles, 128) + 1):
-        blocks = -(-pieces * parts // units)
-        least = min(least, blocks * (-(-tiles // parts) * visit + boundary + part_bytes / 16) + 3000)
-    return least
-
-
 def cost(p: Problem, t: Target, c: Config) -> float:
     """Cycles, roughly: visits of tiles of keys, boundaries between tiles of rows, the tail, memory where it is slower.
 
@@ -364,7 +355,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     work, longest = heads * (seen.visits * visit + seen.row_tiles * boundary), seen.most * visit + boundary
     total = makespan(work / cluster, longest, pieces, teams, tail)
     if c.splits == "keys" and pieces < t.units:
-        total = min(total, _split_cycles(p, c, seen.most, visit, boundary, pieces, t.units))
+        total = min(total, split_cycles(p, int(c.tile_m), seen.most, visit, boundary, pieces, t.units))
     if c.schedule == "balanced" and uneven:  # some SMs are a little slower than others
         total *= 1.06
     total = (total**6 + _memory_cycles(p, t, c, seen, heads) ** 6) ** (1 / 6)  # nearly the larger of the two

@@ -24,12 +24,16 @@ BASE = FAMILY.config(
         "cluster": 1, "shared_weights": False, "pack_heads": False,
     }
 )  # fmt: skip
+_MANY = {"batch": 8, "heads": 32}  # tiles of rows for every SM
+_FEW = {"seqlen_q": 100, "seqlen_k": 4096}
 PROBLEMS = [
-    *(Problem(head_dim=d, mask=mask) for d in (64, 96, 128, 192, 256) for mask in ("none", "causal")),
-    Problem(head_dim=192, head_dim_v=128, mask="causal", dtype="fp16"),
-    Problem(head_dim=64, mask="window", window_left=100, window_right=0),
-    *(Problem(head_dim=d, mask="intervals", intervals="both4") for d in (64, 128, 192, 256)),
-    Problem(head_dim=96, softcap=True, alibi=True),
+    *(Problem(head_dim=d, mask=mask, **_MANY) for d in (64, 96, 128, 192, 256) for mask in ("none", "causal")),
+    Problem(head_dim=192, head_dim_v=128, mask="causal", dtype="fp16", **_MANY),
+    Problem(head_dim=64, mask="window", window_left=100, window_right=0, **_MANY),
+    *(Problem(head_dim=d, mask="intervals", intervals="both4", **_MANY) for d in (64, 128, 192, 256)),
+    Problem(head_dim=96, softcap=True, alibi=True, **_MANY),
+    Problem(head_dim=256, mask="causal", **_FEW),
+    Problem(head_dim=192, head_dim_v=128, alibi=True, **_FEW),
 ]
 
 

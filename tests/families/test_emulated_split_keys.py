@@ -1,4 +1,4 @@
-"""sm90_forward with splits=keys on the CPU (tests/emulator): right for any number of parts, whatever they hold."""
+"""Forward kernels with splits=keys on the CPU (tests/emulator): right for any number of parts, whatever they hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fagen.ops.attention.params import make_params
 from fagen.runtime.kernel import Library
 from fagen.target import known
 from tests.support import emulated
-from tests.support.cases import Case, run
+from tests.support.cases import HOPPER, Case, run
 
 # window bounds, rows and keys: rows that see no key, keys that no row sees, a ragged end of both
 CASES = {
@@ -26,6 +26,12 @@ CASES = {
     Case("tma_split_packed", mask="none", head_dim=96, head_dim_v=64, heads=4, kv_heads=1): ((5, 290),),
     Case("tma_split_groups", mask="causal", softcap=15.0, alibi=True, heads=2, kv_heads=1): ((200, 330),),
     Case("tma_split_groups", mask="none", dropout=0.2, heads=2, kv_heads=1): ((70, 200),),
+    Case("split", mask="none", dtype="fp16"): ((70, 300), (130, 33)),
+    Case("split", mask="window", window=(90, 10), aligned=False, head_dim=50, heads=2): ((150, 420), (100, 70)),
+    Case("split", mask="intervals", intervals="both4", window=(100, 30), head_dim=32, heads=2): ((150, 300),),
+    Case("split_overlap", mask="causal", head_dim=96, heads=2): ((100, 330), (100, 40)),
+    Case("split_overlap", mask="intervals", intervals="lower2", window=(-1, 0), heads=2): ((100, 300),),
+    Case("split_one_stage", mask="causal", head_dim=16, softcap=15.0, alibi=True, dropout=0.2, heads=2): ((200, 200),),
 }
 PARTS = (1, 2, 3, 7, 100)
 _RULE = "  if (row_tiles >= sms) return 1;\n"
@@ -41,7 +47,7 @@ def folder(cache_folder: Path) -> Path:
 @functools.cache
 def _text(case: Case) -> str:
     """The kernel, with a number of parts that a test can set. 0 leaves it to the kernel's rule."""
-    text = emulated.source(case.family, case.problem, known("sm_90"), case.config)
+    text = emulated.source(case.family, case.problem, known("sm_90" if case.family is HOPPER else "sm_80"), case.config)
     assert text.count(_RULE) == 1
     return f'extern "C" int emulator_parts;\nint emulator_parts;\n{text.replace(_RULE, _FORCED + _RULE)}'
 
@@ -120,6 +126,7 @@ def test_the_kernels_own_rule(rows: int, keys: int, least: int, most: int, folde
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["tma_split", "split"])
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -128,8 +135,11 @@ def test_the_kernels_own_rule(rows: int, keys: int, least: int, most: int, folde
         ("begin + tiles_of_part;", "begin + tiles_of_part + 1;"),  # a key tile is in two parts
     ],
 )
-def test_what_is_wrong_is_found(old: str, new: str, folder: Path) -> None:
-    case = Case("tma_split", mask="causal", heads=1, kv_heads=1)
+def test_what_is_wrong_is_found(old: str, new: str, scheme: str, folder: Path) -> None:
+    if scheme == "split" and old.startswith("mine.full_end"):
+        old = "this->valid() && this->tile >= range.full_begin"  # its walk asks the whole range
+        new = old.removeprefix("this->valid() && ")
+    case = Case(scheme, mask="causal", heads=1, kv_heads=1)
     assert _text(case).count(old) == 1
     library = emulated.build(_text(case).replace(old, new), folder)
     verdicts = []

@@ -57,6 +57,9 @@ SCHEMES = {
     "eight_warps": config(tile_m=256, tile_n=80, warps=8, q_source="registers"),
     "wide": config(tile_m=192, tile_n=48, warps=4),
     "tall": config(tile_m=128, tile_n=96, warps=8, stages=1),
+    "split": config(splits="keys"),
+    "split_overlap": config(splits="keys", overlap=True, tile_m=32, warps=2, block_order="longest_first"),
+    "split_one_stage": config(splits="keys", stages=1, tile_m=128, tile_n=48, q_source="registers"),
 }
 
 

@@ -1,4 +1,5 @@
-// The host's part of forward kernels whose blocks share keys: how many parts, their workspace, the launch of both kernels.
+// The host's part of forward kernels whose blocks share keys: how many parts, their workspace, the launch of both
+// kernels.
 #pragma once
 #include "fagen/common/split_keys.cuh"
 #include "fagen/host/launch.cuh"
@@ -8,8 +9,8 @@ namespace fagen {
 constexpr int kMostParts = 128;
 
 // The number of parts with the least cycles, by a model: the SM with the most blocks works through their key tiles,
-// each block costs its start and, of several parts, a store of O in float32, which the merge reads again. Row tiles that
-// fill the SMs are not split. `macs_a_cycle`: of an SM, as the kernel reaches them.
+// each block costs its start and, of several parts, a store of O in float32, which the merge reads again. Row tiles
+// that fill the SMs are not split. `macs_a_cycle`: of an SM, as the kernel reaches them.
 template <class C>
 static int choose_parts(int row_tiles, int key_tiles, int sms, int macs_a_cycle) {
   constexpr int kStart = 1500, kMerge = 3000, kMostBlocks = 8;
