@@ -55,6 +55,7 @@ __device__ __forceinline__ void store_rows(const Block<SplitKeys<Base>, Element>
   if (gridDim.y == 1) return store_rows<SplitKeys<Base>, Element>(block, state, row_tile);
   const StoredParts<Base> stored(block.grid.state, gridDim.x, gridDim.y);
   const int rows = block.p.seqlen_q - row_tile * Base::kTileM;
+  ptx::cp_async_wait<0>();  // where the part has no keys, q may still be on its way to a block that ends
 #pragma unroll
   for (int r = 0; r < B::State::kRows; ++r) {
     const int row = block.first_row + r / 2 * 16 + r % 2 * 8 + state.lane.row;
