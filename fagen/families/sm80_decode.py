@@ -146,6 +146,7 @@ _GUESSES = (
     _make(stages=4, blocks_per_sm=1),
     _make(stages=2),
     _make(tile_n=128, stages=2),
+    _make(tile_n=128, stages=3),
     _make(tile_n=32, warps=2, stages=4, blocks_per_sm=4),
     _make(partition="columns", stages=3),
     _make(stages=2, blocks_per_sm=1),
@@ -164,18 +165,24 @@ _GUESSES = (
 
 
 def _wanted_tile(p: DecodeProblem, t: Target) -> int:
-    """The smallest tile that holds all rows of a kv head, so that its keys are read once."""
-    rows = p.seqlen_q * (p.heads // p.kv_heads)
-    return next((tile for tile in (16, 32) if rows <= tile), 64)
+    """Of few rows two tiles, whose blocks read the same keys at the same time, are faster than one of as many rows."""
+    return 16 if p.seqlen_q * (p.heads // p.kv_heads) <= 32 else 64
 
 
 def _guesses(p: DecodeProblem, t: Target) -> list[Config]:
-    """The legal ones of the table: first those with registers to spare, and of them those of the rows' tile."""
+    """The legal ones of the table: first those with registers to spare, of them those of the rows' tile, and of an fp8
+    cache, whose keys have half the bytes, those with twice as many keys on their way."""
     merged_by = "cluster" if t.capability >= 90 else "own_kernel"
     guesses = [c.replace(merged_by=merged_by) for c in _GUESSES]
     legal = [c for c in guesses if not any(k.check(p, t, c) for k in CONSTRAINTS)]
     wanted = _wanted_tile(p, t)
-    return sorted(legal, key=lambda c: (fragment_registers(p, c) + 90 > register_limit(c), abs(c.tile_m - wanted)))
+    few_bytes = bool(p.kv_dtype)
+
+    def rank(c: Config) -> tuple[bool, int, bool]:
+        crowded = fragment_registers(p, c) + 90 > register_limit(c)
+        return crowded, abs(int(c.tile_m) - wanted), few_bytes and (c.tile_n, c.stages) != (128, 3)
+
+    return sorted(legal, key=rank)
 
 
 def _repeats(p: DecodeProblem, c: Config) -> bool:

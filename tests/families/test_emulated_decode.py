@@ -262,7 +262,7 @@ def test_a_call_tells_that_v_is_a_part_of_k() -> None:
     apart = dataclasses.replace(shared, v=call.v[..., :32])  # of the same strides
     later = dataclasses.replace(shared, v=call.k[..., 32:])
     assert not apart.problem.shared_kv and not later.problem.shared_kv
-    assert dispatch._kind(shared) != dispatch._kind(apart)  # whose tensors differ in addresses alone
+    assert dispatch._all_facts(shared) != dispatch._all_facts(apart)  # whose tensors differ in addresses alone
     outputs = shared.new_outputs()
     CALLS.require(shared.problem, shared, outputs)
     CALLS.require(apart.problem, shared, outputs)  # who reads both reads the same twice
