@@ -23,11 +23,13 @@ def all_families() -> tuple[Family, ...]:
         sm80_backward,
         sm80_decode,
         sm80_forward,
+        sm80_forward_fp32,
         sm90_backward,
         sm90_forward,
     )
 
-    forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY, simt_forward.FAMILY)
+    tensor_cores = (sm90_forward.FAMILY, sm80_forward.FAMILY, sm80_forward_fp32.FAMILY)
+    forward = (cpu_forward.FAMILY, *tensor_cores, simt_forward.FAMILY)
     backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY, simt_backward.FAMILY)
     decode = (cpu_decode.FAMILY, sm80_decode.FAMILY)
     softmax = (cpu_softmax.FAMILY, simt_softmax.FAMILY)
@@ -49,8 +51,9 @@ def candidates(problem: Problem, target: Target) -> tuple[list[Family], dict[str
         if family.op != problem.op:
             continue
         reason = family.supports(problem, target)
-        if not reason and family.last_resort and able:
-            reason = f"the last resort, and {able[0].name} serves this"
+        better = [other for other in able if other.serves_calls(problem)] if family.last_resort else []
+        if not reason and better:
+            reason = f"the last resort, and {better[0].name} serves this"
         if reason:
             reasons[family.name] = reason
         else:

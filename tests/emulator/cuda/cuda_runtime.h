@@ -48,6 +48,7 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline unsigned __float_as_uint(float x) { return unsigned(emulator::bits_of(x)); }
 inline float __uint_as_float(unsigned x) { return emulator::of_bits<float>(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
