@@ -64,5 +64,5 @@ def candidates(problem: Problem, target: Target) -> tuple[list[Family], dict[str
 def serving(problem: Problem, target: Target) -> tuple[list[Family], dict[str, str]]:
     """The same of the families that serve calls."""
     able, reasons = candidates(problem, target)
-    idle = {f.name: "it serves no calls of this dtype: PyTorch is faster" for f in able if not f.serves_calls(problem)}
+    idle = {f.name: "it serves no calls of this dtype: others are faster, or it has not run on a GPU" for f in able if not f.serves_calls(problem)}
     return [family for family in able if family.name not in idle], reasons | idle

@@ -19,6 +19,7 @@ KNOBS = (
     Knob("tile_n", "kTileN", (16, 32, 48, 64), "keys a block loads at a time"),
     Knob("warps", "kWarps", (1, 2, 4, 8), "warps of a block, which divide its rows"),
     Knob("products", "kProducts", ("split", "single"), "three products of tf32 for one of float32, or one"),
+    Knob("value_steps", "kValueSteps", (2, 4, 8), "steps of 8 keys of P V that are scheduled together"),
     Knob("stages", "kStages", (1, 2, 3), "tiles of keys in shared memory; 1: K and V take turns"),
     Knob("blocks_per_sm", "kBlocksPerSm", (1, 2, 3, 4), "blocks the register budget is cut for"),
     Knob(
@@ -30,7 +31,7 @@ KNOBS = (
 )
 
 REGISTERS_PER_SM = 65536
-OTHER_REGISTERS = 36  # addresses, maxima and sums, loop state: what a thread needs beside its fragments
+OTHER_REGISTERS = 44  # addresses, maxima and sums, loop state: what a thread needs beside its fragments
 
 
 def _slabs(c: Config) -> int:
@@ -38,9 +39,10 @@ def _slabs(c: Config) -> int:
     return int(c.tile_m) // (16 * int(c.warps))
 
 
-def _vector(p: Problem) -> int:
+def _vector(p: Problem, c: Config) -> int:
     """Columns of v that a lane loads at once."""
-    return 4 if p.head_dim_v_padded % 32 == 0 else 2
+    dv = p.head_dim_v_padded
+    return 4 if dv % 32 == 0 and dv <= 128 and _slabs(c) == 1 else 2
 
 
 def smem_bytes(p: Problem, c: Config) -> int:
@@ -53,7 +55,7 @@ def fragment_registers(p: Problem, c: Config) -> int:
     slabs, parts, keys = _slabs(c), 2 if c.products == "split" else 1, int(c.tile_n)
     at_once = 4 if slabs == 1 and keys % 32 == 0 else 2
     of_s = slabs * (keys // 2 + 4 * at_once + 8 * parts) + 4 * parts * at_once
-    of_o = parts * (slabs * (keys // 2 + 4 * _vector(p)) + 2 * _vector(p))
+    of_o = parts * (slabs * (keys // 2 + 4 * _vector(p, c)) + 2 * _vector(p, c))
     return slabs * p.head_dim_v_padded // 2 + max(of_s, of_o)
 
 
@@ -66,6 +68,12 @@ def _even_share(p: Problem, t: Target, c: Config) -> str | None:
         return f"tile_m {c.tile_m} is no multiple of 16 rows x {c.warps} warps"
     if _slabs(c) > 2:
         return f"a warp of {16 * _slabs(c)} rows; 16 or 32 fit in its registers"
+    return None
+
+
+def _steps_divide(p: Problem, t: Target, c: Config) -> str | None:
+    if c.value_steps > 2 and c.value_steps * 8 > c.tile_n:
+        return f"{c.value_steps} steps of 8 keys are more than tile_n {c.tile_n} has"
     return None
 
 
@@ -99,8 +107,8 @@ def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
 
 def _make(**values: Value) -> Config:
     base: dict[str, Value] = {
-        "tile_m": 64, "tile_n": 32, "warps": 4, "products": "split", "stages": 2, "blocks_per_sm": 1,
-        "block_order": "ascending",
+        "tile_m": 64, "tile_n": 32, "warps": 4, "products": "split", "value_steps": 4, "stages": 2,
+        "blocks_per_sm": 1, "block_order": "ascending",
     }  # fmt: skip
     return Config({**base, **values})
 
@@ -110,37 +118,38 @@ _GUESSES = (
     (
         64,
         [
-            _make(tile_m=128, tile_n=64, warps=8, blocks_per_sm=2),
-            _make(tile_m=64, tile_n=64, blocks_per_sm=4, stages=1),
-            _make(tile_m=128, tile_n=32, blocks_per_sm=2),
-            _make(tile_m=64, tile_n=64, blocks_per_sm=2),
+            _make(tile_m=128, blocks_per_sm=2),
+            _make(tile_m=128, tile_n=64, warps=8),
+            _make(value_steps=2, blocks_per_sm=3),
+            _make(tile_n=64, blocks_per_sm=2),
+            _make(tile_m=256, warps=8),
         ],
     ),
     (
         128,
         [
             _make(tile_m=128, tile_n=64, warps=8),
-            _make(tile_m=128, tile_n=32, warps=8),
-            _make(tile_m=64, tile_n=32, blocks_per_sm=2),
-            _make(tile_m=128, tile_n=32, warps=8, stages=3),
+            _make(blocks_per_sm=2),
+            _make(tile_m=128, warps=8, stages=3),
+            _make(tile_m=128, tile_n=48, warps=8),
         ],
     ),
     (
         256,
         [
-            _make(tile_m=128, tile_n=32, warps=8, stages=1),
-            _make(tile_m=128, tile_n=16, warps=8),
-            _make(tile_m=64, tile_n=16, stages=1, blocks_per_sm=2),
-            _make(tile_m=64, tile_n=32),
+            _make(tile_m=128, warps=8, stages=1),
+            _make(tile_m=128, tile_n=16, value_steps=2, warps=8),
+            _make(tile_m=64, tile_n=16, value_steps=2, stages=1, blocks_per_sm=2),
+            _make(tile_m=64),
         ],
     ),
 )
 _SMALLEST = [
-    _make(tile_m=64, tile_n=32, stages=1),
-    _make(tile_m=64, tile_n=16),
-    _make(tile_m=64, tile_n=16, stages=1),
-    _make(tile_m=32, tile_n=16, warps=2, stages=1),
-    _make(tile_m=16, tile_n=16, warps=1, stages=1),
+    _make(stages=1),
+    _make(tile_n=16, value_steps=2),
+    _make(tile_n=16, value_steps=2, stages=1),
+    _make(tile_m=32, tile_n=16, value_steps=2, warps=2, stages=1),
+    _make(tile_m=16, tile_n=16, value_steps=2, warps=1, stages=1),
 ]
 
 
@@ -152,15 +161,6 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     table = next(guesses for limit, guesses in _GUESSES if size <= limit)
     shaped = [c.replace(block_order=order, products=products) for c in (*table, *_SMALLEST)]
     return [c for c in shaped if not any(k.check(p, t, c) for k in CONSTRAINTS)]
-
-
-def _default(p: Problem, t: Target) -> Config:
-    """The first guess with registers to spare: nobody has looked at its spills for this very problem and GPU."""
-    spare = OTHER_REGISTERS + (20 if p.mask == "intervals" else 0) + (20 if p.softcap or p.alibi else 0)
-    spare += 30 if p.dropout else 0
-    guesses = _guesses(p, t)
-    roomy = (c for c in guesses if fragment_registers(p, c) + spare <= register_limit(c))
-    return next(roomy, guesses[-1])
 
 
 def _resources(p: Problem, t: Target, c: Config) -> tuple:
@@ -196,6 +196,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
 _SHAPE = ("tile_m", "tile_n", "warps")
 CONSTRAINTS = (
     Constraint("even_share", _even_share, ("tile_m", "warps")),
+    Constraint("steps_divide", _steps_divide, ("tile_n", "value_steps")),
     Constraint("tf32_allowed", _tf32_allowed, ("products",)),
     Constraint("order_matters", _order_matters, ("block_order",)),
     Constraint("smem_fits", _smem_fits, (*_SHAPE, "stages", "blocks_per_sm")),
@@ -211,7 +212,7 @@ FAMILY = Family(
     constraints=CONSTRAINTS,
     supports=_supports,
     derive=_derive,
-    default=_default,
+    default=lambda p, t: _guesses(p, t)[0],
     default_reads=nothing,
     flags=lambda t: (device_limits.gencode(t), *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:4],

@@ -71,6 +71,7 @@ class AttentionCall:
     sinks: torch.Tensor | None = None  # no kernel takes them: see sinks.py
     dropout: float = 0.0  # the probability that a weight is dropped
     rng: torch.Tensor | None = None  # seed and offset: which weights are. None until they are drawn
+    tf32: bool = False  # products of float32 numbers may be rounded to TF32
     first_plane: int = 0  # of a part of a call: the number of its first head among all heads of all batches
 
     @classmethod
@@ -293,6 +294,7 @@ class AttentionCall:
             softcap=bool(self.softcap),
             alibi=self.alibi_slopes is not None,
             dropout=self.dropout > 0,
+            tf32=self.tf32,
             aligned=aligned,
             batch=self.batch,
             heads=self.heads,

@@ -12,19 +12,30 @@ namespace fagen {
 template <class Layout, int kRows, int kThreads, bool kAligned>
 __device__ __forceinline__ void copy_rows(float* to, const Matrix<float>& from, int first) {
   constexpr int kPiece = kAligned ? 4 : 1, kPerRow = Layout::kColumns / kPiece;
-  constexpr int kCount = kRows * kPerRow, kEach = (kCount + kThreads - 1) / kThreads;
-#pragma unroll 8
-  for (int i = 0; i < kEach; ++i) {
-    const int index = threadIdx.x + i * kThreads;
-    if (kCount % kThreads && index >= kCount) break;
-    const int row = index / kPerRow, column = index % kPerRow * kPiece;
-    const bool there = first + row < from.rows && column < from.cols;
-    const float* source = there ? from.row(first + row) + column : from.base;
+  const auto copy = [&](const float* source, int row, int column, bool there) {
     const uint32_t place = ptx::shared_address(to + Layout::offset(row, column / 4) + column % 4);
     if constexpr (kAligned)
-      ptx::cp_async_16(place, source, there);
+      ptx::cp_async_16(place, there ? source : from.base, there);
     else
-      ptx::cp_async_4(place, source, there);
+      ptx::cp_async_4(place, there ? source : from.base, there);
+  };
+  if constexpr (kThreads % kPerRow == 0) {  // a thread stays in its columns
+    constexpr int kStep = kThreads / kPerRow;
+    const int column = threadIdx.x % kPerRow * kPiece;
+    int row = threadIdx.x / kPerRow;
+    const float* source = from.row(first + row) + column;
+    const int end = column < from.cols ? from.rows - first : 0;
+#pragma unroll
+    for (int i = 0; i < (kRows + kStep - 1) / kStep; ++i) {
+      if (kRows % kStep == 0 || row < kRows) copy(source, row, column, row < end);
+      row += kStep, source += kStep * from.stride;
+    }
+  } else {
+#pragma unroll 2
+    for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
+      const int row = i / kPerRow, column = i % kPerRow * kPiece;
+      copy(from.row(first + row) + column, row, column, first + row < from.rows && column < from.cols);
+    }
   }
 }
 

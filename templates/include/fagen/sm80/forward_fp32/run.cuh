@@ -67,7 +67,7 @@ __device__ __forceinline__ void run_forward(const Block<C>& block) {
     rows.template modify<decltype(masked)::value>(scores, tile);
     rows.exponentiate(scores, weights, factor, tile);
     stages.wait_values();
-    rows.multiply_values(weights, factor, block.values(stages.stage));
+    rows.multiply_values(weights, factor, block.values(stages.stage), tile);
     stages.advance();
   };
   block.walk().visit_rest(block.range, visit);

@@ -36,8 +36,9 @@ struct ForwardShape {
   using RowsOfQ = ScoreRowsLayout<C::kHeadDim>;
   using RowsOfK = ScoreRowsLayout<C::kHeadDim>;
   using RowsOfV = ValueRowsLayout<C::kHeadDimV>;
-  static constexpr int kVector = C::kHeadDimV % 32 == 0 ? 4 : 2;  // columns of v that a lane loads at once
-  static constexpr int kGroups = C::kHeadDimV / (8 * kVector);    // of columns that a warp loads so
+  // columns of v that a lane loads at once: four where registers are left for their sums
+  static constexpr int kVector = C::kHeadDimV % 32 == 0 && C::kHeadDimV <= 128 && kSlabs == 1 ? 4 : 2;
+  static constexpr int kGroups = C::kHeadDimV / (8 * kVector);  // of columns that a warp loads so
 
   static constexpr int kStagesBegin = C::kTileM * RowsOfQ::kPitch;
   static constexpr int kKeyFloats = C::kTileN * RowsOfK::kPitch;

@@ -87,15 +87,19 @@ struct WarpRows {
   }
 
   // O = O * factor + P V of the tile in a stage. Piece kVector q + j of O has columns 8 kVector q + kVector m + j,
-  // m = 0 ... 7: those of v that lanes load at once.
+  // m = 0 ... 7: those of v that lanes load at once. The loops end with the columns of v and with the last key; without
+  // these branches the compiler would load ahead for more products than it has registers for.
   __device__ __forceinline__ void multiply_values(const Weights& weights, const float (&factor)[kRows],
-                                                  const float* values) {
+                                                  const float* values, int tile) {
+    const int keys = block.k.rows - tile * C::kTileN;
     const float* v_lane = values + lane.column * Shape::RowsOfV::kPitch + lane.row * kVector;
 #pragma unroll
     for (int q = 0; q < Shape::kGroups; ++q) {
+      if (q > 0 && q * 8 * kVector >= block.v.cols) break;
       float high[kSlabs][kVector][4] = {}, low[kSlabs][kVector][4] = {};
 #pragma unroll
       for (int n = 0; n < kKeyPieces; ++n) {
+        if (n % C::kValueSteps == 0 && n > 0 && n * 8 >= keys) break;
         Fragment<kSplit, 2> v[kVector];
         load_values(v, v_lane + n * 8 * Shape::RowsOfV::kPitch + q * 8 * kVector);
 #pragma unroll
