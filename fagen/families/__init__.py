@@ -44,7 +44,8 @@ def get(name: str) -> Family:
 
 
 def candidates(problem: Problem, target: Target) -> tuple[list[Family], dict[str, str]]:
-    """Families of the problem's op that can serve it on the target, and why each other one cannot."""
+    """Families of the problem's op that can serve it on the target, and why each other one cannot. Those that serve no
+    calls come last."""
     able: list[Family] = []
     reasons: dict[str, str] = {}
     for family in all_families():
@@ -58,11 +59,12 @@ def candidates(problem: Problem, target: Target) -> tuple[list[Family], dict[str
             reasons[family.name] = reason
         else:
             able.append(family)
-    return able, reasons
+    return sorted(able, key=lambda family: not family.serves_calls(problem)), reasons
 
 
 def serving(problem: Problem, target: Target) -> tuple[list[Family], dict[str, str]]:
     """The same of the families that serve calls."""
     able, reasons = candidates(problem, target)
-    idle = {f.name: "it serves no calls of this dtype: others are faster, or it has not run on a GPU" for f in able if not f.serves_calls(problem)}
+    why = "it serves no calls of this dtype: others are faster, or it has not run on a GPU yet"
+    idle = {family.name: why for family in able if not family.serves_calls(problem)}
     return [family for family in able if family.name not in idle], reasons | idle

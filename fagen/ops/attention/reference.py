@@ -42,7 +42,8 @@ def attend(
     """Plain attention in the dtype of `tensors`, the call's q, k and v in bhsd order, for some rows; rows that see
     nothing give 0, and -inf or their sink.
 
-    `seen` is the dense mask of those rows. `operand` rounds what is multiplied. Differentiable; this is also the fallback of last resort.
+    `seen` is the dense mask of those rows, `operand` rounds what is multiplied. Differentiable without it; this is also
+    the fallback of last resort.
     """
     import torch
 
