@@ -9,6 +9,7 @@ from __future__ import annotations
 from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob, Value, nothing
 from fagen.families.cost import key_bytes, makespan, walk
+from fagen.ops.attention import problem
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -217,6 +218,6 @@ FAMILY = Family(
     flags=lambda t: (device_limits.gencode(t), *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:4],
     cost=cost,
-    serves_calls=lambda p: False,  # not run on a GPU yet
+    serves_calls=lambda p: problem.FP32_TENSOR_CORES,
     resources=_resources,
 )

@@ -16,8 +16,8 @@ class BackwardProblem(Problem):
 
     @classmethod
     def of(cls, forward: Problem, *, deterministic: bool = False) -> BackwardProblem:
-        """The gradients of a forward problem's call."""
-        return cls(**{**forward.to_dict(), "op": "backward", "deterministic": deterministic})
+        """The gradients of a forward problem's call. No family rounds their products to TF32."""
+        return cls(**{**forward.to_dict(), "op": "backward", "deterministic": deterministic, "tf32": False})
 
     @property
     def forward(self) -> Problem:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from fagen.errors import InvalidArgument
-from fagen.ops.attention import arguments, derivatives
+from fagen.ops.attention import arguments, derivatives, tf32
 from fagen.ops.attention import dropout as dropped
 from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import ALIGNMENT, LARGEST_SIZE, Window, is_aligned
@@ -105,7 +105,7 @@ class AttentionCall:
         kind = "" if intervals is None else interval_kind(_checked_columns(intervals, q, k, layout), causal)
         call = cls(
             q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out, deterministic, sinks,
-            dropout_p,
+            dropout_p, tf32=tf32.allowed(q),
         )  # fmt: skip
         call._check_others()
         return call
