@@ -20,6 +20,7 @@ KNOBS = (
     Knob("tile_n", "kTileN", (16, 32, 48, 64), "keys a block loads at a time"),
     Knob("warps", "kWarps", (1, 2, 4, 8), "warps of a block, which divide its rows"),
     Knob("products", "kProducts", ("split", "single"), "three products of tf32 for one of float32, or one"),
+    Knob("score_steps", "kScoreSteps", (1, 2), "steps of 16 columns of Q K^T that are scheduled together"),
     Knob("value_steps", "kValueSteps", (2, 4, 8), "steps of 8 keys of P V that are scheduled together"),
     Knob("stages", "kStages", (1, 2, 3), "tiles of keys in shared memory; 1: K and V take turns"),
     Knob("blocks_per_sm", "kBlocksPerSm", (1, 2, 3, 4), "blocks the register budget is cut for"),
@@ -72,9 +73,11 @@ def _even_share(p: Problem, t: Target, c: Config) -> str | None:
     return None
 
 
-def _steps_divide(p: Problem, t: Target, c: Config) -> str | None:
+def _steps_exist(p: Problem, t: Target, c: Config) -> str | None:
     if c.value_steps > 2 and c.value_steps * 8 > c.tile_n:
         return f"{c.value_steps} steps of 8 keys are more than tile_n {c.tile_n} has"
+    if c.score_steps * 16 > p.head_dim_padded:
+        return f"{c.score_steps} steps of 16 columns are more than head_dim {p.head_dim_padded} has"
     return None
 
 
@@ -108,7 +111,7 @@ def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
 
 def _make(**values: Value) -> Config:
     base: dict[str, Value] = {
-        "tile_m": 64, "tile_n": 32, "warps": 4, "products": "split", "value_steps": 4, "stages": 2,
+        "tile_m": 64, "tile_n": 32, "warps": 4, "products": "split", "score_steps": 2, "value_steps": 4, "stages": 2,
         "blocks_per_sm": 1, "block_order": "ascending",
     }  # fmt: skip
     return Config({**base, **values})
@@ -160,7 +163,9 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     order = "ascending" if p.mask == "none" else "longest_first"
     products = "single" if p.tf32 else "split"
     table = next(guesses for limit, guesses in _GUESSES if size <= limit)
-    shaped = [c.replace(block_order=order, products=products) for c in (*table, *_SMALLEST)]
+    steps = min(2, p.head_dim_padded // 16)
+    always = {"block_order": order, "products": products, "score_steps": steps}
+    shaped = [c.replace(**always) for c in (*table, *_SMALLEST)]
     return [c for c in shaped if not any(k.check(p, t, c) for k in CONSTRAINTS)]
 
 
@@ -197,7 +202,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
 _SHAPE = ("tile_m", "tile_n", "warps")
 CONSTRAINTS = (
     Constraint("even_share", _even_share, ("tile_m", "warps")),
-    Constraint("steps_divide", _steps_divide, ("tile_n", "value_steps")),
+    Constraint("steps_exist", _steps_exist, ("tile_n", "value_steps", "score_steps")),
     Constraint("tf32_allowed", _tf32_allowed, ("products",)),
     Constraint("order_matters", _order_matters, ("block_order",)),
     Constraint("smem_fits", _smem_fits, (*_SHAPE, "stages", "blocks_per_sm")),

@@ -6,6 +6,7 @@ and time are left to tests/gpu.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from fagen.families import sm80_forward_fp32
+from fagen.ops.attention import reference
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.problem import Problem
 from fagen.target import known
@@ -75,6 +77,33 @@ def test_large_scores(folder: Path) -> None:
         assert verdict, verdict.message
 
 
+def test_long_sums_do_not_lean_towards_0(folder: Path) -> None:
+    """The tensor cores cut each sum of products; with values of one sign that adds up."""
+    g = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(1, rows, 1, 7, generator=g) for rows in (16, 1500, 1500))
+    assert _FRESH in _source(SMALL)
+    found = []
+    for text in (_source(SMALL), _source(SMALL).replace(_FRESH, _KEPT)):
+        call = dataclasses.replace(AttentionCall.of(q, k, v.abs() + 1, causal=True), scale=0.01)
+        out, lse = torch.full_like(q, torch.nan), torch.full((1, 1, 16), torch.nan)
+        emulated.launch(emulated.build(text, folder), call, {"out": out, "lse": lse})
+        found.append(reference.check(call, {"out": out, "lse": lse}))
+    fresh, kept = found
+    assert fresh, fresh.message
+    assert kept.error > 4 * fresh.error
+
+
+# in place of sums that start from 0 for each tile, one sum from the first key to the last
+_FRESH = "float high[kSlabs][kVector][4] = {}, low[kSlabs][kVector][4] = {};"
+_KEPT = """float low[kSlabs][kVector][4] = {}, high[kSlabs][kVector][4];
+      for (int s = 0; s < kSlabs; ++s)
+        for (int j = 0; j < kVector; ++j)
+          for (int i = 0; i < 4; ++i) {
+            high[s][j][i] = o[s][q * kVector + j][i] * factor[2 * s + i / 2];
+            o[s][q * kVector + j][i] = 0;
+          }"""
+
+
 def test_a_kernel_serves_every_smaller_head_dim(folder: Path) -> None:
     """As emitted kernels are used; larger ones it refuses."""
     launch = functools.partial(emulated.launch, emulated.build(_source(SMALL), folder))
@@ -134,7 +163,7 @@ def test_every_problem_has_a_default(arch: str) -> None:
     [
         ("even_share", {"tile_m": 32}, {"tile_m": 64}),
         ("even_share", {"tile_m": 256}, {"tile_m": 128}),
-        ("steps_divide", {"value_steps": 8}, {"value_steps": 8, "tile_n": 64}),
+        ("steps_exist", {"value_steps": 8}, {"value_steps": 8, "tile_n": 64}),
         ("tf32_allowed", {"products": "single"}, {}),
         ("order_matters", {"block_order": "descending"}, {"block_order": "sectioned"}),
         ("smem_fits", {"blocks_per_sm": 4, "tile_n": 64, "stages": 3}, {"blocks_per_sm": 1, "tile_n": 64, "stages": 3}),

@@ -11,8 +11,8 @@ from tests.support import cases
 
 FAMILY = sm80_forward_fp32.FAMILY
 BASE: dict[str, Any] = {
-    "tile_m": 64, "tile_n": 32, "warps": 4, "products": "split", "value_steps": 4, "stages": 2, "blocks_per_sm": 1,
-    "block_order": "ascending",
+    "tile_m": 64, "tile_n": 32, "warps": 4, "products": "split", "score_steps": 1, "value_steps": 4, "stages": 2,
+    "blocks_per_sm": 1, "block_order": "ascending",
 }  # fmt: skip
 
 
@@ -23,12 +23,12 @@ def config(**changes: Any) -> Config:
 # One config a line differs from BASE in what its name says; together they hold every value of every knob.
 SCHEMES = {
     "base": config(value_steps=2),
-    "two_slabs": config(warps=2, tile_n=48, block_order="longest_first"),
+    "two_slabs": config(warps=2, tile_n=48, score_steps=2, block_order="longest_first"),
     "one_stage": config(stages=1, blocks_per_sm=2, block_order="descending"),
     "three_stages": config(tile_m=32, warps=2, tile_n=16, value_steps=2, stages=3, blocks_per_sm=4),
     "one_warp": config(tile_m=16, warps=1, block_order="sectioned"),
     "two_slabs_of_eight": config(tile_m=256, warps=8, stages=1),
-    "tall": config(tile_m=128, tile_n=64, warps=8, value_steps=8),
+    "tall": config(tile_m=128, tile_n=64, warps=8, score_steps=2, value_steps=8),
     "three_blocks": config(blocks_per_sm=3),
     "single": config(products="single", stages=1),
 }

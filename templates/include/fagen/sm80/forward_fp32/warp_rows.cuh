@@ -62,7 +62,7 @@ struct WarpRows {
     for (auto& slab : scores)
 #pragma unroll
       for (auto& piece : slab) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
-#pragma unroll 1
+#pragma unroll C::kScoreSteps
     for (int c = 0; c < C::kHeadDim / 16; ++c) {
       const int column = (c ^ odd) * 16;
       Fragment<kSplit, 4> q[kSlabs][2];
