@@ -163,8 +163,8 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     order = "ascending" if p.mask == "none" else "longest_first"
     products = "single" if p.tf32 else "split"
     table = next(guesses for limit, guesses in _GUESSES if size <= limit)
-    steps = min(2, p.head_dim_padded // 16)
-    always = {"block_order": order, "products": products, "score_steps": steps}
+    steps = min(2, p.head_dim_padded // 16) if p.aligned else 1  # copies of single numbers take registers
+    always: dict[str, Value] = {"block_order": order, "products": products, "score_steps": steps}
     shaped = [c.replace(**always) for c in (*table, *_SMALLEST)]
     return [c for c in shaped if not any(k.check(p, t, c) for k in CONSTRAINTS)]
 

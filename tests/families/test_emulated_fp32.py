@@ -45,7 +45,7 @@ def check(case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(SCHEME_CASES, every=2), ids=str)
+@pytest.mark.parametrize("case", sample(SCHEME_CASES, every=3), ids=str)
 def test_every_scheme(case: Case, folder: Path) -> None:
     for seed, (rows, keys) in enumerate(((70, 130), (130, 40))):
         verdict = check(case, folder, rows, keys, seed=seed, layout=("bshd", "bhsd")[seed % 2])
@@ -53,7 +53,7 @@ def test_every_scheme(case: Case, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(DIM_CASES, every=4), ids=str)
+@pytest.mark.parametrize("case", sample(DIM_CASES, every=8), ids=str)
 def test_every_head_dim(case: Case, folder: Path) -> None:
     verdict = check(case, folder, 40, 70)
     assert verdict, verdict.message
@@ -177,11 +177,10 @@ def test_each_constraint(name: str, broken: dict, mended: dict) -> None:
     assert FAMILY.rejects(problem, TARGET, config.replace(**mended)) is None
 
 
-def test_it_serves_float32_up_to_256_and_no_calls_yet() -> None:
+def test_it_serves_float32_up_to_256() -> None:
     assert FAMILY.supports(Problem(dtype="fp32", head_dim=256), TARGET) is None
     for problem in (Problem(dtype="bf16"), Problem(dtype="fp32", head_dim=257)):
         assert FAMILY.supports(problem, TARGET)
-    assert not FAMILY.serves_calls(Problem(dtype="fp32"))
     assert sm80_forward_fp32.smem_bytes(Problem(dtype="fp32", head_dim=64), SCHEMES["three_blocks"]) == 4 * (
         64 * 64 + 2 * 32 * (64 + 68)
     )

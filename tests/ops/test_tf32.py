@@ -15,6 +15,7 @@ from fagen.build import toolchain
 from fagen.errors import InvalidArgument
 from fagen.families import sm80_forward_fp32
 from fagen.ops.attention import forward_calls, problem, tf32
+from fagen.ops.attention.backward_call import BackwardCall
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.decode_problem import DecodeProblem
@@ -40,7 +41,8 @@ def switch() -> Any:
     torch.set_float32_matmul_precision(before)
 
 
-def test_nobody_asks_until_the_family_serves_calls(switch: Any) -> None:
+def test_nobody_asks_until_the_family_serves_calls(switch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "FP32_TENSOR_CORES", False)
     torch.set_float32_matmul_precision("high")
     assert not tf32.allowed(GPU) and not sm80_forward_fp32.FAMILY.serves_calls(Problem(dtype="fp32"))
 
@@ -67,7 +69,8 @@ def test_a_call_says_what_the_switch_said_when_it_was_made(followed: None, monke
     monkeypatch.setattr(tf32, "allowed", lambda t: True)
     call = AttentionCall.of(q, q, q)
     assert call.problem.static_key == "forward/fp32/d16/none/tf32"
-    assert not BackwardProblem.of(call.problem).tf32
+    out, lse = torch.empty_like(q), torch.empty(1, 2, 8)
+    assert BackwardCall.after(call, out, lse, out).problem == BackwardProblem.of(call.problem)  # which rounds nothing
 
 
 def test_a_kernel_that_does_not_round_serves_who_allows_it_and_not_the_other_way_round() -> None:
@@ -81,9 +84,9 @@ def test_a_kernel_that_does_not_round_serves_who_allows_it_and_not_the_other_way
 
 
 def test_only_float32_is_rounded_to_tf32() -> None:
-    for wrong in (lambda: Problem(dtype="bf16", tf32=True), lambda: DecodeProblem(dtype="fp32", tf32=True)):
+    for kind, dtype in ((Problem, "bf16"), (DecodeProblem, "fp32"), (BackwardProblem, "fp32")):
         with pytest.raises(InvalidArgument, match="tf32"):
-            wrong()
+            kind(dtype=dtype, tf32=True)
     rounded = Problem(dtype="fp32", tf32=True)
     assert Problem.from_dict(rounded.to_dict()) == rounded and "tf32" not in rounded.replace(tf32=False).to_dict()
 

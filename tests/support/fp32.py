@@ -62,12 +62,12 @@ SCHEME_CASES = [
     Case("base", mask="window", window=(70, 20)),
     Case("two_slabs", head_dim=48, mask="causal", softcap=15.0, dropout=0.3),
     Case("one_stage", mask="intervals", intervals="both4", aligned=False),
-    Case("three_stages", head_dim=72, head_dim_v=32, mask="none", dropout=0.5, alibi=True),
+    Case("single", head_dim=32, mask="window", window=(70, 20), tf32=True),
     Case("one_warp", head_dim=256, head_dim_v=240, mask="causal", heads=2, kv_heads=1),
     Case("two_slabs_of_eight", mask="none", heads=2, kv_heads=1),
+    Case("three_stages", head_dim=72, head_dim_v=32, mask="none", dropout=0.5, alibi=True),
     Case("tall", head_dim=128, mask="intervals", intervals="lower1", heads=2, kv_heads=2),
     Case("three_blocks", head_dim=7, mask="causal", aligned=False),
-    Case("single", head_dim=32, mask="window", window=(70, 20), tf32=True),
 ]
 DIM_CASES = [
     Case("default", head_dim=d, head_dim_v=dv, mask="causal", heads=2, kv_heads=1, aligned=d % 4 == 0)
