@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import flash_backward, rows
+from fagen.bench import decode_peers, flash_backward, rows
 from fagen.bench.autograd import through_autograd
 from fagen.bench.flash_arguments import document_arguments, fill, lengths, of_schema, packed, require, settings
 from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
@@ -55,12 +55,12 @@ def load_fa3(paths: Mapping[str, Path]) -> Loaded:
     version = _version("flash_attn_3", "flash-attn-3")
     if path := paths.get("fa3"):
         _load_library(path)
-        return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), path.name, _fa3_backward())
+        return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), path.name, _fa3_backward(), _fa3_decode())
     if importlib.util.find_spec("flash_attn_interface"):
         module = importlib.import_module("flash_attn_interface")
-        return Loaded(_through_functions(module, unbounded=-1), version, _fa3_backward())
+        return Loaded(_through_functions(module, unbounded=-1), version, _fa3_backward(), _fa3_decode())
     if hasattr(torch.ops.flash_attn_3, "fwd"):
-        return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), version, _fa3_backward())
+        return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), version, _fa3_backward(), _fa3_decode())
     raise Absent(
         "flash_attn_interface cannot be imported, and --fa3 names no library; "
         "install the folder hopper of the flash-attention repository, or name its built _C.so"
@@ -73,6 +73,16 @@ def _fa3_backward() -> Prepare | str:
     if not hasattr(torch.ops.flash_attn_3, "bwd"):
         return "it registers no op flash_attn_3::bwd"
     return flash_backward.through_op(torch.ops.flash_attn_3.bwd.default)
+
+
+def _fa3_decode() -> Prepare | str:
+    import torch
+
+    ops = torch.ops.flash_attn_3
+    if not hasattr(ops, "fwd"):
+        return "it registers no op flash_attn_3::fwd"
+    plan = ops.get_scheduler_metadata.default if hasattr(ops, "get_scheduler_metadata") else None
+    return decode_peers.through_fa3(ops.fwd.default, plan)
 
 
 def _load_library(path: Path) -> None:
@@ -158,9 +168,9 @@ def load_fa4(paths: Mapping[str, Path]) -> Loaded:
 
 
 def load_flashinfer(paths: Mapping[str, Path]) -> Loaded:
-    return Loaded(
-        through_flashinfer(_imported("flashinfer", "pip install flashinfer-python")), _version("flashinfer-python")
-    )
+    module = _imported("flashinfer", "pip install flashinfer-python")
+    version, decode = _version("flashinfer-python"), decode_peers.through_flashinfer(module)
+    return Loaded(through_flashinfer(module), version, decode=decode)
 
 
 def through_flashinfer(flashinfer: Any) -> Prepare:

@@ -27,6 +27,7 @@ class Row:
     series: str = ""
     documents: tuple[int, ...] = ()  # lengths of the documents that each sequence holds
     prefix: int = 0  # keys that all rows see, the rest is causal
+    steps: tuple[tuple[int, int], ...] = ()  # rows and keys of each sequence of decode, where they differ
 
     @property
     def op(self) -> str:
@@ -98,6 +99,10 @@ def make_inputs(row: Row, where: Target | str, seed: int = 0) -> Inputs:
 
     from fagen.ops.attention import masks
 
+    if row.steps:
+        from fagen.ops.attention import decode_inputs
+
+        return decode_inputs.of_steps(row.problem, where, seed, row.steps)
     made: Inputs = ops.get(row.op).calls().inputs(row.problem, where, seed, False)
     if row.documents:
         device = made.call.q.device
@@ -135,6 +140,8 @@ def options(row: Row, call: AttentionCall) -> dict[str, Any]:
 def flops(row: Row, call: Any) -> float:
     """By the op's products for each visible cell; a causal square counts half, as the field counts."""
     p = row.problem
+    if row.steps:
+        return sum(float(one.flops()) for one in _sequences(row))
     if row.op in ("decode", "softmax") or call.intervals is None:
         return float(p.flops())
     square = p.replace(mask="none", intervals="", window_left=-1, window_right=-1)
@@ -148,6 +155,8 @@ def least_bytes(row: Row) -> int:
     Backward reads dO and the LSE beside them, and writes the gradient of all that forward reads.
     """
     p = row.problem
+    if row.steps:
+        return sum(one.bytes() for one in _sequences(row))
     if row.op in ("decode", "softmax"):
         return int(p.bytes())
     dims, backward = p.head_dim + p.head_dim_v, p.op == "backward"
@@ -155,6 +164,11 @@ def least_bytes(row: Row) -> int:
     keys = p.seqlen_k - min(first, p.seqlen_k - 1)
     of_rows = p.batch * p.heads * p.seqlen_q * ((2 * dims * p.itemsize + 4) if backward else dims * p.itemsize)
     return of_rows + p.itemsize * p.batch * p.kv_heads * (keys + p.seqlen_k * backward) * dims
+
+
+def _sequences(row: Row) -> list[Any]:
+    """A problem for each sequence of a decode row."""
+    return [row.problem.replace(batch=1, seqlen_q=rows, seqlen_k=keys) for rows, keys in row.steps]
 
 
 def visible_cells(problem: Problem, intervals: torch.Tensor) -> int:

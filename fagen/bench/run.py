@@ -59,7 +59,7 @@ def bench(
     """
     import torch
 
-    machine = Machine(target)
+    machine = Machine(target, reads=chosen[0].op == "decode")
     found: list[Result] = []
     with torch.no_grad():
         on_sample(machine.sample("start"))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fagen.bench import decode
+from fagen.bench import decode_peers
 from fagen.bench.autograd import through_autograd
 from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
@@ -50,7 +50,9 @@ def sdpa(paths: Mapping[str, Path]) -> Loaded:
 
 def _loaded(backend: str, version: str) -> Loaded:
     forward = _through_sdpa(backend)
-    return Loaded(forward, version, through_autograd(forward), *([] if backend else [decode.by_sdpa]))
+    if backend == "MATH":
+        return Loaded(forward, version, through_autograd(forward))
+    return Loaded(forward, version, through_autograd(forward), decode_peers.by_sdpa(backend))
 
 
 def _through_sdpa(backend: str) -> Prepare:

@@ -20,7 +20,7 @@ SUITES = {
     "masks": "window, packed documents, prefix LM at 16k",
     "random": "60 problems drawn by --seed, that nobody tuned",
     "small": "a small suite, for a CPU",
-    "decode": "with --op decode: a step of a batch on a cache, contiguous, in pages, in fp8",
+    **decode.SUITES,
     "fp32": "float32 at head dims 32 to 256, lengths 512 to 4096: 32 rows",
     "softmax": "fagen.softmax, along rows from 128 to 1 M and along columns; with --op backward its gradient",
 }
@@ -66,10 +66,11 @@ def suite(name: str, target: Target, seed: int = 0, op: str = "forward", *, same
     """The rows of a suite for an op. Nobody trains by the cross-attention of `peers`, which backward leaves out."""
     if name == softmax.OP:
         return softmax.suite(target, op)
-    if (name == "decode") != (op == "decode"):
-        raise UsageError(f"suite {name} has no rows of {op}", "suite decode is of op decode, the others are not")
+    if (name in decode.SUITES) != (op == "decode"):
+        have = f"of op decode are {', '.join(decode.SUITES)}, and no others"
+        raise UsageError(f"suite {name} has no rows of {op}", have)
     if op == "decode":
-        return decode.suite(target)
+        return decode.suite(name, target)
     found = _suite(name, target, seed)
     if op == "backward":
         found = [row for row in found if row.series != _CROSS]
