@@ -3,10 +3,11 @@
 #   anew.sh check OUT     tests/gpu, and generated/ verified; check_forward: the older families
 #   anew.sh tune OUT      tuning_db/ tuned for problems/hopper.toml; BUDGET (515s), GPUS=all for all of the machine
 #   anew.sh tune_backward OUT   the same for problems/hopper_backward.toml
+#   anew.sh few_rows OUT  keys that blocks share: tests, winners, ${CARD}_few_rows.json; FA3 as below
 #   anew.sh figures OUT   ${CARD}_peers.json and ${CARD}_masks.json; FA3: the path of FlashAttention 3's library
 # The checkout is changed; OUT gets copies and logs. Each piece ends after SECONDS_AT_MOST (570), with what it has.
 set -u
-piece=${1:?check, check_forward, tune, tune_backward or figures} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
+piece=${1:?check, check_forward, tune, tune_backward, few_rows or figures} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
 end=$(( $(date +%s) + ${SECONDS_AT_MOST:-570} ))
 mkdir -p "$out"
 
@@ -45,6 +46,15 @@ case $piece in
     part tune "$python" -m fagen tune --problems benchmarks/problems/hopper_backward.toml --family sm90_backward \
       --budget "${BUDGET:-515s}" ${GPUS:+--gpus $GPUS} --out tuning_db
     tar -C tuning_db -cJf "$out/sm_90.tar.xz" sm_90 ;;
+  few_rows)
+    part split "$python" -m pytest -q tests/gpu/test_sm90_forward.py tests/gpu/test_sm80_forward.py -k "split or parts"
+    # shellcheck disable=SC2086
+    part tune "$python" -m fagen tune --problems benchmarks/problems/few_rows.toml --family sm90_forward \
+      --budget "${BUDGET:-240s}" ${GPUS:+--gpus $GPUS} --out tuning_db
+    tar -C tuning_db -cJf "$out/sm_90.tar.xz" sm_90
+    part rows "$python" -m fagen bench --suite few_rows --peers cudnn,fa3 --fa3 "${FA3:?the path of its library}" \
+      --rounds 9 --out benchmarks/${CARD}_few_rows.json --markdown "$out/few_rows.md"
+    cp benchmarks/${CARD}_few_rows.json "$out/" ;;
   figures)
     peers=(--fa3 "${FA3:?the path of its library}" --rounds 9)
     part peers "$python" -m fagen bench --suite peers --peers cudnn,fa3 "${peers[@]}" --host --min-time 0.35 \

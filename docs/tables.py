@@ -33,7 +33,10 @@ def knobs() -> str:
     text = "# Knobs and constraints\n\nMade by `make docs` from the families' declarations. Do not edit.\n"
     for family in families.all_families():
         module = sys.modules[f"fagen.families.{family.name}"]
-        rows = [(f"`{k.name}`", f"`{k.cpp}`", ", ".join(map(str, k.choices)), k.doc) for k in family.knobs]
+        rows = [
+            (f"`{k.name}`", f"`{k.cpp}`" if k.cpp else "the template", ", ".join(map(str, k.choices)), k.doc)
+            for k in family.knobs
+        ]
         text += f"\n## {family.name}\n\n{(module.__doc__ or '').strip()}\n\n"
         text += (
             f"Template `templates/{family.template}`; {', '.join(family.dtypes)}; {family.size():,} combinations.\n\n"

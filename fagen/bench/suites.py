@@ -19,6 +19,7 @@ SUITES = {
     "models": "the layers of well-known models at several lengths",
     "masks": "window, packed documents, prefix LM at 16k",
     "random": "60 problems drawn by --seed, that nobody tuned",
+    "few_rows": "few rows of q on many keys, where tiles of rows alone leave SMs idle: 23 rows",
     "small": "a small suite, for a CPU",
     **decode.SUITES,
     "fp32": "float32 at head dims 32 to 256, lengths 512 to 4096: 32 rows",
@@ -59,6 +60,32 @@ _MODEL_LENGTHS = (1024, 4096, 16384)
 DOCUMENTS = (4441, 1689, 4331, 1107, 841, 875, 2413, 687)
 WINDOW = 1024  # keys before a row's own, which it sees as well: 1025 in all, as (1024, 0) means everywhere
 PREFIX = 4096
+# rows, keys, batch, heads, kv heads, head_dim, mask; first three of random rows that were behind a peer
+_FEW_ROWS = (
+    (1113, 10017, 4, 1, 1, 112, "causal"),
+    (135, 607, 64, 32, 8, 112, "causal"),
+    (87, 783, 1, 56, 8, 72, "none"),
+    (16, 1024, 1, 8, 8, 128, "causal"),
+    (16, 4096, 4, 32, 8, 128, "causal"),
+    (16, 32768, 1, 32, 8, 128, "causal"),
+    (17, 8192, 2, 16, 2, 64, "none"),
+    (32, 16384, 1, 16, 4, 256, "causal"),
+    (64, 2048, 1, 12, 12, 64, "none"),
+    (64, 32768, 1, 8, 1, 128, "none"),
+    (100, 500, 2, 16, 16, 64, "causal"),
+    (128, 1024, 1, 16, 16, 128, "none"),
+    (128, 8192, 1, 32, 8, 128, "causal"),
+    (200, 5000, 1, 4, 4, 256, "none"),
+    (256, 4096, 1, 16, 16, 64, "causal"),
+    (256, 16384, 2, 8, 2, 128, "causal"),
+    (300, 3000, 1, 6, 2, 128, "none"),
+    (512, 2048, 1, 8, 8, 128, "causal"),
+    (512, 32768, 1, 8, 8, 128, "causal"),
+    (700, 7000, 1, 2, 1, 256, "causal"),
+    (1024, 1024, 1, 4, 4, 128, "none"),
+    (1024, 16384, 1, 4, 4, 64, "causal"),
+    (1500, 12000, 1, 2, 2, 128, "none"),
+)
 _SHAPE: dict[str, Any] = {"heads": 16, "head_dim": 128}  # of the mask rows
 
 
@@ -82,7 +109,7 @@ def _suite(name: str, target: Target, seed: int) -> list[Row]:
         return _small(target)
     if name == "random":
         return random_rows.suite(seed)
-    return {"peers": _peers, "models": _models, "masks": _masks, "fp32": _fp32}[name]()
+    return {"peers": _peers, "models": _models, "masks": _masks, "fp32": _fp32, "few_rows": _few_rows}[name]()
 
 
 def default(target: Target, op: str = "forward") -> str:
@@ -121,6 +148,18 @@ def _fp32() -> list[Row]:
                 )  # fmt: skip
                 series = f"fp32 d{head_dim} {mask}"
                 found.append(Row(f"{series} s{length} b{problem.batch} h{problem.heads}", problem, series))
+    return found
+
+
+def _few_rows() -> list[Row]:
+    found = []
+    for rows, keys, batch, heads, kv_heads, head_dim, mask in _FEW_ROWS:
+        problem = Problem(
+            head_dim=head_dim, mask=mask, batch=batch, heads=heads, kv_heads=kv_heads, seqlen_q=rows, seqlen_k=keys
+        )
+        seen = "full" if mask == "none" else mask
+        name = f"q{rows} k{keys} {seen} b{batch} h{heads}/{kv_heads} d{head_dim}"
+        found.append(Row(name, problem, name))
     return found
 
 

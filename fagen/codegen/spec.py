@@ -77,14 +77,14 @@ class KernelSpec:
     def constants(self) -> list[Constant]:
         """The constexpr block: what the op says of the problem, then the knobs."""
         rows = [*ops.get(self.problem.op).constants(self.problem)]
-        for knob in self.family.knobs:
+        for knob in filter(lambda knob: knob.cpp, self.family.knobs):
             kind, value = knob.literal(self.config[knob.name])
             rows.append((kind, knob.cpp, value, knob.doc.split(";")[0].split(". ")[0]))
         return rows
 
     @property
     def _knob_enums(self) -> dict[str, list[str]]:
-        named = [knob for knob in self.family.knobs if isinstance(knob.choices[0], str)]
+        named = [knob for knob in self.family.knobs if knob.cpp and isinstance(knob.choices[0], str)]
         return {knob.cpp.removeprefix("k"): [str(choice) for choice in knob.choices] for knob in named}
 
     def _identity(self) -> tuple[str, Problem, Target, Config]:

@@ -61,11 +61,12 @@ class Config(Mapping[str, Value]):
 class Knob:
     """One way a kernel may vary. `cpp` is its constexpr in the rendered source.
 
-    A str choice c of a knob with cpp `kLoopOrder` is rendered as the enumerator `LoopOrder::c`.
+    A str choice c of a knob with cpp `kLoopOrder` is rendered as the enumerator `LoopOrder::c`. A knob without a
+    constexpr decides which text the template has, and leaves the source of all other choices alone.
     """
 
     name: str
-    cpp: str
+    cpp: str  # "": none, the template asks for `config.<name>`
     choices: tuple[Value, ...]
     doc: str
     implied_by_old_records: Value | None = None  # what configs did that are older than the knob; None: there are none

@@ -83,6 +83,18 @@ def makespan(work: float, longest: float, pieces: int, units: int, tail: float) 
     return max(-(-pieces // units) * even if longest <= 1.01 * even else 0.0, work / units + tail * longest)
 
 
+def split_cycles(p: Problem, tile_m: int, tiles: int, visit: float, start: float, pieces: int, units: int) -> float:
+    """Cycles where blocks share keys, of the best number of parts, as `choose_parts` of host/split_keys.cuh counts.
+
+    `pieces` tiles of rows, fewer than units, see `tiles` tiles of keys each. A merge reads what the blocks store.
+    """
+    part, least = 4 * tile_m * p.head_dim_v_padded / 16, math.inf
+    for blocks in range(1, 9):  # on a unit
+        parts = min(blocks * units // pieces, tiles, 128)
+        least = min(least, blocks * (-(-tiles // max(1, parts)) * visit + start + part) + 3000)
+    return least
+
+
 def key_bytes(p: Problem) -> int:
     """Keys and values of all heads."""
     return p.batch * p.kv_heads * p.seqlen_k * (p.head_dim_padded + p.head_dim_v_padded) * p.itemsize

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fagen.families import device_limits
-from fagen.families.base import Config, Constraint, Family, Knob, Value, nothing
-from fagen.families.cost import key_bytes, makespan, walk
+from fagen.families.base import Config, Constraint, Family, Knob, Value
+from fagen.families.cost import key_bytes, makespan, split_cycles, walk
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -28,6 +28,13 @@ KNOBS = (
         "kBlockOrder",
         ("ascending", "descending", "longest_first", "sectioned"),
         "order of row tiles and heads",
+    ),
+    Knob(
+        "splits",
+        "",
+        ("none", "keys"),
+        "whether blocks share the keys of a tile of rows where few tiles leave SMs idle; the launch decides how many",
+        implied_by_old_records="none",
     ),
 )
 
@@ -99,6 +106,18 @@ def _one_scheme(p: Problem, t: Target, c: Config) -> str | None:
     return None
 
 
+def _splitting_fits(p: Problem, t: Target, c: Config) -> str | None:
+    if c.splits == "keys" and (c.partition != "split_q" or c.loop_order != "q_outer"):
+        return f"blocks share the keys of warps with rows of their own, partition={c.partition} {c.loop_order}"
+    return None
+
+
+def _repeats(p: Problem, c: Config) -> bool:
+    """No GPU has so many SMs that it splits the keys of so many tiles, and one tile of keys is not split."""
+    tiles = -(-p.seqlen_q // int(c.tile_m)) * p.heads * p.batch
+    return c.splits == "keys" and (tiles > 512 or p.seqlen_k <= int(c.tile_n))
+
+
 def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
     if p.mask == "none" and c.block_order in ("descending", "longest_first"):
         return f"without a mask all rows are equally long, block_order={c.block_order} only repeats another"
@@ -129,7 +148,7 @@ def _make(**values: Value) -> Config:
     base: dict[str, Value] = {
         "tile_m": 64, "tile_n": 64, "warps": 4, "partition": "split_q", "loop_order": "q_outer", "stages": 1,
         "overlap": False, "q_source": "shared", "smem_layout": "swizzled", "blocks_per_sm": 1, "rescale": "deferred",
-        "block_order": "ascending",
+        "block_order": "ascending", "splits": "none",
     }  # fmt: skip
     return Config({**base, **values})
 
@@ -180,6 +199,12 @@ _GUESSES = (
         ],
     ),
 )
+# where blocks share keys; few rows fill no larger tile
+_SPLIT = [
+    _make(tile_m=64, tile_n=64, stages=2, blocks_per_sm=2, splits="keys"),
+    _make(tile_m=64, tile_n=64, stages=2, splits="keys"),
+    _make(tile_m=64, tile_n=32, stages=2, splits="keys"),
+]
 _SMALLEST = [_make(tile_m=64, tile_n=32), _make(tile_m=64, tile_n=16), _make(tile_m=16, tile_n=16, warps=1)]
 
 
@@ -188,8 +213,16 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     size = max(p.head_dim_padded, p.head_dim_v_padded)
     order = "ascending" if p.mask == "none" else "longest_first"
     table = next(guesses for limit, guesses in _GUESSES if size <= limit)
-    shaped = [c.replace(block_order=order) for c in [*table, *_SMALLEST]]
+    split = _SPLIT if _leaves_units_idle(p, t) else []
+    shaped = [c.replace(block_order=order) for c in [*split, *table, *_SMALLEST]]
     return [c for c in shaped if not any(k.check(p, t, c) for k in CONSTRAINTS)]
+
+
+def _leaves_units_idle(p: Problem, t: Target) -> bool:
+    """Whether tiles of 64 rows are fewer than SMs, and their keys enough to be shared."""
+    blocks = -(-p.seqlen_q // 64) * p.heads * p.batch
+    keys = min(p.seqlen_k, p.window_left + p.seqlen_q) if p.window_left >= 0 else p.seqlen_k
+    return blocks <= 0.7 * t.units and keys >= 512
 
 
 def _default(p: Problem, t: Target) -> Config:
@@ -231,7 +264,10 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     longest = seen.most * visit + boundary
     uneven = seen.most * seen.row_tiles > seen.visits
     tail = 0.15 if not uneven or c.block_order in ("longest_first", "sectioned") else 0.7
-    total = makespan(work, longest, heads * seen.row_tiles, t.units, tail)
+    pieces = heads * seen.row_tiles
+    total = makespan(work, longest, pieces, t.units, tail)
+    if c.splits == "keys" and pieces < t.units:
+        total = min(total, split_cycles(p, m, seen.most, visit, boundary, pieces, t.units))
     return total * (1.04 if c.block_order == "longest_first" and key_bytes(p) > t.l2 else 1)
 
 
@@ -240,6 +276,7 @@ _MEMORY = (*_SHAPE, "loop_order", "stages", "q_source", "smem_layout", "blocks_p
 CONSTRAINTS = (
     Constraint("even_share", _even_share, (*_SHAPE, "smem_layout")),
     Constraint("one_scheme", _one_scheme, ("warps", "partition", "loop_order", "stages", "overlap")),
+    Constraint("splitting_fits", _splitting_fits, ("partition", "loop_order", "splits")),
     Constraint("order_matters", _order_matters, ("block_order",)),
     Constraint("smem_fits", _smem_fits, _MEMORY),
     Constraint("registers_fit", _registers_fit, (*_SHAPE, "overlap", "q_source", "blocks_per_sm")),
@@ -255,7 +292,8 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_default,
-    default_reads=nothing,
+    default_reads=_leaves_units_idle,
+    repeats=_repeats,
     flags=lambda t: (device_limits.gencode(t), *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:],
     cost=cost,

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 
 from fagen.families.base import Config, Constraint, Family, Knob
-from fagen.families.cost import Walk, key_bytes, makespan, walk
+from fagen.families.cost import Walk, key_bytes, makespan, split_cycles, walk
+from fagen.families.sm90_forward_block import (
+    FEWEST_REGISTERS,
+    OTHER_REGISTERS,
+    consumer_registers,
+    fragment_registers,
+    registers_each,
+    smem_bytes,
+)
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -48,46 +56,14 @@ KNOBS = (
         "rows of heads that share keys go into one tile",
         implied_by_old_records=False,
     ),
+    Knob(
+        "splits",
+        "",
+        ("none", "keys"),
+        "whether blocks share the keys of a tile of rows where few tiles leave SMs idle; the launch decides how many",
+        implied_by_old_records="none",
+    ),
 )
-
-# Shared memory, as sm90/smem_layout.cuh names it.
-ROW_BYTES = 128  # of a slab of 64 columns
-BARRIER_BYTES = 16  # of a stage: its full and its empty barrier
-QUEUE_BYTES = 2 * (32 + BARRIER_BYTES)  # two assignments
-TILE_MASK_BYTES = 2 * 48  # of a stage of keys: two masks
-SMEM_ALIGNMENT = 1024
-
-OTHER_REGISTERS = 24  # addresses, maxima and sums, loop state
-FEWEST_REGISTERS = 64  # that are too few for any product
-
-
-def registers_each(c: Config) -> int:
-    """What the block is compiled for, before roles divide it."""
-    return 65536 // (int(c.blocks_per_sm) * (2 * int(c.tile_m) + 128)) // 8 * 8
-
-
-def consumer_registers(c: Config) -> int:
-    """Of a thread that computes: what the producing warpgroup leaves of the block's part of the SM."""
-    groups, each = int(c.tile_m) // 64, registers_each(c)
-    producer = 32 if groups == 3 else 40
-    return min(240, ((groups + 1) * each - producer) // groups // 8 * 8)
-
-
-def _slabs(columns: int) -> int:
-    return -(-columns // (ROW_BYTES // 2))
-
-
-def smem_bytes(p: Problem, c: Config) -> int:
-    slabs, slabs_v = _slabs(p.head_dim_padded), _slabs(p.head_dim_v_padded)
-    tiles = c.q_stages * c.tile_m * slabs + c.stages * c.tile_n * (slabs + slabs_v)
-    tiles += c.tile_m * _slabs(int(c.tile_n)) if c.shared_weights else 0
-    barriers = BARRIER_BYTES * (c.q_stages + 2 * c.stages)
-    return tiles * ROW_BYTES + barriers + QUEUE_BYTES + TILE_MASK_BYTES * c.stages + SMEM_ALIGNMENT
-
-
-def fragment_registers(p: Problem, c: Config) -> int:
-    """S, the weights on their way if they are held there, and O."""
-    return int(c.tile_n) // 2 + (0 if c.shared_weights else int(c.tile_n) // 4) + p.head_dim_v_padded // 2
 
 
 def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
@@ -154,14 +130,35 @@ def _packing_fits(p: Problem, t: Target, c: Config) -> str | None:
     return None
 
 
+def _splitting_fits(p: Problem, t: Target, c: Config) -> str | None:
+    if c.splits == "none":
+        return None
+    if p.mask == "intervals":
+        return "the keys of a tile of rows are chosen by its intervals, and are not split"
+    if c.schedule != "single":
+        return f"blocks that share keys take a single tile of rows, schedule={c.schedule}"
+    if c.cluster > 1:
+        return f"blocks that share rows (splits=keys) see other keys, cluster={c.cluster} has them load the same"
+    if c.block_order != "ascending":
+        return f"blocks that share keys all run at once, block_order={c.block_order} only repeats another"
+    return None
+
+
 def packed_heads(p: Problem) -> int:
     """How many heads pack_heads packs: of those that share keys, as many as a tile of rows can hold evenly."""
     group = p.heads // p.kv_heads
     return min(group & -group, 64)
 
 
+_MOST_UNITS = 512  # blocks that any GPU runs at once, about
+
+
 def _repeats(p: Problem, c: Config) -> bool:
-    return bool(c.pack_heads) and packed_heads(p) == 1
+    packed = packed_heads(p)
+    if c.pack_heads and packed == 1:
+        return True
+    tiles = -(-p.seqlen_q // int(c.tile_m)) * p.heads * p.batch // packed  # as few as they may be
+    return c.splits == "keys" and (tiles > _MOST_UNITS or p.seqlen_k <= int(c.tile_n))
 
 
 def _supports(p: Problem, t: Target) -> str | None:
@@ -188,6 +185,7 @@ CONSTRAINTS = (
     Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
     Constraint("sharing_fits", _sharing_fits, ("blocks_per_sm", "schedule", "cluster")),
     Constraint("packing_fits", _packing_fits, ("pack_heads",)),
+    Constraint("splitting_fits", _splitting_fits, ("schedule", "block_order", "cluster", "splits")),
 )
 
 # (tile_m, tile_n, q_stages, blocks_per_sm) by the larger head dim, the best first.
@@ -204,6 +202,9 @@ _THREE = {96: (((192, 128, 1, 1), True),), 128: (((192, 128, 1, 1), True), ((192
 _THREE_FULL = _THREE | {96: (((192, 112, 2, 1), False),)}
 _FEW_ROWS = ((64, 128, 1, 2), (64, 64, 1, 3), (128, 128, 1, 1))  # not enough to go round: a tile a block
 _FEW_KEYS = 2048
+# (tile_n) by the larger head dim, where blocks share keys: one tile of rows, and two stages of keys
+_SPLIT_TILE_N = ((128, 128), (192, 96), (256, 80))
+_SPLIT_KEYS = 512  # fewer are not worth a merge
 _SMALLEST = ((128, 64, 1, 1), (64, 32, 1, 1))  # with a single stage of k and v they fit every problem
 
 
@@ -215,7 +216,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
                 "tile_m": m, "tile_n": n, "stages": stages, "q_stages": q_stages, "overlap": True,
                 "rescale": "deferred", "ping_pong": m > 64, "blocks_per_sm": blocks, "schedule": schedule,
                 "block_order": order, "section_mb": section, "cluster": 1, "shared_weights": False,
-                "pack_heads": False,
+                "pack_heads": False, "splits": "none",
             }
         )  # fmt: skip
 
@@ -233,7 +234,11 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
         packed = [c.replace(pack_heads=True) for c in dealt[:2]]
         dealt = packed + dealt if p.mask == "causal" and p.seqlen_k >= _FEW_KEYS else dealt + packed
     single = [config(tile, 2, *alone) for tile in _FEW_ROWS]
+    shared = [config(tile, 2, "single", "ascending", 32).replace(splits="keys") for tile in _split_tiles(p)]
+    if packed_heads(p) > 1:
+        shared = [c.replace(pack_heads=True) for c in shared] + shared
     shaped = [c for c in single if _few(p, t, c)] + dealt + single
+    shaped = shared + shaped if _leaves_sms_idle(p, t) else shaped
     shaped += [config(tile, 1, *plans[0]) for tile in _SMALLEST]
     return [c for c in dict.fromkeys(shaped) if legal(c)]
 
@@ -255,16 +260,35 @@ def _plans(p: Problem) -> list[tuple[str, str, int]]:
     return [("dynamic", "sectioned", megabytes) for megabytes in sections]
 
 
+def _split_tiles(p: Problem) -> list[tuple[int, int, int, int]]:
+    size = max(p.head_dim_padded, p.head_dim_v_padded)
+    n = next(n for limit, n in _SPLIT_TILE_N if size <= limit)
+    return [(m, n, 1, 1) for m in ((64, 128) if _one_warpgroup(p) else (128, 64))]
+
+
+def _one_warpgroup(p: Problem) -> bool:
+    """Whether it can hold all rows of the heads that are packed."""
+    return p.seqlen_q * packed_heads(p) <= 64
+
+
+def _leaves_sms_idle(p: Problem, t: Target) -> bool:
+    """Whether even the smallest tiles of rows are fewer than SMs, and their keys enough to be shared."""
+    packed = packed_heads(p)
+    blocks = -(-p.seqlen_q * packed // 64) * (p.heads // packed) * p.batch
+    keys = min(p.seqlen_k, p.window_left + p.seqlen_q) if p.window_left >= 0 else p.seqlen_k
+    return blocks <= 0.7 * t.units and keys >= _SPLIT_KEYS
+
+
 def _few(p: Problem, t: Target, c: Config) -> bool:
     """Whether there is a block for each tile of rows."""
     return -(-p.seqlen_q // int(c.tile_m)) * p.heads * p.batch <= t.units * int(c.blocks_per_sm)
 
 
 def _default_reads(p: Problem, t: Target) -> tuple:
-    """What `_guesses` asks of the sizes: few keys, heads that pack, and which plain tiles go round."""
+    """What `_guesses` asks of the sizes: few keys, heads that pack, how many rows, and which plain tiles go round."""
     blocks = p.heads * p.batch
     few = (-(-p.seqlen_q // m) * blocks <= t.units * by for m, _, _, by in _FEW_ROWS)
-    return p.seqlen_k < _FEW_KEYS, packed_heads(p) > 1, *few
+    return p.seqlen_k < _FEW_KEYS, packed_heads(p) > 1, _leaves_sms_idle(p, t), _one_warpgroup(p), *few
 
 
 def _default(p: Problem, t: Target) -> Config:
@@ -330,6 +354,8 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     teams, pieces = t.units // cluster, heads * -(-seen.row_tiles // cluster)
     work, longest = heads * (seen.visits * visit + seen.row_tiles * boundary), seen.most * visit + boundary
     total = makespan(work / cluster, longest, pieces, teams, tail)
+    if c.splits == "keys" and pieces < t.units:
+        total = min(total, split_cycles(p, int(c.tile_m), seen.most, visit, boundary, pieces, t.units))
     if c.schedule == "balanced" and uneven:  # some SMs are a little slower than others
         total *= 1.06
     total = (total**6 + _memory_cycles(p, t, c, seen, heads) ** 6) ** (1 / 6)  # nearly the larger of the two

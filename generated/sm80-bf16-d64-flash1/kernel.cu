@@ -1,8 +1,8 @@
 // A kernel for attention forward, made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  forward/bf16/d64/none, its config chosen for b4/h32-32/q4096-k4096
-// config:   tile_m=32 tile_n=128 warps=4 partition=split_k loop_order=kv_outer stages=1 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=1 rescale=each block_order=ascending (as given)
-// made by:  fagen emit --target sm_90 --dtype bf16 --head-dim 64 --mask none --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --family sm80_forward --config '{"block_order": "ascending", "blocks_per_sm": 1, "loop_order": "kv_outer", "overlap": false, "partition": "split_k", "q_source": "shared", "rescale": "each", "smem_layout": "swizzled", "stages": 1, "tile_m": 32, "tile_n": 128, "warps": 4}' --out DIR
+// config:   tile_m=32 tile_n=128 warps=4 partition=split_k loop_order=kv_outer stages=1 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=1 rescale=each block_order=ascending splits=none (as given)
+// made by:  fagen emit --target sm_90 --dtype bf16 --head-dim 64 --mask none --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --family sm80_forward --config '{"block_order": "ascending", "blocks_per_sm": 1, "loop_order": "kv_outer", "overlap": false, "partition": "split_k", "q_source": "shared", "rescale": "each", "smem_layout": "swizzled", "splits": "none", "stages": 1, "tile_m": 32, "tile_n": 128, "warps": 4}' --out DIR
 // build:    nvcc -gencode=arch=compute_90,code=sm_90 -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
 
@@ -11,7 +11,7 @@
 // Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
 // Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
 //
-// Config: tile_m=32 tile_n=128 warps=4 partition=split_k loop_order=kv_outer stages=1 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=1 rescale=each block_order=ascending
+// Config: tile_m=32 tile_n=128 warps=4 partition=split_k loop_order=kv_outer stages=1 overlap=False q_source=shared smem_layout=swizzled blocks_per_sm=1 rescale=each block_order=ascending splits=none
 
 namespace fagen {
 

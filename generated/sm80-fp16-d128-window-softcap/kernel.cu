@@ -1,8 +1,8 @@
 // A kernel for attention forward, made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  forward/fp16/d128/window/softcap, its config chosen for b4/h32-8/q4096-k4096/w1024,0
-// config:   tile_m=64 tile_n=64 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=registers smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=longest_first (the family's default)
-// made by:  fagen emit --target sm_90 --dtype fp16 --head-dim 128 --mask window --window 1024,0 --softcap --seqlen 4096 --batch 4 --heads 32 --kv-heads 8 --family sm80_forward --config '{"block_order": "longest_first", "blocks_per_sm": 2, "loop_order": "q_outer", "overlap": false, "partition": "split_q", "q_source": "registers", "rescale": "deferred", "smem_layout": "swizzled", "stages": 2, "tile_m": 64, "tile_n": 64, "warps": 4}' --out DIR
+// config:   tile_m=64 tile_n=64 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=registers smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=longest_first splits=none (the family's default)
+// made by:  fagen emit --target sm_90 --dtype fp16 --head-dim 128 --mask window --window 1024,0 --softcap --seqlen 4096 --batch 4 --heads 32 --kv-heads 8 --family sm80_forward --config '{"block_order": "longest_first", "blocks_per_sm": 2, "loop_order": "q_outer", "overlap": false, "partition": "split_q", "q_source": "registers", "rescale": "deferred", "smem_layout": "swizzled", "splits": "none", "stages": 2, "tile_m": 64, "tile_n": 64, "warps": 4}' --out DIR
 // build:    nvcc -gencode=arch=compute_90,code=sm_90 -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
 
@@ -11,7 +11,7 @@
 // Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
 // Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
 //
-// Config: tile_m=64 tile_n=64 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=registers smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=longest_first
+// Config: tile_m=64 tile_n=64 warps=4 partition=split_q loop_order=q_outer stages=2 overlap=False q_source=registers smem_layout=swizzled blocks_per_sm=2 rescale=deferred block_order=longest_first splits=none
 
 namespace fagen {
 

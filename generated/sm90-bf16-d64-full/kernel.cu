@@ -1,8 +1,8 @@
 // A kernel for attention forward, made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  forward/bf16/d64/none, its config chosen for b4/h32-32/q4096-k4096
-// config:   tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=ascending section_mb=32 cluster=1 shared_weights=False pack_heads=False (the family's default)
-// made by:  fagen emit --target sm_90 --dtype bf16 --head-dim 64 --mask none --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --family sm90_forward --config '{"block_order": "ascending", "blocks_per_sm": 1, "cluster": 1, "overlap": true, "pack_heads": false, "ping_pong": true, "q_stages": 2, "rescale": "deferred", "schedule": "dynamic", "section_mb": 32, "shared_weights": false, "stages": 2, "tile_m": 192, "tile_n": 128}' --out DIR
+// config:   tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=ascending section_mb=32 cluster=1 shared_weights=False pack_heads=False splits=none (the family's default)
+// made by:  fagen emit --target sm_90 --dtype bf16 --head-dim 64 --mask none --seqlen 4096 --batch 4 --heads 32 --kv-heads 32 --family sm90_forward --config '{"block_order": "ascending", "blocks_per_sm": 1, "cluster": 1, "overlap": true, "pack_heads": false, "ping_pong": true, "q_stages": 2, "rescale": "deferred", "schedule": "dynamic", "section_mb": 32, "shared_weights": false, "splits": "none", "stages": 2, "tile_m": 192, "tile_n": 128}' --out DIR
 // build:    nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
 
@@ -11,7 +11,7 @@
 // Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
 // Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
 //
-// Config: tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=ascending section_mb=32 cluster=1 shared_weights=False pack_heads=False
+// Config: tile_m=192 tile_n=128 stages=2 q_stages=2 overlap=True rescale=deferred ping_pong=True blocks_per_sm=1 schedule=dynamic block_order=ascending section_mb=32 cluster=1 shared_weights=False pack_heads=False splits=none
 
 namespace fagen {
 

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 import types
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -34,6 +35,7 @@ from fagen.bench.flash_arguments import of_schema
 from fagen.bench.peers import OURS, Cannot, Loaded, Peer
 from fagen.build import toolchain
 from fagen.cli import main
+from fagen.cli.arguments import problems_in
 from fagen.errors import UsageError
 from fagen.ops.attention import masks, reference
 from fagen.ops.attention.call import AttentionCall
@@ -142,6 +144,17 @@ def test_rows_of_a_suite_have_names_of_their_own(name):
     found = suites.suite(name, GPU, op="decode" if name in decode.SUITES else "forward")
     assert len({row.name for row in found}) == len(found) >= 2
     assert all(row.series for row in found)
+
+
+def test_few_rows_are_what_splits_are_for():
+    found = suites.suite("few_rows", GPU)
+    needing = [row for row in found if rows.needs_split_keys(row.problem, GPU)]
+    family = families.get("sm90_forward")
+    split = [row for row in needing if family.default(row.problem, GPU).splits == "keys"]
+    assert len(found) == 23 and len(needing) >= 20 and len(split) >= 20
+    assert {row.problem.mask for row in found} == {"none", "causal"}
+    tuned = problems_in(Path(__file__).parents[2] / "benchmarks" / "problems" / "few_rows.toml", GPU)
+    assert tuned == [row.problem for row in found]
 
 
 def test_the_models_suite_slides():

@@ -208,4 +208,13 @@ def test_it_is_built_ahead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         made.clear()
         assert main.main([*words.split(), op]) == 0
         assert ("append-cpu" in made) is (op == "decode")
-    capsys.readouterr()
+
+    def fail(job: Any, **more: Any) -> Any:
+        if job.name == "append-cpu":
+            raise BuildError("no compiler", "none", "get one")
+        return make(job, **more)
+
+    monkeypatch.setattr(builds, "make", fail)
+    assert main.main([*words.split(), "decode"]) == 1
+    said = capsys.readouterr().err
+    assert "append: no compiler" in said and "1 kernels ready, 1 failed" in said

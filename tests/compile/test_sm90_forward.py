@@ -24,12 +24,16 @@ BASE = FAMILY.config(
         "cluster": 1, "shared_weights": False, "pack_heads": False,
     }
 )  # fmt: skip
+_MANY = {"batch": 8, "heads": 32}  # tiles of rows for every SM
+_FEW = {"seqlen_q": 100, "seqlen_k": 4096}
 PROBLEMS = [
-    *(Problem(head_dim=d, mask=mask) for d in (64, 96, 128, 192, 256) for mask in ("none", "causal")),
-    Problem(head_dim=192, head_dim_v=128, mask="causal", dtype="fp16"),
-    Problem(head_dim=64, mask="window", window_left=100, window_right=0),
-    *(Problem(head_dim=d, mask="intervals", intervals="both4") for d in (64, 128, 192, 256)),
-    Problem(head_dim=96, softcap=True, alibi=True),
+    *(Problem(head_dim=d, mask=mask, **_MANY) for d in (64, 96, 128, 192, 256) for mask in ("none", "causal")),
+    Problem(head_dim=192, head_dim_v=128, mask="causal", dtype="fp16", **_MANY),
+    Problem(head_dim=64, mask="window", window_left=100, window_right=0, **_MANY),
+    *(Problem(head_dim=d, mask="intervals", intervals="both4", **_MANY) for d in (64, 128, 192, 256)),
+    Problem(head_dim=96, softcap=True, alibi=True, **_MANY),
+    Problem(head_dim=256, mask="causal", **_FEW),
+    Problem(head_dim=192, head_dim_v=128, alibi=True, **_FEW),
 ]
 
 
@@ -55,6 +59,46 @@ def test_defaults_compile_cleanly(problem: Problem) -> None:
 def test_the_default_knows_the_size(sizes: dict, default: tuple) -> None:
     config = FAMILY.default(Problem(head_dim=64, **sizes), HOPPER)
     assert (config.tile_m, config.schedule, config.block_order) == default
+
+
+@pytest.mark.parametrize(
+    ("sizes", "split"),
+    [  # (tile_m, pack_heads); None: the keys of a tile of rows are not split
+        ({"seqlen_q": 1113, "seqlen_k": 10017, "batch": 4, "mask": "causal"}, (128, False)),
+        ({"seqlen_q": 16, "seqlen_k": 4096, "heads": 32, "kv_heads": 8}, (64, True)),
+        ({"seqlen_q": 16, "seqlen_k": 4096, "heads": 32, "kv_heads": 8, "alibi": True}, (64, False)),
+        ({"seqlen_q": 128, "seqlen_k": 511}, None),  # few keys
+        ({"seqlen_q": 128, "seqlen_k": 8192, "mask": "window", "window_left": 200, "window_right": 0}, None),
+        ({"seqlen_q": 4096}, (128, False)),
+        ({"seqlen_q": 4096, "heads": 2}, None),  # 128 tiles of 64 rows
+        ({"seqlen_q": 128, "seqlen_k": 8192, "mask": "intervals", "intervals": "lower1"}, None),
+    ],
+    ids=str,
+)
+def test_few_rows_share_many_keys(sizes: dict, split: tuple | None) -> None:
+    problem = Problem(head_dim=128, **sizes)
+    config = FAMILY.require(problem, HOPPER, FAMILY.default(problem, HOPPER))
+    assert (config.splits == "keys") is (split is not None)
+    assert split is None or (config.tile_m, config.pack_heads) == split
+    other = problem.replace(seqlen_q=problem.seqlen_q + 1, seqlen_k=problem.seqlen_k + 1)
+    if FAMILY.default_reads(problem, HOPPER) == FAMILY.default_reads(other, HOPPER):
+        assert FAMILY.default(other, HOPPER) == config
+
+
+def test_what_does_not_split_has_the_source_that_it_had() -> None:
+    """So that no tuned record is stale for a knob that it never had."""
+    source = KernelSpec(FAMILY, Problem(head_dim=64), HOPPER, BASE).source
+    assert "Splits" not in source and "split_keys.cuh" not in source
+
+
+def test_the_model_expects_a_gain_where_few_rows_have_many_keys() -> None:
+    config = BASE.replace(schedule="single")
+    for seqlen_q, gains in ((64, True), (128 * 132, False)):
+        problem = Problem(head_dim=64, seqlen_q=seqlen_q, seqlen_k=8192)
+        both = [FAMILY.cost(problem, HOPPER, config.replace(splits=by)) for by in ("none", "keys")]  # type: ignore[misc]
+        assert (both[1] < both[0] / 4) is gains and (gains or both[1] == both[0])
+    assert FAMILY.repeats(Problem(head_dim=64, heads=64, seqlen_q=8192), config.replace(splits="keys"))
+    assert not FAMILY.repeats(Problem(head_dim=64, seqlen_q=64, seqlen_k=8192), config.replace(splits="keys"))
 
 
 def test_long_rows_have_other_tiles_and_sections() -> None:
@@ -130,6 +174,15 @@ def test_every_legal_problem_has_a_legal_default() -> None:
                 },
             ),
             (Problem(head_dim=256), {"tile_n": 96, "stages": 1, "ping_pong": True, "shared_weights": True}),
+            (Problem(head_dim=128), {"tile_n": 128, "ping_pong": True, "schedule": "single", "splits": "keys"}),
+            (
+                Problem(head_dim=256, mask="causal", alibi=True),
+                {"tile_m": 64, "schedule": "single", "splits": "keys"},
+            ),
+            (
+                Problem(head_dim=64, mask="window"),
+                {"tile_m": 192, "tile_n": 96, "schedule": "single", "splits": "keys", "pack_heads": True},
+            ),
         ],
         every=6,
     ),
@@ -202,6 +255,22 @@ def test_disagreement_is_a_compile_error(what: str) -> None:
         (Problem(mask="intervals", intervals="both4"), {"pack_heads": True}, "may differ from row to row"),
         (Problem(alibi=True), {"pack_heads": True}, "may differ from row to row"),
         (Problem(head_dim=64), {"section_mb": 16}, "block_order=ascending has no sections"),
+        (Problem(head_dim=64), {"splits": "keys"}, "take a single tile of rows, schedule=balanced"),
+        (
+            Problem(head_dim=64),
+            {"splits": "keys", "schedule": "single", "cluster": 2},
+            "cluster=2 has them load the same",
+        ),
+        (
+            Problem(head_dim=64, mask="causal"),
+            {"splits": "keys", "schedule": "single", "block_order": "descending"},
+            "block_order=descending only repeats",
+        ),
+        (
+            Problem(head_dim=64, mask="intervals", intervals="lower1"),
+            {"splits": "keys", "schedule": "single"},
+            "chosen by its intervals",
+        ),
         (Problem(mask="causal"), {"block_order": "longest_first", "section_mb": 64}, "longest_first has no sections"),
     ],
 )
@@ -219,6 +288,7 @@ def test_constraints_give_their_reason(problem: Problem, changes: dict[str, obje
         *({"block_order": "sectioned", "section_mb": size} for size in (16, 32, 64)),
         {"tile_m": 64, "blocks_per_sm": 3},
         {"tile_n": 32, "blocks_per_sm": 2},
+        {"schedule": "single", "splits": "keys", "pack_heads": True},
     ],
 )
 def test_what_constraints_leave(changes: dict[str, object]) -> None:

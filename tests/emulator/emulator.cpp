@@ -361,9 +361,10 @@ static bool run(std::vector<std::unique_ptr<Cluster>>& clusters) {
   return fine;
 }
 
-bool launch(unsigned grid_blocks, unsigned block_threads, unsigned cluster_size, size_t shared_bytes,
+bool launch(uint3 grid, unsigned block_threads, unsigned cluster_size, size_t shared_bytes,
             const std::function<void()>& body) {
-  entry = &body, gridDim = {grid_blocks, 1, 1}, blockDim = {block_threads, 1, 1};
+  const unsigned grid_blocks = grid.x * grid.y;
+  entry = &body, gridDim = grid, blockDim = {block_threads, 1, 1};
   for (unsigned first = 0; first < grid_blocks;) {
     std::vector<std::unique_ptr<Cluster>> clusters;
     for (; first < grid_blocks && clusters.size() < std::max(1u, 2 * units / cluster_size); first += cluster_size) {

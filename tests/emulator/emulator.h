@@ -169,7 +169,7 @@ void start_product(float* sums, int columns, bool b_row_major, uint64_t a, const
 // ---- launches
 
 // Runs `body` as every thread of a grid. False if they get stuck: `report` says who waits for what.
-bool launch(unsigned blocks, unsigned threads, unsigned cluster_size, size_t shared_bytes,
+bool launch(uint3 grid, unsigned threads, unsigned cluster_size, size_t shared_bytes,
             const std::function<void()>& body);
 
 }  // namespace emulator

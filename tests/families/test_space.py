@@ -65,6 +65,10 @@ REJECTED = [
     ("one_scheme", "overlap needs q_outer", {"overlap": True, "stages": 1}, {"stages": 2}),
     ("one_scheme", "pairs work in q_outer", {"partition": "pairs", "overlap": True}, {"overlap": False}),
     ("one_scheme", "one warp", {"partition": "split_k", "tile_m": 16, "warps": 1}, {"warps": 4}),
+    ("splitting_fits", "partition=split_k", {"splits": "keys", "partition": "split_k", "tile_m": 16},
+     {"splits": "none"}),
+    ("splitting_fits", "kv_outer", {"splits": "keys", "loop_order": "kv_outer", "stages": 1},
+     {"loop_order": "q_outer"}),
     ("order_matters", "block_order=longest_first", {"block_order": "longest_first"}, {"block_order": "sectioned"}),
     ("smem_fits", "bytes of shared memory on sm_80", {"tile_m": 256, "tile_n": 128, "warps": 8, "stages": 3},
      {"tile_m": 128, "tile_n": 64, "stages": 1}),
@@ -90,9 +94,10 @@ def test_every_constraint_of_sm80_is_among_them() -> None:
 
 def test_a_config_older_than_a_knob_is_read_as_what_it_did() -> None:
     family = sm90_forward.FAMILY
-    now = family.default(Problem(head_dim=128), target.known("sm_90"))
-    older = {name: value for name, value in now.items() if name not in ("cluster", "shared_weights", "pack_heads")}
-    assert family.config(older) == now.replace(cluster=1, shared_weights=False, pack_heads=False)
+    now = family.default(Problem(head_dim=128, heads=64), target.known("sm_90"))
+    newer = {"cluster": 1, "shared_weights": False, "pack_heads": False, "splits": "none"}
+    older = {name: value for name, value in now.items() if name not in newer}
+    assert family.config(older) == now.replace(**newer)
     older.pop("tile_m")
     with pytest.raises(InvalidConfig, match="lacks knob 'tile_m'"):
         family.config(older)

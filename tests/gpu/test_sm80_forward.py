@@ -87,6 +87,24 @@ DROPOUT_CASES = [
     for name in ("base", "overlap", "kv_outer", "split_k", "pairs", "two_warps")
     for mask in ("none", "causal")
 ]
+_FEW = ((1, 5000), (9, 700), (70, 2000), (130, 4100), (300, 900), (700, 5))
+SPLIT_CASES = [
+    Case(name, mask=mask, intervals=kind, window=window, heads=2, kv_heads=1, sizes=_FEW)
+    for name in ("split", "split_overlap", "split_one_stage")
+    for mask, kind, window in (
+        ("none", "", (-1, -1)), ("causal", "", (-1, -1)), ("window", "", (700, 30)), ("intervals", "both4", (900, 30)),
+        ("intervals", "lower1", (-1, 0)),
+    )
+    if mask != "none" or name != "split_overlap"  # its order wants a mask
+]  # fmt: skip
+SPLIT_CASES += [
+    Case("split", softcap=10.0, alibi=True, sizes=_FEW),
+    Case("split", dropout=0.1, mask="none", sizes=_FEW),
+    Case("split", head_dim=50, aligned=False, sizes=_FEW),
+    Case("split", head_dim=192, head_dim_v=128, dtype="fp16", sizes=_FEW),
+    Case("split", head_dim=256, mask="none", sizes=_FEW),
+    *(Case("split", magnitude=m, sizes=_FEW[1:3]) for m in (30.0, 133120.0)),
+]
 UNALIGNED_CASES = [
     Case("base", aligned=False, head_dim=d, mask=mask, dtype=dtype, sizes=((150, 90), (33, 65)))
     for d, mask, dtype in ((50, "causal", "bf16"), (64, "none", "fp16"), (33, "none", "bf16"), (1, "causal", "bf16"))
@@ -106,6 +124,7 @@ ALL = [
     *GQA_CASES,
     *SCORE_CASES,
     *DROPOUT_CASES,
+    *SPLIT_CASES,
     *UNALIGNED_CASES,
     *LARGE_CASES,
 ]

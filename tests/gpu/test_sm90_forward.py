@@ -107,6 +107,21 @@ DROPOUT_CASES = [
 DROPOUT_CASES += [
     Case("tma", mask="intervals", intervals=kind, dropout=0.1, sizes=((300, 330),)) for kind in ("lower1", "both4")
 ]
+SPLIT = ("tma_split", "tma_split_packed", "tma_split_groups")
+_FEW = ((1, 5000), (9, 700), (70, 2000), (130, 4100), (300, 900), (700, 5))
+SPLIT_CASES = [
+    Case(name, mask=mask, window=(700, 30) if mask == "window" else (-1, -1), heads=h, kv_heads=hk, sizes=_FEW)
+    for name in SPLIT
+    for mask in ("none", "causal", "window")
+    for h, hk in ((2, 1), (8, 2))
+]
+SPLIT_CASES += [
+    Case("tma_split", softcap=10.0, alibi=True, sizes=_FEW),
+    Case("tma_split", dropout=0.1, sizes=_FEW),
+    Case("tma_split", head_dim=192, head_dim_v=128, dtype="fp16", sizes=_FEW),
+    Case("tma_split", head_dim=256, mask="none", sizes=_FEW),
+    *(Case("tma_split", magnitude=m, sizes=_FEW[1:3]) for m in (30.0, 133120.0)),
+]
 LARGE_CASES = [
     Case(name, magnitude=m, sizes=((200, 200), (400, 700)))
     for name in ("tma", "tma_rescale_each", "tma_serial", _TAKES_TURNS, "tma_dynamic_sectioned_128x2")
@@ -120,6 +135,7 @@ ALL = [
     *GQA_CASES,
     *SCORE_CASES,
     *DROPOUT_CASES,
+    *SPLIT_CASES,
     *LARGE_CASES,
 ]
 
@@ -164,7 +180,7 @@ def test_sections_of_uneven_sizes(name: str, mask: str) -> None:
 # ---- rows that see nothing ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tma", "tma_one_group", "tma_serial", "tma_single", _TAKES_TURNS, *DYNAMIC])
+@pytest.mark.parametrize("name", ["tma", "tma_one_group", "tma_serial", "tma_single", _TAKES_TURNS, *DYNAMIC, *SPLIT])
 def test_rows_that_see_nothing(name: str) -> None:
     q = torch.randn(1, 300, 2, 64, device="cuda").bfloat16()
     k, v = (torch.randn(1, 100, 2, 64, device="cuda").bfloat16() for _ in range(2))
@@ -239,6 +255,9 @@ def named(outputs: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]
     return dict(zip(("out", "lse"), outputs, strict=True))
 
 
+_FEW_ROWS = ((90, 4), (6000, 1), (6000, 1))  # rows and heads of q, k and v
+
+
 def _launched(name: str, inputs: list[torch.Tensor], mask: str = "causal") -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = _poisoned(inputs[0])
     case = Case(name, mask=mask)
@@ -256,6 +275,38 @@ def test_twenty_runs_are_equal_and_near_the_other_family(name: str) -> None:
     other, other_lse = _launched("base", inputs, mask)
     assert (out.float() - other.float()).abs().max() <= 2 * torch.finfo(out.dtype).eps * other.abs().max()
     assert (lse - other_lse).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_parts_in_one_workspace(name: str) -> None:
+    """Launches in a row, eager and from a graph, whose parts lie in the same memory: no kernel may begin too early."""
+    case = Case(name, heads=4, kv_heads=1)
+    kernel, made = cases.kernel_of(case), []
+    for seed in range(8):
+        g = torch.Generator("cuda").manual_seed(seed)
+        made.append([torch.randn(1, n, h, 64, device="cuda", generator=g).bfloat16() for n, h in _FEW_ROWS])
+    workspace, many = torch.empty(1 << 26, dtype=torch.uint8, device="cuda"), [_poisoned(x[0]) for x in made]
+    calls = [case.call(*x) for x in made]
+
+    def launch_all() -> None:
+        for call, outputs in zip(calls, many, strict=True):
+            kernel.launch(call, named(outputs), workspace=workspace)
+
+    graph = torch.cuda.CUDAGraph()
+    launch_all()
+    torch.cuda.synchronize()
+    eager = [tuple(t.clone() for t in outputs) for outputs in many]
+    with torch.cuda.graph(graph):
+        launch_all()
+    for outputs in many:
+        for tensor in outputs:
+            tensor.fill_(torch.nan)
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    for x, before, outputs in zip(made, eager, many, strict=True):
+        assert torch.equal(before[0], outputs[0]) and torch.equal(before[1], outputs[1])
+        assert right(outputs, *x, causal=True)
 
 
 @pytest.mark.parametrize("name", [*DYNAMIC, "tma"])

@@ -71,7 +71,8 @@ def test_a_knob_is_declared_once_and_used(family):
     own = ROOT / "fagen" / "families" / f"{family.name}.py"
     assert own.is_file(), "a family has its template's name"
     for knob in family.knobs:
-        assert re.search(rf"\b{knob.cpp}\b", sources), f"no C++ reads {knob.cpp}"
+        read = knob.cpp or rf"config\.{knob.name}"
+        assert re.search(rf"\b{read}\b", sources), f"no C++ reads {read}"
         others = [p for p in PYTHON if p.parent.name != "families" and knob.name in _strings(p)]
         assert not others, f"{knob.name} is repeated in {others}"
 

@@ -57,6 +57,9 @@ SCHEMES = {
     "eight_warps": config(tile_m=256, tile_n=80, warps=8, q_source="registers"),
     "wide": config(tile_m=192, tile_n=48, warps=4),
     "tall": config(tile_m=128, tile_n=96, warps=8, stages=1),
+    "split": config(splits="keys"),
+    "split_overlap": config(splits="keys", overlap=True, tile_m=32, warps=2, block_order="longest_first"),
+    "split_one_stage": config(splits="keys", stages=1, tile_m=128, tile_n=48, q_source="registers"),
 }
 
 
@@ -123,6 +126,9 @@ SCHEMES_90 = {
     "tma_pair": config_90(cluster=2),
     "tma_shared_weights": config_90(shared_weights=True, tile_m=192, tile_n=80),
     "tma_packed": config_90(pack_heads=True),
+    "tma_split": config_90(splits="keys", schedule="single", tile_m=64, tile_n=32),
+    "tma_split_packed": config_90(splits="keys", schedule="single", pack_heads=True, ping_pong=True),
+    "tma_split_groups": config_90(splits="keys", schedule="single", tile_m=192, shared_weights=True, stages=1),
     **{f"tma_n{n}": config_90(tile_n=n) for n in (112, 144, 160, 176, 192, 208)},
     **_mixed_90(),
 }

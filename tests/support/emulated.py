@@ -124,6 +124,6 @@ def launch(
     memory = torch.empty(0)
     if need := library.workspace_bytes(ctypes.byref(params)):
         memory, params.workspace = workspace_tensor(need, torch.device("cpu"))
-        memory.fill_(0xA5)
+        memory.fill_(0xFF)  # not a number, read as any element
     status = library.launch(ctypes.byref(params), None)
     assert status == 0, library.error(status).decode()

@@ -53,7 +53,7 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fagen.dispatch import choose, warmup
-    from fagen.runtime import append, binding
+    from fagen.runtime import binding
 
     if args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs} is no number of compilers", "it is at least 1")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             work.setdefault(choice.spec.key, (problem, choice))
     binding.make()  # the op needs it besides the kernels
     if any(problem.op == "decode" for problem in problems):
-        append.build(target)
+        rows += _build_append(target)
     with ThreadPoolExecutor(args.jobs) as pool:
         rows += pool.map(lambda item: _build(item[1].spec), work.values())
         doubtful = [problem for problem, choice in work.values() if choice.trust and choice.trust.state == "unverified"]
@@ -122,6 +122,18 @@ def _recorded(target: Target) -> list[Problem]:
     from fagen.db.store import Database
 
     return [record.problem for record in Database.load().records if record.arch == target.arch]
+
+
+def _build_append(target: Target) -> list[dict[str, Any]]:
+    """The kernel that writes new rows to a cache; a row if it fails."""
+    from fagen.runtime import append
+
+    try:
+        append.build(target)
+    except FagenError as error:
+        say(f"append: {error}")
+        return [{"problem": "append", "outcome": "failed", "error": str(error)}]
+    return []
 
 
 def _build(spec: KernelSpec) -> dict[str, Any]:

@@ -220,7 +220,10 @@ class DecodeCall:
         )  # fmt: skip
         return (
             *[(t.dtype, t.device, t.layout, t.dim(), t.shape[-2:], t.stride(-1)) for t in (self.q, self.k, self.v)],
-            *[None if t is None else (t.dtype, t.device, t.layout, t.dim(), t.is_contiguous()) for t in others],
+            *[
+                None if t is None else (t.dtype, t.device, t.layout, t.dim(), t.is_contiguous(), t.stride()[-1:])
+                for t in others
+            ],
             self.page, self.window, self.softcap, self.scale, self.num_splits, self._aligned, self.shared_kv,
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 #include "../emulator.h"
 
 #define __global__
+#define __host__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -34,8 +35,8 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 #define threadIdx (emulator::now->thread)
-#define blockIdx (uint3{emulator::now->block->index, 0, 0})
 extern uint3 gridDim, blockDim;
+#define blockIdx (uint3{emulator::now->block->index % gridDim.x, emulator::now->block->index / gridDim.x, 0})
 
 // ---- functions of the language
 
@@ -175,10 +176,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   for (unsigned i = 0; i < config->numAttrs; ++i)
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[i].val.clusterDim.x;
   emulator::report.clear();
-  const unsigned blocks = config->gridDim.x;
-  if (blocks % cluster) return cudaErrorInvalidValue;
+  const uint3 grid = {config->gridDim.x, config->gridDim.y, 1};
+  if (grid.x % cluster || config->gridDim.z != 1) return cudaErrorInvalidValue;
   const bool fine =
-      emulator::launch(blocks, config->blockDim.x, cluster, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+      emulator::launch(grid, config->blockDim.x, cluster, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return fine ? cudaSuccess : cudaErrorLaunchTimeout;
 }
 

@@ -1,5 +1,6 @@
 // From the warps' sums to O and LSE: parts are merged by their references, within a block and between splits.
 #pragma once
+#include "fagen/common/merge_parts.cuh"
 #include "fagen/ptx/cluster.cuh"
 #include "fagen/ptx/warpgroup.cuh"
 #include "fagen/sm80/decode/block.cuh"
@@ -19,32 +20,6 @@ struct HeadScale {
     return static_cast<const float*>(t.data)[batch * t.stride[0] + kv_head * t.stride[1]];
   }
 };
-
-// Four columns of a row of O, unnormalised, and the row's reference and sum.
-struct RowSums {
-  float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
-  float reference, sum = 0.f;
-};
-
-// Merge parts of a row, always in the same order. `stats(i)` gives reference and sum of part i,
-// `sums(i)` its columns; with `kOneSum` all parts have the same reference and their columns are in the first.
-template <bool kOneSum, class Stats, class Sums>
-__device__ __forceinline__ RowSums merge_parts(int count, float scale_log2, Stats stats, Sums sums) {
-  RowSums row;
-  row.reference = OnlineSoftmax<1, false>::kNoKeys;
-#pragma unroll 8  // so many reads are under way at once
-  for (int i = 0; i < count; ++i) row.reference = fmaxf(row.reference, stats(i).x);
-#pragma unroll 8
-  for (int i = 0; i < count; ++i) {
-    const float2 part = stats(i);
-    const float factor = ptx::ex2((part.x - row.reference) * scale_log2);
-    row.sum += part.y * factor;
-    if (kOneSum && i > 0) continue;
-    const float4 x = sums(i);
-    row.o.x += x.x * factor, row.o.y += x.y * factor, row.o.z += x.z * factor, row.o.w += x.w * factor;
-  }
-  return row;
-}
 
 template <class C, class Element>
 struct DecodeOutput {
