@@ -33,6 +33,7 @@ SECTIONS = {
         "docs/notes/cpu_backward.md",
         "docs/notes/cpu_decode.md",
         "docs/notes/sm80_forward.md",
+        "docs/notes/sm80_forward_fp32.md",
         "docs/notes/sm80_backward.md",
         "docs/notes/sm80_decode.md",
         "docs/notes/simt.md",

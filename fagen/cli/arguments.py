@@ -34,6 +34,7 @@ SETTINGS = {
     "softcap": "with a cap on the scores",
     "alibi": "with ALiBi slopes",
     "dropout": "with weights dropped at random",
+    "tf32": "with products of fp32 numbers rounded to TF32 where a kernel does that",
     "unaligned": "of tensors whose rows do not start at multiples of 16 bytes",
     "deterministic": "with op backward: the same bits each time",
     "kv_dtype": "with op decode: fp8_e4m3 of a cache in fp8 (default: that of q)",
@@ -48,7 +49,7 @@ SETTINGS = {
     "kv_heads": "heads of k and v (default: as many as of q)",
     **softmax_arguments.SETTINGS,
 }
-_SWITCHES = ("softcap", "alibi", "dropout", "unaligned", "deterministic", "sinks", "shared_kv")
+_SWITCHES = ("softcap", "alibi", "dropout", "tf32", "unaligned", "deterministic", "sinks", "shared_kv")
 _OF_DECODE = ("kv_dtype", "page", "sinks", "shared_kv")
 OPS = ("forward", "backward", "decode")  # whose problems these settings spell
 _USABLE = 0.9  # of a device's memory: what runs there besides, and what verifying takes

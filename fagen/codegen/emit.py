@@ -21,6 +21,7 @@ from fagen.target import Target
 HEADER, MANIFEST = "kernel.h", "manifest.json"
 _VERBOSE = "-Xptxas=-v"  # makes nvcc say registers and spills
 _UNIT = {"fp16": 2.0**-11, "bf16": 2.0**-9, "fp32": 5e-6}  # what an example allows for, a rounding
+_TF32_UNIT = 2.0**-10  # both operands of a product are rounded
 
 _FUNCTIONS = """
 // fagen_params_layout() of the kernel that this header belongs to.
@@ -103,7 +104,7 @@ def header_text(spec: KernelSpec) -> str:
 
 
 def example_text(spec: KernelSpec) -> str:
-    op = ops.get(spec.problem.op)
+    op, tf32 = ops.get(spec.problem.op), getattr(spec.problem, "tf32", False)
     if not op.example:
         raise UsageError(f"{op.title} has no example program", remedy="leave --example out")
     text = render.render(
@@ -112,7 +113,8 @@ def example_text(spec: KernelSpec) -> str:
         gpu=spec.target.is_gpu,
         **op.example_names(spec.problem),
         flops=spec.problem.flops(),
-        unit=_UNIT[spec.problem.dtype],
+        unit=_TF32_UNIT if tf32 else _UNIT[spec.problem.dtype],
+        lse_unit="4e-3" if tf32 else "1e-3",
         build_command=shlex.join(example_command(spec)),
         binary="example",
     )

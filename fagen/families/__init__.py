@@ -23,11 +23,13 @@ def all_families() -> tuple[Family, ...]:
         sm80_backward,
         sm80_decode,
         sm80_forward,
+        sm80_forward_fp32,
         sm90_backward,
         sm90_forward,
     )
 
-    forward = (cpu_forward.FAMILY, sm90_forward.FAMILY, sm80_forward.FAMILY, simt_forward.FAMILY)
+    tensor_cores = (sm90_forward.FAMILY, sm80_forward.FAMILY, sm80_forward_fp32.FAMILY)
+    forward = (cpu_forward.FAMILY, *tensor_cores, simt_forward.FAMILY)
     backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY, simt_backward.FAMILY)
     decode = (cpu_decode.FAMILY, sm80_decode.FAMILY)
     softmax = (cpu_softmax.FAMILY, simt_softmax.FAMILY)
@@ -42,24 +44,27 @@ def get(name: str) -> Family:
 
 
 def candidates(problem: Problem, target: Target) -> tuple[list[Family], dict[str, str]]:
-    """Families of the problem's op that can serve it on the target, and why each other one cannot."""
+    """Families of the problem's op that can serve it on the target, and why each other one cannot. Those that serve no
+    calls come last."""
     able: list[Family] = []
     reasons: dict[str, str] = {}
     for family in all_families():
         if family.op != problem.op:
             continue
         reason = family.supports(problem, target)
-        if not reason and family.last_resort and able:
-            reason = f"the last resort, and {able[0].name} serves this"
+        better = [other for other in able if other.serves_calls(problem)] if family.last_resort else []
+        if not reason and better:
+            reason = f"the last resort, and {better[0].name} serves this"
         if reason:
             reasons[family.name] = reason
         else:
             able.append(family)
-    return able, reasons
+    return sorted(able, key=lambda family: not family.serves_calls(problem)), reasons
 
 
 def serving(problem: Problem, target: Target) -> tuple[list[Family], dict[str, str]]:
     """The same of the families that serve calls."""
     able, reasons = candidates(problem, target)
-    idle = {f.name: "it serves no calls of this dtype: PyTorch is faster" for f in able if not f.serves_calls(problem)}
+    why = "it serves no calls of this dtype: others are faster, or it has not run on a GPU yet"
+    idle = {family.name: why for family in able if not family.serves_calls(problem)}
     return [family for family in able if family.name not in idle], reasons | idle

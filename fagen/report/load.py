@@ -120,7 +120,7 @@ def problem_of(fields: Any) -> Problem | None:
 
 
 _KEY = re.compile(
-    r"(?P<op>\w+)/(?P<dtype>\w+)/d(?P<d>\d+)(?:-(?P<dv>\d+))?/(?P<mask>[a-z]+)(?:-(?P<kind>\w+))?(?P<more>(?:/[a-z]+)*)"
+    r"(?P<op>\w+)/(?P<dtype>\w+)/d(?P<d>\d+)(?:-(?P<dv>\d+))?/(?P<mask>[a-z]+)(?:-(?P<kind>\w+))?(?P<more>(?:/[a-z]+|/tf32)*)"
     r"/b(?P<b>\d+)/h(?P<h>\d+)-(?P<hk>\d+)/q(?P<q>\d+)-k(?P<k>\d+)(?:/w(?P<left>-?\d+),(?P<right>-?\d+))?"
 )
 
@@ -135,6 +135,7 @@ def _of_key(key: str) -> Problem | None:
         op=found["op"], dtype=found["dtype"], head_dim=int(found["d"]), head_dim_v=int(found["dv"] or 0),
         mask=found["mask"], intervals=found["kind"] if found["kind"] in INTERVAL_KINDS else "",
         softcap="softcap" in words, alibi="alibi" in words, dropout="dropout" in words,
+        tf32="tf32" in words,
         aligned="unaligned" not in words, batch=int(found["b"]), heads=int(found["h"]), kv_heads=int(found["hk"]),
         seqlen_q=int(found["q"]), seqlen_k=int(found["k"]),
         window_left=int(found["left"] or -1), window_right=int(found["right"] or -1),

@@ -17,7 +17,7 @@ from fagen.build import cache
 from fagen.build.job import Job
 from fagen.errors import BuildError, FagenError
 from fagen.notices import notify
-from fagen.ops.attention import size_point
+from fagen.ops.attention import problem, size_point
 from fagen.runtime import background
 
 if TYPE_CHECKING:
@@ -57,14 +57,29 @@ def job() -> Job:
 
 
 def _constants() -> str:
-    """Facts of sizes that Python declares, for the table."""
+    """Facts that Python declares, for the table."""
     names, values = ", ".join(size_point.WEIGHTS), ", ".join(map(repr, size_point.WEIGHTS.values()))
     return (
         f"namespace fagen {{\nstruct SizeWeights {{ double {names}; }};\n"
         f"constexpr SizeWeights kSizeWeights{{{values}}};\n"
         f"constexpr double kMostWaves = {size_point.MOST_WAVES!r}, kLeastWaves = {size_point.LEAST_WAVES!r};\n"
-        f"constexpr int64_t kWaveRows = {size_point.WAVE_ROWS};\n}}\n"
+        f"constexpr int64_t kWaveRows = {size_point.WAVE_ROWS};\n"
+        f"constexpr bool kFp32TensorCores = {str(problem.FP32_TENSOR_CORES).lower()};\n"
+        f"inline bool switch_allows_tf32() {{ return {_tf32_switch()}; }}\n}}\n"
     )
+
+
+def _tf32_switch() -> str:
+    """PyTorch's switch in C++. It has had three interfaces; where there is a newer one, an older one may throw."""
+    import torch
+
+    header = (Path(torch.__file__).parent / "include" / "ATen" / "Context.h").read_text()
+    if "Float32Backend" in header:
+        asked = "at::Float32Backend::CUDA, at::Float32Op::MATMUL"
+        return f"at::globalContext().float32Precision({asked}) == at::Float32Precision::TF32"
+    if "float32Precision(" in header:
+        return 'at::globalContext().float32Precision("cuda", "matmul") == "tf32"'
+    return "at::globalContext().allowTF32CuBLAS()"
 
 
 def make() -> Artifact:

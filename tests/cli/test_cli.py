@@ -206,6 +206,7 @@ def test_every_setting_reaches_the_problem():
         Problem(mask="intervals", intervals="lower2", window_left=-1, window_right=0, aligned=False),
         Problem(dtype="bf16", head_dim=100, aligned=False),
         Problem(dtype="fp32", head_dim=2, head_dim_v=4, aligned=False),
+        Problem(dtype="fp32", dropout=True, tf32=True),
     ],
     ids=lambda problem: problem.key.replace("/", "-"),
 )

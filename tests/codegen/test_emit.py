@@ -104,6 +104,14 @@ def test_the_example_of_gradients_fails_a_kernel_that_computes_something_else(tm
     assert "WRONG" in done.stdout
 
 
+def test_the_example_of_a_tf32_kernel_allows_for_rounded_operands(tmp_path):
+    words = "--target sm_90 --family sm80_forward_fp32 --config default --example --dtype fp32 --head-dim 64 " + SMALL
+    for flag, unit, products in (("", "5e-06", "split"), (" --tf32", "0.0009765625", "single")):
+        run_emit(folder := tmp_path / products, words + flag)
+        assert f"kUnit = {unit};" in (folder / "main.cu").read_text()
+        assert f"Products::{products};" in (folder / "kernel.cu").read_text()
+
+
 @needs_nvcc
 @pytest.mark.nvcc
 @pytest.mark.slow

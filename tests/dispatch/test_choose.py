@@ -362,6 +362,20 @@ def test_a_family_that_serves_no_calls_is_there_for_who_asks_for_it(monkeypatch:
     assert served is not None and served.family.name == "simt_forward"
 
 
+def test_a_family_that_serves_no_calls_leaves_them_to_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper, problem = target.known("sm_90"), Problem(dtype="fp32")
+    every = families.all_families()
+    for serves, able, serving in (
+        (False, ["simt_forward", "sm80_forward_fp32"], ["simt_forward"]),
+        (True, ["sm80_forward_fp32"], ["sm80_forward_fp32"]),
+    ):
+        new = dataclasses.replace(families.get("sm80_forward_fp32"), serves_calls=lambda problem, serves=serves: serves)
+        changed = tuple(new if family.name == new.name else family for family in every)
+        monkeypatch.setattr(families, "all_families", lambda changed=changed: changed)
+        assert [family.name for family in families.candidates(problem, hopper)[0]] == able
+        assert [family.name for family in families.serving(problem, hopper)[0]] == serving
+
+
 def test_the_last_resort_is_no_candidate_beside_another() -> None:
     able, reasons = families.candidates(Problem(dtype="bf16"), target.known("sm_80"))
     assert [family.name for family in able] == ["sm80_forward"]

@@ -179,6 +179,30 @@ void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
 template void multiply_tile<__nv_bfloat16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
 template void multiply_tile<__half>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
 
+// The float32 number next to x on the way to 0, as the tensor cores end a sum.
+static float cut(double x) {
+  const float near = float(x);
+  return std::fabs(double(near)) > std::fabs(x) ? std::nextafter(near, 0.f) : near;
+}
+void multiply_tf32_tile(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const auto number = [](uint64_t word, int half) { return of_bits<float>(word >> half * 32 & 0xffffe000u); };
+  const int lane = now->thread.x % 32;
+  float rows[2][8], columns[2][8];
+  for (int k = 0; k < 8; k += 4) {
+    const uint64_t* words = exchange(uint64_t(a[k / 2 + 1]) << 32 | a[k / 2], k ? "mma a2 a3" : "mma a0 a1");
+    for (int i = 0; i < 4; ++i)
+      for (int half = 0; half < 2; ++half) rows[half][k + i] = number(words[lane / 4 * 4 + i], half);
+  }
+  const uint64_t* words = exchange(uint64_t(b[1]) << 32 | b[0], "mma b");
+  for (int column = 0; column < 2; ++column)
+    for (int k = 0; k < 8; ++k) columns[column][k] = number(words[(lane % 4 * 2 + column) * 4 + k % 4], k / 4);
+  for (int i = 0; i < 4; ++i) {
+    double sum = c[i];
+    for (int k = 0; k < 8; ++k) sum += double(rows[i / 2][k]) * columns[i % 2][k];
+    c[i] = cut(sum);
+  }
+}
+
 // A tile in shared memory as a product's descriptor names it, 128-byte swizzled.
 struct Tile {
   uint32_t address, leading, stride;

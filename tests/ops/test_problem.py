@@ -32,6 +32,7 @@ def test_defaults_are_filled_in() -> None:
         ({"mask": "causal", "softcap": True, "alibi": True}, "forward/bf16/d128/causal/softcap/alibi"),
         ({"mask": "intervals", "intervals": "both2", "aligned": False}, "forward/bf16/d128/intervals-both2/unaligned"),
         ({"dtype": "fp32", "mask": "window", "window_left": 9}, "forward/fp32/d128/window"),
+        ({"dtype": "fp32", "dropout": True, "tf32": True}, "forward/fp32/d128/none/dropout/tf32"),
     ],
 )
 def test_static_keys(fields: dict, key: str) -> None:

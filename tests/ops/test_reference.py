@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -151,6 +152,27 @@ def test_row_blocks_and_layouts_do_not_matter(sq: int, sk: int, layout: str) -> 
     if layout == "bshd":
         out, q, k, v = (t.transpose(1, 2) for t in (out, q, k, v))
     assert check(out, lse, AttentionCall.of(q, k, v, layout=layout, window=(40, 0)))
+
+
+def test_tf32_is_the_nearest_number_of_eleven_bits() -> None:
+    x = torch.cat([torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,)), torch.tensor([0.0, 1.0, -2.0])])
+    rounded = reference.rounded_to_tf32(x)
+    assert (rounded.view(torch.int32) & 0x1FFF == 0).all() and ((rounded - x).abs() <= x.abs() * 2.0**-11).all()
+    assert torch.equal(reference.rounded_to_tf32(rounded), rounded)
+    odd = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    assert torch.equal(reference.rounded_to_tf32(odd).nan_to_num(5.0), odd.nan_to_num(5.0))
+    assert torch.equal(reference.rounded_to_tf32(x.double()), x.double())
+
+
+def test_a_call_that_allows_tf32_may_be_off_by_as_much() -> None:
+    q, k, v = inputs()
+    exact, allows = made(q, k, v, return_lse=True), dataclasses.replace(made(q, k, v, return_lse=True), tf32=True)
+    rounded = [reference.rounded_to_tf32(t) for t in (q, k, v)]
+    out, lse = attend(dataclasses.replace(exact, q=rounded[0], k=rounded[1], v=rounded[2]))
+    assert check(out, lse, allows) and not check(out, lse, exact)
+    assert check(*attend(exact), allows) and allows.problem.tf32
+    out[0, 1, 3] += 0.02
+    assert not check(out, lse, allows)
 
 
 def test_long_sequences_are_checked_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

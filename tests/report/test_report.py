@@ -471,6 +471,7 @@ def test_a_key_says_what_its_problem_is():
         Problem(head_dim=192, head_dim_v=128, softcap=True, alibi=True, heads=8, kv_heads=2, seqlen_k=77),
         Problem(mask="window", window_left=1024, window_right=0, aligned=False, batch=3),
         Problem(mask="window", window_right=5),
+        Problem(dtype="fp32", mask="causal", dropout=True, tf32=True, aligned=False),
         *(Problem(mask="intervals", intervals=kind) for kind in INTERVAL_KINDS),
     ):
         assert load.problem_of(problem.key) == problem

@@ -153,6 +153,7 @@ class Case:
     aligned: bool = True
     magnitude: float = 1.0
     dropout: float = 0.0
+    tf32: bool = False
     changes: tuple[tuple[str, Any], ...] = field(default=())
 
     @property
@@ -160,7 +161,7 @@ class Case:
         return Problem(
             dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v, mask=self.mask,
             intervals=self.intervals, softcap=bool(self.softcap), alibi=self.alibi, aligned=self.aligned,
-            dropout=self.dropout > 0,
+            dropout=self.dropout > 0, tf32=self.tf32,
         )  # fmt: skip
 
     @property
@@ -189,13 +190,15 @@ class Case:
         return AttentionCall(
             q, k, v, layout, self.band, intervals, self.intervals, softcap=self.softcap, alibi_slopes=alibi,
             dropout=self.dropout, rng=rng_of(q.device) if self.dropout else None,
+            tf32=self.tf32,
         )  # fmt: skip
 
     def __str__(self) -> str:
         d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
         changes = (f"{k}={v}" for k, v in self.changes)
         dropout = f"dropout{self.dropout}" if self.dropout else ""
-        extra = [self.intervals, self.dtype, d, f"h{self.heads}-{self.kv_heads}", dropout, *changes]
+        tf32 = "tf32" if self.tf32 else ""
+        extra = [self.intervals, self.dtype, d, f"h{self.heads}-{self.kv_heads}", dropout, tf32, *changes]
         return "-".join(filter(None, [self.scheme, self.mask, *extra]))
 
 

@@ -99,6 +99,6 @@ class BackwardCall(AttentionCall):
 
     @property
     def problem(self) -> BackwardProblem:
-        fields = super().problem.to_dict()
-        aligned = fields["aligned"] and is_aligned(self.o) and is_aligned(self.dout)
-        return BackwardProblem(**{**fields, "op": "backward", "aligned": aligned, "deterministic": self.deterministic})
+        forward = super().problem
+        aligned = forward.aligned and is_aligned(self.o) and is_aligned(self.dout)
+        return BackwardProblem.of(forward.replace(aligned=aligned), deterministic=self.deterministic)

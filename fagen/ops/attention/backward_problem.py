@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from fagen.errors import InvalidArgument
 from fagen.ops.attention.problem import Problem
 
 
@@ -14,10 +15,15 @@ class BackwardProblem(Problem):
     op: str = "backward"
     deterministic: bool = False
 
+    def _check(self) -> None:
+        super()._check()
+        if self.tf32:
+            raise InvalidArgument("backward has no tf32", "no family rounds products of gradients to TF32")
+
     @classmethod
     def of(cls, forward: Problem, *, deterministic: bool = False) -> BackwardProblem:
-        """The gradients of a forward problem's call."""
-        return cls(**{**forward.to_dict(), "op": "backward", "deterministic": deterministic})
+        """The gradients of a forward problem's call, whether it allows TF32 or not."""
+        return cls(**{**forward.to_dict(), "op": "backward", "deterministic": deterministic, "tf32": False})
 
     @property
     def forward(self) -> Problem:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from fagen.errors import InvalidArgument
-from fagen.ops.attention import arguments, derivatives
+from fagen.ops.attention import arguments, derivatives, tf32
 from fagen.ops.attention import dropout as dropped
 from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import ALIGNMENT, LARGEST_SIZE, Window, is_aligned
@@ -71,6 +71,7 @@ class AttentionCall:
     sinks: torch.Tensor | None = None  # no kernel takes them: see sinks.py
     dropout: float = 0.0  # the probability that a weight is dropped
     rng: torch.Tensor | None = None  # seed and offset: which weights are. None until they are drawn
+    tf32: bool = False  # products of float32 numbers may be rounded to TF32
     first_plane: int = 0  # of a part of a call: the number of its first head among all heads of all batches
 
     @classmethod
@@ -104,7 +105,7 @@ class AttentionCall:
         kind = "" if intervals is None else interval_kind(_checked_columns(intervals, q, k, layout), causal)
         call = cls(
             q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out, deterministic, sinks,
-            dropout_p,
+            dropout_p, tf32=tf32.allowed(q),
         )  # fmt: skip
         call._check_others()
         return call
@@ -293,6 +294,7 @@ class AttentionCall:
             softcap=bool(self.softcap),
             alibi=self.alibi_slopes is not None,
             dropout=self.dropout > 0,
+            tf32=self.tf32,
             aligned=aligned,
             batch=self.batch,
             heads=self.heads,

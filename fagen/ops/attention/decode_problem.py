@@ -13,12 +13,12 @@ KV_DTYPES = {"": 0, "fp8_e4m3": 1}  # bytes of an element of the cache; "": it h
 KV_TORCH_DTYPES = {"fp8_e4m3": "float8_e4m3fn"}
 PAGES = (0, 1, 16, 32, 64, 128, 256)  # rows of a page; 0: the cache is not paged
 DECODE_MASKS = ("none", "causal", "window")
-_ABSENT = ("intervals", "alibi", "dropout")  # fields of a forward problem
+_ABSENT = ("intervals", "alibi", "dropout", "tf32")  # fields of a forward problem
 
 
 @dataclass(frozen=True)
 class DecodeProblem(Problem):
-    """The fields of a forward problem without intervals, ALiBi and dropout, and what the cache is.
+    """The fields of a forward problem without intervals, ALiBi, dropout and TF32, and what the cache is.
 
     `seqlen_q` and `seqlen_k` are the most rows and keys that a sequence has.
     """

@@ -21,6 +21,7 @@ def of(problem: Problem, *, one_length: bool = True) -> list[str]:
         "--softcap": p.softcap,
         "--alibi": p.alibi,
         "--dropout": p.dropout,
+        "--tf32": p.tf32,
         "--unaligned": contiguous and not p.aligned,
     }
     words += [flag for flag, on in switches.items() if on]

@@ -41,7 +41,7 @@ def require_problem(problem: Problem, call: AttentionCall) -> None:
     its = call.problem
     if its.static_key != problem.static_key:  # some kernels serve more than their own
         mask = "window" if problem.mask == "window" and not its.intervals else its.mask
-        its = its.replace(mask=mask, aligned=its.aligned and problem.aligned)
+        its = its.replace(mask=mask, aligned=its.aligned and problem.aligned, tf32=its.tf32 and problem.tf32)
         have = f"the call is {call.problem.static_key}"
         _want(its.static_key == problem.static_key, f"the kernel is for {problem.static_key}", have)
 

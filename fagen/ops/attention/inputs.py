@@ -53,7 +53,7 @@ def make_inputs(problem: Problem, where: Target | torch.device | str, seed: int 
         slopes = torch.tensor(of_heads, dtype=torch.float32, device=device).expand(p.batch, -1).contiguous()
     call = AttentionCall(
         q, k, v, window=(p.window_left, p.window_right), intervals=intervals, kind=p.intervals,
-        softcap=SOFTCAP if p.softcap else 0.0, alibi_slopes=slopes, out=outputs["out"].shown,
+        softcap=SOFTCAP if p.softcap else 0.0, alibi_slopes=slopes, out=outputs["out"].shown, tf32=p.tf32,
     )  # fmt: skip
     if p.dropout:
         rng = torch.randint(0, 2**63 - 1, (2,), generator=random, dtype=torch.int64, device=device)

@@ -26,7 +26,11 @@ MAX_HEAD_DIM = 1024
 # The dtypes of the calls on a GPU that the families of plain float32 (simt_*) serve. They can take fp16 and bf16 too,
 # but PyTorch's tensor cores are faster where no other family takes the head dim: there simt_* are for tune and emit.
 SIMT_SERVES: tuple[str, ...] = ("fp32",)
+# Whether calls in float32 on a GPU use sm80_forward_fp32, and follow PyTorch's switch for TF32. Not before it has
+# run on one.
+FP32_TENSOR_CORES: bool = False
 _SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k")
+_NEWER = ("dropout", "tf32")  # fields that older records lack
 _BOUNDS = ("window_left", "window_right")
 
 
@@ -55,6 +59,7 @@ class Problem:
     alibi: bool = False
     aligned: bool = True  # every row of q, k, v and o starts at a multiple of 16 bytes and is whole 16-byte pieces
     dropout: bool = False  # weights are dropped; the rate is an argument of the launch
+    tf32: bool = False  # products of float32 numbers may be rounded to TF32, as PyTorch's own switch allows
     batch: int = 1
     heads: int = 1
     kv_heads: int = 0  # 0: the same as heads
@@ -83,6 +88,8 @@ class Problem:
             raise InvalidArgument(f"op {shown(self.op)} is unknown", f"known: {type(self).op}")
         if self.dtype not in DTYPES:
             raise InvalidArgument(f"dtype {shown(self.dtype)} is not supported", f"supported: {', '.join(DTYPES)}")
+        if self.tf32 and self.dtype != "fp32":
+            raise InvalidArgument(f"tf32 does not go with dtype={self.dtype}", "TF32 rounds float32 numbers")
         if self.mask not in MASKS:
             raise InvalidArgument(f"mask {shown(self.mask)} is unknown", f"known: {', '.join(MASKS)}")
         if self.intervals not in (INTERVAL_KINDS if self.mask == "intervals" else ("",)):
@@ -118,7 +125,7 @@ class Problem:
         d, dv = padded(self.head_dim), padded(self.head_dim_v)
         parts = [self.op, self.dtype, f"d{d}" if d == dv else f"d{d}-{dv}"]
         parts.append(f"{self.mask}-{self.intervals}" if self.intervals else self.mask)
-        parts += [name for name in ("softcap", "alibi", "dropout") if getattr(self, name)]
+        parts += [name for name in ("softcap", "alibi", "dropout", "tf32") if getattr(self, name)]
         return "/".join(parts + ([] if self.aligned else ["unaligned"]))
 
     @property
@@ -179,8 +186,8 @@ class Problem:
         return 2.0 * cells * (self.head_dim + self.head_dim_v) * self.batch * self.heads
 
     def to_dict(self) -> dict[str, Any]:
-        """Without `dropout` where there is none: so it was written before there was any."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "dropout" or value}
+        """Without `dropout` and `tf32` where there is none: so it was written before there was any."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NEWER or value}
 
     @classmethod
     def from_dict(cls, fields: Any) -> Self:

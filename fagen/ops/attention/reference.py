@@ -3,14 +3,14 @@
 An output is right when its pattern of non-finite values is the reference's, and when, in every block of rows of
 every head, its largest error is at most twice that of PyTorch computing in the same dtype (or once PyTorch's largest
 in that head), plus one rounding of the output's dtype at the block's largest magnitude. The reference runs in float32
-(float64 for float32 inputs).
+(float64 for float32 inputs). Where the call allows TF32, PyTorch's float32 operands are rounded to it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from fagen.ops.attention.masks import dense
@@ -32,12 +32,18 @@ def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 
 
 def attend(
-    call: AttentionCall, tensors: Tensors, seen: torch.Tensor | None, rows: slice = slice(None)
+    call: AttentionCall,
+    tensors: Tensors,
+    seen: torch.Tensor | None,
+    rows: slice = slice(None),
+    *,
+    operand: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention in the dtype of `tensors`, the call's q, k and v in bhsd order, for some rows; rows that see
     nothing give 0, and -inf or their sink.
 
-    `seen` is the dense mask of those rows. Differentiable; this is also the fallback of last resort.
+    `seen` is the dense mask of those rows, `operand` rounds what is multiplied. Differentiable without it; this is also
+    the fallback of last resort.
     """
     import torch
 
@@ -47,7 +53,7 @@ def attend(
     sq, sk = q.shape[2], k.shape[2]
     q = q[:, :, rows]
     grouped = q.reshape(q.shape[0], kv_heads, group, q.shape[2], q.shape[3])
-    scores = torch.matmul(grouped * scale, k[:, :, None].transpose(-1, -2)).flatten(1, 2)
+    scores = torch.matmul(operand(grouped * scale), operand(k)[:, :, None].transpose(-1, -2)).flatten(1, 2)
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if call.alibi_slopes is not None:
@@ -71,7 +77,17 @@ def attend(
     if call.dropout:
         weights = weights * factors(call, rows, slice(None), weights.dtype)
     grouped = weights.reshape(q.shape[0], kv_heads, group, q.shape[2], sk)
-    return torch.matmul(grouped, v[:, :, None]).flatten(1, 2), lse
+    return torch.matmul(operand(grouped), operand(v)[:, :, None]).flatten(1, 2), lse
+
+
+def rounded_to_tf32(t: torch.Tensor) -> torch.Tensor:
+    """The nearest numbers of 11 leading bits, as the tensor cores read float32."""
+    import torch
+
+    if t.dtype != torch.float32:
+        return t
+    bits = t.contiguous().view(torch.int32)
+    return torch.where(torch.isfinite(t), ((bits + 0x1000) & ~0x1FFF).view(torch.float32), t)
 
 
 def factors(call: AttentionCall, rows: slice, keys: slice, dtype: torch.dtype) -> torch.Tensor:
@@ -138,7 +154,8 @@ def check(call: AttentionCall, outputs: Mapping[str, torch.Tensor], rows: Iterab
     low = call.bhsd()
     single = call.q.dtype == torch.float32
     exact = cast(low, torch.float64 if single else torch.float32)
-    factor = 4.0 if single else 2.0  # two float32 sums differ from each other as each does from the exact one
+    # two float32 sums differ from each other as each does from the exact one
+    factor = 4.0 if single and not call.tf32 else 2.0
     shape = call.output_types()["out"][0]
     if tuple(out.shape) != shape:
         return Verdict(False, math.inf, math.inf, f"shape {tuple(out.shape)}, not {shape}")
@@ -148,7 +165,10 @@ def check(call: AttentionCall, outputs: Mapping[str, torch.Tensor], rows: Iterab
     with torch.no_grad():
         for block, seen in row_blocks(call, rows):
             ref, ref_lse = attend(call, exact, seen, block)
-            peer, peer_lse = attend(call, low, seen, block)
+            if call.tf32:  # on any device, whatever PyTorch's switch says
+                peer, peer_lse = attend(call, low, seen, block, operand=rounded_to_tf32)
+            else:
+                peer, peer_lse = attend(call, low, seen, block)
             pairs = [("O", out[:, :, block], ref, peer, torch.finfo(out.dtype).eps / 2)]
             if lse is not None:
                 pairs.append(("LSE", lse[:, :, block, None], ref_lse[..., None], peer_lse[..., None], 2e-5))

@@ -7,6 +7,7 @@
 // facts.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
@@ -22,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-#include "constants.h"  // made by binding.py: kSizeWeights and the limits of ops/attention/size_point.py
+#include "constants.h"  // made by binding.py: facts that Python declares, PyTorch's switch for TF32
 #include "fagen/abi/forward.h"
 
 namespace fagen {
@@ -216,6 +217,11 @@ bool rows_aligned(const Tensor& t) {
   return true;
 }
 
+// As ops/attention/tf32.py: whether products of the call may be rounded to TF32, at this moment.
+bool tf32_allowed(const Tensor& q) {
+  return kFp32TensorCores && q.is_cuda() && q.scalar_type() == at::kFloat && switch_allows_tf32();
+}
+
 bool ranks_are_right(const Call& c, const Wanted& wanted) {
   const Tensor* out = wanted.out;
   if (c.q.dim() != 4 || c.k.dim() != 4 || c.v.dim() != 4 || (out && out->dim() != 4)) return false;
@@ -237,6 +243,7 @@ Facts facts_of(const Call& c, const Wanted& wanted) {
   write.flag(out_aligned && rows_aligned(c.q) && rows_aligned(c.k) && rows_aligned(c.v));
   write.flag(wanted.lse);
   write.flag(wanted.gradients);
+  write.flag(tf32_allowed(c.q));
   write.flag(c.window_left < 0 && c.window_right < 0);  // no mask
   write.flag(c.window_left < 0 && c.window_right == 0);  // causal; else a window
   write.finish();
