@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fagen.bench.ours import dispatched
+from fagen.bench.peers import Cannot, Serve
 from fagen.bench.rows import Inputs, Row
 from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.target import Target
 
 if TYPE_CHECKING:
     import torch
-
-    from fagen.bench.peers import Serve
 
 # batch, keys; with 32 heads on 8 of keys, head_dim 128
 _GPU = ((1, 1024), (1, 16384), (1, 131072), (16, 4096), (64, 1024), (64, 4096), (32, 16384))
@@ -37,9 +37,14 @@ def _row(kind: str, batch: int, keys: int, **fields: Any) -> Row:
     return Row(f"{series} k{keys}", problem, series)
 
 
+def ours(row: Row, inputs: Inputs) -> Serve:
+    from fagen.ops.attention import decode_reference
+
+    return dispatched(inputs.call, lambda i: decode_reference.attend(i.call, i.call.q.dtype)[0])
+
+
 def by_sdpa(row: Row, inputs: Inputs) -> Serve:
     """PyTorch's SDPA on the keys of a contiguous cache; it is told how many they are when it is prepared."""
-    from fagen.bench.peers import Cannot
     from fagen.ops.attention.decode_calls import torch_peer
 
     for_sets: dict[int, Any] = {}

@@ -50,7 +50,8 @@ def sdpa(paths: Mapping[str, Path]) -> Loaded:
 
 def _loaded(backend: str, version: str) -> Loaded:
     forward = _through_sdpa(backend)
-    return Loaded(forward, version, through_autograd(forward), *([] if backend else [decode.by_sdpa]))
+    more = {} if backend else {"decode": decode.by_sdpa}
+    return Loaded({"forward": forward, "backward": through_autograd(forward), **more}, version)
 
 
 def _through_sdpa(backend: str) -> Prepare:
