@@ -42,6 +42,8 @@ from fagen.ops.attention.inputs import input_bytes
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
 from fagen.timing import load
 
+pytestmark = pytest.mark.usefixtures("quick_machine")
+
 GPU = target.known("sm_90")
 needs_cxx = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
 TINY = "--target cpu --dtype fp32 --head-dim 16 --mask none,causal --seqlen 24,48 --heads 4 --kv-heads 2".split()

@@ -24,6 +24,8 @@ from fagen.ops.attention import fallback
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.problem import Problem
 
+pytestmark = pytest.mark.usefixtures("quick_machine")
+
 GPU = target.known("sm_90")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 needs_cxx = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")

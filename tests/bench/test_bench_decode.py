@@ -14,6 +14,8 @@ from fagen.errors import UsageError
 from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.ops.attention.problem import Problem
 
+pytestmark = pytest.mark.usefixtures("quick_machine")
+
 CPU, GPU = target.Target("cpu", "any", 2), target.known("sm_90")
 
 

@@ -14,6 +14,8 @@ from fagen.errors import UsageError
 from fagen.ops.softmax.problem import SoftmaxProblem
 from fagen.target import host, known
 
+pytestmark = pytest.mark.usefixtures("quick_machine")
+
 
 def test_its_rows() -> None:
     for op, count in (("forward", 1), ("backward", 2)):

@@ -18,7 +18,7 @@ from fagen.errors import FagenError
 from fagen.families import Config, Constraint, Family, Knob
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target, host
-from fagen.tuner import evaluate
+from fagen.tuner import evaluate, final_round
 from fagen.tuner.messages import Probe
 
 STYLES = ("plain", "slow", "segfault", "hang", "wrong", "holes", "late", "overrun", "scribble", "broken")
@@ -140,6 +140,7 @@ def install(put=setattr) -> None:
     put(families, "all_families", _all_families)
     put(evaluate, "compile_one", compile_one)
     put(evaluate, "measure_any", measure_any)
+    put(final_round, "SECONDS", 0.3)  # the right ones are a factor apart
 
 
 _compile_one, _measure_any = evaluate.compile_one, evaluate.measure_any
