@@ -200,7 +200,8 @@ CONSTRAINTS = (
         ),
     ),
     Constraint(
-        "registers_fit", _registers_fit,
+        "registers_fit",
+        _registers_fit,
         ("tile_m", "tile_n", "warpgroups", "operands", "v_source", "dq_rounding", "dq_owner"),
     ),
     Constraint("seeds_fit", _seeds_fit, ("seeds",)),
