@@ -202,7 +202,7 @@ _BOUNDS = ("window_size_left", "window_size_right")
 
 
 def _packed_kernel(before: Callable[..., Any]) -> Wrapped:
-    """Our kernel of the op below `varlen_attn`. Of what later versions know besides only `num_splits` does not matter."""
+    """Our kernel of the op below `varlen_attn`. Of what later versions know, `num_splits` alone does not matter."""
     read = _arguments_of(_PACKED)
     known = {
         "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
