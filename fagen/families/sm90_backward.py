@@ -27,16 +27,16 @@ KNOBS = (
         ("after_ds", "before_ds", "after_store"),
         "dV is started when dS is formed, under that, or when dS is in shared memory",
     ),
+    Knob("seeds", "kSeeds", ("none", "delta"), "accumulators of dP begin with zero, or with -delta"),
     Knob(
-        "seeds", "kSeeds", ("none", "delta", "both"), "scores begin with zero, dP with -delta, S with the LSE as well"
+        "exp_on_fma", "kExpOnFma", (0, 1, 2), "of 8 exponentials, those that the FMA pipe computes, by polynomials"
     ),
     Knob("dq_sink", "kDqSink", ("bulk", "red"), "dQ is added up by the copy engine, or from registers"),
     Knob(
         "dq_rounding",
         "kDqRounding",
-        ("last_block", "own_kernel", "later_blocks"),
-        "who rounds the sums of dQ: the block that adds the last part, a kernel after all of them, or blocks of the "
-        "same grid, a section of heads later",
+        ("last_block", "own_kernel"),
+        "who rounds the sums of dQ: the block that adds the last part, or a kernel after all of them",
     ),
     Knob("dq_owner", "kDqOwner", ("all", "first"), "warpgroups that compute dQ"),
     Knob("row_order", "kRowOrder", ("ascending", "descending", "shifted"), "order of a block's row tiles"),
@@ -136,8 +136,6 @@ def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
 def _seeds_fit(p: Problem, t: Target, c: Config) -> str | None:
     if p.dropout and c.seeds != "none":
         return f"dropout scales dP before delta is subtracted, seeds={c.seeds}"
-    if c.seeds == "both" and (p.softcap or p.alibi):
-        return "softcap and ALiBi change scores before the LSE is subtracted, seeds=both"
     return None
 
 
@@ -160,12 +158,6 @@ def _last_is_known(p: Problem, t: Target, c: Config) -> str | None:
         return f"when sums from registers have arrived is not known, dq_sink={c.dq_sink}"
     if p.mask == "intervals":
         return "how many blocks intervals leave to add to a row tile is not known"
-    return None
-
-
-def _later_has_sections(p: Problem, t: Target, c: Config) -> str | None:
-    if c.dq_rounding == "later_blocks" and c.block_order != "sectioned":
-        return f"a section later there is none, block_order={c.block_order}"
     return None
 
 
@@ -208,7 +200,6 @@ CONSTRAINTS = (
     Constraint("owner_matters", _owner_matters, ("warpgroups", "dq_owner")),
     Constraint("sum_is_ordered", _sum_is_ordered, ("dq_sink",)),
     Constraint("last_is_known", _last_is_known, ("dq_rounding", "dq_sink")),
-    Constraint("later_has_sections", _later_has_sections, ("dq_rounding", "block_order")),
     Constraint("order_matters", _order_matters, ("block_order",)),
     Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
 )
@@ -267,6 +258,17 @@ _TILES: tuple[tuple[int, tuple[_Tile, ...]], ...] = (
 _SMALLEST: tuple[_Tile, ...] = (("shared", 64, 64, 2, 1, 1, 1),)  # fits every problem
 
 
+def _order_of_visit(p: Problem, operands: str, tile_m: int) -> tuple[str, str, int]:
+    """dv_start, seeds and exp_on_fma: the fastest of each head dim on an H100."""
+    size = max(p.head_dim_padded, p.head_dim_v_padded)
+    seeds = "none" if p.dropout or (operands == "registers" and size > 96) else "delta"
+    if operands == "shared":
+        return "after_ds" if size <= 192 else "after_store", seeds, 1 if size <= 192 else 0
+    if p.mask == "intervals" and tile_m > 64:  # their bounds and 128 rows leave no registers for more
+        return "after_ds", "none", 1
+    return "after_store", seeds, 1
+
+
 def _guesses(p: Problem, t: Target) -> list[Config]:
     """Legal ones, the best first: the tiles with each sink of dQ, in two orders of blocks."""
     size = max(p.head_dim_padded, p.head_dim_v_padded)
@@ -281,15 +283,14 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
         roundings = ("last_block", "own_kernel")
     for order, sink, tile, rounding in itertools.product(orders, sinks, (*tiles, *_SMALLEST), roundings):
         operands, m, n, warpgroups, q_stages, dout_stages, ds_stages = tile
-        # bounds of intervals and 128 rows leave no registers for P as an operand beside dP
-        under = operands == "registers" and (held or m > 64) and not (p.mask == "intervals" and m > 64)
+        dv_start, seeds, exp_on_fma = _order_of_visit(p, operands, m)
         config = Config(
             {
                 "tile_m": m, "tile_n": n, "warpgroups": warpgroups, "operands": operands,
                 "v_source": "registers" if held and operands == "registers" else "shared",
                 "q_stages": q_stages, "dout_stages": dout_stages, "ds_stages": ds_stages, "dq_sink": sink,
-                "dq_rounding": rounding, "dv_start": "before_ds" if under else "after_ds", "dq_owner": "all",
-                "row_order": rows, "block_order": order, "section_mb": 32, "seeds": "none",
+                "dq_rounding": rounding, "dv_start": dv_start, "dq_owner": "all", "row_order": rows,
+                "block_order": order, "section_mb": 32, "seeds": seeds, "exp_on_fma": exp_on_fma,
             }
         )  # fmt: skip
         if not any(constraint.check(p, t, config) for constraint in CONSTRAINTS):
@@ -334,8 +335,6 @@ def _helper_cycles(p: Problem, t: Target, c: Config) -> float:
     """Before and after the products of all blocks: rows are prepared, dQ is rounded."""
     d, dv, rows = p.head_dim_padded, p.head_dim_v_padded, p.batch * p.heads * p.seqlen_q
     prepared, rounded = rows * (4 * dv + 4 * d), rows * 6 * d
-    if c.dq_rounding == "later_blocks":  # blocks that have an SM each read and write L2 for the most part
-        return 2000 + (prepared + rounded) / (24 * t.units)
     memory = 11.6 * t.units  # bytes a cycle
     return 2000 + prepared / memory + (2000 + rounded / memory if c.dq_rounding == "own_kernel" else 0)
 

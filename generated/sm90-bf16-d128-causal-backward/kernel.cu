@@ -1,8 +1,8 @@
 // A kernel for attention backward, made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  backward/bf16/d128/causal, its config chosen for b4/h16-16/q4096-k4096
-// config:   tile_m=64 tile_n=128 warpgroups=2 operands=registers v_source=shared q_stages=2 dout_stages=1 ds_stages=2 dq_sink=bulk dq_rounding=own_kernel dv_start=after_ds dq_owner=all row_order=ascending block_order=sectioned section_mb=32 seeds=none (the family's default)
-// made by:  fagen emit --target sm_90 --op backward --dtype bf16 --head-dim 128 --mask causal --seqlen 4096 --batch 4 --heads 16 --kv-heads 16 --family sm90_backward --config '{"block_order": "sectioned", "dout_stages": 1, "dq_owner": "all", "dq_rounding": "own_kernel", "dq_sink": "bulk", "ds_stages": 2, "dv_start": "after_ds", "operands": "registers", "q_stages": 2, "row_order": "ascending", "section_mb": 32, "seeds": "none", "tile_m": 64, "tile_n": 128, "v_source": "shared", "warpgroups": 2}' --out DIR
+// config:   tile_m=64 tile_n=128 warpgroups=2 operands=registers v_source=shared q_stages=2 dout_stages=1 ds_stages=2 dq_sink=bulk dq_rounding=own_kernel dv_start=after_store dq_owner=all row_order=ascending block_order=sectioned section_mb=32 seeds=none exp_on_fma=1 (the family's default)
+// made by:  fagen emit --target sm_90 --op backward --dtype bf16 --head-dim 128 --mask causal --seqlen 4096 --batch 4 --heads 16 --kv-heads 16 --family sm90_backward --config '{"block_order": "sectioned", "dout_stages": 1, "dq_owner": "all", "dq_rounding": "own_kernel", "dq_sink": "bulk", "ds_stages": 2, "dv_start": "after_store", "exp_on_fma": 1, "operands": "registers", "q_stages": 2, "row_order": "ascending", "section_mb": 32, "seeds": "none", "tile_m": 64, "tile_n": 128, "v_source": "shared", "warpgroups": 2}' --out DIR
 // build:    nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
 
@@ -11,7 +11,7 @@
 // Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
 // Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
 //
-// Config: tile_m=64 tile_n=128 warpgroups=2 operands=registers v_source=shared q_stages=2 dout_stages=1 ds_stages=2 dq_sink=bulk dq_rounding=own_kernel dv_start=after_ds dq_owner=all row_order=ascending block_order=sectioned section_mb=32 seeds=none
+// Config: tile_m=64 tile_n=128 warpgroups=2 operands=registers v_source=shared q_stages=2 dout_stages=1 ds_stages=2 dq_sink=bulk dq_rounding=own_kernel dv_start=after_store dq_owner=all row_order=ascending block_order=sectioned section_mb=32 seeds=none exp_on_fma=1
 
 namespace fagen {
 
@@ -19,9 +19,9 @@ enum class Mask { none, causal, window, intervals };
 enum class Operands { registers, shared };
 enum class VSource { shared, registers };
 enum class DvStart { after_ds, before_ds, after_store };
-enum class Seeds { none, delta, both };
+enum class Seeds { none, delta };
 enum class DqSink { bulk, red };
-enum class DqRounding { last_block, own_kernel, later_blocks };
+enum class DqRounding { last_block, own_kernel };
 enum class DqOwner { all, first };
 enum class RowOrder { ascending, descending, shifted };
 enum class BlockOrder { ascending, descending, longest_first, sectioned };
@@ -48,10 +48,11 @@ struct Config {
   static constexpr int kQStages = 2;  // tiles of q in shared memory
   static constexpr int kDoutStages = 1;  // tiles of dO in shared memory
   static constexpr int kDsStages = 2;  // tiles of dS in shared memory
-  static constexpr DvStart kDvStart = DvStart::after_ds;  // dV is started when dS is formed, under that, or when dS is in shared memory
-  static constexpr Seeds kSeeds = Seeds::none;  // scores begin with zero, dP with -delta, S with the LSE as well
+  static constexpr DvStart kDvStart = DvStart::after_store;  // dV is started when dS is formed, under that, or when dS is in shared memory
+  static constexpr Seeds kSeeds = Seeds::none;  // accumulators of dP begin with zero, or with -delta
+  static constexpr int kExpOnFma = 1;  // of 8 exponentials, those that the FMA pipe computes, by polynomials
   static constexpr DqSink kDqSink = DqSink::bulk;  // dQ is added up by the copy engine, or from registers
-  static constexpr DqRounding kDqRounding = DqRounding::own_kernel;  // who rounds the sums of dQ: the block that adds the last part, a kernel after all of them, or blocks of the same grid, a section of heads later
+  static constexpr DqRounding kDqRounding = DqRounding::own_kernel;  // who rounds the sums of dQ: the block that adds the last part, or a kernel after all of them
   static constexpr DqOwner kDqOwner = DqOwner::all;  // warpgroups that compute dQ
   static constexpr RowOrder kRowOrder = RowOrder::ascending;  // order of a block's row tiles
   static constexpr BlockOrder kBlockOrder = BlockOrder::sectioned;  // order of key tiles and heads
@@ -360,8 +361,7 @@ __device__ __forceinline__ void wgmma<128, true>(float (&c)[16][4], const uint32
 //                 its last warps  bulk sink: one a consumer, adds its dQ to memory        dq.cuh
 //
 // A kernel before it computes delta; where no block rounds dQ, that one sets it to zero, and one after it rounds it:
-// prologue.cuh, epilogue.cuh. With dq_rounding=later_blocks some blocks do both for others: sections.cuh, helper.cuh.
-// The host's part: launch.cuh.
+// prologue.cuh, epilogue.cuh. The host's part: launch.cuh.
 // ---- fagen/sm90/backward/consumer.cuh --------------------------------------------------------------------
 // A consumer warpgroup: 64 keys against row tile after row tile. Scores are computed with keys down, so that P^T and
 // dS^T are operands of dV += P^T dO and dK += dS^T Q where they are, in registers. Only dQ = dS K, which sums over the
@@ -542,14 +542,6 @@ __device__ __forceinline__ void wait_for_turn(const unsigned* counter, unsigned 
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
   } while (seen != turn);
 }
-// Wait until the counter is at `number` or above; what was done before is visible, to the copy engine as well.
-__device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned number) {
-  unsigned seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (seen < number);
-  asm volatile("fence.proxy.async.global;" ::: "memory");
-}
 // Whether this thread's block is the first to claim what the counter stands for; no block is twice.
 __device__ __forceinline__ bool claim(unsigned* counter, unsigned claimed) {
   unsigned before;
@@ -624,27 +616,43 @@ __device__ __forceinline__ uint32_t pack<half_t>(float low, float high) {
 
 namespace fagen {
 
+// The lanes of a quad hold two columns each of four pieces, a word a piece. Afterwards each has a piece's four words.
+__device__ __forceinline__ uint4 transpose_quad(const uint32_t (&words)[4]) {
+  const bool odd = threadIdx.x % 2, upper = threadIdx.x % 4 / 2;
+  uint32_t halves[2][2];  // of piece odd, and of piece 2 + odd: this lane pair's words
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? words[h * 2] : words[h * 2 + 1], 1);
+    halves[h][0] = odd ? other : words[h * 2], halves[h][1] = odd ? words[h * 2 + 1] : other;
+  }
+  uint32_t other[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) other[i] = __shfl_xor_sync(~0u, upper ? halves[0][i] : halves[1][i], 2);
+  return upper ? make_uint4(other[0], other[1], halves[1][0], halves[1][1])
+               : make_uint4(halves[0][0], halves[0][1], other[0], other[1]);
+}
+
 // A lane's values of two rows, 8 apart, as pieces of 8 columns hold them: `load(piece)` gives four. They are scaled,
-// rounded and stored. Lanes of a quad hold two columns each of a piece; neighbours swap so that each has four of one
-// piece, and a quad writes 32 whole bytes at once. Rows from `rows` on and columns from `columns` on are not there.
+// rounded and stored, so that a quad writes 64 whole bytes of a row at once. Rows from `rows` on and columns from
+// `columns` on are not there.
 template <class Element, int kUnroll, class Load>
 __device__ __forceinline__ void store_rows(const fagen_tensor& to, int batch, int head, int row, int rows, int columns,
                                            int first_piece, int pieces, float scale, Load load) {
-  const bool odd = threadIdx.x % 2;
-  const int column = first_piece * 8 + odd * 8 + threadIdx.x % 4 / 2 * 4;  // in two pieces
+  const int mine = threadIdx.x % 4, column = (first_piece + mine) * 8;
   Element* out = static_cast<Element*>(to.data) + batch * to.stride[0] + head * to.stride[2] + column;
 #pragma unroll kUnroll
-  for (int n = 0; n < pieces; n += 2) {
-    const float4 a = load(n), b = load(n + 1);
-    const float c[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
+  for (int n = 0; n < pieces; n += 4) {
+    uint32_t words[2][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 c = n + i < pieces ? load(n + i) : make_float4(0.f, 0.f, 0.f, 0.f);
+      words[0][i] = pack<Element>(c.x * scale, c.y * scale), words[1][i] = pack<Element>(c.z * scale, c.w * scale);
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t mine[2] = {pack<Element>(c[0][r * 2] * scale, c[0][r * 2 + 1] * scale),
-                                pack<Element>(c[1][r * 2] * scale, c[1][r * 2 + 1] * scale)};
-      const uint32_t other = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
-      if (row + r * 8 < rows && n * 8 < columns - column)
-        *reinterpret_cast<uint2*>(out + (row + r * 8) * to.stride[1] + n * 8) =
-            odd ? make_uint2(other, mine[1]) : make_uint2(mine[0], other);
+      const uint4 piece = transpose_quad(words[r]);
+      if (row + r * 8 < rows && n + mine < pieces && column + n * 8 < columns)
+        *reinterpret_cast<uint4*>(out + (row + r * 8) * to.stride[1] + n * 8) = piece;
     }
   }
 }
@@ -1213,11 +1221,7 @@ constexpr int kPieceBytes = 2048;   // a piece of 8 columns of 64 rows of dQ, fl
 template <class C>
 constexpr bool kSharedOperands = C::kOperands == Operands::shared;
 template <class C>
-constexpr bool kSeedsScores = C::kSeeds == Seeds::both;  // accumulators of S begin with -LSE / scale
-template <class C>
-constexpr bool kSeedsDp = C::kSeeds != Seeds::none;  // those of dP with -delta
-template <class C>
-constexpr bool kRoundsLater = C::kDqRounding == DqRounding::later_blocks;
+constexpr bool kSeedsDp = C::kSeeds == Seeds::delta;  // accumulators of dP begin with -delta
 
 // How the consumers share the product dQ = dS K, in chunks one after another. A chunk is 64 rows of some slabs of
 // columns: by rows where each consumer can have as many chunks as the others, else by slabs. With P and dS in shared
@@ -1238,11 +1242,6 @@ struct DqShare {
   // every group has all of its chunks: there is nothing to ask
   static constexpr bool kEach =
       kOwners == kGroups && (kByRows || (kBySlab ? kAllSlabs % kOwners == 0 : (kOwners - 1) * kOwnSlabs < kAllSlabs));
-
-  // warps of a block that add dQ to memory, each for a warpgroup; all consumers are one without them
-  static constexpr int kAdders = C::kDqSink == DqSink::red ? 1
-                                 : kByRows                 ? kOwners
-                                                           : (kAllSlabs + kOwnSlabs - 1) / kOwnSlabs;
 
   const int group;
   __device__ __forceinline__ int slab(int chunk) const {
@@ -1355,72 +1354,6 @@ struct BackwardPipelines {
 
 }  // namespace fagen
 
-// ---- fagen/sm90/backward/sections.cuh --------------------------------------------------------------------
-// One grid goes through sections of heads (dq_rounding=later_blocks). Its blocks prepare the rows of a section, work on
-// its key tiles, and round its dQ. They start step by step; in step s are those that
-//
-//   prepare section s + 1  ─  work on the key tiles of section s  ─  round section s - 1
-//
-// A block waits only for what blocks before it do, so none waits for ever. Three sections at most have sums of dQ.
-// Their places are used in turn and stay in L2. A kernel before prepares section 0.
-#include <stdint.h>
-
-
-
-namespace fagen {
-
-enum class Task { none, prepare, keys, round };
-
-// The task of a block, and which one of those with this task in its section it is.
-struct Step {
-  Task task;
-  uint32_t section, index;
-};
-
-struct Sections {
-  static constexpr uint32_t kPlaces = 3;  // sections that have sums of dQ at a time
-  static constexpr int kHelperTiles = 8;  // row tiles that a block prepares or rounds
-
-  uint32_t count;
-  uint32_t key_tiles, row_tiles;  // of a section: blocks of key tiles, and row tiles; the last may have fewer
-  uint32_t all_key_tiles, all_row_tiles;  // of all heads
-  uint32_t helpers;  // blocks that prepare a section, and that round it
-  Divisor step, places;  // blocks of a step; row tiles that have sums of dQ
-  unsigned* counters;  // prepared, finished, rounded: blocks of each section that have
-
-  Sections() = default;
-  Sections(uint32_t count, uint32_t key_tiles, uint32_t row_tiles, uint32_t all_key_tiles, uint32_t all_row_tiles,
-           uint32_t helpers)
-      : count(count),
-        key_tiles(key_tiles),
-        row_tiles(row_tiles),
-        all_key_tiles(all_key_tiles),
-        all_row_tiles(all_row_tiles),
-        helpers(helpers),
-        step(key_tiles + 2 * helpers),
-        places(kPlaces * row_tiles) {}
-
-  uint32_t blocks() const { return (count + 1) * step.by; }
-  uint32_t first_row_tiles() const { return row_tiles < all_row_tiles ? row_tiles : all_row_tiles; }
-  uint32_t row_tiles_with_sums() const { return places.by < all_row_tiles ? places.by : all_row_tiles; }
-
-  __device__ __forceinline__ unsigned* prepared(uint32_t section) const { return counters + section; }
-  __device__ __forceinline__ unsigned* finished(uint32_t section) const { return counters + count + section; }
-  __device__ __forceinline__ unsigned* rounded(uint32_t section) const { return counters + 2 * count + section; }
-  __device__ __forceinline__ uint32_t key_tiles_of(uint32_t section) const {
-    return min(key_tiles, all_key_tiles - section * key_tiles);
-  }
-
-  __device__ __forceinline__ Step step_at(uint32_t block) const {
-    const uint32_t s = step.quotient(block), i = step.remainder(block, s);
-    if (i < helpers) return {s + 1 < count ? Task::prepare : Task::none, s + 1, i};
-    if (i >= helpers + key_tiles) return {s > 0 ? Task::round : Task::none, s - 1, i - helpers - key_tiles};
-    return {s < count && i - helpers < key_tiles_of(s) ? Task::keys : Task::none, s, i - helpers};
-  }
-};
-
-}  // namespace fagen
-
 namespace fagen {
 
 // Computed once on the host for a launch.
@@ -1430,20 +1363,16 @@ struct BackwardLaunch {
   bool one_key_tile;         // that all rows visit, or none at all: what its block has of dQ is no part of a sum
   TileOrder order;           // of key tiles
   Divisor splits;            // blocks that share the query heads of a kv head: a cluster
-  float* lse;                // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none;
-                             // as S begins with it where accumulators are seeded
+  float* lse;                // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none
   float* delta;              // the same of the sums of dO O - dLSE, negated where dP begins with it
-  float* dq;  // (batch, heads, row_tiles), tiles of float32 in the order of fragments; of some sections
+  float* dq;        // (batch, heads, row_tiles), tiles of float32 in the order of fragments
   unsigned* turns;  // (batch, heads, row_tiles, kGroups): how many blocks have added their part
-  Sections sections;  // dq_rounding=later_blocks
 };
 
 // The sums of dQ of the `index`-th row tile of all heads.
 template <class C>
 __device__ __forceinline__ float* dq_sums(const BackwardLaunch& launch, int64_t index) {
-  const Divisor& places = launch.sections.places;
-  const int64_t place = kRoundsLater<C> ? places.remainder(index, places.quotient(index)) : index;
-  return launch.dq + place * DqShare<C>::kTileFloats;
+  return launch.dq + index * DqShare<C>::kTileFloats;
 }
 
 // The band around the diagonal by columns: key n is seen by rows [n - last, n - first].
@@ -1482,14 +1411,11 @@ struct KeyTile {
   int begin, end;  // row tiles that see any of its keys, by the band
   int full_begin, full_end;  // rows that see all of them
   int splits;
-  uint32_t section;
   uint32_t extents;  // intervals: where those of its keys' bounds are; read anew, since registers are few
 
   // Orders that put the longest first take the last index of a head first; of key tiles the first is the longest.
   // `index` counts the tiles of all heads in their order, those of splits side by side.
-  __device__ __forceinline__ KeyTile(const BackwardLaunch& launch, const RowBand& band, uint32_t smem, uint32_t index,
-                                     uint32_t section)
-      : section(section) {
+  __device__ __forceinline__ KeyTile(const BackwardLaunch& launch, const RowBand& band, uint32_t smem, uint32_t index) {
     const uint32_t place = launch.splits.quotient(index);
     const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(place);
     constexpr bool kTurned = C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned;
@@ -1605,8 +1531,9 @@ __device__ __forceinline__ void store_dq(const fagen_backward_params& p, const f
   unsigned thread = threadIdx.x;
   ptx::pin(thread);  // nothing of this is computed before the visits: registers are few
   const int m = at.tile * C::kTileM + share.row_chunk(chunk) * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
-  store_rows<Element, kPieces / 2>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8, kPieces,
-                                   p.scale, [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
+  store_rows<Element, (kPieces + 3) / 4>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8,
+                                         kPieces, p.scale,
+                                         [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
 }
 
 // The consumer's side: one chunk of its part.
@@ -1629,20 +1556,6 @@ __device__ __forceinline__ void sink_dq(const float (&dq)[DqShare<C>::kColumns /
 #pragma unroll
     for (int i = 0; i < DqShare<C>::kColumns / 8; ++i)
       if (i < pieces) ptx::reduce_add_4(to + i * (kPieceBytes / 4), dq[i]);
-  }
-}
-
-// Say that all sums of a key tile are in memory. With the red sink that is said by its consumers, who meet for it.
-template <class C>
-__device__ __forceinline__ void count_finished(const BackwardLaunch& launch, const KeyTile<C>& keys) {
-  if constexpr (kRoundsLater<C>) ptx::count(launch.sections.finished(keys.section), 1);
-}
-template <class C>
-__device__ __forceinline__ void meet_finished(const BackwardLaunch& launch, const KeyTile<C>& keys, int barrier) {
-  if constexpr (kRoundsLater<C> && C::kDqSink == DqSink::red) {
-    __threadfence();
-    ptx::barrier_sync(barrier, DqShare<C>::kGroups * 128);
-    if (threadIdx.x == 0) count_finished<C>(launch, keys);
   }
 }
 
@@ -1761,7 +1674,7 @@ struct DqDrain {
     keys.walk(
         p, [&](const RowTileVisit& at) { add(at); }, [&](int head, int t) { skip(RowTileVisit{head, t, false}); });
     if (count()) round(before);
-    if (leads()) ptx::bulk_wait(), count_finished<C>(launch, keys);
+    if (leads()) ptx::bulk_wait();
   }
 };
 
@@ -1996,6 +1909,24 @@ __device__ __forceinline__ float scale_up(const Params& p, float factor) {
 }  // namespace fagen
 
 
+// ---- fagen/common/exp2.cuh -------------------------------------------------------------------------------
+// Powers of two on the FMA pipe, for where the special-function unit is what a warp waits for.
+
+namespace fagen {
+
+// 2^x for x <= 0, and 1 beyond; relative error 9e-5, less than half a rounding of fp16. Below -126 it is 0 or nearly.
+// x = n + f: n goes into the exponent's bits, 2^f is a polynomial on [0, 1).
+__device__ __forceinline__ float exp2_on_fma(float x) {
+  constexpr float kLowest = 127.f, kShift = 12582912.f - kLowest;  // 1.5 * 2^23: its last bits count ones
+  const float t = __saturatef(fmaf(x, 1.f / kLowest, 1.f));
+  const float shifted = __fmaf_rd(t, kLowest, kShift);
+  const float f = fmaf(t, kLowest, kShift - shifted);
+  const float power = fmaf(fmaf(fmaf(0.07706716f, f, 0.22764487f), f, 0.69511681f), f, 1.f);
+  return __int_as_float(__float_as_int(power) + (__float_as_int(shifted) << 23));
+}
+
+}  // namespace fagen
+
 
 
 
@@ -2007,13 +1938,7 @@ struct Place {
   int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
 };
 
-// The scale of scores. Where accumulators begin with -LSE / scale, the quotient must be finite.
-template <class C>
-__device__ __forceinline__ float score_scale(const fagen_backward_params& p) {
-  return kSeedsScores<C> ? fmaxf(p.scale, 1e-30f) : p.scale;
-}
-
-// Exponents of P in base 2: a scaled score, changed by softcap and ALiBi, less the row's LSE, if the score is not yet.
+// Exponents of P in base 2: a scaled score, changed by softcap and ALiBi, less the row's LSE.
 template <class C>
 struct ScoreChange {
   static constexpr float kLog2e = 1.4426950408889634f;
@@ -2022,7 +1947,7 @@ struct ScoreChange {
   Dropout dropout;
 
   __device__ __forceinline__ explicit ScoreChange(const fagen_backward_params& p)
-      : scale(C::kSoftcap ? p.scale / p.softcap : score_scale<C>(p) * kLog2e),
+      : scale(C::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e),
         cap_log2(p.softcap * kLog2e),
         slope_log2(0.f),
         shift(p.seqlen_k - p.seqlen_q) {
@@ -2043,8 +1968,6 @@ struct ScoreChange {
       return score - lse_log2;
     } else if constexpr (C::kAlibi) {
       return fmaf(score, scale, -slope_log2 * fabsf(float(distance))) - lse_log2;
-    } else if constexpr (kSeedsScores<C>) {
-      return score * scale;
     } else {
       return fmaf(score, scale, -lse_log2);
     }
@@ -2076,7 +1999,7 @@ struct SeenRows {
 
 // The LSE, or delta, of a thread's rows. Loads from shared memory wait for the products that were started before them,
 // so that the LSE comes before those where registers are left for it. Delta takes its place while dP is awaited.
-template <class C, bool kSeeded>
+template <class C, bool kSeeded = false>
 struct RowStats {
   static constexpr bool kEarly = !kSeeded && C::kTileM == 64 && C::kWarpgroups < 3 && !MaskOf<C>::kIntervals;
   uint32_t from;
@@ -2103,12 +2026,20 @@ __device__ __forceinline__ void seed(float (&c)[kPieces][4], uint32_t from) {
   }
 }
 
+// 2^x for x <= 0, and 1 beyond: a weight is at most 1, however large scores round. The special-function unit takes 16
+// cycles for a weight of each of two warps, which would wait for it alone: some weights are computed by the FMA pipe.
+template <class C>
+__device__ __forceinline__ float weight_of(float x, int piece) {
+  const bool on_fma = piece * C::kExpOnFma % 8 < C::kExpOnFma;
+  return on_fma ? exp2_on_fma(x) : ptx::ex2(fminf(x, 0.f));
+}
+
 // P in place of the scores. `key` is the thread's first key, `m` its first row of q. Under softcap `derivatives` keeps
 // those of its scores.
 template <class C, bool kMasked, int kPieces>
 __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&derivatives)[kPieces][4],
                                              const ScoreChange<C>& change, const RowBand& band, int key, int m,
-                                             const RowStats<C, kSeedsScores<C>>& lse, uint32_t bounds) {
+                                             const RowStats<C>& lse, uint32_t bounds) {
   const SeenRows<C> rows(band, key, bounds);
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
@@ -2118,7 +2049,7 @@ __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&der
       const int r = i / 2, e = i % 2, row = m + j * 8 + e;
       const float x = change.exponent(s[j][i], e ? lse_log2.y : lse_log2.x, row + change.shift - (key + r * 8),
                                       derivatives[C::kSoftcap ? j : 0][i]);
-      const float weight = ptx::ex2(fminf(x, 0.f));  // a weight is at most 1, however large scores round
+      const float weight = weight_of<C>(x, j);
       s[j][i] = !kMasked || rows.contains(row, r) ? weight : 0.f;
     }
   }
@@ -2295,7 +2226,7 @@ struct BackwardConsumer {
   using Scores = float[kPieces][4];
   using Fragments = uint32_t[kSteps][4];
   using DqPart = float[Dq::kColumns / 8][4];
-  using Lse = RowStats<C, kSeedsScores<C>>;
+  using Lse = RowStats<C>;
   using Delta = RowStats<C, kSeedsDp<C>>;
 
   const fagen_backward_params& p;
@@ -2435,9 +2366,8 @@ struct BackwardConsumer {
     pipelines.q.wait();
     const uint32_t of_lse = pipelines.lse() + Place().column * 4, of_delta = pipelines.delta() + Place().column * 4;
     const Lse lse(of_lse);
-    if constexpr (kSeedsScores<C>) seed(s, of_lse);
     if constexpr (kSeedsDp<C>) seed(dp, of_delta), pin(dp);
-    start_scores<C::kHeadDim, kSeedsScores<C>>(s, pipelines.k.tile(), pipelines.q.tile());
+    start_scores<C::kHeadDim, false>(s, pipelines.k.tile(), pipelines.q.tile());
     pipelines.dout.wait();
     start_dp(dp);
     ptx::wgmma_wait<1>();
@@ -2516,7 +2446,6 @@ struct BackwardConsumer {
     pipelines.v.wait();
     if constexpr (kVInRegisters) load_v();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
-    meet_finished<C>(launch, keys, kBarrier);
     if (launch.splits.by > 1) {
       SplitSums<C, Element>{p, keys, pipelines.smem, group}.run(dk, dv, kBarrier);
     } else {
@@ -2530,191 +2459,9 @@ struct BackwardConsumer {
   __device__ __forceinline__ void store(const fagen_tensor& to, const float (&c)[kColumns / 8][4], int columns,
                                         float scale) const {
     const int key = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + Place().row;
-    store_rows<Element, kColumns / 16>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, 0, kColumns / 8, scale,
-                                       [&](int n) { return make_float4(c[n][0], c[n][1], c[n][2], c[n][3]); });
-  }
-};
-
-}  // namespace fagen
-
-// ---- fagen/sm90/backward/helper.cuh ----------------------------------------------------------------------
-// Blocks of the backward kernel that prepare rows or round dQ, where no kernels of their own do (sections.cuh).
-// ---- fagen/sm90/backward/epilogue.cuh --------------------------------------------------------------------
-// Rounding: dQ when all keys have been to a row.
-
-namespace fagen {
-
-// dQ from float32 in the order of fragments to rows of elements, scaled: a chunk of 64 rows, the `index`-th of all
-// heads. The work of a warpgroup.
-template <class C, class Element>
-__device__ __forceinline__ void round_rows(const fagen_backward_params& p, const BackwardLaunch& launch,
-                                           int64_t index) {
-  using Dq = DqShare<C>;
-  const int chunks = launch.row_tiles * Dq::kRowChunks, chunk = index % chunks, plane = index / chunks;
-  const int thread = threadIdx.x % 128, m = chunk * 64 + thread / 32 * 16 + thread % 32 / 4;
-  const float* from =
-      dq_sums<C>(launch, index / Dq::kRowChunks) + index % Dq::kRowChunks * (64 * C::kHeadDim) + thread * 4;
-  const auto load = [&](int piece) {
-    return __ldcg(reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4)));
-  };
-  store_rows<Element, Dq::kChunkPieces / 2>(p.dq, plane / p.heads, plane % p.heads, m, p.seqlen_q, p.head_dim, 0,
-                                            Dq::kChunkPieces, p.scale, load);
-}
-template <class C, class Element>
-__device__ __forceinline__ void backward_epilogue(const fagen_backward_params& p, const BackwardLaunch& launch) {
-  ptx::start_next_kernel();
-  ptx::wait_for_previous_kernel();
-  round_rows<C, Element>(p, launch, blockIdx.x);
-}
-
-// All gradients are zero: there are no rows or no keys. A grid's work, a warp a row.
-template <class Element>
-__device__ __forceinline__ void store_zero_gradients(const fagen_backward_params& p) {
-  ptx::wait_for_previous_kernel();
-  const auto clear = [&](const fagen_tensor& t, int64_t length, int64_t heads, int columns) {
-    for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32; i < p.batch * heads * length;
-         i += gridDim.x * blockDim.x / 32) {
-      Element* row = static_cast<Element*>(t.data) + i / length / heads * t.stride[0] + i % length * t.stride[1] +
-                     i / length % heads * t.stride[2];
-      for (int column = threadIdx.x % 32 * 8; column < columns; column += 256)
-        *reinterpret_cast<uint4*>(row + column) = make_uint4(0, 0, 0, 0);
-    }
-  };
-  if (p.seqlen_q > 0) clear(p.dq, p.seqlen_q, p.heads, p.head_dim);
-  if (p.seqlen_k > 0)
-    clear(p.dk, p.seqlen_k, p.kv_heads, p.head_dim), clear(p.dv, p.seqlen_k, p.kv_heads, p.head_dim_v);
-}
-
-}  // namespace fagen
-
-// ---- fagen/sm90/backward/prologue.cuh --------------------------------------------------------------------
-// Rows are prepared before keys come to them: delta = sum over d of dO O, less dLSE; the LSE in base 2; and the
-// counters of dQ set to zero, or dQ itself. A kernel of its own, a block a row tile, or the work of some blocks of the
-// backward one.
-
-namespace fagen {
-
-constexpr int kPrologueThreads = 256;
-constexpr int kRowLanes = 8;  // share a row
-
-// The sum of products of two words, two elements each.
-template <class Element>
-__device__ __forceinline__ float multiply_pairs(uint32_t a, uint32_t b);
-template <>
-__device__ __forceinline__ float multiply_pairs<bfloat_t>(uint32_t a, uint32_t b) {
-  return __uint_as_float(a << 16) * __uint_as_float(b << 16) +
-         __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
-}
-template <>
-__device__ __forceinline__ float multiply_pairs<half_t>(uint32_t a, uint32_t b) {
-  __half2 x, y;
-  memcpy(&x, &a, 4), memcpy(&y, &b, 4);
-  const float2 u = __half22float2(x), v = __half22float2(y);
-  return u.x * v.x + u.y * v.y;
-}
-
-// The `index`-th row tile of all heads: the work of a block of `kThreads`.
-template <class C, class Element, int kThreads>
-__device__ __forceinline__ void prepare_rows(const fagen_backward_params& p, const BackwardLaunch& launch,
-                                             int64_t index) {
-  const int tile = index % launch.row_tiles, plane = index / launch.row_tiles;
-  const int head = plane % p.heads, batch = plane / p.heads;
-  if (!BackwardLayout<C>::kRoundsDq && !launch.one_key_tile) {
-    float4* zeroed = reinterpret_cast<float4*>(dq_sums<C>(launch, index));
-    for (int i = threadIdx.x; i < DqShare<C>::kTileFloats / 4; i += kThreads)
-      zeroed[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-  } else {
-    int first, last;  // a tile that no block has a part of is zero
-    RowBand(p).key_tiles<C>(tile, first, last);
-    if (last < first)
-      for (int row = threadIdx.x / 32; row < C::kTileM && tile * C::kTileM + row < p.seqlen_q; row += kThreads / 32)
-        for (int d = threadIdx.x % 32 * 8; d < p.head_dim; d += 256)
-          *reinterpret_cast<uint4*>(static_cast<Element*>(p.dq.data) + batch * p.dq.stride[0] +
-                                    (tile * C::kTileM + row) * p.dq.stride[1] + head * p.dq.stride[2] + d) =
-              make_uint4(0, 0, 0, 0);
-  }
-  if ((C::kDeterministic || BackwardLayout<C>::kRoundsDq) && threadIdx.x < DqShare<C>::kGroups)
-    launch.turns[index * DqShare<C>::kGroups + threadIdx.x] = 0;
-  const auto row_of = [&](const fagen_tensor& t, int m) {
-    return static_cast<const Element*>(t.data) + batch * t.stride[0] + m * t.stride[1] + head * t.stride[2];
-  };
-#pragma unroll 1
-  for (int row = threadIdx.x / kRowLanes; row < C::kTileM; row += kThreads / kRowLanes) {
-    const int m = tile * C::kTileM + row;
-    float sum = 0.f;
-    if (m < p.seqlen_q) {
-      const Element *out = row_of(p.o, m), *dout = row_of(p.dout, m);
-      for (int d = threadIdx.x % kRowLanes * 8; d < p.head_dim_v; d += kRowLanes * 8) {
-        const uint4 a = *reinterpret_cast<const uint4*>(out + d), b = *reinterpret_cast<const uint4*>(dout + d);
-        sum += multiply_pairs<Element>(a.x, b.x) + multiply_pairs<Element>(a.y, b.y) +
-               multiply_pairs<Element>(a.z, b.z) + multiply_pairs<Element>(a.w, b.w);
-      }
-    }
-#pragma unroll
-    for (int lanes = 1; lanes < kRowLanes; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-    if (threadIdx.x % kRowLanes == 0) {
-      const int64_t stat = int64_t(plane) * p.seqlen_q + m, at = index * C::kTileM + row;
-      const float lse = m < p.seqlen_q ? p.lse[stat] : -INFINITY;
-      const float subtracted = lse == -INFINITY ? INFINITY : lse;  // such a row's P is 0
-      launch.lse[at] = kSeedsScores<C> ? -subtracted / score_scale<C>(p) : subtracted * ScoreChange<C>::kLog2e;
-      const float delta = lse != -INFINITY ? sum - (p.dlse ? p.dlse[stat] : 0.f) : 0.f;
-      launch.delta[at] = kSeedsDp<C> ? -delta : delta;
-    }
-  }
-}
-
-template <class C, class Element>
-__device__ __forceinline__ void backward_prologue(const fagen_backward_params& p, const BackwardLaunch& launch) {
-  ptx::start_next_kernel();
-  ptx::wait_for_previous_kernel();
-  if (kRoundsLater<C> && blockIdx.x == 0)
-    for (uint32_t i = threadIdx.x; i < 3 * launch.sections.count; i += kPrologueThreads)
-      launch.sections.counters[i] = 0;
-  prepare_rows<C, Element, kPrologueThreads>(p, launch, blockIdx.x);
-}
-
-}  // namespace fagen
-
-namespace fagen {
-
-template <class C, class Element>
-struct Helper {
-  using L = BackwardLayout<C>;
-
-  const fagen_backward_params& p;
-  const BackwardLaunch& launch;
-  const Sections& sections;
-
-  // A block's waits and counts: one thread's, for all.
-  static __device__ __forceinline__ void wait(const unsigned* counter, unsigned number) {
-    if (threadIdx.x == 0) ptx::wait_for_count(counter, number);
-    __syncthreads();
-  }
-  static __device__ __forceinline__ void count(unsigned* counter) {
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) ptx::count(counter, 1);
-  }
-
-  __device__ __forceinline__ void prepare(uint32_t section, uint32_t first, uint32_t end) const {
-    if (section >= Sections::kPlaces && !launch.one_key_tile)
-      wait(sections.rounded(section - Sections::kPlaces), sections.helpers);
-    for (uint32_t tile = first; tile < end; ++tile) prepare_rows<C, Element, L::kThreads>(p, launch, tile);
-    count(sections.prepared(section));
-  }
-  __device__ __forceinline__ void round(uint32_t section, uint32_t first, uint32_t end) const {
-    constexpr int kChunks = DqShare<C>::kRowChunks;
-    wait(sections.finished(section), sections.key_tiles_of(section) * DqShare<C>::kAdders);
-    for (uint32_t chunk = first * kChunks + threadIdx.x / 128; chunk < end * kChunks; chunk += L::kThreads / 128)
-      round_rows<C, Element>(p, launch, chunk);
-    count(sections.rounded(section));
-  }
-  __device__ __forceinline__ void run(const Step& step) const {
-    const uint32_t begin = step.section * sections.row_tiles,
-                   end = min(begin + sections.row_tiles, sections.all_row_tiles);
-    const uint32_t first = begin + step.index * Sections::kHelperTiles, last = min(first + Sections::kHelperTiles, end);
-    if (step.task == Task::prepare) prepare(step.section, first, last);
-    if (step.task == Task::round && !launch.one_key_tile) round(step.section, first, last);
+    store_rows<Element, (kColumns + 31) / 32>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, 0, kColumns / 8,
+                                              scale,
+                                              [&](int n) { return make_float4(c[n][0], c[n][1], c[n][2], c[n][3]); });
   }
 };
 
@@ -2769,16 +2516,9 @@ struct BackwardProducer {
     pipelines.dout.advance();
   }
 
-  // Until the LSE and delta of the section's rows are there, and its dQ is zero.
-  __device__ __forceinline__ void wait_for_rows() const {
-    if (kRoundsLater<C> && keys.section > 0)
-      ptx::wait_for_count(launch.sections.prepared(keys.section), launch.sections.helpers);
-  }
-
   // Each is one lane's work.
   __device__ __forceinline__ void run_q() {
     load_keys();
-    wait_for_rows();
     keys.walk(p, [&](const RowTileVisit& at) { load_q(at); });
   }
   __device__ __forceinline__ void run_dout() {
@@ -2787,7 +2527,6 @@ struct BackwardProducer {
   }
   __device__ __forceinline__ void run_both() {
     load_keys(), load_values();
-    wait_for_rows();
     keys.walk(p, [&](const RowTileVisit& at) { load_q(at), load_dout(at); });
   }
 };
@@ -2930,7 +2669,7 @@ struct SharedConsumer {
           const int key = j * 8 + e;
           const float exponent = change.exponent(x, lse_log2[r], m + change.shift - (key0 + key),
                                                  derivatives[C::kSoftcap ? j : 0][r * 2 + e]);
-          x = ptx::ex2(fminf(exponent, 0.f));  // a weight is at most 1, however large scores round
+          x = weight_of<C>(exponent, j);
           if (kMasked && (key < begin || key >= end)) x = 0.f;
         }
     }
@@ -2992,9 +2731,8 @@ struct SharedConsumer {
     float lse[2], delta[2];
     load_stats(lse, pipelines.lse());
     load_stats(delta, pipelines.delta());
-    if constexpr (kSeedsScores<C>) seed(s, lse);
     if constexpr (kSeedsDp<C>) seed(dp, delta), pin(dp);
-    start_scores<C::kHeadDim, kSeedsScores<C>>(s, pipelines.q.tile(), pipelines.k.tile());
+    start_scores<C::kHeadDim, false>(s, pipelines.q.tile(), pipelines.k.tile());
     pipelines.dout.wait();
     start_scores<C::kHeadDimV, kSeedsDp<C>>(dp, pipelines.dout.tile(), pipelines.v.tile());
     ptx::wgmma_wait<1>();
@@ -3111,7 +2849,6 @@ struct SharedConsumer {
     pipelines.k.wait();
     pipelines.v.wait();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
-    meet_finished<C>(launch, keys, kBarrier);
     ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
     store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, p.scale);
     store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up<C>(p, 1.f));
@@ -3167,17 +2904,6 @@ template <class C, class Element>
 __device__ __forceinline__ void run_backward_block(const fagen_backward_params& p, const BackwardLaunch& launch,
                                                    unsigned char* shared) {
   using L = BackwardLayout<C>;
-  Step step = {Task::keys, 0, blockIdx.x};
-  if constexpr (kRoundsLater<C>) {
-    step = launch.sections.step_at(blockIdx.x);
-    if (step.task != Task::keys) {
-      ptx::start_next_kernel();
-      ptx::wait_for_previous_kernel();
-      Helper<C, Element>{p, launch, launch.sections}.run(step);
-      return;
-    }
-    step.index += step.section * launch.sections.key_tiles;
-  }
   const uint32_t smem = (ptx::shared_address(shared) + kSmemAlignment - 1) & ~uint32_t(kSmemAlignment - 1);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well
   const int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
@@ -3190,10 +2916,10 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
   }
   ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
-  if (L::kIntervals && threadIdx.x < 32) load_intervals<C>(p, launch, smem, step.index);
+  if (L::kIntervals && threadIdx.x < 32) load_intervals<C>(p, launch, smem, blockIdx.x);
   __syncthreads();
   const RowBand band(p);
-  const KeyTile<C> keys(launch, band, smem, step.index, step.section);
+  const KeyTile<C> keys(launch, band, smem, blockIdx.x);
   if (group == L::kGroups) {
     ptx::fewer_registers<L::kProducerRegisters>();
     BackwardProducer<C> producer{p, launch, keys, BackwardPipelines<C>(smem, 0)};
@@ -3325,15 +3051,154 @@ static cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const vo
 
 }  // namespace fagen
 
+// ---- fagen/sm90/backward/epilogue.cuh --------------------------------------------------------------------
+// Rounding: dQ when all keys have been to a row.
+
+namespace fagen {
+
+// dQ from float32 in the order of fragments to rows of elements, scaled: a chunk of 64 rows, the `index`-th of all
+// heads. The work of a warpgroup.
+template <class C, class Element>
+__device__ __forceinline__ void round_rows(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                           int64_t index) {
+  using Dq = DqShare<C>;
+  const int chunks = launch.row_tiles * Dq::kRowChunks, chunk = index % chunks, plane = index / chunks;
+  const int thread = threadIdx.x % 128, m = chunk * 64 + thread / 32 * 16 + thread % 32 / 4;
+  const float* from =
+      dq_sums<C>(launch, index / Dq::kRowChunks) + index % Dq::kRowChunks * (64 * C::kHeadDim) + thread * 4;
+  const auto load = [&](int piece) {
+    return __ldcg(reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4)));
+  };
+  store_rows<Element, (Dq::kChunkPieces + 3) / 4>(p.dq, plane / p.heads, plane % p.heads, m, p.seqlen_q, p.head_dim, 0,
+                                                  Dq::kChunkPieces, p.scale, load);
+}
+template <class C, class Element>
+__device__ __forceinline__ void backward_epilogue(const fagen_backward_params& p, const BackwardLaunch& launch) {
+  ptx::start_next_kernel();
+  ptx::wait_for_previous_kernel();
+  round_rows<C, Element>(p, launch, blockIdx.x);
+}
+
+// All gradients are zero: there are no rows or no keys. A grid's work, a warp a row.
+template <class Element>
+__device__ __forceinline__ void store_zero_gradients(const fagen_backward_params& p) {
+  ptx::wait_for_previous_kernel();
+  const auto clear = [&](const fagen_tensor& t, int64_t length, int64_t heads, int columns) {
+    for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32; i < p.batch * heads * length;
+         i += gridDim.x * blockDim.x / 32) {
+      Element* row = static_cast<Element*>(t.data) + i / length / heads * t.stride[0] + i % length * t.stride[1] +
+                     i / length % heads * t.stride[2];
+      for (int column = threadIdx.x % 32 * 8; column < columns; column += 256)
+        *reinterpret_cast<uint4*>(row + column) = make_uint4(0, 0, 0, 0);
+    }
+  };
+  if (p.seqlen_q > 0) clear(p.dq, p.seqlen_q, p.heads, p.head_dim);
+  if (p.seqlen_k > 0)
+    clear(p.dk, p.seqlen_k, p.kv_heads, p.head_dim), clear(p.dv, p.seqlen_k, p.kv_heads, p.head_dim_v);
+}
+
+}  // namespace fagen
 
 
+// ---- fagen/sm90/backward/prologue.cuh --------------------------------------------------------------------
+// Rows are prepared before keys come to them: delta = sum over d of dO O, less dLSE; the LSE in base 2; and the
+// counters of dQ set to zero, or dQ itself.
+
+namespace fagen {
+
+constexpr int kPrologueThreads = 256;
+constexpr int kRowLanes = 8;  // share a row
+
+// The sum of products of two words, two elements each.
+template <class Element>
+__device__ __forceinline__ float multiply_pairs(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ float multiply_pairs<bfloat_t>(uint32_t a, uint32_t b) {
+  return __uint_as_float(a << 16) * __uint_as_float(b << 16) +
+         __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
+}
+template <>
+__device__ __forceinline__ float multiply_pairs<half_t>(uint32_t a, uint32_t b) {
+  __half2 x, y;
+  memcpy(&x, &a, 4), memcpy(&y, &b, 4);
+  const float2 u = __half22float2(x), v = __half22float2(y);
+  return u.x * v.x + u.y * v.y;
+}
+
+// The `index`-th row tile of all heads: a block's work.
+template <class C, class Element>
+__device__ __forceinline__ void prepare_rows(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                             int64_t index) {
+  const int tile = index % launch.row_tiles, plane = index / launch.row_tiles;
+  const int head = plane % p.heads, batch = plane / p.heads;
+  constexpr int kThreads = kPrologueThreads;
+  if (!BackwardLayout<C>::kRoundsDq && !launch.one_key_tile) {
+    float4* zeroed = reinterpret_cast<float4*>(dq_sums<C>(launch, index));
+    for (int i = threadIdx.x; i < DqShare<C>::kTileFloats / 4; i += kThreads)
+      zeroed[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  } else {
+    int first, last;  // a tile that no block has a part of is zero
+    RowBand(p).key_tiles<C>(tile, first, last);
+    if (last < first)
+      for (int row = threadIdx.x / 32; row < C::kTileM && tile * C::kTileM + row < p.seqlen_q; row += kThreads / 32)
+        for (int d = threadIdx.x % 32 * 8; d < p.head_dim; d += 256)
+          *reinterpret_cast<uint4*>(static_cast<Element*>(p.dq.data) + batch * p.dq.stride[0] +
+                                    (tile * C::kTileM + row) * p.dq.stride[1] + head * p.dq.stride[2] + d) =
+              make_uint4(0, 0, 0, 0);
+  }
+  if ((C::kDeterministic || BackwardLayout<C>::kRoundsDq) && threadIdx.x < DqShare<C>::kGroups)
+    launch.turns[index * DqShare<C>::kGroups + threadIdx.x] = 0;
+  const auto row_of = [&](const fagen_tensor& t, int m) {
+    return static_cast<const Element*>(t.data) + batch * t.stride[0] + m * t.stride[1] + head * t.stride[2];
+  };
+#pragma unroll
+  for (int row = threadIdx.x / kRowLanes; row < C::kTileM; row += kThreads / kRowLanes) {
+    const int m = tile * C::kTileM + row;
+    float sum = 0.f;
+    if (m < p.seqlen_q) {
+      const Element *out = row_of(p.o, m), *dout = row_of(p.dout, m);
+      for (int d = threadIdx.x % kRowLanes * 8; d < p.head_dim_v; d += kRowLanes * 8) {
+        const uint4 a = *reinterpret_cast<const uint4*>(out + d), b = *reinterpret_cast<const uint4*>(dout + d);
+        sum += multiply_pairs<Element>(a.x, b.x) + multiply_pairs<Element>(a.y, b.y) +
+               multiply_pairs<Element>(a.z, b.z) + multiply_pairs<Element>(a.w, b.w);
+      }
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < kRowLanes; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (threadIdx.x % kRowLanes == 0) {
+      const int64_t stat = int64_t(plane) * p.seqlen_q + m, at = index * C::kTileM + row;
+      const float lse = m < p.seqlen_q ? p.lse[stat] : -INFINITY;
+      const float subtracted = lse == -INFINITY ? INFINITY : lse;  // such a row's P is 0
+      launch.lse[at] = subtracted * ScoreChange<C>::kLog2e;
+      const float delta = lse != -INFINITY ? sum - (p.dlse ? p.dlse[stat] : 0.f) : 0.f;
+      launch.delta[at] = kSeedsDp<C> ? -delta : delta;
+    }
+  }
+}
+
+template <class C, class Element>
+__device__ __forceinline__ void backward_prologue(const fagen_backward_params& p, const BackwardLaunch& launch) {
+  ptx::start_next_kernel();
+  ptx::wait_for_previous_kernel();
+  prepare_rows<C, Element>(p, launch, blockIdx.x);
+}
+
+}  // namespace fagen
 
 namespace fagen {
 
 constexpr int kMostSplits = 8;  // blocks of a cluster on every GPU
+constexpr int64_t kCachedBytes =
+    64 << 20;  // read and added to at a time: more than L2, since part of it is not yet or no longer
 
-// How many blocks share the query heads of a kv head, so that all SMs have work: the fewest that divide them evenly.
-// With shared operands dK and dV are in no order that could be summed.
+// Bytes of a head's rows of q, dO and dQ.
+static int64_t bytes_of_head(const fagen_backward_params& p) {
+  return ((p.head_dim + p.head_dim_v) * int64_t(2) + p.head_dim * int64_t(sizeof(float))) * p.seqlen_q;
+}
+
+// How many blocks share the query heads of a kv head: the fewest that divide them evenly, give all SMs work and keep in
+// L2 what the blocks of all SMs read and add to. Each goes through its heads at a pace of its own, so that all heads of
+// the kv heads at work count. With shared operands dK and dV are in no order that could be summed.
 template <class C>
 static int group_splits(const fagen_backward_params& p) {
   const int group = p.kv_heads > 0 ? p.heads / p.kv_heads : 1;
@@ -3342,9 +3207,14 @@ static int group_splits(const fagen_backward_params& p) {
     return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   };
   if (!BackwardLayout<C>::kSplitsGroups || group == 1 || once_per_device(&sms, find)) return 1;
-  const int64_t blocks = int64_t(ceil_div(p.seqlen_k, C::kTileN)) * p.kv_heads * p.batch;
+  const int64_t all = int64_t(p.kv_heads) * p.batch, key_tiles = ceil_div(p.seqlen_k, C::kTileN);
+  const auto enough = [&](int splits) {
+    const int64_t at_work = ceil_div<int64_t>(sms, key_tiles * splits);
+    const bool in_cache = (at_work < all ? at_work : all) * group * bytes_of_head(p) <= kCachedBytes;
+    return all * key_tiles * splits * 2 >= sms * 3 && in_cache;
+  };
   int splits = 1;
-  for (int more = 2; more <= group && more <= kMostSplits && blocks * splits * 2 < sms * 3; ++more)
+  for (int more = 2; more <= group && more <= kMostSplits && !enough(splits); ++more)
     if (group % more == 0) splits = more;
   return splits;
 }
@@ -3354,52 +3224,31 @@ static int group_splits(const fagen_backward_params& p) {
 // query heads together, so that one of them counts, or one for each split.
 template <class C>
 static int heads_of_section(const fagen_backward_params& p, int splits) {
-  const int64_t row = (p.head_dim + p.head_dim_v) * int64_t(2) + p.head_dim * int64_t(sizeof(float));
-  const int64_t all = int64_t(p.kv_heads) * p.batch, fit = (int64_t(C::kSectionMb) << 20) / (row * p.seqlen_q * splits);
+  const int64_t all = int64_t(p.kv_heads) * p.batch, fit = (int64_t(C::kSectionMb) << 20) / (bytes_of_head(p) * splits);
   const int64_t sections = ceil_div<int64_t>(all, fit < 1 ? 1 : fit);
   return int(ceil_div(all, sections));
 }
 
-// The sections of a grid. All blocks of a cluster have the same task.
-template <class C>
-static Sections make_sections(const fagen_backward_params& p, int splits) {
-  if (p.batch == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return Sections();
-  const uint32_t all = p.kv_heads * p.batch, at_once = heads_of_section<C>(p, splits);
-  const uint32_t blocks = ceil_div(p.seqlen_k, C::kTileN) * splits;
-  const uint32_t row_tiles = ceil_div(p.seqlen_q, C::kTileM) * (p.heads / p.kv_heads);
-  const uint32_t helpers = ceil_div(int(at_once * row_tiles), Sections::kHelperTiles);
-  return {ceil_div(int(all), at_once),
-          at_once * blocks,
-          at_once * row_tiles,
-          all * blocks,
-          all * row_tiles,
-          ceil_div(int(helpers), splits) * splits};
-}
-
-// The workspace: dQ in float32, the LSE and delta of every row, turns, counters.
+// The workspace: dQ in float32, the LSE and delta of every row, turns.
 template <class C>
 struct BackwardWorkspace {
-  uint64_t lse, delta, turns, counters, end;
+  uint64_t lse, delta, turns, end;
 
-  BackwardWorkspace(const fagen_backward_params& p, const Sections& sections) {
+  explicit BackwardWorkspace(const fagen_backward_params& p) {
     const uint64_t tiles = uint64_t(ceil_div(p.seqlen_q, C::kTileM)) * p.heads * p.batch;
-    const uint64_t with_sums = kRoundsLater<C> ? sections.row_tiles_with_sums() : tiles;
     const auto next = [&](uint64_t begin, uint64_t bytes_a_tile) {
       return align_workspace(begin + tiles * bytes_a_tile);
     };
-    lse = align_workspace(with_sums * DqShare<C>::kTileFloats * sizeof(float));
+    lse = next(0, DqShare<C>::kTileFloats * sizeof(float));
     delta = next(lse, C::kTileM * sizeof(float));
     turns = next(delta, C::kTileM * sizeof(float));
-    counters =
-        next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
-    end = align_workspace(counters + (kRoundsLater<C> ? 3 * sections.count * sizeof(unsigned) : 0));
+    end = next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
   }
   void assign(char* workspace, BackwardLaunch& launch) const {
     launch.dq = reinterpret_cast<float*>(workspace);
     launch.lse = reinterpret_cast<float*>(workspace + lse);
     launch.delta = reinterpret_cast<float*>(workspace + delta);
     launch.turns = reinterpret_cast<unsigned*>(workspace + turns);
-    launch.sections.counters = reinterpret_cast<unsigned*>(workspace + counters);
   }
 };
 
@@ -3455,13 +3304,11 @@ static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, 
   const int splits = group_splits<C>(p);
   launch.splits = Divisor(splits);
   launch.order = TileOrder::of<C::kBlockOrder>(launch.key_tiles, p.kv_heads, p.batch, heads_of_section<C>(p, splits));
-  launch.sections = make_sections<C>(p, splits);
-  BackwardWorkspace<C>(p, launch.sections).assign(static_cast<char*>(p.workspace), launch);
-  const int rows = launch.sections.all_row_tiles, before = kRoundsLater<C> ? launch.sections.first_row_tiles() : rows;
-  const int blocks = kRoundsLater<C> ? launch.sections.blocks() : launch.sections.all_key_tiles;
-  if (const cudaError_t e = launch_kernel(kernels.prologue, before, kPrologueThreads, 0, stream, p, launch)) return e;
+  BackwardWorkspace<C>(p).assign(static_cast<char*>(p.workspace), launch);
+  const int rows = launch.row_tiles * p.heads * p.batch, blocks = launch.key_tiles * p.kv_heads * p.batch * splits;
+  if (const cudaError_t e = launch_kernel(kernels.prologue, rows, kPrologueThreads, 0, stream, p, launch)) return e;
   if (const cudaError_t e = launch_blocks<C>(kernels.backward, blocks, splits, stream, p, launch)) return e;
-  if (C::kDqRounding != DqRounding::own_kernel || launch.one_key_tile) return cudaSuccess;
+  if (BackwardLayout<C>::kRoundsDq || launch.one_key_tile) return cudaSuccess;
   return launch_kernel(kernels.epilogue, rows * DqShare<C>::kRowChunks, 128, 0, stream, p, launch);
 }
 
@@ -3495,8 +3342,7 @@ __global__ void __launch_bounds__(256) zero_kernel(const __grid_constant__ fagen
 }  // namespace fagen
 
 extern "C" uint64_t fagen_workspace_bytes(const fagen_backward_params* p) {
-  const int splits = fagen::group_splits<fagen::Config>(*p);
-  return fagen::BackwardWorkspace<fagen::Config>(*p, fagen::make_sections<fagen::Config>(*p, splits)).end;
+  return fagen::BackwardWorkspace<fagen::Config>(*p).end;
 }
 
 extern "C" const char* fagen_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

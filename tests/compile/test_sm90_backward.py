@@ -23,7 +23,7 @@ BASE = FAMILY.config(
         "tile_m": 64, "tile_n": 128, "warpgroups": 2, "operands": "registers", "v_source": "shared",
         "q_stages": 2, "dout_stages": 2, "ds_stages": 1, "dv_start": "after_ds", "dq_sink": "bulk",
         "dq_rounding": "own_kernel", "dq_owner": "all",
-    "row_order": "ascending", "block_order": "ascending", "section_mb": 32, "seeds": "none",
+    "row_order": "ascending", "block_order": "ascending", "section_mb": 32, "seeds": "none", "exp_on_fma": 0,
     }
 )  # fmt: skip
 PROBLEMS = [
@@ -71,8 +71,7 @@ SHARED = {"operands": "shared", "tile_n": 64, "dout_stages": 1}
             (96, {"v_source": "registers", "dv_start": "before_ds"}),
             (96, {"dq_owner": "first", "ds_stages": 2}),
             (128, {"seeds": "delta", "dv_start": "after_store", "dout_stages": 1, "ds_stages": 2}),
-            (128, {"dq_rounding": "later_blocks", "block_order": "sectioned", "dout_stages": 1}),
-            (64, {"seeds": "both", "dv_start": "before_ds", "tile_m": 128}),
+            (64, {"seeds": "delta", "dv_start": "after_store", "tile_m": 128, "exp_on_fma": 1}),
             (256, {**SHARED, "q_stages": 1}),
             (256, {**SHARED, "tile_n": 80, "dv_start": "after_store", "dq_sink": "red", "ds_stages": 1}),
             (192, {**SHARED, "warpgroups": 2, "dq_owner": "first", "q_stages": 1}),
@@ -108,9 +107,7 @@ REJECTED = [
     ("smem_fits", "bytes of shared memory on sm_90", {"head_dim": 128}, {"tile_m": 128}, {"tile_m": 64}),
     ("registers_fit", "registers a thread", {"head_dim": 128},
      {"tile_m": 128, "dout_stages": 1, "q_stages": 1, "dq_sink": "red"}, {"tile_m": 64}),
-    ("seeds_fit", "softcap and ALiBi", {"alibi": True}, {"seeds": "both"}, {"seeds": "delta"}),
     ("seeds_fit", "dropout scales dP", {"dropout": True}, {"seeds": "delta"}, {"seeds": "none"}),
-    ("later_has_sections", "there is none", {}, {"dq_rounding": "later_blocks"}, {"block_order": "sectioned"}),
     ("owner_matters", "a lone warpgroup", {}, {"tile_n": 64, "warpgroups": 1, "dq_owner": "first"},
      {"dq_owner": "all"}),
     ("sum_is_ordered", "added up in turns", {"deterministic": True}, {"dq_sink": "red"}, {"dq_sink": "bulk"}),

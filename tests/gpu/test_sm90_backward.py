@@ -38,15 +38,6 @@ MANY_BLOCKS = [
 HEAD_DIMS = [(d, dv) for d in range(16, 257, 16) for dv in sorted({d, 64, 128})]
 
 
-SECTIONS = [
-    case
-    for scheme in SCHEMES
-    for mask in ("none", "causal")
-    if SCHEMES[scheme].dq_rounding == "later_blocks"
-    and not FAMILY.rejects(
-        (case := Case(scheme, mask=mask, heads=32, kv_heads=32)).problem, known("sm_90"), case.config
-    )
-]
 DROPPING = [
     case
     for scheme in SCHEMES
@@ -62,7 +53,7 @@ def _default(sizes: tuple[int, int]) -> Case:
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    cases = [*CASES, *MANY_BLOCKS, *SECTIONS, *map(_default, HEAD_DIMS), *DROPPING, *DETERMINISTIC]
+    cases = [*CASES, *MANY_BLOCKS, *map(_default, HEAD_DIMS), *DROPPING, *DETERMINISTIC]
     build_specs(KernelSpec(FAMILY, case.problem, present(), case.config) for case in cases)
 
 
@@ -94,20 +85,6 @@ def test_right_at_the_edges_of_tiles(case: Case) -> None:
 @pytest.mark.parametrize("case", MANY_BLOCKS, ids=str)
 def test_many_blocks(case: Case) -> None:
     check(case, 1100, 1300, batch=4)
-
-
-@pytest.mark.parametrize("keys", [1000, 100])
-@pytest.mark.parametrize("case", SECTIONS, ids=str)
-def test_sections_of_one_grid(case: Case, keys: int) -> None:
-    """Five to nine sections, whose blocks prepare, compute and round side by side."""
-    call = make_call(case, 1024, keys, torch.Generator("cuda").manual_seed(1), batch=8)
-    launched = kernel.get(KernelSpec(FAMILY, case.problem, present(), case.config))
-    for seed in range(4):
-        outputs = poisoned(call)
-        launched.launch(call, outputs)
-        verdict = gradients.check_sample(call, outputs, seed)
-        assert verdict, verdict.message
-        assert not any(torch.isnan(t).any() for t in outputs.values())
 
 
 @pytest.mark.parametrize("case", DROPPING, ids=str)

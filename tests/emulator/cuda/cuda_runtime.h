@@ -48,7 +48,15 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.f) : 0.f; }  // NaN: 0
 inline float __uint_as_float(unsigned x) { return emulator::of_bits<float>(x); }
+inline int __float_as_int(float x) { return int(emulator::bits_of(x)); }
+inline float __int_as_float(int x) { return emulator::of_bits<float>(x); }
+inline float __fmaf_rd(float a, float b, float c) {  // of operands whose sum a double holds
+  const double exact = double(a) * b + c;
+  const float near = float(exact);
+  return near > exact ? nextafterf(near, -INFINITY) : near;
+}
 inline float __fdividef(float x, float y) { return x / y; }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -10,14 +10,6 @@ __device__ __forceinline__ void wait_for_turn(const unsigned* counter, unsigned 
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
   } while (seen != turn);
 }
-// Wait until the counter is at `number` or above; what was done before is visible, to the copy engine as well.
-__device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned number) {
-  unsigned seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (seen < number);
-  asm volatile("fence.proxy.async.global;" ::: "memory");
-}
 // Whether this thread's block is the first to claim what the counter stands for; no block is twice.
 __device__ __forceinline__ bool claim(unsigned* counter, unsigned claimed) {
   unsigned before;

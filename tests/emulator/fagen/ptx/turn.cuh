@@ -6,9 +6,6 @@ namespace fagen::ptx {
 inline void wait_for_turn(const unsigned* counter, unsigned turn) {
   while (*counter != turn) emulator::wait({counter, *counter, ~0u, "turn", turn});
 }
-inline void wait_for_count(const unsigned* counter, unsigned number) {
-  while (*counter < number) emulator::wait({counter, *counter, ~0u, "count", number});
-}
 inline bool claim(unsigned* counter, unsigned claimed) {
   const bool first = !(*counter & claimed);
   *counter |= claimed;

@@ -21,7 +21,7 @@ struct BackwardConsumer {
   using Scores = float[kPieces][4];
   using Fragments = uint32_t[kSteps][4];
   using DqPart = float[Dq::kColumns / 8][4];
-  using Lse = RowStats<C, kSeedsScores<C>>;
+  using Lse = RowStats<C>;
   using Delta = RowStats<C, kSeedsDp<C>>;
 
   const fagen_backward_params& p;
@@ -161,9 +161,8 @@ struct BackwardConsumer {
     pipelines.q.wait();
     const uint32_t of_lse = pipelines.lse() + Place().column * 4, of_delta = pipelines.delta() + Place().column * 4;
     const Lse lse(of_lse);
-    if constexpr (kSeedsScores<C>) seed(s, of_lse);
     if constexpr (kSeedsDp<C>) seed(dp, of_delta), pin(dp);
-    start_scores<C::kHeadDim, kSeedsScores<C>>(s, pipelines.k.tile(), pipelines.q.tile());
+    start_scores<C::kHeadDim, false>(s, pipelines.k.tile(), pipelines.q.tile());
     pipelines.dout.wait();
     start_dp(dp);
     ptx::wgmma_wait<1>();
@@ -242,7 +241,6 @@ struct BackwardConsumer {
     pipelines.v.wait();
     if constexpr (kVInRegisters) load_v();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
-    meet_finished<C>(launch, keys, kBarrier);
     if (launch.splits.by > 1) {
       SplitSums<C, Element>{p, keys, pipelines.smem, group}.run(dk, dv, kBarrier);
     } else {
@@ -256,8 +254,9 @@ struct BackwardConsumer {
   __device__ __forceinline__ void store(const fagen_tensor& to, const float (&c)[kColumns / 8][4], int columns,
                                         float scale) const {
     const int key = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + Place().row;
-    store_rows<Element, kColumns / 16>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, 0, kColumns / 8, scale,
-                                       [&](int n) { return make_float4(c[n][0], c[n][1], c[n][2], c[n][3]); });
+    store_rows<Element, (kColumns + 31) / 32>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, 0, kColumns / 8,
+                                              scale,
+                                              [&](int n) { return make_float4(c[n][0], c[n][1], c[n][2], c[n][3]); });
   }
 };
 

@@ -27,8 +27,9 @@ __device__ __forceinline__ void store_dq(const fagen_backward_params& p, const f
   unsigned thread = threadIdx.x;
   ptx::pin(thread);  // nothing of this is computed before the visits: registers are few
   const int m = at.tile * C::kTileM + share.row_chunk(chunk) * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
-  store_rows<Element, kPieces / 2>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8, kPieces,
-                                   p.scale, [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
+  store_rows<Element, (kPieces + 3) / 4>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8,
+                                         kPieces, p.scale,
+                                         [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
 }
 
 // The consumer's side: one chunk of its part.
@@ -51,20 +52,6 @@ __device__ __forceinline__ void sink_dq(const float (&dq)[DqShare<C>::kColumns /
 #pragma unroll
     for (int i = 0; i < DqShare<C>::kColumns / 8; ++i)
       if (i < pieces) ptx::reduce_add_4(to + i * (kPieceBytes / 4), dq[i]);
-  }
-}
-
-// Say that all sums of a key tile are in memory. With the red sink that is said by its consumers, who meet for it.
-template <class C>
-__device__ __forceinline__ void count_finished(const BackwardLaunch& launch, const KeyTile<C>& keys) {
-  if constexpr (kRoundsLater<C>) ptx::count(launch.sections.finished(keys.section), 1);
-}
-template <class C>
-__device__ __forceinline__ void meet_finished(const BackwardLaunch& launch, const KeyTile<C>& keys, int barrier) {
-  if constexpr (kRoundsLater<C> && C::kDqSink == DqSink::red) {
-    __threadfence();
-    ptx::barrier_sync(barrier, DqShare<C>::kGroups * 128);
-    if (threadIdx.x == 0) count_finished<C>(launch, keys);
   }
 }
 
@@ -183,7 +170,7 @@ struct DqDrain {
     keys.walk(
         p, [&](const RowTileVisit& at) { add(at); }, [&](int head, int t) { skip(RowTileVisit{head, t, false}); });
     if (count()) round(before);
-    if (leads()) ptx::bulk_wait(), count_finished<C>(launch, keys);
+    if (leads()) ptx::bulk_wait();
   }
 };
 

@@ -17,8 +17,8 @@ __device__ __forceinline__ void round_rows(const fagen_backward_params& p, const
   const auto load = [&](int piece) {
     return __ldcg(reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4)));
   };
-  store_rows<Element, Dq::kChunkPieces / 2>(p.dq, plane / p.heads, plane % p.heads, m, p.seqlen_q, p.head_dim, 0,
-                                            Dq::kChunkPieces, p.scale, load);
+  store_rows<Element, (Dq::kChunkPieces + 3) / 4>(p.dq, plane / p.heads, plane % p.heads, m, p.seqlen_q, p.head_dim, 0,
+                                                  Dq::kChunkPieces, p.scale, load);
 }
 template <class C, class Element>
 __device__ __forceinline__ void backward_epilogue(const fagen_backward_params& p, const BackwardLaunch& launch) {

@@ -8,11 +8,9 @@
 //                 its last warps  bulk sink: one a consumer, adds its dQ to memory        dq.cuh
 //
 // A kernel before it computes delta; where no block rounds dQ, that one sets it to zero, and one after it rounds it:
-// prologue.cuh, epilogue.cuh. With dq_rounding=later_blocks some blocks do both for others: sections.cuh, helper.cuh.
-// The host's part: launch.cuh.
+// prologue.cuh, epilogue.cuh. The host's part: launch.cuh.
 #pragma once
 #include "fagen/sm90/backward/consumer.cuh"
-#include "fagen/sm90/backward/helper.cuh"
 #include "fagen/sm90/backward/producer.cuh"
 #include "fagen/sm90/backward/shared_consumer.cuh"
 
@@ -33,17 +31,6 @@ template <class C, class Element>
 __device__ __forceinline__ void run_backward_block(const fagen_backward_params& p, const BackwardLaunch& launch,
                                                    unsigned char* shared) {
   using L = BackwardLayout<C>;
-  Step step = {Task::keys, 0, blockIdx.x};
-  if constexpr (kRoundsLater<C>) {
-    step = launch.sections.step_at(blockIdx.x);
-    if (step.task != Task::keys) {
-      ptx::start_next_kernel();
-      ptx::wait_for_previous_kernel();
-      Helper<C, Element>{p, launch, launch.sections}.run(step);
-      return;
-    }
-    step.index += step.section * launch.sections.key_tiles;
-  }
   const uint32_t smem = (ptx::shared_address(shared) + kSmemAlignment - 1) & ~uint32_t(kSmemAlignment - 1);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well
   const int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
@@ -56,10 +43,10 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
   }
   ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
-  if (L::kIntervals && threadIdx.x < 32) load_intervals<C>(p, launch, smem, step.index);
+  if (L::kIntervals && threadIdx.x < 32) load_intervals<C>(p, launch, smem, blockIdx.x);
   __syncthreads();
   const RowBand band(p);
-  const KeyTile<C> keys(launch, band, smem, step.index, step.section);
+  const KeyTile<C> keys(launch, band, smem, blockIdx.x);
   if (group == L::kGroups) {
     ptx::fewer_registers<L::kProducerRegisters>();
     BackwardProducer<C> producer{p, launch, keys, BackwardPipelines<C>(smem, 0)};

@@ -10,9 +10,17 @@
 namespace fagen {
 
 constexpr int kMostSplits = 8;  // blocks of a cluster on every GPU
+constexpr int64_t kCachedBytes =
+    64 << 20;  // read and added to at a time: more than L2, since part of it is not yet or no longer
 
-// How many blocks share the query heads of a kv head, so that all SMs have work: the fewest that divide them evenly.
-// With shared operands dK and dV are in no order that could be summed.
+// Bytes of a head's rows of q, dO and dQ.
+static int64_t bytes_of_head(const fagen_backward_params& p) {
+  return ((p.head_dim + p.head_dim_v) * int64_t(2) + p.head_dim * int64_t(sizeof(float))) * p.seqlen_q;
+}
+
+// How many blocks share the query heads of a kv head: the fewest that divide them evenly, give all SMs work and keep in
+// L2 what the blocks of all SMs read and add to. Each goes through its heads at a pace of its own, so that all heads of
+// the kv heads at work count. With shared operands dK and dV are in no order that could be summed.
 template <class C>
 static int group_splits(const fagen_backward_params& p) {
   const int group = p.kv_heads > 0 ? p.heads / p.kv_heads : 1;
@@ -21,9 +29,14 @@ static int group_splits(const fagen_backward_params& p) {
     return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   };
   if (!BackwardLayout<C>::kSplitsGroups || group == 1 || once_per_device(&sms, find)) return 1;
-  const int64_t blocks = int64_t(ceil_div(p.seqlen_k, C::kTileN)) * p.kv_heads * p.batch;
+  const int64_t all = int64_t(p.kv_heads) * p.batch, key_tiles = ceil_div(p.seqlen_k, C::kTileN);
+  const auto enough = [&](int splits) {
+    const int64_t at_work = ceil_div<int64_t>(sms, key_tiles * splits);
+    const bool in_cache = (at_work < all ? at_work : all) * group * bytes_of_head(p) <= kCachedBytes;
+    return all * key_tiles * splits * 2 >= sms * 3 && in_cache;
+  };
   int splits = 1;
-  for (int more = 2; more <= group && more <= kMostSplits && blocks * splits * 2 < sms * 3; ++more)
+  for (int more = 2; more <= group && more <= kMostSplits && !enough(splits); ++more)
     if (group % more == 0) splits = more;
   return splits;
 }
@@ -33,52 +46,31 @@ static int group_splits(const fagen_backward_params& p) {
 // query heads together, so that one of them counts, or one for each split.
 template <class C>
 static int heads_of_section(const fagen_backward_params& p, int splits) {
-  const int64_t row = (p.head_dim + p.head_dim_v) * int64_t(2) + p.head_dim * int64_t(sizeof(float));
-  const int64_t all = int64_t(p.kv_heads) * p.batch, fit = (int64_t(C::kSectionMb) << 20) / (row * p.seqlen_q * splits);
+  const int64_t all = int64_t(p.kv_heads) * p.batch, fit = (int64_t(C::kSectionMb) << 20) / (bytes_of_head(p) * splits);
   const int64_t sections = ceil_div<int64_t>(all, fit < 1 ? 1 : fit);
   return int(ceil_div(all, sections));
 }
 
-// The sections of a grid. All blocks of a cluster have the same task.
-template <class C>
-static Sections make_sections(const fagen_backward_params& p, int splits) {
-  if (p.batch == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return Sections();
-  const uint32_t all = p.kv_heads * p.batch, at_once = heads_of_section<C>(p, splits);
-  const uint32_t blocks = ceil_div(p.seqlen_k, C::kTileN) * splits;
-  const uint32_t row_tiles = ceil_div(p.seqlen_q, C::kTileM) * (p.heads / p.kv_heads);
-  const uint32_t helpers = ceil_div(int(at_once * row_tiles), Sections::kHelperTiles);
-  return {ceil_div(int(all), at_once),
-          at_once * blocks,
-          at_once * row_tiles,
-          all * blocks,
-          all * row_tiles,
-          ceil_div(int(helpers), splits) * splits};
-}
-
-// The workspace: dQ in float32, the LSE and delta of every row, turns, counters.
+// The workspace: dQ in float32, the LSE and delta of every row, turns.
 template <class C>
 struct BackwardWorkspace {
-  uint64_t lse, delta, turns, counters, end;
+  uint64_t lse, delta, turns, end;
 
-  BackwardWorkspace(const fagen_backward_params& p, const Sections& sections) {
+  explicit BackwardWorkspace(const fagen_backward_params& p) {
     const uint64_t tiles = uint64_t(ceil_div(p.seqlen_q, C::kTileM)) * p.heads * p.batch;
-    const uint64_t with_sums = kRoundsLater<C> ? sections.row_tiles_with_sums() : tiles;
     const auto next = [&](uint64_t begin, uint64_t bytes_a_tile) {
       return align_workspace(begin + tiles * bytes_a_tile);
     };
-    lse = align_workspace(with_sums * DqShare<C>::kTileFloats * sizeof(float));
+    lse = next(0, DqShare<C>::kTileFloats * sizeof(float));
     delta = next(lse, C::kTileM * sizeof(float));
     turns = next(delta, C::kTileM * sizeof(float));
-    counters =
-        next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
-    end = align_workspace(counters + (kRoundsLater<C> ? 3 * sections.count * sizeof(unsigned) : 0));
+    end = next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
   }
   void assign(char* workspace, BackwardLaunch& launch) const {
     launch.dq = reinterpret_cast<float*>(workspace);
     launch.lse = reinterpret_cast<float*>(workspace + lse);
     launch.delta = reinterpret_cast<float*>(workspace + delta);
     launch.turns = reinterpret_cast<unsigned*>(workspace + turns);
-    launch.sections.counters = reinterpret_cast<unsigned*>(workspace + counters);
   }
 };
 
@@ -134,13 +126,11 @@ static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, 
   const int splits = group_splits<C>(p);
   launch.splits = Divisor(splits);
   launch.order = TileOrder::of<C::kBlockOrder>(launch.key_tiles, p.kv_heads, p.batch, heads_of_section<C>(p, splits));
-  launch.sections = make_sections<C>(p, splits);
-  BackwardWorkspace<C>(p, launch.sections).assign(static_cast<char*>(p.workspace), launch);
-  const int rows = launch.sections.all_row_tiles, before = kRoundsLater<C> ? launch.sections.first_row_tiles() : rows;
-  const int blocks = kRoundsLater<C> ? launch.sections.blocks() : launch.sections.all_key_tiles;
-  if (const cudaError_t e = launch_kernel(kernels.prologue, before, kPrologueThreads, 0, stream, p, launch)) return e;
+  BackwardWorkspace<C>(p).assign(static_cast<char*>(p.workspace), launch);
+  const int rows = launch.row_tiles * p.heads * p.batch, blocks = launch.key_tiles * p.kv_heads * p.batch * splits;
+  if (const cudaError_t e = launch_kernel(kernels.prologue, rows, kPrologueThreads, 0, stream, p, launch)) return e;
   if (const cudaError_t e = launch_blocks<C>(kernels.backward, blocks, splits, stream, p, launch)) return e;
-  if (C::kDqRounding != DqRounding::own_kernel || launch.one_key_tile) return cudaSuccess;
+  if (BackwardLayout<C>::kRoundsDq || launch.one_key_tile) return cudaSuccess;
   return launch_kernel(kernels.epilogue, rows * DqShare<C>::kRowChunks, 128, 0, stream, p, launch);
 }
 

@@ -11,11 +11,7 @@ constexpr int kPieceBytes = 2048;   // a piece of 8 columns of 64 rows of dQ, fl
 template <class C>
 constexpr bool kSharedOperands = C::kOperands == Operands::shared;
 template <class C>
-constexpr bool kSeedsScores = C::kSeeds == Seeds::both;  // accumulators of S begin with -LSE / scale
-template <class C>
-constexpr bool kSeedsDp = C::kSeeds != Seeds::none;  // those of dP with -delta
-template <class C>
-constexpr bool kRoundsLater = C::kDqRounding == DqRounding::later_blocks;
+constexpr bool kSeedsDp = C::kSeeds == Seeds::delta;  // accumulators of dP begin with -delta
 
 // How the consumers share the product dQ = dS K, in chunks one after another. A chunk is 64 rows of some slabs of
 // columns: by rows where each consumer can have as many chunks as the others, else by slabs. With P and dS in shared
@@ -36,11 +32,6 @@ struct DqShare {
   // every group has all of its chunks: there is nothing to ask
   static constexpr bool kEach =
       kOwners == kGroups && (kByRows || (kBySlab ? kAllSlabs % kOwners == 0 : (kOwners - 1) * kOwnSlabs < kAllSlabs));
-
-  // warps of a block that add dQ to memory, each for a warpgroup; all consumers are one without them
-  static constexpr int kAdders = C::kDqSink == DqSink::red ? 1
-                                 : kByRows                 ? kOwners
-                                                           : (kAllSlabs + kOwnSlabs - 1) / kOwnSlabs;
 
   const int group;
   __device__ __forceinline__ int slab(int chunk) const {

@@ -48,16 +48,9 @@ struct BackwardProducer {
     pipelines.dout.advance();
   }
 
-  // Until the LSE and delta of the section's rows are there, and its dQ is zero.
-  __device__ __forceinline__ void wait_for_rows() const {
-    if (kRoundsLater<C> && keys.section > 0)
-      ptx::wait_for_count(launch.sections.prepared(keys.section), launch.sections.helpers);
-  }
-
   // Each is one lane's work.
   __device__ __forceinline__ void run_q() {
     load_keys();
-    wait_for_rows();
     keys.walk(p, [&](const RowTileVisit& at) { load_q(at); });
   }
   __device__ __forceinline__ void run_dout() {
@@ -66,7 +59,6 @@ struct BackwardProducer {
   }
   __device__ __forceinline__ void run_both() {
     load_keys(), load_values();
-    wait_for_rows();
     keys.walk(p, [&](const RowTileVisit& at) { load_q(at), load_dout(at); });
   }
 };

@@ -1,6 +1,5 @@
 // Rows are prepared before keys come to them: delta = sum over d of dO O, less dLSE; the LSE in base 2; and the
-// counters of dQ set to zero, or dQ itself. A kernel of its own, a block a row tile, or the work of some blocks of the
-// backward one.
+// counters of dQ set to zero, or dQ itself.
 #pragma once
 #include "fagen/sm90/backward/dq.cuh"
 
@@ -25,12 +24,13 @@ __device__ __forceinline__ float multiply_pairs<half_t>(uint32_t a, uint32_t b) 
   return u.x * v.x + u.y * v.y;
 }
 
-// The `index`-th row tile of all heads: the work of a block of `kThreads`.
-template <class C, class Element, int kThreads>
+// The `index`-th row tile of all heads: a block's work.
+template <class C, class Element>
 __device__ __forceinline__ void prepare_rows(const fagen_backward_params& p, const BackwardLaunch& launch,
                                              int64_t index) {
   const int tile = index % launch.row_tiles, plane = index / launch.row_tiles;
   const int head = plane % p.heads, batch = plane / p.heads;
+  constexpr int kThreads = kPrologueThreads;
   if (!BackwardLayout<C>::kRoundsDq && !launch.one_key_tile) {
     float4* zeroed = reinterpret_cast<float4*>(dq_sums<C>(launch, index));
     for (int i = threadIdx.x; i < DqShare<C>::kTileFloats / 4; i += kThreads)
@@ -50,7 +50,7 @@ __device__ __forceinline__ void prepare_rows(const fagen_backward_params& p, con
   const auto row_of = [&](const fagen_tensor& t, int m) {
     return static_cast<const Element*>(t.data) + batch * t.stride[0] + m * t.stride[1] + head * t.stride[2];
   };
-#pragma unroll 1
+#pragma unroll
   for (int row = threadIdx.x / kRowLanes; row < C::kTileM; row += kThreads / kRowLanes) {
     const int m = tile * C::kTileM + row;
     float sum = 0.f;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void prepare_rows(const fagen_backward_params& p, con
       const int64_t stat = int64_t(plane) * p.seqlen_q + m, at = index * C::kTileM + row;
       const float lse = m < p.seqlen_q ? p.lse[stat] : -INFINITY;
       const float subtracted = lse == -INFINITY ? INFINITY : lse;  // such a row's P is 0
-      launch.lse[at] = kSeedsScores<C> ? -subtracted / score_scale<C>(p) : subtracted * ScoreChange<C>::kLog2e;
+      launch.lse[at] = subtracted * ScoreChange<C>::kLog2e;
       const float delta = lse != -INFINITY ? sum - (p.dlse ? p.dlse[stat] : 0.f) : 0.f;
       launch.delta[at] = kSeedsDp<C> ? -delta : delta;
     }
@@ -79,10 +79,7 @@ template <class C, class Element>
 __device__ __forceinline__ void backward_prologue(const fagen_backward_params& p, const BackwardLaunch& launch) {
   ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
-  if (kRoundsLater<C> && blockIdx.x == 0)
-    for (uint32_t i = threadIdx.x; i < 3 * launch.sections.count; i += kPrologueThreads)
-      launch.sections.counters[i] = 0;
-  prepare_rows<C, Element, kPrologueThreads>(p, launch, blockIdx.x);
+  prepare_rows<C, Element>(p, launch, blockIdx.x);
 }
 
 }  // namespace fagen

@@ -3,6 +3,7 @@
 #include "fagen/common/cell_dropout.cuh"
 #include "fagen/common/dropout.cuh"
 #include "fagen/common/element.cuh"
+#include "fagen/common/exp2.cuh"
 #include "fagen/ptx/math.cuh"
 #include "fagen/ptx/shared.cuh"
 #include "fagen/sm90/backward/walk.cuh"
@@ -15,13 +16,7 @@ struct Place {
   int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
 };
 
-// The scale of scores. Where accumulators begin with -LSE / scale, the quotient must be finite.
-template <class C>
-__device__ __forceinline__ float score_scale(const fagen_backward_params& p) {
-  return kSeedsScores<C> ? fmaxf(p.scale, 1e-30f) : p.scale;
-}
-
-// Exponents of P in base 2: a scaled score, changed by softcap and ALiBi, less the row's LSE, if the score is not yet.
+// Exponents of P in base 2: a scaled score, changed by softcap and ALiBi, less the row's LSE.
 template <class C>
 struct ScoreChange {
   static constexpr float kLog2e = 1.4426950408889634f;
@@ -30,7 +25,7 @@ struct ScoreChange {
   Dropout dropout;
 
   __device__ __forceinline__ explicit ScoreChange(const fagen_backward_params& p)
-      : scale(C::kSoftcap ? p.scale / p.softcap : score_scale<C>(p) * kLog2e),
+      : scale(C::kSoftcap ? p.scale / p.softcap : p.scale * kLog2e),
         cap_log2(p.softcap * kLog2e),
         slope_log2(0.f),
         shift(p.seqlen_k - p.seqlen_q) {
@@ -51,8 +46,6 @@ struct ScoreChange {
       return score - lse_log2;
     } else if constexpr (C::kAlibi) {
       return fmaf(score, scale, -slope_log2 * fabsf(float(distance))) - lse_log2;
-    } else if constexpr (kSeedsScores<C>) {
-      return score * scale;
     } else {
       return fmaf(score, scale, -lse_log2);
     }
@@ -84,7 +77,7 @@ struct SeenRows {
 
 // The LSE, or delta, of a thread's rows. Loads from shared memory wait for the products that were started before them,
 // so that the LSE comes before those where registers are left for it. Delta takes its place while dP is awaited.
-template <class C, bool kSeeded>
+template <class C, bool kSeeded = false>
 struct RowStats {
   static constexpr bool kEarly = !kSeeded && C::kTileM == 64 && C::kWarpgroups < 3 && !MaskOf<C>::kIntervals;
   uint32_t from;
@@ -111,12 +104,20 @@ __device__ __forceinline__ void seed(float (&c)[kPieces][4], uint32_t from) {
   }
 }
 
+// 2^x for x <= 0, and 1 beyond: a weight is at most 1, however large scores round. The special-function unit takes 16
+// cycles for a weight of each of two warps, which would wait for it alone: some weights are computed by the FMA pipe.
+template <class C>
+__device__ __forceinline__ float weight_of(float x, int piece) {
+  const bool on_fma = piece * C::kExpOnFma % 8 < C::kExpOnFma;
+  return on_fma ? exp2_on_fma(x) : ptx::ex2(fminf(x, 0.f));
+}
+
 // P in place of the scores. `key` is the thread's first key, `m` its first row of q. Under softcap `derivatives` keeps
 // those of its scores.
 template <class C, bool kMasked, int kPieces>
 __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&derivatives)[kPieces][4],
                                              const ScoreChange<C>& change, const RowBand& band, int key, int m,
-                                             const RowStats<C, kSeedsScores<C>>& lse, uint32_t bounds) {
+                                             const RowStats<C>& lse, uint32_t bounds) {
   const SeenRows<C> rows(band, key, bounds);
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
@@ -126,7 +127,7 @@ __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&der
       const int r = i / 2, e = i % 2, row = m + j * 8 + e;
       const float x = change.exponent(s[j][i], e ? lse_log2.y : lse_log2.x, row + change.shift - (key + r * 8),
                                       derivatives[C::kSoftcap ? j : 0][i]);
-      const float weight = ptx::ex2(fminf(x, 0.f));  // a weight is at most 1, however large scores round
+      const float weight = weight_of<C>(x, j);
       s[j][i] = !kMasked || rows.contains(row, r) ? weight : 0.f;
     }
   }

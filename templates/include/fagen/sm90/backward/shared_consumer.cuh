@@ -135,7 +135,7 @@ struct SharedConsumer {
           const int key = j * 8 + e;
           const float exponent = change.exponent(x, lse_log2[r], m + change.shift - (key0 + key),
                                                  derivatives[C::kSoftcap ? j : 0][r * 2 + e]);
-          x = ptx::ex2(fminf(exponent, 0.f));  // a weight is at most 1, however large scores round
+          x = weight_of<C>(exponent, j);
           if (kMasked && (key < begin || key >= end)) x = 0.f;
         }
     }
@@ -197,9 +197,8 @@ struct SharedConsumer {
     float lse[2], delta[2];
     load_stats(lse, pipelines.lse());
     load_stats(delta, pipelines.delta());
-    if constexpr (kSeedsScores<C>) seed(s, lse);
     if constexpr (kSeedsDp<C>) seed(dp, delta), pin(dp);
-    start_scores<C::kHeadDim, kSeedsScores<C>>(s, pipelines.q.tile(), pipelines.k.tile());
+    start_scores<C::kHeadDim, false>(s, pipelines.q.tile(), pipelines.k.tile());
     pipelines.dout.wait();
     start_scores<C::kHeadDimV, kSeedsDp<C>>(dp, pipelines.dout.tile(), pipelines.v.tile());
     ptx::wgmma_wait<1>();
@@ -316,7 +315,6 @@ struct SharedConsumer {
     pipelines.k.wait();
     pipelines.v.wait();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
-    meet_finished<C>(launch, keys, kBarrier);
     ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
     store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, p.scale);
     store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up<C>(p, 1.f));

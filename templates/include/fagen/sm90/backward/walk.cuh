@@ -6,7 +6,6 @@
 #include "fagen/ptx/mbarrier.cuh"
 #include "fagen/schedule/tile_order.cuh"
 #include "fagen/sm90/backward/layout.cuh"
-#include "fagen/sm90/backward/sections.cuh"
 
 namespace fagen {
 
@@ -17,20 +16,16 @@ struct BackwardLaunch {
   bool one_key_tile;         // that all rows visit, or none at all: what its block has of dQ is no part of a sum
   TileOrder order;           // of key tiles
   Divisor splits;            // blocks that share the query heads of a kv head: a cluster
-  float* lse;                // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none;
-                             // as S begins with it where accumulators are seeded
+  float* lse;                // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none
   float* delta;              // the same of the sums of dO O - dLSE, negated where dP begins with it
-  float* dq;  // (batch, heads, row_tiles), tiles of float32 in the order of fragments; of some sections
+  float* dq;        // (batch, heads, row_tiles), tiles of float32 in the order of fragments
   unsigned* turns;  // (batch, heads, row_tiles, kGroups): how many blocks have added their part
-  Sections sections;  // dq_rounding=later_blocks
 };
 
 // The sums of dQ of the `index`-th row tile of all heads.
 template <class C>
 __device__ __forceinline__ float* dq_sums(const BackwardLaunch& launch, int64_t index) {
-  const Divisor& places = launch.sections.places;
-  const int64_t place = kRoundsLater<C> ? places.remainder(index, places.quotient(index)) : index;
-  return launch.dq + place * DqShare<C>::kTileFloats;
+  return launch.dq + index * DqShare<C>::kTileFloats;
 }
 
 // The band around the diagonal by columns: key n is seen by rows [n - last, n - first].
@@ -69,14 +64,11 @@ struct KeyTile {
   int begin, end;  // row tiles that see any of its keys, by the band
   int full_begin, full_end;  // rows that see all of them
   int splits;
-  uint32_t section;
   uint32_t extents;  // intervals: where those of its keys' bounds are; read anew, since registers are few
 
   // Orders that put the longest first take the last index of a head first; of key tiles the first is the longest.
   // `index` counts the tiles of all heads in their order, those of splits side by side.
-  __device__ __forceinline__ KeyTile(const BackwardLaunch& launch, const RowBand& band, uint32_t smem, uint32_t index,
-                                     uint32_t section)
-      : section(section) {
+  __device__ __forceinline__ KeyTile(const BackwardLaunch& launch, const RowBand& band, uint32_t smem, uint32_t index) {
     const uint32_t place = launch.splits.quotient(index);
     const TileCoord coord = launch.order.tile_at<C::kBlockOrder>(place);
     constexpr bool kTurned = C::kBlockOrder == BlockOrder::longest_first || C::kBlockOrder == BlockOrder::sectioned;
