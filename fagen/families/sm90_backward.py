@@ -28,9 +28,7 @@ KNOBS = (
         "dV is started when dS is formed, under that, or when dS is in shared memory",
     ),
     Knob("seeds", "kSeeds", ("none", "delta"), "accumulators of dP begin with zero, or with -delta"),
-    Knob(
-        "exp_on_fma", "kExpOnFma", (0, 1, 2), "of 8 exponentials, those that the FMA pipe computes, by polynomials"
-    ),
+    Knob("exp_on_fma", "kExpOnFma", (0, 1, 2), "of 8 exponentials, those that the FMA pipe computes, by polynomials"),
     Knob("dq_sink", "kDqSink", ("bulk", "red"), "dQ is added up by the copy engine, or from registers"),
     Knob(
         "dq_rounding",
