@@ -58,7 +58,7 @@ def as_op(problem: Any, op: str, *, same_bits: bool = False) -> Any:
     if problem.op == op and not same_bits:
         return problem
     kind, its = ops.get(op), ops.get(problem.op)
-    if kind.features is not its.features:
+    if kind.features is not its.features:  # features of a size point are what two ops can have in common
         raise UsageError(f"{problem.key} is no problem of {op}", f"sizes of {problem.op} mean something else")
     names = {field.name for field in fields(kind.problem)}
     given = {name: value for name, value in problem.to_dict().items() if name in names} | {"op": op}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import sys
 import time
 import types
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -50,6 +52,19 @@ TINY = "--target cpu --dtype fp32 --head-dim 16 --mask none,causal --seqlen 24,4
 QUICK = "--rounds 3 --min-time 0.01".split()
 DOCUMENTS = (5, 17, 1, 9)
 SHAPE = {"dtype": "fp32", "heads": 4, "kv_heads": 2, "head_dim": 16}
+
+
+# ---- ops ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_table_knows_the_ops_by_name():
+    assert {op.name for op in ops.all_ops()} == set(by_op.OPS)
+    with pytest.raises(UsageError, match="measures no 'nothing'"):
+        by_op.get("nothing")
+    folder = Path(by_op.__file__).parent
+    for name in ("rows", "run", "suites", "peers", "prebuild", "family", "ours", "attention", "softmax", "decode"):
+        text = (folder / f"{name}.py").read_text()
+        assert not re.search(r"""[!=]= ["'](forward|backward|decode|softmax)["']|[!=]= softmax\.OP""", text), name
 
 
 # ---- suites ---------------------------------------------------------------------------------------------------------
