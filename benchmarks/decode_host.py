@@ -36,9 +36,16 @@ def main() -> None:
     lengths, table = torch.tensor([2], dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int32)
     step = fagen.flash_attn_with_kvcache
     grown = itertools.cycle([cache[:, : n + 2] for n in range(60)])
+    wide = torch.randn(1, ROUNDS * CALLS + 100, 1, 16)
+    unseen = iter([wide[:, : n + 64] for n in range(ROUNDS * CALLS + 1)])
+    cos, sin = torch.randn(64, 8), torch.randn(64, 8)
 
     def next_shape() -> object:
         shown = next(grown)
+        return step(q, shown, shown, cache_seqlens=lengths, causal=True)
+
+    def unseen_shape() -> object:
+        shown = next(unseen)
         return step(q, shown, shown, cache_seqlens=lengths, causal=True)
 
     calls: dict[str, Callable[[], object]] = {
@@ -47,7 +54,10 @@ def main() -> None:
         "paged, with LSE": lambda: step(q, pages, pages, cache_seqlens=lengths, page_table=table, causal=True,
                                         return_softmax_lse=True),
         "append": lambda: step(q, cache, cache, new, new, cache_seqlens=lengths, causal=True),
+        "append, rotary": lambda: step(q, cache, cache, new, new, rotary_cos=cos, rotary_sin=sin, cache_seqlens=lengths,
+                                       causal=True),
         "60 shapes in turn": next_shape,
+        "a shape never seen": unseen_shape,
     }  # fmt: skip
     for name, call in calls.items():
         print(f"{name:<20} {microseconds(call)}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.api import attention as attention
     from fagen.compat import hf as hf
+    from fagen.compat.decode_plan import DecodePlan as DecodePlan
     from fagen.compat.flash_attn import flash_attn_func as flash_attn_func
     from fagen.compat.kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
     from fagen.compat.sdpa import sdpa as sdpa
@@ -45,6 +46,7 @@ _WHERE = {
     "sdpa": "fagen.compat.sdpa",
     "register_torch": "fagen.compat.torch_impl",
     "explain": "fagen.explanation",
+    "DecodePlan": "fagen.compat.decode_plan",
     "DecodeProblem": "fagen.ops.attention.decode_problem",
     "Problem": "fagen.ops.attention.problem",
     "SoftmaxProblem": "fagen.ops.softmax.problem",

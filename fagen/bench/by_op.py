@@ -30,6 +30,7 @@ class OpBench:
     check: Callable[[Any, Mapping[str, torch.Tensor], int], tuple[Verdict, str]]
     cells: Mapping[str, int] = field(default_factory=dict)  # scores that are checked in full, on each device
     choice: Callable[[Row, Inputs], dict[str, Any]] = kernels.choice  # what dispatch picks
+    reads: bool = False  # memory is read and hardly written: the machine's rate of reads bounds it
     by_binding: bool = False  # `ours` goes through the C++ op
     needs_split_keys: Callable[[Any, Target], bool] = field(default=lambda problem, target: False)
 
@@ -40,7 +41,7 @@ OPS = {
         by_binding=True, needs_split_keys=attention.needs_split_keys,
     ),
     "backward": OpBench(attention.our_gradients, attention.check_sample, _FEW_CELLS),
-    "decode": OpBench(decode.ours, attention.check_sample, _FEW_CELLS),
+    "decode": OpBench(decode.ours, attention.check_sample, _FEW_CELLS, reads=True),
     "softmax": OpBench(softmax.ours, softmax.check_sample),
 }  # fmt: skip
 

@@ -1,34 +1,68 @@
-"""Rows of the decode op, and who is timed on them: a step of a batch whose sequences have as many keys each."""
+"""The suites of the decode op: steps of a batch on a cache, of one length or of several, prompts among them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from random import Random
+from typing import Any
 
 from fagen.bench.ours import dispatched
-from fagen.bench.peers import Cannot, Serve
+from fagen.bench.peers import Serve
 from fagen.bench.rows import Inputs, Row
 from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.target import Target
 
-if TYPE_CHECKING:
-    import torch
-
-# batch, keys; with 32 heads on 8 of keys, head_dim 128
+SUITES = {
+    "decode": "with --op decode: one token a sequence on a contiguous cache; in fp8; four tokens; one kv head",
+    "paged": "with --op decode: the same on pages of 16 and 64 rows, and some on pages of 1",
+    "ragged": "with --op decode: 64 sequences of 128 to 64k keys, in pages",
+    "mixed": "with --op decode: chunks of four prompts among 60 single tokens, in pages",
+}
+_SHAPE: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+# batch, keys
 _GPU = ((1, 1024), (1, 16384), (1, 131072), (16, 4096), (64, 1024), (64, 4096), (32, 16384))
 _CPU = ((1, 4096), (4, 4096))
+# batch, keys, heads, kv heads, head_dim: shapes of models
+_MODELS = (
+    (1, 1024, 32, 8, 128),
+    (1, 8192, 32, 8, 128),
+    (1, 65536, 64, 8, 128),
+    (8, 4096, 32, 8, 128),
+    (32, 4096, 32, 8, 128),
+    (64, 8192, 64, 8, 128),
+    (16, 8192, 64, 8, 64),
+    (32, 2048, 32, 32, 128),
+    (32, 4096, 16, 1, 256),
+)
+_PAGES = (16, 64)
+# sequences, fewest and most keys, of a GPU and of a CPU
+_RAGGED = {True: (64, 128, 65536), False: (8, 16, 1024)}
+# prompts, rows of a chunk, single tokens, their keys
+_MIXED = {True: (4, 2048, 60, 4096), False: (2, 64, 6, 256)}
+_SEED = 0  # of the ragged lengths: they are part of what the row's name means
 
 
-def suite(target: Target) -> list[Row]:
-    """Contiguous, in pages, in fp8; a few query tokens; a single kv head."""
-    shape: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+def suite(name: str, target: Target) -> list[Row]:
+    if name in ("ragged", "mixed"):
+        steps = _ragged_steps(target) if name == "ragged" else _mixed_steps(target)
+        return [_of_steps(name, steps, page) for page in _PAGES]
     sizes = _GPU if target.is_gpu else _CPU
-    found = [_row("", batch, keys, **shape) for batch, keys in sizes]
-    for page in (1, 16, 64):
-        found += [_row(f" page{page}", batch, keys, page=page, **shape) for batch, keys in sizes[1:]]
-    found += [_row(" fp8", batch, keys, kv_dtype="fp8_e4m3", **shape) for batch, keys in sizes[1:]]
-    found += [_row(" q4", batch, keys, seqlen_q=4, mask="causal", **shape) for batch, keys in sizes[1:]]
-    one = {**shape, "kv_heads": 1}
-    return [*found, _row(" mqa", *sizes[-1], **one)]
+    plain = [(batch, keys, _SHAPE) for batch, keys in sizes]
+    for batch, keys, heads, kv_heads, head_dim in _MODELS if target.is_gpu else ():
+        plain.append((batch, keys, {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}))
+    found = (_paged if name == "paged" else _contiguous)(plain, sizes)
+    return list({row.name: row for row in found}.values())
+
+
+def _contiguous(plain: list[tuple[int, int, dict[str, Any]]], sizes: tuple[tuple[int, int], ...]) -> list[Row]:
+    found = [_row("", batch, keys, **shape) for batch, keys, shape in plain]
+    found += [_row(" fp8", batch, keys, kv_dtype="fp8_e4m3", **_SHAPE) for batch, keys in sizes[1:]]
+    found += [_row(" q4", batch, keys, seqlen_q=4, mask="causal", **_SHAPE) for batch, keys in sizes[1:]]
+    return [*found, _row(" mqa", *sizes[-1], **{**_SHAPE, "kv_heads": 1})]
+
+
+def _paged(plain: list[tuple[int, int, dict[str, Any]]], sizes: tuple[tuple[int, int], ...]) -> list[Row]:
+    found = [_row(f" page{page}", batch, keys, page=page, **shape) for page in _PAGES for batch, keys, shape in plain]
+    return [*found, *(_row(" page1", batch, keys, page=1, **_SHAPE) for batch, keys in sizes[1:])]
 
 
 def _row(kind: str, batch: int, keys: int, **fields: Any) -> Row:
@@ -43,19 +77,28 @@ def ours(row: Row, inputs: Inputs) -> Serve:
     return dispatched(inputs.call, lambda i: decode_reference.attend(i.call, i.call.q.dtype)[0])
 
 
-def by_sdpa(row: Row, inputs: Inputs) -> Serve:
-    """PyTorch's SDPA on the keys of a contiguous cache; it is told how many they are when it is prepared."""
-    from fagen.ops.attention.decode_calls import torch_peer
+def _ragged_steps(target: Target) -> list[tuple[int, int]]:
+    """A token on lengths that are log-uniform, one drawn from each of equal parts; the most keys are among them."""
+    count, fewest, most = _RAGGED[target.is_gpu]
+    random = Random(_SEED)
+    lengths = [round(fewest * (most / fewest) ** ((i + random.random()) / (count - 1))) for i in range(count - 1)]
+    random.shuffle(lengths)
+    lengths.insert(count // 2, most)
+    return [(1, keys) for keys in lengths]
 
-    for_sets: dict[int, Any] = {}
-    run, how = torch_peer(inputs.call)
-    if run is None:
-        raise Cannot(how)
 
-    def serve(i: Inputs) -> torch.Tensor:
-        if id(i) not in for_sets:
-            for_sets[id(i)] = torch_peer(i.call)[0]
-        made: torch.Tensor = for_sets[id(i)]()
-        return made.transpose(1, 2)
+def _mixed_steps(target: Target) -> list[tuple[int, int]]:
+    """Chunk after chunk of longer prompts, evenly spread among single tokens, the first chunk first."""
+    prompts, chunk, tokens, keys = _MIXED[target.is_gpu]
+    found = [(1, keys)] * tokens
+    for i in range(prompts):
+        found.insert(i * (tokens // prompts + 1), (chunk, chunk * (i + 1)))
+    return found
 
-    return serve
+
+def _of_steps(kind: str, steps: list[tuple[int, int]], page: int) -> Row:
+    rows, keys = (max(column) for column in zip(*steps, strict=True))
+    mask = "causal" if rows > 1 else "none"
+    problem = DecodeProblem(batch=len(steps), seqlen_q=rows, seqlen_k=keys, mask=mask, page=page, **_SHAPE)
+    series = f"{kind} page{page} b{problem.batch} h{problem.heads}/{problem.kv_heads} d{problem.head_dim}"
+    return Row(f"{series} k{keys}", problem, series, steps=tuple(steps))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import flash_backward, rows
+from fagen.bench import decode_peers, flash_backward, rows
 from fagen.bench.autograd import through_autograd
 from fagen.bench.flash_arguments import document_arguments, fill, lengths, of_schema, packed, require, settings
 from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
@@ -73,7 +73,17 @@ def _fa3(forward: Prepare, version: str) -> Loaded:
     backward: Prepare | str = "it registers no op flash_attn_3::bwd"
     if hasattr(torch.ops.flash_attn_3, "bwd"):
         backward = flash_backward.through_op(torch.ops.flash_attn_3.bwd.default)
-    return Loaded({"forward": forward, "backward": backward}, version)
+    return Loaded({"forward": forward, "backward": backward, "decode": _fa3_decode()}, version)
+
+
+def _fa3_decode() -> Prepare | str:
+    import torch
+
+    ops = torch.ops.flash_attn_3
+    if not hasattr(ops, "fwd"):
+        return "it registers no op flash_attn_3::fwd"
+    plan = ops.get_scheduler_metadata.default if hasattr(ops, "get_scheduler_metadata") else None
+    return decode_peers.through_fa3(ops.fwd.default, plan)
 
 
 def _load_library(path: Path) -> None:
@@ -160,8 +170,11 @@ def load_fa4(paths: Mapping[str, Path]) -> Loaded:
 
 
 def load_flashinfer(paths: Mapping[str, Path]) -> Loaded:
-    forward = through_flashinfer(_imported("flashinfer", "pip install flashinfer-python"))
-    return Loaded({"forward": forward}, _version("flashinfer-python"))
+    module = _imported("flashinfer", "pip install flashinfer-python")
+    by_op: dict[str, Prepare | str] = {
+        "forward": through_flashinfer(module), "decode": decode_peers.through_flashinfer(module)
+    }  # fmt: skip
+    return Loaded(by_op, _version("flashinfer-python"))
 
 
 def through_flashinfer(flashinfer: Any) -> Prepare:

@@ -33,7 +33,10 @@ def _unit(cpu: bool) -> str:
 
 def rates(sample: Result, cpu: bool = False) -> str:
     """The machine's, and the state it was in."""
-    state = [f"{value:.0f} {name}" for name, value in sample.items() if name not in ("when", "tflops", "gbps")]
+    known = ("when", "tflops", "gbps", "read_gbps", "throttled")
+    state = [f"{value:.0f} {name}" for name, value in sample.items() if name not in known]
+    if "read_gbps" in sample:
+        state.insert(0, f"{sample['read_gbps']:.0f} GB/s read")
     return ", ".join([f"{_flops(sample['tflops'], cpu)} {_unit(cpu)}", f"{sample['gbps']:.0f} GB/s", *state])
 
 
@@ -140,7 +143,9 @@ def limit(found: Result, cpu: bool = False) -> str:
     """The machine's own rates in the course of the run."""
     product = ", ".join(_flops(sample["tflops"], cpu) for sample in found["samples"])
     copies = ", ".join(f"{sample['gbps']:.0f}" for sample in found["samples"] if "gbps" in sample)
-    return f"limit: {found['what']}, {product} {_unit(cpu)}; copies, {copies} GB/s; in the course of the run"
+    reads = ", ".join(f"{sample['read_gbps']:.0f}" for sample in found["samples"] if "read_gbps" in sample)
+    more = f"; torch.sum reads {reads} GB/s" if reads else ""
+    return f"limit: {found['what']}, {product} {_unit(cpu)}; copies, {copies} GB/s{more}; in the course of the run"
 
 
 def _eager(rows: list[Result]) -> list[str]:

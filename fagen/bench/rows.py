@@ -25,6 +25,7 @@ class Row:
     series: str = ""
     documents: tuple[int, ...] = ()  # lengths of the documents that each sequence holds
     prefix: int = 0  # keys that all rows see, the rest is causal
+    steps: tuple[tuple[int, int], ...] = ()  # rows and keys of each sequence of decode, where they differ
 
     @property
     def op(self) -> str:
@@ -77,6 +78,10 @@ def make_inputs(row: Row, where: Target | str, seed: int = 0) -> Inputs:
 
     from fagen.ops.attention import masks
 
+    if row.steps:
+        from fagen.ops.attention import decode_inputs
+
+        return decode_inputs.of_steps(row.problem, where, seed, row.steps)
     made: Inputs = ops.get(row.op).calls().inputs(row.problem, where, seed, False)
     if row.documents:
         device = made.call.q.device
@@ -101,9 +106,15 @@ def _masked(made: Inputs, intervals: torch.Tensor) -> Inputs:
 
 def flops(row: Row, call: Any) -> float:
     """Of the cells that are visible; a causal square counts half, as the field counts."""
-    return ops.get(row.op).calls().flops(row.problem, call)
+    of_call = ops.get(row.op).calls().flops
+    return sum(of_call(one, call) for one in _sequences(row))
 
 
 def least_bytes(row: Row) -> int:
     """What any kernel must read and write."""
-    return ops.get(row.op).least_bytes(row.problem)
+    return sum(map(ops.get(row.op).least_bytes, _sequences(row)))
+
+
+def _sequences(row: Row) -> list[Any]:
+    """A problem for each sequence, where a decode row has sequences of many sizes."""
+    return [row.problem.replace(batch=1, seqlen_q=q, seqlen_k=k) for q, k in row.steps] or [row.problem]

@@ -56,7 +56,7 @@ def bench(
     """
     import torch
 
-    machine = Machine(target)
+    machine = Machine(target, reads=by_op.get(chosen[0].op).reads)
     found: list[Result] = []
     with torch.no_grad():
         on_sample(machine.sample("start"))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fagen.bench import decode
+from fagen.bench import decode_peers
 from fagen.bench.autograd import through_autograd
 from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
@@ -50,8 +50,8 @@ def sdpa(paths: Mapping[str, Path]) -> Loaded:
 
 def _loaded(backend: str, version: str) -> Loaded:
     forward = _through_sdpa(backend)
-    more = {} if backend else {"decode": decode.by_sdpa}
-    return Loaded({"forward": forward, "backward": through_autograd(forward), **more}, version)
+    by_op = {"forward": forward, "backward": through_autograd(forward)}
+    return Loaded(by_op if backend == "MATH" else {**by_op, "decode": decode_peers.by_sdpa(backend)}, version)
 
 
 def _through_sdpa(backend: str) -> Prepare:

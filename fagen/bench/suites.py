@@ -165,6 +165,10 @@ def _attention(
     return Suite(about, rows, ("forward", "backward"))
 
 
+def _of_decode(name: str) -> Suite:
+    return Suite(decode.SUITES[name], lambda target, seed, op, same_bits: decode.suite(name, target), ("decode",))
+
+
 SUITES = {
     "peers": _attention(
         "the head_dim grid at three lengths, eight models' layers, a cross-attention: 39 rows",
@@ -177,11 +181,7 @@ SUITES = {
         "60 problems drawn by --seed, that nobody tuned", lambda target, seed: random_rows.suite(seed)
     ),
     "small": _attention("a small suite, for a CPU", lambda target, seed: _small(target)),
-    "decode": Suite(
-        "with --op decode: a step of a batch on a cache, contiguous, in pages, in fp8",
-        lambda target, seed, op, same_bits: decode.suite(target),
-        ("decode",),
-    ),
+    **{name: _of_decode(name) for name in decode.SUITES},
     "fp32": _attention("float32 at head dims 32 to 256, lengths 512 to 4096: 32 rows", lambda target, seed: _fp32()),
     "softmax": Suite(
         "fagen.softmax, along rows from 128 to 1 M and along columns; with --op backward its gradient",

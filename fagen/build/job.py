@@ -13,6 +13,7 @@ from fagen import env
 from fagen.build import toolchain
 from fagen.codegen.render import source_hash
 from fagen.codegen.spec import KernelSpec
+from fagen.target import Target
 
 KEY_SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -72,18 +73,22 @@ class Job:
         return env.cache_dir() / "kernels" / f"{self.name}-{key[:16]}"
 
 
+def link_flags(target: Target, flags: tuple[str, ...]) -> tuple[str, ...]:
+    """The linker's, of a library that needs no torch."""
+    if target.is_gpu:
+        home = toolchain.cuda_home(toolchain.require_nvcc())
+        more = [f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    else:
+        more = [flag for flag in flags if flag.startswith("-fopenmp")]
+    return "-Wl,--as-needed", *more
+
+
 # ---- kernels ------------------------------------------------------------------------------------------------------
 
 
 def make_job(spec: KernelSpec) -> Job:
     """The job that builds a kernel. Renders its source; nothing is run yet."""
     family, problem, target, text = spec.family, spec.problem, spec.target, spec.source
-    link_flags = ["-Wl,--as-needed"]
-    if target.is_gpu:
-        home = toolchain.cuda_home(toolchain.require_nvcc())
-        link_flags += [f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    else:
-        link_flags += [flag for flag in family.flags(target) if flag.startswith("-fopenmp")]
     about = {
         "family": family.name,
         "problem": problem.to_dict(),
@@ -96,7 +101,7 @@ def make_job(spec: KernelSpec) -> Job:
         source=text,
         suffix=spec.suffix,
         flags=family.flags(target),
-        link_flags=tuple(link_flags),
+        link_flags=link_flags(target, family.flags(target)),
         arch=target.arch,
         about=about,
     )

@@ -7,9 +7,7 @@ a call of a kind seen before fills in addresses and launches.
 from __future__ import annotations
 
 import ctypes
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,22 +15,23 @@ from fagen.dispatch import resolve
 from fagen.notices import warn_fallback
 from fagen.ops.attention import decode_checks, decode_reference
 from fagen.ops.attention.arguments import ALIGNMENT
-from fagen.ops.attention.decode_call import EMPTY, DecodeCall
-from fagen.ops.attention.decode_calls import make_params
+from fagen.ops.attention.decode_call import EMPTY, DecodeCall, Tensors
+from fagen.ops.attention.decode_calls import Params, make_params
+from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.runtime import decode_ops
-from fagen.runtime.kernel import WORKSPACE_ALIGNMENT
+from fagen.runtime.kernel import WORKSPACE_ALIGNMENT, launch_on_stream, selected
 
 if TYPE_CHECKING:
-    from fagen.dispatch.plan import Answer
+    from fagen.dispatch.plan import Answer, Plan
     from fagen.runtime.kernel import Kernel
 
+T = TypeVar("T")
 PINNED_KEYS = 512  # of a split, with pinned numerics
 _MOST_KINDS = 4096  # of calls that are kept
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """What all calls of a kind share. It holds until dispatch's answers change."""
+class Prepared(NamedTuple):
+    """What all calls of a kind share. It holds until dispatch's answers change; unless `kept`, for one call alone."""
 
     kernel: Kernel
     params: ctypes.Structure  # no address in it is used
@@ -40,28 +39,37 @@ class _Prepared:
     out: tuple[int, ...]  # shapes of the outputs
     lse: tuple[int, ...]
     epoch: object
+    kept: bool
 
 
-_kinds: dict[tuple[Any, ...], _Prepared] = {}
+class _StaticKind(NamedTuple):
+    """What calls share that differ in sizes alone: the plan that says which kernel serves a size."""
+
+    problem: DecodeProblem
+    plan: Plan
+    epoch: object
 
 
-def attend(call: DecodeCall, want_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out, lse), or (out, None). A call of a new kind is validated, but for the contents of its tensors."""
+_static_kinds: dict[tuple[Any, ...], _StaticKind] = {}
+_known: dict[tuple[Any, ...], Prepared] = {}  # calls of the op, by all but their addresses
+
+
+def attend(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out, lse) of the op. The call is validated, but for the contents of its tensors."""
     try:
-        kind = _kind(call)
+        key = _all_facts(call)
     except (AttributeError, RuntimeError):  # no tensor, or not of strides: to be told in words
         call.check_tensors()
         raise
-    prepared = _kinds.get(kind)
+    prepared = _known.get(key)
     if prepared is None or prepared.epoch is not resolve.epoch():
-        call.check_arguments()
-        call.check_tensors()
-        prepared = _prepare(call, kind)
-    return _by_torch(call) if prepared is None else _launch(prepared, call, want_lse)
+        prepared = prepare(call)
+        if prepared is not None and prepared.kept:
+            keep(_known, key, prepared)
+    return by_torch(call) if prepared is None else launch(prepared, call, want_lse=True)
 
 
-def _kind(call: DecodeCall) -> tuple[Any, ...]:
-    """All that the checks of tensors look at, and that the kernel and its params, but for addresses, follow from."""
+def _all_facts(call: DecodeCall) -> tuple[Any, ...]:
     q, k, v = call.q, call.k, call.v
     tensors = (
         q, k, v, call.seqlens_k, call.page_table, call.cu_seqlens_q, call.cache_batch_idx, call.k_scale, call.v_scale,
@@ -74,74 +82,97 @@ def _kind(call: DecodeCall) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _prepare(call: DecodeCall, kind: tuple[Any, ...]) -> _Prepared | None:
-    """Ask dispatch. None where PyTorch computes, for now or for good."""
-    epoch = resolve.epoch()
-    found = _answer(call)
+def prepare(call: DecodeCall) -> Prepared | None:
+    """What serves a call; None where PyTorch computes, for now or for good.
+
+    Checks and choices that depend on its static facts alone are done once.
+    """
+    try:
+        facts = call.static_facts()
+    except (AttributeError, IndexError, RuntimeError):  # no tensor, or not of strides: to be told in words
+        call.check_tensors()
+        raise
+    epoch, static = resolve.epoch(), _static_kinds.get(facts)
+    found = None
+    if static is not None and static.epoch is epoch and call.sizes_agree():
+        found = static.plan.find(static.problem.resized(*_sizes(call)), ours=True)
+    if found is None or not found.known:
+        call.check_arguments()
+        call.check_tensors()
+        found = _ask(call, facts)
     if found is None or found.kernel is None:
         return None
-    kernel, outputs = found.kernel, call.new_outputs()
-    params = make_params(call, outputs)
-    with torch.cuda.device(call.q.device) if call.q.is_cuda else nullcontext():  # a kernel may ask it for its SMs
-        need = kernel.library.workspace_bytes(ctypes.byref(params))
-    prepared = _Prepared(kernel, params, need, tuple(outputs["out"].shape), tuple(outputs["lse"].shape), epoch)
-    if found.known:
-        if len(_kinds) >= _MOST_KINDS:
-            _kinds.clear()
-        _kinds[kind] = prepared
-    return prepared
+    kernel, types = found.kernel, call.output_types()
+    out, lse = types["out"][0], types["lse"][0]
+    params = make_params(call, {"out": call.q.new_empty(out)})
+    with selected(call.q):  # a kernel may ask it for its SMs
+        need = kernel.library.workspace_bytes(params)
+    return Prepared(kernel, params, need, out, lse, epoch, found.known)
 
 
-def _answer(call: DecodeCall) -> Answer | None:
+def keep(known: dict[tuple[Any, ...], T], key: tuple[Any, ...], value: T) -> None:
+    if len(known) >= _MOST_KINDS:
+        known.clear()
+    known[key] = value
+
+
+def _sizes(call: DecodeCall) -> tuple[int, int, int]:
+    """With pinned splits the choice of a kernel may not depend on the other sequences either."""
+    pinned = call.num_splits == -PINNED_KEYS
+    return (1, 1, 8 * PINNED_KEYS) if pinned else (call.batch, call.seqlen_q, call.seqlen_k)
+
+
+def _ask(call: DecodeCall, facts: tuple[Any, ...]) -> Answer | None:
+    """Dispatch, about a valid call."""
     reason = call.unreadable
     target = None if reason else call.target
     if target is None:
         if reason != EMPTY:
             warn_fallback(reason or f"no kernels for device {call.q.device}")
         return None
-    problem = call.problem
-    if call.num_splits < 0:  # the choice of a kernel may not depend on the other sequences either
-        problem = problem.replace(batch=1, seqlen_q=1, seqlen_k=8 * PINNED_KEYS)
-    with torch.cuda.device(call.q.device) if call.q.is_cuda else nullcontext():  # where a stale kernel is verified
-        return resolve.answer(problem, target, ours=True)
+    problem = call.problem.resized(*_sizes(call))
+    with selected(call.q):  # where a stale kernel is verified
+        found = resolve.answer(problem, target, ours=True)
+    epoch, plan = resolve.epoch(), resolve.plan_of(problem, target)
+    if plan is not None:
+        keep(_static_kinds, facts, _StaticKind(problem, plan, epoch))
+    return found
 
 
-def _launch(prepared: _Prepared, call: DecodeCall, want_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    q = call.q
+def launch(
+    prepared: Prepared, tensors: Tensors | DecodeCall, want_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A call of the kind, by its own tensors."""
+    q, k, v, t = tensors.q, tensors.k, tensors.v, tensors
     out = q.new_empty(prepared.out)
     lse = q.new_empty(prepared.lse, dtype=torch.float32) if want_lse else None
-    params: Any = type(prepared.params).from_buffer_copy(prepared.params)  # other threads have their own
-    params.q.data, params.k.data, params.v.data = q.data_ptr(), call.k.data_ptr(), call.v.data_ptr()
+    params: Any = Params.from_buffer_copy(prepared.params)  # other threads have their own
+    params.q.data, params.k.data, params.v.data = q.data_ptr(), k.data_ptr(), v.data_ptr()
     params.o.data, params.lse = out.data_ptr(), None if lse is None else lse.data_ptr()
-    params.seqlens_k = call.seqlens_k.data_ptr()
-    if call.page_table is not None:
-        params.page_table.data = call.page_table.data_ptr()
-    if call.cu_seqlens_q is not None:
-        params.cu_seqlens_q = call.cu_seqlens_q.data_ptr()
-    if call.cache_batch_idx is not None:
-        params.cache_batch_idx = call.cache_batch_idx.data_ptr()
-    if call.sinks is not None:
-        params.sinks = call.sinks.data_ptr()
-    if call.k_scale is not None:
-        params.k_scale.data = call.k_scale.data_ptr()
-    if call.v_scale is not None:
-        params.v_scale.data = call.v_scale.data_ptr()
+    params.seqlens_k = t.seqlens_k.data_ptr()
+    if t.page_table is not None:
+        params.page_table.data = t.page_table.data_ptr()
+    if t.cu_seqlens_q is not None:
+        params.cu_seqlens_q = t.cu_seqlens_q.data_ptr()
+    if t.cache_batch_idx is not None:
+        params.cache_batch_idx = t.cache_batch_idx.data_ptr()
+    if t.sinks is not None:
+        params.sinks = t.sinks.data_ptr()
+    if t.k_scale is not None:
+        params.k_scale.data = t.k_scale.data_ptr()
+    if t.v_scale is not None:
+        params.v_scale.data = t.v_scale.data_ptr()
     size = prepared.workspace_bytes
     if size:
         workspace = q.new_empty(size + WORKSPACE_ALIGNMENT, dtype=torch.uint8)
         params.workspace = -(-workspace.data_ptr() // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
-    if q.is_cuda:
-        with torch.cuda.device(q.device):
-            stream = torch.cuda.current_stream(q.device).cuda_stream
-            status = prepared.kernel.library.launch(params, stream)
-    else:
-        status = prepared.kernel.library.launch(params, None)
+    status = launch_on_stream(prepared.kernel.library, params, q)
     if status:
-        prepared.kernel.fail(status, call)
+        prepared.kernel.fail(status, t.inputs())
     return out, lse
 
 
-def _by_torch(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+def by_torch(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     """In float32, as kernels compute."""
     if not call.q.is_cuda:
         decode_checks.check_contents(call)

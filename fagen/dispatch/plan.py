@@ -77,6 +77,8 @@ class Plan:
 
     def nearest(self, problem: Problem) -> PlannedRecord | None:
         """As `db.Database.candidates` orders them, and `Plan::nearest` of the table does."""
+        if not self.rows:
+            return None
         wanted, weights = tuple(self.op.features(problem, self.target.units).values()), tuple(self.op.weights.values())
         best: tuple[Any, ...] | None = None
         found, size = None, problem.size_key

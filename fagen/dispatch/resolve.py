@@ -104,9 +104,14 @@ def build_together(problem: Problem, alongside: Problem, target: Target) -> None
         _build_meanwhile(second)
 
 
+def plan_of(problem: Problem, target: Target) -> Plan | None:
+    """The plan of the problem's static key; none before something was decided, or where it is to be made anew."""
+    return _plans.get((problem.static_key, target))
+
+
 def plan_words(problem: Problem, target: Target, *, ours: bool = False) -> list[int]:
     """The plan of the problem's static key for the table; none before something was decided."""
-    plan = _plans.get((problem.static_key, target))
+    plan = plan_of(problem, target)
     return plan.words(ours) if plan is not None else []
 
 

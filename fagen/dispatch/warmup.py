@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from fagen import env, families
@@ -21,7 +21,7 @@ from fagen.errors import FagenError, InvalidArgument
 from fagen.ops.attention import derivatives, size_point
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.problem import Problem
-from fagen.runtime import binding
+from fagen.runtime import append, binding
 from fagen.target import Target
 
 if TYPE_CHECKING:
@@ -163,7 +163,9 @@ def warmup(
                 raise
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        jobs = [pool.submit(binding.load), *(pool.submit(attempt, spec) for spec in wanted.values())]
+        jobs: list[Future[Any]] = [pool.submit(binding.load), *(pool.submit(attempt, spec) for spec in wanted.values())]
+        if any(problem.op == "decode" for problem in problems):
+            jobs.append(pool.submit(append.library, target, capturing=False))
         for job in jobs:
             job.result()
     resolve.renew()

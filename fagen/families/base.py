@@ -7,7 +7,7 @@ database's config, the cache key, the command line's help and the docs all deriv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,6 +128,10 @@ class Family:
     last_resort: bool = False
     # whether calls of a problem are served; if not, the family is there for tune and emit alone
     serves_calls: Callable[[Any], bool] = field(default=lambda problem: True)
+    # of decode: keys of a split by which blocks divide sequences of these lengths evenly; 0: the kernel does so itself
+    split_keys: Callable[[Any, Target, Config, Sequence[int]], int] = field(
+        default=lambda problem, target, config, lengths: 0
+    )
     # knob values that cost resources, for the stable rule among ties: fewest first
     resources: Callable[[Any, Target, Config], tuple] = field(default=lambda problem, target, config: ())
 

@@ -3,7 +3,7 @@
 A team of threads has a line: a row, in vectors that lie at multiples of their size wherever the row begins, or a
 column, beside others so that loads are coalesced. On Hopper a cluster of blocks may share a row. Elements that a thread
 holds between the reduction and the output are read once; the rest of a longer line is read again, so that each scheme
-is right at every length. Not run on a GPU yet: it serves no calls.
+is right at every length.
 """
 
 from __future__ import annotations
@@ -126,25 +126,40 @@ def _context(p: SoftmaxProblem, c: Config) -> dict[str, Any]:
 
 
 def _vectors(p: SoftmaxProblem) -> int:
-    """Of 16 bytes, of all inputs of a row."""
-    return -(-p.length * ITEM_BYTES[p.dtype] // 16) * (2 if p.direction == "backward" else 1)
+    """Of 16 bytes, of a row."""
+    return -(-p.length * ITEM_BYTES[p.dtype] // 16)
+
+
+# the longest row of each default, in vectors of all inputs
+_ROWS = {
+    "quarter": 8, "half": 16, "warp": 32, "warp 2": 64, "warp 4": 128, "block": 256, "block 4": 512, "block 8": 1024,
+    "wide 8": 2048, "large": 4096,
+}  # fmt: skip
 
 
 def _shape(p: SoftmaxProblem, t: Target) -> str:
     """What the default depends on: how long a line is, and whether lines are few."""
     if p.along == "column":
         return "column" if p.length > 64 else "short column"
-    vectors = _vectors(p)
-    for name, most in (("short", 8 * 4), ("warp", 32 * 8), ("block", 256 * 8), ("large", 1024 * 4)):
+    vectors = _vectors(p) * (2 if p.direction == "backward" and _vectors(p) > _ROWS["warp"] else 1)
+    for name, most in _ROWS.items():
         if vectors <= most:
             return name
     return "split" if p.count < 2 * t.units else "long"
 
 
+# A warp a short row, with vectors that give all of its lanes one; more vectors a lane lie in shared memory. From H100.
+_WARP: dict[str, int | str] = {"threads": 32, "lines": 4, "held": 1}
 _DEFAULTS: dict[str, dict[str, int | str]] = {
-    "short": {"scheme": "registers", "threads": 8, "lines": 32, "held": 4},
-    "warp": {"scheme": "registers", "threads": 32, "lines": 8, "held": 8},
-    "block": {"scheme": "registers", "threads": 256, "lines": 1, "held": 8},
+    "quarter": {"scheme": "registers", **_WARP, "vector_bytes": 4},
+    "half": {"scheme": "registers", **_WARP, "vector_bytes": 8},
+    "warp": {"scheme": "registers", **_WARP},
+    "warp 2": {"scheme": "shared", **_WARP, "held": 2},
+    "warp 4": {"scheme": "shared", **_WARP, "held": 4},
+    "block": {"scheme": "shared", "threads": 128, "lines": 1, "held": 2},
+    "block 4": {"scheme": "shared", "threads": 128, "lines": 1, "held": 4},
+    "block 8": {"scheme": "shared", "threads": 128, "lines": 1, "held": 8},
+    "wide 8": {"scheme": "shared", "threads": 256, "lines": 1, "held": 8},
     "large": {"scheme": "registers", "threads": 1024, "lines": 1, "held": 4},
     "long": {"scheme": "two_pass", "threads": 1024, "lines": 1, "held": 1},
     "split": {"scheme": "split", "threads": 512, "lines": 1, "held": 1},
@@ -156,7 +171,7 @@ _DEFAULTS: dict[str, dict[str, int | str]] = {
 def _make(p: SoftmaxProblem, t: Target, **changes: int | str | bool) -> Config:
     """The default config with changes."""
     values = {"vector_bytes": 16, "cluster": 1, "fold_scale": False, **_DEFAULTS[_shape(p, t)]}
-    if p.direction == "backward" and values["scheme"] == "registers" and int(values["held"]) > 1:
+    if p.direction == "backward" and int(values["held"]) > 1:
         values["held"] = int(values["held"]) // 2  # of each of two inputs
     return FAMILY.config(values | changes)
 
@@ -165,8 +180,9 @@ def _first(p: SoftmaxProblem, t: Target) -> list[Config]:
     default = _make(p, t)
     changes: list[dict[str, int | str | bool]] = [
         {"scheme": "two_pass", "held": 1}, {"scheme": "three_pass", "held": 1}, {"fold_scale": True},
-        {"vector_bytes": 8}, {"scheme": "shared", "held": 4}, {"threads": 128, "lines": 1},
-        {"threads": 512, "lines": 1}, {"scheme": "registers", "threads": 1024, "lines": 1, "held": 4, "cluster": 4},
+        {"scheme": "registers", "vector_bytes": 8}, {"scheme": "registers"}, {"scheme": "shared", "held": 4},
+        {"threads": 128, "lines": 1}, {"threads": 256, "lines": 1}, {"threads": 512, "lines": 1},
+        {"scheme": "registers", "threads": 1024, "lines": 1, "held": 4, "cluster": 4},
         {"scheme": "registers", "threads": 512, "lines": 1, "held": 4, "cluster": 8},
         {"threads": 256, "lines": 1, "scheme": "split", "held": 1},
     ]  # fmt: skip

@@ -102,7 +102,7 @@ class Kernel:
         """
         self._check(call, outputs)
         first, params = _first(call), self.calls.params(call, outputs)
-        device = _select(first)
+        device = selected(first)
         with device:  # a kernel may ask it for its SMs
             need = self.library.workspace_bytes(ctypes.byref(params))
         if need and workspace is None:
@@ -120,14 +120,14 @@ class Kernel:
             with device:
                 status = launch(reference, stream)
             if status != 0:
-                self.fail(status, alive[0])
+                self.fail(status, alive[0].inputs())
 
         return start
 
-    def fail(self, status: int, call: Call) -> NoReturn:
-        """Raise LaunchError for what a launch of the call returned."""
+    def fail(self, status: int, inputs: Mapping[str, torch.Tensor]) -> NoReturn:
+        """Raise LaunchError for what a launch returned."""
         text = (self.library.error(status) or b"unknown").decode(errors="replace")
-        shapes = " ".join(str(tuple(t.shape)) for t in call.inputs().values())
+        shapes = " ".join(str(tuple(t.shape)) for t in inputs.values())
         raise LaunchError(f"{self.spec.family.name} could not run: {text}", f"{shapes}: {self.spec.config}")
 
     def _check(self, call: Call, outputs: Mapping[str, torch.Tensor]) -> None:
@@ -158,13 +158,21 @@ def _want(good: bool, what: str, numbers: str = "") -> None:
         raise InvalidArgument(what, numbers)
 
 
-def _select(t: torch.Tensor) -> Any:
+def selected(t: torch.Tensor) -> Any:
     """A context in which the tensor's device is the current one; of no cost where it already is."""
     import torch
 
     if not t.is_cuda or torch.cuda.current_device() == t.device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(t.device)
+
+
+def launch_on_stream(library: Library, params: ctypes.Structure, t: torch.Tensor) -> int:
+    """Launch on the stream that is current on a tensor's device; the status. On the CPU: call."""
+    if not t.is_cuda:
+        return int(library.launch(params, None))
+    with selected(t):
+        return int(library.launch(params, _current_stream(t)))
 
 
 def _current_stream(t: torch.Tensor) -> int:

@@ -20,11 +20,15 @@ _UNDER_LOAD = 100  # products that are under way while the clocks are read
 
 
 class Machine:
-    """The rates of a square matrix product and of a copy, sampled in the course of a run as the rows are timed."""
+    """The rates of a square matrix product and of a copy, sampled in the course of a run as the rows are timed.
 
-    def __init__(self, target: Target) -> None:
+    `reads` adds the rate of `torch.sum`, which writes next to nothing: it bounds what only reads.
+    """
+
+    def __init__(self, target: Target, *, reads: bool = False) -> None:
         import torch
 
+        self.reads = reads
         self.device = "cuda" if target.is_gpu else "cpu"
         self.size, self.dtype = _SIZES[self.device]
         shape, dtype = (self.size, self.size), getattr(torch, self.dtype)
@@ -43,6 +47,8 @@ class Machine:
         clock = functools.partial(timer.time_calls, device=self.device, rounds=_ROUNDS, min_seconds=_SECONDS)
         product = clock({"product": self._product})["product"].median
         found = {"when": when, "tflops": 2 * self.size**3 / product / 1e12, "gbps": self._bandwidth(clock)}
+        if self.reads:
+            found["read_gbps"] = self._read_rate(clock)
         self.samples.append(found | self._state())
         return self.samples[-1]
 
@@ -53,6 +59,16 @@ class Machine:
         size = _COPY_BYTES[self.device]
         source, target = (torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(2))
         return 2 * size / clock({"copy": functools.partial(target.copy_, source)})["copy"].median / 1e9
+
+    def _read_rate(self, clock: Any) -> float:
+        """GB/s of a sum over as much memory."""
+        import torch
+
+        size = _COPY_BYTES[self.device]
+        source = torch.zeros(size // 4, dtype=torch.float32, device=self.device)
+        out = torch.zeros((), dtype=torch.float32, device=self.device)
+        call = functools.partial(torch.sum, source, dim=0, out=out)
+        return float(size / clock({"read": call})["read"].median / 1e9)
 
     def _state(self) -> dict[str, Any]:
         if self.device == "cpu":
@@ -72,12 +88,14 @@ class Machine:
 
     def limits(self) -> dict[str, float]:
         """TFLOP/s and GB/s: the medians of the samples."""
-        return {name: statistics.median(sample[name] for sample in self.samples) for name in ("tflops", "gbps")}
+        names = ("tflops", "gbps", "read_gbps") if self.reads else ("tflops", "gbps")
+        return {name: statistics.median(sample[name] for sample in self.samples) for name in names}
 
     def least_seconds(self, flops: float, moved: float) -> tuple[float, str]:
         """The least time for so many FLOPs and bytes, and which of the two takes it."""
         rates = self.limits()
-        compute, memory = flops / rates["tflops"] / 1e12, moved / rates["gbps"] / 1e9
+        memory = moved / rates["read_gbps" if self.reads else "gbps"] / 1e9
+        compute = flops / rates["tflops"] / 1e12
         return max((compute, "compute"), (memory, "memory"))
 
 

@@ -20,6 +20,7 @@ from fagen.bench import (
     attention,
     by_op,
     compare,
+    decode,
     flash,
     flash_arguments,
     flex,
@@ -157,8 +158,8 @@ def test_few_rows_on_many_keys_are_told(problem, needs):
 
 @pytest.mark.parametrize("name", suites.SUITES)
 def test_rows_of_a_suite_have_names_of_their_own(name):
-    found = suites.suite(name, GPU, op="decode" if name == "decode" else "forward")
-    assert len({row.name for row in found}) == len(found) >= 4
+    found = suites.suite(name, GPU, op="decode" if name in decode.SUITES else "forward")
+    assert len({row.name for row in found}) == len(found) >= 2
     assert all(row.series for row in found)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fagen
-from fagen.dispatch import decode, resolve
+from fagen.compat import kvcache_known
+from fagen.dispatch import resolve
 from fagen.errors import FagenError, InvalidArgument, UnsupportedProblem
 from fagen.notices import FallbackWarning
 from fagen.ops.attention import decode_reference
@@ -244,7 +245,7 @@ def test_many_splits_take_no_more_memory_than_keys() -> None:
     q, k, v = randn(1, 1, HEADS, D), randn(1, 80, KV_HEADS, D), randn(1, 80, KV_HEADS, D, seed=1)
     out = fagen.flash_attn_with_kvcache(q, k, v, num_splits=1 << 20)
     close(out[0], attended(q[0], k[0], v[0])[0])
-    assert max(kind.workspace_bytes for kind in decode._kinds.values()) < 1 << 20
+    assert max(known.attend.workspace_bytes for known in kvcache_known._known.values()) < 1 << 20
 
 
 def test_fake_tensors_pass() -> None:

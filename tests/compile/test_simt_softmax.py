@@ -52,7 +52,7 @@ def test_defaults_compile_without_spills(arch: str, problem: SoftmaxProblem, dev
 def test_disagreement_with_python_is_a_compile_error() -> None:
     problem, where = SoftmaxProblem(columns=100), target.known("sm_80")
     job = make_job(KernelSpec(FAMILY, problem, where, FAMILY.default(problem, where)))
-    wrong = job.source.replace("block_threads = 256", "block_threads = 128")
+    wrong = job.source.replace("block_threads = 128", "block_threads = 64")
     assert wrong != job.source
     with pytest.raises(cache.BuildError, match="Python and CUDA disagree"):
         cache.make(dataclasses.replace(job, source=wrong))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,13 @@ import torch
 
 import fagen
 from fagen import families
+from fagen.compat import kvcache_append
 from fagen.errors import InvalidArgument
+from fagen.ops.attention import cache_append
+from fagen.ops.attention.cache_append import NewTokens
+from fagen.runtime import append
+from fagen.target import detect
+from tests.support.append import drawn
 
 DEVICE = "cuda"
 
@@ -147,3 +154,41 @@ def test_pinned_numerics() -> None:
     for b in range(6):
         mine = {name: named[name][b : b + 1] for name in ("q", "k_cache", "v_cache", "cache_seqlens")}
         assert torch.equal(fagen.flash_attn_with_kvcache(**mine, numerics="pinned")[0], together[b]), b
+
+
+def test_a_plan_and_one_graph_serve_other_lengths() -> None:
+    here = step(1, PAGE)
+    del here["k"], here["v"]
+    problem = fagen.DecodeProblem(
+        head_dim=D, heads=HEADS, kv_heads=KV_HEADS, batch=6, page=PAGE, seqlen_k=1088, mask="none"
+    )
+    there = on(DEVICE, here)
+    plan = fagen.DecodePlan(problem, LENGTHS)
+    assert plan.split_keys > 0
+    plan.run(**there)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = plan.run(**there)
+    assert isinstance(out, torch.Tensor)
+    for lengths in (LENGTHS, [1000, 1, 1088, 0, 17, 500]):
+        there["cache_seqlens"].copy_(int32(*lengths))
+        graph.replay()
+        want = fagen.flash_attn_with_kvcache(**{**here, "cache_seqlens": int32(*lengths)})
+        assert isinstance(want, torch.Tensor)
+        assert (out.cpu().float() - want.float()).abs().max() < 0.03
+
+
+def test_the_kernel_appends_the_bits_of_pytorch() -> None:
+    found = append.library(detect(), capturing=False)
+    assert found is not None
+    for seed in range(60):
+        here, tokens = drawn(seed)
+        call, theirs = (dataclasses.replace(here, **on(DEVICE, here.inputs())) for _ in range(2))
+        new = NewTokens(**on(DEVICE, tokens._asdict()))
+        assert cache_append.readable(call, new)
+        kind = kvcache_append.Prepared(found, cache_append.make_params(call, new))
+        status, q, after = kvcache_append.launch(kind, call, new)
+        assert status == 0
+        want = kvcache_append._by_torch(theirs, new)
+        for a, b in ((call.k, theirs.k), (call.v, theirs.v), (q, want.q), (after, want.seqlens_k)):
+            assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), seed

@@ -110,6 +110,7 @@ def test_heavy_imports_wait_for_their_use(path):
         "cache_update.py",
         "decode.py",
         "decode_call.py",
+        "cache_append.py",
         "decode_checks.py",
         "decode_ops.py",
         "merge.py",

@@ -33,6 +33,8 @@ SCHEMES = {
     "four_stages": config(stages=4, tile_m=32, q_source="shared"),
     "columns": config(**_COLUMNS),
     "columns_32": config(**_COLUMNS, tile_m=32, q_source="shared", merged_by="last_block"),
+    "cluster": config(merged_by="cluster", stages=2, blocks_per_sm=2),
+    "cluster_columns": config(**_COLUMNS, tile_m=32, q_source="shared", merged_by="cluster"),
     "columns_64": config(**_COLUMNS, tile_m=64, q_source="shared", rescale="each"),
     "columns_eight": config(**_COLUMNS, tile_m=64, tile_n=128, warps=8, q_source="shared"),
     "columns_two_warps": config(**{**_COLUMNS, "stages": 3}, warps=2, tile_n=32),

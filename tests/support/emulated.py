@@ -43,13 +43,18 @@ _FLAGS = ("-std=c++17", "-Og", "-fno-exceptions", "-w", "-fPIC")
 
 
 def source(family: Family, problem: Problem, target: Target, config: Config) -> str:
-    """What a C++ compiler takes: the emulator's fagen/ptx/ for ours, shared variables and launches by functions."""
-    text = render.fold(_WGMMA.sub("", KernelSpec(family, problem, target, config).rendered), EMULATOR)
+    """What a C++ compiler takes, of a family's kernel."""
+    return translated(KernelSpec(family, problem, target, config).rendered, problem.dtype)
+
+
+def translated(rendered: str, dtype: str) -> str:
+    """CUDA as C++: the emulator's fagen/ptx/ for ours, shared variables and launches by functions."""
+    text = render.fold(_WGMMA.sub("", rendered), EMULATOR)
     base = 0x400 if re.search(r"extern __shared__ __align__\(1024\)", text) else 0x430  # aligned as little as may be
     text = _DYNAMIC.sub(r"unsigned char* \1 = emulator::dynamic_shared();", text)
     text = _STATIC.sub(lambda m: f'auto& {m[2]} = emulator::shared_variable<{m[1]}{m[3] or ""}>("{m[2]}");', text)
-    text = re.sub(r"(\w+)<<<(.*?)>>>", r"emulator::start(\1, \2)", text)
-    return f"#define EMULATOR_ELEMENT {_ELEMENTS[problem.dtype]}\n{text}{_BEGIN % base}"
+    text = re.sub(r"(\w+(?:<\w+, \w+>)?)<<<(.*?)>>>", r"emulator::start(\1, \2)", text)
+    return f"#define EMULATOR_ELEMENT {_ELEMENTS[dtype]}\n{text}{_BEGIN % base}"
 
 
 def build(text: str, folder: Path, params: abi.Struct = Params) -> Library:

@@ -24,7 +24,7 @@ _EXAMPLES = """examples:
   fagen bench --head-dim 128 --mask causal --seqlen 4k,16k --heads 32 --kv-heads 8 --peers none
   fagen bench --suite peers --filter 'd64 causal' --markdown bench.md
   fagen bench --suite peers --op backward          the gradients alone; with --deterministic, the same bits each time
-  fagen bench --op decode                          a step of decoding, contiguous, paged and fp8
+  fagen bench --op decode --suite decode,paged     a step of decoding on a cache, contiguous and in pages
   fagen bench --suite random --seed 7              60 problems that nobody tuned
   fagen bench --suite softmax                      fagen.softmax against torch.softmax, eager and compiled
   fagen bench --out new.json --compare old.json    exit code 1 where a row fell by more than the noise
@@ -38,7 +38,8 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument(
         "--suite",
         metavar="S",
-        help="peers, models, masks, random, small, decode, softmax, or several (default: peers; small on a CPU)",
+        help="peers, models, masks, random, small, fp32, softmax, or several (default: peers; small on a CPU); "
+        "with --op decode: decode, paged, ragged, mixed",
     )
     what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
     arguments.add_problem_flags(parser)

@@ -53,7 +53,7 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fagen.dispatch import choose, warmup
-    from fagen.runtime import binding
+    from fagen.runtime import append, binding
 
     if args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs} is no number of compilers", "it is at least 1")
@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             work.setdefault(choice.spec.key, (problem, choice))
     binding.make()  # the op needs it besides the kernels
+    if any(problem.op == "decode" for problem in problems):
+        append.build(target)
     with ThreadPoolExecutor(args.jobs) as pool:
         rows += pool.map(lambda item: _build(item[1].spec), work.values())
         doubtful = [problem for problem, choice in work.values() if choice.trust and choice.trust.state == "unverified"]

@@ -139,8 +139,10 @@ def is_aligned(t: torch.Tensor) -> bool:
     item = t.element_size()
     if t.data_ptr() % ALIGNMENT or t.shape[-1] * item % ALIGNMENT:
         return False
-    strides = (t.stride(i) for i in range(t.dim() - 1) if t.shape[i] > 1)  # others are never used
-    return all(stride != 0 and stride * item % ALIGNMENT == 0 for stride in strides)
+    for size, stride in zip(t.shape[:-1], t.stride(), strict=False):
+        if size > 1 and (stride == 0 or stride * item % ALIGNMENT):  # others are never used
+            return False
+    return True
 
 
 def refuse_overlap(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
@@ -190,3 +192,17 @@ def may_overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
         return any(reaches(at + 1, target - n * stride) for n in range(first, last + 1))
 
     return reaches(0, b.data_ptr() - a.data_ptr())
+
+
+def int32(name: str, t: torch.Tensor | None, dimensions: int = 1) -> torch.Tensor | None:
+    """Indices as kernels read them."""
+    if t is None:
+        return None
+    dense(name, t)
+    if t.dim() != dimensions:
+        raise InvalidArgument(f"{name} has {t.dim()} dimensions, not {dimensions}", f"its shape is {tuple(t.shape)}")
+    if t.dtype != torch.int32:
+        if t.dtype != torch.int64:
+            raise InvalidArgument(f"{name} must be int32", f"it is {t.dtype}")
+        t = t.to(torch.int32)
+    return t if t.is_contiguous() else t.contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +23,24 @@ _TENSORS = (
 _MASKS = {(-1, -1): "none", (-1, 0): "causal"}  # of a window; another one is just that
 EMPTY = "there is nothing to compute"
 LARGEST_SPLIT = 1 << 20  # blocks that share a sequence's keys, or keys of a block
+
+
+class Tensors(NamedTuple):
+    """All tensors of a call, by its names."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    seqlens_k: torch.Tensor
+    page_table: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+    cache_batch_idx: torch.Tensor | None
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
+    sinks: torch.Tensor | None
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return {name: t for name, t in self._asdict().items() if t is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +212,45 @@ class DecodeCall:
         k, v = self.k, self.v
         return k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and v.shape[3] <= k.shape[3]
 
+    def static_facts(self) -> tuple[Any, ...]:
+        """All that the checks look at, and that a problem says, but the sizes that differ between calls."""
+        others = (
+            self.seqlens_k, self.page_table, self.cu_seqlens_q, self.cache_batch_idx, self.k_scale, self.v_scale,
+            self.sinks,
+        )  # fmt: skip
+        return (
+            *[(t.dtype, t.device, t.layout, t.dim(), t.shape[-2:], t.stride(-1)) for t in (self.q, self.k, self.v)],
+            *[None if t is None else (t.dtype, t.device, t.layout, t.dim(), t.is_contiguous()) for t in others],
+            self.page, self.window, self.softcap, self.scale, self.num_splits, self._aligned, self.shared_kv,
+        )  # fmt: skip
+
+    def sizes_agree(self) -> bool:
+        """Whether a call passes the checks whose static facts are those of one that did, and has something to compute.
+
+        Where it does not, the checks find the words.
+        """
+        batch, table, starts, index, most = self.batch, self.page_table, self.cu_seqlens_q, self.cache_batch_idx, 0
+        if starts is not None:
+            most, good = self.most_rows, starts.shape[0] == batch + 1
+        else:
+            most, good = self.q.shape[1], self.q.shape[0] == batch
+        sizes = (*self.q.shape, *self.k.shape, *self.v.shape, most)
+        good = good and min(sizes) > 0 and max(sizes) <= LARGEST_SIZE and self.k.shape[:3] == self.v.shape[:3]
+        if table is not None:
+            good = good and table.shape[0] == batch and table.shape[1] > 0 and index is None
+        else:
+            good = good and (self.k.shape[0] >= batch if index is None else index.shape[0] == batch)
+        for scale in (self.k_scale, self.v_scale):
+            good = good and (scale is None or scale.shape == (batch, self.kv_heads))
+        good = good and (self.sinks is None or self.sinks.shape[0] == self.heads)
+        return good and 0 <= self.most_keys <= self.room and batch > 0
+
+    @property
+    def _aligned(self) -> bool:
+        """A fresh output starts at an aligned address."""
+        q, k, v = self.q, self.k, self.v
+        return is_aligned(q) and is_aligned(k) and is_aligned(v) and not v.shape[3] * q.element_size() % ALIGNMENT
+
     @property
     def problem(self) -> DecodeProblem:
         """The problem that the call is, unless it is unreadable."""
@@ -208,8 +266,7 @@ class DecodeCall:
             sinks=self.sinks is not None,
             page=self.page,
             shared_kv=self.shared_kv,
-            # a fresh output starts at an aligned address
-            aligned=is_aligned(q) and is_aligned(k) and is_aligned(v) and not v.shape[3] * q.element_size() % ALIGNMENT,
+            aligned=self._aligned,
             batch=self.batch,
             heads=self.heads,
             kv_heads=self.kv_heads,

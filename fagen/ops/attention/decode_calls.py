@@ -29,11 +29,14 @@ _VERIFY_HEADS, _VERIFY_ROWS = 8, 16
 def make_params(call: DecodeCall, outputs: Outputs) -> ctypes.Structure:
     """The struct of the header; holds pointers, so the tensors must outlive it."""
     params: Any = Params()
-    for name, t in (("q", call.q), ("o", outputs["out"])):
-        _point(getattr(params, name), t, *((0, *t.stride()[:2]) if call.ragged else t.stride()[:3]))
-    for name in ("k", "v", "k_scale", "v_scale", "page_table"):
+    ragged, out = call.ragged, outputs["out"]
+    for field, t in ((params.q, call.q), (params.o, out)):
+        _point(field, t, (0, *t.stride()[:2]) if ragged else t.stride()[:3])
+    _point(params.k, call.k, call.k.stride()[:3])
+    _point(params.v, call.v, call.v.stride()[:3])
+    for name in ("k_scale", "v_scale", "page_table"):
         if (t := getattr(call, name)) is not None:
-            _point(getattr(params, name), t, *(t.stride()[:3] if t.dim() == 4 else t.stride()))
+            _point(getattr(params, name), t, t.stride())
     for name in ("seqlens_k", "cu_seqlens_q", "cache_batch_idx", "sinks"):
         if (t := getattr(call, name)) is not None:
             setattr(params, name, t.data_ptr())
@@ -41,20 +44,19 @@ def make_params(call: DecodeCall, outputs: Outputs) -> ctypes.Structure:
         params.lse = lse.data_ptr()
     params.batch, params.heads, params.kv_heads, params.rows = call.batch, call.heads, call.kv_heads, call.rows
     params.seqlen_q, params.seqlen_k = call.seqlen_q, call.seqlen_k
-    params.pages, params.page_size = call.k.shape[:2]
-    params.head_dim, params.head_dim_v = call.k.shape[3], call.v.shape[3]
+    params.pages, params.page_size, _, params.head_dim = call.k.shape
+    params.head_dim_v = call.v.shape[3]
     # a wider band shows no more, and its sum with a row would leave 32 bits
     left, right = call.window
     params.window_left, params.window_right = min(left, params.seqlen_k), min(right, params.seqlen_q)
     params.num_splits, params.softcap = call.num_splits, call.softcap
-    params.scale = 1.0 / math.sqrt(call.k.shape[3]) if call.scale is None else call.scale
+    params.scale = 1.0 / math.sqrt(params.head_dim) if call.scale is None else call.scale
     return params
 
 
-def _point(field: Any, tensor: torch.Tensor, *strides: int) -> None:
+def _point(field: Any, tensor: torch.Tensor, strides: tuple[int, ...]) -> None:
     field.data = tensor.data_ptr()
-    for i, stride in enumerate(strides):
-        field.stride[i] = stride
+    field.stride[: len(strides)] = strides
 
 
 def require(problem: DecodeProblem, call: DecodeCall, outputs: Outputs) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -27,24 +28,41 @@ def make(problem: DecodeProblem, device: Any, seed: int, varied: bool) -> Inputs
     whole pages of it that no sequence has; entries of the page table that are no page; splits of several kinds; with
     an odd batch and several rows packed rows of several lengths, else sequences that lie in any order in the cache.
     """
-    p, random = problem, Random(seed)
+    random = Random(seed)
+    lengths = _lengths(problem, random) if varied else [problem.seqlen_k] * problem.batch
+    ragged = varied and problem.batch % 2 == 1 and problem.seqlen_q > 1
+    counts = _row_counts(problem, random) if ragged else None
+    return _make(problem, device, random, seed, lengths, counts, varied)
+
+
+def of_steps(problem: DecodeProblem, device: Any, seed: int, steps: Sequence[tuple[int, int]]) -> Inputs:
+    """Each sequence has its own number of rows and keys; where some have several rows, all are packed."""
+    counts, lengths = ([step[i] for step in steps] for i in (0, 1))
+    packed = None if set(counts) == {problem.seqlen_q} else counts
+    return _make(problem, device, Random(seed), seed, lengths, packed, varied=False)
+
+
+def _make(
+    problem: DecodeProblem, device: Any, random: Random, seed: int, lengths: list[int], counts: list[int] | None,
+    varied: bool,
+) -> Inputs:  # fmt: skip
+    """`counts` are the rows of packed sequences; None: each has `seqlen_q`."""
+    p = problem
     where = torch.device(("cuda" if device.is_gpu else "cpu") if isinstance(device, Target) else device)
     numbers = torch.Generator(where).manual_seed(seed)
-    lengths = _lengths(p, random) if varied else [p.seqlen_k] * p.batch
-    ragged = varied and p.batch % 2 == 1 and p.seqlen_q > 1
-    counts = _row_counts(p, random) if ragged else [p.seqlen_q] * p.batch
 
     def held(dim: int) -> int:
         return dim if p.aligned else dim + 1  # a row of one element more than it shows starts anywhere
 
     dtype = getattr(torch, TORCH_DTYPES[p.dtype])
-    leading = (sum(counts),) if ragged else (p.batch, p.seqlen_q)
+    leading = (p.batch, p.seqlen_q) if counts is None else (sum(counts),)
     q = torch.randn((*leading, p.heads, held(p.head_dim)), generator=numbers, dtype=dtype, device=where)
+    unused = math.nan if varied else 0.0  # what is timed is given to peers as well, which may read on
     table, chosen = _places(p, lengths, random, varied)
-    k = _cache(p, p.head_dim, held(p.head_dim), table, chosen, lengths, numbers, where)
+    k = _cache(p, p.head_dim, held(p.head_dim), table, chosen, lengths, numbers, where, unused)
     v = k[..., : p.head_dim_v]
     if not p.shared_kv:
-        v = _cache(p, p.head_dim_v, held(p.head_dim_v), table, chosen, lengths, numbers, where)
+        v = _cache(p, p.head_dim_v, held(p.head_dim_v), table, chosen, lengths, numbers, where, unused)
 
     def integers(values: Any) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=where)
@@ -54,17 +72,16 @@ def make(problem: DecodeProblem, device: Any, seed: int, varied: bool) -> Inputs
             return None
         return torch.rand((p.batch, p.kv_heads), generator=numbers, device=where) + 0.5
 
-    starts = [sum(counts[:i]) for i in range(p.batch + 1)]
     call = DecodeCall(
         q[..., : p.head_dim], k, v, integers(lengths),
         page_table=integers(table) if p.page else None,
-        cu_seqlens_q=integers(starts) if ragged else None,
+        cu_seqlens_q=None if counts is None else integers([0, *itertools.accumulate(counts)]),
         cache_batch_idx=integers([pages[0] for pages in table]) if varied and not p.page else None,
         k_scale=scales(), v_scale=scales(),
         sinks=torch.randn(p.heads, generator=numbers, device=where) if p.sinks else None,
         window=(p.window_left, p.window_right), softcap=SOFTCAP if p.softcap else 0.0,
         num_splits=_SPLITS[(p.batch + p.seqlen_k) % len(_SPLITS)] if varied else 0,
-        most_rows=p.seqlen_q if ragged else 0, most_keys=p.seqlen_k,
+        most_rows=0 if counts is None else p.seqlen_q, most_keys=p.seqlen_k,
     )  # fmt: skip
     types = call.output_types()
     rooms = {
@@ -101,24 +118,25 @@ def _places(p: DecodeProblem, lengths: list[int], random: Random, varied: bool) 
     """The pages of each sequence, in any order, and how many there are; a third more than are used if `varied`."""
     size = p.page or p.seqlen_k
     width = -(-p.seqlen_k // size)
-    used = [-(-length // size) if varied and p.page else width for length in lengths]
+    used = [-(-length // size) if p.page else width for length in lengths]
     pages = sum(used) + (sum(used) // 3 + 1 if varied else 0)
     order = list(range(pages))
     if varied or p.page:
         random.shuffle(order)
     ends = list(itertools.accumulate(used))
     mine = (order[end - count : end] for end, count in zip(ends, used, strict=True))
-    return [some + [_NO_PAGE] * (width - len(some)) for some in mine], pages
+    rest = [_NO_PAGE if varied else 0]
+    return [some + rest * (width - len(some)) for some in mine], pages
 
 
 def _cache(
     p: DecodeProblem, dim: int, held: int, table: list[list[int]], pages: int, lengths: list[int],
-    numbers: torch.Generator, where: torch.device,
+    numbers: torch.Generator, where: torch.device, unused: float,
 ) -> torch.Tensor:  # fmt: skip
-    """NaN but for the keys of the sequences."""
+    """`unused` but for the keys of the sequences."""
     size = p.page or p.seqlen_k
     dtype = getattr(torch, KV_TORCH_DTYPES[p.kv_dtype] if p.kv_dtype else TORCH_DTYPES[p.dtype])
-    cache = torch.full((pages, size, p.kv_heads, held), math.nan, dtype=dtype, device=where)
+    cache = torch.full((pages, size, p.kv_heads, held), unused, dtype=dtype, device=where)
     rows = cache.view(pages * size, p.kv_heads, held)
     for mine, length in zip(table, lengths, strict=True):
         key = torch.arange(length, device=where)

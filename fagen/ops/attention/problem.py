@@ -195,6 +195,12 @@ class Problem:
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
 
+    def resized(self, batch: int, seqlen_q: int, seqlen_k: int) -> Self:
+        """The same with other sizes, which the caller has checked: it costs little."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+        return made
+
     def __str__(self) -> str:
         return self.key
 

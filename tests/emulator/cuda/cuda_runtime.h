@@ -48,6 +48,9 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.f) : 0.f; }  // NaN: 0
 inline float __uint_as_float(unsigned x) { return emulator::of_bits<float>(x); }
 inline int __float_as_int(float x) { return int(emulator::bits_of(x)); }

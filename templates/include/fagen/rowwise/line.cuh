@@ -25,9 +25,10 @@ struct RowLine {
   int skipped, length;  // elements of the first vector before the row; of the row
   int first, end;       // vectors
   bool whole_loads[kInputs], whole_stores;
+  bool whole;  // all vectors are, and none lies partly outside
 
   __device__ RowLine(const fagen_softmax_params& p, int64_t index, int member, int part, int part_steps) {
-    const int64_t batch = index / p.rows, row = index % p.rows;
+    const int64_t batch = p.batch == 1 ? 0 : index / p.rows, row = index - batch * p.rows;
     from[0] = element_at<In>(p.x, batch, row, 0);
     if constexpr (kInputs == 2) from[1] = element_at<In>(p.dout, batch, row, 0);
     to = element_at<Out>(p.out, batch, row, 0);
@@ -39,14 +40,17 @@ struct RowLine {
     }
     to -= skipped;
     whole_stores = reinterpret_cast<uintptr_t>(to) % kStoreAlignment<Out, kWidth> == 0;
+    whole = skipped == 0 && length % kWidth == 0 && whole_loads[0] && whole_loads[kInputs - 1] && whole_stores;
     const int vectors = (skipped + length + kWidth - 1) / kWidth;
     first = part * part_steps + member;
     end = vectors - part * part_steps < part_steps ? vectors : (part + 1) * part_steps;
   }
 
   // Elements outside of the row are `fill`.
+  template <bool kWhole>
   __device__ __forceinline__ Vector<In, kWidth> load(int input, int at, float fill) const {
     const In* p = from[input] + int64_t(at) * kWidth;
+    if constexpr (kWhole) return Vector<In, kWidth>::load(p);
     const int begin = at * kWidth - skipped;
     if (whole_loads[input] && begin >= 0 && begin + kWidth <= length) return Vector<In, kWidth>::load(p);
     float x[kWidth];
@@ -55,8 +59,10 @@ struct RowLine {
     return Vector<In, kWidth>::of(x);
   }
 
+  template <bool kWhole>
   __device__ __forceinline__ void store(int at, const float (&x)[kWidth]) const {
     Out* p = to + int64_t(at) * kWidth;
+    if constexpr (kWhole) return store_floats<Out>(p, x);
     const int begin = at * kWidth - skipped;
     if (whole_stores && begin >= 0 && begin + kWidth <= length) return store_floats<Out>(p, x);
 #pragma unroll
@@ -69,6 +75,7 @@ struct RowLine {
 template <class In, class Out, int kWidth, int kInputs>
 struct ColumnLine {
   static_assert(kWidth == 1, "a column has no vectors");
+  static constexpr bool whole = true;
 
   const In* from[kInputs];
   Out* to;
@@ -76,7 +83,7 @@ struct ColumnLine {
   int first, end;  // rows
 
   __device__ ColumnLine(const fagen_softmax_params& p, int64_t index, int member, int part, int part_steps) {
-    const int64_t batch = index / p.columns, column = index % p.columns;
+    const int64_t batch = p.batch == 1 ? 0 : index / p.columns, column = index - batch * p.columns;
     from[0] = element_at<In>(p.x, batch, 0, column), stride[0] = p.x.stride[1];
     if constexpr (kInputs == 2) from[1] = element_at<In>(p.dout, batch, 0, column), stride[1] = p.dout.stride[1];
     to = element_at<Out>(p.out, batch, 0, column), out_stride = p.out.stride[1];
@@ -84,9 +91,11 @@ struct ColumnLine {
     end = p.rows - part * part_steps < part_steps ? p.rows : (part + 1) * part_steps;
   }
 
+  template <bool>
   __device__ __forceinline__ Vector<In, 1> load(int input, int at, float) const {
     return Vector<In, 1>::load(from[input] + at * stride[input]);
   }
+  template <bool>
   __device__ __forceinline__ void store(int at, const float (&x)[1]) const {
     to[at * out_stride] = from_float<Out>(x[0]);
   }

@@ -11,13 +11,23 @@ struct Walk {
   static constexpr bool kInRegisters = Config::kScheme == Scheme::registers;
   static constexpr bool kInShared = Config::kScheme == Scheme::shared;
   static constexpr int kHeld = kInRegisters || kInShared ? Config::kHeld : 0;
-  static constexpr int kRegisters = kInRegisters ? kHeld : 1;
+  // vectors that are loaded before any of them is used, so that a thread has them on their way together
+  static constexpr int kAtOnce = Config::kThreads * Config::kLines >= 1024 || kInputs == 2 ? 2 : 4;
   using Held = Vector<In, kWidth>;
   using State = typename Softmax::State;
 
+  struct Loaded {
+    Held vector[kInputs];
+
+    __device__ __forceinline__ void to_floats(float (&x)[kInputs][kWidth]) const {
+#pragma unroll
+      for (int input = 0; input < kInputs; ++input) vector[input].to_floats(x[input]);
+    }
+  };
+
   const Line& line;
   Held* shared;  // of the block: a thread's own vectors lie a block's width apart, and no other thread reads them
-  Held held[kRegisters][kInputs];
+  Loaded held[kInRegisters ? kHeld : 1];
 
   __device__ Walk(const Line& line, unsigned char* memory)
       : line(line), shared(reinterpret_cast<Held*>(memory) + threadIdx.x) {}
@@ -25,96 +35,102 @@ struct Walk {
   // Reduces the whole line; every thread of the team has the result.
   template <class Team>
   __device__ State reduce_line(Team& team) {
-    if constexpr (Config::kScheme == Scheme::three_pass) {
-      return reduce_in_two(team);
+    State state;
+    if constexpr (Config::kScheme == Scheme::three_pass) {  // the maximum is known before anything is summed
+      each(0, [&](int, const Loaded& loaded) { with_floats(loaded, [&](auto& x) { Softmax::add_max(state, x); }); });
+      Softmax::share_max(state, team);
+      each(0, [&](int, const Loaded& loaded) { with_floats(loaded, [&](auto& x) { Softmax::add_sum(state, x); }); });
+      state.sum = team.reduce_sum(state.sum);
     } else {
-      State state = reduce();
+      line.whole ? reduce<true>(state) : reduce<false>(state);
       Softmax::share(state, team);
-      return state;
     }
+    return state;
   }
 
-  __device__ void write(const Softmax& softmax) {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int at = line.first + i * kStep;
-      if (at < line.end) write(softmax, at, take(i));
-    }
-    for (int at = line.first + kHeld * kStep; at < line.end; at += kStep) write(softmax, at, Loaded(line, at));
-  }
+  __device__ void write(const Softmax& softmax) { line.whole ? write<true>(softmax) : write<false>(softmax); }
 
  private:
-  // Online: the sum follows the maximum.
-  __device__ State reduce() {
-    State state;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int at = line.first + i * kStep;
-      if (at < line.end) add(state, hold(i, at));
-    }
-    for (int at = line.first + kHeld * kStep; at < line.end; at += kStep) add(state, Loaded(line, at));
-    return state;
+  __device__ __forceinline__ int place(int i) const { return line.first + i * kStep; }
+  __device__ __forceinline__ Held& held_in_shared(int i, int input) {
+    return shared[(i * kInputs + input) * Config::kThreads * Config::kLines];
   }
 
-  // Safe: the maximum of the whole line is known before anything is summed.
-  template <class Team>
-  __device__ State reduce_in_two(Team& team) {
-    State state;
-    float x[kInputs][kWidth];
-    for (int at = line.first; at < line.end; at += kStep) {
-      Loaded(line, at).to_floats(x);
-      Softmax::add_max(state, x);
+  // Vectors of this thread from the `first`-th on.
+  template <bool kWhole, int kCount>
+  __device__ __forceinline__ void load(Loaded (&to)[kCount], int first) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (place(first + i) < line.end)
+#pragma unroll
+        for (int input = 0; input < kInputs; ++input)
+          to[i].vector[input] = line.template load<kWhole>(input, place(first + i), Softmax::kFill);
+  }
+  // Calls use(place, vector) for each vector from the `first`-th on.
+  template <bool kWhole, class Use>
+  __device__ __forceinline__ void each(int first, Use use) const {
+    for (; place(first) < line.end; first += kAtOnce) {
+      Loaded loaded[kAtOnce];
+      load<kWhole>(loaded, first);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (place(first + i) < line.end) use(place(first + i), loaded[i]);
     }
-    Softmax::share_max(state, team);
-    for (int at = line.first; at < line.end; at += kStep) {
-      Loaded(line, at).to_floats(x);
-      Softmax::add_sum(state, x);
-    }
-    state.sum = team.reduce_sum(state.sum);
-    return state;
   }
 
-  struct Loaded {
-    Held vector[kInputs];
-
-    __device__ Loaded() {}
-    __device__ Loaded(const Line& line, int at) {
-#pragma unroll
-      for (int input = 0; input < kInputs; ++input) vector[input] = line.load(input, at, Softmax::kFill);
-    }
-    __device__ void to_floats(float (&x)[kInputs][kWidth]) const {
-#pragma unroll
-      for (int input = 0; input < kInputs; ++input) vector[input].to_floats(x[input]);
-    }
-  };
-
-  __device__ Held& place(int i, int input) { return shared[(i * kInputs + input) * Config::kThreads * Config::kLines]; }
-
-  __device__ Loaded hold(int i, int at) {
-    const Loaded loaded(line, at);
-#pragma unroll
-    for (int input = 0; input < kInputs; ++input) {
-      if constexpr (kInRegisters) held[i][input] = loaded.vector[input];
-      if constexpr (kInShared) place(i, input) = loaded.vector[input];
-    }
-    return loaded;
-  }
-  __device__ Loaded take(int i) {
-    Loaded loaded;
-#pragma unroll
-    for (int input = 0; input < kInputs; ++input) {
-      if constexpr (kInRegisters) loaded.vector[input] = held[i][input];
-      if constexpr (kInShared) loaded.vector[input] = place(i, input);
-    }
-    return loaded;
+  template <class Use>
+  __device__ __forceinline__ void each(int first, Use use) const {
+    line.whole ? each<true>(first, use) : each<false>(first, use);
   }
 
-  __device__ static void add(State& state, const Loaded& loaded) {
+  template <bool kWhole>
+  __device__ __forceinline__ void reduce(State& state) {  // online: the sum follows the maximum
+    if constexpr (kInRegisters) {
+      load<kWhole>(held, 0);
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        if (place(i) < line.end) add(state, held[i]);
+    }
+    if constexpr (kInShared) {
+      Loaded loaded[kHeld];
+      load<kWhole>(loaded, 0);
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        if (place(i) < line.end) {
+#pragma unroll
+          for (int input = 0; input < kInputs; ++input) held_in_shared(i, input) = loaded[i].vector[input];
+          add(state, loaded[i]);
+        }
+    }
+    each<kWhole>(kHeld, [&](int, const Loaded& loaded) { add(state, loaded); });
+  }
+
+  template <bool kWhole>
+  __device__ __forceinline__ void write(const Softmax& softmax) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (place(i) < line.end) {
+        Loaded loaded;
+        if constexpr (kInRegisters) loaded = held[i];
+        if constexpr (kInShared)
+#pragma unroll
+          for (int input = 0; input < kInputs; ++input) loaded.vector[input] = held_in_shared(i, input);
+        write<kWhole>(softmax, place(i), loaded);
+      }
+    each<kWhole>(kHeld, [&](int at, const Loaded& loaded) { write<kWhole>(softmax, at, loaded); });
+  }
+
+  template <class Use>
+  __device__ __forceinline__ static void with_floats(const Loaded& loaded, Use use) {
     float x[kInputs][kWidth];
     loaded.to_floats(x);
-    Softmax::add(state, x);
+    use(x);
   }
-  __device__ void write(const Softmax& softmax, int at, const Loaded& loaded) const {
+  __device__ __forceinline__ static void add(State& state, const Loaded& loaded) {
+    with_floats(loaded, [&](auto& x) { Softmax::add(state, x); });
+  }
+  template <bool kWhole>
+  __device__ __forceinline__ void write(const Softmax& softmax, int at, const Loaded& loaded) const {
     float x[kInputs][kWidth], y[kWidth];
     loaded.to_floats(x);
 #pragma unroll
@@ -124,7 +140,7 @@ struct Walk {
       for (int input = 0; input < kInputs; ++input) one[input] = x[input][i];
       y[i] = softmax(one);
     }
-    line.store(at, y);
+    line.template store<kWhole>(at, y);
   }
 };
 

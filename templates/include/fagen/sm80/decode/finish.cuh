@@ -1,5 +1,7 @@
 // From the warps' sums to O and LSE: parts are merged by their references, within a block and between splits.
 #pragma once
+#include "fagen/ptx/cluster.cuh"
+#include "fagen/ptx/warpgroup.cuh"
 #include "fagen/sm80/decode/block.cuh"
 
 namespace fagen {
@@ -83,12 +85,15 @@ struct DecodeOutput {
   }
 };
 
-// Call visit(row of the tile, column) for every 4 columns of the tile's rows, in turn by the threads of a block.
+// Call visit(row of the tile, column) for every 4 columns of the tile's rows, in turn by the threads of `blocks`
+// blocks, of which this is number `rank`.
 template <class C, class Visit>
-__device__ __forceinline__ void for_4_columns(const DecodeTile<C>& tile, int threads, Visit visit) {
+__device__ __forceinline__ void for_4_columns(const DecodeTile<C>& tile, int threads, Visit visit, int rank = 0,
+                                              int blocks = 1) {
   constexpr int kPieces = C::kHeadDimV / 4;
   const int rows = min(C::kTileM, tile.rows() - tile.first_row);
-  for (int i = threadIdx.x; i < rows * kPieces; i += threads) visit(i / kPieces, i % kPieces * 4);
+  for (int i = rank * threads + threadIdx.x; i < rows * kPieces; i += blocks * threads)
+    visit(i / kPieces, i % kPieces * 4);
 }
 
 // Where a split's part of a tile lies.
@@ -110,6 +115,28 @@ __device__ __forceinline__ void merge_splits(const DecodeOutput<C, Element>& out
         });
     output.write(tile.first_row + row, column, sums);
   });
+}
+
+// The same where the splits are a cluster: each block has its part in its own shared memory, and merges some of the
+// columns of all. Blocks without keys come along.
+template <class C, class Element>
+__device__ __forceinline__ void merge_cluster(const DecodeOutput<C, Element>& output, uint32_t shared, int split,
+                                              const DecodeGrid& grid, int used) {
+  using S = DecodeShape<C>;
+  const DecodeTile<C>& tile = output.tile;
+  ptx::cluster_sync();
+  for_4_columns<C>(
+      tile, S::kThreads,
+      [&](int row, int column) {
+        const auto stats = [&](int i) {  // two rows have 16 bytes
+          const float4 both = ptx::ld_cluster_16(shared + S::kOwnStats + row / 2 * 16, i);
+          return row % 2 ? make_float2(both.z, both.w) : make_float2(both.x, both.y);
+        };
+        const auto sums = [&](int i) { return ptx::ld_cluster_16(shared + (row * S::kPartPitch + column) * 4, i); };
+        output.write(tile.first_row + row, column, merge_parts<false>(used, output.scale_log2, stats, sums));
+      },
+      split, grid.splits);
+  ptx::cluster_sync();  // none ends while others read its shared memory
 }
 
 // Whether this block is the last of its tile's splits; then it sees what the others wrote.
@@ -143,6 +170,7 @@ __device__ __forceinline__ void finish_block(const DecodeBlock<C, Element>& bloc
   }
   __syncthreads();
   const bool alone = block.split.used == 1;
+  float2* own_stats = reinterpret_cast<float2*>(block.shared + S::kOwnStats);
   for_4_columns<C>(tile, S::kThreads, [&](int row, int column) {
     const RowSums sums = merge_parts<S::kSplitColumns>(
         C::kWarps, output.scale_log2, [&](int i) { return stats[i * C::kTileM + row]; },
@@ -153,10 +181,18 @@ __device__ __forceinline__ void finish_block(const DecodeBlock<C, Element>& bloc
       output.write(tile.first_row + row, column, sums);
       return;
     }
+    if (C::kMergedBy == MergedBy::cluster && grid.clustered) {  // no other thread reads this place
+      *reinterpret_cast<float4*>(parts + row * S::kPartPitch + column) = sums.o;
+      if (column == 0) own_stats[row] = make_float2(sums.reference, sums.sum);
+      return;
+    }
     const int64_t at = part_row<C>(grid, tile.index, split, row);
     grid.sums[at * (C::kHeadDimV / 4) + column / 4] = sums.o;
     if (column == 0) grid.stats[at] = make_float2(sums.reference, sums.sum);
   });
+  if constexpr (C::kMergedBy == MergedBy::cluster)
+    if (!alone && grid.clustered)
+      merge_cluster(output, ptx::shared_address(block.shared), split, grid, block.split.used);
   if constexpr (C::kMergedBy == MergedBy::last_block)
     if (!alone && arrive_last(grid.arrived + tile.index, block.split.used))
       merge_splits(output, grid, block.split.used, S::kThreads);

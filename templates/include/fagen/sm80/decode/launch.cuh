@@ -7,6 +7,7 @@
 namespace fagen {
 
 constexpr int kMostSplits = 256;
+constexpr int kMostOfCluster = 8;  // blocks, on every GPU that has clusters
 constexpr int kCombineThreads = 256;
 
 // Key tiles that a row tile can see at most, by the largest lengths. A window may begin amid a tile.
@@ -25,7 +26,7 @@ static int most_key_tiles(const fagen_decode_params& p) {
 // that a CUDA graph serves all of them.
 template <class C>
 static int choose_splits(int64_t row_tiles, int key_tiles, int resident) {
-  constexpr int kStart = 128, kMerge = 128, kMergeOfSplit = 4;
+  constexpr int kStart = 128, kMerge = 128, kMergeInCluster = 32, kMergeOfSplit = 4;
   if (row_tiles > INT32_MAX / kMostSplits) return 1;  // below, divisions of 32 bits: this is asked at every launch
   const int most = ceil_div(key_tiles * C::kTileN, C::kSplitKeys);
   int best = 1;
@@ -33,7 +34,9 @@ static int choose_splits(int64_t row_tiles, int key_tiles, int resident) {
   for (int splits = 1; splits <= most && splits <= kMostSplits; ++splits) {
     const int64_t waves = ceil_div(int(row_tiles) * splits, resident);
     const int keys = ceil_div(key_tiles, splits) * C::kTileN;
-    const int64_t cost = waves * (keys + kStart) + (splits > 1 ? kMerge + splits * kMergeOfSplit : 0);
+    const bool clustered = C::kMergedBy == MergedBy::cluster && splits <= kMostOfCluster;
+    const int merge = (clustered ? kMergeInCluster : kMerge) + splits * kMergeOfSplit;
+    const int64_t cost = waves * (keys + kStart) + (splits > 1 ? merge : 0);
     if (splits == 1 || cost < least) best = splits, least = cost;
   }
   return best;
@@ -61,7 +64,8 @@ struct DecodePlan {
       grid.splits = choose_splits<C>(tiles, key_tiles, resident);
       grid.least_tiles = ceil_div(C::kSplitKeys, C::kTileN);
     }
-    if (grid.splits == 1) return;
+    grid.clustered = C::kMergedBy == MergedBy::cluster && grid.splits <= kMostOfCluster;
+    if (grid.splits == 1 || grid.clustered) return;
     rows = tiles * grid.splits * C::kTileM;
     arrived_bytes = C::kMergedBy == MergedBy::last_block ? align_workspace(tiles * sizeof(unsigned)) : 0;
     stats_bytes = align_workspace(rows * sizeof(float2));
@@ -79,6 +83,19 @@ struct DecodePlan {
 
 using DecodeKernel = void (*)(fagen_decode_params, DecodeGrid);
 
+// The splits of a tile as a cluster.
+template <class C>
+static cudaError_t launch_clusters(const fagen_decode_params& p, const DecodePlan<C>& plan, cudaStream_t stream,
+                                   DecodeKernel decode) {
+  using S = DecodeShape<C>;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(plan.grid.splits), 1, 1};
+  const cudaLaunchConfig_t config = {
+      dim3(unsigned(plan.tiles * plan.grid.splits)), dim3(S::kThreads), size_t(S::kSmemBytes), stream, &cluster, 1};
+  return cudaLaunchKernelEx(&config, decode, p, plan.grid);
+}
+
 template <class C>
 static cudaError_t launch_decode(const fagen_decode_params& p, int resident, cudaStream_t stream, DecodeKernel decode,
                                  DecodeKernel combine) {
@@ -90,8 +107,9 @@ static cudaError_t launch_decode(const fagen_decode_params& p, int resident, cud
   if (plan.arrived_bytes)
     if (const cudaError_t e = cudaMemsetAsync(plan.grid.arrived, 0, plan.arrived_bytes, stream)) return e;
   using S = DecodeShape<C>;
+  if (plan.grid.clustered && plan.grid.splits > 1) return launch_clusters(p, plan, stream, decode);
   decode<<<unsigned(blocks), S::kThreads, S::kSmemBytes, stream>>>(p, plan.grid);
-  if (C::kMergedBy == MergedBy::own_kernel && plan.grid.splits > 1) {
+  if (C::kMergedBy != MergedBy::last_block && plan.grid.splits > 1) {
     if constexpr (Derived::early)
       return launch_kernel(combine, int(plan.tiles), kCombineThreads, 0, stream, p, plan.grid);
     else

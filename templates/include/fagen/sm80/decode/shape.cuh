@@ -46,12 +46,14 @@ struct DecodeShape {
   static constexpr int kMaxima = kRingsEnd + (kSplitColumns ? TileP::kBytes : 0);
   static constexpr int kLoopBytes = kMaxima + (kSplitColumns ? C::kWarps * C::kTileM * 4 : 0);
 
-  // After the loop, over all of it: parts of O in float32, then (warp, row): reference, sum
+  // After the loop, over all of it: parts of O in float32, then (warp, row): reference, sum. The part of the block
+  // takes the place of the first.
   static constexpr int kParts = kSplitColumns ? 1 : C::kWarps;
   static constexpr int kPartPitch = C::kHeadDimV + 8;  // floats; rows fall into different banks
   static constexpr int kPartFloats = C::kTileM * kPartPitch;
   static constexpr int kStats = kParts * kPartFloats * 4;
-  static constexpr int kMergeBytes = kStats + C::kWarps * C::kTileM * 8;
+  static constexpr int kOwnStats = kStats + C::kWarps * C::kTileM * 8;  // of the block's part, for its cluster
+  static constexpr int kMergeBytes = kOwnStats + (C::kMergedBy == MergedBy::cluster ? C::kTileM * 8 : 0);
   static constexpr int kSmemBytes = kLoopBytes > kMergeBytes ? kLoopBytes : kMergeBytes;
 
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
