@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from fagen import families, target
-from fagen.bench import peers, rows, run, suites
+from fagen.bench import ours, peers, rows, run, suites
 from fagen.bench.prebuild import together
 from fagen.build import cache, toolchain
 from fagen.build.job import Artifact, Job, make_job
@@ -113,7 +113,7 @@ def built(variant: dict[str, Any], row: rows.Row, where: Target) -> Artifact:
 def participant(variant: dict[str, Any], artifact: Artifact, where: Target) -> peers.Prepare:
     def prepare(row: rows.Row, inputs: rows.Inputs) -> peers.Serve:
         spec = KernelSpec(families.get(variant["family"]), row.problem, where, Config(variant["config"]))
-        return peers.launched(kernel.load(artifact, spec))
+        return ours.launched(kernel.load(artifact, spec))
 
     return prepare
 

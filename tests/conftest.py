@@ -41,9 +41,10 @@ def load() -> float:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers() -> int:
-    """As many processes as cores and memory bear: torch, and a compiler beside it."""
+    """Three for two cores, as far as memory bears torch and a compiler in each: they often wait, for a process that
+    starts or for a time-out."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(cores(), memory // (3 << 30)))
+    return max(1, min(cores() * 3 // 2, memory // (3 << 30)))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,6 +97,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = "gpu" if folder == "gpu" else GROUPS.get(item.path.name)
         if group:
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture
+def quick_machine(monkeypatch):
+    """The machine's own rates by short samples: a run of the benchmark takes three."""
+    from fagen.timing import machine
+
+    monkeypatch.setattr(machine, "_ROUNDS", 3)
+    monkeypatch.setattr(machine, "_SECONDS", 0.01)
+    monkeypatch.setitem(machine._SIZES, "cpu", (256, "float32"))
+    monkeypatch.setitem(machine._COPY_BYTES, "cpu", 1 << 24)
 
 
 # ---- folders of a test, and a family that misbehaves ----------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from fagen.bench.rows import Row
+from fagen.bench.ours import dispatched
+from fagen.bench.peers import Serve
+from fagen.bench.rows import Inputs, Row
 from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.target import Target
 
@@ -67,6 +69,12 @@ def _row(kind: str, batch: int, keys: int, **fields: Any) -> Row:
     problem = DecodeProblem(batch=batch, seqlen_k=keys, **fields)
     series = f"decode{kind} b{batch} h{problem.heads}/{problem.kv_heads} d{problem.head_dim}"
     return Row(f"{series} k{keys}", problem, series)
+
+
+def ours(row: Row, inputs: Inputs) -> Serve:
+    from fagen.ops.attention import decode_reference
+
+    return dispatched(inputs.call, lambda i: decode_reference.attend(i.call, i.call.q.dtype)[0])
 
 
 def _ragged_steps(target: Target) -> list[tuple[int, int]]:

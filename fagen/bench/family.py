@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fagen import families
-from fagen.bench.peers import Cannot, Prepare, Serve, launched
+from fagen.bench.ours import launched
+from fagen.bench.peers import Cannot, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError

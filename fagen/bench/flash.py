@@ -55,24 +55,25 @@ def load_fa3(paths: Mapping[str, Path]) -> Loaded:
     version = _version("flash_attn_3", "flash-attn-3")
     if path := paths.get("fa3"):
         _load_library(path)
-        return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), path.name, _fa3_backward(), _fa3_decode())
+        return _fa3(_through_op(torch.ops.flash_attn_3.fwd.default), path.name)
     if importlib.util.find_spec("flash_attn_interface"):
         module = importlib.import_module("flash_attn_interface")
-        return Loaded(_through_functions(module, unbounded=-1), version, _fa3_backward(), _fa3_decode())
+        return _fa3(_through_functions(module, unbounded=-1), version)
     if hasattr(torch.ops.flash_attn_3, "fwd"):
-        return Loaded(_through_op(torch.ops.flash_attn_3.fwd.default), version, _fa3_backward(), _fa3_decode())
+        return _fa3(_through_op(torch.ops.flash_attn_3.fwd.default), version)
     raise Absent(
         "flash_attn_interface cannot be imported, and --fa3 names no library; "
         "install the folder hopper of the flash-attention repository, or name its built _C.so"
     )
 
 
-def _fa3_backward() -> Prepare | str:
+def _fa3(forward: Prepare, version: str) -> Loaded:
     import torch
 
-    if not hasattr(torch.ops.flash_attn_3, "bwd"):
-        return "it registers no op flash_attn_3::bwd"
-    return flash_backward.through_op(torch.ops.flash_attn_3.bwd.default)
+    backward: Prepare | str = "it registers no op flash_attn_3::bwd"
+    if hasattr(torch.ops.flash_attn_3, "bwd"):
+        backward = flash_backward.through_op(torch.ops.flash_attn_3.bwd.default)
+    return Loaded({"forward": forward, "backward": backward, "decode": _fa3_decode()}, version)
 
 
 def _fa3_decode() -> Prepare | str:
@@ -141,7 +142,9 @@ def load_flash_attn(paths: Mapping[str, Path]) -> Loaded:
     """The package of FlashAttention 2; FlashAttention 4's shares its name, and lacks these functions."""
     module = _imported("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation")
     forward = _through_functions(module, unbounded=-1)
-    return Loaded(forward, _version("flash-attn", "flash_attn"), through_autograd(forward))
+    return Loaded(
+        {"forward": forward, "backward": through_autograd(forward)}, _version("flash-attn", "flash_attn")
+    )  # fmt: skip
 
 
 def load_fa4(paths: Mapping[str, Path]) -> Loaded:
@@ -156,12 +159,11 @@ def load_fa4(paths: Mapping[str, Path]) -> Loaded:
         if two := sys.modules.get("flash_attn"):  # FlashAttention 2's package, which looks into its own folder alone
             two.__path__.append(str((folder / "flash_attn").resolve()))
     module = _imported("flash_attn.cute.interface", "pip install flash-attn-4, or --fa4 names a folder of its wheels")
-    backward = getattr(module, "_flash_attn_bwd", None)
-    return Loaded(
-        _through_functions(module, unbounded=None),
-        _version("flash-attn-4", "flash_attn_cute"),
-        flash_backward.through_function(backward) if backward else f"{module.__name__} has no _flash_attn_bwd",
-    )
+    backward: Prepare | str = f"{module.__name__} has no _flash_attn_bwd"
+    if function := getattr(module, "_flash_attn_bwd", None):
+        backward = flash_backward.through_function(function)
+    forward = _through_functions(module, unbounded=None)
+    return Loaded({"forward": forward, "backward": backward}, _version("flash-attn-4", "flash_attn_cute"))
 
 
 # ---- FlashInfer -----------------------------------------------------------------------------------------------------
@@ -169,8 +171,10 @@ def load_fa4(paths: Mapping[str, Path]) -> Loaded:
 
 def load_flashinfer(paths: Mapping[str, Path]) -> Loaded:
     module = _imported("flashinfer", "pip install flashinfer-python")
-    version, decode = _version("flashinfer-python"), decode_peers.through_flashinfer(module)
-    return Loaded(through_flashinfer(module), version, decode=decode)
+    by_op: dict[str, Prepare | str] = {
+        "forward": through_flashinfer(module), "decode": decode_peers.through_flashinfer(module)
+    }  # fmt: skip
+    return Loaded(by_op, _version("flashinfer-python"))
 
 
 def through_flashinfer(flashinfer: Any) -> Prepare:

@@ -24,7 +24,7 @@ def load(paths: Mapping[str, Path], *, compiled: bool = True) -> Loaded:
     import torch
 
     forward = _prepare(compiled)
-    return Loaded(forward, f"torch {torch.__version__}", through_autograd(forward))
+    return Loaded({"forward": forward, "backward": through_autograd(forward)}, f"torch {torch.__version__}")
 
 
 def _prepare(compiled: bool) -> Prepare:

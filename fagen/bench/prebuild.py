@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from fagen.bench import by_op
 from fagen.bench.rows import Row
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError
@@ -34,7 +35,7 @@ def build(chosen: list[Row], target: Target, say: Callable[[str], None], held: s
         with contextlib.suppress(FagenError):
             make()
 
-    by_binding = not held and any(row.op == "forward" for row in chosen)  # `fagen.attention` calls it
+    by_binding = not held and any(by_op.get(row.op).by_binding for row in chosen)
     together(attempt, [*([binding.make] if by_binding else []), *work.values()], compile_workers(target.is_gpu))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import family, peers, rows, softmax
+from fagen.bench import attention, by_op, family, peers, rows
 from fagen.bench.peers import OURS, Cannot, Prepare
 from fagen.bench.rows import Inputs, Row
 from fagen.errors import LaunchError
@@ -24,12 +24,9 @@ from fagen.target import Target
 from fagen.timing.machine import Machine
 
 if TYPE_CHECKING:
-    from fagen.ops.attention.reference import Verdict
+    from fagen.ops.oracle import Verdict
 
 FORMAT = 1
-# scores that are verified; of longer rows a part is
-_CELLS = {"forward": {"cuda": 1 << 32, "cpu": 1 << 25}, "backward": {"cuda": 1 << 25, "cpu": 1 << 22}}
-_CELLS["decode"] = _CELLS["backward"]
 _HOST_CALLS, _HOST_ROUNDS = 200, 9
 
 Result = dict[str, Any]
@@ -59,7 +56,7 @@ def bench(
     """
     import torch
 
-    machine = Machine(target, reads=chosen[0].op == "decode")
+    machine = Machine(target, reads=by_op.get(chosen[0].op).reads)
     found: list[Result] = []
     with torch.no_grad():
         on_sample(machine.sample("start"))
@@ -76,9 +73,7 @@ def bench(
 
 
 def _ours(row: Row, target: Target, held: str | None) -> Prepare:
-    if held:
-        return family.ours(held, target)
-    return softmax.ours if row.op == softmax.OP else peers.ours
+    return family.ours(held, target) if held else by_op.get(row.op).ours
 
 
 def _shares(result: Result, machine: Machine) -> None:
@@ -103,7 +98,7 @@ def time_row(
     result: Result = {
         "name": row.name, "series": row.series, "length": row.length, "problem": row.problem.to_dict(),
         "key": row.problem.key, "flops": flops, "bytes": rows.least_bytes(row), "input_sets": count,
-        "needs_split_keys": rows.needs_split_keys(row.problem, target), "participants": {},
+        "needs_split_keys": by_op.get(row.op).needs_split_keys(row.problem, target), "participants": {},
     }  # fmt: skip
     result["choice"] = _choice(row, sets[0], target, held)
     calls = {}
@@ -134,9 +129,7 @@ def time_row(
 
 def _choice(row: Row, inputs: Inputs, target: Target, held: str | None) -> Result:
     try:
-        if held:
-            return family.choice(row, target, held)
-        return (softmax.choice if row.op == softmax.OP else peers.choice)(row, inputs)
+        return family.choice(row, target, held) if held else by_op.get(row.op).choice(row, inputs)
     except Exception as error:  # the call itself will raise it again, and be told as failed
         return {"served_by": "nothing", "reason": peers.reason(error)}
 
@@ -182,7 +175,7 @@ def prepared(
             out = serve(inputs)
             synchronize(device)
             seconds = time.perf_counter() - start
-            verdict, checked = verified(out, inputs.call, _CELLS.get(row.op, {}).get(device, 0))
+            verdict, checked = verified(out, inputs.call, by_op.get(row.op).cells.get(device, 0))
             for other in more if verdict.ok else ():
                 serve(other)
             synchronize(device)
@@ -224,33 +217,13 @@ def alive(device: str, name: str, where: str) -> None:
 
 
 def verified(out: Any, call: Any, cells: int) -> tuple[Verdict, str]:
-    """The op's oracle on whole outputs, or, where that takes too long, on a part of the same outputs.
-
-    Of an output of forward that is evenly spread heads, else the op's own sample.
-    """
+    """By the op's oracle: all of the outputs, or, where that takes too long, a part of the same outputs."""
     from fagen import ops
-    from fagen.ops.attention import reference
 
     op = call.problem.op
-    calls = ops.get(op).calls()
-    given = dict(zip(calls.timed, out if isinstance(out, tuple) else (out,), strict=True))
-    if op == softmax.OP:
-        return calls.check_sample(call, given), "a sample of rows"
-    group, planes = call.heads // call.kv_heads, call.kv_heads
-    each, units = group * call.seqlen_q * call.seqlen_k, call.batch * planes
-    if units * each <= cells or (op == "forward" and units <= 2):
-        return calls.check(call, given), "all"
-    if op != "forward":
-        return calls.check_sample(call, given), "a sample of heads, rows and keys"
-    wanted = min(units, max(2, cells // each))
-    picked = sorted({round(i * (units - 1) / (wanted - 1)) for i in range(wanted)})
-    verdicts = []
-    for b, kv in (divmod(unit, planes) for unit in picked):  # a kv head, and the query heads that share it
-        heads = slice(kv * group, (kv + 1) * group)
-        verdicts.append(reference.check(*reference.part(call, given, b, heads)))
-    worst = max(verdicts, key=lambda verdict: (not verdict.ok, verdict.ratio))
-    error = max(verdict.error for verdict in verdicts)
-    return reference.Verdict(worst.ok, error, worst.ratio, worst.message), f"{len(picked)} of {units} kv heads"
+    names = ops.get(op).calls().timed
+    given = dict(zip(names, out if isinstance(out, tuple) else (out,), strict=True))
+    return by_op.get(op).check(call, given, cells)
 
 
 # ---- ours against the best of the others ----------------------------------------------------------------------------
@@ -307,7 +280,7 @@ def host(others: Mapping[str, Prepare], target: Target) -> Result:
     with torch.no_grad():
         inputs = rows.make_inputs(row, target)
         calls: dict[str, Callable[[], object]] = {}
-        for name, prepare in {OURS: peers.ours_eager, **others}.items():
+        for name, prepare in {OURS: attention.ours_eager, **others}.items():
             facts, serve = prepared(prepare, row, inputs, device, name)
             found["participants"][name] = facts
             if serve is not None:

@@ -50,9 +50,8 @@ def sdpa(paths: Mapping[str, Path]) -> Loaded:
 
 def _loaded(backend: str, version: str) -> Loaded:
     forward = _through_sdpa(backend)
-    if backend == "MATH":
-        return Loaded(forward, version, through_autograd(forward))
-    return Loaded(forward, version, through_autograd(forward), decode_peers.by_sdpa(backend))
+    by_op = {"forward": forward, "backward": through_autograd(forward)}
+    return Loaded(by_op if backend == "MATH" else {**by_op, "decode": decode_peers.by_sdpa(backend)}, version)
 
 
 def _through_sdpa(backend: str) -> Prepare:

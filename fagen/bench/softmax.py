@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench.peers import Loaded, Serve, launched
+from fagen.bench.ours import dispatched
+from fagen.bench.peers import Loaded, Serve
 from fagen.bench.rows import Inputs, Row
-from fagen.errors import UsageError
-from fagen.ops.softmax.problem import DIRECTIONS, SoftmaxProblem
+from fagen.ops.softmax.problem import SoftmaxProblem
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
+    from fagen.ops.oracle import Verdict
     from fagen.ops.softmax.call import SoftmaxCall
-    from fagen.runtime.kernel import Kernel
     from fagen.target import Target
 
 OP = "softmax"
@@ -33,8 +32,6 @@ _CPU_BYTES = 1 << 30  # of a row that a CPU measures
 
 def suite(target: Target, direction: str) -> list[Row]:
     """Half precision and float32 on a GPU; on a CPU float32."""
-    if direction not in DIRECTIONS:
-        raise UsageError(f"suite softmax has no rows of {direction}", f"it goes by --op {' or '.join(DIRECTIONS)}")
     found = []
     for dtype in ("bf16", "fp32") if target.is_gpu else ("fp32",):
         for along, sizes in (("row", _SIZES), ("column", _COLUMNS)):
@@ -50,8 +47,7 @@ def suite(target: Target, direction: str) -> list[Row]:
 
 
 def ours(row: Row, inputs: Inputs) -> Serve:
-    """`fagen.softmax` as a user calls it. Of backward the kernel that dispatch picks, without autograd, as the peers
-    are launched; else what PyTorch does instead."""
+    """`fagen.softmax` as a user calls it; of its gradient the kernel that dispatch picks."""
     from fagen import softmax_api
     from fagen.ops.softmax import calls
 
@@ -59,31 +55,13 @@ def ours(row: Row, inputs: Inputs) -> Serve:
     if call.dout is None:
         function = softmax_api.log_softmax if call.log else softmax_api.softmax
         return lambda i: function(i.call.x, i.call.axis, i.call.out_dtype)
-    found = _kernel(call)
-    return launched(found) if found else lambda i: calls.by_torch(i.call)
+    return dispatched(call, lambda i: calls.by_torch(i.call))
 
 
-def _kernel(call: SoftmaxCall) -> Kernel | None:
-    from fagen.dispatch import resolve
-    from fagen.target import target_of
+def check_sample(call: SoftmaxCall, given: Mapping[str, torch.Tensor], cells: int) -> tuple[Verdict, str]:
+    from fagen.ops.softmax.calls import CALLS
 
-    target = target_of(call.x.device)
-    return resolve.kernel_for(call.problem, target) if target else None
-
-
-def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
-    """What dispatch picks for the row, and whether a kernel of ours really serves it."""
-    from fagen import explanation
-    from fagen.target import target_of
-
-    target = target_of(inputs.call.x.device)
-    assert target is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said in the result
-        kernel = _kernel(inputs.call)
-    report = explanation.explain_problem(row.problem, target).to_dict()
-    names = ("key", "family", "config", "provenance", "record", "facts")
-    return {name: report[name] for name in names} | {"served_by": "kernel" if kernel is not None else "torch"}
+    return CALLS.check_sample(call, given), "a sample of rows"
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------
@@ -92,7 +70,7 @@ def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
 def eager(paths: Mapping[str, Path]) -> Loaded:
     from fagen.ops.softmax import calls
 
-    return Loaded(lambda row, inputs: lambda i: calls.by_torch(i.call), _torch_version())
+    return Loaded({OP: lambda row, inputs: lambda i: calls.by_torch(i.call)}, _torch_version())
 
 
 def compiled(paths: Mapping[str, Path]) -> Loaded:
@@ -103,13 +81,14 @@ def compiled(paths: Mapping[str, Path]) -> Loaded:
 
         function: Callable[..., Any] = _backward if inputs.call.dout is not None else _forward
         call = inputs.call
+        torch.compiler.reset()  # else the limit of recompilations makes later rows fail
         made = torch.compile(
             functools.partial(function, axis=call.axis, log=call.log, dtype=call.out_dtype),
             dynamic=False, fullgraph=True,
         )  # fmt: skip
         return lambda i: made(*i.call.inputs().values())
 
-    return Loaded(prepare, _torch_version())
+    return Loaded({OP: prepare}, _torch_version())
 
 
 def _forward(x: torch.Tensor, *, axis: int, log: bool, dtype: torch.dtype) -> torch.Tensor:

@@ -5,26 +5,18 @@ Lengths and batch share 16384 tokens and heads and head_dim share 2048 columns, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fagen.bench import decode, random_rows, softmax
 from fagen.bench.rows import Row, of_problem, row_of_op
 from fagen.errors import UsageError
 from fagen.ops.attention.problem import Problem
+from fagen.ops.softmax.problem import DIRECTIONS
 from fagen.target import Target
 
 TOKENS = 16384
-SUITES = {
-    "peers": "the head_dim grid at three lengths, eight models' layers, a cross-attention: 39 rows",
-    "models": "the layers of well-known models at several lengths",
-    "masks": "window, packed documents, prefix LM at 16k",
-    "random": "60 problems drawn by --seed, that nobody tuned",
-    "few_rows": "few rows of q on many keys, where tiles of rows alone leave SMs idle: 23 rows",
-    "small": "a small suite, for a CPU",
-    **decode.SUITES,
-    "fp32": "float32 at head dims 32 to 256, lengths 512 to 4096: 32 rows",
-    "softmax": "fagen.softmax, along rows from 128 to 1 M and along columns; with --op backward its gradient",
-}
 _CROSS = "cross-512x8192"
 _MASKS = {"full": "none", "causal": "causal"}  # of a row's name: of a problem
 _GRID = {(64, 64): 32, (96, 96): 21, (128, 128): 16, (192, 128): 10, (256, 256): 8}  # head dims: heads
@@ -87,33 +79,6 @@ _FEW_ROWS = (
     (1500, 12000, 1, 2, 2, 128, "none"),
 )
 _SHAPE: dict[str, Any] = {"heads": 16, "head_dim": 128}  # of the mask rows
-
-
-def suite(name: str, target: Target, seed: int = 0, op: str = "forward", *, same_bits: bool = False) -> list[Row]:
-    """The rows of a suite for an op. Nobody trains by the cross-attention of `peers`, which backward leaves out."""
-    if name == softmax.OP:
-        return softmax.suite(target, op)
-    if (name in decode.SUITES) != (op == "decode"):
-        have = f"of op decode are {', '.join(decode.SUITES)}, and no others"
-        raise UsageError(f"suite {name} has no rows of {op}", have)
-    if op == "decode":
-        return decode.suite(name, target)
-    found = _suite(name, target, seed)
-    if op == "backward":
-        found = [row for row in found if row.series != _CROSS]
-    return [row_of_op(row, op, same_bits=same_bits) for row in found]
-
-
-def _suite(name: str, target: Target, seed: int) -> list[Row]:
-    if name == "small":
-        return _small(target)
-    if name == "random":
-        return random_rows.suite(seed)
-    return {"peers": _peers, "models": _models, "masks": _masks, "fp32": _fp32, "few_rows": _few_rows}[name]()
-
-
-def default(target: Target, op: str = "forward") -> str:
-    return "decode" if op == "decode" else "peers" if target.is_gpu else "small"
 
 
 def _dims(of_qk: int, of_v: int) -> str:
@@ -213,3 +178,70 @@ def _small(target: Target) -> list[Row]:
     from fagen.ops.attention import suite as tuned
 
     return [of_problem(problem) for problem in tuned.default(target)]
+
+
+# ---- all of them ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Suite:
+    about: str
+    rows: Callable[[Target, int, str, bool], list[Row]]  # of a device, a seed, --op and --deterministic
+    ops: tuple[str, ...]  # what --op may say
+
+
+def _attention(
+    about: str, forward: Callable[[Target, int], list[Row]], without: Mapping[str, tuple[str, ...]] | None = None
+) -> Suite:
+    """Rows of forward, whose sizes backward takes over; `without` names the series that an op leaves out."""
+
+    def rows(target: Target, seed: int, op: str, same_bits: bool) -> list[Row]:
+        left_out = (without or {}).get(op, ())
+        found = [row for row in forward(target, seed) if row.series not in left_out]
+        return [row_of_op(row, op, same_bits=same_bits) for row in found]
+
+    return Suite(about, rows, ("forward", "backward"))
+
+
+def _of_decode(name: str) -> Suite:
+    return Suite(decode.SUITES[name], lambda target, seed, op, same_bits: decode.suite(name, target), ("decode",))
+
+
+SUITES = {
+    "peers": _attention(
+        "the head_dim grid at three lengths, eight models' layers, a cross-attention: 39 rows",
+        lambda target, seed: _peers(),
+        without={"backward": (_CROSS,)},  # nobody trains by it
+    ),
+    "models": _attention("the layers of well-known models at several lengths", lambda target, seed: _models()),
+    "masks": _attention("window, packed documents, prefix LM at 16k", lambda target, seed: _masks()),
+    "random": _attention(
+        "60 problems drawn by --seed, that nobody tuned", lambda target, seed: random_rows.suite(seed)
+    ),
+    "few_rows": _attention(
+        "few rows of q on many keys, where tiles of rows alone leave SMs idle: 23 rows", lambda target, seed: _few_rows()
+    ),
+    "small": _attention("a small suite, for a CPU", lambda target, seed: _small(target)),
+    **{name: _of_decode(name) for name in decode.SUITES},
+    "fp32": _attention("float32 at head dims 32 to 256, lengths 512 to 4096: 32 rows", lambda target, seed: _fp32()),
+    "softmax": Suite(
+        "fagen.softmax, along rows from 128 to 1 M and along columns; with --op backward its gradient",
+        lambda target, seed, op, same_bits: softmax.suite(target, op),
+        DIRECTIONS,
+    ),
+}
+_DEFAULTS = {"decode": "decode"}  # of the other ops it depends on the device
+
+
+def suite(name: str, target: Target, seed: int = 0, op: str = "forward", *, same_bits: bool = False) -> list[Row]:
+    """The rows of a suite for what --op says."""
+    found = SUITES[name]
+    if op not in found.ops:
+        having = [name for name, other in SUITES.items() if op in other.ops]
+        numbers = f"it has rows of {' and '.join(found.ops)}"
+        raise UsageError(f"suite {name} has no rows of {op}", numbers, f"for {op}: --suite {', '.join(having)}")
+    return found.rows(target, seed, op, same_bits)
+
+
+def default(target: Target, op: str = "forward") -> str:
+    return _DEFAULTS.get(op) or ("peers" if target.is_gpu else "small")

@@ -75,58 +75,49 @@ def _take_over() -> _Handle:
     return _Handle(library)
 
 
-def _kernel(before: Callable[..., Any]) -> Callable[..., Any]:
-    """Our kernel of the aten op, above the one that was there."""
+Wrapped = Callable[..., Any]
 
-    def attend(
-        keys: torch._C.DispatchKeySet,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        return_debug_mask: bool = False,
-        *,
-        scale: float | None = None,
-    ) -> Any:
-        trained, plain = derivatives.differentiated(query, key, value), dropout_p == 0 and not return_debug_mask
+
+def _arguments_of(op: str) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
+    """Reads a call of an aten op: all of its arguments by the names that this version of PyTorch has for them. Those
+    that are at their defaults need not have been handed over."""
+    arguments = getattr(torch.ops.aten, op).default._schema.arguments
+    names = [argument.name for argument in arguments]
+    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    return lambda given, named: {**defaults, **dict(zip(names, given, strict=False)), **named}
+
+
+def _kernel(before: Callable[..., Any]) -> Wrapped:
+    """Our kernel of the aten op, above the one that was there."""
+    read = _arguments_of(_OP)
+
+    def attend(keys: torch._C.DispatchKeySet, *given: Any, **named: Any) -> Any:
+        a = read(given, named)
+        tensors, how = (a["query"], a["key"], a["value"]), (a["is_causal"], a["scale"])
+        trained, plain = derivatives.differentiated(*tensors), a["dropout_p"] == 0 and not a["return_debug_mask"]
         with torch.no_grad():  # what is saved for the gradient was saved above
-            if plain and _serves(query, key, value, is_causal, scale, trained=trained):
-                return _attend(query, key, value, is_causal, scale)
-        return before(keys, query, key, value, dropout_p, is_causal, return_debug_mask, scale=scale)
+            if plain and _serves(*tensors, *how, trained=trained):
+                return _attend(*tensors, *how)
+        return before(keys, *given, **named)
 
     return attend
 
 
-def _gradient(before: Callable[..., Any]) -> Callable[..., Any]:
+def _gradient(before: Callable[..., Any]) -> Wrapped:
     """Our kernel of the op's backward. The output and the LSE that it reads are ours, or PyTorch's flash kernel's."""
+    read = _arguments_of(_GRADIENT)
 
-    def differentiate(
-        keys: torch._C.DispatchKeySet,
-        grad_out: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        logsumexp: torch.Tensor,
-        cum_seq_q: torch.Tensor | None,
-        cum_seq_k: torch.Tensor | None,
-        max_q: int,
-        max_k: int,
-        dropout_p: float,
-        is_causal: bool,
-        *random: torch.Tensor,
-        scale: float | None = None,
-    ) -> Any:
-        plain = dropout_p == 0 and logsumexp.shape == query.shape[:3] and logsumexp.dtype == torch.float32
+    def differentiate(keys: torch._C.DispatchKeySet, *given: Any, **named: Any) -> Any:
+        a = read(given, named)
+        tensors, causal, scale, lse = (a["query"], a["key"], a["value"]), a["is_causal"], a["scale"], a["logsumexp"]
+        plain = a["dropout_p"] == 0 and lse.shape == tensors[0].shape[:3] and lse.dtype == torch.float32
         with torch.no_grad():
             ready = plain and api.ops_for_gradients()
-            if ready and _serves(query, key, value, is_causal, scale, gradients=True):
-                window, repeated = (-1, 0 if is_causal else -1), derivatives.must_repeat(False)
-                call = AttentionCall(query, key, value, "bhsd", window, scale=scale, deterministic=repeated)
-                return torch.ops.fagen.backward(*call.op_arguments(), out, logsumexp, grad_out, None)
-        tensors = (grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k)
-        return before(keys, *tensors, max_q, max_k, dropout_p, is_causal, *random, scale=scale)
+            if ready and _serves(*tensors, causal, scale, gradients=True):
+                window, repeated = (-1, 0 if causal else -1), derivatives.must_repeat(False)
+                call = AttentionCall(*tensors, "bhsd", window, scale=scale, deterministic=repeated)
+                return torch.ops.fagen.backward(*call.op_arguments(), a["out"], lse, a["grad_out"], None)
+        return before(keys, *given, **named)
 
     return differentiate
 
@@ -207,70 +198,44 @@ def _capturing(device: torch.device) -> bool:
 # ---- packed sequences ------------------------------------------------------------------------------------------------
 
 
-def _packed_kernel(before: Callable[..., Any]) -> Callable[..., Any]:
-    """Our kernel of the op below `varlen_attn`. What later versions of it know is in `others`."""
+_BOUNDS = ("window_size_left", "window_size_right")
 
-    def attend(
-        keys: torch._C.DispatchKeySet,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cum_seq_q: torch.Tensor | None,
-        cum_seq_k: torch.Tensor | None,
-        max_q: int,
-        max_k: int,
-        dropout_p: float,
-        is_causal: bool,
-        return_debug_mask: bool,
-        *,
-        num_splits: int | None = None,
-        **others: Any,
-    ) -> Any:
-        how = {name: others.get(name) for name in ("scale", "window_size_left", "window_size_right")}
-        known = all(value is None for name, value in others.items() if name not in how)
-        trained = derivatives.differentiated(query, key, value)
-        if known and dropout_p == 0 and not return_debug_mask and cum_seq_q is not None and cum_seq_k is not None:
+
+def _packed_kernel(before: Callable[..., Any]) -> Wrapped:
+    """Our kernel of the op below `varlen_attn`. Of what later versions know, `num_splits` alone does not matter."""
+    read = _arguments_of(_PACKED)
+    known = {
+        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
+        "return_debug_mask", "scale", *_BOUNDS, "num_splits",
+    }  # fmt: skip
+
+    def attend(keys: torch._C.DispatchKeySet, *given: Any, **named: Any) -> Any:
+        a = read(given, named)
+        plain = a["dropout_p"] == 0 and not a["return_debug_mask"]
+        if plain and all(value is None for name, value in a.items() if name not in known):
+            trained = derivatives.differentiated(a["query"], a["key"], a["value"])
             with torch.no_grad():
-                packed = _Packed(query, key, value, cum_seq_q, cum_seq_k, is_causal, **how)
-                if packed.serves(trained=trained):
+                packed = _Packed.of(a)
+                if packed is not None and packed.serves(trained=trained):
                     return packed.attend()
-        if num_splits is not None:
-            others["num_splits"] = num_splits
-        sequences = cum_seq_q, cum_seq_k, max_q, max_k
-        return before(keys, query, key, value, *sequences, dropout_p, is_causal, return_debug_mask, **others)
+        return before(keys, *given, **named)
 
     return attend
 
 
-def _packed_gradient(before: Callable[..., Any]) -> Callable[..., Any]:
-    def differentiate(
-        keys: torch._C.DispatchKeySet,
-        grad_out: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        logsumexp: torch.Tensor,
-        cum_seq_q: torch.Tensor | None,
-        cum_seq_k: torch.Tensor | None,
-        max_q: int,
-        max_k: int,
-        dropout_p: float,
-        is_causal: bool,
-        *random: torch.Tensor,
-        scale: float | None = None,
-        window_size_left: int | None = None,
-        window_size_right: int | None = None,
-    ) -> Any:
-        bounds = {"window_size_left": window_size_left, "window_size_right": window_size_right}
-        plain = dropout_p == 0 and logsumexp.dtype == torch.float32 and query.dim() == 3
-        if plain and cum_seq_q is not None and cum_seq_k is not None and logsumexp.shape == query.shape[:2][::-1]:
+def _packed_gradient(before: Callable[..., Any]) -> Wrapped:
+    read = _arguments_of(_PACKED_GRADIENT)
+
+    def differentiate(keys: torch._C.DispatchKeySet, *given: Any, **named: Any) -> Any:
+        a = read(given, named)
+        query, lse = a["query"], a["logsumexp"]
+        plain = a["dropout_p"] == 0 and lse.dtype == torch.float32 and query.dim() == 3
+        if plain and lse.shape == query.shape[:2][::-1]:
             with torch.no_grad():
-                packed = _Packed(query, key, value, cum_seq_q, cum_seq_k, is_causal, scale, **bounds)
-                if api.ops_for_gradients() and packed.serves(gradients=True):
-                    return packed.differentiate(out, logsumexp, grad_out)
-        tensors = (grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k)
-        return before(keys, *tensors, max_q, max_k, dropout_p, is_causal, *random, scale=scale, **bounds)
+                packed = _Packed.of(a)
+                if packed is not None and api.ops_for_gradients() and packed.serves(gradients=True):
+                    return packed.differentiate(a["out"], lse, a["grad_out"])
+        return before(keys, *given, **named)
 
     return differentiate
 
@@ -278,13 +243,17 @@ def _packed_gradient(before: Callable[..., Any]) -> Callable[..., Any]:
 class _Packed:
     """A call of packed sequences, (total length, heads, head_dim); causal and window bottom-right in each."""
 
-    def __init__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, of_q: torch.Tensor, of_k: torch.Tensor,
-        is_causal: bool, scale: float | None, window_size_left: int | None, window_size_right: int | None,
-    ) -> None:  # fmt: skip
-        self.tensors, self.lengths, self.causal, self.scale = (query, key, value), (of_q, of_k), is_causal, scale
-        left, right = (-1 if bound is None else bound for bound in (window_size_left, window_size_right))
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        a = arguments
+        self.tensors, self.lengths = (a["query"], a["key"], a["value"]), (a["cum_seq_q"], a["cum_seq_k"])
+        self.causal, self.scale = a["is_causal"], a["scale"]
+        left, right = (-1 if a.get(name) is None else a[name] for name in _BOUNDS)
         self.bounds = window_bounds((left, right))
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any]) -> _Packed | None:
+        """None: the lengths of sequences are not among the arguments."""
+        return None if arguments["cum_seq_q"] is None or arguments["cum_seq_k"] is None else cls(arguments)
 
     def serves(self, *, trained: bool = False, gradients: bool = False) -> bool:
         sound = _sound(*self.tensors, self.scale, 3) and self.lengths[0].shape == self.lengths[1].shape

@@ -92,8 +92,8 @@ def nothing(problem: Any, target: Target) -> None:
 class Constraint:
     """A named predicate: None if the config is legal, else the reason with its numbers.
 
-    `reads` names the knobs it looks at, so that a broken combination is dropped before the other knobs are varied;
-    empty means all of them.
+    `reads` names the knobs it looks at, so that a broken combination is dropped before the other knobs are varied.
+    The search gives it these alone, and asks once for each combination of them. Empty means all.
     """
 
     name: str

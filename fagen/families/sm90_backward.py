@@ -189,7 +189,11 @@ CONSTRAINTS = (
             "dq_owner",
         ),
     ),
-    Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n", "warpgroups", "operands", "v_source", "dq_owner")),
+    Constraint(
+        "registers_fit",
+        _registers_fit,
+        ("tile_m", "tile_n", "warpgroups", "operands", "v_source", "dq_rounding", "dq_owner"),
+    ),
     Constraint("seeds_fit", _seeds_fit, ("seeds",)),
     Constraint("owner_matters", _owner_matters, ("warpgroups", "dq_owner")),
     Constraint("sum_is_ordered", _sum_is_ordered, ("dq_sink",)),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from fagen.errors import UsageError
@@ -70,18 +71,14 @@ def enumerate_space(family: Family, problem: Problem, target: Target, fixed: Fix
     names = [knob.name for knob in family.knobs]
     choices = {k.name: tuple(c for c in k.choices if k.name not in (fixed or {}) or c in (fixed or {})[k.name])
                for k in family.knobs}  # fmt: skip
-    due: dict[str, list[Constraint]] = {name: [] for name in names}
-    for constraint in family.constraints:
-        due[max(constraint.reads or names, key=names.index)].append(constraint)
     legal: list[Config] = []
     removed = {constraint.name: 0 for constraint in family.constraints}
     values: dict[str, Value] = {}
-
-    def first_broken(checks: list[Constraint]) -> Constraint | None:
-        if not checks:
-            return None
-        partial = Config(values)
-        return next((c for c in checks if c.check(problem, target, partial)), None)
+    due: dict[str, list[tuple[str, Callable[[], bool]]]] = {name: [] for name in names}
+    for constraint in family.constraints:
+        reads = constraint.reads or tuple(names)
+        last = max(reads, key=names.index)
+        due[last].append((constraint.name, _asked_once(constraint, reads, values, problem, target)))
 
     def vary(depth: int) -> None:
         if depth == len(names):
@@ -91,9 +88,10 @@ def enumerate_space(family: Family, problem: Problem, target: Target, fixed: Fix
         below = math.prod(len(choices[k.name]) for k in family.knobs[depth + 1 :])
         for choice in choices[knob.name]:
             values[knob.name] = choice
-            broken = first_broken(due[knob.name])
-            if broken:
-                removed[broken.name] += below
+            for name, breaks in due[knob.name]:
+                if breaks():
+                    removed[name] += below
+                    break
             else:
                 vary(depth + 1)
         values.pop(knob.name, None)
@@ -101,3 +99,21 @@ def enumerate_space(family: Family, problem: Problem, target: Target, fixed: Fix
     vary(0)
     total = math.prod(len(among) for among in choices.values())
     return Space(family, problem, target, tuple(legal), removed, total)
+
+
+def _asked_once(
+    constraint: Constraint, reads: tuple[str, ...], values: Mapping[str, Value], problem: Problem, target: Target
+) -> Callable[[], bool]:
+    """Whether the values at hand break a constraint: asked once for each combination of the knobs that it reads."""
+    combination = operator.itemgetter(*reads)
+    known: dict[object, bool] = {}
+
+    def breaks() -> bool:
+        key = combination(values)
+        found = known.get(key)
+        if found is None:
+            read = Config({name: values[name] for name in reads})
+            found = known[key] = constraint.check(problem, target, read) is not None
+        return found
+
+    return breaks

@@ -84,6 +84,8 @@ class Calls:
     check_sample: Callable[[Any, Outputs], Verdict]  # the same for sizes at which to check all would take too long
     # PyTorch on the same call and how it is asked; None and why, where it cannot
     torch_peer: Callable[[Any], tuple[Callable[[], object] | None, str]]
+    # of a problem's call: its own mask may leave fewer cells than the problem says
+    flops: Callable[[Any, Any], float] = field(default=lambda problem, call: float(problem.flops()))
 
     @property
     def timed(self) -> tuple[str, ...]:
@@ -107,6 +109,8 @@ class Op:
     weights: Mapping[str, float]  # how much each feature counts
     flags: Callable[[Any], list[str]]  # how the command line spells a problem
     torch_serves: Callable[[Any], bool]  # whether PyTorch computes it as fast as it can, without a detour
+    length: str = ""  # the attribute of a problem by which those of a series differ
+    least_bytes: Callable[[Any], int] = field(default=lambda problem: int(problem.bytes()))  # that any kernel moves
     symbols: tuple[str, ...] = ()  # lines for people who read a kernel, at its head
     enums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of C++, that the constants use
     calls: Callable[[], Calls] = field(default=_no_calls)  # imports torch, so it is asked for when it is needed

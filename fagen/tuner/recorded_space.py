@@ -8,6 +8,7 @@ a run's folder, so that recording survives what a run survives.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import lzma
 import math
@@ -20,6 +21,7 @@ from typing import IO, Any
 from fagen import families, ops, schema
 from fagen.errors import FagenError, InvalidArgument, UsageError
 from fagen.families import Config, Family
+from fagen.families.base import Value
 from fagen.ops.base import Problem
 from fagen.target import Target
 from fagen.tuner import journal, resumed
@@ -53,6 +55,12 @@ class Recorded:
     @property
     def family(self) -> Family:  # by its name: a family cannot be sent to another process
         return families.get(self.head["family"])
+
+    @functools.cached_property
+    def younger_knobs(self) -> dict[str, Value]:
+        """The default's values, for knobs that a record from before them says nothing of."""
+        default = self.family.default(self.problem, self.target)
+        return {knob.name: default[knob.name] for knob in self.family.knobs if knob.implied_by_old_records is None}
 
     @property
     def best(self) -> float:
@@ -201,9 +209,7 @@ def _put(space: Recorded, line: list[Any], where: str) -> None:
             raise UsageError(f"{where}: {name}: {wrong}")
     if type(values.get(DRAWN, True)) is not bool:
         raise UsageError(f"{where}: {DRAWN}: {schema.shown(values[DRAWN])} is neither true nor false")
-    default = space.family.default(space.problem, space.target)
-    since = {knob.name: default[knob.name] for knob in space.family.knobs if knob.implied_by_old_records is None}
-    config = space.family.config({**since, **dict(zip(knobs, line, strict=False))})
+    config = space.family.config({**space.younger_knobs, **dict(zip(knobs, line, strict=False))})
     space.entries[config] = RecordedTrial(
         values["outcome"], values["seconds"], values["spread"] or 0.0,
         values["compile_seconds"] or 0.0, values["measure_seconds"] or 0.0, values.get(DRAWN, True),

@@ -17,6 +17,8 @@ from fagen.cli import main
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("quick_machine")
+
 GPU, AMPERE, HOST = target.known("sm_90"), target.known("sm_80"), target.host()
 needs_cxx = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
 TINY = "--target cpu --head-dim 16 --seqlen 64 --tokens 128 --hidden 32 --rounds 3 --min-time 0.01".split()

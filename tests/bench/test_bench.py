@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import sys
 import time
 import types
@@ -16,6 +17,8 @@ import torch
 
 from fagen import families, ops, target
 from fagen.bench import (
+    attention,
+    by_op,
     compare,
     decode,
     flash,
@@ -37,11 +40,13 @@ from fagen.build import toolchain
 from fagen.cli import main
 from fagen.cli.arguments import problems_in
 from fagen.errors import UsageError
-from fagen.ops.attention import masks, reference
+from fagen.ops.attention import masks, reference, work
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.inputs import input_bytes
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
 from fagen.timing import load
+
+pytestmark = pytest.mark.usefixtures("quick_machine")
 
 GPU = target.known("sm_90")
 needs_cxx = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
@@ -49,6 +54,19 @@ TINY = "--target cpu --dtype fp32 --head-dim 16 --mask none,causal --seqlen 24,4
 QUICK = "--rounds 3 --min-time 0.01".split()
 DOCUMENTS = (5, 17, 1, 9)
 SHAPE = {"dtype": "fp32", "heads": 4, "kv_heads": 2, "head_dim": 16}
+
+
+# ---- ops ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_table_knows_the_ops_by_name():
+    assert {op.name for op in ops.all_ops()} == set(by_op.OPS)
+    with pytest.raises(UsageError, match="measures no 'nothing'"):
+        by_op.get("nothing")
+    folder = Path(by_op.__file__).parent
+    for name in ("rows", "run", "suites", "peers", "prebuild", "family", "ours", "attention", "softmax", "decode"):
+        text = (folder / f"{name}.py").read_text()
+        assert not re.search(r"""[!=]= ["'](forward|backward|decode|softmax)["']|[!=]= softmax\.OP""", text), name
 
 
 # ---- suites ---------------------------------------------------------------------------------------------------------
@@ -135,8 +153,8 @@ def test_random_rows_are_legal_bounded_and_all_over_the_place():
     ids=str,
 )
 def test_few_rows_on_many_keys_are_told(problem, needs):
-    assert rows.needs_split_keys(problem, GPU) is needs
-    assert not rows.needs_split_keys(problem, target.host())
+    assert by_op.get(problem.op).needs_split_keys(problem, GPU) is needs
+    assert not by_op.get(problem.op).needs_split_keys(problem, target.host())
 
 
 @pytest.mark.parametrize("name", suites.SUITES)
@@ -181,7 +199,7 @@ def test_the_masks_suite():
         row = found[name]
         small = row.problem.replace(head_dim=1, head_dim_v=1, heads=1, kv_heads=1)
         inputs = rows.make_inputs(dataclasses.replace(row, problem=small), "cpu")
-        assert rows.visible_cells(row.problem, inputs.call.intervals) == cells
+        assert work.visible_cells(row.problem, inputs.call.intervals) == cells
         assert rows.flops(row, inputs.call) == 4.0 * cells * 128 * 16
 
 
@@ -235,10 +253,10 @@ def test_any_intervals_are_counted_and_handed_to_flex(kind):
     assert row.causal == (kind == "lower2"), "two columns mean this only where the call is causal"
     inputs, p = rows.make_inputs(row, "cpu"), row.problem
     seen = masks.dense(30, 41, window=(p.window_left, p.window_right), intervals=inputs.call.intervals, kind=kind)
-    assert rows.visible_cells(p, inputs.call.intervals) == int(seen.sum())
+    assert work.visible_cells(p, inputs.call.intervals) == int(seen.sum())
     theirs = create_mask(flex.mask_mod(row, inputs.call), 2, 1, 30, 41, device="cpu")
     assert torch.equal(theirs, seen.expand_as(theirs))
-    shown = peers.ours(row, inputs)(inputs)
+    shown = by_op.get(row.op).ours(row, inputs)(inputs)
     assert run.verified(shown, inputs.call, 1 << 30)[0]
 
 
@@ -251,7 +269,7 @@ CAUSAL = rows.of_problem(Problem(**SHAPE, mask="causal", seqlen_q=20))
 @pytest.mark.parametrize("row", [*MASK_ROWS, SCORES], ids=lambda row: row.name)
 def test_flex_and_ours_agree_with_the_oracle(row):
     inputs = rows.make_inputs(row, "cpu")
-    for prepare in (flex._prepare(compiled=False), peers.ours, peers.ours_eager):
+    for prepare in (flex._prepare(compiled=False), attention.ours, attention.ours_eager):
         verdict, checked = run.verified(prepare(row, inputs)(inputs), inputs.call, 1 << 30)
         assert verdict, verdict.message
         assert checked == "all"
@@ -263,7 +281,7 @@ def test_flex_and_ours_agree_with_the_oracle(row):
 @pytest.mark.parametrize("row", [MASK_ROWS[3], ALIBI], ids=lambda row: row.name)
 def test_long_rows_are_verified_on_some_of_their_heads(row):
     inputs = rows.make_inputs(row, "cpu")
-    out = peers.ours(row, inputs)(inputs)
+    out = by_op.get(row.op).ours(row, inputs)(inputs)
     verdict, checked = run.verified(out, inputs.call, 1)
     assert verdict, verdict.message
     assert checked == f"2 of {row.problem.batch * 2} kv heads"
@@ -497,14 +515,14 @@ def test_flashinfer_is_found_by_import(monkeypatch):
 )
 def test_sdpa_says_what_it_cannot(problem):
     with pytest.raises(Cannot):
-        sdpa.sdpa({}).prepare(rows.of_problem(problem), {})
+        sdpa.sdpa({}).by_op["forward"](rows.of_problem(problem), {})
 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])
 def test_with_dropout_ours_is_verified_and_peers_are_not_asked(op: str) -> None:
     problem = ops.get(op).problem(dtype="fp32", head_dim=16, seqlen_q=40, heads=2, dropout=True)
     row, inputs = rows.of_problem(problem), ops.get(op).calls().inputs(problem, "cpu", 0, False)
-    outputs = peers.ours(row, inputs)(inputs)
+    outputs = by_op.get(row.op).ours(row, inputs)(inputs)
     names = ops.get(op).calls().timed
     given = dict(zip(names, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
     verdict = ops.get(op).calls().check(inputs.call, given)
@@ -534,7 +552,9 @@ def planted(monkeypatch):
 
     planted = types.ModuleType("planted")
     for function in (wrong, failing, picky):
-        monkeypatch.setattr(planted, function.__name__, lambda paths, f=function: Loaded(f, "0.1"), raising=False)
+        monkeypatch.setattr(
+            planted, function.__name__, lambda paths, f=function: Loaded({"forward": f}, "0.1"), raising=False
+        )
         peer = Peer(function.__name__, ("cpu",), f"planted:{function.__name__}")
         monkeypatch.setitem(peers.PEERS, function.__name__, peer)
     monkeypatch.setitem(sys.modules, "planted", planted)
@@ -621,10 +641,11 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(tmp_path, capsys, planted, monk
     alive = run.alive
     monkeypatch.setattr(run, "alive", lambda device, name, row: (asked.append(name), alive(device, name, row)))
     monkeypatch.setattr(run, "synchronize", synchronize)
-    late = lambda paths: Loaded(  # noqa: E731
-        lambda row, inputs: 1 / 0 if row.causal else lambda i: by_sdpa(i.call.q, i.call.k, i.call.v, False)
-    )
-    monkeypatch.setattr(sys.modules["planted"], "failing", late)
+
+    def late(row, inputs):
+        return 1 / 0 if row.causal else lambda i: by_sdpa(i.call.q, i.call.k, i.call.v, False)
+
+    monkeypatch.setattr(sys.modules["planted"], "failing", lambda paths: Loaded({"forward": late}))
     out = tmp_path / "result.json"
     assert main.main(["bench", *TINY, *QUICK, "--peers", "failing", "--out", str(out)]) == 1
     err = capsys.readouterr().err
@@ -672,7 +693,10 @@ def test_an_interrupt_drops_what_has_not_begun():
 
 @needs_cxx
 def test_ours_wrong_is_an_error(capsys, monkeypatch):
-    monkeypatch.setattr(peers, "ours", lambda row, inputs: lambda i: by_sdpa(i.call.q, i.call.k, i.call.v, True) * 1.1)
+    def wrong(row, inputs):
+        return lambda i: by_sdpa(i.call.q, i.call.k, i.call.v, True) * 1.1
+
+    monkeypatch.setitem(by_op.OPS, "forward", dataclasses.replace(by_op.OPS["forward"], ours=wrong))
     words = [*TINY[:-6], "--seqlen", "24", "--heads", "2", *QUICK, "--json"]
     assert main.main(["bench", *words]) == 1
     out, err = capsys.readouterr()
@@ -701,7 +725,8 @@ def test_no_peers_and_what_pytorch_computes_is_marked(capsys, monkeypatch):
 def test_ours_held_to_a_family(capsys, monkeypatch):
     """What the registry's first family would serve is served by the one that is named."""
     words = "--target cpu --dtype fp32 --head-dim 16 --seqlen 24 --heads 2 --peers none --json".split()
-    monkeypatch.setattr(peers, "ours", None)  # dispatch has no say
+    without = dataclasses.replace(by_op.OPS["forward"], ours=None, choice=None)  # dispatch has no say
+    monkeypatch.setitem(by_op.OPS, "forward", without)
     assert main.main(["bench", *words, *QUICK, "--family", "cpu_forward"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["family"] == "cpu_forward"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fagen import target
-from fagen.bench import autograd, compare, flash, flash_backward, flex, peers, rows, run, sdpa, suites
+from fagen.bench import autograd, by_op, compare, flash, flash_backward, flex, peers, rows, run, sdpa, suites
 from fagen.bench.peers import OURS, Cannot, Loaded, Peer
 from fagen.build import toolchain
 from fagen.cli import main
@@ -23,6 +23,8 @@ from fagen.errors import UsageError
 from fagen.ops.attention import fallback
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.problem import Problem
+
+pytestmark = pytest.mark.usefixtures("quick_machine")
 
 GPU = target.known("sm_90")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -108,7 +110,7 @@ def test_o_and_lse_follow_from_the_mask_of_the_row(row):
 
 
 def test_few_rows_on_many_keys_are_no_matter():
-    assert not rows.needs_split_keys(BackwardProblem(heads=1, seqlen_q=128, seqlen_k=8192), GPU)
+    assert not by_op.get("backward").needs_split_keys(BackwardProblem(heads=1, seqlen_q=128, seqlen_k=8192), GPU)
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------
@@ -122,7 +124,7 @@ def test_sdpa_is_launched_without_the_engine(row):
     """The node of its fused backward alone; where there is none, as by the math backend, the engine runs the graph."""
     row = dataclasses.replace(row, problem=row.problem.replace(head_dim_v=16))
     inputs, engine = rows.make_inputs(row, "cpu"), torch.autograd.grad
-    fused, by_math = sdpa.sdpa({}).backward(row, inputs), sdpa.math({}).backward(row, inputs)
+    fused, by_math = sdpa.sdpa({}).by_op["backward"](row, inputs), sdpa.math({}).by_op["backward"](row, inputs)
     for serve, runs in ((fused, 0), (by_math, 2)):
         with mock.patch.object(torch.autograd, "grad", side_effect=engine) as grad:
             found = [serve(inputs) for _ in range(2)]  # the graph is kept
@@ -136,7 +138,7 @@ def test_sdpa_is_launched_without_the_engine(row):
 def test_other_heads_of_v_leave_sdpa_right():
     """Where a backend pads or expands, there is more in the graph than its node."""
     inputs = rows.make_inputs(FULL, "cpu")
-    assert right(FULL, sdpa.sdpa({}).backward(FULL, inputs), inputs)
+    assert right(FULL, sdpa.sdpa({}).by_op["backward"](FULL, inputs), inputs)
 
 
 def test_pytorch_is_held_to_the_same_bits(monkeypatch):
@@ -151,14 +153,14 @@ def test_pytorch_is_held_to_the_same_bits(monkeypatch):
     for row in (CAUSAL, row_of(mask="causal", deterministic=True)):
         inputs = rows.make_inputs(row, "cpu")
         del seen[:]
-        sdpa.sdpa({}).backward(row, inputs)(inputs)
+        sdpa.sdpa({}).by_op["backward"](row, inputs)(inputs)
         assert seen == [row.problem.deterministic]
         assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_engine_stays_out_of_a_capture(monkeypatch):
     inputs = rows.make_inputs(CAUSAL, "cpu")
-    serve = sdpa.math({}).backward(CAUSAL, inputs)
+    serve = sdpa.math({}).by_op["backward"](CAUSAL, inputs)
     serve(inputs)
     monkeypatch.setattr(autograd, "_is_captured", lambda t: True)
     with pytest.raises(RuntimeError, match="outside of a capture"):
@@ -177,7 +179,7 @@ def test_any_forward_is_differentiated(row):
 def test_flex_promises_no_bits():
     row = row_of(deterministic=True)
     with pytest.raises(Cannot, match="no deterministic mode"):
-        flex.load({}, compiled=False).backward(row, rows.make_inputs(row, "cpu"))
+        flex.load({}, compiled=False).by_op["backward"](row, rows.make_inputs(row, "cpu"))
 
 
 def schema(text: str):
@@ -323,7 +325,7 @@ def test_peers_without_gradients_have_a_reason(monkeypatch):
         {
             "fa3": "it registers no op flash_attn_3::bwd",
             "fa4": "flash_attn.cute.interface has no _flash_attn_bwd",
-            "flashinfer": "it computes no gradients",
+            "flashinfer": "it computes no backward here",
         },
     )
     here, absent = peers.load(names, "cuda", paths)
@@ -342,7 +344,7 @@ def test_every_set_of_inputs_is_met_before_the_clock_runs():
     met = []
 
     def prepare(row, inputs):
-        serve = sdpa.sdpa({}).backward(row, inputs)
+        serve = sdpa.sdpa({}).by_op["backward"](row, inputs)
         return lambda i: (met.append(i), serve(i))[1]
 
     facts, serve = run.prepared(prepare, CAUSAL, sets[0], "cpu", "sdpa", sets[1:])
@@ -360,12 +362,12 @@ QUICK = "--rounds 3 --min-time 0.01".split()
 @needs_cxx
 def test_a_run_of_backward(tmp_path, capsys, monkeypatch):
     def wrong(row, inputs):
-        serve = sdpa.sdpa({}).backward(row, inputs)
+        serve = sdpa.sdpa({}).by_op["backward"](row, inputs)
         return lambda i: tuple(t * 1.01 for t in serve(i))
 
     planted = types.ModuleType("planted")
-    monkeypatch.setattr(planted, "wrong", lambda paths: Loaded(wrong, "0.1", wrong), raising=False)
-    monkeypatch.setattr(planted, "mute", lambda paths: Loaded(wrong), raising=False)
+    monkeypatch.setattr(planted, "wrong", lambda paths: Loaded({"backward": wrong}, "0.1"), raising=False)
+    monkeypatch.setattr(planted, "mute", lambda paths: Loaded({"forward": wrong}), raising=False)
     monkeypatch.setitem(sys.modules, "planted", planted)
     for name in ("wrong", "mute"):
         monkeypatch.setitem(peers.PEERS, name, Peer(name, ("cpu",), f"planted:{name}"))
@@ -374,7 +376,7 @@ def test_a_run_of_backward(tmp_path, capsys, monkeypatch):
     assert main.main([*words, "--markdown", str(files[1]), "--csv", str(files[2])]) == 0
     err = capsys.readouterr().err
     assert "2 rows of backward, fagen, sdpa, wrong" in err
-    assert "absent: mute: it computes no gradients" in err
+    assert "absent: mute: it computes no backward here" in err
     result = json.loads(files[0].read_text())
     assert (result["op"], result["complete"], result["summary"]["compared"]) == ("backward", True, 2)
     for row in result["rows"]:
@@ -422,8 +424,8 @@ def test_what_pytorch_computes_of_ours_is_right():
     inputs = rows.make_inputs(CAUSAL, "cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resolve, "kernel_for", lambda problem, where: None)
-        assert right(CAUSAL, peers.ours(CAUSAL, inputs), inputs)
-        assert peers.choice(CAUSAL, inputs)["served_by"] == "torch"
+        assert right(CAUSAL, by_op.get("backward").ours(CAUSAL, inputs), inputs)
+        assert by_op.get("backward").choice(CAUSAL, inputs)["served_by"] == "torch"
 
 
 @pytest.mark.parametrize(

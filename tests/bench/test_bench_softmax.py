@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from fagen.cli import main
 from fagen.errors import UsageError
 from fagen.ops.softmax.problem import SoftmaxProblem
 from fagen.target import host, known
+
+pytestmark = pytest.mark.usefixtures("quick_machine")
 
 
 def test_its_rows() -> None:
@@ -34,7 +38,7 @@ def test_a_row_is_verified_and_timed(direction: str) -> None:
     def wrong(row: rows.Row, inputs: rows.Inputs) -> peers.Serve:
         return lambda i: torch.zeros_like(i.call.x)
 
-    others = {"torch_softmax": softmax.eager({}).prepare, "wrong": wrong}
+    others = {"torch_softmax": softmax.eager({}).by_op["softmax"], "wrong": wrong}
     settings = run.Settings(rounds=3, min_seconds=0.0)
     found: list[run.Result] = []
     run.bench([row], others, host(), settings, on_row=found.append)
@@ -56,6 +60,17 @@ def test_the_textbooks_formulas_are_right() -> None:
             function = softmax._backward if direction == "backward" else softmax._forward
             made = function(*call.inputs().values(), axis=2, log=log, dtype=torch.float32)
             assert calls.check(call, {"out": made})
+
+
+def test_torch_compile_does_not_run_out_of_recompilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row compiles the same function anew; torch gives up after eight of them unless it forgets the former."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    prepare = softmax.compiled({}).by_op["softmax"]
+    assert callable(prepare)
+    for length in range(10, 22):
+        row = rows.Row("a row", SoftmaxProblem(rows=3, columns=length))
+        inputs = rows.make_inputs(row, "cpu")
+        assert run.verified(prepare(row, inputs)(inputs), inputs.call, 0)[0]
 
 
 def test_peers_and_suites_are_not_mixed() -> None:

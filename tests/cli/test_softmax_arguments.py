@@ -72,8 +72,8 @@ def test_bench_takes_problems_of_its_own() -> None:
         args = main._parser("bench").parse_args(["bench", "--target", "cpu", *words])
         return [row.name for row in bench.rows_from(args, host())]
 
-    assert rows_of("--op", "softmax", "--columns", "64") == ["softmax/forward/fp32/row/b1/r64-c64"]
-    assert rows_of("--op", "softmax") == ["softmax/forward/fp32/row/b1/r64-c1024"]
+    assert rows_of("--op", "softmax", "--columns", "64") == ["forward/fp32/row/b1/r64-c64"]
+    assert rows_of("--op", "softmax") == ["forward/fp32/row/b1/r64-c1024"]
     assert all(name.startswith("backward") for name in rows_of("--suite", "softmax", "--op", "backward"))
     with pytest.raises(UsageError, match="measures problems of flags"):
         rows_of("--suite", "softmax", "--op", "softmax")

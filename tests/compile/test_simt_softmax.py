@@ -14,6 +14,7 @@ from fagen.codegen.spec import KernelSpec
 from fagen.families import simt_softmax
 from fagen.families.space import enumerate_space
 from fagen.ops.softmax.problem import SoftmaxProblem
+from tests.compile.conftest import Facts
 from tests.support.thorough import sample
 
 FAMILY = simt_softmax.FAMILY
@@ -41,9 +42,10 @@ def test_every_problem_has_a_legal_default_and_first_guesses(arch: str) -> None:
 @pytest.mark.parametrize(
     ("arch", "problem"), sample([(arch, p) for p in PROBLEMS for arch in ("sm_80", "sm_90")], every=17), ids=str
 )
-def test_defaults_compile_without_spills(arch: str, problem: SoftmaxProblem) -> None:
+def test_defaults_compile_without_spills(arch: str, problem: SoftmaxProblem, device_facts: Facts) -> None:
     where = target.known(arch)
-    facts = cache.build(KernelSpec(FAMILY, problem, where, FAMILY.default(problem, where))).facts
+    spec = KernelSpec(FAMILY, problem, where, FAMILY.default(problem, where))
+    facts = device_facts(spec, whole=problem == PROBLEMS[0])
     assert facts["spill_bytes"] == 0 and 0 < facts["registers"] <= 128, facts
 
 
@@ -111,9 +113,9 @@ def test_a_cluster_has_one_row_that_it_holds() -> None:
 
 
 @pytest.mark.slow
-def test_a_cluster_compiles_without_spills() -> None:
+def test_a_cluster_compiles_without_spills(device_facts: Facts) -> None:
     hopper, knobs = target.known("sm_90"), {"scheme": "registers", "threads": 1024, "held": 4, "cluster": 8}
-    facts = cache.build(KernelSpec(FAMILY, ROW, hopper, FAMILY.config({**BASE, **knobs}))).facts
+    facts = device_facts(KernelSpec(FAMILY, ROW, hopper, FAMILY.config({**BASE, **knobs})))
     assert facts["spill_bytes"] == 0 and facts["registers"] <= 64, facts
 
 

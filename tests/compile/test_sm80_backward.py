@@ -12,6 +12,7 @@ from fagen.build.job import make_job
 from fagen.codegen.spec import KernelSpec
 from fagen.families import sm80_backward
 from fagen.ops.attention.backward import BackwardProblem
+from tests.compile.conftest import Facts
 from tests.support.thorough import sample
 
 FAMILY = sm80_backward.FAMILY
@@ -39,10 +40,10 @@ _LOOSE = {"d192-128-none": 128, "d256-none": 128}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "name"), sample(SETS, every=5))
-def test_defaults_compile_without_spills(arch: str, name: str) -> None:
+def test_defaults_compile_without_spills(arch: str, name: str, device_facts: Facts) -> None:
     problem, where = PROBLEMS[name], target.known(arch)
     config = FAMILY.require(problem, where, FAMILY.default(problem, where))
-    functions = cache.build(KernelSpec(FAMILY, problem, where, config)).facts["functions"]
+    functions = device_facts(KernelSpec(FAMILY, problem, where, config), whole=(arch, name) == SETS[0])["functions"]
     assert {"prologue_kernel", "main_kernel", "dq_kernel"} <= set(functions)
     for function, facts in functions.items():
         assert facts["spill_bytes"] <= _LOOSE.get(name, 0), (function, facts, config)
@@ -53,10 +54,10 @@ def test_defaults_compile_without_spills(arch: str, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"v_source": "registers"}, {"gqa": "atomics"}], ids=str)
-def test_other_routes_compile(changes: dict[str, str]) -> None:
+def test_other_routes_compile(changes: dict[str, str], device_facts: Facts) -> None:
     problem, where = BackwardProblem(head_dim=64), target.known("sm_80")
     config = FAMILY.default(problem, where).replace(**changes)
-    functions = cache.build(KernelSpec(FAMILY, problem, where, config)).facts["functions"]
+    functions = device_facts(KernelSpec(FAMILY, problem, where, config))["functions"]
     assert functions["dkv_kernel"]["registers"] > 8 or "gqa" not in changes, "dkv_kernel has work to do"
 
 

@@ -14,6 +14,7 @@ from fagen.errors import BuildError, InvalidConfig
 from fagen.families import Config, sm90_backward
 from fagen.ops.attention.backward import BackwardProblem
 from fagen.tuner.evaluate import SPILL_TOLERANCE
+from tests.compile.conftest import Facts
 from tests.support.thorough import sample
 
 FAMILY, HOPPER = sm90_backward.FAMILY, target.known("sm_90")
@@ -38,8 +39,9 @@ PROBLEMS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("problem", sample(PROBLEMS, every=3), ids=lambda p: p.static_key.replace("/", "-"))
-def test_defaults_compile_cleanly(problem: BackwardProblem) -> None:
-    facts = cache.build(KernelSpec(FAMILY, problem, HOPPER, FAMILY.default(problem, HOPPER))).facts
+def test_defaults_compile_cleanly(problem: BackwardProblem, device_facts: Facts) -> None:
+    spec = KernelSpec(FAMILY, problem, HOPPER, FAMILY.default(problem, HOPPER))
+    facts = device_facts(spec, whole=problem == PROBLEMS[0])
     assert facts["spill_bytes"] == 0 and "serialized" not in facts, facts
 
 
@@ -77,10 +79,10 @@ SHARED = {"operands": "shared", "tile_n": 64, "dout_stages": 1}
         every=4,
     ),
 )
-def test_other_knobs_compile_cleanly(head_dim: int, changes: dict) -> None:
+def test_other_knobs_compile_cleanly(head_dim: int, changes: dict, device_facts: Facts) -> None:
     problem = BackwardProblem(head_dim=head_dim, mask="causal")
     config = FAMILY.require(problem, HOPPER, BASE.replace(**changes))
-    facts = cache.build(KernelSpec(FAMILY, problem, HOPPER, config)).facts
+    facts = device_facts(KernelSpec(FAMILY, problem, HOPPER, config))
     assert facts["spill_bytes"] <= SPILL_TOLERANCE and "serialized" not in facts, facts
 
 

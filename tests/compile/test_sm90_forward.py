@@ -14,6 +14,7 @@ from fagen.errors import BuildError, InvalidConfig
 from fagen.families import sm90_forward
 from fagen.ops.attention.problem import Problem
 from fagen.tuner.evaluate import SPILL_TOLERANCE
+from tests.compile.conftest import Facts
 from tests.support.thorough import sample
 
 FAMILY, HOPPER = sm90_forward.FAMILY, target.known("sm_90")
@@ -39,8 +40,9 @@ PROBLEMS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("problem", sample(PROBLEMS, every=3), ids=lambda p: p.static_key.replace("/", "-"))
-def test_defaults_compile_cleanly(problem: Problem) -> None:
-    facts = cache.build(KernelSpec(FAMILY, problem, HOPPER, FAMILY.default(problem, HOPPER))).facts
+def test_defaults_compile_cleanly(problem: Problem, device_facts: Facts) -> None:
+    spec = KernelSpec(FAMILY, problem, HOPPER, FAMILY.default(problem, HOPPER))
+    facts = device_facts(spec, whole=problem == PROBLEMS[0])
     assert facts["spill_bytes"] == 0 and "serialized" not in facts, facts
 
 
@@ -187,9 +189,9 @@ def test_every_legal_problem_has_a_legal_default() -> None:
         every=6,
     ),
 )
-def test_other_knobs_compile_cleanly(problem: Problem, changes: dict[str, object]) -> None:
+def test_other_knobs_compile_cleanly(problem: Problem, changes: dict[str, object], device_facts: Facts) -> None:
     config = FAMILY.require(problem, HOPPER, BASE.replace(**changes))  # type: ignore[arg-type]
-    facts = cache.build(KernelSpec(FAMILY, problem, HOPPER, config)).facts
+    facts = device_facts(KernelSpec(FAMILY, problem, HOPPER, config))
     assert facts["spill_bytes"] <= SPILL_TOLERANCE and "serialized" not in facts, facts
 
 
@@ -203,10 +205,10 @@ SHARES += [(_INTERVALS, 128, 1), (_INTERVALS, 192, 1)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("problem", "tile_m", "blocks"), sample(SHARES, every=2))
-def test_python_and_cuda_agree_about_registers(problem: Problem, tile_m: int, blocks: int) -> None:
+def test_python_and_cuda_agree_about_registers(problem: Problem, tile_m: int, blocks: int, device_facts: Facts) -> None:
     """That it compiles says so. And what ptxas gives the block is enough for all roles, or they would wait for ever."""
     config = FAMILY.require(problem, HOPPER, BASE.replace(tile_m=tile_m, blocks_per_sm=blocks, tile_n=32))
-    given = cache.build(KernelSpec(FAMILY, problem, HOPPER, config)).facts["registers"]
+    given = device_facts(KernelSpec(FAMILY, problem, HOPPER, config))["registers"]
     groups, consumer = tile_m // 64, FAMILY.derive(problem, HOPPER, config)["registers"]
     assert consumer % 8 == 0 and given <= consumer <= 240
     assert given * (groups + 1) - consumer * groups >= 32, "nothing is left for the producer's warpgroup"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 
 import pytest
 
 from fagen import families, ops, target
 from fagen.errors import InvalidConfig
-from fagen.families import Config, Family, sm80_forward, sm90_forward
+from fagen.families import Config, Constraint, Family, sm80_forward, sm90_forward
 from fagen.families.space import enumerate_space
 from fagen.ops.attention.problem import Problem
 
@@ -44,6 +46,24 @@ def test_every_config_is_legal_or_removed_by_a_constraint(family: Family, name: 
         assert (config in legal) == (family.rejects(problem, where, config) is None), config
     for config in chance.sample(space.legal, min(200, len(space.legal))):
         assert family.rejects(problem, where, config) is None, config
+
+
+def test_a_constraint_is_asked_once_for_each_combination_of_what_it_reads() -> None:
+    problem, where = place(sm80_forward.FAMILY, PROBLEMS["plain"])
+    asked: list[tuple] = []
+
+    def check(problem: Problem, where: target.Target, config: Config) -> str | None:
+        asked.append((config.stages, config.warps))
+        return "too much" if config.stages * config.warps > 8 else None
+
+    family = dataclasses.replace(sm80_forward.FAMILY, constraints=(Constraint("one", check, ("stages", "warps")),))
+    space = enumerate_space(family, problem, where)
+    stages, warps = (family.knob(name).choices for name in ("stages", "warps"))
+    assert sorted(asked) == sorted(itertools.product(stages, warps))
+    assert {(c.stages, c.warps) for c in space.legal} == {(s, w) for s, w in set(asked) if s * w <= 8}
+    lies = dataclasses.replace(family, constraints=(Constraint("one", check, ("stages",)),))
+    with pytest.raises(AttributeError, match="warps"):
+        enumerate_space(lies, problem, where)
 
 
 # ---- sm80_forward: a config that each reason rejects, and the change that mends it ---------------------------------

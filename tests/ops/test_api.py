@@ -275,7 +275,7 @@ def test_a_mistake_is_a_value_error() -> None:
         fagen.attention(*[torch.zeros(1, 1, 1, 16)] * 3, layout="x")
 
 
-def import_share(extra: str = "") -> float:
+def import_share(extra: str = "", most: int = 6) -> float:
     """CPU time of importing fagen as a share of torch's, both in one process. Load only adds to either, so the least
     of several runs counts, for each by itself."""
     code = (
@@ -285,7 +285,9 @@ def import_share(extra: str = "") -> float:
     # as where it is installed: bytecode is kept
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
     theirs, ours = [], []
-    while len(ours) < 2 or (min(ours) > IMPORT_SHARE * min(theirs) and len(ours) < 6):  # the first may write bytecode
+    while len(ours) < 2 or (
+        min(ours) > IMPORT_SHARE * min(theirs) and len(ours) < most
+    ):  # the first may write bytecode
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         for spent, word in zip((theirs, ours), done.stdout.split(), strict=True):
             spent.append(float(word))
@@ -298,7 +300,7 @@ def test_importing_costs_little_beside_torch() -> None:
 
 @pytest.mark.slow
 def test_a_heavy_import_would_be_seen() -> None:
-    assert import_share("import torch._dynamo") > IMPORT_SHARE
+    assert import_share("import torch._dynamo", most=2) > IMPORT_SHARE
 
 
 def test_importing_does_nothing(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fagen.families import Config
 from fagen.ops import abi
 from fagen.runtime import kernel
 from fagen.target import host
+from fagen.tuner import final_round
 from fagen.tuner.messages import OUTCOMES
 from fagen.verify import checks
 from tests.support.row_scaling import FAMILY, OP, Scaling, ScalingCall
@@ -170,8 +171,9 @@ def test_a_call_that_the_kernel_would_read_astray_is_refused(known):
 
 @pytest.mark.slow
 @needs_cxx
-def test_it_is_tuned_recorded_and_dispatched(known):
+def test_it_is_tuned_recorded_and_dispatched(known, monkeypatch):
     """By the tuner's own workers, which find the op by the variable."""
+    monkeypatch.setattr(final_round, "SECONDS", 0.3)
     report = fagen.tune(PROBLEM, trials=5, budget=120, target=HERE, workers=1, seed=1, quiet=True)
     (record,) = report.records
     assert record.problem == PROBLEM and record.family == "cpu_row_scaling" and record.config["style"] == "plain"

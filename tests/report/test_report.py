@@ -22,7 +22,7 @@ from fagen.ops.attention.inputs import input_bytes
 from fagen.ops.attention.problem import INTERVAL_KINDS, Problem
 from fagen.report import charts, facts, knobs, limits, load, page, roofs
 from fagen.target import Target
-from fagen.tuner import journal
+from fagen.tuner import final_round, journal
 from fagen.tuner.messages import OUTCOMES
 from fagen.tuner.result import Tuned
 from fagen.tuner.search import Search, open_storage
@@ -478,9 +478,11 @@ def test_a_key_says_what_its_problem_is():
 
 
 @pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
-def test_a_run_of_the_tuner(runs, tmp_path, capsys):
+def test_a_run_of_the_tuner(runs, tmp_path, capsys, monkeypatch):
     """From the search to the page, and the study in the run's folder as Optuna reads it."""
     import optuna
+
+    monkeypatch.setattr(final_round, "SECONDS", 0.3)
 
     words = "--target cpu --dtype fp32 --head-dim 32 --mask causal --seqlen 64 --heads 2 --trials 2 --workers 1"
     assert main(["tune", *words.split(), "--out", str(tmp_path / "db"), "--json"]) == 0

@@ -18,7 +18,7 @@ from fagen.errors import FagenError
 from fagen.families import Config, Constraint, Family, Knob
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target, host
-from fagen.tuner import evaluate
+from fagen.tuner import evaluate, final_round
 from fagen.tuner.messages import Probe
 
 STYLES = ("plain", "slow", "segfault", "hang", "wrong", "holes", "late", "overrun", "scribble", "broken")
@@ -123,6 +123,7 @@ FAMILY = Family(
     supports=lambda p, t: None if p.dtype == "fp32" else "serves fp32",
     derive=lambda p, t, c: {"variant": int(c.variant)},
     default=lambda p, t: Config({"style": "slow", "variant": 1}),
+    flags=lambda t: ("-O2",),
     resources=lambda p, t, c: (c.variant,),
 )
 PROBLEM = Problem(dtype="fp32", head_dim=16, mask="causal", batch=3, heads=2, kv_heads=1, seqlen_q=192)
@@ -140,6 +141,7 @@ def install(put=setattr) -> None:
     put(families, "all_families", _all_families)
     put(evaluate, "compile_one", compile_one)
     put(evaluate, "measure_any", measure_any)
+    put(final_round, "SECONDS", 0.3)  # the right ones are a factor apart
 
 
 _compile_one, _measure_any = evaluate.compile_one, evaluate.measure_any
@@ -152,10 +154,11 @@ def compile_one(request):
 
 
 def measure_any(request):
-    """FAKE_BROKEN: a file that names a device which does not work."""
+    """FAKE_PACE: seconds that it takes longer. FAKE_BROKEN: a file that names a device which does not work."""
     broken = Path(os.environ.get("FAKE_BROKEN", "/nowhere"))
     if isinstance(request, Probe) and broken.exists() and str(request.device) == broken.read_text():
         raise RuntimeError("the device is in a bad mood")
+    time.sleep(0.0 if isinstance(request, Probe) else float(os.environ.get("FAKE_PACE", "0")))
     return _measure_any(request)
 
 

@@ -46,10 +46,11 @@ def until(happened: Callable[[], object], child: subprocess.Popen | None = None)
 def begin(
     folder: Path, trials: int = 50, name: str = "runs", stderr: int = subprocess.PIPE, **options: object
 ) -> subprocess.Popen:
-    """`fake_family.main`; FAKE_STYLES is taken over from here."""
+    """`fake_family.main`; FAKE_STYLES is taken over from here. It is slow enough to be ended in the middle."""
     command = [sys.executable, "-m", "tests.support.fake_family", str(folder / name), str(folder / "db"), str(trials)]
     paths = [str(ROOT), *sys.path]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "FAKE_OPTIONS": json.dumps(options)}
+    environment = {"FAKE_PACE": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment["FAKE_OPTIONS"] = json.dumps(options)
     return subprocess.Popen(command, env=environment, stderr=stderr, start_new_session=True)
 
 

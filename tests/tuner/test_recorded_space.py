@@ -33,6 +33,15 @@ def script(name: str, monkeypatch):
     return importlib.import_module(name)
 
 
+def test_reading_asks_for_the_default_of_a_space_once(monkeypatch):
+    """Thousands of lines, each of which may lack a knob."""
+    family, asked = families.get("sm90_forward"), []
+    counting = dataclasses.replace(family, default=lambda *given: asked.append(given) or family.default(*given))
+    monkeypatch.setattr(recorded_space.families, "get", lambda name: counting)
+    (space,) = recorded_space.read(SPACE)
+    assert len(space.entries) > 100 and len(asked) == 1
+
+
 @pytest.fixture
 def recorder(monkeypatch):
     return script("record_spaces", monkeypatch)

@@ -204,7 +204,7 @@ def _with_sdpa(prepares: dict[str, Any]) -> dict[str, Any]:
     """What users without any library call."""
     from fagen.bench import sdpa
 
-    return prepares | {"sdpa": sdpa.sdpa({}).prepare}
+    return prepares | {"sdpa": sdpa.sdpa({}).by_op["forward"]}
 
 
 def _report(args: argparse.Namespace, result: dict[str, Any], old: dict[str, Any] | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fagen.ops.attention import forward, size_point
+from fagen.ops.attention import forward, size_point, work
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.flags import of as forward_flags
 from fagen.ops.base import Calls, Op
@@ -34,6 +34,8 @@ OP = Op(
     weights=size_point.WEIGHTS,
     flags=_flags,
     torch_serves=_torch_serves,
+    length="seqlen_q",
+    least_bytes=work.least_bytes_backward,
     symbols=forward.OP.symbols,
     enums=forward.OP.enums,
     calls=_calls,

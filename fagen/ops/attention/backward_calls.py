@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fagen.errors import InvalidArgument
-from fagen.ops.attention import fallback, forward_calls, gradients
+from fagen.ops.attention import fallback, forward_calls, gradients, work
 from fagen.ops.attention.arguments import is_aligned
 from fagen.ops.attention.backward_call import GRADIENTS, BackwardCall
 from fagen.ops.attention.backward_problem import BackwardProblem
@@ -76,4 +76,5 @@ CALLS = Calls(
     check=lambda call, outputs: gradients.check(call, outputs),
     check_sample=lambda call, outputs: gradients.check_sample(call, outputs),
     torch_peer=torch_peer,
+    flops=work.flops,
 )

@@ -65,6 +65,7 @@ OP = Op(
     weights=WEIGHTS,
     flags=_flags,
     torch_serves=lambda p: False,  # it does not read lengths on the device
+    length="seqlen_k",
     symbols=forward.SYMBOLS,
     enums=forward.ENUMS,
     calls=_calls,

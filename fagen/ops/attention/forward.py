@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fagen.ops.attention import flags, size_point
+from fagen.ops.attention import flags, size_point, work
 from fagen.ops.attention.problem import INTERVAL_KINDS, MASKS, Problem
 from fagen.ops.base import Calls, Constant, Op
 
@@ -63,6 +63,8 @@ OP = Op(
     weights=size_point.WEIGHTS,
     flags=flags.of,
     torch_serves=_torch_serves,
+    length="seqlen_q",
+    least_bytes=work.least_bytes,
     symbols=SYMBOLS,
     enums=ENUMS,
     calls=_calls,

@@ -7,7 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from fagen.errors import InvalidArgument
-from fagen.ops.attention import fallback, reference
+from fagen.ops.attention import fallback, reference, work
 from fagen.ops.attention.arguments import is_aligned
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.inputs import make_inputs
@@ -96,4 +96,5 @@ CALLS = Calls(
     check=lambda call, outputs: reference.check(call, outputs),
     check_sample=check_sample,
     torch_peer=lambda call: fallback.sdpa_call(call),
+    flops=work.flops,
 )

@@ -48,6 +48,7 @@ OP = Op(
     weights={"count": 0.5, "length": 1.0},
     flags=_flags,
     torch_serves=lambda p: True,
+    length="length",
     symbols=_SYMBOLS,
     enums={"Along": ALONG},
     calls=_calls,
