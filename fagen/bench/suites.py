@@ -219,7 +219,8 @@ SUITES = {
         "60 problems drawn by --seed, that nobody tuned", lambda target, seed: random_rows.suite(seed)
     ),
     "few_rows": _attention(
-        "few rows of q on many keys, where tiles of rows alone leave SMs idle: 23 rows", lambda target, seed: _few_rows()
+        "few rows of q on many keys, where tiles of rows alone leave SMs idle: 23 rows",
+        lambda target, seed: _few_rows(),
     ),
     "small": _attention("a small suite, for a CPU", lambda target, seed: _small(target)),
     **{name: _of_decode(name) for name in decode.SUITES},
