@@ -1,7 +1,7 @@
 """Forward in float32 on the tensor cores of every NVIDIA GPU from sm_80 up: tf32 products by mma.sync, cp.async.
 
 `split` gives float32's own accuracy for three products: an operand is the sum of two tf32 numbers. `single` rounds it
-to one, where the problem allows TF32. Head dims from 1 to 256, any alignment. Not run on a GPU yet: it serves no calls.
+to one, where the problem allows TF32. Head dims from 1 to 256, any alignment.
 """
 
 from __future__ import annotations
@@ -223,6 +223,6 @@ FAMILY = Family(
     flags=lambda t: (device_limits.gencode(t), *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:4],
     cost=cost,
-    serves_calls=lambda p: problem.FP32_TENSOR_CORES,
+    serves_calls=lambda p: problem.FOLLOWS_TF32 or not p.tf32,
     resources=_resources,
 )

@@ -64,7 +64,7 @@ def _constants() -> str:
         f"constexpr SizeWeights kSizeWeights{{{values}}};\n"
         f"constexpr double kMostWaves = {size_point.MOST_WAVES!r}, kLeastWaves = {size_point.LEAST_WAVES!r};\n"
         f"constexpr int64_t kWaveRows = {size_point.WAVE_ROWS};\n"
-        f"constexpr bool kFp32TensorCores = {str(problem.FP32_TENSOR_CORES).lower()};\n"
+        f"constexpr bool kFollowsTf32 = {str(problem.FOLLOWS_TF32).lower()};\n"
         f"inline bool switch_allows_tf32() {{ return {_tf32_switch()}; }}\n}}\n"
     )
 

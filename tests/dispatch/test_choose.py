@@ -133,7 +133,7 @@ def test_the_next_family_when_the_first_has_no_default(monkeypatch: pytest.Monke
 def test_pytorch_when_no_family_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     others = tuple(family for family in families.all_families() if not family.last_resort)
     monkeypatch.setattr(families, "all_families", lambda: others)
-    choice = choose.choose(Problem(dtype="fp32"), target.known("sm_90"))
+    choice = choose.choose(Problem(dtype="fp32", head_dim=300), target.known("sm_90"))
     assert (choice.kind, choice.provenance, choice.family) == ("torch", "none", None)
     assert {r.partition(":")[0] for r in choice.reasons} == {
         f.name for f in families.all_families() if f.op == "forward"

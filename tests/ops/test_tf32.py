@@ -28,7 +28,7 @@ HALF: Any = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda"))
 
 @pytest.fixture
 def followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem, "FP32_TENSOR_CORES", True)
+    monkeypatch.setattr(problem, "FOLLOWS_TF32", True)
 
 
 @pytest.fixture
@@ -41,17 +41,18 @@ def switch() -> Any:
     torch.set_float32_matmul_precision(before)
 
 
-def test_nobody_asks_until_the_family_serves_calls(switch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem, "FP32_TENSOR_CORES", False)
+def test_nobody_asks_until_calls_follow_it(switch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "FOLLOWS_TF32", False)
     torch.set_float32_matmul_precision("high")
-    assert not tf32.allowed(GPU) and not sm80_forward_fp32.FAMILY.serves_calls(Problem(dtype="fp32"))
+    serves = sm80_forward_fp32.FAMILY.serves_calls
+    assert not tf32.allowed(GPU) and not serves(Problem(dtype="fp32", tf32=True)) and serves(Problem(dtype="fp32"))
 
 
 def test_the_old_switch(followed: None, switch: Any) -> None:
     for precision, allows in (("highest", False), ("high", True), ("highest", False)):
         torch.set_float32_matmul_precision(precision)
         assert tf32.allowed(GPU) is allows and not tf32.allowed(HALF)
-    assert sm80_forward_fp32.FAMILY.serves_calls(Problem(dtype="fp32"))
+    assert sm80_forward_fp32.FAMILY.serves_calls(Problem(dtype="fp32", tf32=True))
 
 
 def test_the_new_switch(followed: None, switch: Any) -> None:

@@ -17,7 +17,7 @@ def allowed(t: torch.Tensor) -> bool:
     """
     import torch
 
-    if not problem.FP32_TENSOR_CORES or t.dtype != torch.float32 or t.device.type != "cuda":
+    if not problem.FOLLOWS_TF32 or t.dtype != torch.float32 or t.device.type != "cuda":
         return False
     if torch.compiler.is_compiling():
         return False

@@ -219,7 +219,7 @@ bool rows_aligned(const Tensor& t) {
 
 // As ops/attention/tf32.py: whether products of the call may be rounded to TF32, at this moment.
 bool tf32_allowed(const Tensor& q) {
-  return kFp32TensorCores && q.is_cuda() && q.scalar_type() == at::kFloat && switch_allows_tf32();
+  return kFollowsTf32 && q.is_cuda() && q.scalar_type() == at::kFloat && switch_allows_tf32();
 }
 
 bool ranks_are_right(const Call& c, const Wanted& wanted) {

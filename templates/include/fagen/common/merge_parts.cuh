@@ -16,9 +16,9 @@ template <bool kOneSum, class Stats, class Sums>
 __device__ __forceinline__ RowSums merge_parts(int count, float scale_log2, Stats stats, Sums sums) {
   RowSums row;
   row.reference = OnlineSoftmax<1, false>::kNoKeys;
-#pragma unroll 16  // so many reads are under way at once
+#pragma unroll 8  // so many reads are under way at once
   for (int i = 0; i < count; ++i) row.reference = fmaxf(row.reference, stats(i).x);
-#pragma unroll 16
+#pragma unroll 8
   for (int i = 0; i < count; ++i) {
     const float2 part = stats(i);
     const float factor = ptx::ex2((part.x - row.reference) * scale_log2);
