@@ -157,7 +157,8 @@ void arrive_at(Barrier& barrier);
 // c += a b of 16 x 16 and 16 x 8 elements, whose parts a warp's threads hold as mma.sync has them.
 template <class Element>
 void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-// The same of 16 x 8 and 8 x 8 tf32 numbers. The last 13 bits of an operand are not read, and sums are cut, not rounded.
+// The same of 16 x 8 and 8 x 8 tf32 numbers. The last 13 bits of an operand are not read, and sums are cut, not
+// rounded.
 void multiply_tf32_tile(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 // One thread's share of a warpgroup's product: two rows of a, from shared memory where `held` is null, and a quarter of

@@ -3,8 +3,8 @@
 #include "fagen/abi/tensor.h"
 
 // New rows of a sequence stand behind the keys that it has. Keys, and rows of q with them, are turned by the angles of
-// their positions first: the first 2 * half columns of each head. Packed rows, with cu_seqlens, lie one behind the other
-// and have no stride of a sequence. The last dimension of every tensor is contiguous.
+// their positions first: the first 2 * half columns of each head. Packed rows, with cu_seqlens, lie one behind the
+// other and have no stride of a sequence. The last dimension of every tensor is contiguous.
 //
 // Numbers of dtypes: 0 float, 1 half, 2 bfloat16.
 typedef struct fagen_append_params {

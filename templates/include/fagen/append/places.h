@@ -36,7 +36,8 @@ FAGEN_SHARED SequenceRow find_row(const int32_t* starts, int batch, int each, in
 
 // The elements of a row; packed ones are found by their index, others by their number in the sequence.
 FAGEN_SHARED int64_t row_offset(const fagen_tensor& t, const int32_t* starts, SequenceRow at, int row, int head) {
-  return (starts ? 0 : at.sequence * t.stride[0]) + int64_t(starts ? row : at.number) * t.stride[1] + head * t.stride[2];
+  return (starts ? 0 : at.sequence * t.stride[0]) + int64_t(starts ? row : at.number) * t.stride[1] +
+         head * t.stride[2];
 }
 
 // A page of the cache and a row in it; page -1: outside of the cache, or of the sequence's bound.

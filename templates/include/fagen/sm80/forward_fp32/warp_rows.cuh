@@ -19,8 +19,8 @@ struct Lane {
 // The tensor cores' sums are cut to 24 bits, not rounded, and long ones would lean towards 0. So a sum that starts from
 // 0 takes few products, and is added to the scores or to O by a float32 addition, which rounds.
 //
-// The order of a sum's terms is free: a lane reads numbers that lie side by side, and they count as those that its place
-// in the operands stands for. Sums over columns of q and k: lane 4 g + t has columns 4 t ... 4 t + 3 of 16, two a
+// The order of a sum's terms is free: a lane reads numbers that lie side by side, and they count as those that its
+// place in the operands stands for. Sums over columns of q and k: lane 4 g + t has columns 4 t ... 4 t + 3 of 16, two a
 // product. Sums over keys: keys 2 t and 2 t + 1 of 8, as the accumulators of S have them.
 template <class C>
 struct WarpRows {
