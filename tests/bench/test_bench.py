@@ -166,7 +166,7 @@ def test_rows_of_a_suite_have_names_of_their_own(name):
 
 def test_few_rows_are_what_splits_are_for():
     found = suites.suite("few_rows", GPU)
-    needing = [row for row in found if rows.needs_split_keys(row.problem, GPU)]
+    needing = [row for row in found if by_op.get(row.op).needs_split_keys(row.problem, GPU)]
     family = families.get("sm90_forward")
     split = [row for row in needing if family.default(row.problem, GPU).splits == "keys"]
     assert len(found) == 23 and len(needing) >= 20 and len(split) >= 20
