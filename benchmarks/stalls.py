@@ -11,6 +11,7 @@ FAGEN_BUILD. Times in seconds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -27,9 +28,10 @@ from typing import Any
 import torch
 
 import fagen
-from fagen import env
 from fagen.bench import peers
 from fagen.bench.rows import Row
+from fagen.build import cache
+from fagen.build.job import Job
 from fagen.cli import arguments
 from fagen.db.record import environment, now
 from fagen.notices import emit_json, say
@@ -130,9 +132,21 @@ def facts(seconds: list[float]) -> dict[str, float | int]:
     }  # fmt: skip
 
 
-def kernels() -> int:
-    """Built ones in the cache."""
-    return sum(1 for _ in (env.cache_dir() / "kernels").glob("*/manifest.json"))
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of what this process compiles meanwhile. Others may fill the same cache."""
+    names: list[str] = []
+    compile_job = cache._compile
+
+    def counted(job: Job, *args: Any) -> Path:
+        names.append(job.name)
+        return compile_job(job, *args)
+
+    cache._compile = counted
+    try:
+        yield names
+    finally:
+        cache._compile = compile_job
 
 
 def measure(args: argparse.Namespace, problem: Problem, longest: int, target: Target) -> dict[str, Any]:
@@ -142,16 +156,17 @@ def measure(args: argparse.Namespace, problem: Problem, longest: int, target: Ta
         start = time.perf_counter()
         data["warmup"] = {"kernels": fagen.warmup([problem], target, max_seqlen=longest)}
         data["warmup"]["seconds"] = time.perf_counter() - start
-    built = kernels()
     gc.collect()
     gc.disable()
-    for scenario in ("prompts", "cache", "batches"):
-        draw = random.Random(f"{args.seed}/{scenario}")
-        some = sizes(scenario, args.calls, longest, draw)
-        for name, call in {"fagen": ours, **calls}.items():
-            data["scenarios"].setdefault(scenario, {})[name] = facts(timed(call, inputs(problem, target, some), target))
+    with compilations() as compiled:
+        for scenario in ("prompts", "cache", "batches"):
+            draw = random.Random(f"{args.seed}/{scenario}")
+            some = sizes(scenario, args.calls, longest, draw)
+            found = data["scenarios"][scenario] = {}
+            for name, call in {"fagen": ours, **calls}.items():
+                found[name] = facts(timed(call, inputs(problem, target, some), target))
     gc.enable()
-    data["compiled_after_warmup"] = kernels() - built
+    data["compiled_after_warmup"] = len(compiled)
     return data
 
 
