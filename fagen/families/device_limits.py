@@ -1,6 +1,8 @@
-"""What every family of CUDA kernels asks of a GPU, each question with the reason it gives."""
+"""What families of CUDA kernels ask alike, of a GPU and of the order of blocks, each with the reason it gives."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from fagen.families.base import Config
 from fagen.target import Target
@@ -27,6 +29,13 @@ def registers_fit(need: int, limit: int, c: Config) -> str | None:
     """Of a thread, where so many warps and blocks share an SM's."""
     fits = need <= limit
     return None if fits else f"about {need} > {limit} registers a thread ({c.warps} warps x {c.blocks_per_sm} blocks)"
+
+
+def order_matters(p: Any, t: Target, c: Config) -> str | None:
+    """Of forward kernels, whose blocks have tiles of rows."""
+    if p.mask == "none" and c.block_order in ("descending", "longest_first"):
+        return f"without a mask all rows are equally long, block_order={c.block_order} only repeats another"
+    return None
 
 
 def gencode(t: Target) -> str:

@@ -133,12 +133,6 @@ def _stages_pay(p: Problem, t: Target, c: Config) -> str | None:
     return None
 
 
-def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
-    if p.mask == "none" and c.block_order in ("descending", "longest_first"):
-        return f"without a mask all rows are equally long, block_order={c.block_order} only repeats another"
-    return None
-
-
 def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
     return device_limits.smem_fits(smem_bytes(p, c), t, c)
 
@@ -293,7 +287,7 @@ CONSTRAINTS = (
     Constraint("chunks_fit", _chunks_fit, _STAGE),
     Constraint("copies_convert", _copies_convert, ("copies",)),
     Constraint("stages_pay", _stages_pay, ("stages", "copies")),
-    Constraint("order_matters", _order_matters, ("block_order",)),
+    Constraint("order_matters", device_limits.order_matters, ("block_order",)),
     Constraint("smem_fits", _smem_fits, (*_STAGE, "stages", "blocks_per_sm")),
     Constraint("registers_fit", _registers_fit, (*_STAGE, "score_rows", "copies", "blocks_per_sm")),
 )

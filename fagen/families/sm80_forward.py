@@ -118,12 +118,6 @@ def _repeats(p: Problem, c: Config) -> bool:
     return c.splits == "keys" and (tiles > 512 or p.seqlen_k <= int(c.tile_n))
 
 
-def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
-    if p.mask == "none" and c.block_order in ("descending", "longest_first"):
-        return f"without a mask all rows are equally long, block_order={c.block_order} only repeats another"
-    return None
-
-
 def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
     return device_limits.smem_fits(smem_bytes(p, c), t, c)
 
@@ -277,7 +271,7 @@ CONSTRAINTS = (
     Constraint("even_share", _even_share, (*_SHAPE, "smem_layout")),
     Constraint("one_scheme", _one_scheme, ("warps", "partition", "loop_order", "stages", "overlap")),
     Constraint("splitting_fits", _splitting_fits, ("partition", "loop_order", "splits")),
-    Constraint("order_matters", _order_matters, ("block_order",)),
+    Constraint("order_matters", device_limits.order_matters, ("block_order",)),
     Constraint("smem_fits", _smem_fits, _MEMORY),
     Constraint("registers_fit", _registers_fit, (*_SHAPE, "overlap", "q_source", "blocks_per_sm")),
 )

@@ -85,12 +85,6 @@ def _tf32_allowed(p: Problem, t: Target, c: Config) -> str | None:
     return None if p.tf32 or c.products == "split" else "the problem does not allow products rounded to TF32"
 
 
-def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
-    if p.mask == "none" and c.block_order in ("descending", "longest_first"):
-        return f"without a mask all rows are equally long, block_order={c.block_order} only repeats another"
-    return None
-
-
 def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
     return device_limits.smem_fits(smem_bytes(p, c), t, c)
 
@@ -204,7 +198,7 @@ CONSTRAINTS = (
     Constraint("even_share", _even_share, ("tile_m", "warps")),
     Constraint("steps_exist", _steps_exist, ("tile_n", "value_steps", "score_steps")),
     Constraint("tf32_allowed", _tf32_allowed, ("products",)),
-    Constraint("order_matters", _order_matters, ("block_order",)),
+    Constraint("order_matters", device_limits.order_matters, ("block_order",)),
     Constraint("smem_fits", _smem_fits, (*_SHAPE, "stages", "blocks_per_sm")),
     Constraint("registers_fit", _registers_fit, (*_SHAPE, "products", "blocks_per_sm")),
 )

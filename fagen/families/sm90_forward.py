@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob
 from fagen.families.cost import Walk, key_bytes, makespan, split_cycles, walk
 from fagen.families.sm90_forward_block import (
@@ -64,12 +65,6 @@ KNOBS = (
         implied_by_old_records="none",
     ),
 )
-
-
-def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
-    if p.mask == "none" and c.block_order in ("descending", "longest_first"):
-        return f"without a mask all rows are equally long, block_order={c.block_order} only repeats another"
-    return None
 
 
 def _section_matters(p: Problem, t: Target, c: Config) -> str | None:
@@ -181,7 +176,7 @@ CONSTRAINTS = (
     Constraint("product_fits", _product_fits, ("tile_m", "tile_n", "blocks_per_sm")),
     Constraint("single_has_one", _single_has_one, ("q_stages", "schedule")),
     Constraint("turns_need_others", _turns_need_others, ("tile_m", "ping_pong")),
-    Constraint("order_matters", _order_matters, ("block_order",)),
+    Constraint("order_matters", device_limits.order_matters, ("block_order",)),
     Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
     Constraint("sharing_fits", _sharing_fits, ("blocks_per_sm", "schedule", "cluster")),
     Constraint("packing_fits", _packing_fits, ("pack_heads",)),
