@@ -314,6 +314,17 @@ def test_blocks_share_the_heads_of_a_group(folder: Path, case: Case) -> None:
         assert any(_is_wrong(broken, folder, seed, case=case, rows=70, keys=70, units=5) for seed in range(10))
 
 
+def test_a_groups_heads_are_shared_where_all_of_them_are_more_than_l2_holds(folder: Path) -> None:
+    """With one unit, which has work anyway. That blocks share them shows where their sums are broken."""
+    case, rows = Case("base", kv_heads=1), {"rows": 70, "keys": 130, "units": 1}
+    text, sums = _source(case), "split < keys.splits; ++split"
+    assert text.count("kCachedBytes = 64 << 20") == 1 and sums in text
+    small = text.replace("kCachedBytes = 64 << 20", "kCachedBytes = 1 << 10")
+    check(case, folder, **rows, text=small)
+    assert _is_wrong(small.replace(sums, "split < 1; ++split"), folder, 0, case=case, **rows)
+    assert not _is_wrong(text.replace(sums, "split < 1; ++split"), folder, 0, case=case, **rows)
+
+
 @pytest.mark.parametrize("scheme", sample(["base", "first_owner_red", "last_block"], every=2))
 def test_one_tile_has_all_keys(folder: Path, scheme: str) -> None:
     """What a block has of dQ is stored as it is. Rows that see none of the keys get zeros."""

@@ -10,8 +10,8 @@
 namespace fagen {
 
 constexpr int kMostSplits = 8;  // blocks of a cluster on every GPU
-constexpr int64_t kCachedBytes =
-    64 << 20;  // read and added to at a time: more than L2, since part of it is not yet or no longer
+// What blocks may read and add to at a time: more than L2 has, since part of it is not needed yet or no longer.
+constexpr int64_t kCachedBytes = 64 << 20;
 
 // Bytes of a head's rows of q, dO and dQ.
 static int64_t bytes_of_head(const fagen_backward_params& p) {
