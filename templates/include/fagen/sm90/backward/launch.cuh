@@ -10,7 +10,7 @@
 namespace fagen {
 
 constexpr int kMostSplits = 8;  // blocks of a cluster on every GPU
-// What blocks may read and add to at a time: more than L2 has, since part of it is not needed yet or no longer.
+// Bytes that blocks may read and add to at a time: more than L2 has, since some are not needed yet or no longer.
 constexpr int64_t kCachedBytes = 64 << 20;
 
 // Bytes of a head's rows of q, dO and dQ.
