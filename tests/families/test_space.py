@@ -12,6 +12,7 @@ from fagen import families, ops, target
 from fagen.errors import InvalidConfig
 from fagen.families import Config, Constraint, Family, sm80_forward, sm90_forward
 from fagen.families.space import enumerate_space
+from fagen.ops.attention import size_point
 from fagen.ops.attention.problem import Problem
 
 OF_ATTENTION = [family for family in families.all_families() if family.op != "softmax"]
@@ -140,4 +141,4 @@ def test_what_only_repeats_at_its_sizes_is_not_searched() -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads", "packed"), [(8, 8, 1), (32, 8, 4), (12, 2, 2), (128, 1, 64), (15, 5, 1)])
 def test_heads_are_packed_as_a_tile_holds_them(heads: int, kv_heads: int, packed: int) -> None:
-    assert sm90_forward.packed_heads(Problem(heads=heads, kv_heads=kv_heads)) == packed
+    assert size_point.packed_heads(Problem(heads=heads, kv_heads=kv_heads)) == packed
