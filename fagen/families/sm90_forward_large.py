@@ -17,7 +17,7 @@ KNOBS = (
     Knob("tile_n", "kTileN", (64, 96, 128, 192), "keys of a tile, half of them a warpgroup's"),
     Knob("chunk_d", "kChunkD", (64, 128), "columns of K that a stage holds"),
     Knob("stages", "kStages", (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16), "chunks of K and V in shared memory"),
-    Knob("ahead", "kAhead", (0, 1, 2, 4), "chunks of the next tile's K that are multiplied under a tile's softmax"),
+    Knob("chunks_ahead", "kChunksAhead", (0, 1, 2, 4), "chunks of the next K that are multiplied under a softmax"),
     Knob("column_splits", "kColumnSplits", (1, 2), "blocks that share the columns of O; each computes all scores"),
     Knob("cluster", "kCluster", (1, 2, 4), "blocks that share each chunk of keys and values"),
     Knob("rescale", "kRescale", ("each", "deferred"), "when O follows a grown maximum"),
@@ -67,7 +67,7 @@ def smem_bytes(p: Problem, c: Config) -> int:
 
 def fragment_registers(p: Problem, c: Config) -> int:
     """O, S, and the next tile's S where that is begun ahead."""
-    return group_columns(p, c) // 2 + int(c.tile_n) // 4 * (2 if c.ahead else 1)
+    return group_columns(p, c) // 2 + int(c.tile_n) // 4 * (2 if c.chunks_ahead else 1)
 
 
 def _chunks_whole(p: Problem, t: Target, c: Config) -> str | None:
@@ -77,10 +77,10 @@ def _chunks_whole(p: Problem, t: Target, c: Config) -> str | None:
 
 def _ring_holds(p: Problem, t: Target, c: Config) -> str | None:
     chunks = _slabs(p.head_dim_padded) * _SLAB // int(c.chunk_d)
-    if c.ahead > chunks:
-        return f"ahead={c.ahead} of {chunks} chunks of K"
-    if c.stages < c.ahead + 2:
-        return f"{c.stages} stages < {c.ahead} chunks ahead + 2 on their way"
+    if c.chunks_ahead > chunks:
+        return f"chunks_ahead={c.chunks_ahead} of {chunks} chunks of K"
+    if c.stages < c.chunks_ahead + 2:
+        return f"{c.stages} stages < {c.chunks_ahead} chunks ahead + 2 on their way"
     return None
 
 
@@ -103,11 +103,11 @@ def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
 
 CONSTRAINTS = (
     Constraint("chunks_whole", _chunks_whole, ("chunk_d",)),
-    Constraint("ring_holds", _ring_holds, ("chunk_d", "stages", "ahead")),
+    Constraint("ring_holds", _ring_holds, ("chunk_d", "stages", "chunks_ahead")),
     Constraint("columns_shared", _columns_shared, ("column_splits",)),
     Constraint("order_matters", device_limits.order_matters, ("block_order",)),
     Constraint("smem_fits", _smem_fits, ("tile_n", "chunk_d", "stages", "column_splits")),
-    Constraint("registers_fit", _registers_fit, ("tile_n", "ahead", "column_splits")),
+    Constraint("registers_fit", _registers_fit, ("tile_n", "chunks_ahead", "column_splits")),
 )
 
 
@@ -133,8 +133,8 @@ def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
     }
 
 
-# (tile_n, ahead, column_splits), the best guess first; the last ones fit every problem.
-_TILES = ((128, 2, 1), (64, 2, 1), (128, 2, 2), (64, 2, 2), (64, 1, 2), (64, 0, 1), (64, 0, 2))
+# (tile_n, chunks_ahead, column_splits), the best guess first; the last ones fit every problem.
+_TILES = ((128, 2, 1), (64, 2, 1), (64, 0, 1), (128, 2, 2), (64, 2, 2), (64, 0, 2))
 
 
 def _guesses(p: Problem, t: Target) -> list[Config]:
@@ -144,7 +144,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     found = []
     for n, ahead, splits in _TILES:
         shape: dict[str, Value] = {
-            "tile_n": n, "chunk_d": 64, "stages": 2, "ahead": ahead, "column_splits": splits, "cluster": cluster,
+            "tile_n": n, "chunk_d": 64, "stages": 2, "chunks_ahead": ahead, "column_splits": splits, "cluster": cluster,
             "rescale": "deferred", "block_order": order,
         }  # fmt: skip
         by_stages = (Config({**shape, "stages": stages}) for stages in reversed(KNOBS[2].choices))
@@ -152,6 +152,13 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
         if deepest:
             found.append(deepest)
     return found
+
+
+def _default(p: Problem, t: Target) -> Config:
+    """The first guess with registers to spare: intervals take more than usual."""
+    spare = OTHER_REGISTERS + (24 if p.mask == "intervals" else 0)
+    guesses = _guesses(p, t)
+    return next((c for c in guesses if fragment_registers(p, c) + spare <= CONSUMER_REGISTERS), guesses[-1])
 
 
 def cost(p: Problem, t: Target, c: Config) -> float:
@@ -167,10 +174,10 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     read = d * (2 + n / 64) + n / 8 * (16 * parts + columns / 4)
     bytes_each = n * (d + 2 * columns) * 2
     softmax = 5.5 * n + 500
-    hidden = min(1.0, int(c.ahead) * int(c.chunk_d) / d) * scores
+    hidden = min(1.0, int(c.chunks_ahead) * int(c.chunk_d) / d) * scores
     busy = max(scores + values, read + bytes_each / 128) + max(0.0, softmax - hidden) + 60 * chunks / 2
     visit = max(busy, bytes_each / cluster / 24)
-    visit *= 1 + (0.3 if c.stages < c.ahead + 4 else 0)
+    visit *= 1 + (0.3 if c.stages < c.chunks_ahead + 4 else 0)
     visit += 0.5 * columns if c.rescale == "each" else 0
     seen, heads = walk(p, ROWS * cluster, n), p.batch * p.heads * splits
     boundary = 4000 + 16.0 * columns / 4 + ROWS * d * 2 / 24
@@ -197,7 +204,7 @@ FAMILY = Family(
     constraints=CONSTRAINTS,
     supports=_supports,
     derive=_derive,
-    default=lambda p, t: _guesses(p, t)[0],
+    default=_default,
     default_reads=lambda p, t: p.seqlen_q > ROWS,
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
@@ -206,7 +213,7 @@ FAMILY = Family(
         "column_widths": _widths(p, c),
         "register_widths": [],
     },
-    first_configs=lambda p, t: _guesses(p, t)[1:],
+    first_configs=_guesses,
     repeats=lambda p, c: c.cluster > 1 and p.seqlen_q <= ROWS * (int(c.cluster) // 2),
     cost=cost,
     resources=lambda p, t, c: (smem_bytes(p, c), c.cluster, fragment_registers(p, c)),

@@ -164,10 +164,10 @@ struct LargeConsumer {
   // of its chunks are multiplied under the softmax.
   template <bool kNext>
   __device__ __forceinline__ void visit(Scores& scores, Scores& next, const ScoreMod<C>& mod, int tile, bool partial) {
-    if constexpr (kNext && C::kAhead > 0) {
+    if constexpr (kNext && C::kChunksAhead > 0) {
       pin(next[0]);
 #pragma unroll
-      for (int chunk = 0; chunk < C::kAhead; ++chunk) start_score_chunk(next, chunk);
+      for (int chunk = 0; chunk < C::kChunksAhead; ++chunk) start_score_chunk(next, chunk);
     }
     const int row0 = task.first_row + warp * 16, key = tile * C::kTileN + group * L::kGroupKeys;
     if (partial)
@@ -178,8 +178,8 @@ struct LargeConsumer {
     store_weights(scores);
     multiply_values();
     if constexpr (kNext) {
-      if (C::kAhead == 0) pin(next[0]);
-      multiply_scores(next, C::kAhead);
+      if (C::kChunksAhead == 0) pin(next[0]);
+      multiply_scores(next, C::kChunksAhead);
     }
     free_chunks<0>();
     pin(state.o[0]);

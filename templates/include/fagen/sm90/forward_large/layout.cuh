@@ -46,7 +46,7 @@ struct LargeLayout {
   static_assert(kValueChunks * kValueKeys == C::kTileN && kValueKeys % 16 == 0, "chunks of V are whole products");
   static_assert(C::kTileN % 32 == 0 && C::kTileN / C::kCluster % 8 == 0, "keys of a product, and of a block's part");
   static_assert(kParts <= 2 && kSecondColumns % kSlabColumns == 0, "a warpgroup has one or two products on V");
-  static_assert(C::kStages >= C::kAhead + 2 && C::kAhead <= kKeyChunks, "stages held while V passes by");
+  static_assert(C::kStages >= C::kChunksAhead + 2 && C::kChunksAhead <= kKeyChunks, "stages held while V passes by");
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
   static_assert(kConsumerRegisters == Derived::registers, "Python and CUDA disagree about the registers of a thread");

@@ -69,9 +69,9 @@ struct LargeProducer {
       const int tile = walk.tile;
       walk.advance();
       if (!walk.valid()) return load_values(tile);
-      load_keys(walk.tile, 0, C::kAhead);
+      load_keys(walk.tile, 0, C::kChunksAhead);
       load_values(tile);
-      load_keys(walk.tile, C::kAhead, L::kKeyChunks);
+      load_keys(walk.tile, C::kChunksAhead, L::kKeyChunks);
     }
   }
 };
