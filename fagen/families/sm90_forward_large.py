@@ -31,8 +31,8 @@ KNOBS = (
 
 ROWS = 64  # of q, a block's
 THREADS = 384  # two warpgroups that compute, one that loads
-CONSUMER_REGISTERS = 240
-OTHER_REGISTERS = 40  # addresses, maxima and sums, loop state: what a thread needs beside its fragments
+CONSUMER_REGISTERS = 232
+OTHER_REGISTERS = 36  # addresses, maxima and sums, loop state: what a thread needs beside its fragments
 _SLAB, _ROW_BYTES = 64, 128  # columns of a slab, bytes of its row
 _BARRIER_BYTES, _ALIGNMENT = 16, 1024
 
@@ -156,7 +156,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
 
 def _default(p: Problem, t: Target) -> Config:
     """The first guess with registers to spare: intervals take more than usual."""
-    spare = OTHER_REGISTERS + (24 if p.mask == "intervals" else 0)
+    spare = OTHER_REGISTERS + (16 if p.mask == "intervals" else 0)
     guesses = _guesses(p, t)
     return next((c for c in guesses if fragment_registers(p, c) + spare <= CONSUMER_REGISTERS), guesses[-1])
 

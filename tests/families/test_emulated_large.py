@@ -28,9 +28,9 @@ CASES = {
     Case("large_pair", mask="intervals", intervals="lower1", window=(-1, 0), head_dim=320, heads=2): ((150, 300),),
     Case("large", mask="none", head_dim=576, head_dim_v=512, heads=2, kv_heads=1): ((70, 130),),
     Case("large", mask="causal", head_dim=640, heads=1, kv_heads=1): ((70, 130),),
-    Case("large_split", mask="causal", head_dim=1024, heads=1, kv_heads=1, changes=(("stages", 5), ("chunks_ahead", 2))): (
-        (70, 130),
-    ),
+    Case(
+        "large_split", mask="causal", head_dim=1024, heads=1, kv_heads=1, changes=(("stages", 5), ("chunks_ahead", 2))
+    ): ((70, 130),),
 }
 
 

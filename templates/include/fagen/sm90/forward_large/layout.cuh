@@ -12,7 +12,7 @@ template <class C>
 struct LargeLayout {
   static constexpr int kGroups = 2;  // consumer warpgroups
   static constexpr int kThreads = (kGroups + 1) * 128, kConsumers = kGroups * 128;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   // scores: keys of a warpgroup; chunks of K, and their slabs of 64 columns
   static constexpr int kGroupKeys = C::kTileN / kGroups;
