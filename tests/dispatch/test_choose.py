@@ -397,7 +397,7 @@ def test_the_last_resort_is_no_candidate_beside_another() -> None:
     ids=str,
 )
 def test_large_head_dims_have_a_family_on_hopper(fields: dict, first: str | None) -> None:
-    able, _ = families.serving(Problem(**fields), known("sm_90"))
+    able, _ = families.serving(Problem(**fields), target.known("sm_90"))
     assert (able[0].name if able else None) == first
-    able, reasons = families.serving(Problem(**fields), known("sm_80"))
+    able, reasons = families.serving(Problem(**fields), target.known("sm_80"))
     assert "sm90_forward_large" in reasons
