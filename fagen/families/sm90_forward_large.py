@@ -13,10 +13,14 @@ from fagen.target import Target
 
 FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
 
+STAGES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
 KNOBS = (
+    Knob(
+        "groups_share", "kGroupsShare", ("columns", "rows"), "two warpgroups divide O's columns, or twice the rows of q"
+    ),
     Knob("tile_n", "kTileN", (64, 96, 128, 192), "keys of a tile, half of them a warpgroup's"),
     Knob("chunk_d", "kChunkD", (64, 128), "columns of K that a stage holds"),
-    Knob("stages", "kStages", (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16), "chunks of K and V in shared memory"),
+    Knob("stages", "kStages", STAGES, "chunks of K and V in shared memory"),
     Knob("chunks_ahead", "kChunksAhead", (0, 1, 2, 4), "chunks of the next K that are multiplied under a softmax"),
     Knob("column_splits", "kColumnSplits", (1, 2), "blocks that share the columns of O; each computes all scores"),
     Knob("cluster", "kCluster", (1, 2, 4), "blocks that share each chunk of keys and values"),
@@ -29,7 +33,7 @@ KNOBS = (
     ),
 )
 
-ROWS = 64  # of q, a block's
+GROUP_ROWS = 64  # of q, a warpgroup's
 THREADS = 384  # two warpgroups that compute, one that loads
 CONSUMER_REGISTERS = 232
 OTHER_REGISTERS = 36  # addresses, maxima and sums, loop state: what a thread needs beside its fragments
@@ -41,10 +45,18 @@ def _slabs(columns: int) -> int:
     return -(-columns // _SLAB)
 
 
+def block_rows(c: Config) -> int:
+    return GROUP_ROWS * (2 if c.groups_share == "rows" else 1)
+
+
 def group_columns(p: Problem, c: Config) -> int:
     """Columns of O that a warpgroup adds up, whole slabs."""
     of_block = -(-_slabs(p.head_dim_v_padded) // int(c.column_splits))
-    return _SLAB * -(-of_block // 2)
+    return _SLAB * (of_block if c.groups_share == "rows" else -(-of_block // 2))
+
+
+def block_columns(p: Problem, c: Config) -> int:
+    return group_columns(p, c) * (1 if c.groups_share == "rows" else 2)
 
 
 def _key_bytes(c: Config) -> int:
@@ -54,20 +66,21 @@ def _key_bytes(c: Config) -> int:
 
 def value_keys(p: Problem, c: Config) -> int:
     """Keys of a chunk of V: as many as a chunk of K leaves room for, at least one product's."""
-    n, row = int(c.tile_n), 4 * group_columns(p, c)
+    n, row = int(c.tile_n), 2 * block_columns(p, c)
     return max(keys for keys in range(16, n + 1, 16) if n % keys == 0 and keys * row <= max(_key_bytes(c), 16 * row))
 
 
 def smem_bytes(p: Problem, c: Config) -> int:
-    stage = max(_key_bytes(c), value_keys(p, c) * 4 * group_columns(p, c))
-    q, weights = ROWS * _ROW_BYTES * _slabs(p.head_dim_padded), ROWS * _ROW_BYTES * _slabs(int(c.tile_n))
-    barriers, exchange = _BARRIER_BYTES * (1 + c.stages), 2 * ROWS * 4
-    return q + c.stages * stage + weights + barriers + exchange + _ALIGNMENT
+    stage = max(_key_bytes(c), value_keys(p, c) * 2 * block_columns(p, c))
+    of_rows = block_rows(c) * _ROW_BYTES * (_slabs(p.head_dim_padded) + _slabs(int(c.tile_n)))  # q, the weights
+    barriers, exchange = _BARRIER_BYTES * (1 + c.stages), 2 * GROUP_ROWS * 4
+    return of_rows + c.stages * stage + barriers + exchange + _ALIGNMENT
 
 
 def fragment_registers(p: Problem, c: Config) -> int:
     """O, S, and the next tile's S where that is begun ahead."""
-    return group_columns(p, c) // 2 + int(c.tile_n) // 4 * (2 if c.chunks_ahead else 1)
+    scores = int(c.tile_n) // (2 if c.groups_share == "rows" else 4)
+    return group_columns(p, c) // 2 + scores * (2 if c.chunks_ahead else 1)
 
 
 def _chunks_whole(p: Problem, t: Target, c: Config) -> str | None:
@@ -87,7 +100,7 @@ def _ring_holds(p: Problem, t: Target, c: Config) -> str | None:
 def _columns_shared(p: Problem, t: Target, c: Config) -> str | None:
     slabs = _slabs(p.head_dim_v_padded)
     if c.column_splits > 1 and slabs < 4 * c.column_splits:
-        return f"{slabs} slabs of 64 columns of v are few for {c.column_splits} blocks of two warpgroups"
+        return f"{slabs} slabs of 64 columns of v are few for {c.column_splits} blocks"
     return None
 
 
@@ -106,8 +119,8 @@ CONSTRAINTS = (
     Constraint("ring_holds", _ring_holds, ("chunk_d", "stages", "chunks_ahead")),
     Constraint("columns_shared", _columns_shared, ("column_splits",)),
     Constraint("order_matters", device_limits.order_matters, ("block_order",)),
-    Constraint("smem_fits", _smem_fits, ("tile_n", "chunk_d", "stages", "column_splits")),
-    Constraint("registers_fit", _registers_fit, ("tile_n", "chunks_ahead", "column_splits")),
+    Constraint("smem_fits", _smem_fits, ("groups_share", "tile_n", "chunk_d", "stages", "column_splits")),
+    Constraint("registers_fit", _registers_fit, ("groups_share", "tile_n", "chunks_ahead", "column_splits")),
 )
 
 
@@ -133,22 +146,25 @@ def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
     }
 
 
-# (tile_n, chunks_ahead, column_splits), the best guess first; the last ones fit every problem.
-_TILES = ((128, 2, 1), (64, 2, 1), (64, 0, 1), (128, 2, 2), (64, 2, 2), (64, 0, 2))
+# (groups_share, tile_n, chunks_ahead, column_splits), the best guess first; the last ones fit every problem.
+_TILES = (
+    ("rows", 64, 2, 1), ("rows", 64, 0, 1), ("columns", 128, 4, 1), ("columns", 128, 2, 1), ("columns", 64, 2, 1),
+    ("columns", 64, 0, 1), ("columns", 128, 4, 2), ("columns", 128, 2, 2), ("columns", 64, 2, 2), ("columns", 64, 0, 2),
+)  # fmt: skip
 
 
 def _guesses(p: Problem, t: Target) -> list[Config]:
-    """Each shape with as many stages as fit."""
+    """Each shape with as many stages as fit, if they are more than those that wait for V."""
     order = "ascending" if p.mask == "none" else "longest_first"
-    cluster = 2 if p.seqlen_q > ROWS else 1
     found = []
-    for n, ahead, splits in _TILES:
+    for share, n, ahead, splits in _TILES:
         shape: dict[str, Value] = {
-            "tile_n": n, "chunk_d": 64, "stages": 2, "chunks_ahead": ahead, "column_splits": splits, "cluster": cluster,
-            "rescale": "deferred", "block_order": order,
+            "groups_share": share, "tile_n": n, "chunk_d": 64, "stages": 2, "chunks_ahead": ahead,
+            "column_splits": splits, "cluster": 2 if p.seqlen_q > GROUP_ROWS else 1, "rescale": "deferred",
+            "block_order": order,
         }  # fmt: skip
-        by_stages = (Config({**shape, "stages": stages}) for stages in reversed(KNOBS[2].choices))
-        deepest = next((c for c in by_stages if not any(k.check(p, t, c) for k in CONSTRAINTS)), None)
+        deep = (Config({**shape, "stages": stages}) for stages in reversed(STAGES) if stages >= 2 * ahead)
+        deepest = next((c for c in deep if not any(k.check(p, t, c) for k in CONSTRAINTS)), None)
         if deepest:
             found.append(deepest)
     return found
@@ -168,19 +184,20 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     writes add to; L2, at some 24 bytes a cycle and SM; the softmax, as far as no product hides it; the boundary.
     """
     n, columns, cluster, splits = int(c.tile_n), group_columns(p, c), int(c.cluster), int(c.column_splits)
-    d, parts = _slabs(p.head_dim_padded) * _SLAB, -(-columns // 256)
+    d, rows, apart = _slabs(p.head_dim_padded) * _SLAB, block_rows(c), c.groups_share == "rows"
+    keys = n if apart else n // 2  # of a warpgroup
     chunks = d // int(c.chunk_d) + n // value_keys(p, c)
-    scores, values = n * d / 32, n * columns / 16
-    read = d * (2 + n / 64) + n / 8 * (16 * parts + columns / 4)
-    bytes_each = n * (d + 2 * columns) * 2
-    softmax = 5.5 * n + 500
+    scores, values = keys * d / 16, n * columns / 16
+    read = d / 8 * (16 + keys / 4) + n / 8 * (16 * -(-columns // 256) + columns / 4)
+    loaded = n * (d + block_columns(p, c)) * 2
     hidden = min(1.0, int(c.chunks_ahead) * int(c.chunk_d) / d) * scores
-    busy = max(scores + values, read + bytes_each / 128) + max(0.0, softmax - hidden) + 60 * chunks / 2
-    visit = max(busy, bytes_each / cluster / 24)
+    softmax = (0.3 if apart else 1.0) * (11 * keys + 500)  # warpgroups with rows of their own hide each other's
+    busy = max(scores + values, read + loaded / 128) + max(0.0, softmax - hidden) + 30 * chunks
+    visit = max(busy, loaded / cluster / 24)
     visit *= 1 + (0.3 if c.stages < c.chunks_ahead + 4 else 0)
     visit += 0.5 * columns if c.rescale == "each" else 0
-    seen, heads = walk(p, ROWS * cluster, n), p.batch * p.heads * splits
-    boundary = 4000 + 16.0 * columns / 4 + ROWS * d * 2 / 24
+    seen, heads = walk(p, rows * cluster, n), p.batch * p.heads * splits
+    boundary = 4000 + 4.0 * columns + rows * d * 2 / 24
     uneven = seen.most * seen.row_tiles > seen.visits
     tail = 0.15 if not uneven or c.block_order in ("longest_first", "sectioned") else 0.5
     work = heads * (seen.visits * visit + seen.row_tiles * boundary)
@@ -205,7 +222,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_default,
-    default_reads=lambda p, t: p.seqlen_q > ROWS,
+    default_reads=lambda p, t: p.seqlen_q > GROUP_ROWS,
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
@@ -214,7 +231,7 @@ FAMILY = Family(
         "register_widths": [],
     },
     first_configs=_guesses,
-    repeats=lambda p, c: c.cluster > 1 and p.seqlen_q <= ROWS * (int(c.cluster) // 2),
+    repeats=lambda p, c: c.cluster > 1 and p.seqlen_q <= block_rows(c) * (int(c.cluster) // 2),
     cost=cost,
     resources=lambda p, t, c: (smem_bytes(p, c), c.cluster, fragment_registers(p, c)),
 )

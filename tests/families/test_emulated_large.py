@@ -18,6 +18,9 @@ from tests.support.thorough import sample
 # rows and keys: a ragged end of both, rows that see no key, fewer rows than a cluster has
 CASES = {
     Case("large", mask="causal", head_dim=320, heads=2, kv_heads=1): ((100, 150), (130, 70)),
+    Case("large_rows", mask="causal", head_dim=320, heads=2, kv_heads=1): ((200, 260), (130, 70)),
+    Case("large_rows_pair", mask="window", window=(90, 30), head_dim=384, head_dim_v=200, heads=2): ((300, 350),),
+    Case("large_rows", mask="intervals", intervals="both2", head_dim=288, dtype="fp16", heads=2): ((200, 230),),
     Case("large_pair", mask="none", head_dim=288, head_dim_v=264, dtype="fp16", heads=2): ((70, 300), (150, 90)),
     Case("large_split", mask="window", window=(70, 20), head_dim=264, head_dim_v=520, heads=2, kv_heads=1): (
         (150, 200),

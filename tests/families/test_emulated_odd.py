@@ -1,6 +1,6 @@
 """Head dims that are multiples of 8 and not of 16, on the CPU (tests/emulator).
 
-A kernel is compiled for the next multiple of 16: what lies beside a row must not leak in, and nothing may be written there.
+A kernel is compiled for the next multiple of 16: what lies beside a row must not leak in, nor be written.
 """
 
 from __future__ import annotations

@@ -135,8 +135,8 @@ SCHEMES_90 = {
 
 LARGE = sm90_forward_large.FAMILY
 BASE_LARGE: dict[str, Any] = {
-    "tile_n": 64, "chunk_d": 64, "stages": 4, "chunks_ahead": 2, "column_splits": 1, "cluster": 1,
-    "rescale": "deferred", "block_order": "ascending",
+    "groups_share": "columns", "tile_n": 64, "chunk_d": 64, "stages": 4, "chunks_ahead": 2, "column_splits": 1,
+    "cluster": 1, "rescale": "deferred", "block_order": "ascending",
 }  # fmt: skip
 
 
@@ -154,6 +154,10 @@ SCHEMES_LARGE = {
     "large_split": config_large(column_splits=2, cluster=2, chunks_ahead=4, stages=7, block_order="descending"),
     "large_serial": config_large(chunks_ahead=0, stages=2, tile_n=96),
     "large_192": config_large(tile_n=192, chunks_ahead=0, stages=3, block_order="longest_first"),
+    "large_rows": config_large(groups_share="rows", chunks_ahead=0, stages=5),
+    "large_rows_pair": config_large(
+        groups_share="rows", chunks_ahead=1, cluster=2, stages=3, block_order="longest_first"
+    ),
     **{f"large_stages{n}": config_large(stages=n) for n in (5, 8, 9, 10, 12, 16)},
 }
 

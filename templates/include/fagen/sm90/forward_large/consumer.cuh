@@ -1,5 +1,6 @@
-// A consumer warpgroup: scores and softmax of its half of the keys, O of its half of the columns. The two exchange row
-// maxima and the weights P through shared memory, so that both keep the same reference for each row.
+// A consumer warpgroup. Where the two share columns of O, each has the scores and the softmax of half of the keys; they
+// exchange row maxima and the weights P through shared memory, so that both keep the same reference for each row. Where
+// they share rows, neither knows of the other.
 #pragma once
 #include "fagen/common/element.cuh"
 #include "fagen/common/row_state.cuh"
@@ -20,8 +21,8 @@ struct LargeConsumer {
 
   const fagen_forward_params& p;
   const LargeTask<C>& task;
-  const int group, warp;  // warpgroup among the consumers, warp in it
-  const uint32_t smem;
+  const int group, row, warp_row;  // warpgroup among the consumers; the warp's first row of q, and of the warpgroup's 64
+  const uint32_t q_tile, weight_tile;
   float* const exchange;  // a number a row from each warpgroup
   LargeRing<C> ring, held;  // the next chunk to read; the oldest one that is not free yet
   int chunks_held = 0;
@@ -32,14 +33,24 @@ struct LargeConsumer {
       : p(p),
         task(task),
         group(group),
-        warp(threadIdx.x / 32 % 4),
-        smem(smem),
+        row(task.first_row + (L::kRowsApart ? group * kGroupRows : 0) + threadIdx.x / 32 % 4 * 16),
+        warp_row(threadIdx.x / 32 % 4 * 16),
+        q_tile(smem + (L::kRowsApart ? group * kGroupRows * kRowBytes : 0)),
+        weight_tile(smem + L::kWeights + (L::kRowsApart ? group * L::kWeightBytes : 0)),
         exchange(exchange),
         ring(ring),
         held(ring),
         state(p) {}
 
-  __device__ __forceinline__ static void wait_for_all() { ptx::barrier_sync(kExchangeBarrier, L::kConsumers); }
+  // which part of the keys, and of the block's columns, the warpgroup has
+  __device__ __forceinline__ int part() const { return L::kRowsApart ? 0 : group; }
+  // Wait for all who read what this warp has stored: rows are a warp's own, unless both warpgroups have all of them.
+  __device__ __forceinline__ static void wait_for_all() {
+    if constexpr (L::kRowsApart)
+      __syncwarp();
+    else
+      ptx::barrier_sync(kExchangeBarrier, L::kConsumers);
+  }
 
   // ---- products, chunk by chunk
 
@@ -63,8 +74,8 @@ struct LargeConsumer {
   // S += Q K^T over one chunk's columns
   __device__ __forceinline__ void start_score_chunk(Scores& scores, int chunk) {
     start_chunk([&](uint32_t tile) {
-      const Operand q = Operand::of_rows(smem + chunk * L::kChunkSlabs * L::kQSlabBytes);
-      const Operand k = Operand::of_rows(tile + group * L::kGroupKeys * kRowBytes);
+      const Operand q = Operand::of_rows(q_tile + chunk * L::kChunkSlabs * L::kQSlabBytes);
+      const Operand k = Operand::of_rows(tile + part() * L::kGroupKeys * kRowBytes);
 #pragma unroll
       for (int step = 0; step < L::kChunkSlabs * 4; ++step)
         ptx::wgmma_shared<L::kGroupKeys>(scores[0], q.at(step / 4 * L::kQSlabBytes + step % 4 * 32),
@@ -86,9 +97,9 @@ struct LargeConsumer {
 #pragma unroll 1
     for (int chunk = 0; chunk < L::kValueChunks; ++chunk) {
       start_chunk([&](uint32_t tile) {
-        const Operand weights = Operand::of_rows(smem + L::kWeights);
+        const Operand weights = Operand::of_rows(weight_tile);
         const Operand v =
-            Operand::of_columns(tile + group * L::kGroupSlabs * L::kValueSlabBytes, L::kValueSlabBytes);
+            Operand::of_columns(tile + part() * L::kGroupSlabs * L::kValueSlabBytes, L::kValueSlabBytes);
 #pragma unroll
         for (int step = 0; step < L::kValueKeys / 16; ++step) {
           const int at = chunk * (L::kValueKeys / 16) + step;  // 16 keys of the tile
@@ -107,25 +118,27 @@ struct LargeConsumer {
 
   // ---- softmax
 
-  // Give the other warpgroup's number of each of the thread's two rows. All lanes of a quad have the same.
+  // The other warpgroup's number of each of the thread's two rows. All lanes of a quad have the same.
   __device__ __forceinline__ void swap_rows(const float (&mine)[2], float (&other)[2]) const {
-    const int row = warp * 16 + state.lane.row;
+    const int place = warp_row + state.lane.row;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      if (state.lane.id % 4 == 0) exchange[group * kGroupRows + row + r * 8] = mine[r];
+      if (state.lane.id % 4 == 0) exchange[group * kGroupRows + place + r * 8] = mine[r];
     wait_for_all();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) other[r] = exchange[(1 - group) * kGroupRows + row + r * 8];
+    for (int r = 0; r < 2; ++r) other[r] = exchange[(1 - group) * kGroupRows + place + r * 8];
   }
 
-  // Both warpgroups take the same maxima into their softmax; O follows.
+  // Where both warpgroups have the rows, they take the same maxima into their softmax; O follows.
   __device__ __forceinline__ void update_max(Scores& scores) {
     float row_max[2], other[2], factor[2];
     state.thread_maxima(scores, row_max);
     for (float& x : row_max) x = quad_max(x);
-    swap_rows(row_max, other);
+    if constexpr (!L::kRowsApart) {
+      swap_rows(row_max, other);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) row_max[r] = fmaxf(row_max[r], other[r]);
+      for (int r = 0; r < 2; ++r) row_max[r] = fmaxf(row_max[r], other[r]);
+    }
     if (__any_sync(~0u, state.softmax.exceeds_slack(row_max))) {
       state.set_reference(scores, row_max, factor);
       state.rescale(factor);
@@ -133,7 +146,7 @@ struct LargeConsumer {
       state.softmax.refresh_offset();
     }
   }
-  // S becomes the weights, for both warpgroups in shared memory. The other one has read the last ones: it gave its maxima.
+  // S becomes the weights, in shared memory. Nobody reads the last ones any more: the other warpgroup gave its maxima.
   __device__ __forceinline__ void store_weights(Scores& scores) {
 #pragma unroll
     for (auto& piece : scores[0])
@@ -143,11 +156,11 @@ struct LargeConsumer {
         state.softmax.sum[i / 2] += piece[i];
       }
     // a lane's row, and the swizzled place of its half of 16 keys
-    const int lane = state.lane.id, row = warp * 16 + lane % 16;
-    const uint32_t place = smem + L::kWeights + row * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+    const int lane = state.lane.id;
+    const uint32_t place = weight_tile + (warp_row + lane % 16) * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
     for (int n = 0; n < kWeightSteps; ++n) {
-      const int at = group * kWeightSteps + n;
+      const int at = part() * kWeightSteps + n;
       const auto word = [&](int i) {
         const float* pair = &scores[0][2 * n + i / 2][i % 2 * 2];
         return pack<Element>(pair[0], pair[1]);
@@ -169,11 +182,11 @@ struct LargeConsumer {
 #pragma unroll
       for (int chunk = 0; chunk < C::kChunksAhead; ++chunk) start_score_chunk(next, chunk);
     }
-    const int row0 = task.first_row + warp * 16, key = tile * C::kTileN + group * L::kGroupKeys;
+    const int key = tile * C::kTileN + part() * L::kGroupKeys;
     if (partial)
-      state.template modify<true>(scores, mod, task.mask, row0, key);
+      state.template modify<true>(scores, mod, task.mask, row, key);
     else
-      state.template modify<false>(scores, mod, task.mask, row0, key);
+      state.template modify<false>(scores, mod, task.mask, row, key);
     update_max(scores);
     store_weights(scores);
     multiply_values();
@@ -213,25 +226,25 @@ struct LargeConsumer {
   __device__ __forceinline__ void store(const float (&row_sum)[2]) const {
     const bool odd = state.lane.id % 2;
     const int column = odd * 8 + state.lane.id % 4 / 2 * 4;  // in two pieces of 8
-    const int first = task.first_column + group * L::kGroupColumns + column;
+    const int first = task.first_column + part() * L::kGroupColumns + column;
     Element* out = static_cast<Element*>(p.o.data) + task.coord.batch * p.o.stride[0] + task.coord.head * p.o.stride[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int m = task.first_row + warp * 16 + state.lane.row + r * 8;
+      const int m = row + state.lane.row + r * 8;
       const float inverse = row_sum[r] == 0.f ? 0.f : 1.f / row_sum[r];
       const auto word = [&](int n) {
         return pack<Element>(state.o[0][n][r * 2] * inverse, state.o[0][n][r * 2 + 1] * inverse);
       };
       const int columns = m < p.seqlen_q ? p.head_dim_v - first : 0;
-      Element* row = out + m * p.o.stride[1] + first;
+      Element* to = out + m * p.o.stride[1] + first;
 #pragma unroll
       for (int n = 0; n < L::kGroupColumns / 8; n += 2) {
         const uint32_t mine[2] = {word(n), word(n + 1)};
         const uint32_t other = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
         if (n * 8 < columns)
-          *reinterpret_cast<uint2*>(row + n * 8) = odd ? make_uint2(other, mine[1]) : make_uint2(mine[0], other);
+          *reinterpret_cast<uint2*>(to + n * 8) = odd ? make_uint2(other, mine[1]) : make_uint2(mine[0], other);
       }
-      if (p.lse && state.lane.id % 4 == 0 && group == 0 && task.first_column == 0 && m < p.seqlen_q)
+      if (p.lse && state.lane.id % 4 == 0 && part() == 0 && task.first_column == 0 && m < p.seqlen_q)
         p.lse[(int64_t(task.coord.batch) * p.heads + task.coord.head) * p.seqlen_q + m] =
             state.softmax.lse(r, row_sum[r]);
     }
@@ -242,9 +255,11 @@ struct LargeConsumer {
     float row_sum[2], other[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) row_sum[r] = quad_sum(state.softmax.sum[r]);
-    swap_rows(row_sum, other);
+    if constexpr (!L::kRowsApart) {
+      swap_rows(row_sum, other);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) row_sum[r] += other[r];
+      for (int r = 0; r < 2; ++r) row_sum[r] += other[r];
+    }
     store(row_sum);
   }
 };

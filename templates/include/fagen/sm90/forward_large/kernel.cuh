@@ -1,7 +1,7 @@
 // The forward kernel for large head dims on Hopper: a block's entry, which gives its warps their roles.
 //
-//   warpgroups 0 and 1    consumers: half of the scores and half of O's columns each       consumer.cuh
-//   the last one, warp 0  loads q, and keys and values in chunks                           producer.cuh
+//   warpgroups 0 and 1    consumers: half of the scores and of O's columns, or of the rows  consumer.cuh
+//   the last one, warp 0  loads q, and keys and values in chunks                            producer.cuh
 #pragma once
 #include "fagen/sm90/forward_large/consumer.cuh"
 #include "fagen/sm90/forward_large/producer.cuh"

@@ -27,7 +27,7 @@ static cudaError_t make_large_maps(const fagen_forward_params& p, CUtensorMapDat
     const Dimension rows = {length, t.stride[1], box};
     return make_map(map, type, t.data, columns, {rows, {heads, t.stride[2], 1}, {p.batch, t.stride[0], 1}});
   };
-  if (const cudaError_t e = make(&launch.q, p.q, p.head_dim, p.seqlen_q, p.heads, kGroupRows)) return e;
+  if (const cudaError_t e = make(&launch.q, p.q, p.head_dim, p.seqlen_q, p.heads, L::kRows)) return e;
   if (const cudaError_t e = make(&launch.k, p.k, p.head_dim, p.seqlen_k, p.kv_heads, C::kTileN / C::kCluster)) return e;
   return make(&launch.v, p.v, p.head_dim_v, p.seqlen_k, p.kv_heads, L::kValueKeys);
 }

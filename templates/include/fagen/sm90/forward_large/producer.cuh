@@ -53,7 +53,7 @@ struct LargeProducer {
       if (threadIdx.x % 32 != 0) continue;
       ring.acquire();
       ptx::mbarrier_arrive_expect(ring.full(), L::kValueBytes);
-      for (int slab = task.rank(); slab < L::kGroups * L::kGroupSlabs; slab += C::kCluster)
+      for (int slab = task.rank(); slab < L::kValueSlabs; slab += C::kCluster)
         load(ring.tile() + slab * L::kValueSlabBytes, launch.v, task.first_column + slab * kSlabColumns,
              tile * C::kTileN + chunk * L::kValueKeys);
     }

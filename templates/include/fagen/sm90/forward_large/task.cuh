@@ -1,4 +1,4 @@
-// A block's share of the work: 64 rows of a head, some columns of their O, the tiles of keys that they visit.
+// A block's share of the work: some rows of a head, some columns of their O, the tiles of keys that they visit.
 #pragma once
 #include <cuda.h>
 
@@ -21,7 +21,7 @@ struct LargeLaunch {
 // any of them sees.
 template <class C>
 struct LargeTask {
-  static constexpr int kClusterRows = kGroupRows * C::kCluster;
+  static constexpr int kRows = LargeLayout<C>::kRows, kClusterRows = kRows * C::kCluster;
 
   TileCoord coord;
   int kv_head, first_row, first_column;
@@ -34,7 +34,7 @@ struct LargeTask {
     coord = tile_at<C::kBlockOrder>(p, cluster / C::kColumnSplits, launch.row_tiles, launch.heads_at_once);
     kv_head = coord.head / (p.heads / p.kv_heads);
     m0 = coord.row_tile * kClusterRows, m1 = min(m0 + kClusterRows, p.seqlen_q);
-    first_row = m0 + rank() * kGroupRows;
+    first_row = m0 + rank() * kRows;
     first_column = cluster % C::kColumnSplits * LargeLayout<C>::kBlockColumns;
     range = TileRange::of<C::kTileN>(mask.band, m0, m1);
     if constexpr (MaskOf<C>::kIntervals) {
