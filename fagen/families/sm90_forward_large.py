@@ -49,6 +49,11 @@ def block_rows(c: Config) -> int:
     return GROUP_ROWS * (2 if c.groups_share == "rows" else 1)
 
 
+def group_keys(c: Config) -> int:
+    """Keys of a tile whose scores a warpgroup computes."""
+    return int(c.tile_n) // (1 if c.groups_share == "rows" else 2)
+
+
 def group_columns(p: Problem, c: Config) -> int:
     """Columns of O that a warpgroup adds up, whole slabs."""
     of_block = -(-_slabs(p.head_dim_v_padded) // int(c.column_splits))
@@ -79,8 +84,7 @@ def smem_bytes(p: Problem, c: Config) -> int:
 
 def fragment_registers(p: Problem, c: Config) -> int:
     """O, S, and the next tile's S where that is begun ahead."""
-    scores = int(c.tile_n) // (2 if c.groups_share == "rows" else 4)
-    return group_columns(p, c) // 2 + scores * (2 if c.chunks_ahead else 1)
+    return group_columns(p, c) // 2 + group_keys(c) // 2 * (2 if c.chunks_ahead else 1)
 
 
 def _chunks_whole(p: Problem, t: Target, c: Config) -> str | None:
@@ -184,8 +188,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     writes add to; L2, at some 24 bytes a cycle and SM; the softmax, as far as no product hides it; the boundary.
     """
     n, columns, cluster, splits = int(c.tile_n), group_columns(p, c), int(c.cluster), int(c.column_splits)
-    d, rows, apart = _slabs(p.head_dim_padded) * _SLAB, block_rows(c), c.groups_share == "rows"
-    keys = n if apart else n // 2  # of a warpgroup
+    d, rows, keys, apart = _slabs(p.head_dim_padded) * _SLAB, block_rows(c), group_keys(c), c.groups_share == "rows"
     chunks = d // int(c.chunk_d) + n // value_keys(p, c)
     scores, values = keys * d / 16, n * columns / 16
     read = d / 8 * (16 + keys / 4) + n / 8 * (16 * -(-columns // 256) + columns / 4)
@@ -226,7 +229,7 @@ FAMILY = Family(
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
-        "shared_widths": [int(c.tile_n) // 2],
+        "shared_widths": [group_keys(c)],
         "column_widths": _widths(p, c),
         "register_widths": [],
     },

@@ -22,6 +22,9 @@ PROBLEMS = [
     Problem(head_dim=512, mask="intervals", intervals="both4"),
     Problem(head_dim=320, mask="causal", dtype="fp16"),
     Problem(head_dim=1024, mask="window", softcap=True),
+    Problem(head_dim=320, mask="window", softcap=True),
+    Problem(head_dim=512, head_dim_v=256, mask="causal"),
+    Problem(head_dim=320, mask="intervals", intervals="both4"),
     Problem(head_dim=576, head_dim_v=512, mask="causal"),
     Problem(head_dim=640, mask="intervals", intervals="both4"),
     Problem(head_dim=512, mask="causal", softcap=True, alibi=True),
@@ -36,7 +39,7 @@ PROBLEMS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("problem", sample(PROBLEMS, every=5), ids=lambda problem: problem.static_key)
+@pytest.mark.parametrize("problem", sample(PROBLEMS, every=9), ids=lambda problem: problem.static_key)
 def test_defaults_compile_without_spills(problem: Problem) -> None:
     config = FAMILY.require(problem, HERE, FAMILY.default(problem, HERE))
     facts = cache.build(KernelSpec(FAMILY, problem, HERE, config)).facts

@@ -19,11 +19,14 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU (sm_90)"
 )
 
-_WALKS = ("large", "large_pair", "large_four", "large_split", "large_serial", "large_192")
+_ROWS = ("large_rows", "large_rows_pair")
+_WALKS = ("large", "large_pair", "large_four", "large_split", "large_serial", "large_192", *_ROWS)
 _MASKS = {"none": (-1, -1), "causal": (-1, -1), "window": (150, 40)}
 
 
-_ROOM = {"chunk_d": (64,), "stages": (6, 5, 4, 3, 2), "chunks_ahead": (0,), "column_splits": (1, 2), "tile_n": (64,)}
+_ROOM = {
+    "chunk_d": (64,), "stages": (6, 5, 4, 3, 2), "chunks_ahead": (0,), "column_splits": (1, 2), "tile_n": (64,),
+}  # fmt: skip
 
 
 def _case(name: str, head_dim: int, head_dim_v: int = 0, **more) -> Case:
@@ -48,7 +51,15 @@ def _orders(name: str) -> list[str]:
 
 
 SCHEME_CASES = [
-    _case(name, d, mask=mask, window=_MASKS[mask], dtype=dtype, sizes=(*EDGES, (300, 1500), (1500, 300)))
+    _case(
+        name,
+        d,
+        256 if name in _ROWS else 0,
+        mask=mask,
+        window=_MASKS[mask],
+        dtype=dtype,
+        sizes=(*EDGES, (300, 1500), (1500, 300)),
+    )
     for name in SCHEMES_LARGE
     for d, dtype in ((512, "fp16"), (384, "bf16"))[: 2 if name in _WALKS else 1]
     for mask in (_orders(name) if name in _WALKS else ["causal"])
@@ -62,9 +73,14 @@ DIM_CASES = [
         strict=True,
     )
 ]
+DIM_CASES += [
+    _case(name, d, dv, mask="causal", heads=4, kv_heads=2, sizes=((150, 170), (333, 129)))
+    for name in _ROWS
+    for d, dv in ((264, 0), (288, 264), (320, 0), (512, 192))
+]
 MASK_CASES = [
     _case(name, 320, mask="intervals", intervals=kind, window=window, sizes=((300, 300), (77, 40), (300, 1500)))
-    for name in ("large", "large_pair", "large_four")
+    for name in ("large", "large_pair", "large_four", "large_rows")
     for kind, window in (("lower1", (-1, 0)), ("lower2", (-1, 0)), ("both2", (-1, -1)), ("both4", (100, 30)))
 ]
 SCORE_CASES = [

@@ -212,12 +212,16 @@ struct LargeConsumer {
     for (;;) {
       const int tile = walk.tile;
       const bool partial = walk.partial(task.range);
-#pragma unroll
-      for (int i = 0; i < L::kGroupKeys / 2; ++i) scores[0][i / 4][i % 4] = next[0][i / 4][i % 4];
+      if constexpr (C::kChunksAhead > 0) copy(scores, next);
+      auto& present = C::kChunksAhead > 0 ? scores : next;
       walk.advance();
-      if (!walk.valid()) return visit<false>(scores, next, mod, tile, partial);
-      visit<true>(scores, next, mod, tile, partial);
+      if (!walk.valid()) return visit<false>(present, next, mod, tile, partial);
+      visit<true>(present, next, mod, tile, partial);
     }
+  }
+  static __device__ __forceinline__ void copy(Scores& to, const Scores& from) {
+#pragma unroll
+    for (int i = 0; i < L::kGroupKeys / 2; ++i) to[0][i / 4][i % 4] = from[0][i / 4][i % 4];
   }
 
   // ---- the end
