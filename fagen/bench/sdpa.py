@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
@@ -63,7 +64,10 @@ def ffpa(paths: Mapping[str, Path]) -> Loaded:
             raise Cannot(reason)
         return forward(row, inputs)
 
-    return Loaded({"forward": prepare, "backward": through_autograd(prepare)}, importlib.metadata.version("ffpa-attn"))
+    version = ""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("ffpa-attn")
+    return Loaded({"forward": prepare, "backward": through_autograd(prepare)}, version)
 
 
 def _not_by_ffpa(row: Row) -> str | None:

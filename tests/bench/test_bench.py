@@ -502,6 +502,23 @@ def test_flashinfer_says_what_it_cannot(row, says):
         flash.through_flashinfer(FakeFlashInfer())(row, rows.make_inputs(row, "cpu"))
 
 
+def test_ffpa_is_asked_above_head_dim_256(monkeypatch):
+    _, absent = peers.load(["ffpa"], "cuda", {})
+    assert absent["ffpa"].endswith("pip install ffpa-attn")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setitem(sys.modules, "ffpa_attn", types.SimpleNamespace(ffpa_attn_func=attend))
+    here, absent = peers.load(["ffpa"], "cuda", {})
+    assert (list(here), absent) == (["ffpa"], {})
+    row = rows.of_problem(Problem(dtype="bf16", head_dim=264, mask="causal", heads=2, kv_heads=1, seqlen_q=24))
+    inputs = rows.make_inputs(row, "cpu")
+    verdict, _ = run.verified(here["ffpa"].prepare(row, inputs)(inputs), inputs.call, 1 << 30)
+    assert verdict, verdict.message
+    for dims, says in (((256, 256), "calls SDPA"), ((576, 512), "one for both")):
+        other = rows.of_problem(Problem(dtype="bf16", head_dim=dims[0], head_dim_v=dims[1], seqlen_q=24))
+        with pytest.raises(Cannot, match=says):
+            here["ffpa"].prepare(other, inputs)
+
+
 def test_flashinfer_is_found_by_import(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashinfer", FakeFlashInfer())
     here, absent = peers.load(["flashinfer"], "cuda", {})
