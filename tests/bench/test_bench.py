@@ -175,6 +175,23 @@ def test_few_rows_are_what_splits_are_for():
     assert tuned == [row.problem for row in found]
 
 
+def test_large_head_dims_are_tuned_for_as_they_are_measured():
+    found = suites.suite("large-d", GPU)
+    assert len(found) == 43 and min(max(row.problem.head_dim, row.problem.head_dim_v) for row in found) == 320
+    family = families.get("sm90_forward_large")
+    assert all(family.supports(row.problem, GPU) is None for row in found)
+    tuned = problems_in(Path(__file__).parents[2] / "benchmarks" / "problems" / "large_d.toml", GPU)
+    assert tuned == [row.problem for row in found]
+
+
+def test_odd_head_dims_stand_beside_the_kernel_that_serves_them():
+    found = suites.suite("odd-d", GPU)
+    assert len(found) == 40
+    for odd, even in zip(found[::2], found[1::2], strict=True):
+        assert odd.problem.head_dim % 16 == 8 and odd.problem.static_key == even.problem.static_key
+        assert odd.problem.size_key == even.problem.size_key
+
+
 def test_the_models_suite_slides():
     found = {row.name: row.problem for row in suites.suite("models", GPU)}
     assert set(LAYERS) - {"cross-512x8192 full h32/8 d128"} <= set(found)
