@@ -4,10 +4,11 @@
 #   anew.sh tune OUT      tuning_db/ tuned for problems/hopper.toml; BUDGET (515s), GPUS=all for all of the machine
 #   anew.sh tune_backward OUT   the same for problems/hopper_backward.toml
 #   anew.sh few_rows OUT  keys that blocks share: tests, winners, ${CARD}_few_rows.json; FA3 as below
+#   anew.sh large_d OUT   head dims above 256: tests, winners, ${CARD}_large_d.json, and ${CARD}_odd_d.json where FA3 is set
 #   anew.sh figures OUT   ${CARD}_peers.json and ${CARD}_masks.json; FA3: the path of FlashAttention 3's library
 # The checkout is changed; OUT gets copies and logs. Each piece ends after SECONDS_AT_MOST (570), with what it has.
 set -u
-piece=${1:?check, check_forward, tune, tune_backward, few_rows or figures} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
+piece=${1:?check, check_forward, tune, tune_backward, few_rows, large_d or figures} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
 end=$(( $(date +%s) + ${SECONDS_AT_MOST:-570} ))
 mkdir -p "$out"
 
@@ -55,6 +56,17 @@ case $piece in
     part rows "$python" -m fagen bench --suite few_rows --peers cudnn,fa3 --fa3 "${FA3:?the path of its library}" \
       --rounds 9 --out benchmarks/${CARD}_few_rows.json --markdown "$out/few_rows.md"
     cp benchmarks/${CARD}_few_rows.json "$out/" ;;
+  large_d)
+    part large "$python" -m pytest -q tests/gpu/test_sm90_forward_large.py
+    # shellcheck disable=SC2086
+    part tune "$python" -m fagen tune --problems benchmarks/problems/large_d.toml --family sm90_forward_large \
+      --budget "${BUDGET:-240s}" ${GPUS:+--gpus $GPUS} --out tuning_db
+    tar -C tuning_db -cJf "$out/sm_90.tar.xz" sm_90
+    part rows "$python" -m fagen bench --suite large-d --peers cudnn,efficient,math,ffpa --rounds 5 \
+      --out benchmarks/${CARD}_large_d.json --markdown "$out/large_d.md"
+    [ -z "${FA3:-}" ] || part odd "$python" -m fagen bench --suite odd-d --peers fa3 --fa3 "$FA3" --rounds 5 \
+      --out benchmarks/${CARD}_odd_d.json --markdown "$out/odd_d.md"
+    cp benchmarks/${CARD}_large_d.json benchmarks/${CARD}_odd_d.json "$out/" ;;
   figures)
     peers=(--fa3 "${FA3:?the path of its library}" --rounds 9)
     part peers "$python" -m fagen bench --suite peers --peers cudnn,fa3 "${peers[@]}" --host --min-time 0.35 \

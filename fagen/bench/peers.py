@@ -78,6 +78,7 @@ PEERS = {
     "sdpa": Peer("SDPA, torch's choice", _BOTH, "fagen.bench.sdpa:sdpa", asked=("cpu",)),
     "efficient": Peer("memory-efficient (SDPA)", ("cuda",), "fagen.bench.sdpa:efficient", asked=()),
     "math": Peer("math (SDPA)", _BOTH, "fagen.bench.sdpa:math", asked=()),
+    "ffpa": Peer("FFPA", ("cuda",), "fagen.bench.sdpa:ffpa", ("forward", "backward"), asked=()),
     "torch_softmax": Peer("torch.softmax", _BOTH, "fagen.bench.softmax:eager", _SOFTMAX),
     "compiled_softmax": Peer("softmax through torch.compile", _BOTH, "fagen.bench.softmax:compiled", _SOFTMAX),
 }

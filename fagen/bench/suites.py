@@ -78,6 +78,11 @@ _FEW_ROWS = (
     (1024, 16384, 1, 4, 4, 64, "causal"),
     (1500, 12000, 1, 2, 2, 128, "none"),
 )
+_LARGE = {(320, 320): 6, (384, 384): 5, (512, 512): 4, (576, 512): 4, (640, 640): 3, (768, 768): 3, (1024, 1024): 2}
+_LARGE_LENGTHS = (1024, 4096, 16384)
+# head dims that are multiples of 8 alone, each beside the next multiple of 16: heads of both
+_ODD = {(40, 48): 40, (72, 80): 24, (88, 96): 20, (104, 112): 18, (120, 128): 16}
+_ODD_LENGTHS = (2048, 8192)
 _SHAPE: dict[str, Any] = {"heads": 16, "head_dim": 128}  # of the mask rows
 
 
@@ -114,6 +119,23 @@ def _fp32() -> list[Row]:
                 series = f"fp32 d{head_dim} {mask}"
                 found.append(Row(f"{series} s{length} b{problem.batch} h{problem.heads}", problem, series))
     return found
+
+
+def _large_d() -> list[Row]:
+    rows = [
+        _grid_row(dims, heads, mask, n) for dims, heads in _LARGE.items() for mask in _MASKS for n in _LARGE_LENGTHS
+    ]
+    return [*rows, _layer("gqa-d512", 8192, 1, 16, 4, (512, 512))]
+
+
+def _odd_d() -> list[Row]:
+    return [
+        _grid_row((d, d), heads, mask, length)
+        for pair, heads in _ODD.items()
+        for mask in _MASKS
+        for length in _ODD_LENGTHS
+        for d in pair
+    ]
 
 
 def _few_rows() -> list[Row]:
@@ -221,6 +243,14 @@ SUITES = {
     "few_rows": _attention(
         "few rows of q on many keys, where tiles of rows alone leave SMs idle: 23 rows",
         lambda target, seed: _few_rows(),
+    ),
+    "large-d": _attention(
+        "head dims 320 to 1024 at lengths 1k, 4k and 16k, and grouped heads of 512: 43 rows",
+        lambda target, seed: _large_d(),
+    ),
+    "odd-d": _attention(
+        "head dims 40 to 120 that are multiples of 8 alone, each beside the next multiple of 16: 40 rows",
+        lambda target, seed: _odd_d(),
     ),
     "small": _attention("a small suite, for a CPU", lambda target, seed: _small(target)),
     **{name: _of_decode(name) for name in decode.SUITES},

@@ -26,9 +26,11 @@ def all_families() -> tuple[Family, ...]:
         sm80_forward_fp32,
         sm90_backward,
         sm90_forward,
+        sm90_forward_large,
     )
 
-    tensor_cores = (sm90_forward.FAMILY, sm80_forward.FAMILY, sm80_forward_fp32.FAMILY)
+    hopper = (sm90_forward.FAMILY, sm90_forward_large.FAMILY)
+    tensor_cores = (*hopper, sm80_forward.FAMILY, sm80_forward_fp32.FAMILY)
     forward = (cpu_forward.FAMILY, *tensor_cores, simt_forward.FAMILY)
     backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY, simt_backward.FAMILY)
     decode = (cpu_decode.FAMILY, sm80_decode.FAMILY)
