@@ -1,0 +1,39 @@
+"""Latent decode kernels in the tests: the problems and configs that they run, on the CPU's emulator and on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fagen.families import Config, sm90_decode_mla
+from fagen.ops.attention.decode import DecodeProblem
+
+FAMILY = sm90_decode_mla.FAMILY
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel: static problem and config."""
+
+    page: int = 64
+    mask: str = "none"
+    dtype: str = "bf16"
+    head_dim_v: int = 128
+    sinks: bool = False
+    rescale: str = "deferred"
+    split_keys: int = 128
+
+    @property
+    def problem(self) -> DecodeProblem:
+        return DecodeProblem(
+            dtype=self.dtype, head_dim=self.head_dim_v + sm90_decode_mla.ROTARY, head_dim_v=self.head_dim_v,
+            mask=self.mask, sinks=self.sinks, page=self.page, shared_kv=True,
+        )  # fmt: skip
+
+    @property
+    def config(self) -> Config:
+        return FAMILY.config({"rescale": self.rescale, "split_keys": self.split_keys})
+
+    def __str__(self) -> str:
+        page = f"page{self.page}" if self.page else "contiguous"
+        parts = [page, self.mask, self.dtype, f"dv{self.head_dim_v}", self.rescale, f"split{self.split_keys}"]
+        return "-".join([*parts, *(["sinks"] if self.sinks else [])])
