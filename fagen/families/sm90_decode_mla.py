@@ -21,6 +21,7 @@ MOST_SPLITS, START_KEYS = 256, 128  # of a sequence; keys that starting a block 
 KNOBS = (
     Knob("rescale", "kRescale", ("deferred", "each"), "when O follows a grown maximum"),
     Knob("split_keys", "kSplitKeys", (128, 256, 512, 1024), "fewest keys of a split; a caller's own number goes first"),
+    Knob("cluster", "kCluster", (1, 2), "blocks of neighbouring row tiles that load their keys once, for both"),
 )
 
 
@@ -54,6 +55,11 @@ def row_tiles(p: DecodeProblem) -> int:
     return -(-p.seqlen_q * (p.heads // p.kv_heads) // TILE) * p.kv_heads * p.batch
 
 
+def _shares(p: DecodeProblem) -> bool:
+    """Whether the row tiles of a sequence make pairs; else blocks of a cluster of two could not share keys."""
+    return row_tiles(p) // (p.kv_heads * p.batch) % 2 == 0
+
+
 def _split_keys(p: DecodeProblem, t: Target, c: Config, lengths: Sequence[int]) -> int:
     """Keys of a split, for a batch whose lengths are known, so that all blocks cost about the same: the best of sizes
     that grow by a quarter."""
@@ -84,14 +90,15 @@ FAMILY = Family(
     constraints=(Constraint("smem_fits", _smem_fits, ("rescale",)),),
     supports=_supports,
     derive=lambda p, t, c: {"threads": THREADS, "smem_bytes": smem_bytes(p), "registers": REGISTERS},
-    default=lambda p, t: Config({"rescale": "deferred", "split_keys": 128}),
-    default_reads=lambda p, t: None,
+    default=lambda p, t: Config({"rescale": "deferred", "split_keys": 128, "cluster": 1 + _shares(p)}),
+    default_reads=lambda p, t: _shares(p),
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
         "shared_products": sorted({(TILE, False, False), (p.head_dim_v // 2, False, True)}),
         "register_products": [(p.head_dim_v // 2, True)],
     },
+    repeats=lambda p, c: bool(c.cluster == 2 and not _shares(p)),
     serves_calls=lambda p: False,  # not run on a GPU yet
     split_keys=_split_keys,
 )

@@ -21,6 +21,7 @@ class Case:
     sinks: bool = False
     rescale: str = "deferred"
     split_keys: int = 128
+    cluster: int = 1
 
     @property
     def problem(self) -> DecodeProblem:
@@ -31,9 +32,9 @@ class Case:
 
     @property
     def config(self) -> Config:
-        return FAMILY.config({"rescale": self.rescale, "split_keys": self.split_keys})
+        return FAMILY.config({"rescale": self.rescale, "split_keys": self.split_keys, "cluster": self.cluster})
 
     def __str__(self) -> str:
         page = f"page{self.page}" if self.page else "contiguous"
-        parts = [page, self.mask, self.dtype, f"dv{self.head_dim_v}", self.rescale, f"split{self.split_keys}"]
+        parts = [page, self.mask, self.dtype, f"dv{self.head_dim_v}", self.rescale, f"split{self.split_keys}", f"cluster{self.cluster}"]
         return "-".join([*parts, *(["sinks"] if self.sinks else [])])

@@ -27,26 +27,36 @@ struct DecodeOutput {
   const DecodeTile<C>& tile;
   float scale_log2, value_scale;  // scores are times scale_log2 in the base-2 logarithm
 
-  // Write columns `column` to `column` + 3 of a packed row, and with the first ones its LSE.
-  __device__ __forceinline__ void write(int packed, int column, const RowSums& row) const {
+  // A packed row: where it goes, and what its sums are multiplied by.
+  struct Row {
+    Element* to;
+    float inverse;
+  };
+  // With `want_lse` its LSE is written, too.
+  __device__ __forceinline__ Row finish_row(int packed, float reference, float sum, bool want_lse) const {
     const int token = tile.first_q + packed / tile.group, head = tile.head(packed);
-    float top = row.reference * scale_log2, total = row.sum, factor = 1.f;
+    float top = reference * scale_log2, total = sum, factor = 1.f;
     if constexpr (C::kSinks) {
       const float sink = p.sinks[head] * kLog2e, higher = fmaxf(top, sink);
       factor = ptx::ex2(top - higher);
       total = total * factor + ptx::ex2(sink - higher);
       top = higher;
     }
-    if (p.lse && column == 0) {
+    if (p.lse && want_lse) {
       const int64_t at =
           p.cu_seqlens_q ? int64_t(head) * p.rows + token : (int64_t(tile.batch) * p.heads + head) * p.seqlen_q + token;
       p.lse[at] = total == 0.f ? -INFINITY : top * kLn2 + logf(total);
     }
     const float inverse = total == 0.f ? 0.f : factor * value_scale / total;
-    Element* to = static_cast<Element*>(p.o.data) + (p.cu_seqlens_q ? 0 : tile.batch * p.o.stride[0]) +
-                  token * p.o.stride[1] + head * p.o.stride[2] + column;
-    const uint2 pairs = make_uint2(pack<Element>(row.o.x * inverse, row.o.y * inverse),
-                                   pack<Element>(row.o.z * inverse, row.o.w * inverse));
+    return {static_cast<Element*>(p.o.data) + (p.cu_seqlens_q ? 0 : tile.batch * p.o.stride[0]) +
+                token * p.o.stride[1] + head * p.o.stride[2],
+            inverse};
+  }
+  // Write columns `column` to `column` + 3.
+  __device__ __forceinline__ void write_4(const Row& row, int column, const float4& o) const {
+    Element* to = row.to + column;
+    const uint2 pairs = make_uint2(pack<Element>(o.x * row.inverse, o.y * row.inverse),
+                                   pack<Element>(o.z * row.inverse, o.w * row.inverse));
     if constexpr (C::kAligned) {
       if (column < p.head_dim_v) *reinterpret_cast<uint2*>(to) = pairs;
     } else {
@@ -56,6 +66,10 @@ struct DecodeOutput {
       for (int i = 0; i < 4; ++i)
         if (column + i < p.head_dim_v) to[i] = e[i];
     }
+  }
+  // Both, and with the first columns the row's LSE.
+  __device__ __forceinline__ void write(int packed, int column, const RowSums& row) const {
+    write_4(finish_row(packed, row.reference, row.sum, column == 0), column, row.o);
   }
 };
 

@@ -45,6 +45,7 @@ struct MlaConsumer {
 
   const DecodeTile<C>& tile;
   const uint32_t smem;
+  const bool shared;  // with another block: the keys
   const Lane lane;
   const int warp_row = threadIdx.x / 32 % 4 * 16;  // the warp's first row
   int end[2];  // keys that this thread's rows see
@@ -53,8 +54,8 @@ struct MlaConsumer {
   float o[L::kHalf / 8][4];
   uint32_t weights[kSteps][4];
 
-  __device__ __forceinline__ MlaConsumer(const DecodeTile<C>& tile, float scale_log2, uint32_t smem)
-      : tile(tile), smem(smem), softmax(scale_log2) {
+  __device__ __forceinline__ MlaConsumer(const DecodeTile<C>& tile, float scale_log2, uint32_t smem, bool shared)
+      : tile(tile), smem(smem), shared(shared), softmax(scale_log2) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) end[r] = tile.end_of(tile.token(tile.first_row + row_of(r)));
     clear(o);
@@ -115,7 +116,7 @@ struct MlaConsumer {
   __device__ __forceinline__ void wait_values(int buffer) {
     ptx::wgmma_wait<kPending>();
     pin(o);
-    if (lane.id == 0) ptx::mbarrier_arrive(KeyPart<C>{smem, buffer, kGroup}.empty());
+    KeyPart<C>{smem, buffer, kGroup}.release(shared);
   }
 
   // ---- softmax
@@ -322,31 +323,40 @@ struct MlaConsumer {
       if (lane.id % 4 == 0) ptx::st_shared_4(sums + (kGroup * C::kTileM + row_of(r)) * 4, __float_as_uint(sum));
     }
     ptx::barrier_sync(kRowsSummed, L::kGroups * 128);
-    const bool odd = lane.id % 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      RowSums row;
-      row.reference = softmax.reference[r];
+      float sum = 0.f;
 #pragma unroll
       for (int group = 0; group < L::kGroups; ++group)
-        row.sum += __uint_as_float(ptx::ld_shared_4(sums + (group * C::kTileM + row_of(r)) * 4));
-      const bool there = tile.first_row + row_of(r) < tile.rows();
-      const int64_t at = part_row<C>(grid, tile.index, split, row_of(r));
-#pragma unroll
-      for (int n = 0; n < L::kHalf / 8; n += 2) {
-        const float2 low = make_float2(o[n][r * 2], o[n][r * 2 + 1]);
-        const float2 high = make_float2(o[n + 1][r * 2], o[n + 1][r * 2 + 1]);
-        const float x = __shfl_xor_sync(~0u, odd ? low.x : high.x, 1), y = __shfl_xor_sync(~0u, odd ? low.y : high.y, 1);
-        row.o = odd ? make_float4(x, y, high.x, high.y) : make_float4(low.x, low.y, x, y);
-        const int column = kGroup * L::kHalf + n * 8 + odd * 8 + lane.id % 4 / 2 * 4;
-        if (!there) continue;
-        if (alone) {
-          output.write(tile.first_row + row_of(r), column, row);
-        } else {
-          grid.sums[at * (C::kHeadDimV / 4) + column / 4] = row.o;
-          if (column == 0) grid.stats[at] = make_float2(row.reference, row.sum);
-        }
+        sum += __uint_as_float(ptx::ld_shared_4(sums + (group * C::kTileM + row_of(r)) * 4));
+      const bool there = tile.first_row + row_of(r) < tile.rows(), first = kGroup == 0 && lane.id % 4 == 0;
+      if (alone) {
+        const int packed = there ? tile.first_row + row_of(r) : 0;
+        const auto row = output.finish_row(packed, softmax.reference[r], sum, there && first);
+        for_4_columns_of(r, [&](int column, const float4& x) {
+          if (there) output.write_4(row, column, x);
+        });
+      } else {
+        const int64_t at = part_row<C>(grid, tile.index, split, row_of(r));
+        float4* to = grid.sums + at * (C::kHeadDimV / 4);
+        if (there && first) grid.stats[at] = make_float2(softmax.reference[r], sum);
+        for_4_columns_of(r, [&](int column, const float4& x) {
+          if (there) to[column / 4] = x;
+        });
       }
+    }
+  }
+  // Call visit(column, 4 sums) for this lane's columns of row r.
+  template <class Visit>
+  __device__ __forceinline__ void for_4_columns_of(int r, Visit visit) const {
+    const bool odd = lane.id % 2;
+    const int first = kGroup * L::kHalf + odd * 8 + lane.id % 4 / 2 * 4;
+#pragma unroll
+    for (int n = 0; n < L::kHalf / 8; n += 2) {
+      const float2 low = make_float2(o[n][r * 2], o[n][r * 2 + 1]);
+      const float2 high = make_float2(o[n + 1][r * 2], o[n + 1][r * 2 + 1]);
+      const float x = __shfl_xor_sync(~0u, odd ? low.x : high.x, 1), y = __shfl_xor_sync(~0u, odd ? low.y : high.y, 1);
+      visit(first + n * 8, odd ? make_float4(x, y, high.x, high.y) : make_float4(low.x, low.y, x, y));
     }
   }
 };

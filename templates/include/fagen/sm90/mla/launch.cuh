@@ -29,10 +29,13 @@ static cudaError_t launch_latent(const fagen_decode_params& p, int sms, CUtensor
   plan.assign(p.workspace);
   CUtensorMap map;
   if (const cudaError_t e = map_cache<C>(&map, type, p)) return e;
-  decode<<<unsigned(blocks), L::kThreads, L::kSmemBytes, stream>>>(p, plan.grid, map);
-  if (plan.grid.splits > 1)
-    return launch_kernel(merge, int(plan.tiles) * kMergeShares, kCombineThreads, 0, stream, p, plan.grid);
-  return cudaGetLastError();
+  plan.grid.clustered = plan.grid.row_tiles % C::kCluster == 0;
+  const int threads = L::kThreads, smem = L::kSmemBytes;
+  const cudaError_t e =
+      plan.grid.clustered ? launch_kernel<C::kCluster, false>(decode, int(blocks), threads, smem, stream, p, plan.grid, map)
+                          : launch_kernel<1, false>(decode, int(blocks), threads, smem, stream, p, plan.grid, map);
+  if (e || plan.grid.splits == 1) return e;
+  return launch_kernel(merge, int(plan.tiles) * kMergeShares, kCombineThreads, 0, stream, p, plan.grid);
 }
 
 }  // namespace fagen

@@ -2,6 +2,7 @@
 // block has 64 rows of q. Two warpgroups share them: each computes the scores of every other key tile, and owns half of
 // the columns of O.
 #pragma once
+#include "fagen/ptx/mbarrier.cuh"
 #include "fagen/sm90/smem_layout.cuh"
 
 namespace fagen {
@@ -10,6 +11,7 @@ namespace fagen {
 template <class Base>
 struct MlaConfig : Base {
   static constexpr int kTileM = kGroupRows, kTileN = 64, kBlocksPerSm = 1;
+  static_assert(Base::kCluster <= 2, "a box is a block's share of a tile");
   static constexpr bool kMergesInCluster = false, kMergesInLastBlock = false;
 };
 
@@ -63,6 +65,14 @@ struct KeyPart {
     return smem + L::kBarriers + (buffer * L::kGroups + group) * kBarrierBytes;
   }
   __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
+  // Free it: one arrival a warp, in each block whose copies come here as well.
+  __device__ __forceinline__ void release(bool shared) const {
+    if (shared) {
+      if (threadIdx.x % 32 < C::kCluster) ptx::mbarrier_arrive_at(empty(), threadIdx.x % 32);
+    } else {
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty());
+    }
+  }
   __device__ __forceinline__ bool has_rotary() const { return buffer != group; }
   // Slab i of the part; of kHalfSlabs, and of the rotary one behind them if it has that.
   __device__ __forceinline__ int slab(int i) const { return i < L::kHalfSlabs ? group * L::kHalfSlabs + i : L::kRotary; }
