@@ -45,7 +45,9 @@ def mla_decode(
         raise InvalidArgument("kv_cache must be (batch or pages, rows, d)", have)
     k = kv_cache.unsqueeze(2) if kv_cache.dim() == 3 else kv_cache
     if k.shape[2] != 1:
-        raise InvalidArgument(f"kv_cache has {k.shape[2]} heads", f"its shape is {tuple(kv_cache.shape)}", "MLA has one")
+        raise InvalidArgument(
+            f"kv_cache has {k.shape[2]} heads", f"its shape is {tuple(kv_cache.shape)}", "MLA has one"
+        )
     columns = arguments.integer("v_dim", v_dim)
     if not 0 < columns <= k.shape[3]:
         raise InvalidArgument(f"v_dim={columns}", f"a row of the cache has {k.shape[3]} columns")

@@ -246,7 +246,11 @@ def test_flash_mla_on_a_latent_cache(monkeypatch: pytest.MonkeyPatch) -> None:
             verdict, _ = run.verified(serve(inputs), inputs.call, 1 << 30)
             assert verdict, verdict.message
         assert library.plans == 2, "once for each set of inputs"
-    for fields, says in (({"page": 32}, "pages of 64"), ({"shared_kv": False}, "pages of 64"), ({"sinks": True}, "sinks")):
+    for fields, says in (
+        ({"page": 32}, "pages of 64"),
+        ({"shared_kv": False}, "pages of 64"),
+        ({"sinks": True}, "sinks"),
+    ):
         row = rows.of_problem(DecodeProblem(**{**latent, **fields}))
         with pytest.raises(Cannot, match=says):
             flash_mla.through(FakeFlashMla())(row, rows.make_inputs(row, "cpu"))

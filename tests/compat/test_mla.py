@@ -67,7 +67,8 @@ def test_packed_rows_and_one_length() -> None:
     [
         ({"kv_cache": torch.zeros(2, 40)}, "kv_cache must be"), ({"kv_cache": [1]}, "kv_cache must be"),
         ({"kv_cache": torch.zeros(2, 40, 2, DIM)}, "2 heads"), ({"v_dim": DIM + 1}, "48 columns"),
-        ({"v_dim": 0}, "v_dim=0"), ({"v_dim": 1.5}, "v_dim"), ({"q": torch.zeros(2, 1, HEADS, DIM + 8)}, "head_dim of q"),
+        ({"v_dim": 0}, "v_dim=0"), ({"v_dim": 1.5}, "v_dim"),
+        ({"q": torch.zeros(2, 1, HEADS, DIM + 8)}, "head_dim of q"),
     ],
 )  # fmt: skip
 def test_what_it_refuses(changes: dict[str, Any], says: str) -> None:

@@ -1,4 +1,4 @@
-"""sm90_decode_mla through nvcc, no GPU needed: no spills in defaults, a legal default for what it serves, facts agree."""
+"""sm90_decode_mla through nvcc, no GPU needed: no spills, a legal default for what it serves, facts agree."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def test_defaults_compile_without_spills(problem: DecodeProblem, device_facts: F
 
 
 def test_every_problem_that_is_served_has_a_legal_default() -> None:
-    for page, heads, rows, dtype in itertools.product((0, 16, 32, 64, 128, 256), (1, 64, 128), (1, 3), ("bf16", "fp16")):
+    for page, heads, rows, dtype in itertools.product(
+        (0, 16, 32, 64, 128, 256), (1, 64, 128), (1, 3), ("bf16", "fp16")
+    ):
         problem = LATENT.replace(page=page, heads=heads, seqlen_q=rows, dtype=dtype)
         assert FAMILY.supports(problem, SM90) is None
         config = FAMILY.require(problem, SM90, FAMILY.default(problem, SM90))
@@ -48,7 +50,8 @@ def test_every_problem_that_is_served_has_a_legal_default() -> None:
     ("changes", "why"),
     [
         ({"shared_kv": False}, "apart"), ({"head_dim": 512}, "first"), ({"head_dim_v": 64, "head_dim": 128}, "first"),
-        ({"page": 1}, "pages from 16"), ({"mask": "window", "window_left": 9}, "window"), ({"softcap": True}, "softcap"),
+        ({"page": 1}, "pages from 16"), ({"mask": "window", "window_left": 9}, "window"),
+        ({"softcap": True}, "softcap"),
         ({"kv_dtype": "fp8_e4m3"}, "fp8_e4m3"), ({"aligned": False}, "16 bytes"), ({"dtype": "fp32"}, "fp32"),
     ],
 )  # fmt: skip

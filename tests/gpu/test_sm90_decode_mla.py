@@ -1,4 +1,4 @@
-"""sm90_decode_mla on a Hopper GPU against the op's own check: every knob value, pages, heads, lengths, splits, graphs."""
+"""sm90_decode_mla on a Hopper GPU against the op's own check: every knob value, pages, lengths, splits, graphs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(
 _PAGES = (64, 0, 16, 32, 128, 256)
 CASES = [
     Case(
-        page=page, mask=("causal", "none")[(i + j) % 2], dtype=("bf16", "fp16")[i // 2 % 2], head_dim_v=(512, 256, 128)[j],
-        sinks=(i + j) % 3 == 2, rescale=("deferred", "each")[(i // 2 + j) % 2], split_keys=(128, 256, 512, 1024)[i % 4],
-        cluster=2 - (i + j) % 2 if j else 1 + i % 2,
+        page=page, mask=("causal", "none")[(i + j) % 2], dtype=("bf16", "fp16")[i // 2 % 2],
+        head_dim_v=(512, 256, 128)[j], sinks=(i + j) % 3 == 2, rescale=("deferred", "each")[(i // 2 + j) % 2],
+        split_keys=(128, 256, 512, 1024)[i % 4], cluster=2 - (i + j) % 2 if j else 1 + i % 2,
     )
     for i, page in enumerate(_PAGES)
     for j in range(3)

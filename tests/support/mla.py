@@ -36,5 +36,13 @@ class Case:
 
     def __str__(self) -> str:
         page = f"page{self.page}" if self.page else "contiguous"
-        parts = [page, self.mask, self.dtype, f"dv{self.head_dim_v}", self.rescale, f"split{self.split_keys}", f"cluster{self.cluster}"]
+        parts = [
+            page,
+            self.mask,
+            self.dtype,
+            f"dv{self.head_dim_v}",
+            self.rescale,
+            f"split{self.split_keys}",
+            f"cluster{self.cluster}",
+        ]
         return "-".join([*parts, *(["sinks"] if self.sinks else [])])

@@ -7,8 +7,8 @@
 
 namespace fagen {
 
-// Merge a tile's splits where they are a cluster: each block has its part in its own shared memory, and merges some of the
-// columns of all. Blocks without keys come along.
+// Merge a tile's splits where they are a cluster: each block has its part in its own shared memory, and merges some of
+// the columns of all. Blocks without keys come along.
 template <class C, class Element>
 __device__ __forceinline__ void merge_cluster(const DecodeOutput<C, Element>& output, uint32_t shared, int split,
                                               const DecodeGrid& grid, int used) {

@@ -95,14 +95,17 @@ template <class C, class Element>
 __device__ __forceinline__ void merge_splits(const DecodeOutput<C, Element>& output, const DecodeGrid& grid, int used,
                                              int threads, int rank = 0, int blocks = 1) {
   const DecodeTile<C>& tile = output.tile;
-  for_4_columns<C>(tile, threads, [&](int row, int column) {
-    const RowSums sums = merge_parts<false>(
-        used, output.scale_log2, [&](int i) { return __ldcg(grid.stats + part_row<C>(grid, tile.index, i, row)); },
-        [&](int i) {
-          return __ldcg(grid.sums + part_row<C>(grid, tile.index, i, row) * (C::kHeadDimV / 4) + column / 4);
-        });
-    output.write(tile.first_row + row, column, sums);
-  }, rank, blocks);
+  for_4_columns<C>(
+      tile, threads,
+      [&](int row, int column) {
+        const RowSums sums = merge_parts<false>(
+            used, output.scale_log2, [&](int i) { return __ldcg(grid.stats + part_row<C>(grid, tile.index, i, row)); },
+            [&](int i) {
+              return __ldcg(grid.sums + part_row<C>(grid, tile.index, i, row) * (C::kHeadDimV / 4) + column / 4);
+            });
+        output.write(tile.first_row + row, column, sums);
+      },
+      rank, blocks);
 }
 
 }  // namespace fagen

@@ -1,5 +1,6 @@
-// A consumer warpgroup of the two. Of each pair of key tiles it computes the scores and weights of its own, and adds both
-// tiles' values to its half of the columns of O. While one warpgroup is at its softmax, the other's products go on:
+// A consumer warpgroup of the two. Of each pair of key tiles it computes the scores and weights of its own, and adds
+// both tiles' values to its half of the columns of O. While one warpgroup is at its softmax, the other's products go
+// on:
 //
 //   warpgroup 0   S0 = Q K0^T | softmax | O_left  += P0 V0 | store P0 | O_left  += P1 V1
 //   warpgroup 1   S1 = Q K1^T | softmax after that of S0 | store P1 | O_right += P1 V1 | O_right += P0 V0
@@ -97,8 +98,7 @@ struct MlaConsumer {
     pin(weights);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int n = 0; n < kSteps; ++n)
-      ptx::wgmma<L::kHalf, true>(o, weights[n], v.at(n * 16 * kRowBytes), true);
+    for (int n = 0; n < kSteps; ++n) ptx::wgmma<L::kHalf, true>(o, weights[n], v.at(n * 16 * kRowBytes), true);
     ptx::wgmma_commit();
   }
   __device__ __forceinline__ void start_other_values() {
@@ -107,8 +107,7 @@ struct MlaConsumer {
     pin(o);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int n = 0; n < kSteps; ++n)
-      ptx::wgmma<L::kHalf, false, true>(o, p.at(n * 32), v.at(n * 16 * kRowBytes), true);
+    for (int n = 0; n < kSteps; ++n) ptx::wgmma<L::kHalf, false, true>(o, p.at(n * 32), v.at(n * 16 * kRowBytes), true);
     ptx::wgmma_commit();
   }
   // Wait while up to kPending younger products go on, and free the part of tile `buffer` that the product has read.
@@ -182,8 +181,7 @@ struct MlaConsumer {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
 #pragma unroll
-        for (auto& piece : s_acc)
-          piece[r * 2] -= softmax.reference[r], piece[r * 2 + 1] -= softmax.reference[r];
+        for (auto& piece : s_acc) piece[r * 2] -= softmax.reference[r], piece[r * 2 + 1] -= softmax.reference[r];
         softmax.offset[r] = 0.f;
       }
     }

@@ -32,8 +32,9 @@ static cudaError_t launch_latent(const fagen_decode_params& p, int sms, CUtensor
   plan.grid.clustered = plan.grid.row_tiles % C::kCluster == 0;
   const int threads = L::kThreads, smem = L::kSmemBytes;
   const cudaError_t e =
-      plan.grid.clustered ? launch_kernel<C::kCluster, false>(decode, int(blocks), threads, smem, stream, p, plan.grid, map)
-                          : launch_kernel<1, false>(decode, int(blocks), threads, smem, stream, p, plan.grid, map);
+      plan.grid.clustered
+          ? launch_kernel<C::kCluster, false>(decode, int(blocks), threads, smem, stream, p, plan.grid, map)
+          : launch_kernel<1, false>(decode, int(blocks), threads, smem, stream, p, plan.grid, map);
   if (e || plan.grid.splits == 1) return e;
   return launch_kernel(merge, int(plan.tiles) * kMergeShares, kCombineThreads, 0, stream, p, plan.grid);
 }

@@ -17,16 +17,17 @@ struct MlaConfig : Base {
 
 template <class C>
 struct MlaLayout {
-  static constexpr int kGroups = 2;                   // consumer warpgroups
+  static constexpr int kGroups = 2;  // consumer warpgroups
   static constexpr int kThreads = (kGroups + 1) * 128;
-  static constexpr int kBuffers = 2;                  // key tiles in shared memory: one of each warpgroup
-  static constexpr int kHalf = C::kHeadDimV / 2;      // columns of O of a warpgroup
+  static constexpr int kBuffers = 2;  // key tiles in shared memory: one of each warpgroup
+  static constexpr int kHalf = C::kHeadDimV / 2;  // columns of O of a warpgroup
   static constexpr int kHalfSlabs = kHalf / kSlabColumns, kSlabs = 2 * kHalfSlabs + 1;  // the last one is rotary
   static constexpr int kRotary = kSlabs - 1;
   static constexpr int kSlabBytes = C::kTileN * kRowBytes, kTileBytes = kSlabs * kSlabBytes;  // of q and of keys alike
   static_assert(C::kTileM == C::kTileN && C::kHeadDim == kSlabs * kSlabColumns && kHalf % kSlabColumns == 0,
                 "a key is two halves of whole slabs, and a slab of rotary columns");
-  static_assert(C::kSharedKv && !C::kFp8Cache && C::kAligned, "values are columns of keys, which the copy engine takes");
+  static_assert(C::kSharedKv && !C::kFp8Cache && C::kAligned,
+                "values are columns of keys, which the copy engine takes");
 
   // Offsets: the tile of q, the key tiles, (warpgroup, row): reference, sum, the barriers of the parts of key tiles.
   static constexpr int kTiles = kTileBytes, kReferences = kTiles + kBuffers * kTileBytes;
@@ -75,7 +76,9 @@ struct KeyPart {
   }
   __device__ __forceinline__ bool has_rotary() const { return buffer != group; }
   // Slab i of the part; of kHalfSlabs, and of the rotary one behind them if it has that.
-  __device__ __forceinline__ int slab(int i) const { return i < L::kHalfSlabs ? group * L::kHalfSlabs + i : L::kRotary; }
+  __device__ __forceinline__ int slab(int i) const {
+    return i < L::kHalfSlabs ? group * L::kHalfSlabs + i : L::kRotary;
+  }
   __device__ __forceinline__ int slabs() const { return L::kHalfSlabs + has_rotary(); }
 };
 
