@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fagen.families.base import Config, Constraint, Family, Knob
+from fagen.families.base import Config, Family, Knob
 from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.target import Target
 
@@ -21,6 +21,7 @@ MOST_SPLITS, START_KEYS = 256, 128  # of a sequence; keys that starting a block 
 KNOBS = (
     Knob("rescale", "kRescale", ("deferred", "each"), "when O follows a grown maximum"),
     Knob("split_keys", "kSplitKeys", (128, 256, 512, 1024), "fewest keys of a split; a caller's own number goes first"),
+    Knob("stagger", "kStagger", (False, True), "the second warpgroup ends its scores after the first has"),
     Knob("cluster", "kCluster", (1, 2), "blocks of neighbouring row tiles that load their keys once, for both"),
 )
 
@@ -28,11 +29,6 @@ KNOBS = (
 def smem_bytes(p: DecodeProblem) -> int:
     """A tile of q, two of keys, (warpgroup, row) references and sums, four barriers; room to align."""
     return 3 * TILE * p.head_dim * 2 + 4 * TILE * 4 + 4 * 16 + 1024
-
-
-def _smem_fits(p: DecodeProblem, t: Target, c: Config) -> str | None:
-    need = smem_bytes(p)
-    return f"{need} > {t.smem_per_block} bytes of shared memory on {t.arch}" if need > t.smem_per_block else None
 
 
 def _supports(p: DecodeProblem, t: Target) -> str | None:
@@ -87,10 +83,10 @@ FAMILY = Family(
     op="decode",
     dtypes=("fp16", "bf16"),
     knobs=KNOBS,
-    constraints=(Constraint("smem_fits", _smem_fits, ("rescale",)),),
+    constraints=(),  # a config changes neither registers nor shared memory
     supports=_supports,
     derive=lambda p, t, c: {"threads": THREADS, "smem_bytes": smem_bytes(p), "registers": REGISTERS},
-    default=lambda p, t: Config({"rescale": "deferred", "split_keys": 128, "cluster": 1 + _shares(p)}),
+    default=lambda p, t: Config({"rescale": "deferred", "split_keys": 128, "stagger": True, "cluster": 1 + _shares(p)}),
     default_reads=lambda p, t: _shares(p),
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {

@@ -25,14 +25,14 @@ from tests.support.thorough import sample
 
 SM90 = known("sm_90")
 CASES = [
-    Case(page=64, mask="causal", cluster=2),
+    Case(page=64, mask="causal", cluster=2, stagger=True),
     Case(page=16, dtype="fp16", rescale="each", sinks=True, cluster=2),
-    Case(page=0, mask="causal", head_dim_v=256, split_keys=256),
+    Case(page=0, mask="causal", head_dim_v=256, split_keys=256, stagger=True),
     Case(page=128, dtype="fp16", mask="causal", sinks=True),
     Case(page=32, head_dim_v=512, mask="causal"),
     Case(page=256, rescale="each", split_keys=512),
     Case(page=0, dtype="fp16", split_keys=1024, cluster=2),
-    Case(page=64, split_keys=256),
+    Case(page=64, split_keys=256, stagger=True),
 ]
 
 

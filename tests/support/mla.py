@@ -22,6 +22,7 @@ class Case:
     rescale: str = "deferred"
     split_keys: int = 128
     cluster: int = 1
+    stagger: bool = False
 
     @property
     def problem(self) -> DecodeProblem:
@@ -32,17 +33,10 @@ class Case:
 
     @property
     def config(self) -> Config:
-        return FAMILY.config({"rescale": self.rescale, "split_keys": self.split_keys, "cluster": self.cluster})
+        return FAMILY.config({knob.name: getattr(self, knob.name) for knob in FAMILY.knobs})
 
     def __str__(self) -> str:
-        page = f"page{self.page}" if self.page else "contiguous"
-        parts = [
-            page,
-            self.mask,
-            self.dtype,
-            f"dv{self.head_dim_v}",
-            self.rescale,
-            f"split{self.split_keys}",
-            f"cluster{self.cluster}",
-        ]
-        return "-".join([*parts, *(["sinks"] if self.sinks else [])])
+        flags = [name for name in ("sinks", "stagger") if getattr(self, name)]
+        where = f"page{self.page}" if self.page else "contiguous"
+        knobs = [self.rescale, f"split{self.split_keys}", f"cluster{self.cluster}"]
+        return "-".join([where, self.mask, self.dtype, f"dv{self.head_dim_v}", *knobs, *flags])

@@ -65,7 +65,9 @@ struct MlaConsumer {
 
   // ---- products
 
-  // S = Q K^T of the own tile, its own part first: that is the sooner free, and the sooner there.
+  // S = Q K^T of the own tile, its own part first: that is the sooner free, and the sooner there. Staggered, warpgroup
+  // 1 leaves the tensor cores to warpgroup 0 before the rest, so that it has work left for them while that one is at
+  // its softmax.
   __device__ __forceinline__ void compute_scores(int phase) {
     const KeyPart<C> own{smem, kGroup, kGroup}, rest{smem, kGroup, kOther};
     pin(s_acc);
@@ -74,6 +76,7 @@ struct MlaConsumer {
 #pragma unroll
     for (int i = 0; i < L::kHalfSlabs; ++i) add_scores(own, i, i > 0);
     ptx::mbarrier_wait(rest.full(), phase);
+    if constexpr (C::kStagger && kGroup == 1) ptx::barrier_sync(kFirstScores, L::kGroups * 128);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < L::kHalfSlabs + 1; ++i) add_scores(rest, i, true);
@@ -243,6 +246,7 @@ struct MlaConsumer {
   __device__ __forceinline__ void visit_first(int key, bool pair, int phase) {
     float factor[2];
     compute_scores(phase);
+    if (C::kStagger && pair) ptx::barrier_arrive(kFirstScores, L::kGroups * 128);
     hide(key);
     const bool moved = update_max(factor);
     share_references();

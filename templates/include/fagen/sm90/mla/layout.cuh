@@ -45,6 +45,7 @@ struct MlaLayout {
 // Named barriers; 0 is __syncthreads.
 enum MlaBarrier {
   kRowsLoaded = 1,
+  kFirstScores,
   kFirstReferences,
   kSecondWeights,
   kFirstWeights,
