@@ -7,6 +7,14 @@
 
 namespace fagen {
 
+// The params that the shared headers read.
+__device__ __forceinline__ fagen_forward_params score_params(float scale, float softcap) {
+  fagen_forward_params p = {};
+  p.scale = fmaxf(scale, 1e-37f);  // by 0 a hidden score would be no number
+  p.softcap = softcap;
+  return p;
+}
+
 // Computed once on the host for a launch, from the largest lengths alone.
 struct DecodeGrid {
   int row_tiles;    // of a kv head

@@ -51,6 +51,10 @@ struct DecodePlan {
   DecodePlan(const fagen_decode_params& p, int resident) {
     grid.row_tiles = ceil_div(int64_t(p.seqlen_q) * (p.heads / p.kv_heads), C::kTileM);
     tiles = int64_t(grid.row_tiles) * p.kv_heads * p.batch;
+    if (C::kCompact && p.cu_seqlens_q) {  // as many as rows need, and one a sequence that is not whole
+      const int64_t most = (ceil_div(int64_t(p.rows) * (p.heads / p.kv_heads), C::kTileM) + p.batch) * p.kv_heads;
+      tiles = most < tiles ? most : tiles;
+    }
     const int key_tiles = most_key_tiles<C>(p);
     grid.least_tiles = 1;
     if (p.num_splits > 0) {

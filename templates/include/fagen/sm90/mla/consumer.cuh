@@ -11,32 +11,11 @@
 #include "fagen/ptx/barrier.cuh"
 #include "fagen/ptx/cp_async.cuh"
 #include "fagen/ptx/mbarrier.cuh"
-#include "fagen/sm80/decode/output.cuh"
+#include "fagen/sm90/decode/store.cuh"
 #include "fagen/sm90/mla/layout.cuh"
 #include "fagen/sm90/operand.cuh"
 
 namespace fagen {
-
-// Copy the rows of q to shared memory; those that are not there become 0. The work of all consumers.
-template <class C, class Element>
-__device__ __forceinline__ void load_rows(const fagen_decode_params& p, const DecodeTile<C>& tile, uint32_t smem) {
-  using L = MlaLayout<C>;
-  constexpr int kChunks = L::kSlabs * 8, kWarps = L::kGroups * 4;  // 16 bytes each
-  const Element* q = static_cast<const Element*>(p.q.data) + (p.cu_seqlens_q ? 0 : tile.batch * p.q.stride[0]);
-  for (int row = threadIdx.x / 32; row < C::kTileM; row += kWarps) {
-    const int packed = tile.first_row + row;
-    const bool there = packed < tile.rows();
-    const Element* from =
-        there ? q + (tile.first_q + packed / tile.group) * p.q.stride[1] + tile.head(packed) * p.q.stride[2] : q;
-    for (int chunk = threadIdx.x % 32; chunk < kChunks; chunk += 32)
-      ptx::cp_async_16(smem + chunk / 8 * L::kSlabBytes + row * kRowBytes + ((chunk % 8 ^ row % 8) << 4),
-                       from + chunk * 8, there);
-  }
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();
-  ptx::fence_shared_writes();
-  ptx::barrier_sync(kRowsLoaded, L::kGroups * 128);
-}
 
 template <class C, class Element, int kGroup>
 struct MlaConsumer {
@@ -314,8 +293,7 @@ struct MlaConsumer {
 
   // ---- the end
 
-  // Write the rows, or leave the split's part of them to the merge. Lanes of a quad hold two columns each of pieces of
-  // 8; neighbours swap so that each has four of one piece.
+  // Write the rows, or leave the split's part of them to the merge.
   __device__ __forceinline__ void finish(const DecodeOutput<C, Element>& output, const DecodeGrid& grid, int split,
                                          bool alone) const {
     const uint32_t sums = smem + L::kSums;
@@ -331,34 +309,7 @@ struct MlaConsumer {
 #pragma unroll
       for (int group = 0; group < L::kGroups; ++group)
         sum += __uint_as_float(ptx::ld_shared_4(sums + (group * C::kTileM + row_of(r)) * 4));
-      const bool there = tile.first_row + row_of(r) < tile.rows(), first = kGroup == 0 && lane.id % 4 == 0;
-      if (alone) {
-        const int packed = there ? tile.first_row + row_of(r) : 0;
-        const auto row = output.finish_row(packed, softmax.reference[r], sum, there && first);
-        for_4_columns_of(r, [&](int column, const float4& x) {
-          if (there) output.write_4(row, column, x);
-        });
-      } else {
-        const int64_t at = part_row<C>(grid, tile.index, split, row_of(r));
-        float4* to = grid.sums + at * (C::kHeadDimV / 4);
-        if (there && first) grid.stats[at] = make_float2(softmax.reference[r], sum);
-        for_4_columns_of(r, [&](int column, const float4& x) {
-          if (there) to[column / 4] = x;
-        });
-      }
-    }
-  }
-  // Call visit(column, 4 sums) for this lane's columns of row r.
-  template <class Visit>
-  __device__ __forceinline__ void for_4_columns_of(int r, Visit visit) const {
-    const bool odd = lane.id % 2;
-    const int first = kGroup * L::kHalf + odd * 8 + lane.id % 4 / 2 * 4;
-#pragma unroll
-    for (int n = 0; n < L::kHalf / 8; n += 2) {
-      const float2 low = make_float2(o[n][r * 2], o[n][r * 2 + 1]);
-      const float2 high = make_float2(o[n + 1][r * 2], o[n + 1][r * 2 + 1]);
-      const float x = __shfl_xor_sync(~0u, odd ? low.x : high.x, 1), y = __shfl_xor_sync(~0u, odd ? low.y : high.y, 1);
-      visit(first + n * 8, odd ? make_float4(x, y, high.x, high.y) : make_float4(low.x, low.y, x, y));
+      store_row(output, grid, split, alone, o, r, row_of(r), kGroup * L::kHalf, softmax.reference[r], sum);
     }
   }
 };

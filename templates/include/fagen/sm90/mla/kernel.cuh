@@ -46,7 +46,7 @@ __device__ __forceinline__ void consume(const fagen_decode_params& p, const Deco
                                         const DecodeSplit<C>& split, int split_index, uint32_t smem) {
   const DecodeOutput<C, Element> output = output_of<C, Element>(p, tile);
   MlaConsumer<C, Element, kGroup> consumer(tile, output.scale_log2, smem, shares_keys<C>(grid));
-  load_rows<C, Element>(p, tile, smem);
+  load_rows<C, Element, MlaLayout<C>::kGroups * 128>(p, tile, smem, kRowsLoaded);
   consumer.visit_keys(split);
   consumer.finish(output, grid, split_index, split.used == 1);
 }

@@ -12,6 +12,7 @@ template <class Base>
 struct MlaConfig : Base {
   static constexpr int kTileM = kGroupRows, kTileN = 64, kBlocksPerSm = 1;
   static_assert(Base::kCluster <= 2, "a box is a block's share of a tile");
+  static constexpr bool kCompact = false;  // blocks of packed rows: of every tile that there may be
   static constexpr bool kMergesInCluster = false, kMergesInLastBlock = false;
 };
 
