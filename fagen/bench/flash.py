@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _WORKSPACE = 256 << 20  # bytes, FlashInfer's
 
 
-def _version(*packages: str) -> str:
+def version_of(*packages: str) -> str:
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
@@ -52,7 +52,7 @@ def load_fa3(paths: Mapping[str, Path]) -> Loaded:
     """A library that the user names; else the package's own functions; else its op, where someone registered it."""
     import torch
 
-    version = _version("flash_attn_3", "flash-attn-3")
+    version = version_of("flash_attn_3", "flash-attn-3")
     if path := paths.get("fa3"):
         _load_library(path)
         return _fa3(_through_op(torch.ops.flash_attn_3.fwd.default), path.name)
@@ -143,7 +143,7 @@ def load_flash_attn(paths: Mapping[str, Path]) -> Loaded:
     module = _imported("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation")
     forward = _through_functions(module, unbounded=-1)
     return Loaded(
-        {"forward": forward, "backward": through_autograd(forward)}, _version("flash-attn", "flash_attn")
+        {"forward": forward, "backward": through_autograd(forward)}, version_of("flash-attn", "flash_attn")
     )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def load_fa4(paths: Mapping[str, Path]) -> Loaded:
     if function := getattr(module, "_flash_attn_bwd", None):
         backward = flash_backward.through_function(function)
     forward = _through_functions(module, unbounded=None)
-    return Loaded({"forward": forward, "backward": backward}, _version("flash-attn-4", "flash_attn_cute"))
+    return Loaded({"forward": forward, "backward": backward}, version_of("flash-attn-4", "flash_attn_cute"))
 
 
 # ---- FlashInfer -----------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def load_flashinfer(paths: Mapping[str, Path]) -> Loaded:
     by_op: dict[str, Prepare | str] = {
         "forward": through_flashinfer(module), "decode": decode_peers.through_flashinfer(module)
     }  # fmt: skip
-    return Loaded(by_op, _version("flashinfer-python"))
+    return Loaded(by_op, version_of("flashinfer-python"))
 
 
 def through_flashinfer(flashinfer: Any) -> Prepare:

@@ -75,6 +75,7 @@ PEERS = {
     "fa4": Peer("FlashAttention 4", ("cuda",), "fagen.bench.flash:load_fa4"),
     "flex": Peer("FlexAttention", ("cuda",), "fagen.bench.flex:load"),
     "flashinfer": Peer("FlashInfer", ("cuda",), "fagen.bench.flash:load_flashinfer"),
+    "flash_mla": Peer("FlashMLA", ("cuda",), "fagen.bench.flash_mla:load", ("decode",)),
     "sdpa": Peer("SDPA, torch's choice", _BOTH, "fagen.bench.sdpa:sdpa", asked=("cpu",)),
     "efficient": Peer("memory-efficient (SDPA)", ("cuda",), "fagen.bench.sdpa:efficient", asked=()),
     "math": Peer("math (SDPA)", _BOTH, "fagen.bench.sdpa:math", asked=()),

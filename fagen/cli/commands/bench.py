@@ -39,7 +39,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         "--suite",
         metavar="S",
         help="peers, models, masks, random, small, fp32, softmax, or several (default: peers; small on a CPU); "
-        "with --op decode: decode, paged, ragged, mixed",
+        "with --op decode: decode, paged, ragged, mixed, mla",
     )
     what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
     arguments.add_problem_flags(parser)
@@ -47,8 +47,8 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     others = parser.add_argument_group("peers", "docs/bench.md says how each is found")
     others.add_argument(
         "--peers", default="all", metavar="P",
-        help="all, none, or a list of cudnn, fa2, flash_attn, fa3, fa4, flex, flashinfer, sdpa, efficient, math "
-        "(default: all, which leaves out the last three on a GPU)",
+        help="all, none, or a list of cudnn, fa2, flash_attn, fa3, fa4, flex, flashinfer, flash_mla, sdpa, efficient, "
+        "math (default: all, which leaves out the last three on a GPU)",
     )  # fmt: skip
     others.add_argument(
         "--family", metavar="F", help="hold ours to one family (default: whatever dispatch picks, as a user calls it)"
