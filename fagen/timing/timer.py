@@ -158,15 +158,18 @@ def sampler_of(call: Call, device: torch.device | str) -> Sampler:
     return _GpuSampler(call) if str(device).startswith("cuda") else _CpuSampler(call)
 
 
-def prepared(calls: Mapping[str, Call], device: torch.device | str) -> dict[str, Sampler]:
-    """What times each of these calls: warm, and of so many calls a sample that it lasts long enough."""
+def prepared(calls: Mapping[str, Call], device: torch.device | str, *, captured: bool = True) -> dict[str, Sampler]:
+    """What times each of these calls: warm, and of so many calls a sample that it lasts long enough.
+
+    Those that are not `captured` into graphs are timed eagerly, the host's part included.
+    """
     least = _SAMPLE_SECONDS["cuda" if str(device).startswith("cuda") else "cpu"]
     samplers = {name: sampler_of(call, device) for name, call in calls.items()}
     for name, sampler in samplers.items():
         sampler.sample()  # warm
         wanted = math.ceil(least / max(sampler.sample(), 1e-9))
         sampler.calls = max(getattr(calls[name], "count", 1), min(_MOST_CALLS, wanted))
-        if isinstance(sampler, _GpuSampler):
+        if captured and isinstance(sampler, _GpuSampler):
             sampler.capture()
             sampler.sample()
     return samplers
@@ -179,12 +182,13 @@ def time_calls(
     rounds: int = 7,
     min_seconds: float = 0.0,
     max_seconds: float = math.inf,
+    captured: bool = True,
 ) -> dict[str, Timing]:
     """Time calls against each other: at least `rounds` rounds, more until `min_seconds` are spent in all.
 
     `max_seconds` ends it earlier, but not before three rounds.
     """
-    samplers = prepared(calls, device)
+    samplers = prepared(calls, device, captured=captured)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names, start = list(calls), time.perf_counter()
     for turn in itertools.count():
