@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fagen.bench import rows
-from fagen.bench.peers import Prepare, Serve
+from fagen.bench.peers import Held, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def steps(forward: Prepare) -> Prepare:
 
     def prepare(row: Row, inputs: Inputs) -> Serve:
         attend, kept = forward(row, inputs), dict[int, "tuple[list[torch.Tensor], Inputs]"]()
-        same_bits = rows.deterministic(row.problem)
+        holds: list[Any] = [lambda: _same_bits(True)] if rows.deterministic(row.problem) else []
+        if isinstance(attend, Held):
+            holds, attend = [*attend.holds, *holds], attend.serve
 
         def step(i: Inputs) -> Gradients:
             if id(i) not in kept:
@@ -50,11 +52,7 @@ def steps(forward: Prepare) -> Prepare:
             with torch.enable_grad():
                 return torch.autograd.grad(attend(given), leaves, i.call.dout)
 
-        def held(i: Inputs) -> Gradients:
-            with _same_bits(True):
-                return step(i)
-
-        return held if same_bits else step
+        return Held(step, tuple(holds)) if holds else step
 
     return prepare
 

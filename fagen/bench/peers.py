@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,25 @@ OURS = "fagen"
 PLAIN = "plain"  # ours once more, without what a row asks for beyond attention; no peer to be ahead of
 Serve = Callable[[Inputs], Any]  # gives the output, or several in the order of the op's
 Prepare = Callable[[Row, Inputs], Serve]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A participant held to something while it is called, as a backend, which its users set once. The clock sets it
+    once a sample."""
+
+    serve: Serve
+    holds: tuple[Callable[[], AbstractContextManager[Any]], ...]
+
+    def session(self) -> AbstractContextManager[Any]:
+        with ExitStack() as stack:
+            for hold in self.holds:
+                stack.enter_context(hold())
+            return stack.pop_all()
+
+    def __call__(self, inputs: Inputs) -> Any:
+        with self.session():
+            return self.serve(inputs)
 
 
 class Absent(Exception):

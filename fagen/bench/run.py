@@ -151,6 +151,9 @@ def _participant(
         return facts, None
     if row.training:
         facts["peak_bytes"] = memory.peak(serve, sets[0], device)
+    if isinstance(serve, peers.Held):
+        calls = [_Shielded(serve.serve, inputs, facts) for inputs in sets]
+        return facts, timer.RoundRobin(calls, session=serve.session)
     return facts, timer.RoundRobin([_Shielded(serve, inputs, facts) for inputs in sets])
 
 

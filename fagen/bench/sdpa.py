@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fagen.bench import decode_peers
 from fagen.bench.autograd import steps, through_autograd
-from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
+from fagen.bench.peers import Absent, Cannot, Held, Loaded, Prepare, Serve
 from fagen.bench.rows import TRAINING, Inputs, Row
 from fagen.ops.attention.inputs import DROPOUT
 
@@ -72,10 +72,6 @@ def _through_sdpa(backend: str) -> Prepare:
         def serve(i: Inputs) -> torch.Tensor:
             return attend(*i.call.bhsd(), **given).transpose(1, 2)
 
-        def held(i: Inputs) -> torch.Tensor:
-            with sdpa_kernel(getattr(SDPBackend, backend)):
-                return serve(i)
-
-        return held if backend else serve
+        return Held(serve, (lambda: sdpa_kernel(getattr(SDPBackend, backend)),)) if backend else serve
 
     return prepare

@@ -14,6 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import truediv
 from typing import TYPE_CHECKING, Protocol
@@ -72,10 +73,13 @@ def lost(seconds: float, spread: float, other: float) -> bool:
 
 
 class RoundRobin:
-    """One call that goes through several, one at a time: the same kernel on each set of inputs."""
+    """One call that goes through several, one at a time: the same kernel on each set of inputs. They are called within
+    a `session`, which is entered before the clock starts."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self.count, self._turn = len(calls), itertools.cycle(calls)
+    def __init__(
+        self, calls: Sequence[Call], session: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        self.count, self.session, self._turn = len(calls), session, itertools.cycle(calls)
 
     def __call__(self) -> object:
         return next(self._turn)()
@@ -97,10 +101,11 @@ class _CpuSampler:
         self.call, self.calls = call, 1
 
     def sample(self) -> float:
-        start = time.perf_counter()
-        for _ in range(self.calls):
-            self.call()
-        return (time.perf_counter() - start) / self.calls
+        with _session(self.call):
+            start = time.perf_counter()
+            for _ in range(self.calls):
+                self.call()
+            return (time.perf_counter() - start) / self.calls
 
 
 class _GpuSampler:
@@ -119,7 +124,7 @@ class _GpuSampler:
 
         graph = torch.cuda.CUDAGraph()
         try:
-            with warnings.catch_warnings(), torch.cuda.graph(graph):
+            with warnings.catch_warnings(), _session(self.call), torch.cuda.graph(graph):
                 warnings.simplefilter("error")  # torch only warns of a graph that captured nothing
                 for _ in range(self.calls):
                     self.call()
@@ -132,15 +137,21 @@ class _GpuSampler:
         import torch
 
         torch.cuda.synchronize()
-        self.start.record()
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            for _ in range(self.calls):
-                self.call()
-        self.end.record()
-        self.end.synchronize()
+        with _session(self.call):
+            self.start.record()
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                for _ in range(self.calls):
+                    self.call()
+            self.end.record()
+            self.end.synchronize()
         return self.start.elapsed_time(self.end) * 1e-3 / self.calls
+
+
+def _session(call: Call) -> AbstractContextManager[object]:
+    session: Callable[[], AbstractContextManager[object]] = getattr(call, "session", nullcontext)
+    return session()
 
 
 def time_once(call: Call, *, device: torch.device | str) -> float:

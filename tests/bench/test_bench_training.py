@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -11,7 +12,21 @@ import pytest
 import torch
 
 from fagen import target
-from fagen.bench import attention, by_op, flash, flash_training, flex, memory, peers, report, rows, run, sdpa, suites
+from fagen.bench import (
+    attention,
+    autograd,
+    by_op,
+    flash,
+    flash_training,
+    flex,
+    memory,
+    peers,
+    report,
+    rows,
+    run,
+    sdpa,
+    suites,
+)
 from fagen.bench.peers import OURS, PLAIN, Cannot
 from fagen.build import toolchain
 from fagen.cli import main
@@ -105,8 +120,6 @@ def test_plain_is_without_what_a_row_asks_for():
 
 @pytest.mark.parametrize("row", [step_row(mask="causal"), step_row(batch=2), packed_row("training")])
 def test_a_step_runs_forward_at_every_call(row):
-    from fagen.bench import autograd
-
     ran = []
 
     def forward(row, inputs):
@@ -130,13 +143,37 @@ def test_steps_are_held_to_the_same_bits():
 
         return attend
 
-    from fagen.bench import autograd
-
     for row in (step_row(), step_row(deterministic=True)):
         inputs = rows.make_inputs(row, "cpu")
         autograd.steps(forward)(row, inputs)(inputs)
     assert seen == [False, True]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_a_participant_is_held_to_is_set_once_a_sample():
+    """A backend of SDPA takes some 20 us to choose, which its users do once."""
+    entered: list[int] = []
+
+    @contextlib.contextmanager
+    def hold():
+        entered.append(0)
+        yield
+
+    def forward(row, inputs):
+        return peers.Held(lambda i: (entered.append(1), fallback.attend(i.call)[0])[1], (hold,))
+
+    row = step_row(deterministic=True)
+    sets = [rows.make_inputs(row, "cpu", seed) for seed in range(2)]
+    facts, call = run._participant(autograd.steps(forward), row, sets, "cpu", "held")
+    assert facts["outcome"] == "ok" and call is not None and call.count == 2
+    del entered[:]
+    sampler = timer.sampler_of(call, "cpu")
+    sampler.calls = 5
+    sampler.sample()
+    assert entered == [0, 1, 1, 1, 1, 1]
+    assert not torch.are_deterministic_algorithms_enabled()
+    sdpa_step = sdpa.math({}).by_op["training"](row, sets[0])
+    assert isinstance(sdpa_step, peers.Held) and len(sdpa_step.holds) == 2
 
 
 FWD = schema(
@@ -172,16 +209,10 @@ def test_flash_attention_3_is_trained_through_its_ops(row):
         backward = mock.MagicMock(side_effect=backward, _schema=NEW)
         with mock.patch("tests.bench.test_bench_backward.DOCUMENTS", LENGTHS):
             prepare = flash_training.through_ops(FakeForward(), backward)
-            assert right(by_op_steps(prepare)(row, inputs), inputs)
+            assert right(autograd.steps(prepare)(row, inputs), inputs)
         return
-    assert right(by_op_steps(flash_training.through_ops(FakeForward(), backward))(row, inputs), inputs)
+    assert right(autograd.steps(flash_training.through_ops(FakeForward(), backward))(row, inputs), inputs)
     assert backward.given["deterministic"] is False
-
-
-def by_op_steps(prepare):
-    from fagen.bench import autograd
-
-    return autograd.steps(prepare)
 
 
 def test_flash_attention_3_without_a_backward_is_not_trained(monkeypatch):
@@ -324,6 +355,35 @@ def test_a_run_of_steps(tmp_path, capsys):
     assert row["best_peer"] == "sdpa" and row["of_plain"] > 0
     assert "; training; `" in markdown.read_text()
     assert "of plain" in markdown.read_text()
+
+
+def small(row: rows.Row) -> rows.Row:
+    """The row with few short sequences of small heads, as a CPU computes it."""
+    documents = LENGTHS if row.documents else ()
+    length = sum(documents) if documents else 24
+    sizes = SHAPE | {"head_dim_v": 16, "batch": 1, "seqlen_q": length, "seqlen_k": length}
+    window = {"window_left": 7} if row.problem.window_left > 0 else {}
+    return dataclasses.replace(row, problem=row.problem.replace(**sizes, **window), documents=documents)
+
+
+KINDS = [
+    ("training", "training", "gpt-oss-20b window127"), ("deterministic", "backward", "doc8-causal"),
+    ("dropout", "training", "llama3-8b"), ("documents", "backward", "doc8-full h16"), ("varlen", "forward", "varlen4"),
+    ("varlen", "training", "varlen16"), ("ampere", "backward", "d64 causal s1024"),
+]  # fmt: skip
+
+
+@needs_cxx
+@pytest.mark.parametrize(("suite", "op", "name"), KINDS)
+def test_rows_of_each_suite_are_measured(suite, op, name):
+    row = small(next(r for r in suites.suite(suite, GPU, op=op) if r.name.startswith(name)))
+    others, absent = peers.load([PLAIN, "math"], "cpu", {}, op)
+    prepares = {OURS: by_op.get(op).ours, **{key: entrant.prepare for key, entrant in others.items()}}
+    result = run.time_row(row, prepares, target.host(), run.Settings(rounds=3, min_seconds=0.0))
+    found = {key: facts["outcome"] for key, facts in result["participants"].items()}
+    assert not absent and found[OURS] == found[PLAIN] == "ok", result["participants"]
+    assert result["of_plain"] > 0 and result["choice"]["served_by"] == "kernel"
+    assert found["math"] == ("ok" if row.problem.mask in ("none", "causal") else "cannot")
 
 
 def test_wrong_usage(capsys):
