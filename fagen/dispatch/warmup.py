@@ -22,11 +22,12 @@ from fagen.errors import FagenError, InvalidArgument
 from fagen.ops.attention import derivatives, size_point
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.problem import Problem
-from fagen.runtime import append, binding
+from fagen.runtime import append, binding, packed
 from fagen.target import Target
 
 if TYPE_CHECKING:
     from fagen.db.record import Record
+    from fagen.runtime.helper import Helper
 
 _GRID = 8  # sizes a doubling, of the grid for defaults
 MOST_SEQLEN = 1 << 24
@@ -160,6 +161,13 @@ def with_forward(problems: Iterable[Problem]) -> list[Problem]:
     return list(dict.fromkeys([*every, *(p.forward for p in every if isinstance(p, BackwardProblem))]))
 
 
+def helpers_of(problems: Iterable[Problem]) -> list[Helper]:
+    """The kernels beside those that are searched: new rows of a cache, bounds of packed sequences."""
+    every = list(problems)
+    decodes, packs = any(p.op == "decode" for p in every), any(getattr(p, "intervals", "") for p in every)
+    return [*([append.HELPER] if decodes else []), *([packed.HELPER] if packs else [])]
+
+
 def warmup(
     problems: Iterable[Problem], target: Target | None = None, *, max_seqlen: int | None = None, gradients: bool = False
 ) -> int:
@@ -191,8 +199,7 @@ def warmup(
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         jobs: list[Future[Any]] = [pool.submit(binding.load), *(pool.submit(attempt, spec) for spec in wanted.values())]
-        if any(problem.op == "decode" for problem in problems):
-            jobs.append(pool.submit(append.library, target, capturing=False))
+        jobs += [pool.submit(helper.library, target, capturing=False) for helper in helpers_of(problems)]
         for job in jobs:
             job.result()
     resolve.renew()

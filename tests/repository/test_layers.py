@@ -76,7 +76,7 @@ def test_no_module_imports_upward(graph):
 OF_ATTENTION = {
     "dispatch.attention", "dispatch.decode", "dispatch.warmup", "families.cost", "families.sm90_forward_block",
     "runtime.binding",
-    "runtime.decode_ops", "runtime.dropout_ops", "runtime.python_ops",
+    "runtime.decode_ops", "runtime.dropout_ops", "runtime.python_ops", "runtime.sinks",
 }  # fmt: skip
 OP_INDEPENDENT = {"timing", "families", "codegen", "build", "runtime", "db", "verify", "dispatch", "tuner"}
 
