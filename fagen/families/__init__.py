@@ -26,6 +26,7 @@ def all_families() -> tuple[Family, ...]:
         sm80_forward_fp32,
         sm90_backward,
         sm90_forward,
+        sm90_forward_fp8,
     )
 
     tensor_cores = (sm90_forward.FAMILY, sm80_forward.FAMILY, sm80_forward_fp32.FAMILY)
@@ -33,7 +34,8 @@ def all_families() -> tuple[Family, ...]:
     backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY, simt_backward.FAMILY)
     decode = (cpu_decode.FAMILY, sm80_decode.FAMILY)
     softmax = (cpu_softmax.FAMILY, simt_softmax.FAMILY)
-    return extensions.with_offered((*forward, *backward, *decode, *softmax), "FAMILIES")
+    fp8 = (sm90_forward_fp8.FAMILY,)
+    return extensions.with_offered((*forward, *backward, *decode, *softmax, *fp8), "FAMILIES")
 
 
 def get(name: str) -> Family:
