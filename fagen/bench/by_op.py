@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import attention, decode, softmax
+from fagen.bench import attention, decode, fp8, softmax
 from fagen.bench import ours as kernels
 from fagen.bench.peers import Prepare
 from fagen.bench.rows import Inputs, Row
@@ -42,6 +42,7 @@ OPS = {
     ),
     "backward": OpBench(attention.our_gradients, attention.check_sample, _FEW_CELLS),
     "decode": OpBench(decode.ours, attention.check_sample, _FEW_CELLS, reads=True),
+    "forward_fp8": OpBench(fp8.ours, attention.check_sample, _FEW_CELLS),
     "softmax": OpBench(softmax.ours, softmax.check_sample),
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import decode_peers, flash_backward, rows
+from fagen.bench import decode_peers, flash_backward, fp8, rows
 from fagen.bench.autograd import through_autograd
 from fagen.bench.flash_arguments import document_arguments, fill, lengths, of_schema, packed, require, settings
 from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
@@ -73,7 +73,7 @@ def _fa3(forward: Prepare, version: str) -> Loaded:
     backward: Prepare | str = "it registers no op flash_attn_3::bwd"
     if hasattr(torch.ops.flash_attn_3, "bwd"):
         backward = flash_backward.through_op(torch.ops.flash_attn_3.bwd.default)
-    return Loaded({"forward": forward, "backward": backward, "decode": _fa3_decode()}, version)
+    return Loaded({"forward": forward, "backward": backward, "decode": _fa3_decode(), "forward_fp8": fp8.fa3()}, version)
 
 
 def _fa3_decode() -> Prepare | str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fagen.bench import decode_peers
+from fagen.bench import decode_peers, fp8
 from fagen.bench.autograd import through_autograd
 from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
@@ -21,7 +21,8 @@ def cudnn(paths: Mapping[str, Path]) -> Loaded:
     version = torch.backends.cudnn.version()
     if version is None:
         raise Absent("torch was built without cuDNN; torch for CUDA has it")
-    return _loaded("CUDNN_ATTENTION", str(version))
+    found = _loaded("CUDNN_ATTENTION", str(version))
+    return Loaded({**found.by_op, "forward_fp8": fp8.CUDNN}, found.version)
 
 
 def fa2(paths: Mapping[str, Path]) -> Loaded:

@@ -26,6 +26,7 @@ _EXAMPLES = """examples:
   fagen bench --suite peers --op backward          the gradients alone; with --deterministic, the same bits each time
   fagen bench --op decode --suite decode,paged     a step of decoding on a cache, contiguous and in pages
   fagen bench --suite random --seed 7              60 problems that nobody tuned
+  fagen bench --suite fp8 --fa3 lib/_C.so          forward on fp8 numbers, ours in 16 bits beside it
   fagen bench --suite softmax                      fagen.softmax against torch.softmax, eager and compiled
   fagen bench --out new.json --compare old.json    exit code 1 where a row fell by more than the noise
 """
@@ -38,7 +39,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument(
         "--suite",
         metavar="S",
-        help="peers, models, masks, random, small, fp32, softmax, or several (default: peers; small on a CPU); "
+        help="peers, models, masks, random, small, fp32, fp8, softmax, or several (default: peers; small on a CPU); "
         "with --op decode: decode, paged, ragged, mixed",
     )
     what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
