@@ -23,9 +23,15 @@ KNOBS = (
     Knob("tile_n", "kTileN", tuple(range(32, 257, 32)), "keys of a tile"),
     Knob("stages", "kStages", (1, 2, 3, 4), "tiles of keys, and of values, in shared memory"),
     Knob("q_stages", "kQStages", (1, 2), "tiles of q in shared memory"),
-    Knob("overlap", "kOverlap", (False, True), "add up O under the softmax of the next tile"),
+    Knob(
+        "overlap",
+        "kOverlap",
+        ("nothing", "maxima", "softmax"),
+        "what of a tile runs under O += P V of the one before",
+    ),
     Knob("rescale", "kRescale", ("each", "deferred"), "O follows the maximum at each tile, or where it has grown"),
     Knob("promote", "kPromote", (0, 1, 2, 4), "tiles whose sums leave the tensor cores for float32 at once; 0: all"),
+    Knob("exp_on_fma", "kExpOnFma", (0, 1, 2), "of 8 exponentials, those that the FMA pipe computes, by polynomials"),
     Knob("ping_pong", "kPingPong", (False, True), "warpgroups take turns at starting products"),
     Knob("blocks_per_sm", "kBlocksPerSm", (1, 2, 3), "blocks that share an SM"),
     Knob(
@@ -163,9 +169,9 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
         m, n, q_stages, blocks = tile
         return Config(
             {
-                "tile_m": m, "tile_n": n, "stages": stages, "q_stages": q_stages, "overlap": True,
-                "rescale": "deferred", "promote": by, "ping_pong": m > 64, "blocks_per_sm": blocks,
-                "schedule": schedule, "block_order": order, "section_mb": 32,
+                "tile_m": m, "tile_n": n, "stages": stages, "q_stages": q_stages, "overlap": "softmax",
+                "rescale": "deferred", "promote": by, "exp_on_fma": 0 if size > 128 else 1, "ping_pong": m > 64,
+                "blocks_per_sm": blocks, "schedule": schedule, "block_order": order, "section_mb": 32,
             }
         )  # fmt: skip
 

@@ -49,7 +49,7 @@ def test_defaults_compile_cleanly(problem: Fp8Problem, device_facts: Facts) -> N
             (128, {"tile_n": 224, "ping_pong": True}),
             (64, {"tile_m": 192, "tile_n": 160, "ping_pong": True, "schedule": "dynamic"}),
             (64, {"tile_m": 192, "tile_n": 96, "promote": 2}),
-            (256, {"tile_n": 96, "rescale": "each", "overlap": False}),
+            (256, {"tile_n": 96, "rescale": "each", "overlap": "maxima"}),
             (128, {"tile_m": 64, "tile_n": 96, "blocks_per_sm": 2, "schedule": "single"}),
         ],
         every=6,

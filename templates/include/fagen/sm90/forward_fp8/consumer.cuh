@@ -1,7 +1,8 @@
 // A consumer warpgroup on fp8 numbers: 64 rows of q against key tile after key tile, row tile by row tile. Products,
-// turns and stores follow each other as those of sm90/forward/consumer.cuh do, but the exponentials of a tile run under
+// turns and stores follow each other as those of sm90/forward/consumer.cuh do, but the exponentials of a tile may run under
 // the product with the values of the one before: products are twice as fast here, and exponentials are not.
 #pragma once
+#include "fagen/common/exp2.cuh"
 #include "fagen/sm90/forward/epilogue.cuh"
 #include "fagen/sm90/forward/row_tile.cuh"
 #include "fagen/sm90/forward/turns.cuh"
@@ -123,13 +124,17 @@ struct Fp8Consumer {
   }
   // S becomes the weights times 2^kWeightScaleLog2, and so do their sums.
   __device__ __forceinline__ void exponentiate() {
-    const float offset[2] = {state.softmax.offset[0] + kWeightScaleLog2, state.softmax.offset[1] + kWeightScaleLog2};
+    const auto& softmax = state.softmax;
+    const float raised[2] = {softmax.offset[0] + kWeightScaleLog2, softmax.offset[1] + kWeightScaleLog2};
 #pragma unroll
     for (int n = 0; n < kPieces; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = s_acc[0][n][i];
-        x = ptx::ex2(fmaf(x, state.softmax.scale_log2, offset[i / 2]));
+        if ((n * 4 + i) % 8 < C::kExpOnFma)
+          x = exp2_on_fma(fmaf(x, softmax.scale_log2, softmax.offset[i / 2])) * kWeightScale;
+        else
+          x = ptx::ex2(fmaf(x, softmax.scale_log2, raised[i / 2]));
         state.softmax.sum[i / 2] += x;
       }
   }
@@ -193,14 +198,15 @@ struct Fp8Consumer {
       start_scores();
       start_values();
       turns.pass();
-      wait_scores<C::kOverlap ? 1 : 0>();  // with overlap, O += P V goes on under the softmax of this tile
+      wait_scores<C::kOverlap == Overlap::nothing ? 0 : 1>();  // with overlap, O += P V goes on under what follows
       if (keys.last()) pipelines.q.release();
       modify(mod, row0, keys.tile, partial);
       const bool moved = update_max(factor);
-      exponentiate();
+      if (C::kOverlap == Overlap::softmax) exponentiate();
       pipelines.v.wait();  // it has long been there; without this branch ptxas keeps the pipelines' state lane by lane
       wait_values<0>();
       sums.take(state.o[0], factor, moved);
+      if (C::kOverlap != Overlap::softmax) exponentiate();
       weights.store(s_acc[0]);
     });
   }
@@ -208,9 +214,9 @@ struct Fp8Consumer {
   // The last product of a row tile is there.
   __device__ __forceinline__ void store(const PendingTile& pending) {
     sums.finish(state.o[0]);
-    const float factor = of_values * kUnscaleWeights;
+    const float factor = of_values / kWeightScale;
     multiply_rows(state.o[0], {factor, factor});
-    for (float& sum : state.softmax.sum) sum *= kUnscaleWeights;
+    for (float& sum : state.softmax.sum) sum *= 1.f / kWeightScale;
     store_rows<C, Element>(p, packing, state, pending, group);
   }
 

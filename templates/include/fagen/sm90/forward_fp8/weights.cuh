@@ -7,7 +7,7 @@
 namespace fagen {
 
 // Weights are at most 1. Times 2^8 the largest is 256 of e4m3's 448, and those down to 2^-14 keep all their bits.
-constexpr float kWeightScaleLog2 = 8.f, kUnscaleWeights = 1.f / 256.f;
+constexpr float kWeightScaleLog2 = 8.f, kWeightScale = 256.f;
 
 // An operand of values in shared memory, in the order of value_order.cuh.
 __device__ __forceinline__ Operand operand_of_values(uint32_t address) {
