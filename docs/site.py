@@ -38,6 +38,7 @@ SECTIONS = {
         "docs/notes/sm80_decode.md",
         "docs/notes/simt.md",
         "docs/notes/sm90_forward.md",
+        "docs/notes/sm90_forward_fp8.md",
         "docs/notes/sm90_backward.md",
         "docs/notes/softmax.md",
     ],

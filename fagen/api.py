@@ -9,7 +9,6 @@ import torch
 
 from fagen import env, fp8_api
 from fagen.dispatch.attention import kernel_of
-from fagen.errors import InvalidArgument
 from fagen.ops.attention import arguments, derivatives, fallback
 from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import Window
@@ -53,26 +52,12 @@ def attention(
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    layout: str = "bshd",
-    causal: bool = False,
-    window: Window = (None, None),
-    intervals: torch.Tensor | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    out: torch.Tensor | None = None,
-    deterministic: bool = False,
-    dropout_p: float = 0.0,
-    descale_q: Descale = None,
-    descale_k: Descale = None,
-    descale_v: Descale = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bshd", causal: bool = False,
+    window: Window = (None, None), intervals: torch.Tensor | None = None, softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None, scale: float | None = None,
+    return_lse: bool = False, out: torch.Tensor | None = None, deterministic: bool = False, dropout_p: float = 0.0,
+    descale_q: Descale = None, descale_k: Descale = None, descale_v: Descale = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """softmax(scale * q k^T) v, by the fastest kernel known for the problem.
 
     q is (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, dv); with
@@ -93,22 +78,17 @@ def attention(
     dropout_p     the probability that a weight is dropped, rounded to 1/256; those kept are scaled up, so that the
                   expectation is the same. PyTorch's generator of the device decides which: the same seed drops the same
                   weights, whatever kernel serves
-    descale_q, descale_k, descale_v
-                  with q, k and v of float8_e4m3fn, as `fagen.quantize_qkv` makes them: positive float32 (batch, kv_heads)
-                  or a number, what multiplies each to get what it stands for. The result is bfloat16, or of `out`; v
-                  is of rows as ever, or in the kernels' order. No intervals, ALiBi, dropout and gradients then
+    descale_*     with q, k and v of float8_e4m3fn, what multiplies each: see `fagen.quantize_qkv`
 
     Gradients of q, k and v are ours where a backward kernel serves them; all other derivatives are PyTorch's. A row
     that sees no key gives 0, and -inf in lse (or its sink).
     """
-    if fp8_api.is_fp8(q):
+    if fp8_api.is_asked(q, descale_q, descale_k, descale_v):
         return fp8_api.attention(
-            q, k, v, (descale_q, descale_k, descale_v), layout=layout, causal=causal, window=window, softcap=softcap,
-            sinks=sinks, scale=scale, return_lse=return_lse, out=out, intervals=intervals, alibi_slopes=alibi_slopes,
-            dropout_p=dropout_p,
+            q, k, v, (descale_q, descale_k, descale_v), sinks=sinks, layout=layout, causal=causal, window=window,
+            softcap=softcap, scale=scale, return_lse=return_lse, out=out, intervals=intervals,
+            alibi_slopes=alibi_slopes, dropout_p=dropout_p,
         )  # fmt: skip
-    if descale_q is not None or descale_k is not None or descale_v is not None:
-        raise InvalidArgument("descales are of fp8 numbers", f"q is {getattr(q, 'dtype', type(q).__name__)}")
     if sinks is not None:
         return _with_sinks(
             sinks, q, k, v, layout, return_lse, out, causal=causal, window=window, intervals=intervals,

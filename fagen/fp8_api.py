@@ -17,11 +17,13 @@ _SCHEMA = (
     "forward_fp8(Tensor q, Tensor k, Tensor v, Tensor? descale_q, Tensor? descale_k, Tensor? descale_v, bool bhsd, "
     "int window_left, int window_right, float softcap, float? scale) -> (Tensor, Tensor)"
 )
+_NO_DESCALES = (None, None, None)
 _libraries: list[Any] = []  # torch unregisters what is collected
 
 
-def is_fp8(q: Any) -> bool:
-    return getattr(q, "dtype", None) is E4M3
+def is_asked(q: Any, *descales: Any) -> bool:
+    """Whether a call of `fagen.attention` is one on fp8 numbers, or has arguments that only such calls have."""
+    return getattr(q, "dtype", None) is E4M3 or descales != _NO_DESCALES
 
 
 def attention(
@@ -40,7 +42,12 @@ def attention(
     out: torch.Tensor | None,
     **others: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """What `fagen.attention` says, where q is of fp8; `others` are arguments that only calls of 16 bits or more have."""
+    """The call of `fagen.attention` where q is of fp8; `others` are arguments that only calls of 16 bits or more have.
+
+    v is of rows as ever, or in the kernels' order; the result is bfloat16, or of `out`.
+    """
+    if getattr(q, "dtype", None) is not E4M3:
+        raise InvalidArgument("descales are of fp8 numbers", f"q is {getattr(q, 'dtype', type(q).__name__)}")
     for name, value in others.items():
         if value is not None and (isinstance(value, torch.Tensor) or value):
             raise InvalidArgument(f"attention on fp8 numbers has no {name}", "", "give q, k and v in 16 bits")
@@ -65,7 +72,7 @@ def attention(
     return (value, lse) if want_lse and lse is not None else value
 
 
-def _by_op(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_op(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Where a compiler traces. Its O is of bfloat16, which an `out` of float16 rounds further."""
     value, lse = torch.ops.fagen.forward_fp8(
         call.q, call.k, call.v, call.descale_q, call.descale_k, call.descale_v, call.layout == "bhsd", *call.window,
@@ -76,7 +83,8 @@ def _by_op(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _call(args: tuple[Any, ...]) -> Fp8Call:
     tensors, (bhsd, left, right, softcap, scale) = args[:6], args[6:]
-    return Fp8Call(*tensors, "bhsd" if bhsd else "bshd", (left, right), softcap, scale, want_lse=True)
+    fields = (*tensors, "bhsd" if bhsd else "bshd", (left, right), softcap, scale, True)
+    return Fp8Call(*fields)
 
 
 def _forward_fp8(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,7 +73,9 @@ def _fa3(forward: Prepare, version: str) -> Loaded:
     backward: Prepare | str = "it registers no op flash_attn_3::bwd"
     if hasattr(torch.ops.flash_attn_3, "bwd"):
         backward = flash_backward.through_op(torch.ops.flash_attn_3.bwd.default)
-    return Loaded({"forward": forward, "backward": backward, "decode": _fa3_decode(), "forward_fp8": fp8.fa3()}, version)
+    return Loaded(
+        {"forward": forward, "backward": backward, "decode": _fa3_decode(), "forward_fp8": fp8.fa3()}, version
+    )
 
 
 def _fa3_decode() -> Prepare | str:

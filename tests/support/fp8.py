@@ -19,7 +19,8 @@ from tests.support.cases import DTYPES
 FAMILY = sm90_forward_fp8.FAMILY
 BASE: dict[str, Any] = {
     "tile_m": 128, "tile_n": 64, "stages": 2, "q_stages": 1, "overlap": "softmax", "rescale": "deferred", "promote": 0,
-    "exp_on_fma": 0, "ping_pong": False, "blocks_per_sm": 1, "schedule": "balanced", "block_order": "ascending", "section_mb": 32,
+    "exp_on_fma": 0, "ping_pong": False, "blocks_per_sm": 1, "schedule": "balanced",
+    "block_order": "ascending", "section_mb": 32,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +70,8 @@ class Fp8Call:
         dtype = torch.bfloat16 if out is None or not isinstance(out, torch.Tensor) else out.dtype
         call = cls(q, k, v, None, None, None, layout, bounds, softcap, scale, want_lse, dtype, out)
         call.check_tensors()
-        factors = [_descale(name, t, call) for name, t in zip(_DESCALES, descales, strict=True)]
-        return cls(q, k, v, *factors, layout, bounds, softcap, scale, want_lse, dtype, out)
+        of_q, of_k, of_v = (_descale(name, t, call) for name, t in zip(_DESCALES, descales, strict=True))
+        return dataclasses.replace(call, descale_q=of_q, descale_k=of_k, descale_v=of_v)
 
     def check_tensors(self) -> None:
         """Raise InvalidArgument for tensors that contradict each other."""
@@ -169,9 +170,7 @@ class Fp8Call:
         """The call of the float32 numbers that q, k and v stand for."""
         rows = fp8_order.rows_of_values(self.v, self.seqlen_k)
         v = rows if self.layout == "bshd" else rows.transpose(1, 2)
-        q, k, v = (
-            self._scaled(t, getattr(self, name)) for t, name in zip((self.q, self.k, v), _DESCALES, strict=True)
-        )
+        q, k, v = (self._scaled(t, getattr(self, name)) for t, name in zip((self.q, self.k, v), _DESCALES, strict=True))
         return AttentionCall(
             q, k, v, self.layout, self.window, softcap=self.softcap, scale=self.scale, want_lse=self.want_lse
         )

@@ -25,9 +25,7 @@ def order_values(v: torch.Tensor) -> torch.Tensor:
     count = blocks(keys)
     padded = torch.nn.functional.pad(v.view(torch.uint8), (0, 0, 0, 0, 0, count * BLOCK_KEYS - keys))
     places = padded.view(batch, count, BLOCK_KEYS, heads, columns)[:, :, _keys(v.device)]
-    cores = places.view(
-        batch, count, BLOCK_KEYS // CORE_KEYS, CORE_KEYS, heads, columns // CORE_COLUMNS, CORE_COLUMNS
-    )
+    cores = places.view(batch, count, BLOCK_KEYS // CORE_KEYS, CORE_KEYS, heads, columns // CORE_COLUMNS, CORE_COLUMNS)
     ordered = cores.permute(0, 4, 1, 5, 2, 6, 3).reshape(batch, heads, count, columns, BLOCK_KEYS)
     return ordered.view(v.dtype)
 
@@ -36,8 +34,10 @@ def rows_of_values(ordered: torch.Tensor, seqlen_k: int) -> torch.Tensor:
     """The reverse."""
     batch, heads, count, columns, _ = ordered.shape
     groups = columns // CORE_COLUMNS
-    cores = ordered.contiguous().view(torch.uint8).view(
-        batch, heads, count, groups, BLOCK_KEYS // CORE_KEYS, CORE_COLUMNS, CORE_KEYS
+    cores = (
+        ordered.contiguous()
+        .view(torch.uint8)
+        .view(batch, heads, count, groups, BLOCK_KEYS // CORE_KEYS, CORE_COLUMNS, CORE_KEYS)
     )
     places = cores.permute(0, 2, 4, 6, 1, 3, 5).reshape(batch, count, BLOCK_KEYS, heads, columns)
     rows = torch.empty_like(places)

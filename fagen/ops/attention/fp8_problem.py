@@ -15,7 +15,7 @@ DTYPES = ("bf16", "fp16")  # of O
 
 @dataclass(frozen=True)
 class Fp8Problem(Problem):
-    """The fields of a forward problem without intervals, ALiBi, dropout and TF32: q, k and v are e4m3, `dtype` is O's."""
+    """The fields of a forward problem without intervals, ALiBi, dropout and TF32. `dtype` is that of O."""
 
     most_head_dim: ClassVar[int] = 256
 

@@ -35,7 +35,8 @@ def quantize_qkv(
 
     q is (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, dv); with
     layout="bhsd" heads come before rows. dv is a multiple of 8. A scale for each (batch, kv head) brings its largest
-    number to 448; the heads of q that share keys share one.
+    number to 448; the heads of q that share keys share one. `fagen.attention` then gives bfloat16, or the dtype of its
+    `out`; it takes no column intervals, ALiBi, dropout and gradients with such tensors.
 
     incoherent    q and k are multiplied by the same orthonormal matrix along d, a random-sign Hadamard one. q k^T stays
                   what it is, and outliers are spread over all columns, so that they no longer decide the scale alone

@@ -12,7 +12,7 @@
 
 namespace fagen {
 
-// What a tensor's numbers of a kv head are multiplied by.
+// The factor of a tensor's numbers of a kv head.
 __device__ __forceinline__ float descale(const fagen_tensor& t, const TileCoord& coord, int kv_head) {
   const float* factors = static_cast<const float*>(t.data);
   return factors ? factors[coord.batch * t.stride[0] + kv_head * t.stride[1]] : 1.f;

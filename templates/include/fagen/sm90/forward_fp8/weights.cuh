@@ -20,8 +20,8 @@ struct Fp8Weights {
 
   uint32_t fragments[kSteps][4];
 
-  // Of 32 keys, four pieces of the scores that the thread holds: the places of a core are the keys of two pieces, as
-  // key_in_place has them. Registers may not change while any product is under way.
+  // A step of 32 keys takes four pieces of the scores that the thread holds: the places of a core are the keys of two
+  // pieces, as key_in_place has them. Registers may not change while any product is under way.
   __device__ __forceinline__ void store(const float (&weights)[C::kTileN / 8][4]) {
 #pragma unroll
     for (int n = 0; n < kSteps; ++n)
