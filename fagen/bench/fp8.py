@@ -49,7 +49,10 @@ def load_16_bits(paths: Mapping[str, Path]) -> Loaded:
 
 
 def load_quantizing(paths: Mapping[str, Path]) -> Loaded:
-    """Ours with `fagen.quantize_qkv` before it, from 16 bits: what a layer pays that keeps no fp8."""
+    """Ours with `fagen.quantize_qkv` before it, from 16 bits: what a layer pays that keeps no fp8.
+
+    Not incoherent, so that what comes out can be verified: the numbers are those that ours is given, but for roundings.
+    """
     return Loaded({"forward_fp8": _quantizing})
 
 
@@ -72,7 +75,7 @@ def _quantizing(row: Row, inputs: Inputs) -> Serve:
     held = _Kept(lambda i: _tensors_of_16_bits(i.call))
 
     def serve(i: Inputs) -> torch.Tensor:
-        call, made = i.call, quantize_qkv(*held.of(i))
+        call, made = i.call, quantize_qkv(*held.of(i), incoherent=False)
         return fp8.attend(
             Fp8Call(
                 *made, window=call.window, softcap=call.softcap, scale=call.scale, dtype=call.dtype,

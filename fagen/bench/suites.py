@@ -228,7 +228,7 @@ SUITES = {
     "fp8": Suite(
         "forward on fp8 numbers at head dims 64, 128 and 256, lengths 512 to 16k: 36 rows",
         lambda target, seed, op, same_bits: fp8.suite(),
-        ("forward",),
+        ("forward", "forward_fp8"),
     ),
     "softmax": Suite(
         "fagen.softmax, along rows from 128 to 1 M and along columns; with --op backward its gradient",
@@ -236,7 +236,7 @@ SUITES = {
         DIRECTIONS,
     ),
 }
-_DEFAULTS = {"decode": "decode"}  # of the other ops it depends on the device
+_DEFAULTS = {"decode": "decode", "forward_fp8": "fp8"}  # of the other ops it depends on the device
 
 
 def suite(name: str, target: Target, seed: int = 0, op: str = "forward", *, same_bits: bool = False) -> list[Row]:
