@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import decode_peers, flash_backward, flash_training, rows
+from fagen.bench import decode_peers, flash_backward, flash_training, fp8, rows
 from fagen.bench.autograd import steps, through_autograd
 from fagen.bench.flash_arguments import document_arguments, fill, lengths, of_schema, packed, require, settings
 from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
@@ -79,6 +79,7 @@ def _fa3(version: str, forward: Prepare | None = None, training: Prepare | None 
         training = training or steps(flash_training.through_ops(ops.fwd.default, ops.bwd.default))
     forward = forward or _through_op(ops.fwd.default)
     by_op = {"forward": forward, "backward": backward, TRAINING: training or lacks, "decode": _fa3_decode()}
+    by_op["forward_fp8"] = fp8.fa3()
     return Loaded(by_op, version)
 
 

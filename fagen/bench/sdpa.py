@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import decode_peers
+from fagen.bench import decode_peers, fp8
 from fagen.bench.autograd import steps, through_autograd
 from fagen.bench.peers import Absent, Cannot, Held, Loaded, Prepare, Serve
 from fagen.bench.rows import TRAINING, Inputs, Row
@@ -25,7 +25,8 @@ def cudnn(paths: Mapping[str, Path]) -> Loaded:
     version = torch.backends.cudnn.version()
     if version is None:
         raise Absent("torch was built without cuDNN; torch for CUDA has it")
-    return _loaded("CUDNN_ATTENTION", str(version))
+    found = _loaded("CUDNN_ATTENTION", str(version))
+    return Loaded({**found.by_op, "forward_fp8": fp8.CUDNN}, found.version)
 
 
 def fa2(paths: Mapping[str, Path]) -> Loaded:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
-from fagen.bench import decode, random_rows, softmax
+from fagen.bench import decode, fp8, random_rows, softmax
 from fagen.bench.rows import TRAINING, Row, of_problem, row_of_op
 from fagen.errors import UsageError
 from fagen.ops.attention.problem import Problem
@@ -336,13 +336,18 @@ SUITES = {
     "small": _attention("a small suite, for a CPU", lambda target, seed: _small(target)),
     **{name: _of_decode(name) for name in decode.SUITES},
     "fp32": _attention("float32 at head dims 32 to 256, lengths 512 to 4096: 32 rows", lambda target, seed: _fp32()),
+    "fp8": Suite(
+        "forward on fp8 numbers at head dims 64, 128 and 256, lengths 512 to 16k: 36 rows",
+        lambda target, seed, op, same_bits: fp8.suite(),
+        ("forward", "forward_fp8"),
+    ),
     "softmax": Suite(
         "fagen.softmax, along rows from 128 to 1 M and along columns; with --op backward its gradient",
         lambda target, seed, op, same_bits: softmax.suite(target, op),
         DIRECTIONS,
     ),
 }
-_DEFAULTS = {"decode": "decode"}  # of the other ops it depends on the device
+_DEFAULTS = {"decode": "decode", "forward_fp8": "fp8"}  # of the other ops it depends on the device
 _ON_GPUS = {TRAINING: "training"}
 
 

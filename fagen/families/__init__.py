@@ -28,6 +28,7 @@ def all_families() -> tuple[Family, ...]:
         sm90_decode_mla,
         sm90_forward,
         sm90_forward_large,
+        sm90_forward_fp8,
     )
 
     hopper = (sm90_forward.FAMILY, sm90_forward_large.FAMILY)
@@ -36,7 +37,8 @@ def all_families() -> tuple[Family, ...]:
     backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY, simt_backward.FAMILY)
     decode = (cpu_decode.FAMILY, sm90_decode_mla.FAMILY, sm80_decode.FAMILY)
     softmax = (cpu_softmax.FAMILY, simt_softmax.FAMILY)
-    return extensions.with_offered((*forward, *backward, *decode, *softmax), "FAMILIES")
+    fp8 = (sm90_forward_fp8.FAMILY,)
+    return extensions.with_offered((*forward, *backward, *decode, *softmax, *fp8), "FAMILIES")
 
 
 def get(name: str) -> Family:

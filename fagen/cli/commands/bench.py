@@ -29,6 +29,7 @@ _EXAMPLES = """examples:
   fagen bench --op backward --suite deterministic --peers plain,fa3  the same bits each time, beside ours in any order
   fagen bench --op decode --suite decode,paged     a step of decoding on a cache, contiguous and in pages
   fagen bench --suite random --seed 7              60 problems that nobody tuned
+  fagen bench --suite fp8 --fa3 lib/_C.so          forward on fp8 numbers, ours in 16 bits beside it
   fagen bench --suite softmax                      fagen.softmax against torch.softmax, eager and compiled
   fagen bench --out new.json --compare old.json    exit code 1 where a row fell by more than the noise
 """
@@ -41,8 +42,8 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument(
         "--suite",
         metavar="S",
-        help="peers, models, masks, documents, varlen, deterministic, dropout, ampere, random, small, fp32, softmax, "
-        "or several (default: peers; small on a CPU); with --op training: training; with --op decode: decode, paged, "
+        help="peers, models, masks, documents, varlen, deterministic, dropout, ampere, random, small, fp32, fp8, "
+        "softmax, or several (default: peers; small on a CPU); with --op training: training; with --op decode: decode, paged, "
         "ragged, mixed, mla",
     )
     what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
