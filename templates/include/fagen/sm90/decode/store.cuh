@@ -1,7 +1,9 @@
 // The end of a warpgroup's rows: O and LSE, or a split's part of them for the merge.
 #pragma once
-#include "fagen/ptx/cp_async.cuh"
 #include "fagen/common/row_state.cuh"
+#include "fagen/ptx/barrier.cuh"
+#include "fagen/ptx/cp_async.cuh"
+#include "fagen/ptx/warpgroup.cuh"
 #include "fagen/sm80/decode/output.cuh"
 #include "fagen/sm90/smem_layout.cuh"
 
@@ -11,7 +13,7 @@ namespace fagen {
 // threads, which meet at barrier `id`.
 template <class C, class Element, int kThreads>
 __device__ __forceinline__ void load_rows(const fagen_decode_params& p, const DecodeTile<C>& tile, uint32_t to, int id) {
-  constexpr int kChunks = slabs(C::kHeadDim) * 8;  // 16 bytes each
+  constexpr int kChunks = (C::kHeadDim + kSlabColumns - 1) / kSlabColumns * 8;  // 16 bytes each
   const Element* q = static_cast<const Element*>(p.q.data) + (p.cu_seqlens_q ? 0 : tile.batch * p.q.stride[0]);
   for (int row = threadIdx.x / 32; row < C::kTileM; row += kThreads / 32) {
     const int packed = tile.first_row + row;
