@@ -12,7 +12,8 @@ namespace fagen {
 // Copy the rows of q to shared memory, in slabs; rows and columns that are not there become 0. The work of kThreads
 // threads, which meet at barrier `id`.
 template <class C, class Element, int kThreads>
-__device__ __forceinline__ void load_rows(const fagen_decode_params& p, const DecodeTile<C>& tile, uint32_t to, int id) {
+__device__ __forceinline__ void load_rows(const fagen_decode_params& p, const DecodeTile<C>& tile, uint32_t to,
+                                          int id) {
   constexpr int kChunks = (C::kHeadDim + kSlabColumns - 1) / kSlabColumns * 8;  // 16 bytes each
   const Element* q = static_cast<const Element*>(p.q.data) + (p.cu_seqlens_q ? 0 : tile.batch * p.q.stride[0]);
   for (int row = threadIdx.x / 32; row < C::kTileM; row += kThreads / 32) {
@@ -32,8 +33,8 @@ __device__ __forceinline__ void load_rows(const fagen_decode_params& p, const De
   ptx::barrier_sync(id, kThreads);
 }
 
-// Call visit(column, 4 sums) for this lane's columns of its row r, of pieces of 8 columns from `first` on. Lanes of a quad
-// hold two columns each; neighbours swap so that each has four of one piece.
+// Call visit(column, 4 sums) for this lane's columns of its row r, of pieces of 8 columns from `first` on. Lanes of a
+// quad hold two columns each; neighbours swap so that each has four of one piece.
 template <int kPieces, class Visit>
 __device__ __forceinline__ void for_4_columns_of(const float (&o)[kPieces][4], int r, int first, Visit visit) {
   const int lane = threadIdx.x % 32;
