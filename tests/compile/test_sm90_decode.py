@@ -21,8 +21,8 @@ PROMPTS = DecodeProblem(head_dim=128, mask="causal", page=16, heads=32, kv_heads
 PROBLEMS = [
     PROMPTS,
     DecodeProblem(head_dim=256, page=64, heads=16, kv_heads=1),
-    PROMPTS.replace(head_dim=256, mask="window", window_left=99, window_right=0, page=0, softcap=True),
-    PROMPTS.replace(head_dim=64, dtype="fp16", page=256, sinks=True),
+    PROMPTS.replace(head_dim=256, head_dim_v=256, mask="window", window_left=99, window_right=0, page=0, softcap=True),
+    PROMPTS.replace(head_dim=64, head_dim_v=64, dtype="fp16", page=256, sinks=True),
     PROMPTS.replace(head_dim=192, head_dim_v=128, seqlen_q=1),
     PROMPTS.replace(seqlen_q=1, page=32, softcap=True),
 ]

@@ -42,8 +42,8 @@ CASES.append(Case(page=0, tile_n=96))
 SERVED = DecodeProblem(head_dim=128, mask="causal", page=16, batch=9, heads=32, kv_heads=8, seqlen_q=600, seqlen_k=4096)
 DEFAULTS = [
     SERVED,
-    SERVED.replace(head_dim=256, heads=16, kv_heads=2),
-    SERVED.replace(head_dim=64, page=64, seqlen_q=1),
+    SERVED.replace(head_dim=256, head_dim_v=256, heads=16, kv_heads=2),
+    SERVED.replace(head_dim=64, head_dim_v=64, page=64, seqlen_q=1),
 ]
 MIXED = [(1, 900 + 7 * b) for b in range(60)] + [(2048, 2048), (777, 5000), (64, 64), (0, 100), (3, 0)]
 
