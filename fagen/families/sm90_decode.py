@@ -89,9 +89,10 @@ def rows(p: DecodeProblem) -> int:
     return p.seqlen_q * (p.heads // p.kv_heads)
 
 
-def many_rows(p: DecodeProblem) -> bool:
-    """Whether some sequence fills a warpgroup's rows, so that products count and not memory alone."""
-    return rows(p) >= ROWS
+def _suits(p: DecodeProblem) -> bool:
+    """Where some sequence fills a warpgroup's rows, so that products count and not memory alone; and for wide heads,
+    whose tiles leave `sm80_decode` few bytes on their way."""
+    return rows(p) >= ROWS or max(p.head_dim, p.head_dim_v) > 128
 
 
 def _make(**values: Value) -> Config:
@@ -146,7 +147,7 @@ FAMILY = Family(
         "threads": _threads(c), "smem_bytes": smem_bytes(p, c), "registers": consumer_registers(c)
     },
     default=lambda p, t: _guesses(p, t)[0],
-    default_reads=lambda p, t: (rows(p) > ROWS, many_rows(p)),
+    default_reads=lambda p, t: (rows(p) > ROWS, _suits(p)),
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
@@ -156,6 +157,7 @@ FAMILY = Family(
     first_configs=lambda p, t: _guesses(p, t)[1:],
     repeats=_repeats,
     serves_calls=lambda p: False,  # not run on a GPU yet
+    suits=_suits,
     split_keys=_split_keys,
     resources=lambda p, t, c: (smem_bytes(p, c), int(c.tile_m), fragment_registers(p, c)),
 )  # fmt: skip
