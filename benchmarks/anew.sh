@@ -4,11 +4,11 @@
 #   anew.sh tune OUT      tuning_db/ tuned for problems/hopper.toml; BUDGET (515s), GPUS=all for all of the machine
 #   anew.sh tune_backward OUT   the same for problems/hopper_backward.toml
 #   anew.sh few_rows OUT  keys that blocks share: tests, winners, ${CARD}_few_rows.json; FA3 as below
-#   anew.sh mla OUT       latent decode: tests, ${CARD}_mla.json, its knobs against each other
+#   anew.sh hopper_decode OUT   sm90_decode, sm90_decode_mla: tests, ${CARD}_mla.json, ${CARD}_mixed.json, their knobs
 #   anew.sh figures OUT   ${CARD}_peers.json and ${CARD}_masks.json; FA3: the path of FlashAttention 3's library
 # The checkout is changed; OUT gets copies and logs. Each piece ends after SECONDS_AT_MOST (570), with what it has.
 set -u
-piece=${1:?check, check_forward, tune, tune_backward, few_rows, mla or figures} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
+piece=${1:?check, check_forward, tune, tune_backward, few_rows, hopper_decode or figures} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
 end=$(( $(date +%s) + ${SECONDS_AT_MOST:-570} ))
 mkdir -p "$out"
 
@@ -56,15 +56,18 @@ case $piece in
     part rows "$python" -m fagen bench --suite few_rows --peers cudnn,fa3 --fa3 "${FA3:?the path of its library}" \
       --rounds 9 --out benchmarks/${CARD}_few_rows.json --markdown "$out/few_rows.md"
     cp benchmarks/${CARD}_few_rows.json "$out/" ;;
-  mla)
-    part tests "$python" -m pytest -q tests/gpu/test_sm90_decode_mla.py
-    part rows "$python" -m fagen bench --op decode --suite mla --family sm90_decode_mla --peers flash_mla,flashinfer \
-      --rounds 9 --min-time 0.3 --out benchmarks/${CARD}_mla.json --markdown "$out/mla.md"
-    part render "$python" benchmarks/variants.py render mla benchmarks/problems/mla_variants.txt --target sm_90 \
-      --family sm90_decode_mla --out "$out/variants.json"
+  hopper_decode)
+    part tests "$python" -m pytest -q tests/gpu/test_sm90_decode_mla.py tests/gpu/test_sm90_decode.py
+    rows() { part "$1" "$python" -m fagen bench --op decode --suite "$1" --family "$2" --peers "$3" ${FA3:+--fa3 $FA3} \
+      --rounds 9 --min-time 0.3 --out "benchmarks/${CARD}_$1.json" --markdown "$out/$1.md"; cp "benchmarks/${CARD}_$1.json" "$out/"; }
+    rows mla sm90_decode_mla flash_mla,flashinfer
+    rows mixed sm90_decode "${FA3:+fa3,}flashinfer"
+    for family in mla:sm90_decode_mla sm90_decode:sm90_decode; do
+      "$python" benchmarks/variants.py render now "benchmarks/problems/${family%:*}_variants.txt" --target sm_90 \
+        --family "${family#*:}" --out "$out/variants.json"
+    done
     part knobs "$python" benchmarks/variants.py time "$out/variants.json" --min-time 0.2 \
-      --out "$out/${CARD}_mla_variants.json"
-    cp benchmarks/${CARD}_mla.json "$out/" ;;
+      --out "$out/${CARD}_hopper_decode_variants.json" ;;
   figures)
     peers=(--fa3 "${FA3:?the path of its library}" --rounds 9)
     part peers "$python" -m fagen bench --suite peers --peers cudnn,fa3 "${peers[@]}" --host --min-time 0.35 \
