@@ -40,6 +40,8 @@ SECTIONS = {
         "docs/notes/sm90_decode_mla.md",
         "docs/notes/simt.md",
         "docs/notes/sm90_forward.md",
+        "docs/notes/sm90_forward_large.md",
+        "docs/notes/sm90_forward_fp8.md",
         "docs/notes/sm90_backward.md",
         "docs/notes/softmax.md",
     ],

@@ -408,3 +408,22 @@ def test_the_family_that_suits_the_sizes_goes_first(monkeypatch: pytest.MonkeyPa
     assert wide is not None and wide.family.name == "sm90_decode"
     unaligned = choose.choose(steps.replace(seqlen_q=2048, aligned=False), hopper).spec
     assert unaligned is not None and unaligned.family.name == "sm80_decode"
+
+
+@pytest.mark.parametrize(
+    ("fields", "first"),
+    [
+        ({"head_dim": 512}, "sm90_forward_large"),
+        ({"head_dim": 64, "head_dim_v": 264, "dtype": "fp16"}, "sm90_forward_large"),
+        ({"head_dim": 256}, "sm90_forward"),
+        ({"head_dim": 512, "dropout": True}, None),
+        ({"head_dim": 512, "aligned": False}, None),
+        ({"head_dim": 512, "dtype": "fp32"}, "simt_forward"),
+    ],
+    ids=str,
+)
+def test_large_head_dims_have_a_family_on_hopper(fields: dict, first: str | None) -> None:
+    able, _ = families.serving(Problem(**fields), target.known("sm_90"))
+    assert (able[0].name if able else None) == first
+    able, reasons = families.serving(Problem(**fields), target.known("sm_80"))
+    assert "sm90_forward_large" in reasons
