@@ -14,21 +14,21 @@ from fagen.target import Target
 
 FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
 TILE, ROTARY, THREADS = 64, 64, 384  # rows of q and keys of a tile; columns of k that are no values
-REGISTERS = 232  # of a consumer's thread
+REGISTERS = 224  # of a consumer's thread
 LATENT = (128, 256, 512)  # head_dim_v that there are kernels for
 MOST_SPLITS, START_KEYS = 256, 128  # of a sequence; keys that starting a block costs as much as
 
 KNOBS = (
     Knob("rescale", "kRescale", ("deferred", "each"), "when O follows a grown maximum"),
     Knob("split_keys", "kSplitKeys", (128, 256, 512, 1024), "fewest keys of a split; a caller's own number goes first"),
-    Knob("stagger", "kStagger", (False, True), "the second warpgroup ends its scores after the first has"),
+    Knob("prefetch", "kPrefetch", (0, 1, 2), "pairs of key tiles that are brought to L2 ahead"),
     Knob("cluster", "kCluster", (1, 2), "blocks of neighbouring row tiles that load their keys once, for both"),
 )
 
 
 def smem_bytes(p: DecodeProblem) -> int:
-    """A tile of q, two of keys, (warpgroup, row) references and sums, four barriers; room to align."""
-    return 3 * TILE * p.head_dim * 2 + 4 * TILE * 4 + 4 * 16 + 1024
+    """A tile of q, two of keys, (warpgroup, row) references and sums, barriers of slabs and parts; room to align."""
+    return 3 * TILE * p.head_dim * 2 + 4 * TILE * 4 + (2 * (p.head_dim // 64) + 4) * 8 + 1024
 
 
 def _supports(p: DecodeProblem, t: Target) -> str | None:
@@ -86,7 +86,7 @@ FAMILY = Family(
     constraints=(),  # a config changes neither registers nor shared memory
     supports=_supports,
     derive=lambda p, t, c: {"threads": THREADS, "smem_bytes": smem_bytes(p), "registers": REGISTERS},
-    default=lambda p, t: Config({"rescale": "deferred", "split_keys": 128, "stagger": True, "cluster": 1 + _shares(p)}),
+    default=lambda p, t: Config({"rescale": "deferred", "split_keys": 128, "prefetch": 1, "cluster": 1 + _shares(p)}),
     default_reads=lambda p, t: _shares(p),
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {

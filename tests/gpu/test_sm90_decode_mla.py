@@ -26,7 +26,7 @@ CASES = [
         page=page, mask=("causal", "none")[(i + j) % 2], dtype=("bf16", "fp16")[i // 2 % 2],
         head_dim_v=(512, 256, 128)[j], sinks=(i + j) % 3 == 2, rescale=("deferred", "each")[(i // 2 + j) % 2],
         split_keys=(128, 256, 512, 1024)[i % 4], cluster=2 - (i + j) % 2 if j else 1 + i % 2,
-        stagger=(i + 2 * j) % 3 > 0,
+        prefetch=(i + 2 * j) % 3,
     )
     for i, page in enumerate(_PAGES)
     for j in range(3)

@@ -42,8 +42,11 @@ struct KeyBoxes {
   __device__ __forceinline__ void move_to(int index) {
     if (index % kTilesHeld == 0) held = ahead, ahead = read(index + kTilesHeld);
   }
-  __device__ __forceinline__ int page_of(int index, int box) const {
-    return __shfl_sync(~0u, held, index % kTilesHeld * kOfTile + box);
+  // Of tile `index`, which was moved to, or a few tiles on.
+  __device__ __forceinline__ int page_of(int index, int box, int on = 0) const {
+    const int tile = index + on;
+    return __shfl_sync(~0u, on > 0 && tile / kTilesHeld > index / kTilesHeld ? ahead : held,
+                       tile % kTilesHeld * kOfTile + box);
   }
   __device__ __forceinline__ int row_of(int index, int box) const {
     return kPaged ? unsigned(key(index, box)) % (kPaged ? C::kPageSize : 1) : key(index, box);

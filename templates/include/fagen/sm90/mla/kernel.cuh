@@ -10,7 +10,7 @@
 
 namespace fagen {
 
-constexpr int kMergeShares = 16;  // blocks that merge the splits of a row tile
+constexpr int kMergeShares = 32;  // blocks that merge the splits of a row tile
 
 // Neighbouring row tiles of a sequence read the same keys. As a cluster they load them once: each loads half of every
 // tile, to both, and both go over the keys that either one sees.
@@ -29,7 +29,7 @@ template <class C>
 __device__ __forceinline__ void init_parts(uint32_t smem, bool shared) {
   for (int part = 0; part < 4; ++part) {
     const KeyPart<C> its{smem, part / 2, part % 2};
-    ptx::mbarrier_init(its.full(), 1);
+    for (int i = 0; i < its.slabs(); ++i) ptx::mbarrier_init(its.full(its.slab(i)), 1);
     ptx::mbarrier_init(its.empty(), shared ? 4 * C::kCluster : 4);  // warps of the warpgroups that read it last
   }
   ptx::fence_mbarrier_init();
