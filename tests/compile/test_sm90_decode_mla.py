@@ -31,7 +31,7 @@ PROBLEMS = [
 @pytest.mark.parametrize("problem", sample(PROBLEMS, every=5), ids=str)
 def test_defaults_compile_without_spills(problem: DecodeProblem, device_facts: Facts) -> None:
     config = FAMILY.require(problem, SM90, FAMILY.default(problem, SM90))
-    facts = device_facts(KernelSpec(FAMILY, problem, SM90, config), whole=problem is PROBLEMS[0])
+    facts = device_facts(KernelSpec(FAMILY, problem, SM90, config))
     assert facts["spill_bytes"] == 0, (facts, config)
     assert facts["registers"] == 65536 // sm90_decode_mla.THREADS // 8 * 8
 
