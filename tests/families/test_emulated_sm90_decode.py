@@ -128,6 +128,13 @@ def test_splits_of_fixed_size_make_a_sequence_independent_of_others(folder: Path
         assert all(torch.equal(found[name], together[name][one]) for name in found), b
 
 
+def test_many_splits(folder: Path) -> None:
+    """Several threads share the parts of the same columns, and some of them have none."""
+    call = _call([1500, 70, 330], num_splits=21)
+    verdict = CALLS.check(call, run(MIXED, folder, call))
+    assert verdict, verdict.message
+
+
 def test_damaged_lengths_pages_and_rows_stay_inside(folder: Path) -> None:
     """A length that is no length counts as the maximum, or as 0, an entry that is no page as the last page; rows that
     are no rows of q are not written."""

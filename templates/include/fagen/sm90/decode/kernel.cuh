@@ -10,8 +10,6 @@
 
 namespace fagen {
 
-constexpr int kMergeShares = 8;  // blocks that merge the splits of a row tile
-
 // The row tile of a block: `number` in the order of sequences, kv heads, rows. Packed rows have as many tiles as each
 // sequence needs, so that a prompt among single tokens costs no blocks for theirs: warps count them. One that is not
 // there has no rows.
@@ -89,12 +87,11 @@ __device__ __forceinline__ void run_block(const fagen_decode_params& p, const De
 template <class C, class Element>
 __device__ __forceinline__ void run_merge(const fagen_decode_params& p, const DecodeGrid& grid) {
   ptx::wait_for_previous_kernel();
-  const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / kMergeShares);
+  const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / merge_blocks<C>(grid.splits));
   const DecodeSplit<C> split(tile, grid, 0);
   if (tile.first_row >= tile.rows() || split.used == 1) return;
   const HeadScale scale(p, tile.batch, tile.kv_head);
-  merge_splits(output_of<C, Element>(p, tile, scale), grid, split.used, blockDim.x, blockIdx.x % kMergeShares,
-               kMergeShares);
+  merge_share(output_of<C, Element>(p, tile, scale), grid, split.used, blockIdx.x % merge_blocks<C>(grid.splits));
 }
 
 }  // namespace fagen

@@ -10,8 +10,6 @@
 
 namespace fagen {
 
-constexpr int kMergeShares = 32;  // blocks that merge the splits of a row tile
-
 // Neighbouring row tiles of a sequence read the same keys. As a cluster they load them once: each loads half of every
 // tile, to both, and both go over the keys that either one sees.
 template <class C>
@@ -87,10 +85,10 @@ __device__ __forceinline__ void run_block(const fagen_decode_params& p, const De
 template <class C, class Element>
 __device__ __forceinline__ void run_merge(const fagen_decode_params& p, const DecodeGrid& grid) {
   ptx::wait_for_previous_kernel();
-  const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / kMergeShares);
+  const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / merge_blocks<C>(grid.splits));
   const DecodeSplit<C> split(tile, grid, 0);
   if (tile.first_row >= tile.rows() || split.used == 1) return;
-  merge_splits(output_of<C, Element>(p, tile), grid, split.used, blockDim.x, blockIdx.x % kMergeShares, kMergeShares);
+  merge_share(output_of<C, Element>(p, tile), grid, split.used, blockIdx.x % merge_blocks<C>(grid.splits));
 }
 
 }  // namespace fagen
