@@ -56,6 +56,11 @@ def _shares(p: DecodeProblem) -> bool:
     return row_tiles(p) // (p.kv_heads * p.batch) % 2 == 0
 
 
+def _clustered(p: DecodeProblem, t: Target) -> bool:
+    """Whether blocks share keys by default: an H100 showed that a few blocks are faster alone."""
+    return _shares(p) and row_tiles(p) >= t.units // 2
+
+
 def _split_keys(p: DecodeProblem, t: Target, c: Config, lengths: Sequence[int]) -> int:
     """Keys of a split, for a batch whose lengths are known, so that all blocks cost about the same: the best of sizes
     that grow by a quarter."""
@@ -86,8 +91,10 @@ FAMILY = Family(
     constraints=(),  # a config changes neither registers nor shared memory
     supports=_supports,
     derive=lambda p, t, c: {"threads": THREADS, "smem_bytes": smem_bytes(p), "registers": REGISTERS},
-    default=lambda p, t: Config({"rescale": "deferred", "split_keys": 128, "prefetch": 1, "cluster": 1 + _shares(p)}),
-    default_reads=lambda p, t: _shares(p),
+    default=lambda p, t: Config(
+        {"rescale": "deferred", "split_keys": 128, "prefetch": 1, "cluster": 1 + _clustered(p, t)}
+    ),
+    default_reads=lambda p, t: _clustered(p, t),
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",

@@ -44,6 +44,8 @@ def test_every_problem_that_is_served_has_a_legal_default() -> None:
         assert FAMILY.supports(problem, SM90) is None
         config = FAMILY.require(problem, SM90, FAMILY.default(problem, SM90))
         assert not FAMILY.repeats(problem, config)
+    few, many = (FAMILY.default(LATENT.replace(batch=batch), SM90).cluster for batch in (1, 64))
+    assert (few, many) == (1, 2)
 
 
 @pytest.mark.parametrize(
