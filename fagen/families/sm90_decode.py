@@ -6,8 +6,6 @@ tiles of keys and values page by page. Packed rows have as many blocks as they n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fagen.families import device_limits, sm80_decode
 from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.sm90_forward_block import consumer_registers
@@ -124,10 +122,6 @@ def _repeats(p: DecodeProblem, c: Config) -> bool:
     return bool(c.tile_m > ROWS and rows(p) <= ROWS)
 
 
-def _split_keys(p: DecodeProblem, t: Target, c: Config, lengths: Sequence[int]) -> int:
-    return sm80_decode.split_keys(p, t, c, lengths)
-
-
 CONSTRAINTS = (
     Constraint("whole_boxes", _whole_boxes, ("tile_n",)),
     Constraint("whole_tiles", _whole_tiles, ("tile_n", "split_keys")),
@@ -158,6 +152,6 @@ FAMILY = Family(
     repeats=_repeats,
     serves_calls=lambda p: False,  # not run on a GPU yet
     suits=_suits,
-    split_keys=_split_keys,
+    split_keys=sm80_decode.split_keys,
     resources=lambda p, t, c: (smem_bytes(p, c), int(c.tile_m), fragment_registers(p, c)),
 )  # fmt: skip

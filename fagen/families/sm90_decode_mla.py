@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fagen.families import sm80_decode
 from fagen.families.base import Config, Family, Knob
 from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.target import Target
@@ -16,7 +17,6 @@ FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
 TILE, ROTARY, THREADS = 64, 64, 384  # rows of q and keys of a tile; columns of k that are no values
 REGISTERS = 224  # of a consumer's thread
 LATENT = (128, 256, 512)  # head_dim_v that there are kernels for
-MOST_SPLITS, START_KEYS = 256, 128  # of a sequence; keys that starting a block costs as much as
 
 KNOBS = (
     Knob("rescale", "kRescale", ("deferred", "each"), "when O follows a grown maximum"),
@@ -62,24 +62,8 @@ def _clustered(p: DecodeProblem, t: Target) -> bool:
 
 
 def _split_keys(p: DecodeProblem, t: Target, c: Config, lengths: Sequence[int]) -> int:
-    """Keys of a split, for a batch whose lengths are known, so that all blocks cost about the same: the best of sizes
-    that grow by a quarter."""
-    planes = row_tiles(p) // p.batch
-    seen = [min(n, p.seqlen_k) for n in lengths]
-    longest = max(seen, default=0)
-    sizes, keys = [], max(int(c.split_keys), -(-p.seqlen_k // MOST_SPLITS))
-    while keys < longest:
-        sizes.append(-(-keys // TILE) * TILE)
-        keys += max(TILE, keys // 4)
-    sizes.append(-(-max(longest, p.seqlen_k) // TILE) * TILE)  # none is split
-
-    def cost(size: int) -> float:
-        blocks = planes * sum(-(-n // size) for n in seen)
-        mean, block = (planes * sum(seen) + blocks * START_KEYS) / t.units, min(size, longest) + START_KEYS
-        end = max(block, min(mean + block, -(-blocks // t.units) * block))
-        return end + (128 + 4 * -(-longest // size) if size < longest else 0)
-
-    return min(sizes, key=cost)
+    block = {"tile_m": TILE, "tile_n": TILE, "blocks_per_sm": 1, "split_keys": c.split_keys}
+    return sm80_decode.split_keys(p, t, Config(block), lengths)
 
 
 FAMILY = Family(
