@@ -60,7 +60,7 @@ def test_costs_are_of_the_size_of_what_memory_allows() -> None:
 
 
 def test_hopper_divides_keys_by_the_same_rule() -> None:
-    """A plan of 128 heads on latent caches of many lengths: blocks of the families for Hopper get about as many keys."""
+    """A plan for lengths of all sizes: blocks of the families for Hopper get about as many keys."""
     lengths = [60000, 300, 1500, 128, 9000, 33000]
     latent = DecodeProblem(
         head_dim=576, head_dim_v=512, shared_kv=True, page=64, heads=128, kv_heads=1, batch=6, seqlen_k=65536
