@@ -26,7 +26,8 @@ case $piece in
   check)  # what has changed most since it last ran comes first
     tests() { part "$1" "$python" -m pytest -q "${@:2}"; }
     tests sm90_backward tests/gpu/test_sm90_backward.py
-    tests decode tests/gpu/test_sm80_decode.py tests/gpu/test_kvcache_cuda.py
+    tests decode tests/gpu/test_sm80_decode.py tests/gpu/test_sm90_decode.py tests/gpu/test_sm90_decode_mla.py \
+      tests/gpu/test_kvcache_cuda.py
     tests softmax tests/gpu/test_simt_softmax.py
     tests simt tests/gpu/test_simt_forward.py tests/gpu/test_simt_backward.py
     tests gradients tests/gpu/test_gradients_cuda.py

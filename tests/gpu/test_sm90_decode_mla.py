@@ -69,7 +69,7 @@ def sanitize(case: Case) -> None:
     """A few small launches, for tools that slow them down."""
     which = _kernel(case.problem, case)
     for batch, rows, splits in ((3, 1, 0), (2, 2, 3)):
-        problem = case.problem.replace(batch=batch, heads=64, kv_heads=1, seqlen_q=rows, seqlen_k=300)
+        problem = case.problem.replace(batch=batch, heads=128, kv_heads=1, seqlen_q=rows, seqlen_k=300)
         inputs = CALLS.inputs(problem, "cuda", batch, True).change(num_splits=splits)
         _launch(which, inputs)
         assert CALLS.check(inputs.call, inputs.outputs)
