@@ -59,16 +59,16 @@ __device__ __forceinline__ void run_block(const fagen_decode_params& p, const De
   using L = DecodeLayout<C>;
   const uint32_t smem = (ptx::shared_address(memory) + kSmemAlignment - 1) & ~uint32_t(kSmemAlignment - 1);
   ptx::start_next_kernel();
+  if (threadIdx.x == 0) {  // before lengths are waited for
+    ptx::prefetch_map(&k);
+    ptx::prefetch_map(&v);
+    DecodeRings<C>(smem).init();
+  }
   const int split_index = blockIdx.x % grid.splits;
   const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / grid.splits);
   const DecodeSplit<C> split(tile, grid, split_index);
   if (tile.first_row >= tile.rows() || split_index >= split.used) return;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well
-  if (threadIdx.x == 0) {
-    ptx::prefetch_map(&k);
-    ptx::prefetch_map(&v);
-    DecodeRings<C>(smem).init();
-  }
   __syncthreads();
   if (group == L::kGroups) {
     ptx::fewer_registers<L::kProducerRegisters>();
@@ -86,11 +86,11 @@ __device__ __forceinline__ void run_block(const fagen_decode_params& p, const De
 // A share of the merge of a row tile's splits.
 template <class C, class Element>
 __device__ __forceinline__ void run_merge(const fagen_decode_params& p, const DecodeGrid& grid) {
-  ptx::wait_for_previous_kernel();
   const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / merge_blocks<C>(grid.splits));
   const DecodeSplit<C> split(tile, grid, 0);
   if (tile.first_row >= tile.rows() || split.used == 1) return;
   const HeadScale scale(p, tile.batch, tile.kv_head);
+  ptx::wait_for_previous_kernel();  // lengths were there before it began
   merge_share(output_of<C, Element>(p, tile, scale), grid, split.used, blockIdx.x % merge_blocks<C>(grid.splits));
 }
 
