@@ -64,8 +64,9 @@ __device__ __forceinline__ void run_block(const fagen_decode_params& p, const De
     ptx::prefetch_map(&v);
     DecodeRings<C>(smem).init();
   }
-  const int split_index = blockIdx.x % grid.splits;
-  const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / grid.splits);
+  const int block = gridDim.x - 1 - blockIdx.x;  // of causal prompts the rows that see most keys first
+  const int split_index = block % grid.splits;
+  const DecodeTile<C> tile = tile_at<C>(p, grid, block / grid.splits);
   const DecodeSplit<C> split(tile, grid, split_index);
   if (tile.first_row >= tile.rows() || split_index >= split.used) return;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well
