@@ -1,6 +1,6 @@
-"""Forward for Hopper with head dims above 256, up to 1024: two warpgroups share the columns of O, chunks pass by.
+"""Forward for Hopper with head dims above 256, up to 1024: K and V pass through one ring of stages, in chunks.
 
-A block has 64 rows of q. It keeps them whole in shared memory; K and V pass through one ring of stages in chunks.
+A block keeps its rows of q whole in shared memory. Two warpgroups share its work: the columns of O, or the rows.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
 STAGES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
 KNOBS = (
     Knob(
-        "groups_share", "kGroupsShare", ("columns", "rows"), "two warpgroups divide O's columns, or twice the rows of q"
+        "groups_share", "kGroupsShare", ("columns", "rows"), "two warpgroups divide 64 rows' columns of O, or 128 rows"
     ),
-    Knob("tile_n", "kTileN", (64, 96, 128, 192), "keys of a tile, half of them a warpgroup's"),
+    Knob("tile_n", "kTileN", (64, 96, 128, 192), "keys of a tile; where columns are shared, half are a warpgroup's"),
     Knob("chunk_d", "kChunkD", (64, 128), "columns of K that a stage holds"),
     Knob("stages", "kStages", STAGES, "chunks of K and V in shared memory"),
     Knob("chunks_ahead", "kChunksAhead", (0, 1, 2, 4), "chunks of the next K that are multiplied under a softmax"),
@@ -158,19 +158,18 @@ _TILES = (
 
 
 def _guesses(p: Problem, t: Target) -> list[Config]:
-    """Each shape with as many stages as fit, if they are more than those that wait for V."""
+    """Each shape with as many stages as fit; half of them at least are for chunks of V."""
     order = "ascending" if p.mask == "none" else "longest_first"
     found = []
     for share, n, ahead, splits in _TILES:
         shape: dict[str, Value] = {
             "groups_share": share, "tile_n": n, "chunk_d": 64, "stages": 2, "chunks_ahead": ahead,
-            "column_splits": splits, "cluster": 2 if p.seqlen_q > GROUP_ROWS else 1, "rescale": "deferred",
-            "block_order": order,
+            "column_splits": splits, "cluster": 1, "rescale": "deferred", "block_order": order,
         }  # fmt: skip
         deep = (Config({**shape, "stages": stages}) for stages in reversed(STAGES) if stages >= 2 * ahead)
         deepest = next((c for c in deep if not any(k.check(p, t, c) for k in CONSTRAINTS)), None)
         if deepest:
-            found.append(deepest)
+            found.append(deepest.replace(cluster=2 if p.seqlen_q > block_rows(deepest) else 1))
     return found
 
 
@@ -225,7 +224,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_default,
-    default_reads=lambda p, t: p.seqlen_q > GROUP_ROWS,
+    default_reads=lambda p, t: (p.seqlen_q > GROUP_ROWS, p.seqlen_q > 2 * GROUP_ROWS),  # whether a cluster has work
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
