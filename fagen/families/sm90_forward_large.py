@@ -152,8 +152,9 @@ def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
 
 # (groups_share, tile_n, chunks_ahead, column_splits), the best guess first; the last ones fit every problem.
 _TILES = (
-    ("rows", 64, 2, 1), ("rows", 64, 0, 1), ("columns", 128, 4, 1), ("columns", 128, 2, 1), ("columns", 64, 2, 1),
-    ("columns", 64, 0, 1), ("columns", 128, 4, 2), ("columns", 128, 2, 2), ("columns", 64, 2, 2), ("columns", 64, 0, 2),
+    ("rows", 64, 2, 1), ("rows", 64, 0, 1), ("columns", 128, 4, 1), ("columns", 128, 2, 1), ("columns", 128, 0, 1),
+    ("columns", 64, 2, 1), ("columns", 64, 0, 1), ("columns", 128, 4, 2), ("columns", 128, 2, 2), ("columns", 64, 2, 2),
+    ("columns", 64, 0, 2),
 )  # fmt: skip
 
 
