@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import decode_peers
-from fagen.bench.autograd import through_autograd
-from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
-from fagen.bench.rows import Inputs, Row
+from fagen.bench import decode_peers, fp8
+from fagen.bench.autograd import steps, through_autograd
+from fagen.bench.peers import Absent, Cannot, Held, Loaded, Prepare, Serve
+from fagen.bench.rows import TRAINING, Inputs, Row
+from fagen.ops.attention.inputs import DROPOUT
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,8 @@ def cudnn(paths: Mapping[str, Path]) -> Loaded:
     version = torch.backends.cudnn.version()
     if version is None:
         raise Absent("torch was built without cuDNN; torch for CUDA has it")
-    return _loaded("CUDNN_ATTENTION", str(version))
+    found = _loaded("CUDNN_ATTENTION", str(version))
+    return Loaded({**found.by_op, "forward_fp8": fp8.CUDNN}, found.version)
 
 
 def fa2(paths: Mapping[str, Path]) -> Loaded:
@@ -79,7 +81,7 @@ def _not_by_ffpa(row: Row) -> str | None:
 
 def _loaded(backend: str, version: str) -> Loaded:
     forward = _through_sdpa(backend)
-    by_op = {"forward": forward, "backward": through_autograd(forward)}
+    by_op = {"forward": forward, "backward": through_autograd(forward), TRAINING: steps(forward)}
     return Loaded(by_op if backend == "MATH" else {**by_op, "decode": decode_peers.by_sdpa(backend)}, version)
 
 
@@ -95,17 +97,13 @@ def _through_sdpa(backend: str, function: Callable[..., Any] | None = None) -> P
             raise Cannot("SDPA has no such mask or score but as a dense tensor")
         if p.mask == "causal" and p.seqlen_q != p.seqlen_k:
             raise Cannot("SDPA aligns causal top-left")
-        causal, shared = p.mask == "causal", p.heads != p.kv_heads
         attend = function or torch.nn.functional.scaled_dot_product_attention
+        given = {"is_causal": p.mask == "causal", "enable_gqa": p.heads != p.kv_heads}
+        given["dropout_p"] = DROPOUT if p.dropout else 0.0
 
         def serve(i: Inputs) -> torch.Tensor:
-            q, k, v = i.call.bhsd()
-            return attend(q, k, v, is_causal=causal, enable_gqa=shared).transpose(1, 2)
+            return attend(*i.call.bhsd(), **given).transpose(1, 2)
 
-        def held(i: Inputs) -> torch.Tensor:
-            with sdpa_kernel(getattr(SDPBackend, backend)):
-                return serve(i)
-
-        return held if backend else serve
+        return Held(serve, (lambda: sdpa_kernel(getattr(SDPBackend, backend)),)) if backend else serve
 
     return prepare

@@ -20,7 +20,6 @@ from fagen.bench import (
     attention,
     by_op,
     compare,
-    decode,
     flash,
     flash_arguments,
     flex,
@@ -60,13 +59,15 @@ SHAPE = {"dtype": "fp32", "heads": 4, "kv_heads": 2, "head_dim": 16}
 
 
 def test_one_table_knows_the_ops_by_name():
-    assert {op.name for op in ops.all_ops()} == set(by_op.OPS)
+    assert {op.name for op in ops.all_ops()} | {rows.TRAINING} == set(by_op.OPS)
     with pytest.raises(UsageError, match="measures no 'nothing'"):
         by_op.get("nothing")
     folder = Path(by_op.__file__).parent
     for name in ("rows", "run", "suites", "peers", "prebuild", "family", "ours", "attention", "softmax", "decode"):
         text = (folder / f"{name}.py").read_text()
-        assert not re.search(r"""[!=]= ["'](forward|backward|decode|softmax)["']|[!=]= softmax\.OP""", text), name
+        assert not re.search(r"""[!=]= ["'](forward|backward|training|decode|softmax)["']|[!=]= softmax\.OP""", text), (
+            name
+        )
 
 
 # ---- suites ---------------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def test_few_rows_on_many_keys_are_told(problem, needs):
 
 @pytest.mark.parametrize("name", suites.SUITES)
 def test_rows_of_a_suite_have_names_of_their_own(name):
-    found = suites.suite(name, GPU, op="decode" if name in decode.SUITES else "forward")
+    found = suites.suite(name, GPU, op=suites.SUITES[name].ops[0])
     assert len({row.name for row in found}) == len(found) >= 2
     assert all(row.series for row in found)
 
