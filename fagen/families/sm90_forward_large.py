@@ -22,7 +22,7 @@ KNOBS = (
     Knob("chunk_d", "kChunkD", (64, 128), "columns of K that a stage holds"),
     Knob("stages", "kStages", STAGES, "chunks of K and V in shared memory"),
     Knob("chunks_ahead", "kChunksAhead", (0, 1, 2, 4), "chunks of the next K that are multiplied under a softmax"),
-    Knob("column_splits", "kColumnSplits", (1, 2), "blocks that share the columns of O; each computes all scores"),
+    Knob("output_splits", "kOutputSplits", (1, 2), "blocks that share the columns of O; each computes all scores"),
     Knob("cluster", "kCluster", (1, 2, 4), "blocks that share each chunk of keys and values"),
     Knob("rescale", "kRescale", ("each", "deferred"), "when O follows a grown maximum"),
     Knob(
@@ -56,7 +56,7 @@ def group_keys(c: Config) -> int:
 
 def group_columns(p: Problem, c: Config) -> int:
     """Columns of O that a warpgroup adds up, whole slabs."""
-    of_block = -(-_slabs(p.head_dim_v_padded) // int(c.column_splits))
+    of_block = -(-_slabs(p.head_dim_v_padded) // int(c.output_splits))
     return _SLAB * (of_block if c.groups_share == "rows" else -(-of_block // 2))
 
 
@@ -103,8 +103,8 @@ def _ring_holds(p: Problem, t: Target, c: Config) -> str | None:
 
 def _columns_shared(p: Problem, t: Target, c: Config) -> str | None:
     slabs = _slabs(p.head_dim_v_padded)
-    if c.column_splits > 1 and slabs < 4 * c.column_splits:
-        return f"{slabs} slabs of 64 columns of v are few for {c.column_splits} blocks"
+    if c.output_splits > 1 and slabs < 4 * c.output_splits:
+        return f"{slabs} slabs of 64 columns of v are few for {c.output_splits} blocks"
     return None
 
 
@@ -121,10 +121,10 @@ def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
 CONSTRAINTS = (
     Constraint("chunks_whole", _chunks_whole, ("chunk_d",)),
     Constraint("ring_holds", _ring_holds, ("chunk_d", "stages", "chunks_ahead")),
-    Constraint("columns_shared", _columns_shared, ("column_splits",)),
+    Constraint("columns_shared", _columns_shared, ("output_splits",)),
     Constraint("order_matters", device_limits.order_matters, ("block_order",)),
-    Constraint("smem_fits", _smem_fits, ("groups_share", "tile_n", "chunk_d", "stages", "column_splits")),
-    Constraint("registers_fit", _registers_fit, ("groups_share", "tile_n", "chunks_ahead", "column_splits")),
+    Constraint("smem_fits", _smem_fits, ("groups_share", "tile_n", "chunk_d", "stages", "output_splits")),
+    Constraint("registers_fit", _registers_fit, ("groups_share", "tile_n", "chunks_ahead", "output_splits")),
 )
 
 
@@ -150,7 +150,7 @@ def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
     }
 
 
-# (groups_share, tile_n, chunks_ahead, column_splits), the best guess first; the last ones fit every problem.
+# (groups_share, tile_n, chunks_ahead, output_splits), the best guess first; the last ones fit every problem.
 _TILES = (
     ("rows", 64, 2, 1), ("rows", 64, 0, 1), ("columns", 128, 4, 1), ("columns", 128, 2, 1), ("columns", 128, 0, 1),
     ("columns", 64, 2, 1), ("columns", 64, 0, 1), ("columns", 128, 4, 2), ("columns", 128, 2, 2), ("columns", 64, 2, 2),
@@ -165,7 +165,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     for share, n, ahead, splits in _TILES:
         shape: dict[str, Value] = {
             "groups_share": share, "tile_n": n, "chunk_d": 64, "stages": 2, "chunks_ahead": ahead,
-            "column_splits": splits, "cluster": 1, "rescale": "deferred", "block_order": order,
+            "output_splits": splits, "cluster": 1, "rescale": "deferred", "block_order": order,
         }  # fmt: skip
         deep = (Config({**shape, "stages": stages}) for stages in reversed(STAGES) if stages >= 2 * ahead)
         deepest = next((c for c in deep if not any(k.check(p, t, c) for k in CONSTRAINTS)), None)
@@ -187,7 +187,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     Products against their reads of shared memory (16 cycles for 64 x 16 of the first operand), which the copies'
     writes add to; L2, at some 24 bytes a cycle and SM; the softmax, as far as no product hides it; the boundary.
     """
-    n, columns, cluster, splits = int(c.tile_n), group_columns(p, c), int(c.cluster), int(c.column_splits)
+    n, columns, cluster, splits = int(c.tile_n), group_columns(p, c), int(c.cluster), int(c.output_splits)
     d, rows, keys, apart = _slabs(p.head_dim_padded) * _SLAB, block_rows(c), group_keys(c), c.groups_share == "rows"
     chunks = d // int(c.chunk_d) + n // value_keys(p, c)
     scores, values = keys * d / 16, n * columns / 16

@@ -25,7 +25,7 @@ _MASKS = {"none": (-1, -1), "causal": (-1, -1), "window": (150, 40)}
 
 
 _ROOM = {
-    "chunk_d": (64,), "stages": (6, 5, 4, 3, 2), "chunks_ahead": (0,), "column_splits": (1, 2), "tile_n": (64,),
+    "chunk_d": (64,), "stages": (6, 5, 4, 3, 2), "chunks_ahead": (0,), "output_splits": (1, 2), "tile_n": (64,),
 }  # fmt: skip
 
 

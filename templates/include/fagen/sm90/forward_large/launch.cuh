@@ -58,7 +58,7 @@ static cudaError_t launch_large(const fagen_forward_params& p, cudaStream_t stre
     const int64_t warps = int64_t(launch.key_tiles) * p.batch * p.mask_heads;
     if (const cudaError_t e = launch_kernel<1, false>(extents, int(ceil_div(warps, 8)), 256, 0, stream, p, launch)) return e;
   }
-  const int clusters = launch.row_tiles * heads * C::kColumnSplits;
+  const int clusters = launch.row_tiles * heads * C::kOutputSplits;
   return launch_kernel<C::kCluster, false>(forward, clusters * C::kCluster, L::kThreads, L::kSmemBytes, stream, p,
                                            launch);
 }

@@ -25,7 +25,7 @@ struct LargeLayout {
   static constexpr int kKeyChunks = kSlabs / kChunkSlabs;
 
   // O: columns of a warpgroup and of a block, products side by side; chunks of V, and their keys
-  static constexpr int kBlockSlabs = (slabs(C::kHeadDimV) + C::kColumnSplits - 1) / C::kColumnSplits;
+  static constexpr int kBlockSlabs = (slabs(C::kHeadDimV) + C::kOutputSplits - 1) / C::kOutputSplits;
   static constexpr int kGroupSlabs = kRowsApart ? kBlockSlabs : (kBlockSlabs + kGroups - 1) / kGroups;
   static constexpr int kValueSlabs = kRowsApart ? kGroupSlabs : kGroups * kGroupSlabs;  // of a block
   static constexpr int kGroupColumns = kGroupSlabs * kSlabColumns, kBlockColumns = kValueSlabs * kSlabColumns;

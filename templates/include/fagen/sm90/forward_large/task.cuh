@@ -31,11 +31,11 @@ struct LargeTask {
 
   __device__ __forceinline__ LargeTask(const fagen_forward_params& p, const LargeLaunch& launch) : mask(p) {
     const int cluster = blockIdx.x / C::kCluster;
-    coord = tile_at<C::kBlockOrder>(p, cluster / C::kColumnSplits, launch.row_tiles, launch.heads_at_once);
+    coord = tile_at<C::kBlockOrder>(p, cluster / C::kOutputSplits, launch.row_tiles, launch.heads_at_once);
     kv_head = coord.head / (p.heads / p.kv_heads);
     m0 = coord.row_tile * kClusterRows, m1 = min(m0 + kClusterRows, p.seqlen_q);
     first_row = m0 + rank() * kRows;
-    first_column = cluster % C::kColumnSplits * LargeLayout<C>::kBlockColumns;
+    first_column = cluster % C::kOutputSplits * LargeLayout<C>::kBlockColumns;
     range = TileRange::of<C::kTileN>(mask.band, m0, m1);
     if constexpr (MaskOf<C>::kIntervals) {
       const int head = p.mask_heads == 1 ? 0 : kv_head;
