@@ -20,6 +20,11 @@ __device__ __forceinline__ void run_large_block(const fagen_forward_params& p, c
     q.init(1);
     ring.init(L::kConsumers / 32);
     ptx::fence_mbarrier_init();
+    if (p.seqlen_k > 0) {  // else there are no maps
+      ptx::prefetch_map(&launch.q);
+      ptx::prefetch_map(&launch.k);
+      ptx::prefetch_map(&launch.v);
+    }
   }
   C::kCluster > 1 ? ptx::cluster_sync() : __syncthreads();
   const LargeTask<C> task(p, launch);
