@@ -136,7 +136,7 @@ SCHEMES_90 = {
 LARGE = sm90_forward_large.FAMILY
 BASE_LARGE: dict[str, Any] = {
     "groups_share": "columns", "tile_n": 64, "chunk_d": 64, "stages": 4, "chunks_ahead": 2, "output_splits": 1,
-    "cluster": 1, "rescale": "deferred", "block_order": "ascending",
+    "share_scores": False, "cluster": 1, "rescale": "deferred", "block_order": "ascending",
 }  # fmt: skip
 
 
@@ -157,6 +157,10 @@ SCHEMES_LARGE = {
     "large_rows": config_large(groups_share="rows", chunks_ahead=0, stages=5),
     "large_rows_pair": config_large(
         groups_share="rows", chunks_ahead=1, cluster=2, stages=3, block_order="longest_first"
+    ),
+    "large_peers": config_large(groups_share="rows", tile_n=128, output_splits=2, share_scores=True),
+    "large_peers_serial": config_large(
+        groups_share="rows", tile_n=128, output_splits=2, share_scores=True, chunks_ahead=0, stages=2, rescale="each"
     ),
     **{f"large_stages{n}": config_large(stages=n) for n in (5, 8, 9, 10, 12, 16)},
 }
