@@ -38,6 +38,7 @@ from tests.support.cases import Case, run
 for name in ("large", "large_pair", "large_split", "large_serial"):
     assert run(Case(name, mask="window", window=(90, 20), head_dim=512), 70, 299)
 assert run(Case("large_rows", head_dim=320), 270, 299)
+assert run(Case("large_peers", head_dim=384), 270, 299)
 print("all right")
 """
 INTERVALS = """
