@@ -3,11 +3,12 @@
     python benchmarks/fp8_accuracy.py                        tables for people, on the CPU by emulation
     python benchmarks/fp8_accuracy.py --keys 131072 --json   longer contexts, as JSON
 
-Emulated are the tensor cores' products of e4m3: sums of 14 bits, cut after every 32 products. On a Hopper GPU the kernel of
-`fagen.attention` itself takes part, and with --fa3 FILE FlashAttention 3's.
+Emulated are the tensor cores' products of e4m3: sums of 14 bits, cut after every 32 products. On a Hopper GPU the
+kernel of `fagen.attention` itself takes part, and with --fa3 FILE FlashAttention 3's.
 
-Inputs: `gaussian`, N(0, 1); `outliers`, N(0, 1) + N(0, 100) · Bernoulli(0.001), as in FlashAttention 3's paper; `needle`,
-many keys of which one has most of a row's weight, and values around 1, as long contexts have common parts.
+Inputs: `gaussian`, N(0, 1); `outliers`, N(0, 1) + N(0, 100) · Bernoulli(0.001), as in FlashAttention 3's paper;
+`needle`, many keys of which one has most of a row's weight, and values around 1, as long contexts have common parts.
+Errors are those of several draws together.
 """
 
 from __future__ import annotations
@@ -177,14 +178,24 @@ def errors(out: torch.Tensor, want: torch.Tensor) -> dict[str, float]:
 
 
 def measure(
-    name: str, heads: int, rows: int, keys: int, d: int, *, seed: int = 0, fa3: Path | None = None
+    name: str, heads: int, rows: int, keys: int, d: int, *, draws: int = 1, fa3: Path | None = None
 ) -> dict[str, dict[str, float]]:
     """The errors of each method on one kind of inputs."""
-    q, k, v = INPUTS[name](heads, rows, keys, d, torch.Generator().manual_seed(seed))
-    want = exact(q, k, v)
-    found = {"bf16": errors(in_bf16(q, k, v), want)}
-    found |= {method: errors(in_fp8(q, k, v, measures), want) for method, measures in METHODS.items()}
-    return found | {method: errors(call(q, k, v), want) for method, call in on_gpu(fa3).items()}
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in range(draws):
+        q, k, v = INPUTS[name](heads, rows, keys, d, torch.Generator().manual_seed(seed))
+        want = exact(q, k, v)
+        made = {"bf16": in_bf16(q, k, v)}
+        made |= {method: in_fp8(q, k, v, measures) for method, measures in METHODS.items()}
+        made |= {method: call(q, k, v) for method, call in on_gpu(fa3).items()}
+        for method, out in made.items():
+            found.setdefault(method, []).append(errors(out, want))
+    return {method: pooled(several) for method, several in found.items()}
+
+
+def pooled(several: list[dict[str, float]]) -> dict[str, float]:
+    square = sum(error["rmse"] ** 2 for error in several) / len(several)
+    return {"rmse": math.sqrt(square), "largest": max(error["largest"] for error in several)}
 
 
 def table(title: str, found: dict[str, dict[str, float]]) -> str:
@@ -200,10 +211,10 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--short", type=int, default=8192, help="keys of gaussian and outliers")
     parser.add_argument("--keys", type=int, default=32768, help="keys of the needle's context")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--fa3", type=Path, help="library of FlashAttention 3, on a Hopper GPU")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(words)
@@ -212,7 +223,7 @@ def main(words: list[str] | None = None) -> int:
         long = name == "needle"
         keys, rows = (args.keys, min(args.rows, 16)) if long else (args.short, args.rows)
         title = f"{name}, {keys} keys, d{args.head_dim}"
-        found[title] = measure(name, args.heads, rows, keys, args.head_dim, seed=args.seed, fa3=args.fa3)
+        found[title] = measure(name, args.heads, rows, keys, args.head_dim, draws=args.draws, fa3=args.fa3)
         if not args.json:
             print(table(title, found[title]), end="\n\n", flush=True)
     if args.json:

@@ -8,10 +8,11 @@ import torch
 
 from fagen.dispatch import fp8
 from fagen.errors import InvalidArgument
-from fagen.ops.attention import arguments
+from fagen.ops.attention import arguments, fp8_quantize
 from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import Window
 from fagen.ops.attention.fp8_call import E4M3, Fp8Call
+from fagen.ops.attention.fp8_quantize import QuantizedQKV
 
 _SCHEMA = (
     "forward_fp8(Tensor q, Tensor k, Tensor v, Tensor? descale_q, Tensor? descale_k, Tensor? descale_v, bool bhsd, "
@@ -70,6 +71,24 @@ def attention(
         assert lse is not None
         value, lse = sink_logits.apply(value, lse, sinks, layout, in_place=out is not None)
     return (value, lse) if want_lse and lse is not None else value
+
+
+def quantize_qkv(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bshd", incoherent: bool = True
+) -> QuantizedQKV:
+    """q, k and v as fp8 numbers and their scales, for `fagen.attention`.
+
+    q is (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, dv); with
+    layout="bhsd" heads come before rows. dv is a multiple of 8. A scale for each (batch, kv head) brings its largest
+    number to 448; the heads of q that share keys share one. `fagen.attention` then gives bfloat16, or the dtype of its
+    `out`; it takes no column intervals, ALiBi, dropout and gradients with such tensors.
+
+    incoherent    q and k are multiplied by the same orthonormal matrix along d, a random-sign Hadamard one. q k^T stays
+                  what it is, and outliers are spread over all columns, so that they no longer decide the scale alone
+    """
+    incoherent = arguments.flag("incoherent", incoherent)
+    fp8_quantize.check(q, k, v, layout)
+    return fp8.quantize(q.detach(), k.detach(), v.detach(), layout, incoherent)
 
 
 def _by_op(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:

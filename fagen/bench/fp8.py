@@ -69,8 +69,8 @@ def _in_16_bits(row: Row, inputs: Inputs) -> Serve:
 
 def _quantizing(row: Row, inputs: Inputs) -> Serve:
     from fagen.dispatch import fp8
+    from fagen.fp8_api import quantize_qkv
     from fagen.ops.attention.fp8_call import Fp8Call
-    from fagen.ops.attention.fp8_quantize import quantize_qkv
 
     held = _Kept(lambda i: _tensors_of_16_bits(i.call))
 

@@ -9,10 +9,13 @@ import torch
 
 from fagen.dispatch import resolve
 from fagen.notices import warn_fallback
-from fagen.ops.attention import fallback
+from fagen.ops.attention import fallback, fp8_launch, fp8_quantize
 from fagen.ops.attention.call import EMPTY
 from fagen.ops.attention.fp8_call import Fp8Call
+from fagen.ops.attention.fp8_quantize import QuantizedQKV
+from fagen.runtime import quantize as quantize_kernel
 from fagen.runtime.kernel import Kernel, selected
+from fagen.target import target_of
 
 
 def attend(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -38,6 +41,19 @@ def kernel_of(call: Fp8Call) -> Kernel | None:
         return None
     with selected(call.q):  # where a stale kernel is verified
         return resolve.kernel_for(call.problem, target, ours=True)
+
+
+def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool) -> QuantizedQKV:
+    """fp8 numbers of checked tensors: by kernels of our own where they can, else by PyTorch."""
+    target = target_of(q.device) if q.is_cuda and not torch.compiler.is_compiling() else None
+    found = None
+    if target is not None and fp8_launch.serves(q, k, v):
+        found = quantize_kernel.library(target)
+    if found is None:
+        return fp8_quantize.by_torch(q, k, v, layout, incoherent)
+    made, params, alive = fp8_launch.prepare(quantize_kernel.Params, q, k, v, layout, incoherent)
+    quantize_kernel.launch(found, params, alive[0])
+    return made
 
 
 def by_torch(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -13,6 +13,7 @@ from fagen.build.job import make_job
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import BuildError, InvalidConfig
 from fagen.ops.attention.fp8_problem import Fp8Problem
+from fagen.runtime import quantize
 from fagen.tuner.evaluate import SPILL_TOLERANCE
 from tests.compile.conftest import Facts
 from tests.support.fp8 import BASE, FAMILY, config
@@ -129,3 +130,10 @@ def test_what_it_cannot_serve(problem: Fp8Problem, arch: str, reason: str) -> No
 
 def test_no_knob_is_left_out_of_the_base() -> None:
     assert [*BASE] == [knob.name for knob in FAMILY.knobs]
+
+
+@pytest.mark.slow
+def test_the_kernels_that_make_the_numbers_compile() -> None:
+    facts = cache.make(quantize.job(HOPPER)).facts
+    assert facts["spill_bytes"] == 0, facts
+    assert quantize.library(target.known("sm_80")) is None and quantize.library(target.host()) is None

@@ -12,7 +12,7 @@ from fagen.families import Config, sm90_forward_fp8
 from fagen.ops.attention import fp8_calls
 from fagen.ops.attention.fp8_call import Fp8Call
 from fagen.ops.attention.fp8_problem import Fp8Problem
-from fagen.ops.attention.fp8_quantize import quantize_qkv
+from fagen.ops.attention.fp8_quantize import by_torch
 from fagen.ops.oracle import Verdict
 from tests.support.cases import DTYPES
 
@@ -91,14 +91,12 @@ def make_call(case: Case, rows: int, keys: int, seed: int, *, batch: int, device
         return made if layout == "bshd" else made.transpose(1, 2)
 
     d, dv = case.head_dim, case.head_dim_v or case.head_dim
-    made = quantize_qkv(
-        tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv), layout=layout,
-        incoherent=bool(seed % 2),
-    )  # fmt: skip
-    tensors = made if case.descales else (*made[:3], None, None, None)
+    tensors = tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv)
+    made = by_torch(*tensors, layout, bool(seed % 2))
+    given = made if case.descales else (*made[:3], None, None, None)
     band = (-1, 0) if case.mask == "causal" else case.window
     scale = None if case.descales else 2.0**-14
-    return Fp8Call(*tensors, layout, band, case.softcap, scale, dtype=DTYPES[case.dtype])
+    return Fp8Call(*given, layout, band, case.softcap, scale, dtype=DTYPES[case.dtype])
 
 
 def run(

@@ -84,7 +84,7 @@ def make_inputs(problem: Fp8Problem, where: Target | torch.device | str, seed: i
 
     q = tensor(p.seqlen_q, p.heads, p.head_dim)
     k, v = (tensor(p.seqlen_k, p.kv_heads, dim) for dim in (p.head_dim, p.head_dim_v))
-    made = fp8_quantize.quantize_qkv(q, k, v, incoherent=False)
+    made = fp8_quantize.by_torch(q, k, v, "bshd", False)
     outputs = {
         "out": guarded((p.batch, p.seqlen_q, p.heads, p.head_dim_v), dtype, device),
         "lse": guarded((p.batch, p.heads, p.seqlen_q), torch.float32, device),

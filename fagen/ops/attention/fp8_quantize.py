@@ -28,21 +28,8 @@ class QuantizedQKV(NamedTuple):
     descale_v: torch.Tensor
 
 
-def quantize_qkv(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bshd", incoherent: bool = True
-) -> QuantizedQKV:
-    """q, k and v as fp8 numbers and their scales, for `fagen.attention`.
-
-    q is (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, dv); with
-    layout="bhsd" heads come before rows. dv is a multiple of 8. A scale for each (batch, kv head) brings its largest
-    number to 448; the heads of q that share keys share one. `fagen.attention` then gives bfloat16, or the dtype of its
-    `out`; it takes no column intervals, ALiBi, dropout and gradients with such tensors.
-
-    incoherent    q and k are multiplied by the same orthonormal matrix along d, a random-sign Hadamard one. q k^T stays
-                  what it is, and outliers are spread over all columns, so that they no longer decide the scale alone
-    """
-    incoherent = arguments.flag("incoherent", incoherent)
-    _check(q, k, v, layout)
+def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool) -> QuantizedQKV:
+    """What `fagen.quantize_qkv` says, of tensors that `check` has seen."""
     kv_heads = k.shape[AXES[layout][1]]
     if incoherent:
         q, k = spread_outliers(q), spread_outliers(k)
@@ -58,14 +45,15 @@ def spread_outliers(t: torch.Tensor) -> torch.Tensor:
     """
     columns = t.shape[-1]
     part = columns & -columns
-    parts = (t.float() * _signs(columns).to(t.device)).reshape(*t.shape[:-1], columns // part, part)
+    parts = (t.float() * signs_on(columns, t.device)).reshape(*t.shape[:-1], columns // part, part)
     return (parts @ _hadamard(part).to(t.device)).reshape(t.shape)
 
 
-@functools.cache
-def _signs(columns: int) -> torch.Tensor:
+@functools.lru_cache(maxsize=64)
+def signs_on(columns: int, device: torch.device) -> torch.Tensor:
+    """1 and -1 at random, the same on every machine."""
     random = Random(_SEED)
-    return torch.tensor([random.choice((-1.0, 1.0)) for _ in range(columns)])
+    return torch.tensor([1.0 - 2 * random.getrandbits(1) for _ in range(columns)], device=device)
 
 
 @functools.cache
@@ -87,7 +75,7 @@ def _quantize(t: torch.Tensor, kv_heads: int, layout: str) -> tuple[torch.Tensor
     return numbers.movedim(1, head_axis).contiguous(), scale
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
     if layout not in AXES:
         raise InvalidArgument(f"layout {arguments.shown(layout)} is unknown", "known: bshd, bhsd")
     for name, t in (("q", q), ("k", k), ("v", v)):

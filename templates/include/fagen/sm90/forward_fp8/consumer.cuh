@@ -1,6 +1,6 @@
 // A consumer warpgroup on fp8 numbers: 64 rows of q against key tile after key tile, row tile by row tile. Products,
-// turns and stores follow each other as those of sm90/forward/consumer.cuh do, but the exponentials of a tile may run under
-// the product with the values of the one before: products are twice as fast here, and exponentials are not.
+// turns and stores follow each other as those of sm90/forward/consumer.cuh do, but the exponentials of a tile may run
+// under the product with the values of the one before: products are twice as fast here, and exponentials are not.
 #pragma once
 #include "fagen/common/exp2.cuh"
 #include "fagen/sm90/forward/epilogue.cuh"
