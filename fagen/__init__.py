@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.compat.decode_plan import DecodePlan as DecodePlan
     from fagen.compat.flash_attn import flash_attn_func as flash_attn_func
     from fagen.compat.kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
+    from fagen.compat.mla import mla_decode as mla_decode
     from fagen.compat.sdpa import sdpa as sdpa
     from fagen.compat.torch_impl import register_torch as register_torch
     from fagen.compat.varlen import flash_attn_varlen_func as flash_attn_varlen_func
@@ -44,6 +45,7 @@ _WHERE = {
     "flash_attn_func": "fagen.compat.flash_attn",
     "flash_attn_varlen_func": "fagen.compat.varlen",
     "flash_attn_with_kvcache": "fagen.compat.kvcache",
+    "mla_decode": "fagen.compat.mla",
     "merge_states": "fagen.ops.attention.merge",
     "sdpa": "fagen.compat.sdpa",
     "register_torch": "fagen.compat.torch_impl",

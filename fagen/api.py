@@ -14,6 +14,7 @@ from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import Window
 from fagen.ops.attention.call import AXES, AttentionCall
 from fagen.runtime import binding, dropout_ops
+from fagen.runtime import sinks as sink_kernel
 
 Descale = torch.Tensor | float | None
 
@@ -125,7 +126,7 @@ def _with_sinks(
             call.refuse_overlap()
     want_lse = arguments.flag("return_lse", return_lse)
     value, lse = attention(q, k, v, layout=layout, return_lse=True, out=out, **how)
-    value, lse = sink_logits.apply(value, lse, sinks, layout, in_place=out is not None)
+    value, lse = sink_kernel.apply(value, lse, sinks, layout, in_place=out is not None)
     return (value, lse) if want_lse else value
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fagen.bench import autograd, flash_arguments, rows
 from fagen.bench import ours as kernels
-from fagen.bench.peers import Serve
+from fagen.bench.peers import Loaded, Serve
 from fagen.bench.rows import Inputs, Row
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
@@ -56,6 +58,8 @@ def ours(row: Row, inputs: Inputs) -> Serve:
 
     if row.problem.dropout:
         return kernels.dispatched(inputs.call, lambda i: fallback.attend(i.call)[0])
+    if row.packed:
+        return _varlen(row, inputs)
     given = options(row, inputs.call)
     return lambda i: api.attention(i.call.q, i.call.k, i.call.v, out=i.outputs["out"], **given)
 
@@ -68,10 +72,45 @@ def ours_eager(row: Row, inputs: Inputs) -> Serve:
     return lambda i: api.attention(i.call.q, i.call.k, i.call.v, **given)
 
 
+def _varlen(row: Row, inputs: Inputs, **how: Any) -> Serve:
+    """The function of packed sequences, which makes its bounds at every call."""
+    from fagen.compat.varlen import flash_attn_varlen_func
+
+    given = flash_arguments.document_arguments(row, inputs.call.q.device) | {"causal": row.causal} | how
+
+    def serve(i: Inputs) -> torch.Tensor:
+        q, k, v = flash_arguments.packed(i)
+        out: Any = flash_attn_varlen_func(q, k, v, **given)
+        return out.view_as(i.outputs["out"])
+
+    return serve
+
+
 def our_gradients(row: Row, inputs: Inputs) -> Serve:
     from fagen.ops.attention import fallback
 
     return kernels.dispatched(inputs.call, lambda i: fallback.gradients(i.call.forward, i.call.dout, None))
+
+
+def _differentiable(row: Row, inputs: Inputs) -> Serve:
+    """`fagen.attention` as a model that is trained calls it; which weights it drops, its generator decides."""
+    from fagen import api
+    from fagen.ops.attention.inputs import DROPOUT
+
+    how = {"dropout_p": DROPOUT} if row.problem.dropout else {}
+    if row.packed:
+        return _varlen(row, inputs, **how)
+    given = options(row, inputs.call) | how
+    return lambda i: api.attention(i.call.q, i.call.k, i.call.v, **given)
+
+
+def our_step(row: Row, inputs: Inputs) -> Serve:
+    return autograd.steps(_differentiable)(row, inputs)
+
+
+def load_plain(paths: Mapping[str, Path]) -> Loaded:
+    """Ours once more, without dropout and in any order: what the one or the other costs."""
+    return Loaded({"forward": ours, "backward": our_gradients, rows.TRAINING: our_step})
 
 
 def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
@@ -80,7 +119,7 @@ def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
     from fagen.dispatch import attention
     from fagen.ops.attention.call import AttentionCall
 
-    if row.problem.dropout:
+    if row.problem.dropout or row.training:
         return kernels.choice(row, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said in the result

@@ -1,4 +1,4 @@
-"""A peer's backward by autograd: its forward is done once for each set of inputs, and its graph is kept."""
+"""Gradients by autograd: of a forward that is done once and whose graph is kept, or of whole steps, forward and all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fagen.bench import rows
-from fagen.bench.peers import Prepare, Serve
+from fagen.bench.peers import Held, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
 
 if TYPE_CHECKING:
@@ -35,13 +35,41 @@ def through_autograd(forward: Prepare) -> Prepare:
     return prepare
 
 
+def steps(forward: Prepare) -> Prepare:
+    """Forward and backward, both at every call, as training runs them: the host's part counts."""
+    import torch
+
+    def prepare(row: Row, inputs: Inputs) -> Serve:
+        attend, kept = forward(row, inputs), dict[int, "tuple[list[torch.Tensor], Inputs]"]()
+        holds: list[Any] = [lambda: _same_bits(True)] if rows.deterministic(row.problem) else []
+        if isinstance(attend, Held):
+            holds, attend = [*attend.holds, *holds], attend.serve
+
+        def step(i: Inputs) -> Gradients:
+            if id(i) not in kept:
+                kept[id(i)] = _differentiable(i)
+            leaves, given = kept[id(i)]
+            with torch.enable_grad():
+                return torch.autograd.grad(attend(given), leaves, i.call.dout)
+
+        return Held(step, tuple(holds)) if holds else step
+
+    return prepare
+
+
+def _differentiable(i: Inputs) -> tuple[list[torch.Tensor], Inputs]:
+    """q, k and v as leaves of a graph, and the forward call of these."""
+    leaves = [t.detach().requires_grad_() for t in (i.call.q, i.call.k, i.call.v)]
+    call = dataclasses.replace(i.call.forward, **dict(zip("qkv", leaves, strict=True)))
+    return leaves, Inputs(call, {"out": i.call.o})
+
+
 def _backward(attend: Serve, i: Inputs) -> Backward:
     import torch
 
-    leaves = [t.detach().requires_grad_() for t in (i.call.q, i.call.k, i.call.v)]
-    call = dataclasses.replace(i.call.forward, **dict(zip("qkv", leaves, strict=True)))
+    leaves, given = _differentiable(i)
     with torch.enable_grad():
-        out = attend(Inputs(call, {"out": i.call.o}))
+        out = attend(given)
     if node := _sdpa_node(out, leaves):
         return lambda: _launch(node, i.call.dout)
 

@@ -1,4 +1,4 @@
-"""What the benchmark does for each op: the one table that names them."""
+"""What the benchmark does for each op, and for a step of training: the one table that names them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import attention, decode, fp8, softmax
+from fagen.bench import attention, decode, fp8, rows, softmax
 from fagen.bench import ours as kernels
 from fagen.bench.peers import Prepare
 from fagen.bench.rows import Inputs, Row
@@ -32,6 +32,7 @@ class OpBench:
     choice: Callable[[Row, Inputs], dict[str, Any]] = kernels.choice  # what dispatch picks
     reads: bool = False  # memory is read and hardly written: the machine's rate of reads bounds it
     by_binding: bool = False  # `ours` goes through the C++ op
+    captured: bool = True  # into CUDA graphs, so that the host's time does not count
     needs_split_keys: Callable[[Any, Target], bool] = field(default=lambda problem, target: False)
 
 
@@ -41,6 +42,9 @@ OPS = {
         by_binding=True, needs_split_keys=attention.needs_split_keys,
     ),
     "backward": OpBench(attention.our_gradients, attention.check_sample, _FEW_CELLS),
+    rows.TRAINING: OpBench(
+        attention.our_step, attention.check_sample, _FEW_CELLS, attention.choice, by_binding=True, captured=False
+    ),
     "decode": OpBench(decode.ours, attention.check_sample, _FEW_CELLS, reads=True),
     "forward_fp8": OpBench(fp8.ours, attention.check_sample, _FEW_CELLS),
     "softmax": OpBench(softmax.ours, softmax.check_sample),

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import decode_peers, flash_backward, fp8, rows
-from fagen.bench.autograd import through_autograd
+from fagen.bench import decode_peers, flash_backward, flash_training, fp8, rows
+from fagen.bench.autograd import steps, through_autograd
 from fagen.bench.flash_arguments import document_arguments, fill, lengths, of_schema, packed, require, settings
 from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
-from fagen.bench.rows import Inputs, Row
+from fagen.bench.rows import TRAINING, Inputs, Row
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _WORKSPACE = 256 << 20  # bytes, FlashInfer's
 
 
-def _version(*packages: str) -> str:
+def version_of(*packages: str) -> str:
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
@@ -52,30 +52,35 @@ def load_fa3(paths: Mapping[str, Path]) -> Loaded:
     """A library that the user names; else the package's own functions; else its op, where someone registered it."""
     import torch
 
-    version = _version("flash_attn_3", "flash-attn-3")
+    version = version_of("flash_attn_3", "flash-attn-3")
     if path := paths.get("fa3"):
         _load_library(path)
-        return _fa3(_through_op(torch.ops.flash_attn_3.fwd.default), path.name)
+        return _fa3(path.name)
     if importlib.util.find_spec("flash_attn_interface"):
         module = importlib.import_module("flash_attn_interface")
-        return _fa3(_through_functions(module, unbounded=-1), version)
+        forward = _through_functions(module, unbounded=-1)
+        return _fa3(version, forward, steps(forward))
     if hasattr(torch.ops.flash_attn_3, "fwd"):
-        return _fa3(_through_op(torch.ops.flash_attn_3.fwd.default), version)
+        return _fa3(version)
     raise Absent(
         "flash_attn_interface cannot be imported, and --fa3 names no library; "
         "install the folder hopper of the flash-attention repository, or name its built _C.so"
     )
 
 
-def _fa3(forward: Prepare, version: str) -> Loaded:
+def _fa3(version: str, forward: Prepare | None = None, training: Prepare | None = None) -> Loaded:
+    """Its ops, but for what its own functions do."""
     import torch
 
-    backward: Prepare | str = "it registers no op flash_attn_3::bwd"
-    if hasattr(torch.ops.flash_attn_3, "bwd"):
-        backward = flash_backward.through_op(torch.ops.flash_attn_3.bwd.default)
-    return Loaded(
-        {"forward": forward, "backward": backward, "decode": _fa3_decode(), "forward_fp8": fp8.fa3()}, version
-    )
+    ops, lacks = torch.ops.flash_attn_3, "it registers no op flash_attn_3::bwd"
+    backward: Prepare | str = lacks
+    if hasattr(ops, "bwd"):
+        backward = flash_backward.through_op(ops.bwd.default)
+        training = training or steps(flash_training.through_ops(ops.fwd.default, ops.bwd.default))
+    forward = forward or _through_op(ops.fwd.default)
+    by_op = {"forward": forward, "backward": backward, TRAINING: training or lacks, "decode": _fa3_decode()}
+    by_op["forward_fp8"] = fp8.fa3()
+    return Loaded(by_op, version)
 
 
 def _fa3_decode() -> Prepare | str:
@@ -144,9 +149,8 @@ def load_flash_attn(paths: Mapping[str, Path]) -> Loaded:
     """The package of FlashAttention 2; FlashAttention 4's shares its name, and lacks these functions."""
     module = _imported("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation")
     forward = _through_functions(module, unbounded=-1)
-    return Loaded(
-        {"forward": forward, "backward": through_autograd(forward)}, _version("flash-attn", "flash_attn")
-    )  # fmt: skip
+    by_op = {"forward": forward, "backward": through_autograd(forward), TRAINING: steps(forward)}
+    return Loaded(by_op, version_of("flash-attn", "flash_attn"))
 
 
 def load_fa4(paths: Mapping[str, Path]) -> Loaded:
@@ -165,7 +169,8 @@ def load_fa4(paths: Mapping[str, Path]) -> Loaded:
     if function := getattr(module, "_flash_attn_bwd", None):
         backward = flash_backward.through_function(function)
     forward = _through_functions(module, unbounded=None)
-    return Loaded({"forward": forward, "backward": backward}, _version("flash-attn-4", "flash_attn_cute"))
+    by_op = {"forward": forward, "backward": backward, TRAINING: steps(forward)}
+    return Loaded(by_op, version_of("flash-attn-4", "flash_attn_cute"))
 
 
 # ---- FlashInfer -----------------------------------------------------------------------------------------------------
@@ -176,7 +181,7 @@ def load_flashinfer(paths: Mapping[str, Path]) -> Loaded:
     by_op: dict[str, Prepare | str] = {
         "forward": through_flashinfer(module), "decode": decode_peers.through_flashinfer(module)
     }  # fmt: skip
-    return Loaded(by_op, _version("flashinfer-python"))
+    return Loaded(by_op, version_of("flashinfer-python"))
 
 
 def through_flashinfer(flashinfer: Any) -> Prepare:

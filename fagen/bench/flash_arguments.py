@@ -44,10 +44,12 @@ def of_function(function: Callable[..., Any]) -> list[Argument]:
 
 
 def require(row: Row) -> None:
-    """What none of these has: float32, ALiBi as a tensor on Hopper, intervals other than packed documents."""
+    """What none of these has here: float32, ALiBi as a tensor on Hopper, intervals but of packed documents, dropout."""
     p = row.problem
     if p.dtype not in ("fp16", "bf16"):
         raise Cannot(f"it has no {p.dtype}")
+    if p.dropout:
+        raise Cannot("its dropout is not measured, or it has none")
     if p.alibi:
         raise Cannot("it has no ALiBi")
     if p.mask == "intervals" and not row.documents:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen.bench import rows
-from fagen.bench.autograd import through_autograd
+from fagen.bench.autograd import steps, through_autograd
 from fagen.bench.peers import Cannot, Loaded, Prepare, Serve
-from fagen.bench.rows import Inputs, Row
+from fagen.bench.rows import TRAINING, Inputs, Row
 from fagen.ops.attention.problem import INTERVAL_KINDS
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ def load(paths: Mapping[str, Path], *, compiled: bool = True) -> Loaded:
     import torch
 
     forward = _prepare(compiled)
-    return Loaded({"forward": forward, "backward": through_autograd(forward)}, f"torch {torch.__version__}")
+    by_op = {"forward": forward, "backward": through_autograd(forward), TRAINING: steps(forward)}
+    return Loaded(by_op, f"torch {torch.__version__}")
 
 
 def _prepare(compiled: bool) -> Prepare:
@@ -35,6 +36,8 @@ def _prepare(compiled: bool) -> Prepare:
         p, call = row.problem, inputs.call
         if rows.deterministic(p):
             raise Cannot("it has no deterministic mode")
+        if p.dropout:
+            raise Cannot("it has no dropout")
         mask, score = mask_mod(row, call), score_mod(row, call)
         batch, heads = _planes(row, call)
         blocks = None

@@ -50,14 +50,15 @@ def launched(made: Kernel) -> Serve:
 
 
 def choice(row: Row, inputs: Inputs) -> dict[str, Any]:
-    """What dispatch picks for the row, and whether a kernel of ours really serves it."""
+    """What dispatch picks for the row, and whether a kernel of ours really serves it. Of a step, its backward."""
     from fagen import explanation
+    from fagen.dispatch import resolve
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said in the result
-        kernel, where = kernel_of(inputs.call), _target(inputs.call)
+        where, problem = _target(inputs.call), row.problem if row.training else inputs.call.problem
         assert where is not None
-        return chosen(explanation.explain_problem(inputs.call.problem, where), kernel)
+        return chosen(explanation.explain_problem(problem, where), resolve.kernel_for(problem, where))
 
 
 def chosen(report: Any, kernel: Kernel | None) -> dict[str, Any]:

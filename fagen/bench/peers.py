@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,28 @@ from fagen.bench.rows import Inputs, Row
 from fagen.errors import UsageError
 
 OURS = "fagen"
+PLAIN = "plain"  # ours once more, without what a row asks for beyond attention; no peer to be ahead of
 Serve = Callable[[Inputs], Any]  # gives the output, or several in the order of the op's
 Prepare = Callable[[Row, Inputs], Serve]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A participant held to something while it is called, as a backend, which its users set once. The clock sets it
+    once a sample."""
+
+    serve: Serve
+    holds: tuple[Callable[[], AbstractContextManager[Any]], ...]
+
+    def session(self) -> AbstractContextManager[Any]:
+        with ExitStack() as stack:
+            for hold in self.holds:
+                stack.enter_context(hold())
+            return stack.pop_all()
+
+    def __call__(self, inputs: Inputs) -> Any:
+        with self.session():
+            return self.serve(inputs)
 
 
 class Absent(Exception):
@@ -45,7 +66,8 @@ class Entrant:
     version: str
 
 
-_ATTENTION = ("forward", "backward", "decode")
+_ATTENTION = ("forward", "backward", "training", "decode")
+_TRAINED = ("forward", "backward", "training")
 _BOTH = ("cuda", "cpu")
 
 
@@ -74,10 +96,13 @@ PEERS = {
     "fa3": Peer("FlashAttention 3", ("cuda",), "fagen.bench.flash:load_fa3", (*_ATTENTION, *_FP8)),
     "fa4": Peer("FlashAttention 4", ("cuda",), "fagen.bench.flash:load_fa4"),
     "flex": Peer("FlexAttention", ("cuda",), "fagen.bench.flex:load"),
-    "flashinfer": Peer("FlashInfer", ("cuda",), "fagen.bench.flash:load_flashinfer"),
+    "flash_mla": Peer("FlashMLA", ("cuda",), "fagen.bench.flash_mla:load", ("decode",)),
     "sdpa": Peer("SDPA, torch's choice", _BOTH, "fagen.bench.sdpa:sdpa", asked=("cpu",)),
     "efficient": Peer("memory-efficient (SDPA)", ("cuda",), "fagen.bench.sdpa:efficient", asked=()),
     "math": Peer("math (SDPA)", _BOTH, "fagen.bench.sdpa:math", asked=()),
+    "ffpa": Peer("FFPA", ("cuda",), "fagen.bench.sdpa:ffpa", ("forward", "backward"), asked=()),
+    "flashinfer": Peer("FlashInfer", ("cuda",), "fagen.bench.flash:load_flashinfer", ("forward", "backward", "decode")),
+    PLAIN: Peer("fagen, nothing dropped, any order", _BOTH, "fagen.bench.attention:load_plain", _TRAINED, asked=()),
     "torch_softmax": Peer("torch.softmax", _BOTH, "fagen.bench.softmax:eager", _SOFTMAX),
     "fagen_16_bits": Peer("fagen in 16 bits", _BOTH, "fagen.bench.fp8:load_16_bits", _FP8),
     "fagen_quantizing": Peer("fagen, quantising included", _BOTH, "fagen.bench.fp8:load_quantizing", _FP8),
@@ -125,8 +150,10 @@ def _entrant(loaded: Loaded, op: str) -> Entrant:
 
 
 def _verifiable(prepare: Prepare) -> Prepare:
+    """A step of training is verified without dropout, so that there it may drop what it likes."""
+
     def checked(row: Row, inputs: Inputs) -> Serve:
-        if getattr(row.problem, "dropout", False):
+        if getattr(row.problem, "dropout", False) and not row.training:
             raise Cannot("it drops weights of its own choice: its output could not be verified")
         return prepare(row, inputs)
 

@@ -23,8 +23,8 @@ def build(chosen: list[Row], target: Target, say: Callable[[str], None], held: s
 
     work: dict[Any, Callable[[], object]] = {}
     seconds = 0.0
-    for row in chosen:
-        spec, built = _wanted(row, target, held)
+    for problem in dict.fromkeys(problem for row in chosen for problem in _problems(row)):
+        spec, built = _wanted(problem, target, held)
         if spec is not None and not built:
             seconds = max(seconds, builder.expected_seconds(spec.family, target))
             work[spec.key] = functools.partial(builder.build, spec)
@@ -35,7 +35,7 @@ def build(chosen: list[Row], target: Target, say: Callable[[str], None], held: s
         with contextlib.suppress(FagenError):
             make()
 
-    by_binding = not held and any(by_op.get(row.op).by_binding for row in chosen)
+    by_binding = not held and any(by_op.get(row.measured).by_binding for row in chosen)
     together(attempt, [*([binding.make] if by_binding else []), *work.values()], compile_workers(target.is_gpu))
 
 
@@ -48,18 +48,22 @@ def together(do: Callable[[Any], object], jobs: Iterable[Any], workers: int) -> 
         pool.shutdown(cancel_futures=True)
 
 
-def _wanted(row: Row, target: Target, held: str | None) -> tuple[KernelSpec | None, bool]:
-    """What serves the row, and whether it is built."""
+def _problems(row: Row) -> list[Any]:
+    return [row.problem, row.problem.forward] if row.training else [row.problem]
+
+
+def _wanted(problem: Any, target: Target, held: str | None) -> tuple[KernelSpec | None, bool]:
+    """What serves the problem, and whether it is built."""
     from fagen import explanation
     from fagen.bench import family
     from fagen.bench.peers import Cannot
     from fagen.build import cache as builder
 
     if held is None:
-        report = explanation.explain_problem(row.problem, target)
+        report = explanation.explain_problem(problem, target)
         return report.choice.spec, bool(report.built)
     try:
-        picked, _ = family.pick(row.problem, target, held)
+        picked, _ = family.pick(problem, target, held)
         return picked, builder.lookup(picked) is not None
     except (Cannot, FagenError):
         return None, False

@@ -7,10 +7,11 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from fagen.bench.peers import OURS, PEERS
+from fagen.bench.peers import OURS, PEERS, PLAIN
 
 Result = dict[str, Any]
 _MOST_BEHIND = 12  # rows that are named
+_MOST_MEMORY = 8
 NOT_OURS = "*"  # behind a figure of ours that PyTorch computed
 
 
@@ -66,12 +67,14 @@ def lines(result: Result, bound: str) -> list[tuple[str, ...]]:
     """The head and a line a row of a bound: name, speed of each participant, ratio to the best peer, share of limit."""
     names, cpu = participants(result), on_cpu(result)
     unit = _unit(cpu) if bound == "compute" else "GB/s, memory-bound"
-    found: list[tuple[str, ...]] = [(unit, *names, "ratio", "of limit")]
+    more = ["of plain"] if PLAIN in names else []
+    found: list[tuple[str, ...]] = [(unit, *names, "ratio", *more, "of limit")]
     for row in result["rows"]:
         if row["bound"] == bound:
             share = row["participants"][OURS].get("share")
-            cells = [_cell(row, name, cpu) for name in names]
-            found.append((row["name"], *cells, ratio(row["ratio"]), f"{share:.0%}" if share else "–"))
+            cells = [_cell(row, name, cpu) for name in names] + [ratio(row["ratio"])]
+            cells += [ratio(row.get("of_plain"))] if more else []
+            found.append((row["name"], *cells, f"{share:.0%}" if share else "–"))
     return found
 
 
@@ -108,6 +111,9 @@ def closing(result: Result) -> list[str]:
         found.append(f"of these, rows with blocks enough for all SMs, or few keys: {_ratios(rest)}")
     if summary.get("behind"):
         found.append(_behind(result["rows"], summary["behind"]))
+    if of_plain := summary.get("of_plain"):
+        found.append(f"ours / ours plain: {_ratios(of_plain)}")
+    found += _memory(result["rows"])
     if result["limit"]["samples"]:
         found.append(limit(result["limit"], on_cpu(result)))
     if summary["ours_by_torch"]:
@@ -137,6 +143,17 @@ def _behind(rows: list[Result], names: list[str]) -> str:
     more = f", and {len(names) - _MOST_BEHIND} more" if len(names) > _MOST_BEHIND else ""
     mark = "; ^ few blocks of rows on many keys" if any("^" in text for text in found) else ""
     return f"behind: {', '.join(found)}{more}{mark}"
+
+
+def _memory(rows: list[Result]) -> list[str]:
+    """What a step takes beside its inputs, of the longest rows."""
+    found: list[str] = []
+    for row in sorted(rows, key=lambda row: -row["length"]):
+        taken = {name: facts["peak_bytes"] for name, facts in row["participants"].items() if facts.get("peak_bytes")}
+        if len(found) < _MOST_MEMORY and OURS in taken:
+            sizes = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in taken.items())
+            found.append(f"peak memory of a step, MB: {row['name']}: {sizes}")
+    return found
 
 
 def limit(found: Result, cpu: bool = False) -> str:
@@ -190,7 +207,7 @@ def markdown(result: Result) -> str:
     """Figures to be put into a document, with the command that made them."""
     names, tables = participants(result), []
     for cells in _by_bound(result):
-        head = (cells[0][0], *(_label(name) for name in names), "ratio", "of limit")
+        head = (cells[0][0], *(_label(name) for name in names), *cells[0][1 + len(names) :])
         tables += [markdown_table([head, *(_bold(row, len(names)) for row in cells[1:])]), ""]
     facts = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
     extra = closing(result) + (host(result) if result["host"] else [])
@@ -218,6 +235,7 @@ _COLUMNS = (
     "tflops",
     "gbps",
     "share",
+    "peak_bytes",
     "error",
     "error_over_bound",
     "verified",

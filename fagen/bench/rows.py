@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fagen.target import Target
 
 
+TRAINING = "training"
+
+
 @dataclass(frozen=True)
 class Row:
     """`series` names the rows that differ in length alone. Packed documents and a prefix are masks of intervals."""
@@ -26,10 +29,17 @@ class Row:
     documents: tuple[int, ...] = ()  # lengths of the documents that each sequence holds
     prefix: int = 0  # keys that all rows see, the rest is causal
     steps: tuple[tuple[int, int], ...] = ()  # rows and keys of each sequence of decode, where they differ
+    packed: bool = False  # the documents are the sequences of a call of `flash_attn_varlen_func`
+    training: bool = False  # forward and backward through autograd, host included; the problem is backward's
 
     @property
     def op(self) -> str:
         return self.problem.op
+
+    @property
+    def measured(self) -> str:
+        """The key of what the benchmark measures: the op, or a step of training."""
+        return TRAINING if self.training else self.op
 
     @property
     def length(self) -> int:
@@ -54,8 +64,19 @@ def deterministic(problem: Any) -> bool:
     return isinstance(problem, BackwardProblem) and problem.deterministic
 
 
+def plain(row: Row) -> Row:
+    """The row without dropout, its gradients in whatever order is the fastest."""
+    problem = row.problem
+    if deterministic(problem):
+        problem = problem.replace(deterministic=False)
+    if getattr(problem, "dropout", False):
+        problem = problem.replace(dropout=False)
+    return replace(row, problem=problem)
+
+
 def as_op(problem: Any, op: str, *, same_bits: bool = False) -> Any:
     """The same sizes for an op; `same_bits` makes a backward problem deterministic."""
+    op = "backward" if op == TRAINING else op
     if problem.op == op and not same_bits:
         return problem
     kind, its = ops.get(op), ops.get(problem.op)
@@ -69,11 +90,12 @@ def as_op(problem: Any, op: str, *, same_bits: bool = False) -> Any:
 def row_of_op(row: Row, op: str, *, same_bits: bool = False) -> Row:
     """A suite's row for an op, by the same name, which says as well whether it is deterministic."""
     problem, mark = as_op(row.problem, op, same_bits=same_bits), " deterministic" if same_bits else ""
-    return replace(row, problem=problem, name=row.name + mark, series=row.series + mark)
+    training = op == TRAINING
+    return replace(row, problem=problem, name=row.name + mark, series=row.series + mark, training=training)
 
 
 def make_inputs(row: Row, where: Target | str, seed: int = 0) -> Inputs:
-    """Random tensors, outputs full of NaN, and the row's own intervals."""
+    """Random tensors, outputs full of NaN, and the row's own intervals. A step of training draws its own dropout."""
     import torch
 
     from fagen.ops.attention import masks
@@ -82,7 +104,8 @@ def make_inputs(row: Row, where: Target | str, seed: int = 0) -> Inputs:
         from fagen.ops.attention import decode_inputs
 
         return decode_inputs.of_steps(row.problem, where, seed, row.steps)
-    made: Inputs = ops.get(row.op).calls().inputs(row.problem, where, seed, False)
+    problem = plain(row).problem if row.training else row.problem
+    made: Inputs = ops.get(row.op).calls().inputs(problem, where, seed, False)
     if row.documents:
         device = made.call.q.device
         ids = torch.arange(len(row.documents)).repeat_interleave(torch.tensor(row.documents))
@@ -107,14 +130,16 @@ def _masked(made: Inputs, intervals: torch.Tensor) -> Inputs:
 def flops(row: Row, call: Any) -> float:
     """Of the cells that are visible; a causal square counts half, as the field counts."""
     of_call = ops.get(row.op).calls().flops
-    return sum(of_call(one, call) for one in _sequences(row))
+    return sum(of_call(one, call) for one in _parts(row))
 
 
 def least_bytes(row: Row) -> int:
     """What any kernel must read and write."""
-    return sum(map(ops.get(row.op).least_bytes, _sequences(row)))
+    return sum(ops.get(one.op).least_bytes(one) for one in _parts(row))
 
 
-def _sequences(row: Row) -> list[Any]:
-    """A problem for each sequence, where a decode row has sequences of many sizes."""
+def _parts(row: Row) -> list[Any]:
+    """Forward and backward of a step of training; a problem for each sequence of decode, where their sizes differ."""
+    if row.training:
+        return [row.problem.forward, row.problem]
     return [row.problem.replace(batch=1, seqlen_q=q, seqlen_k=k) for q, k in row.steps] or [row.problem]

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import attention, by_op, family, peers, rows
-from fagen.bench.peers import OURS, Cannot, Prepare
+from fagen.bench import attention, by_op, family, memory, peers, rows
+from fagen.bench.peers import OURS, PLAIN, Cannot, Prepare
 from fagen.bench.rows import Inputs, Row
 from fagen.errors import LaunchError
 from fagen.target import Target
@@ -25,6 +25,7 @@ from fagen.timing.machine import Machine
 
 if TYPE_CHECKING:
     from fagen.ops.oracle import Verdict
+    from fagen.timing import timer
 
 FORMAT = 1
 _HOST_CALLS, _HOST_ROUNDS = 200, 9
@@ -56,7 +57,7 @@ def bench(
     """
     import torch
 
-    machine = Machine(target, reads=by_op.get(chosen[0].op).reads)
+    machine = Machine(target, reads=by_op.get(chosen[0].measured).reads)
     found: list[Result] = []
     with torch.no_grad():
         on_sample(machine.sample("start"))
@@ -73,7 +74,7 @@ def bench(
 
 
 def _ours(row: Row, target: Target, held: str | None) -> Prepare:
-    return family.ours(held, target) if held else by_op.get(row.op).ours
+    return family.ours(held, target) if held else by_op.get(row.measured).ours
 
 
 def _shares(result: Result, machine: Machine) -> None:
@@ -89,47 +90,76 @@ def time_row(
 ) -> Result:
     """Participants verified, then timed in turn."""
     from fagen.ops.inputs import input_sets
-    from fagen.timing import timer
 
     device = "cuda" if target.is_gpu else "cpu"
     count = input_sets(row.problem, target)
-    sets = [rows.make_inputs(row, target, settings.seed + i) for i in range(count)]
+
+    def inputs_of(one: Row) -> list[Inputs]:
+        return [rows.make_inputs(one, target, settings.seed + i) for i in range(count)]
+
+    sets, how = inputs_of(row), by_op.get(row.measured)
     flops = rows.flops(row, sets[0].call)
     result: Result = {
         "name": row.name, "series": row.series, "length": row.length, "problem": row.problem.to_dict(),
         "key": row.problem.key, "flops": flops, "bytes": rows.least_bytes(row), "input_sets": count,
-        "needs_split_keys": by_op.get(row.op).needs_split_keys(row.problem, target), "participants": {},
+        "needs_split_keys": how.needs_split_keys(row.problem, target), "participants": {},
     }  # fmt: skip
     result["choice"] = _choice(row, sets[0], target, held)
     calls = {}
     for name, prepare in participants.items():
-        facts, serve = prepared(prepare, row, sets[0], device, name, sets[1:])
+        one = rows.plain(row) if name == PLAIN else row
+        facts, call = _participant(prepare, one, sets if one == row else inputs_of(one), device, name)
         result["participants"][name] = facts
-        if serve is not None:
-            calls[name] = timer.RoundRobin([_Shielded(serve, inputs, facts) for inputs in sets])
+        if call is not None:
+            calls[name] = call
     if calls:
-        clock = functools.partial(timer.time_calls, device=device, rounds=settings.rounds)
-        try:
-            times = clock(calls, min_seconds=settings.min_seconds)
-        except RuntimeError as error:  # no memory for a graph, say: the next row may have it
-            alive(device, "a participant", row.name)
-            times = {}
-            for name in calls:
-                result["participants"][name] |= {"outcome": "failed", "reason": peers.reason(error)}
-        for name, timing in times.items():
-            result["participants"][name] |= {
-                "seconds": timing.median, "spread": timing.spread, "samples": timing.samples,
-                "uncertainty": timing.uncertainty, "tflops": flops / timing.median / 1e12,
-                "gbps": result["bytes"] / timing.median / 1e9,
-            }  # fmt: skip
-    del calls, sets
+        _time(result, calls, device, settings, captured=how.captured)
+    del calls, call, sets
     free(device)
     return result | compared(result["participants"])
 
 
+def _time(
+    result: Result, calls: Mapping[str, timer.RoundRobin], device: str, settings: Settings, *, captured: bool
+) -> None:
+    from fagen.timing import timer
+
+    clock = functools.partial(timer.time_calls, device=device, rounds=settings.rounds, captured=captured)
+    try:
+        times = clock(calls, min_seconds=settings.min_seconds)
+    except RuntimeError as error:  # no memory for a graph, say: the next row may have it
+        alive(device, "a participant", result["name"])
+        times = {}
+        for name in calls:
+            result["participants"][name] |= {"outcome": "failed", "reason": peers.reason(error)}
+    for name, timing in times.items():
+        result["participants"][name] |= {
+            "seconds": timing.median, "spread": timing.spread, "samples": timing.samples,
+            "uncertainty": timing.uncertainty, "tflops": result["flops"] / timing.median / 1e12,
+            "gbps": result["bytes"] / timing.median / 1e9,
+        }  # fmt: skip
+
+
+def _participant(
+    prepare: Prepare, row: Row, sets: list[Inputs], device: str, name: str
+) -> tuple[Result, timer.RoundRobin | None]:
+    """What is known of it before the clock runs, and its calls, one for each set of inputs."""
+    from fagen.timing import timer
+
+    facts, serve = prepared(prepare, row, sets[0], device, name, sets[1:])
+    if serve is None:
+        return facts, None
+    if row.training:
+        facts["peak_bytes"] = memory.peak(serve, sets[0], device)
+    if isinstance(serve, peers.Held):
+        calls = [_Shielded(serve.serve, inputs, facts) for inputs in sets]
+        return facts, timer.RoundRobin(calls, session=serve.session)
+    return facts, timer.RoundRobin([_Shielded(serve, inputs, facts) for inputs in sets])
+
+
 def _choice(row: Row, inputs: Inputs, target: Target, held: str | None) -> Result:
     try:
-        return family.choice(row, target, held) if held else by_op.get(row.op).choice(row, inputs)
+        return family.choice(row, target, held) if held else by_op.get(row.measured).choice(row, inputs)
     except Exception as error:  # the call itself will raise it again, and be told as failed
         return {"served_by": "nothing", "reason": peers.reason(error)}
 
@@ -165,17 +195,23 @@ def prepared(
 ) -> tuple[Result, peers.Serve | None]:
     """A participant's outcome so far, and how to call it if what it gave is right.
 
-    It is called on `more` inputs as well: what it keeps of each set must be there before a graph is captured.
+    It is called on `more` inputs as well: what it keeps of each set must be there before a graph is captured. A step
+    of training that drops weights at random is verified without.
     """
     start, serve = time.perf_counter(), None
+    drops = row.training and row.problem.dropout
+    checked_row = rows.plain(row) if drops else row
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")  # SDPA says in warnings why a backend refuses
         try:
-            serve = prepare(row, inputs)
+            serve = prepare(checked_row, inputs)
             out = serve(inputs)
             synchronize(device)
             seconds = time.perf_counter() - start
-            verdict, checked = verified(out, inputs.call, by_op.get(row.op).cells.get(device, 0))
+            verdict, checked = verified(out, inputs.call, by_op.get(row.measured).cells.get(device, 0))
+            if drops:
+                serve, checked = prepare(row, inputs), f"{checked}, without dropout"
+                more = [inputs, *more]
             for other in more if verdict.ok else ():
                 serve(other)
             synchronize(device)
@@ -230,13 +266,17 @@ def verified(out: Any, call: Any, cells: int) -> tuple[Verdict, str]:
 
 
 def compared(participants: Mapping[str, Result], among: set[str] | None = None) -> Result:
-    """The fastest peer and how many times faster than it we are; `among` leaves out other peers."""
+    """The fastest peer and how many times faster than it we are; `among` leaves out other peers.
+
+    `of_plain` is our speed over that of ours without what the row asks for beyond attention.
+    """
     speeds = {name: facts["tflops"] for name, facts in participants.items() if "tflops" in facts}
-    ours = speeds.pop(OURS, None)
+    ours, plain = speeds.pop(OURS, None), speeds.pop(PLAIN, None)
     if among is not None:
         speeds = {name: speed for name, speed in speeds.items() if name in among}
     best = max(speeds, key=lambda name: speeds[name], default=None)
-    return {"best_peer": best, "ratio": ours / speeds[best] if ours and best else None}
+    found = {"best_peer": best, "ratio": ours / speeds[best] if ours and best else None}
+    return found | {"of_plain": ours / plain} if ours and plain else found
 
 
 def summary(found: list[Result]) -> Result:
@@ -245,14 +285,15 @@ def summary(found: list[Result]) -> Result:
         "rows": len(found),
         **_ratios(found),
         "without_split_keys": _ratios(whole) if len(whole) < len(found) else None,
+        "of_plain": _ratios(found, "of_plain") if any("of_plain" in result for result in found) else None,
         "ours_not_ok": [r["name"] for r in found if r["participants"][OURS]["outcome"] != "ok"],
         "ours_by_torch": [r["name"] for r in found if r["choice"].get("served_by") == "torch"],
     }
 
 
-def _ratios(found: list[Result]) -> Result:
+def _ratios(found: list[Result], to: str = "ratio") -> Result:
     """Of the rows that have a peer; those where it is the faster one, the worst first."""
-    ratios = {result["name"]: result["ratio"] for result in found if result["ratio"]}
+    ratios = {result["name"]: result[to] for result in found if result.get(to)}
     behind = sorted((name for name in ratios if ratios[name] < 1), key=lambda name: ratios[name])
     worst = min(ratios, key=lambda name: ratios[name], default=None)
     return {

@@ -6,11 +6,13 @@ Lengths and batch share 16384 tokens and heads and head_dim share 2048 columns, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from random import Random
 from typing import Any
 
 from fagen.bench import decode, fp8, random_rows, softmax
-from fagen.bench.rows import Row, of_problem, row_of_op
+from fagen.bench.rows import TRAINING, Row, of_problem, row_of_op
 from fagen.errors import UsageError
 from fagen.ops.attention.problem import Problem
 from fagen.ops.softmax.problem import DIRECTIONS
@@ -78,6 +80,13 @@ _FEW_ROWS = (
     (1024, 16384, 1, 4, 4, 64, "causal"),
     (1500, 12000, 1, 2, 2, 128, "none"),
 )
+_LARGE = {(320, 320): 6, (384, 384): 5, (512, 512): 4, (576, 512): 4, (640, 640): 3, (768, 768): 3, (1024, 1024): 2}
+_LARGE_LENGTHS = (1024, 4096, 16384)
+# head dims that are multiples of 8 alone, each beside the next multiple of 16: heads of both
+_ODD = {(40, 48): 40, (72, 80): 24, (88, 96): 20, (104, 112): 18, (120, 128): 16}
+_ODD_LENGTHS = (2048, 8192)
+_EQUAL_DIMS = (((64, 64), 32), ((128, 128), 16), ((256, 256), 8))  # head dims, heads
+_DOCUMENT_SHAPES = ((16, 16, 128), (32, 8, 128), (32, 32, 64))  # heads, kv heads, head_dim
 _SHAPE: dict[str, Any] = {"heads": 16, "head_dim": 128}  # of the mask rows
 
 
@@ -114,6 +123,23 @@ def _fp32() -> list[Row]:
                 series = f"fp32 d{head_dim} {mask}"
                 found.append(Row(f"{series} s{length} b{problem.batch} h{problem.heads}", problem, series))
     return found
+
+
+def _large_d() -> list[Row]:
+    rows = [
+        _grid_row(dims, heads, mask, n) for dims, heads in _LARGE.items() for mask in _MASKS for n in _LARGE_LENGTHS
+    ]
+    return [*rows, _layer("gqa-d512", 8192, 1, 16, 4, (512, 512))]
+
+
+def _odd_d() -> list[Row]:
+    return [
+        _grid_row((d, d), heads, mask, length)
+        for pair, heads in _ODD.items()
+        for mask in _MASKS
+        for length in _ODD_LENGTHS
+        for d in pair
+    ]
 
 
 def _few_rows() -> list[Row]:
@@ -174,13 +200,74 @@ def prefix_row(name: str, length: int, prefix: int, **shape: Any) -> Row:
     return Row(name, Problem(mask="intervals", intervals="both2", seqlen_q=length, **shape), name, prefix=prefix)
 
 
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def _training() -> list[Row]:
+    found = [_layer(name, length, batch, h, kv, (d, d)) for name, length, batch, h, kv, d in _LAYERS]
+    found += [_layer("gpt-oss-20b", 4096, 4, 64, 8, (64, 64), left) for left in (-1, 127)]
+    found.append(_layer("llama3-8b", TOKENS, 1, 32, 8, (128, 128)))
+    return [*found, *(_grid_row(dims, heads, "causal", TOKENS) for dims, heads in _EQUAL_DIMS)]
+
+
+def _same_bits() -> list[Row]:
+    found = [_grid_row(dims, heads, mask, 8192) for dims, heads in _EQUAL_DIMS for mask in _MASKS]
+    return [*found, _grid_row((128, 128), 16, "causal", 2048), *_masks()[:3]]
+
+
+def _dropout() -> list[Row]:
+    found = [_grid_row(dims, heads, mask, 2048) for dims, heads in _EQUAL_DIMS for mask in _MASKS]
+    found.append(_layer("llama3-8b", 8192, 1, 32, 8, (128, 128)))
+    return [
+        replace(
+            row, name=f"{row.name} dropout", series=f"{row.series} dropout", problem=row.problem.replace(dropout=True)
+        )
+        for row in found
+    ]
+
+
+def _documents() -> list[Row]:
+    found = []
+    for heads, kv_heads, head_dim in _DOCUMENT_SHAPES:
+        name = f" h{heads}/{kv_heads} d{head_dim}"
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        found += [
+            window_row(f"window{WINDOW}{name}", TOKENS, WINDOW, **shape),
+            documents_row(f"doc8-causal{name}", DOCUMENTS, causal=True, **shape),
+            documents_row(f"doc8-full{name}", DOCUMENTS, causal=False, **shape),
+        ]
+    return found
+
+
+def _varlen() -> list[Row]:
+    """Sequences of random lengths: where they begin is seldom where a tile does."""
+    found = []
+    for heads, kv_heads, head_dim in _DOCUMENT_SHAPES:
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        for count in (1, 4, 16, 64):
+            starts = sorted(Random(count).sample(range(1, TOKENS), count - 1))
+            lengths = tuple(b - a for a, b in pairwise((0, *starts, TOKENS)))
+            row = documents_row(f"varlen{count} causal h{heads}/{kv_heads} d{head_dim}", lengths, causal=True, **shape)
+            found.append(replace(row, packed=True))
+    return found
+
+
+def _ampere() -> list[Row]:
+    return [
+        _grid_row((head_dim, head_dim), 2048 // head_dim, mask, length)
+        for head_dim in (64, 128, 256)
+        for mask in _MASKS
+        for length in (1024, 4096, TOKENS)
+    ]
+
+
+# ---- all of them ----------------------------------------------------------------------------------------------------
+
+
 def _small(target: Target) -> list[Row]:
     from fagen.ops.attention import suite as tuned
 
     return [of_problem(problem) for problem in tuned.default(target)]
-
-
-# ---- all of them ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -191,16 +278,17 @@ class Suite:
 
 
 def _attention(
-    about: str, forward: Callable[[Target, int], list[Row]], without: Mapping[str, tuple[str, ...]] | None = None
-) -> Suite:
+    about: str, forward: Callable[[Target, int], list[Row]], without: Mapping[str, tuple[str, ...]] | None = None,
+    ops: tuple[str, ...] = ("forward", "backward", TRAINING), always_same_bits: bool = False,
+) -> Suite:  # fmt: skip
     """Rows of forward, whose sizes backward takes over; `without` names the series that an op leaves out."""
 
     def rows(target: Target, seed: int, op: str, same_bits: bool) -> list[Row]:
         left_out = (without or {}).get(op, ())
         found = [row for row in forward(target, seed) if row.series not in left_out]
-        return [row_of_op(row, op, same_bits=same_bits) for row in found]
+        return [row_of_op(row, op, same_bits=same_bits or always_same_bits) for row in found]
 
-    return Suite(about, rows, ("forward", "backward"))
+    return Suite(about, rows, ops)
 
 
 def _of_decode(name: str) -> Suite:
@@ -211,7 +299,7 @@ SUITES = {
     "peers": _attention(
         "the head_dim grid at three lengths, eight models' layers, a cross-attention: 39 rows",
         lambda target, seed: _peers(),
-        without={"backward": (_CROSS,)},  # nobody trains by it
+        without={"backward": (_CROSS,), TRAINING: (_CROSS,)},  # nobody trains by it
     ),
     "models": _attention("the layers of well-known models at several lengths", lambda target, seed: _models()),
     "masks": _attention("window, packed documents, prefix LM at 16k", lambda target, seed: _masks()),
@@ -221,6 +309,29 @@ SUITES = {
     "few_rows": _attention(
         "few rows of q on many keys, where tiles of rows alone leave SMs idle: 23 rows",
         lambda target, seed: _few_rows(),
+    ),
+    "large-d": _attention(
+        "head dims 320 to 1024 at lengths 1k, 4k and 16k, and grouped heads of 512: 43 rows",
+        lambda target, seed: _large_d(),
+    ),
+    "odd-d": _attention(
+        "head dims 40 to 120 that are multiples of 8 alone, each beside the next multiple of 16: 40 rows",
+        lambda target, seed: _odd_d(),
+    ),
+    "training": _attention(
+        "models' layers as they are trained, three at 16k for their memory", lambda target, seed: _training()
+    ),
+    "deterministic": _attention(
+        "gradients of the same bits each time: 8k, and window and documents at 16k",
+        lambda target, seed: _same_bits(),
+        ops=("backward", TRAINING),
+        always_same_bits=True,
+    ),
+    "dropout": _attention("a tenth of the weights dropped", lambda target, seed: _dropout()),
+    "documents": _attention("window and packed documents at 16k, three shapes", lambda target, seed: _documents()),
+    "varlen": _attention("16k tokens in 1, 4, 16 and 64 sequences, three shapes", lambda target, seed: _varlen()),
+    "ampere": _attention(
+        "head dims 64, 128 and 256 from 1k to 16k, for kernels of sm_80", lambda target, seed: _ampere()
     ),
     "small": _attention("a small suite, for a CPU", lambda target, seed: _small(target)),
     **{name: _of_decode(name) for name in decode.SUITES},
@@ -237,6 +348,7 @@ SUITES = {
     ),
 }
 _DEFAULTS = {"decode": "decode", "forward_fp8": "fp8"}  # of the other ops it depends on the device
+_ON_GPUS = {TRAINING: "training"}
 
 
 def suite(name: str, target: Target, seed: int = 0, op: str = "forward", *, same_bits: bool = False) -> list[Row]:
@@ -250,4 +362,4 @@ def suite(name: str, target: Target, seed: int = 0, op: str = "forward", *, same
 
 
 def default(target: Target, op: str = "forward") -> str:
-    return _DEFAULTS.get(op) or ("peers" if target.is_gpu else "small")
+    return _DEFAULTS.get(op) or (_ON_GPUS.get(op, "peers") if target.is_gpu else "small")

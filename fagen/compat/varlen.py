@@ -10,6 +10,7 @@ from fagen import api
 from fagen.compat.flash_attn import window_bounds
 from fagen.errors import InvalidArgument, UnsupportedProblem
 from fagen.ops.attention import arguments, masks
+from fagen.runtime import decode_ops, packed
 
 
 def flash_attn_varlen_func(
@@ -34,8 +35,8 @@ def flash_attn_varlen_func(
 
     Sequence i has rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of q, and keys likewise; lengths of zero are fine. Pass
     one tensor as both where they are the same: then fewer bounds are read, and ALiBi is served. The largest lengths are
-    not needed. The bounds are made at every call; make them once by `fagen.masks.from_cu_seqlens` for many calls of
-    `fagen.attention`. With `return_attn_probs`: (out, softmax_lse, None), the LSE (heads, total length of q).
+    not needed. The bounds are made at every call, by one kernel; `fagen.masks.from_cu_seqlens` makes them once for many
+    calls of `fagen.attention`. With `return_attn_probs`: (out, softmax_lse, None), the LSE (heads, total length of q).
     """
     if block_table is not None:
         raise UnsupportedProblem("paged keys are not supported", "", "pass block_table=None and contiguous k, v")
@@ -84,6 +85,22 @@ def packed_masks(
     whole is that of each sequence."""
     rows, keys = q.shape[0], k.shape[0]
     if of_q is of_k and rows == keys:
-        both = masks.from_cu_seqlens(of_q, of_k, rows, keys)
-        return {"causal": causal, "window": bounds, "intervals": both[..., :1].contiguous() if causal else both}
-    return {"intervals": masks.from_cu_seqlens(of_q, of_k, rows, keys, causal=causal, left=bounds[0], right=bounds[1])}
+        intervals = _intervals(of_q, of_k, rows, keys, 1 if causal else 2)
+        return {"causal": causal, "window": bounds, "intervals": intervals}
+    left, right = bounds[0], 0 if causal else bounds[1]
+    return {"intervals": _intervals(of_q, of_k, rows, keys, 2, left, right)}
+
+
+def _intervals(
+    of_q: torch.Tensor, of_k: torch.Tensor, rows: int, keys: int, columns: int, left: int | None = None,
+    right: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """By one kernel, where there is one and its address may be taken; a compiler fuses what PyTorch computes."""
+    plain = keys > 0 and decode_ops.is_plain(of_q) and decode_ops.is_plain(of_k)
+    library = packed.library_for(of_q, of_k) if plain else None
+    if library is not None:
+        made = packed.make_intervals(library, of_q, of_k, rows, keys, columns, left, right)
+        if made is not None:
+            return made
+    both = masks.from_cu_seqlens(of_q, of_k, rows, keys, left=left, right=right)
+    return both[..., :1].contiguous() if columns == 1 else both

@@ -9,7 +9,7 @@ import torch
 
 from fagen.dispatch import resolve
 from fagen.dispatch.plan import TORCH, Answer
-from fagen.ops.attention import fallback
+from fagen.ops.attention import fallback, traced
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.call import AttentionCall
 from fagen.runtime import dropout_ops, python_ops
@@ -42,6 +42,18 @@ def answer_to_gradients(call: AttentionCall) -> Answer:
     with _on_device(call.q):
         resolve.build_together(problem, call.problem, call.target)
         return resolve.answer(problem, call.target)
+
+
+def build_ahead(call: AttentionCall, gradients: bool) -> None:
+    """Begin to compile the kernel of a call that is traced, or the one of its gradients."""
+    known = traced.described(call)
+    target = None if known is None else known.target
+    if known is None or target is None or known.unreadable:
+        return
+    problem = known.problem
+    if gradients:
+        problem = BackwardProblem.of(problem, deterministic=call.deterministic)
+    resolve.build_ahead(problem, target)
 
 
 def words_of(call: AttentionCall) -> list[int]:
@@ -77,5 +89,5 @@ def _on_device(q: torch.Tensor) -> Any:
     return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
 
-python_ops.answer_with(words_of, backward_words_of)
-dropout_ops.answer_with(kernel_of)
+python_ops.answer_with(words_of, backward_words_of, build_ahead)
+dropout_ops.answer_with(kernel_of, build_ahead)

@@ -10,7 +10,9 @@ kernel is built, else by any kernel of the static key that is loaded, else by Py
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -102,6 +104,28 @@ def build_together(problem: Problem, alongside: Problem, target: Target) -> None
         kernels.build_together((first, second))
     elif kernels.loaded(second) is None:
         _build_meanwhile(second)
+
+
+def build_ahead(problem: Problem, target: Target) -> None:
+    """Begin to compile what a graph that is traced will ask for, beside this thread. Nothing is loaded here: a tracer
+    looks on."""
+    mode = env.build_mode()
+    if mode == "never":
+        return
+    stale = choose.known_only() if mode == "background" else ""
+    spec = choose.choose(problem, target, stale=stale, ours=True).spec
+    if spec is None or spec.key in kernels.in_memory or spec.key in kernels.failed:
+        return
+    if mode == "background":
+        _build_meanwhile(spec)
+    else:
+        background.submit(spec.key, functools.partial(_build_for_later, spec))
+
+
+def _build_for_later(spec: KernelSpec) -> None:
+    """Whoever then asks for one that cannot be built learns why."""
+    with contextlib.suppress(FagenError):
+        kernels.built(spec)
 
 
 def plan_of(problem: Problem, target: Target) -> Plan | None:
@@ -248,7 +272,8 @@ def _rows(problem: Problem, target: Target) -> Iterator[PlannedRecord]:
     waits = env.build_mode() != "background"
     stale = "" if waits else choose.known_only()
     looked: set[Key] = set()
-    for record, provenance in store.Database.load().candidates(problem, target):
+    op = ops.get(problem.op)
+    for record, provenance in store.Database.load().candidates(problem, target, every_regime=True):
         if _name(record) in _passed_over:
             continue
         found = ASK
@@ -262,8 +287,8 @@ def _rows(problem: Problem, target: Target) -> Iterator[PlannedRecord]:
                 looked.add(key)
                 if not waits and (key in kernels.failed or (not found.known and background.pending(key))):
                     continue  # another one serves, until it is built
-        features = tuple(ops.get(problem.op).features(record.problem, target.units).values())
-        yield PlannedRecord(record, provenance == "arch", features, found)
+        features = tuple(op.features(record.problem, target.units).values())
+        yield PlannedRecord(record, provenance == "arch", features, op.regime(record.problem, target), found)
 
 
 def _answer_of(choice: Choice) -> Answer:

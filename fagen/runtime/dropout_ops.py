@@ -27,14 +27,18 @@ _SCHEMA_TYPES = {
     float | None: "float?",
 }  # fmt: skip
 
-_kernel_of: Callable[[AttentionCall], Kernel | None]  # `answer_with` sets it
+_kernel_of: Callable[[AttentionCall], Kernel | None]  # `answer_with` sets them
+_build_ahead: Callable[[AttentionCall, bool], None]
 _libraries: list[Any] = []  # torch unregisters what is collected
 
 
-def answer_with(kernel_of: Callable[[AttentionCall], Kernel | None]) -> None:
-    """Hand over what finds the kernel of a call, forward or backward; None where PyTorch computes."""
-    global _kernel_of
-    _kernel_of = kernel_of
+def answer_with(
+    kernel_of: Callable[[AttentionCall], Kernel | None], build_ahead: Callable[[AttentionCall, bool], None]
+) -> None:
+    """Hand over what finds the kernel of a call, forward or backward, None where PyTorch computes; and what begins to
+    compile the one of a traced call, or of its gradients."""
+    global _kernel_of, _build_ahead
+    _kernel_of, _build_ahead = kernel_of, build_ahead
 
 
 def attend(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,11 +108,19 @@ def _readable(t: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    made = AttentionCall.trusting(OpArguments(*args[:_SHARED]), want_lse=True).new_outputs()
+    made = _traced(args, gradients=False).new_outputs()
     return made["out"], made["lse"]
 
 
+def _traced(args: tuple[Any, ...], *, gradients: bool) -> AttentionCall:
+    """The call of an op that a tracer looks at. Its kernel is compiled while the rest of the graph is."""
+    call = AttentionCall.trusting(OpArguments(*args[:_SHARED]), want_lse=True)
+    _build_ahead(dataclasses.replace(call, dropout=args[_SHARED]), gradients)
+    return call
+
+
 def _fake_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    _traced(args, gradients=True)
     q, k, v, *_ = args
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 

@@ -15,15 +15,18 @@ _SHARED = len(OpArguments._fields)  # arguments that all ops begin with; an op's
 
 _decide: Callable[[AttentionCall], list[int]]  # `answer_with` sets them
 _decide_backward: Callable[[AttentionCall], list[int]]
+_build_ahead: Callable[[AttentionCall, bool], None]  # of a call that is traced, or of its gradients
 _libraries: list[Any] = []  # torch unregisters what is collected
 
 
 def answer_with(
-    decide: Callable[[AttentionCall], list[int]], decide_backward: Callable[[AttentionCall], list[int]]
-) -> None:
-    """Hand over what decides a call that the C++ table does not know, or its gradients, and plans its kind."""
-    global _decide, _decide_backward
-    _decide, _decide_backward = decide, decide_backward
+    decide: Callable[[AttentionCall], list[int]], decide_backward: Callable[[AttentionCall], list[int]],
+    build_ahead: Callable[[AttentionCall, bool], None],
+) -> None:  # fmt: skip
+    """Hand over what decides a call that the C++ table does not know, or its gradients, and plans its kind; and what
+    begins to compile the kernel of a traced call."""
+    global _decide, _decide_backward, _build_ahead
+    _decide, _decide_backward, _build_ahead = decide, decide_backward, build_ahead
 
 
 def register() -> None:
@@ -62,7 +65,7 @@ def _fallback_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     _, _, dout, dlse = args[_SHARED:]
     call = AttentionCall.trusting(OpArguments(*args[:_SHARED]), want_lse=dlse is not None)
     made = fallback.gradients(call, dout, dlse)
-    return tuple(_laid_out_like(room, t) for room, t in zip(_fake_backward(*args), made, strict=True))
+    return tuple(_laid_out_like(room, t) for room, t in zip(_rooms(args), made, strict=True))
 
 
 def _laid_out_like(room: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -86,9 +89,16 @@ def _fail(what: str, numbers: str) -> None:
 # ---- what a tracer sees ---------------------------------------------------------------------------------------------
 
 
+def _traced(args: tuple[Any, ...], *, gradients: bool = False) -> AttentionCall:
+    """The call of an op that a tracer looks at. Its kernel is compiled while the rest of the graph is."""
+    call = AttentionCall.trusting(OpArguments(*args[:_SHARED]), want_lse=True)
+    _build_ahead(call, gradients)
+    return call
+
+
 def _fakes(args: tuple[Any, ...]) -> dict[str, torch.Tensor]:
     """Room for all outputs of an op."""
-    return AttentionCall.trusting(OpArguments(*args[:_SHARED]), want_lse=True).new_outputs()
+    return _traced(args).new_outputs()
 
 
 def _fake(*args: Any) -> torch.Tensor:
@@ -106,5 +116,10 @@ def _fake_out(*args: Any) -> torch.Tensor:
 
 
 def _fake_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    _traced(args, gradients=True)
+    return _rooms(args)
+
+
+def _rooms(args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     q, k, v, *_ = args
     return tuple(torch.empty_like(t) for t in (q, k, v))

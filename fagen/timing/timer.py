@@ -14,6 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import truediv
 from typing import TYPE_CHECKING, Protocol
@@ -72,10 +73,13 @@ def lost(seconds: float, spread: float, other: float) -> bool:
 
 
 class RoundRobin:
-    """One call that goes through several, one at a time: the same kernel on each set of inputs."""
+    """One call that goes through several, one at a time: the same kernel on each set of inputs. They are called within
+    a `session`, which is entered before the clock starts."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self.count, self._turn = len(calls), itertools.cycle(calls)
+    def __init__(
+        self, calls: Sequence[Call], session: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        self.count, self.session, self._turn = len(calls), session, itertools.cycle(calls)
 
     def __call__(self) -> object:
         return next(self._turn)()
@@ -97,10 +101,11 @@ class _CpuSampler:
         self.call, self.calls = call, 1
 
     def sample(self) -> float:
-        start = time.perf_counter()
-        for _ in range(self.calls):
-            self.call()
-        return (time.perf_counter() - start) / self.calls
+        with _session(self.call):
+            start = time.perf_counter()
+            for _ in range(self.calls):
+                self.call()
+            return (time.perf_counter() - start) / self.calls
 
 
 class _GpuSampler:
@@ -119,7 +124,7 @@ class _GpuSampler:
 
         graph = torch.cuda.CUDAGraph()
         try:
-            with warnings.catch_warnings(), torch.cuda.graph(graph):
+            with warnings.catch_warnings(), _session(self.call), torch.cuda.graph(graph):
                 warnings.simplefilter("error")  # torch only warns of a graph that captured nothing
                 for _ in range(self.calls):
                     self.call()
@@ -132,15 +137,21 @@ class _GpuSampler:
         import torch
 
         torch.cuda.synchronize()
-        self.start.record()
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            for _ in range(self.calls):
-                self.call()
-        self.end.record()
-        self.end.synchronize()
+        with _session(self.call):
+            self.start.record()
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                for _ in range(self.calls):
+                    self.call()
+            self.end.record()
+            self.end.synchronize()
         return self.start.elapsed_time(self.end) * 1e-3 / self.calls
+
+
+def _session(call: Call) -> AbstractContextManager[object]:
+    session: Callable[[], AbstractContextManager[object]] = getattr(call, "session", nullcontext)
+    return session()
 
 
 def time_once(call: Call, *, device: torch.device | str) -> float:
@@ -158,15 +169,18 @@ def sampler_of(call: Call, device: torch.device | str) -> Sampler:
     return _GpuSampler(call) if str(device).startswith("cuda") else _CpuSampler(call)
 
 
-def prepared(calls: Mapping[str, Call], device: torch.device | str) -> dict[str, Sampler]:
-    """What times each of these calls: warm, and of so many calls a sample that it lasts long enough."""
+def prepared(calls: Mapping[str, Call], device: torch.device | str, *, captured: bool = True) -> dict[str, Sampler]:
+    """What times each of these calls: warm, and of so many calls a sample that it lasts long enough.
+
+    Those that are not `captured` into graphs are timed eagerly, the host's part included.
+    """
     least = _SAMPLE_SECONDS["cuda" if str(device).startswith("cuda") else "cpu"]
     samplers = {name: sampler_of(call, device) for name, call in calls.items()}
     for name, sampler in samplers.items():
         sampler.sample()  # warm
         wanted = math.ceil(least / max(sampler.sample(), 1e-9))
         sampler.calls = max(getattr(calls[name], "count", 1), min(_MOST_CALLS, wanted))
-        if isinstance(sampler, _GpuSampler):
+        if captured and isinstance(sampler, _GpuSampler):
             sampler.capture()
             sampler.sample()
     return samplers
@@ -179,12 +193,13 @@ def time_calls(
     rounds: int = 7,
     min_seconds: float = 0.0,
     max_seconds: float = math.inf,
+    captured: bool = True,
 ) -> dict[str, Timing]:
     """Time calls against each other: at least `rounds` rounds, more until `min_seconds` are spent in all.
 
     `max_seconds` ends it earlier, but not before three rounds.
     """
-    samplers = prepared(calls, device)
+    samplers = prepared(calls, device, captured=captured)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names, start = list(calls), time.perf_counter()
     for turn in itertools.count():

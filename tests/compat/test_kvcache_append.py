@@ -141,14 +141,14 @@ def test_calls_are_served_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_without_a_kernel_pytorch_appends(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not built and may not be; it cannot be built, which is said once; it is built meanwhile."""
-    monkeypatch.setattr(append, "_libraries", {})
+    monkeypatch.setattr(append.HELPER, "libraries", {})
     monkeypatch.setattr(kvcache_known, "_known", {})
     named = cached()
     fagen.flash_attn_with_kvcache(**named)  # builds what attends
     want = named["k_cache"].clone()
 
     def again() -> None:
-        append._libraries.clear()
+        append.HELPER.libraries.clear()
         kvcache_known._known.clear()
         named["k_cache"].zero_()
         fagen.flash_attn_with_kvcache(**named)
@@ -158,14 +158,14 @@ def test_without_a_kernel_pytorch_appends(monkeypatch: pytest.MonkeyPatch) -> No
         patch.setattr(builds, "find", lambda job: None)
         patch.setenv("FAGEN_BUILD", "never")
         again()
-        assert append._libraries == {host().arch: None}
+        assert append.HELPER.libraries == {host().arch: None}
         patch.setenv("FAGEN_BUILD", "background")
         begun: list[Any] = []
         patch.setattr(background, "submit", lambda key, work: begun.append(work))
         again()
-        assert len(begun) == 1 and not append._libraries
+        assert len(begun) == 1 and not append.HELPER.libraries
         begun[0]()
-        assert append._libraries[host().arch] is not None
+        assert append.HELPER.libraries[host().arch] is not None
     with monkeypatch.context() as patch:
 
         def fail(*_: Any, **__: Any) -> Any:
@@ -176,7 +176,7 @@ def test_without_a_kernel_pytorch_appends(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.warns(UserWarning, match="PyTorch appends to caches: no compiler"):
             background.warn_told()
     assert append.library(dataclasses.replace(known("sm_80"), arch="sm_75"), capturing=False) is None
-    assert append.library(known("sm_80"), capturing=True) is None and "sm_80" not in append._libraries
+    assert append.library(known("sm_80"), capturing=True) is None and "sm_80" not in append.HELPER.libraries
 
 
 def test_what_the_kernel_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,10 +196,10 @@ def test_what_the_kernel_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_it_is_built_ahead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """By `fagen.warmup` and `fagen build`, where something decodes."""
-    monkeypatch.setattr(append, "_libraries", {})
+    monkeypatch.setattr(append.HELPER, "libraries", {})
     small: dict[str, Any] = {"dtype": "fp32", "head_dim": 16, "heads": 2}
     fagen.warmup([fagen.DecodeProblem(**small)], host())
-    assert append._libraries[host().arch] is not None
+    assert append.HELPER.libraries[host().arch] is not None
     made: list[str] = []
     make = builds.make
     monkeypatch.setattr(builds, "make", lambda job, **more: made.append(job.name) or make(job, **more))

@@ -20,6 +20,7 @@ from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.dispatch import choose, kernels, resolve, warmup
 from fagen.errors import InvalidArgument
+from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.problem import Problem
 
 FAMILY, HERE, H200 = families.get("cpu_forward"), target.host(), target.known("sm_90")
@@ -60,6 +61,26 @@ def test_no_size_asks_for_more(model: str, shipped: None) -> None:
 
 
 FAMILY_OF = {family.name: family for family in families.all_families()}
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_few_rows_and_gradients_ask_for_no_more(arch: str, backward: bool, mask: str, shipped: None) -> None:
+    """Of few rows on many keys several blocks share the keys, by a kernel of its own."""
+    draw, where, most = random.Random(mask), target.known(arch), 32768
+    problem = Problem(mask=mask, head_dim=80, heads=8, kv_heads=2)  # which no record is of
+    problem = BackwardProblem.of(problem) if backward else problem
+    built = {choose.choose(size, where, ours=True).config for size in warmup.sizes(problem, where, most)}
+    splits = set()
+    for _ in range(60):
+        rows = draw.choice([1, 16, 17, 64, 100, 300, 1024])
+        keys = max(rows, round(2 ** draw.uniform(0, 15)))
+        size = problem.replace(batch=draw.choice([1, 1, 2, 16]), seqlen_q=rows, seqlen_k=keys)
+        config = choose.choose(size, where, ours=True).config
+        assert config in built, size.key
+        splits.add(dict(config).get("splits"))
+    assert backward or len(splits) > 1, "some of these sizes split keys"
 
 
 def test_the_readme_counts_them(shipped: None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fagen.bench import output
+from fagen.bench.rows import TRAINING
 from fagen.cli import arguments, results, softmax_arguments
 from fagen.errors import INTERRUPTED, UsageError
 from fagen.notices import emit_json, say
@@ -24,6 +25,8 @@ _EXAMPLES = """examples:
   fagen bench --head-dim 128 --mask causal --seqlen 4k,16k --heads 32 --kv-heads 8 --peers none
   fagen bench --suite peers --filter 'd64 causal' --markdown bench.md
   fagen bench --suite peers --op backward          the gradients alone; with --deterministic, the same bits each time
+  fagen bench --op training --suite training --peers cudnn,fa2,fa3   forward and backward by autograd, peak memory
+  fagen bench --op backward --suite deterministic --peers plain,fa3  the same bits each time, beside ours in any order
   fagen bench --op decode --suite decode,paged     a step of decoding on a cache, contiguous and in pages
   fagen bench --suite random --seed 7              60 problems that nobody tuned
   fagen bench --suite fp8 --fa3 lib/_C.so          forward on fp8 numbers, ours in 16 bits beside it
@@ -39,8 +42,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument(
         "--suite",
         metavar="S",
-        help="peers, models, masks, random, small, fp32, fp8, softmax, or several (default: peers; small on a CPU); "
-        "with --op decode: decode, paged, ragged, mixed",
+        help="peers, models, masks, documents, varlen, deterministic, dropout, ampere, random, small, fp32, fp8, "
+        "softmax, or several (default: peers; small on a CPU); with --op training: training; with --op decode: decode, paged, "
+        "ragged, mixed, mla",
     )
     what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
     arguments.add_problem_flags(parser)
@@ -48,8 +52,8 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     others = parser.add_argument_group("peers", "docs/bench.md says how each is found")
     others.add_argument(
         "--peers", default="all", metavar="P",
-        help="all, none, or a list of cudnn, fa2, flash_attn, fa3, fa4, flex, flashinfer, sdpa, efficient, math "
-        "(default: all, which leaves out the last three on a GPU)",
+        help="all, none, or a list of cudnn, fa2, flash_attn, fa3, fa4, flex, flashinfer, flash_mla, sdpa, efficient, "
+        "math (default: all, which leaves out the last three on a GPU)",
     )  # fmt: skip
     others.add_argument(
         "--family", metavar="F", help="hold ours to one family (default: whatever dispatch picks, as a user calls it)"
@@ -66,11 +70,11 @@ def run(args: argparse.Namespace) -> int:
 
     target = results.present(args.target)
     chosen = rows_from(args, target)
-    _require_op(args, chosen[0].op)
-    names = peers.chosen(args.peers, "cuda" if target.is_gpu else "cpu", chosen[0].op)
+    _require_op(args, chosen[0].measured)
+    names = peers.chosen(args.peers, "cuda" if target.is_gpu else "cpu", chosen[0].measured)
     old = compare.read(args.compare) if args.compare else None
     if old:
-        compare.require_same(old, target.device, chosen[0].op)
+        compare.require_same(old, target.device, chosen[0].measured)
     results.require(args)
     result: dict[str, Any] = {}
     try:
@@ -113,13 +117,13 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
         if word not in suites.SUITES:
             raise UsageError(f"suite {word!r} is unknown", f"known: {', '.join(suites.SUITES)}")
         found += suites.suite(word, target, args.seed, op, same_bits=same_bits)
-    found += [rows.of_problem(problem) for problem in problems]
+    found += [rows.row_of_op(rows.of_problem(problem), op) for problem in problems]
     try:
         wanted = re.compile(args.filter or "")
     except re.error as error:
         raise UsageError(f"--filter {args.filter!r} is no regular expression", str(error)) from error
     found = list({row.name: row for row in found if wanted.search(row.name)}.values())
-    if len({row.op for row in found}) > 1:
+    if len({row.measured for row in found}) > 1:
         raise UsageError("a run measures one op", "suite softmax is another than that of attention's rows")
     if not found:
         raise UsageError("no row is left to measure", f"--filter {args.filter!r} matches none")
@@ -129,20 +133,23 @@ def rows_from(args: argparse.Namespace, target: Target) -> list[Row]:
 def _problems(args: argparse.Namespace, target: Target) -> list[Problem]:
     """Those of flags and files. --op and --deterministic alone describe none: they are of suites and files, too."""
     both = {"op": None, "deterministic": None}
-    alone = all(getattr(args, name) is None for name in arguments.SETTINGS if name not in both)
-    return arguments.problems_from(argparse.Namespace(**{**vars(args), **both}) if alone else args, target)
+    if all(getattr(args, name) is None for name in arguments.SETTINGS if name not in both):
+        changed: dict[str, Any] = both
+    else:
+        changed = {"op": "backward"} if args.op == TRAINING else {}
+    return arguments.problems_from(argparse.Namespace(**{**vars(args), **changed}), target)
 
 
 def _op(args: argparse.Namespace, problems: list[Problem]) -> str:
     """The one op that is measured: that of --op, else that of the problems."""
     asked = (
-        choices("op", args.op, (*arguments.OPS, softmax_arguments.OP))
+        choices("op", args.op, (*arguments.OPS, TRAINING, softmax_arguments.OP))
         if args.op
         else sorted({p.op for p in problems}) or ["forward"]
     )
     if len(asked) != 1:
         raise UsageError(f"a run measures one op, not {' and '.join(asked)}", remedy="give --op one of them")
-    if args.deterministic and asked != ["backward"]:
+    if args.deterministic and asked not in (["backward"], [TRAINING]):
         raise UsageError("--deterministic needs op backward", f"{asked[0]} always gives the same bits")
     return asked[0]
 
@@ -151,12 +158,12 @@ def _measure(
     args: argparse.Namespace, target: Target, chosen: list[Row], names: list[str], result: dict[str, Any]
 ) -> None:
     """Fills the result, row by row."""
-    from fagen.bench import peers, prebuild, report, run
+    from fagen.bench import peers, prebuild, report, rows, run
     from fagen.db.record import environment, now
     from fagen.timing import load
 
     paths = {name: getattr(args, name) for name in ("fa3", "fa4") if getattr(args, name)}
-    op = chosen[0].op
+    op = chosen[0].measured
     here, absent = peers.load(names, "cuda" if target.is_gpu else "cpu", paths, op)
     settings = run.Settings(args.rounds, args.min_time, args.seed)
     result |= {
@@ -175,7 +182,8 @@ def _measure(
         say(f"note     {busy}")
     for text in report.absent(result["peers"]):
         say(text)
-    prebuild.build(chosen, target, say, args.family)
+    plain = [rows.plain(row) for row in chosen] if peers.PLAIN in here else []
+    prebuild.build([*chosen, *plain], target, say, args.family)
 
     cpu = report.on_cpu(result)
 

@@ -18,6 +18,7 @@ from fagen.ops.attention.parse import size
 if TYPE_CHECKING:
     from fagen.dispatch.choose import Choice
     from fagen.ops.attention.problem import Problem
+    from fagen.runtime.helper import Helper
     from fagen.target import Target
 
 _EXAMPLES = """examples:
@@ -76,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             work.setdefault(choice.spec.key, (problem, choice))
     binding.make()  # the op needs it besides the kernels
-    if any(problem.op == "decode" for problem in problems):
-        rows += _build_append(target)
+    for helper in warmup.helpers_of(problems):
+        rows += _build_helper(helper, target)
     with ThreadPoolExecutor(args.jobs) as pool:
         rows += pool.map(lambda item: _build(item[1].spec), work.values())
         doubtful = [problem for problem, choice in work.values() if choice.trust and choice.trust.state == "unverified"]
@@ -124,15 +125,13 @@ def _recorded(target: Target) -> list[Problem]:
     return [record.problem for record in Database.load().records if record.arch == target.arch]
 
 
-def _build_append(target: Target) -> list[dict[str, Any]]:
-    """The kernel that writes new rows to a cache; a row if it fails."""
-    from fagen.runtime import append
-
+def _build_helper(helper: Helper, target: Target) -> list[dict[str, Any]]:
+    """A row if it fails."""
     try:
-        append.build(target)
+        helper.build(target)
     except FagenError as error:
-        say(f"append: {error}")
-        return [{"problem": "append", "outcome": "failed", "error": str(error)}]
+        say(f"{helper.name}: {error}")
+        return [{"problem": helper.name, "outcome": "failed", "error": str(error)}]
     return []
 
 
