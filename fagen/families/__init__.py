@@ -27,8 +27,8 @@ def all_families() -> tuple[Family, ...]:
         sm90_backward,
         sm90_decode_mla,
         sm90_forward,
-        sm90_forward_large,
         sm90_forward_fp8,
+        sm90_forward_large,
     )
 
     hopper = (sm90_forward.FAMILY, sm90_forward_large.FAMILY)
