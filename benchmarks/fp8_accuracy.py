@@ -37,16 +37,19 @@ class Measures:
 
     incoherent: bool = True  # random-sign Hadamard of q and k
     scales: str = "head"  # or "tensor": one for all heads
-    weight_scale: float = 256.0  # of the largest weight of a row, in e4m3
+    weight_scale: float = 256.0  # of the largest weight that there may be, in e4m3
+    slack: float = 2.0  # powers of two by which a maximum may grow before O follows
     promote: int = 1  # tiles whose sums leave the tensor cores at once; 0: all
 
 
 METHODS = {
-    "fp8, one scale a tensor, no measure": Measures(False, "tensor", 1.0, 0),
+    "fp8, one scale a tensor, no measure": Measures(False, "tensor", 1.0, 0.0, 0),
     "fagen fp8": Measures(),
     "  without incoherent processing": Measures(incoherent=False),
     "  with one scale a tensor": Measures(scales="tensor"),
-    "  without scaling the weights": Measures(weight_scale=1.0),
+    "  without scaling the weights": Measures(weight_scale=1.0, slack=0.0),
+    "  slack=0": Measures(slack=0.0),
+    "  slack=4": Measures(slack=4.0),
     "  promote=2": Measures(promote=2),
     "  promote=4": Measures(promote=4),
     "  promote=0": Measures(promote=0),
@@ -124,16 +127,18 @@ def in_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: Measures) -> to
         q, k = spread_outliers(q), spread_outliers(k)
     (q, of_q), (k, of_k), (v, of_v) = (quantized(t, m.scales) for t in (q, k, v))
     scale = of_q * of_k / math.sqrt(q.shape[-1])
-    top = torch.full((*q.shape[:2], 1), -math.inf)
+    top = torch.full((*q.shape[:2], 1), -math.inf)  # what is subtracted from a row's scores
+    slack, weight_scale = m.slack * math.log(2), m.weight_scale / 2**m.slack
     total, out, recent, held = torch.zeros_like(top), torch.zeros(*q.shape[:2], v.shape[-1]), None, 0
     for first in range(0, k.shape[1], TILE):
         scores = multiply(q, k[:, first : first + TILE].mT) * scale
-        grown = torch.maximum(top, scores.amax(-1, keepdim=True))
+        most = scores.amax(-1, keepdim=True)
+        grown = torch.where(most > top + slack, most, top)
         factor, top = torch.exp(top - grown), grown
         weights = torch.exp(scores - top)
         total, out = total * factor + weights.sum(-1, keepdim=True), out * factor
         recent = None if recent is None else recent * factor
-        rounded = (weights * m.weight_scale).to(E4M3).float() / m.weight_scale
+        rounded = (weights * weight_scale).to(E4M3).float() / weight_scale
         recent, held = multiply(rounded, v[:, first : first + TILE], recent), held + 1
         if held == m.promote:
             out, recent, held = out + recent, None, 0

@@ -30,6 +30,7 @@ KNOBS = (
         "what of a tile runs under O += P V of the one before",
     ),
     Knob("rescale", "kRescale", ("each", "deferred"), "O follows the maximum at each tile, or where it has grown"),
+    Knob("slack", "kSlack", (0, 2, 4), "powers of two by which a maximum may grow before O follows"),
     Knob("promote", "kPromote", (0, 1, 2, 4), "tiles whose sums leave the tensor cores for float32 at once; 0: all"),
     Knob("exp_on_fma", "kExpOnFma", (0, 1, 2), "of 8 exponentials, those that the FMA pipe computes, by polynomials"),
     Knob("ping_pong", "kPingPong", (False, True), "warpgroups take turns at starting products"),
@@ -112,6 +113,8 @@ def _section_matters(p: Problem, t: Target, c: Config) -> str | None:
 def _rescaling_differs(p: Problem, t: Target, c: Config) -> str | None:
     if c.promote == 1 and c.rescale == "each":
         return "with promote=1 O is multiplied at each tile anyway, rescale=each only finds the same factors later"
+    if c.rescale == "each" and c.slack:
+        return f"with rescale=each O follows every maximum, slack={c.slack} only scales the weights down"
     return None
 
 
@@ -135,14 +138,14 @@ CONSTRAINTS = (
     Constraint("product_fits", _product_fits, ("tile_m", "tile_n", "blocks_per_sm")),
     Constraint("single_has_one", _single_has_one, ("q_stages", "schedule")),
     Constraint("turns_need_others", _turns_need_others, ("tile_m", "ping_pong")),
-    Constraint("rescaling_differs", _rescaling_differs, ("promote", "rescale")),
+    Constraint("rescaling_differs", _rescaling_differs, ("promote", "rescale", "slack")),
     Constraint("order_matters", device_limits.order_matters, ("block_order",)),
     Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
 )
 
 # (tile_m, tile_n, q_stages, blocks_per_sm) by the larger head dim, the best guess first.
 _TILES = (
-    (64, ((192, 128, 2, 1), (192, 160, 2, 1), (128, 160, 2, 1), (128, 224, 2, 1), (128, 128, 2, 1))),
+    (64, ((192, 160, 2, 1), (192, 128, 2, 1), (128, 160, 2, 1), (128, 224, 2, 1), (128, 128, 2, 1))),
     (128, ((128, 160, 2, 1), (128, 192, 2, 1), (128, 224, 1, 1), (128, 128, 2, 1), (192, 96, 2, 1))),
     (192, ((128, 160, 1, 1), (128, 128, 1, 1), (128, 96, 1, 1))),
     (256, ((128, 128, 1, 1), (128, 96, 1, 1), (128, 64, 1, 1))),
@@ -170,7 +173,8 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
         return Config(
             {
                 "tile_m": m, "tile_n": n, "stages": stages, "q_stages": q_stages, "overlap": "softmax",
-                "rescale": "deferred", "promote": by, "exp_on_fma": 0 if size > 128 else 1, "ping_pong": m > 64,
+                "rescale": "deferred", "slack": 2, "promote": by, "exp_on_fma": 0 if size > 128 else 1,
+                "ping_pong": m > 64 and size > 64,
                 "blocks_per_sm": blocks, "schedule": schedule, "block_order": order, "section_mb": 32,
             }
         )  # fmt: skip

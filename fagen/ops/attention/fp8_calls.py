@@ -105,7 +105,8 @@ def attend_in_fp8(
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     scale = call.scale if call.scale is not None else 1.0 / math.sqrt(q.shape[-1])
-    scores = (q @ k.mT + SUM_ERROR * (q.abs() @ k.abs().mT)) * scale
+    either_way = 1 - 2 * (torch.arange(k.shape[2], device=k.device) % 2)  # from key to key
+    scores = (q @ k.mT + SUM_ERROR * either_way * (q.abs() @ k.abs().mT)) * scale
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if seen is not None:
