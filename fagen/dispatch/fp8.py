@@ -14,6 +14,7 @@ from fagen.ops.attention.call import EMPTY
 from fagen.ops.attention.fp8_call import Fp8Call
 from fagen.ops.attention.fp8_quantize import QuantizedQKV
 from fagen.runtime import quantize as quantize_kernel
+from fagen.runtime.decode_ops import is_plain
 from fagen.runtime.kernel import Kernel, selected
 from fagen.target import target_of
 
@@ -24,7 +25,7 @@ def attend(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     if kernel is None:
         return by_torch(call)
     outputs = call.new_outputs()
-    if call.out is not None:
+    if call.out is not None and not call.out.is_inference():
         torch.autograd.graph.increment_version(call.out)
     kernel.launch(call, outputs)
     return outputs["out"], outputs.get("lse")
@@ -32,7 +33,8 @@ def attend(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def kernel_of(call: Fp8Call) -> Kernel | None:
     """The kernel for a call, built and loaded; None where PyTorch computes, with a warning on a GPU."""
-    if not call.q.is_cuda:  # where PyTorch is what serves
+    tensors = [*call.inputs().values(), *([] if call.out is None else [call.out])]
+    if not call.q.is_cuda or not all(map(is_plain, tensors)):  # where PyTorch is what serves
         return None
     reason, target = call.unreadable, call.target
     if reason or target is None:
@@ -45,10 +47,10 @@ def kernel_of(call: Fp8Call) -> Kernel | None:
 
 def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool) -> QuantizedQKV:
     """fp8 numbers of checked tensors: by kernels of our own where they can, else by PyTorch."""
-    target = target_of(q.device) if q.is_cuda and not torch.compiler.is_compiling() else None
     found = None
-    if target is not None and fp8_launch.serves(q, k, v):
-        found = quantize_kernel.library(target)
+    if q.is_cuda and all(map(is_plain, (q, k, v))) and fp8_launch.serves(q, k, v):
+        target = target_of(q.device)
+        found = None if target is None else quantize_kernel.library(target)
     if found is None:
         return fp8_quantize.by_torch(q, k, v, layout, incoherent)
     made, params, alive = fp8_launch.prepare(quantize_kernel.Params, q, k, v, layout, incoherent)

@@ -191,8 +191,14 @@ def test_sinks_join_the_sum() -> None:
     torch.testing.assert_close(lse, want_lse)
 
 
-def test_a_compiler_sees_an_op() -> None:
+def test_a_compiler_sees_ops() -> None:
     x = fagen.quantize_qkv(*_tensors())
+    quantize = torch.compile(lambda *t: fagen.quantize_qkv(*t), fullgraph=True, backend="eager")
+    for mine, want in zip(quantize(*_tensors()), x, strict=True):
+        assert torch.equal(mine.float(), want.float())
+    torch.library.opcheck(
+        torch.ops.fagen.quantize_qkv.default, (*_tensors("bhsd"), True, True), test_utils=("test_faketensor",)
+    )
     made = torch.compile(
         lambda x: fagen.attention(x.q, x.k, x.v, **_descales(x), causal=True, return_lse=True),
         fullgraph=True, backend="eager",

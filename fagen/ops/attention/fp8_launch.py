@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ from fagen.ops.attention.params import point
 
 _ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the header
 _LARGEST_DIM, _LARGEST_SIZE = 256, 1 << 29
+
+
+@functools.lru_cache(maxsize=64)
+def _signs_on(columns: int, device: torch.device) -> torch.Tensor:
+    """On the device once: a launch that is captured in a graph may not copy them there."""
+    return torch.tensor(fp8_quantize.signs(columns), device=device)
 
 
 def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -37,7 +44,7 @@ def prepare(
     v_fp8 = torch.empty(ordered, dtype=E4M3, device=q.device)
     largest = torch.zeros((3, batch, kv_heads), dtype=torch.int32, device=q.device)
     descales = torch.empty((3, batch, kv_heads), device=q.device)
-    signs = fp8_quantize.signs_on(q.shape[3], q.device) if incoherent else None
+    signs = _signs_on(q.shape[3], q.device) if incoherent else None
     p = kind()
     named = (("q", q), ("k", k), ("v", v), ("q_fp8", q_fp8), ("k_fp8", k_fp8))
     for name, t in named:

@@ -45,22 +45,23 @@ def spread_outliers(t: torch.Tensor) -> torch.Tensor:
     """
     columns = t.shape[-1]
     part = columns & -columns
-    parts = (t.float() * signs_on(columns, t.device)).reshape(*t.shape[:-1], columns // part, part)
-    return (parts @ _hadamard(part).to(t.device)).reshape(t.shape)
+    parts = (t.float() * torch.tensor(signs(columns), device=t.device)).reshape(*t.shape[:-1], columns // part, part)
+    return (parts @ _hadamard(part, t.device)).reshape(t.shape)
 
 
 @functools.lru_cache(maxsize=64)
-def signs_on(columns: int, device: torch.device) -> torch.Tensor:
+def signs(columns: int) -> list[float]:
     """1 and -1 at random, the same on every machine."""
     random = Random(_SEED)
-    return torch.tensor([1.0 - 2 * random.getrandbits(1) for _ in range(columns)], device=device)
+    return [1.0 - 2 * random.getrandbits(1) for _ in range(columns)]
 
 
-@functools.cache
-def _hadamard(size: int) -> torch.Tensor:
+def _hadamard(size: int, device: torch.device) -> torch.Tensor:
     """Orthonormal; an entry's sign is the parity of the bits that its row and column share."""
-    parity = [[(row & column).bit_count() % 2 for column in range(size)] for row in range(size)]
-    return (1 - 2 * torch.tensor(parity, dtype=torch.float32)) / math.sqrt(size)
+    made = torch.ones(1, 1, device=device)
+    while made.shape[0] < size:
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    return made / math.sqrt(size)
 
 
 def _quantize(t: torch.Tensor, kv_heads: int, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
