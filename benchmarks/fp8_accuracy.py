@@ -44,15 +44,16 @@ class Measures:
 
 METHODS = {
     "fp8, one scale a tensor, no measure": Measures(False, "tensor", 1.0, 0.0, 0),
-    "fagen fp8": Measures(),
-    "  without incoherent processing": Measures(incoherent=False),
-    "  with one scale a tensor": Measures(scales="tensor"),
+    "fagen fp8": Measures(slack=0.0),
+    "  without incoherent processing": Measures(incoherent=False, slack=0.0),
+    "  with one scale a tensor": Measures(scales="tensor", slack=0.0),
     "  without scaling the weights": Measures(weight_scale=1.0, slack=0.0),
-    "  slack=0": Measures(slack=0.0),
+    "  slack=2": Measures(),
     "  slack=4": Measures(slack=4.0),
-    "  promote=2": Measures(promote=2),
-    "  promote=4": Measures(promote=4),
-    "  promote=0": Measures(promote=0),
+    "  promote=2": Measures(slack=0.0, promote=2),
+    "  promote=4": Measures(slack=0.0, promote=4),
+    "  promote=0": Measures(slack=0.0, promote=0),
+    "  promote=0, slack=2: the default up to 16384 keys": Measures(promote=0),
 }
 
 
