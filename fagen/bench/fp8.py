@@ -93,7 +93,8 @@ def through_fa3(op: Any) -> Prepare:
         if row.problem.dtype != "bf16":
             raise Cannot("of fp8 numbers it gives bf16")
         held = _Kept(lambda i: _rows(i.call))
-        descales = ("q_descale", "k_descale", "v_descale")
+        having = {argument.name for argument in of_schema(op._schema)}
+        descales = [f"descale_{name}" if f"descale_{name}" in having else f"{name}_descale" for name in "qkv"]
         fixed = fill(of_schema(op._schema), settings(row, -1), ("q", "k", "v", *descales))
 
         def serve(i: Inputs) -> torch.Tensor:
