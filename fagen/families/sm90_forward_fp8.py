@@ -150,6 +150,10 @@ _TILES = (
     (192, ((128, 160, 1, 1), (128, 128, 1, 1), (128, 96, 1, 1))),
     (256, ((128, 128, 1, 1), (128, 96, 1, 1), (128, 64, 1, 1))),
 )
+# The first tile where there are few keys, of which 160 a tile would be too many, and where rows see few of them.
+_SHORT = {64: (192, 128, 2, 1), 128: (128, 128, 2, 1)}
+_SHORT_MASKED = {64: (64, 64, 1, 3)}
+_FEW_KEYS, _FEW_MASKED_KEYS = 1024, 2047
 _FEW_ROWS = ((64, 128, 1, 2), (128, 128, 1, 1))  # not enough to go round: a tile a block
 _SMALLEST = ((64, 64, 1, 1), (64, 32, 1, 1))  # with a single stage they fit every problem
 # From here on it shows what the tensor cores lose of O with every tile (promote=0), and what is lost of small weights
@@ -162,9 +166,18 @@ def _few(p: Problem, t: Target) -> bool:
     return -(-p.seqlen_q // 128) * p.heads * p.batch <= t.units
 
 
-def _guesses(p: Problem, t: Target) -> list[Config]:
+def _tiles(p: Problem) -> list[tuple[int, int, int, int]]:
+    """(tile_m, tile_n, q_stages, blocks_per_sm), the best guess first."""
     size = max(p.head_dim_padded, p.head_dim_v_padded)
-    tiles = next(tiles for limit, tiles in _TILES if size <= limit)
+    limit, tiles = next((limit, tiles) for limit, tiles in _TILES if size <= limit)
+    first = _SHORT.get(limit) if p.seqlen_k <= _FEW_KEYS else None
+    if p.mask != "none" and p.seqlen_k <= _FEW_MASKED_KEYS:
+        first = _SHORT_MASKED.get(limit, first)
+    return list(dict.fromkeys([first, *tiles] if first else tiles))
+
+
+def _guesses(p: Problem, t: Target) -> list[Config]:
+    size, tiles = max(p.head_dim_padded, p.head_dim_v_padded), _tiles(p)
     plan = ("dynamic", "ascending") if p.mask == "none" else ("dynamic", "sectioned")
     alone = ("single", "ascending" if p.mask == "none" else "longest_first")
     promote, slack = (2, 0) if p.seqlen_k > _MANY_KEYS else (0, 2)
@@ -187,6 +200,11 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     return list(dict.fromkeys(legal))
 
 
+def _default_reads(p: Problem, t: Target) -> tuple:
+    """What `_guesses` asks of the sizes: few rows; many keys, few, or few of those that rows see."""
+    return _few(p, t), p.seqlen_k > _MANY_KEYS, p.seqlen_k <= _FEW_KEYS, p.seqlen_k <= _FEW_MASKED_KEYS
+
+
 FAMILY = Family(
     name="sm90_forward_fp8",
     template="sm90/forward_fp8.cu.j2",
@@ -197,7 +215,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=lambda p, t: _guesses(p, t)[0],
-    default_reads=lambda p, t: (_few(p, t), p.seqlen_k > _MANY_KEYS),
+    default_reads=_default_reads,
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {"shared_widths": [c.tile_n], "register_widths": [p.head_dim_v_padded]},
     first_configs=_guesses,
