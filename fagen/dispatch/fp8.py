@@ -10,7 +10,6 @@ import torch
 from fagen.dispatch import resolve
 from fagen.notices import warn_fallback
 from fagen.ops.attention import fallback, fp8_launch, fp8_quantize
-from fagen.ops.attention.call import EMPTY
 from fagen.ops.attention.fp8_call import Fp8Call
 from fagen.ops.attention.fp8_quantize import QuantizedQKV
 from fagen.runtime import quantize as quantize_kernel
@@ -36,10 +35,11 @@ def kernel_of(call: Fp8Call) -> Kernel | None:
     tensors = [*call.inputs().values(), *([] if call.out is None else [call.out])]
     if not call.q.is_cuda or not all(map(is_plain, tensors)):  # where PyTorch is what serves
         return None
+    if 0 in call.q.shape or not call.seqlen_k:
+        return None
     reason, target = call.unreadable, call.target
     if reason or target is None:
-        if reason != EMPTY:
-            warn_fallback(reason or f"no kernels for device {call.q.device}")
+        warn_fallback(reason or f"no kernels for device {call.q.device}")
         return None
     with selected(call.q):  # where a stale kernel is verified
         return resolve.kernel_for(call.problem, target, ours=True)

@@ -30,7 +30,13 @@ KNOBS = (
         "what of a tile runs under O += P V of the one before",
     ),
     Knob("rescale", "kRescale", ("each", "deferred"), "O follows the maximum at each tile, or where it has grown"),
-    Knob("slack", "kSlack", (0, 2, 4), "powers of two by which a maximum may grow before O follows"),
+    Knob(
+        "slack",
+        "kSlack",
+        (0, 2, 4),
+        "powers of two by which a maximum may grow before O follows",
+        implied_by_old_records=0,
+    ),
     Knob("promote", "kPromote", (0, 1, 2, 4), "tiles whose sums leave the tensor cores for float32 at once; 0: all"),
     Knob("exp_on_fma", "kExpOnFma", (0, 1, 2), "of 8 exponentials, those that the FMA pipe computes, by polynomials"),
     Knob("ping_pong", "kPingPong", (False, True), "warpgroups take turns at starting products"),
@@ -143,21 +149,21 @@ CONSTRAINTS = (
     Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
 )
 
-# (tile_m, tile_n, q_stages, blocks_per_sm) by the larger head dim, the best guess first.
+# (tile_m, tile_n, stages, q_stages) by the larger head dim: the best that a search on an H100 found first.
 _TILES = (
-    (64, ((192, 160, 2, 1), (192, 128, 2, 1), (128, 160, 2, 1), (128, 224, 2, 1), (128, 128, 2, 1))),
-    (128, ((128, 160, 2, 1), (128, 192, 2, 1), (128, 224, 1, 1), (128, 128, 2, 1), (192, 96, 2, 1))),
-    (192, ((128, 160, 1, 1), (128, 128, 1, 1), (128, 96, 1, 1))),
-    (256, ((128, 128, 1, 1), (128, 96, 1, 1), (128, 64, 1, 1))),
+    (64, ((192, 160, 4, 2), (192, 160, 2, 2), (192, 128, 2, 2), (128, 160, 2, 2))),
+    (128, ((128, 192, 2, 1), (192, 96, 3, 1), (128, 160, 2, 2), (128, 128, 2, 2), (128, 224, 2, 1))),
+    (192, ((128, 160, 2, 1), (128, 128, 2, 1), (128, 96, 2, 1))),
+    (256, ((128, 128, 2, 2), (128, 128, 2, 1), (128, 96, 2, 1), (128, 64, 2, 1))),
 )
-# The first tile where there are few keys, of which 160 a tile would be too many, and where rows see few of them.
-_SHORT = {64: (192, 128, 2, 1), 128: (128, 128, 2, 1)}
-_SHORT_MASKED = {64: (64, 64, 1, 3)}
-_FEW_KEYS, _FEW_MASKED_KEYS = 1024, 2047
-_FEW_ROWS = ((64, 128, 1, 2), (128, 128, 1, 1))  # not enough to go round: a tile a block
-_SMALLEST = ((64, 64, 1, 1), (64, 32, 1, 1))  # with a single stage they fit every problem
-# From here on it shows what the tensor cores lose of O with every tile (promote=0), and what is lost of small weights
-# where they get fewer bits (slack): benchmarks/fp8_accuracy.py. Rows of so many keys seldom have a new maximum.
+# The first tile where there are few keys, of which others would have more beyond the end.
+_SHORT = {64: (192, 128, 2, 2), 128: (128, 128, 2, 2)}
+_FEW_KEYS = 1024
+_FEW_ROWS = (((64, 128, 2, 1), 2), ((128, 128, 2, 1), 1))  # and blocks an SM; not enough to go round: a tile a block
+_SMALLEST = ((64, 64, 1, 1), (64, 32, 1, 1))  # they fit every problem
+# (overlap, exp_on_fma, ping_pong) by the larger head dim, found with the tiles
+_SOFTMAX = ((64, ("nothing", 0, True)), (128, ("maxima", 1, False)), (256, ("maxima", 0, True)))
+# From here on it shows what the tensor cores lose of O with every tile: benchmarks/fp8_accuracy.py.
 _MANY_KEYS = 16384
 
 
@@ -167,42 +173,50 @@ def _few(p: Problem, t: Target) -> bool:
 
 
 def _tiles(p: Problem) -> list[tuple[int, int, int, int]]:
-    """(tile_m, tile_n, q_stages, blocks_per_sm), the best guess first."""
+    """(tile_m, tile_n, stages, q_stages), the best guess first."""
     size = max(p.head_dim_padded, p.head_dim_v_padded)
     limit, tiles = next((limit, tiles) for limit, tiles in _TILES if size <= limit)
     first = _SHORT.get(limit) if p.seqlen_k <= _FEW_KEYS else None
-    if p.mask != "none" and p.seqlen_k <= _FEW_MASKED_KEYS:
-        first = _SHORT_MASKED.get(limit, first)
     return list(dict.fromkeys([first, *tiles] if first else tiles))
 
 
-def _guesses(p: Problem, t: Target) -> list[Config]:
-    size, tiles = max(p.head_dim_padded, p.head_dim_v_padded), _tiles(p)
-    plan = ("dynamic", "ascending") if p.mask == "none" else ("dynamic", "sectioned")
-    alone = ("single", "ascending" if p.mask == "none" else "longest_first")
-    promote, slack = (2, 0) if p.seqlen_k > _MANY_KEYS else (0, 2)
+def _plan(p: Problem) -> tuple[str, str, int]:
+    """(schedule, block_order, section_mb)."""
+    size = max(p.head_dim_padded, p.head_dim_v_padded)
+    if size <= 64:
+        return "dynamic", "sectioned", 16
+    return "dynamic", "ascending" if p.mask == "none" else "longest_first" if size <= 128 else "sectioned", 32
 
-    def config(tile: tuple[int, int, int, int], schedule: str, order: str, *, stages: int = 2, by: int = 0) -> Config:
-        m, n, q_stages, blocks = tile
+
+def _guesses(p: Problem, t: Target) -> list[Config]:
+    """O follows the maximum at each tile: a branch around that costs more than it saves."""
+    size = max(p.head_dim_padded, p.head_dim_v_padded)
+    overlap, exp_on_fma, turns = next(found for limit, found in _SOFTMAX if size <= limit)
+    alone = ("single", "ascending" if p.mask == "none" else "longest_first", 32)
+    promote = 2 if p.seqlen_k > _MANY_KEYS else 0
+
+    def config(tile: tuple[int, int, int, int], plan: tuple[str, str, int], blocks: int = 1, by: int = 0) -> Config:
+        m, n, stages, q_stages = tile
+        schedule, order, section = plan
         return Config(
             {
-                "tile_m": m, "tile_n": n, "stages": stages, "q_stages": q_stages, "overlap": "softmax",
-                "rescale": "deferred", "slack": slack, "promote": by, "exp_on_fma": 0 if size > 128 else 1,
-                "ping_pong": m > 64 and size > 64,
-                "blocks_per_sm": blocks, "schedule": schedule, "block_order": order, "section_mb": 32,
+                "tile_m": m, "tile_n": n, "stages": stages, "q_stages": q_stages, "overlap": overlap,
+                "rescale": "deferred" if by == 1 else "each", "slack": 0, "promote": by, "exp_on_fma": exp_on_fma,
+                "ping_pong": m > 64 and turns, "blocks_per_sm": blocks, "schedule": schedule, "block_order": order,
+                "section_mb": section,
             }
         )  # fmt: skip
 
-    found = [config(tile, *alone, by=promote) for tile in _FEW_ROWS] if _few(p, t) else []
-    found += [config(tile, *plan, by=by) for by in dict.fromkeys((promote, 0, 1, 2)) for tile in tiles]
-    found += [config(tile, *plan, stages=1) for tile in _SMALLEST]
+    found = [config(tile, alone, blocks, promote) for tile, blocks in _FEW_ROWS] if _few(p, t) else []
+    found += [config(tile, _plan(p), by=by) for by in dict.fromkeys((promote, 0, 1, 2)) for tile in _tiles(p)]
+    found += [config(tile, _plan(p)) for tile in _SMALLEST]
     legal = (c for c in found if not any(constraint.check(p, t, c) for constraint in CONSTRAINTS))
     return list(dict.fromkeys(legal))
 
 
 def _default_reads(p: Problem, t: Target) -> tuple:
-    """What `_guesses` asks of the sizes: few rows; many keys, few, or few of those that rows see."""
-    return _few(p, t), p.seqlen_k > _MANY_KEYS, p.seqlen_k <= _FEW_KEYS, p.seqlen_k <= _FEW_MASKED_KEYS
+    """What `_guesses` asks of the sizes: few rows; many keys, or few."""
+    return _few(p, t), p.seqlen_k > _MANY_KEYS, p.seqlen_k <= _FEW_KEYS
 
 
 FAMILY = Family(

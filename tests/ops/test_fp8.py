@@ -211,6 +211,27 @@ def test_a_compiler_sees_ops() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("d", [64, 256])
+def test_the_check_allows_what_the_tensor_cores_lose_and_no_more(d: int) -> None:
+    """2.8 units of 2^-13 of sum |q k| were seen on a GPU; 6 are a fault, in the LSE and in the weights of keys."""
+    x = fagen.quantize_qkv(*_tensors(d=d))
+    call = Fp8Call.of(*x[:3], descales=tuple(_descales(x).values()))
+    whole = call.dequantized()
+    q, k, v = whole.bhsd()
+    k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
+    unit = 2.0**-13 * (q.abs() @ k.abs().mT) * d**-0.5
+
+    def outputs(lost: torch.Tensor) -> dict[str, torch.Tensor]:
+        scores = q @ k.mT * d**-0.5 + lost
+        out = torch.softmax(scores, -1) @ v
+        return {"out": out.transpose(1, 2).bfloat16(), "lse": scores.logsumexp(-1)}
+
+    assert check(call, outputs(2.8 * unit)) and check(call, outputs(-2.8 * unit))
+    assert "LSE" in check(call, outputs(6 * unit)).message
+    assert "LSE" in check(call, outputs(-6 * unit)).message
+    assert not check(call, {"out": outputs(0 * unit)["out"] * 1.2, "lse": outputs(0 * unit)["lse"]})
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import torch
 from fagen.errors import InvalidArgument
 from fagen.ops.attention import arguments, fp8_order
 from fagen.ops.attention.arguments import LARGEST_SIZE, Window, is_aligned
-from fagen.ops.attention.call import AXES, EMPTY, AttentionCall
+from fagen.ops.attention.call import AXES, AttentionCall
 from fagen.ops.attention.fp8_problem import Fp8Problem
 from fagen.target import Target, target_of
 
@@ -186,8 +186,6 @@ class Fp8Call:
     @property
     def unreadable(self) -> str:
         """Why no family could take the tensors as they are; "" if one might."""
-        if 0 in self.q.shape or 0 in self.k.shape:
-            return EMPTY
         if max(self.q.shape[3], self.head_dim_v) > Fp8Problem.most_head_dim:
             return f"head_dim {max(self.q.shape[3], self.head_dim_v)} is larger than {Fp8Problem.most_head_dim}"
         if max(*self.q.shape, *self.k.shape) > _LONGEST:

@@ -61,10 +61,13 @@ struct KeyTile {
   static constexpr bool kLastFirst = C::kBlockOrder == BlockOrder::descending;
 
   int tile, kv_head, split, batch, n0;
-  int begin, end;  // row tiles that see any of its keys, by the band
+  int begin, end;            // row tiles that see any of its keys, by the band
   int full_begin, full_end;  // rows that see all of them
   int splits;
-  uint32_t extents;  // intervals: where those of its keys' bounds are; read anew, since registers are few
+  // Intervals. Where those of its keys' bounds are: read anew, since registers are few. Unless what they hide is the
+  // first and the last rows alone, as with packed sequences: then the bounds above say it all.
+  uint32_t extents;
+  bool scattered = false;
 
   // Orders that put the longest first take the last index of a head first; of key tiles the first is the longest.
   // `index` counts the tiles of all heads in their order, those of splits side by side.
@@ -82,17 +85,46 @@ struct KeyTile {
     full_end = last_key == n0 + C::kTileN - 1 ? band.end(n0) : 0;
     splits = launch.splits.by;
     extents = smem + BackwardLayout<C>::kExtents;
+    if constexpr (kIntervals) {
+      const Bounds of = bounds();
+      const bool lower = leaves(of.ls, of.le, band.seqlen_q), upper = leaves(of.us, of.ue, band.seqlen_q);
+      scattered = !(lower && upper);
+      end = max(begin, end);
+    }
+  }
+
+  struct Bounds {
+    Extent ls, le, us, ue;
+  };
+  __device__ __forceinline__ Bounds bounds() const {
+    const uint4 lower = ptx::ld_shared_16(extents), upper = ptx::ld_shared_16(extents + 16);
+    return {{int(lower.x), int(lower.y)},
+            {int(lower.z), int(lower.w)},
+            {int(upper.x), int(upper.y)},
+            {int(upper.z), int(upper.w)}};
+  }
+  // Rows are hidden from `from` to `to`, of each key: narrow the row tiles down to the rest if those are the last rows
+  // or the first, and say whether they are.
+  __device__ __forceinline__ bool leaves(const Extent& from, const Extent& to, int seqlen_q) {
+    if (C::kDeterministic) return false;  // hidden tiles take their turn at dQ, too
+    if (to.low >= seqlen_q) {
+      end = min(end, (max(0, min(from.high, seqlen_q)) + C::kTileM - 1) / C::kTileM);
+      full_end = min(full_end, from.low);
+      return true;
+    }
+    if (from.high > 0) return false;
+    begin = max(begin, to.low / C::kTileM);
+    full_begin = max(full_begin, to.high);
+    return true;
   }
 
   // Rows [m0, m1): no key is visible to them, or some may be hidden.
   __device__ __forceinline__ void classify(int m0, int m1, bool& hidden, bool& partial) const {
     hidden = false, partial = m0 < full_begin || m1 > full_end;
-    if constexpr (kIntervals) {
-      const uint4 lower = ptx::ld_shared_16(extents), upper = ptx::ld_shared_16(extents + 16);
-      const Extent ls = {int(lower.x), int(lower.y)}, le = {int(lower.z), int(lower.w)};
-      const Extent us = {int(upper.x), int(upper.y)}, ue = {int(upper.z), int(upper.w)};
-      hidden = (m0 >= ls.high && m1 <= le.low) || (m0 >= us.high && m1 <= ue.low);
-      partial |= (m0 < le.high && m1 > ls.low) || (m0 < ue.high && m1 > us.low);
+    if (kIntervals && scattered) {
+      const Bounds of = bounds();
+      hidden = (m0 >= of.ls.high && m1 <= of.le.low) || (m0 >= of.us.high && m1 <= of.ue.low);
+      partial |= (m0 < of.le.high && m1 > of.ls.low) || (m0 < of.ue.high && m1 > of.us.low);
     }
   }
 
