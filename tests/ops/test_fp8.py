@@ -244,6 +244,8 @@ def test_the_check_allows_what_the_tensor_cores_lose_and_no_more(d: int) -> None
         ({"descale_q": torch.ones(2, 4)}, r"descale_q must be a number or float32 \(2, 2\)"),
         ({"descale_k": torch.ones(2, 2).double()}, "descale_k must be"),
         ({"descale_v": "1"}, "descale_v"),
+        ({"descale_v": 0.0}, "must be positive"),
+        ({"layout": ["bshd"]}, "layout"),
         ({"out": torch.empty(2, 50, 4, 64)}, "bfloat16 or float16"),
         ({"layout": "sbhd"}, "layout"),
         ({"softcap": -1.0}, "softcap"),

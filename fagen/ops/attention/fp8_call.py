@@ -59,7 +59,7 @@ class Fp8Call:
     ) -> Fp8Call:
         """Raise InvalidArgument for what is not attention on fp8 numbers. A v of rows is brought into order."""
         want_lse = arguments.flag("return_lse", return_lse)
-        if layout not in AXES:
+        if layout not in tuple(AXES):
             raise InvalidArgument(f"layout {arguments.shown(layout)} is unknown", "known: bshd, bhsd")
         _, bounds, softcap, scale = arguments.settings(causal, window, softcap, scale)
         for name, t in (("q", q), ("k", k), ("v", v)):
@@ -75,7 +75,7 @@ class Fp8Call:
 
     def check_tensors(self) -> None:
         """Raise InvalidArgument for tensors that contradict each other."""
-        if self.layout not in AXES:
+        if self.layout not in tuple(AXES):
             raise InvalidArgument(f"layout {arguments.shown(self.layout)} is unknown", "known: bshd, bhsd")
         if self.dtype not in OUT_DTYPES:
             raise InvalidArgument("the output of fp8 attention is bfloat16 or float16", f"it would be {self.dtype}")
@@ -243,7 +243,10 @@ def _descale(name: str, value: Any, call: Fp8Call) -> torch.Tensor | None:
         return None
     shape = (call.batch, call.kv_heads)
     if not isinstance(value, torch.Tensor):
-        return torch.full(shape, arguments.number(name, value), device=call.q.device)
+        factor = arguments.number(name, value)
+        if factor < arguments.LEAST_NUMBER:
+            raise InvalidArgument(f"{name}={factor} must be positive")
+        return torch.full(shape, factor, device=call.q.device)
     arguments.dense(name, value)
     if value.dtype != torch.float32 or (value.numel() != 1 and tuple(value.shape) != shape):
         have = f"it is {value.dtype} {tuple(value.shape)}"

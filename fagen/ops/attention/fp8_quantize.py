@@ -77,7 +77,7 @@ def _quantize(t: torch.Tensor, kv_heads: int, layout: str) -> tuple[torch.Tensor
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
-    if layout not in AXES:
+    if layout not in tuple(AXES):
         raise InvalidArgument(f"layout {arguments.shown(layout)} is unknown", "known: bshd, bhsd")
     for name, t in (("q", q), ("k", k), ("v", v)):
         arguments.dense(name, t)
