@@ -4,11 +4,13 @@
 #   anew.sh tune OUT      tuning_db/ tuned for problems/hopper.toml; BUDGET (515s), GPUS=all for all of the machine
 #   anew.sh tune_backward OUT   the same for problems/hopper_backward.toml
 #   anew.sh few_rows OUT  keys that blocks share: tests, winners, ${CARD}_few_rows.json; FA3 as below
+#   anew.sh large_d OUT   head dims above 256: tests, winners, ${CARD}_large_d.json, and ${CARD}_odd_d.json where FA3 is set
+#   anew.sh mla OUT       latent decode: tests, ${CARD}_mla.json, its knobs against each other
 #   anew.sh training OUT  steps of training and what belongs to them, ${CARD}_*.json; FA3; ROUNDS (3), LEAST (0.04 s a row)
 #   anew.sh figures OUT   ${CARD}_peers.json and ${CARD}_masks.json; FA3: the path of FlashAttention 3's library
 # The checkout is changed; OUT gets copies and logs. Each piece ends after SECONDS_AT_MOST (570), with what it has.
 set -u
-piece=${1:?check, check_forward, tune, tune_backward, few_rows, training or figures} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
+piece=${1:?a piece, as above} out=${2:?folder for copies and logs} python=${PYTHON:-python3}
 end=$(( $(date +%s) + ${SECONDS_AT_MOST:-570} ))
 mkdir -p "$out"
 
@@ -56,6 +58,26 @@ case $piece in
     part rows "$python" -m fagen bench --suite few_rows --peers cudnn,fa3 --fa3 "${FA3:?the path of its library}" \
       --rounds 9 --out benchmarks/${CARD}_few_rows.json --markdown "$out/few_rows.md"
     cp benchmarks/${CARD}_few_rows.json "$out/" ;;
+  large_d)
+    part large "$python" -m pytest -q tests/gpu/test_sm90_forward_large.py
+    # shellcheck disable=SC2086
+    part tune "$python" -m fagen tune --problems benchmarks/problems/large_d.toml --family sm90_forward_large \
+      --budget "${BUDGET:-240s}" ${GPUS:+--gpus $GPUS} --out tuning_db
+    tar -C tuning_db -cJf "$out/sm_90.tar.xz" sm_90
+    part rows "$python" -m fagen bench --suite large-d --peers cudnn,efficient,math,ffpa --rounds 5 \
+      --out benchmarks/${CARD}_large_d.json --markdown "$out/large_d.md"
+    [ -z "${FA3:-}" ] || part odd "$python" -m fagen bench --suite odd-d --peers fa3 --fa3 "$FA3" --rounds 5 \
+      --out benchmarks/${CARD}_odd_d.json --markdown "$out/odd_d.md"
+    cp benchmarks/${CARD}_large_d.json benchmarks/${CARD}_odd_d.json "$out/" ;;
+  mla)
+    part tests "$python" -m pytest -q tests/gpu/test_sm90_decode_mla.py
+    part rows "$python" -m fagen bench --op decode --suite mla --family sm90_decode_mla --peers flash_mla,flashinfer \
+      --rounds 9 --min-time 0.3 --out benchmarks/${CARD}_mla.json --markdown "$out/mla.md"
+    part render "$python" benchmarks/variants.py render mla benchmarks/problems/mla_variants.txt --target sm_90 \
+      --family sm90_decode_mla --out "$out/variants.json"
+    part knobs "$python" benchmarks/variants.py time "$out/variants.json" --min-time 0.2 \
+      --out "$out/${CARD}_mla_variants.json"
+    cp benchmarks/${CARD}_mla.json "$out/" ;;
   training)  # name of the result, op, suite, peers, and what else; FlexAttention compiles for each row
     bench() {
       part "$1" "$python" -m fagen bench --op "$2" --suite "$3" --peers "$4" --fa3 "${FA3:?the path of its library}" \

@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.compat.decode_plan import DecodePlan as DecodePlan
     from fagen.compat.flash_attn import flash_attn_func as flash_attn_func
     from fagen.compat.kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
+    from fagen.compat.mla import mla_decode as mla_decode
     from fagen.compat.sdpa import sdpa as sdpa
     from fagen.compat.torch_impl import register_torch as register_torch
     from fagen.compat.varlen import flash_attn_varlen_func as flash_attn_varlen_func
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.explanation import explain as explain
     from fagen.ops.attention import masks as masks
     from fagen.ops.attention.decode_problem import DecodeProblem as DecodeProblem
+    from fagen.ops.attention.fp8_quantize import quantize_qkv as quantize_qkv
     from fagen.ops.attention.merge import merge_states as merge_states
     from fagen.ops.attention.problem import Problem as Problem
     from fagen.ops.softmax.problem import SoftmaxProblem as SoftmaxProblem
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 # Each public name and the module it is imported from at its first use; a test compares this with the imports above.
 _WHERE = {
     "attention": "fagen.api",
+    "quantize_qkv": "fagen.ops.attention.fp8_quantize",
     "softmax": "fagen.softmax_api",
     "log_softmax": "fagen.softmax_api",
     "softmax_stats": "fagen.ops.softmax.stats",
@@ -42,6 +45,7 @@ _WHERE = {
     "flash_attn_func": "fagen.compat.flash_attn",
     "flash_attn_varlen_func": "fagen.compat.varlen",
     "flash_attn_with_kvcache": "fagen.compat.kvcache",
+    "mla_decode": "fagen.compat.mla",
     "merge_states": "fagen.ops.attention.merge",
     "sdpa": "fagen.compat.sdpa",
     "register_torch": "fagen.compat.torch_impl",

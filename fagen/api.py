@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from fagen import env
+from fagen import env, fp8_api
 from fagen.dispatch.attention import kernel_of
 from fagen.ops.attention import arguments, derivatives, fallback
 from fagen.ops.attention import sinks as sink_logits
@@ -15,6 +15,8 @@ from fagen.ops.attention.arguments import Window
 from fagen.ops.attention.call import AXES, AttentionCall
 from fagen.runtime import binding, dropout_ops
 from fagen.runtime import sinks as sink_kernel
+
+Descale = torch.Tensor | float | None
 
 _fast: Callable[..., Any] | None = None  # the C++ road, once it is loaded
 _fast_sdpa: Callable[..., Any] | None = None
@@ -25,7 +27,8 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = ..., causal: bool = ..., window: Window = ...,
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
-    out: torch.Tensor | None = ..., deterministic: bool = ..., dropout_p: float = ...,
+    out: torch.Tensor | None = ..., deterministic: bool = ..., dropout_p: float = ..., descale_q: Descale = ...,
+    descale_k: Descale = ..., descale_v: Descale = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
@@ -34,7 +37,8 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = ..., causal: bool = ..., window: Window = ...,
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: Literal[True],
-    out: torch.Tensor | None = ..., deterministic: bool = ..., dropout_p: float = ...,
+    out: torch.Tensor | None = ..., deterministic: bool = ..., dropout_p: float = ..., descale_q: Descale = ...,
+    descale_k: Descale = ..., descale_v: Descale = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
@@ -43,28 +47,18 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = ..., causal: bool = ..., window: Window = ...,
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: bool,
-    out: torch.Tensor | None = ..., deterministic: bool = ..., dropout_p: float = ...,
+    out: torch.Tensor | None = ..., deterministic: bool = ..., dropout_p: float = ..., descale_q: Descale = ...,
+    descale_k: Descale = ..., descale_v: Descale = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    layout: str = "bshd",
-    causal: bool = False,
-    window: Window = (None, None),
-    intervals: torch.Tensor | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    out: torch.Tensor | None = None,
-    deterministic: bool = False,
-    dropout_p: float = 0.0,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bshd", causal: bool = False,
+    window: Window = (None, None), intervals: torch.Tensor | None = None, softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None, scale: float | None = None,
+    return_lse: bool = False, out: torch.Tensor | None = None, deterministic: bool = False, dropout_p: float = 0.0,
+    descale_q: Descale = None, descale_k: Descale = None, descale_v: Descale = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """softmax(scale * q k^T) v, by the fastest kernel known for the problem.
 
     q is (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, dv); with
@@ -85,10 +79,17 @@ def attention(
     dropout_p     the probability that a weight is dropped, rounded to 1/256; those kept are scaled up, so that the
                   expectation is the same. PyTorch's generator of the device decides which: the same seed drops the same
                   weights, whatever kernel serves
+    descale_*     with q, k and v of float8_e4m3fn, what multiplies each: see `fagen.quantize_qkv`
 
     Gradients of q, k and v are ours where a backward kernel serves them; all other derivatives are PyTorch's. A row
     that sees no key gives 0, and -inf in lse (or its sink).
     """
+    if fp8_api.is_asked(q, descale_q, descale_k, descale_v):
+        return fp8_api.attention(
+            q, k, v, (descale_q, descale_k, descale_v), sinks=sinks, layout=layout, causal=causal, window=window,
+            softcap=softcap, scale=scale, return_lse=return_lse, out=out, intervals=intervals,
+            alibi_slopes=alibi_slopes, dropout_p=dropout_p,
+        )  # fmt: skip
     if sinks is not None:
         return _with_sinks(
             sinks, q, k, v, layout, return_lse, out, causal=causal, window=window, intervals=intervals,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import attention, decode, rows, softmax
+from fagen.bench import attention, decode, fp8, rows, softmax
 from fagen.bench import ours as kernels
 from fagen.bench.peers import Prepare
 from fagen.bench.rows import Inputs, Row
@@ -46,6 +46,7 @@ OPS = {
         attention.our_step, attention.check_sample, _FEW_CELLS, attention.choice, by_binding=True, captured=False
     ),
     "decode": OpBench(decode.ours, attention.check_sample, _FEW_CELLS, reads=True),
+    "forward_fp8": OpBench(fp8.ours, attention.check_sample, _FEW_CELLS),
     "softmax": OpBench(softmax.ours, softmax.check_sample),
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ SUITES = {
     "paged": "with --op decode: the same on pages of 16 and 64 rows, and some on pages of 1",
     "ragged": "with --op decode: 64 sequences of 128 to 64k keys, in pages",
     "mixed": "with --op decode: chunks of four prompts among 60 single tokens, in pages",
+    "mla": "with --op decode: latent attention, 128 heads on one cache of 576 columns, in pages of 64",
 }
 _SHAPE: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128}
 # batch, keys
@@ -38,6 +39,13 @@ _PAGES = (16, 64)
 _RAGGED = {True: (64, 128, 65536), False: (8, 16, 1024)}
 # prompts, rows of a chunk, single tokens, their keys
 _MIXED = {True: (4, 2048, 60, 4096), False: (2, 64, 6, 256)}
+# latent attention, of DeepSeek's models: batch, keys
+_LATENT: dict[str, Any] = {"kv_heads": 1, "head_dim": 576, "head_dim_v": 512, "shared_kv": True, "page": 64}
+_LATENT_GPU = (
+    (1, 1024), (1, 4096), (1, 32768), (8, 4096), (16, 8192), (32, 2048), (32, 8192), (64, 4096), (64, 32768),
+    (128, 1024), (128, 4096), (128, 32768),
+)  # fmt: skip
+_LATENT_CPU = ((1, 256), (2, 512))
 _SEED = 0  # of the ragged lengths: they are part of what the row's name means
 
 
@@ -45,6 +53,8 @@ def suite(name: str, target: Target) -> list[Row]:
     if name in ("ragged", "mixed"):
         steps = _ragged_steps(target) if name == "ragged" else _mixed_steps(target)
         return [_of_steps(name, steps, page) for page in _PAGES]
+    if name == "mla":
+        return _latent(target)
     sizes = _GPU if target.is_gpu else _CPU
     plain = [(batch, keys, _SHAPE) for batch, keys in sizes]
     for batch, keys, heads, kv_heads, head_dim in _MODELS if target.is_gpu else ():
@@ -63,6 +73,16 @@ def _contiguous(plain: list[tuple[int, int, dict[str, Any]]], sizes: tuple[tuple
 def _paged(plain: list[tuple[int, int, dict[str, Any]]], sizes: tuple[tuple[int, int], ...]) -> list[Row]:
     found = [_row(f" page{page}", batch, keys, page=page, **shape) for page in _PAGES for batch, keys, shape in plain]
     return [*found, *(_row(" page1", batch, keys, page=1, **_SHAPE) for batch, keys in sizes[1:])]
+
+
+def _latent(target: Target) -> list[Row]:
+    """All heads of a model; then two tokens a step, a share of the heads (of eight GPUs), a cache without pages."""
+    sizes = _LATENT_GPU if target.is_gpu else _LATENT_CPU
+    found = [_row(" mla", batch, keys, heads=128, **_LATENT) for batch, keys in sizes]
+    batch, keys = (64, 4096) if target.is_gpu else (2, 256)
+    found += [_row(" mla q2", batch, keys, heads=128, seqlen_q=2, mask="causal", **_LATENT)]
+    found += [_row(" mla", batch, keys, heads=heads, **_LATENT) for heads in (16, 64)]
+    return [*found, _row(" mla contiguous", batch, keys, heads=128, **{**_LATENT, "page": 0})]
 
 
 def _row(kind: str, batch: int, keys: int, **fields: Any) -> Row:

@@ -27,7 +27,7 @@ _PAGE = 16  # rows of the pages that FlashInfer is told a contiguous cache has
 _LARGE_GROUP = 4  # heads on a kv head, from which on FlashInfer's tensor core kernel is the faster one
 
 
-def _once(make: Callable[[DecodeCall], Run]) -> Serve:
+def once(make: Callable[[DecodeCall], Run]) -> Serve:
     """A function of the inputs that prepares each set of them once."""
     made: dict[int, Run] = {}
 
@@ -62,7 +62,7 @@ def by_sdpa(backend: str) -> Prepare:
         run, how = torch_peer(inputs.call)
         if run is None:
             raise Cannot(how)
-        return _once(lambda call: _held(torch_peer(call)[0], backend))
+        return once(lambda call: _held(torch_peer(call)[0], backend))
 
     return prepare
 
@@ -94,7 +94,7 @@ def through_fa3(op: Any, plan: Any = None) -> Prepare:
             fixed = _fa3_arguments(op, plan, call)
             return lambda: op(q=call.q, k=call.k, v=call.v, **fixed)[0]
 
-        return _once(make)
+        return once(make)
 
     return prepare
 
@@ -110,7 +110,7 @@ def _fa3_arguments(op: Any, plan: Any, call: DecodeCall) -> dict[str, Any]:
     metadata = None if plan is None else _fa3_metadata(plan, call, shared)
     wanted = {
         **shared, **most_rows, "page_table": call.page_table, "kv_batch_idx": call.cache_batch_idx,
-        "scale": _scale(call), "softcap": call.softcap,
+        "scale": scale_of(call), "softcap": call.softcap,
     }  # fmt: skip
     arguments = of_schema(op._schema)
     if metadata is not None and any(argument.name == "scheduler_metadata" for argument in arguments):
@@ -133,7 +133,7 @@ def _fa3_metadata(plan: Any, call: DecodeCall, shared: dict[str, Any]) -> torch.
     return found
 
 
-def _scale(call: DecodeCall) -> float:
+def scale_of(call: DecodeCall) -> float:
     return 1.0 / math.sqrt(call.k.shape[3]) if call.scale is None else call.scale
 
 
@@ -151,7 +151,7 @@ def through_flashinfer(flashinfer: Any) -> Prepare:
         if right > 0 or (left >= 0 and right < 0 and inputs.call.seqlen_q > 1):
             raise Cannot("it has no window right of the diagonal")
         workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=inputs.call.q.device)
-        return _once(lambda call: _planned(flashinfer, workspace, call))
+        return once(lambda call: _planned(flashinfer, workspace, call))
 
     return prepare
 
@@ -160,7 +160,7 @@ def _planned(flashinfer: Any, workspace: torch.Tensor, call: DecodeCall) -> Run:
     cache, page, pages = _pages(call)
     width = call.window[0]
     given = {
-        "sm_scale": _scale(call), "window_left": width, "logits_soft_cap": call.softcap or None,
+        "sm_scale": scale_of(call), "window_left": width, "logits_soft_cap": call.softcap or None,
         "q_data_type": call.q.dtype, "kv_data_type": call.k.dtype,
     }  # fmt: skip
     sizes = call.heads, call.kv_heads, call.k.shape[3], page

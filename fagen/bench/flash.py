@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fagen.bench import decode_peers, flash_backward, flash_training, rows
+from fagen.bench import decode_peers, flash_backward, flash_training, fp8, rows
 from fagen.bench.autograd import steps, through_autograd
 from fagen.bench.flash_arguments import document_arguments, fill, lengths, of_schema, packed, require, settings
 from fagen.bench.peers import Absent, Cannot, Loaded, Prepare, Serve
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _WORKSPACE = 256 << 20  # bytes, FlashInfer's
 
 
-def _version(*packages: str) -> str:
+def version_of(*packages: str) -> str:
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
@@ -52,7 +52,7 @@ def load_fa3(paths: Mapping[str, Path]) -> Loaded:
     """A library that the user names; else the package's own functions; else its op, where someone registered it."""
     import torch
 
-    version = _version("flash_attn_3", "flash-attn-3")
+    version = version_of("flash_attn_3", "flash-attn-3")
     if path := paths.get("fa3"):
         _load_library(path)
         return _fa3(path.name)
@@ -79,6 +79,7 @@ def _fa3(version: str, forward: Prepare | None = None, training: Prepare | None 
         training = training or steps(flash_training.through_ops(ops.fwd.default, ops.bwd.default))
     forward = forward or _through_op(ops.fwd.default)
     by_op = {"forward": forward, "backward": backward, TRAINING: training or lacks, "decode": _fa3_decode()}
+    by_op["forward_fp8"] = fp8.fa3()
     return Loaded(by_op, version)
 
 
@@ -149,7 +150,7 @@ def load_flash_attn(paths: Mapping[str, Path]) -> Loaded:
     module = _imported("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation")
     forward = _through_functions(module, unbounded=-1)
     by_op = {"forward": forward, "backward": through_autograd(forward), TRAINING: steps(forward)}
-    return Loaded(by_op, _version("flash-attn", "flash_attn"))
+    return Loaded(by_op, version_of("flash-attn", "flash_attn"))
 
 
 def load_fa4(paths: Mapping[str, Path]) -> Loaded:
@@ -169,7 +170,7 @@ def load_fa4(paths: Mapping[str, Path]) -> Loaded:
         backward = flash_backward.through_function(function)
     forward = _through_functions(module, unbounded=None)
     by_op = {"forward": forward, "backward": backward, TRAINING: steps(forward)}
-    return Loaded(by_op, _version("flash-attn-4", "flash_attn_cute"))
+    return Loaded(by_op, version_of("flash-attn-4", "flash_attn_cute"))
 
 
 # ---- FlashInfer -----------------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def load_flashinfer(paths: Mapping[str, Path]) -> Loaded:
     by_op: dict[str, Prepare | str] = {
         "forward": through_flashinfer(module), "decode": decode_peers.through_flashinfer(module)
     }  # fmt: skip
-    return Loaded(by_op, _version("flashinfer-python"))
+    return Loaded(by_op, version_of("flashinfer-python"))
 
 
 def through_flashinfer(flashinfer: Any) -> Prepare:

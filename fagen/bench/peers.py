@@ -88,20 +88,24 @@ class Peer:
         return getattr(importlib.import_module(module), function)(paths)
 
 
-_SOFTMAX = ("softmax",)
+_SOFTMAX, _FP8 = ("softmax",), ("forward_fp8",)
 PEERS = {
-    "cudnn": Peer("cuDNN (SDPA)", ("cuda",), "fagen.bench.sdpa:cudnn"),
+    "cudnn": Peer("cuDNN (SDPA)", ("cuda",), "fagen.bench.sdpa:cudnn", (*_ATTENTION, *_FP8)),
     "fa2": Peer("FlashAttention 2 (SDPA)", ("cuda",), "fagen.bench.sdpa:fa2"),
     "flash_attn": Peer("FlashAttention 2 (flash_attn)", ("cuda",), "fagen.bench.flash:load_flash_attn"),
-    "fa3": Peer("FlashAttention 3", ("cuda",), "fagen.bench.flash:load_fa3"),
+    "fa3": Peer("FlashAttention 3", ("cuda",), "fagen.bench.flash:load_fa3", (*_ATTENTION, *_FP8)),
     "fa4": Peer("FlashAttention 4", ("cuda",), "fagen.bench.flash:load_fa4"),
     "flex": Peer("FlexAttention", ("cuda",), "fagen.bench.flex:load"),
-    "flashinfer": Peer("FlashInfer", ("cuda",), "fagen.bench.flash:load_flashinfer", ("forward", "backward", "decode")),
+    "flash_mla": Peer("FlashMLA", ("cuda",), "fagen.bench.flash_mla:load", ("decode",)),
     "sdpa": Peer("SDPA, torch's choice", _BOTH, "fagen.bench.sdpa:sdpa", asked=("cpu",)),
     "efficient": Peer("memory-efficient (SDPA)", ("cuda",), "fagen.bench.sdpa:efficient", asked=()),
     "math": Peer("math (SDPA)", _BOTH, "fagen.bench.sdpa:math", asked=()),
+    "ffpa": Peer("FFPA", ("cuda",), "fagen.bench.sdpa:ffpa", ("forward", "backward"), asked=()),
+    "flashinfer": Peer("FlashInfer", ("cuda",), "fagen.bench.flash:load_flashinfer", ("forward", "backward", "decode")),
     PLAIN: Peer("fagen, nothing dropped, any order", _BOTH, "fagen.bench.attention:load_plain", _TRAINED, asked=()),
     "torch_softmax": Peer("torch.softmax", _BOTH, "fagen.bench.softmax:eager", _SOFTMAX),
+    "fagen_16_bits": Peer("fagen in 16 bits", _BOTH, "fagen.bench.fp8:load_16_bits", _FP8),
+    "fagen_quantizing": Peer("fagen, quantising included", _BOTH, "fagen.bench.fp8:load_quantizing", _FP8),
     "compiled_softmax": Peer("softmax through torch.compile", _BOTH, "fagen.bench.softmax:compiled", _SOFTMAX),
 }
 

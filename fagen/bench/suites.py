@@ -11,7 +11,7 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
-from fagen.bench import decode, random_rows, softmax
+from fagen.bench import decode, fp8, random_rows, softmax
 from fagen.bench.rows import TRAINING, Row, of_problem, row_of_op
 from fagen.errors import UsageError
 from fagen.ops.attention.problem import Problem
@@ -80,6 +80,11 @@ _FEW_ROWS = (
     (1024, 16384, 1, 4, 4, 64, "causal"),
     (1500, 12000, 1, 2, 2, 128, "none"),
 )
+_LARGE = {(320, 320): 6, (384, 384): 5, (512, 512): 4, (576, 512): 4, (640, 640): 3, (768, 768): 3, (1024, 1024): 2}
+_LARGE_LENGTHS = (1024, 4096, 16384)
+# head dims that are multiples of 8 alone, each beside the next multiple of 16: heads of both
+_ODD = {(40, 48): 40, (72, 80): 24, (88, 96): 20, (104, 112): 18, (120, 128): 16}
+_ODD_LENGTHS = (2048, 8192)
 _EQUAL_DIMS = (((64, 64), 32), ((128, 128), 16), ((256, 256), 8))  # head dims, heads
 _DOCUMENT_SHAPES = ((16, 16, 128), (32, 8, 128), (32, 32, 64))  # heads, kv heads, head_dim
 _SHAPE: dict[str, Any] = {"heads": 16, "head_dim": 128}  # of the mask rows
@@ -118,6 +123,23 @@ def _fp32() -> list[Row]:
                 series = f"fp32 d{head_dim} {mask}"
                 found.append(Row(f"{series} s{length} b{problem.batch} h{problem.heads}", problem, series))
     return found
+
+
+def _large_d() -> list[Row]:
+    rows = [
+        _grid_row(dims, heads, mask, n) for dims, heads in _LARGE.items() for mask in _MASKS for n in _LARGE_LENGTHS
+    ]
+    return [*rows, _layer("gqa-d512", 8192, 1, 16, 4, (512, 512))]
+
+
+def _odd_d() -> list[Row]:
+    return [
+        _grid_row((d, d), heads, mask, length)
+        for pair, heads in _ODD.items()
+        for mask in _MASKS
+        for length in _ODD_LENGTHS
+        for d in pair
+    ]
 
 
 def _few_rows() -> list[Row]:
@@ -288,6 +310,14 @@ SUITES = {
         "few rows of q on many keys, where tiles of rows alone leave SMs idle: 23 rows",
         lambda target, seed: _few_rows(),
     ),
+    "large-d": _attention(
+        "head dims 320 to 1024 at lengths 1k, 4k and 16k, and grouped heads of 512: 43 rows",
+        lambda target, seed: _large_d(),
+    ),
+    "odd-d": _attention(
+        "head dims 40 to 120 that are multiples of 8 alone, each beside the next multiple of 16: 40 rows",
+        lambda target, seed: _odd_d(),
+    ),
     "training": _attention(
         "models' layers as they are trained, three at 16k for their memory", lambda target, seed: _training()
     ),
@@ -306,13 +336,18 @@ SUITES = {
     "small": _attention("a small suite, for a CPU", lambda target, seed: _small(target)),
     **{name: _of_decode(name) for name in decode.SUITES},
     "fp32": _attention("float32 at head dims 32 to 256, lengths 512 to 4096: 32 rows", lambda target, seed: _fp32()),
+    "fp8": Suite(
+        "forward on fp8 numbers at head dims 64, 128 and 256, lengths 512 to 16k: 36 rows",
+        lambda target, seed, op, same_bits: fp8.suite(),
+        ("forward", "forward_fp8"),
+    ),
     "softmax": Suite(
         "fagen.softmax, along rows from 128 to 1 M and along columns; with --op backward its gradient",
         lambda target, seed, op, same_bits: softmax.suite(target, op),
         DIRECTIONS,
     ),
 }
-_DEFAULTS = {"decode": "decode"}  # of the other ops it depends on the device
+_DEFAULTS = {"decode": "decode", "forward_fp8": "fp8"}  # of the other ops it depends on the device
 _ON_GPUS = {TRAINING: "training"}
 
 

@@ -23,7 +23,7 @@ from fagen.target import ARCHS, Target
 
 # A problem as flags and TOML files spell it: names of settings, most of which take several values.
 SETTINGS = {
-    "op": "forward, backward, decode or softmax (default: forward)",
+    "op": "forward, backward, decode, forward_fp8 or softmax (default: forward)",
     "preset": "models whose layers are meant, llama3-8b,gemma3-4b; with it only op, dtype, lengths and batch",
     "dtype": "fp16, bf16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)",
     "head_dim": "64,128, or 192-128 when q/k and v differ (default: 128)",
@@ -51,7 +51,7 @@ SETTINGS = {
 }
 _SWITCHES = ("softcap", "alibi", "dropout", "tf32", "unaligned", "deterministic", "sinks", "shared_kv")
 _OF_DECODE = ("kv_dtype", "page", "sinks", "shared_kv")
-OPS = ("forward", "backward", "decode")  # whose problems these settings spell
+OPS = ("forward", "backward", "decode", "forward_fp8")  # whose problems these settings spell
 _USABLE = 0.9  # of a device's memory: what runs there besides, and what verifying takes
 
 

@@ -177,15 +177,21 @@ class Database:
         held = self._winners.get((record.arch, slug(record.device), record.key, record.family))
         return held[1] if held else None
 
-    def candidates(self, problem: Problem, target: Target) -> Iterator[tuple[Record, str]]:
+    def candidates(
+        self, problem: Problem, target: Target, *, every_regime: bool = False
+    ) -> Iterator[tuple[Record, str]]:
         """Records that may serve, best first: "exact", then "nearest" on this device, then "arch" on others.
 
-        Where several families have a record of the same size, the fastest comes first.
+        Where several families have a record of the same size, the fastest comes first. With `every_regime`
+        those that serve sizes of another regime than the problem's are among them.
         """
         device = slug(target.device)
         rows = self._by_static.get((target.arch, problem.static_key), ())
 
         op = ops.get(problem.op)
+        regime = op.regime(problem, target)
+        if not every_regime:
+            rows = [record for record in rows if op.regime(record.problem, target) == regime]
 
         def order(record: Record) -> tuple[bool, bool, float, str, float]:
             elsewhere, other = slug(record.device) != device, record.key != problem.key

@@ -47,6 +47,7 @@ class PlannedRecord:
     record: Record
     elsewhere: bool  # tuned on another device
     features: tuple[float, ...]
+    regime: bool
     answer: Answer
     where_torch_may: Answer | None = None  # what is faster than its kernel where PyTorch can be asked; None: nothing
 
@@ -58,7 +59,7 @@ class Plan:
     problem: Any  # any of the static key
     target: Target
     rows: tuple[PlannedRecord, ...]
-    families: tuple[Family, ...] = ()  # whose defaults serve where there are no rows
+    families: tuple[Family, ...] = ()  # whose defaults serve where there are no rows of a size's regime
     meanwhile: Answer | None = None  # what serves all sizes until something is built, where no row can
     defaults: dict[Hashable, Answer] = field(default_factory=dict)
 
@@ -81,8 +82,10 @@ class Plan:
             return None
         wanted, weights = tuple(self.op.features(problem, self.target.units).values()), tuple(self.op.weights.values())
         best: tuple[Any, ...] | None = None
-        found, size = None, problem.size_key
+        found, size, regime = None, problem.size_key, self.op.regime(problem, self.target)
         for row in self.rows:
+            if row.regime != regime:
+                continue
             distance = 0.0
             for weight, a, b in zip(weights, wanted, row.features, strict=True):
                 distance += weight * abs(a - b)
@@ -107,7 +110,8 @@ class Plan:
         torch = 0 if ours else self._where_torch_may
         alike = all(family.default_reads is families.nothing for family in self.families)
         otherwise = self.meanwhile or (next(iter(self.defaults.values()), ASK) if alike else ASK)
-        words = [self.target.units, int(windowed), torch, *otherwise.words]
+        idle_tiles = binding.most_idle_tiles(self.op, self.target)
+        words = [self.target.units, int(windowed), torch, idle_tiles, *otherwise.words]
         for row in self.rows:
             p = row.record.problem
             sizes = p.batch, p.heads, p.kv_heads, p.seqlen_q, p.seqlen_k, p.window_left, p.window_right

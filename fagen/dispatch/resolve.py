@@ -272,7 +272,8 @@ def _rows(problem: Problem, target: Target) -> Iterator[PlannedRecord]:
     waits = env.build_mode() != "background"
     stale = "" if waits else choose.known_only()
     looked: set[Key] = set()
-    for record, provenance in store.Database.load().candidates(problem, target):
+    op = ops.get(problem.op)
+    for record, provenance in store.Database.load().candidates(problem, target, every_regime=True):
         if _name(record) in _passed_over:
             continue
         found = ASK
@@ -286,8 +287,8 @@ def _rows(problem: Problem, target: Target) -> Iterator[PlannedRecord]:
                 looked.add(key)
                 if not waits and (key in kernels.failed or (not found.known and background.pending(key))):
                     continue  # another one serves, until it is built
-        features = tuple(ops.get(problem.op).features(record.problem, target.units).values())
-        yield PlannedRecord(record, provenance == "arch", features, found)
+        features = tuple(op.features(record.problem, target.units).values())
+        yield PlannedRecord(record, provenance == "arch", features, op.regime(record.problem, target), found)
 
 
 def _answer_of(choice: Choice) -> Answer:

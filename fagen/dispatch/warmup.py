@@ -3,7 +3,8 @@
 The config of a size is that of the nearest record, so that the configs which sizes up to a bound can get are those of
 the records whose cells reach into the bound. Distances add up over features: a record that is the nearest anywhere
 among sizes that differ in their number of keys alone is the nearest where that number is as close to its own as it can
-be. Rows and batches are gone through; where nothing is recorded, defaults are asked for a grid of sizes.
+be. Rows and batches are gone through; where nothing is recorded of a regime, defaults are asked for a grid of
+its sizes.
 """
 
 from __future__ import annotations
@@ -41,14 +42,20 @@ def sizes(problem: Problem, target: Target, most: int) -> list[Problem]:
     if not 1 <= most <= MOST_SEQLEN:
         raise InvalidArgument(f"a longest sequence of {most} is out of range", f"1 to {MOST_SEQLEN}")
     able, refusals = families.serving(problem, target)
-    records = []
-    for record, provenance in store.Database.load().candidates(problem, target):
-        if not choose.by_record(record, provenance, problem, target, able, refusals)[1]:
-            records.append((provenance == "arch", record))
-    if not records:
-        return _by_default(problem, target, most)
-    here = [record for elsewhere, record in records if elsewhere == min(records, key=lambda r: r[0])[0]]
-    return _by_record(problem, target, most, sorted(here, key=lambda r: (r.key, r.seconds)))
+    usable = [
+        (provenance == "arch", record)
+        for record, provenance in store.Database.load().candidates(problem, target, every_regime=True)
+        if not choose.by_record(record, provenance, problem, target, able, refusals)[1]
+    ]
+    found: list[Problem] = []
+    for few in (False, True):
+        records = [(elsewhere, r) for elsewhere, r in usable if size_point.has_few_rows(r.problem, target) == few]
+        if records:
+            here = [r for elsewhere, r in records if elsewhere == min(records, key=lambda pair: pair[0])[0]]
+            found += _by_record(problem, target, most, sorted(here, key=lambda r: (r.key, r.seconds)), few)
+        else:
+            found += [p for p in _by_default(problem, target, most) if size_point.has_few_rows(p, target) == few]
+    return found
 
 
 def _rows(most: int) -> list[int]:
@@ -68,8 +75,8 @@ def _batches(problem: Problem, target: Target, rows: list[int]) -> Iterator[tupl
         batch += 1
 
 
-def _by_record(problem: Problem, target: Target, most: int, records: list[Record]) -> list[Problem]:
-    """For each record that is the nearest of some size, such a size."""
+def _by_record(problem: Problem, target: Target, most: int, records: list[Record], few: bool) -> list[Problem]:
+    """For each record that is the nearest of some size, such a size; of those with few rows, or of the others."""
     import torch
 
     features = [list(size_point.features(r.problem, target.units).values()) for r in records]
@@ -79,10 +86,12 @@ def _by_record(problem: Problem, target: Target, most: int, records: list[Record
     for batch, lengths in _batches(problem, target, _rows(most)):
         if len(found) == len(records):
             break
-        sized = [problem.replace(batch=batch, seqlen_q=n, seqlen_k=most) for n in lengths]
+        sized, bounds = _keys_of_regime(problem, target, batch, lengths, most, few)
+        if not sized:
+            continue
         points = torch.tensor([list(size_point.features(p, target.units).values()) for p in sized], dtype=torch.float64)
         base = weight["waves"] * (points[:, 1:2] - waves).abs() + weight["rows"] * (points[:, 2:3] - rows).abs()
-        least = points[:, 2] if problem.mask == "causal" else torch.zeros(len(lengths), dtype=torch.float64)
+        least = torch.tensor(bounds, dtype=torch.float64).log2()
         for index in range(len(records)):
             if index in found:
                 continue
@@ -92,9 +101,27 @@ def _by_record(problem: Problem, target: Target, most: int, records: list[Record
             if len(wins):
                 n = int(wins[len(wins) // 2])
                 length = min(most, max(1, round(2.0 ** float(own[n]))))
-                found[index] = sized[n].replace(seqlen_k=most if own[n] == points[n, 0] else length)
+                found[index] = sized[n] if own[n] == points[n, 0] else sized[n].replace(seqlen_k=length)
     exact = (r.problem for r in records if _within(r.problem, problem, most))
     return list(dict.fromkeys([*found.values(), *(p.replace(head_dim=problem.head_dim) for p in exact)]))
+
+
+def _keys_of_regime(
+    problem: Problem, target: Target, batch: int, lengths: list[int], most: int, few: bool
+) -> tuple[list[Problem], list[int]]:
+    """For each number of rows the size of the most keys that has few rows or has not, and the fewest keys of such."""
+    sized, bounds = [], []
+    for n in lengths:
+        size = problem.replace(batch=batch, seqlen_q=n, seqlen_k=most)
+        keys, fewest = most, n if problem.mask == "causal" else 1
+        if size_point.has_few_rows(size, target):
+            keys, fewest = (most, max(fewest, size_point.SHARED_KEYS)) if few else (size_point.SHARED_KEYS - 1, fewest)
+        elif few:
+            continue
+        if fewest <= keys:
+            sized.append(size.replace(seqlen_k=keys))
+            bounds.append(fewest)
+    return sized, bounds
 
 
 def _within(recorded: Problem, problem: Problem, most: int) -> bool:

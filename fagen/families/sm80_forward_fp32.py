@@ -9,7 +9,6 @@ from __future__ import annotations
 from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob, Value, nothing
 from fagen.families.cost import key_bytes, makespan, walk
-from fagen.ops.attention import problem
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -217,6 +216,5 @@ FAMILY = Family(
     flags=lambda t: (device_limits.gencode(t), *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:4],
     cost=cost,
-    serves_calls=lambda p: problem.FOLLOWS_TF32 or not p.tf32,
     resources=_resources,
 )

@@ -12,10 +12,10 @@ from fagen.schema import shown
 
 
 def all_ops() -> tuple[Op, ...]:
-    from fagen.ops.attention import backward, decode, forward
+    from fagen.ops.attention import backward, decode, forward, fp8
     from fagen.ops.softmax import op as softmax
 
-    return extensions.with_offered((forward.OP, backward.OP, decode.OP, softmax.OP), "OPS")
+    return extensions.with_offered((forward.OP, backward.OP, decode.OP, softmax.OP, fp8.OP), "OPS")
 
 
 def get(name: str) -> Op:

@@ -17,11 +17,13 @@ from fagen.build import cache
 from fagen.build.job import Job
 from fagen.errors import BuildError, FagenError
 from fagen.notices import notify
-from fagen.ops.attention import problem, size_point
+from fagen.ops.attention import size_point
 from fagen.runtime import background
 
 if TYPE_CHECKING:
     from fagen.build.job import Artifact
+    from fagen.ops.base import Op
+    from fagen.target import Target
 
 
 # without contraction a distance of sizes is rounded as in Python
@@ -63,10 +65,15 @@ def _constants() -> str:
         f"namespace fagen {{\nstruct SizeWeights {{ double {names}; }};\n"
         f"constexpr SizeWeights kSizeWeights{{{values}}};\n"
         f"constexpr double kMostWaves = {size_point.MOST_WAVES!r}, kLeastWaves = {size_point.LEAST_WAVES!r};\n"
-        f"constexpr int64_t kWaveRows = {size_point.WAVE_ROWS};\n"
-        f"constexpr bool kFollowsTf32 = {str(problem.FOLLOWS_TF32).lower()};\n"
+        f"constexpr int64_t kWaveRows = {size_point.WAVE_ROWS}, kTileRows = {size_point.TILE_ROWS};\n"
+        f"constexpr int64_t kMostPacked = {size_point.MOST_PACKED}, kSharedKeys = {size_point.SHARED_KEYS};\n"
         f"inline bool switch_allows_tf32() {{ return {_tf32_switch()}; }}\n}}\n"
     )
+
+
+def most_idle_tiles(op: Op, target: Target) -> int:
+    """For a plan of the table: `has_few_rows` there."""
+    return size_point.most_idle_tiles(target) if op.regime is size_point.has_few_rows else -1
 
 
 def _tf32_switch() -> str:

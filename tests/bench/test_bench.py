@@ -176,6 +176,23 @@ def test_few_rows_are_what_splits_are_for():
     assert tuned == [row.problem for row in found]
 
 
+def test_large_head_dims_are_tuned_for_as_they_are_measured():
+    found = suites.suite("large-d", GPU)
+    assert len(found) == 43 and min(max(row.problem.head_dim, row.problem.head_dim_v) for row in found) == 320
+    family = families.get("sm90_forward_large")
+    assert all(family.supports(row.problem, GPU) is None for row in found)
+    tuned = problems_in(Path(__file__).parents[2] / "benchmarks" / "problems" / "large_d.toml", GPU)
+    assert tuned == [row.problem for row in found]
+
+
+def test_odd_head_dims_stand_beside_the_kernel_that_serves_them():
+    found = suites.suite("odd-d", GPU)
+    assert len(found) == 40
+    for odd, even in zip(found[::2], found[1::2], strict=True):
+        assert odd.problem.head_dim % 16 == 8 and odd.problem.static_key == even.problem.static_key
+        assert odd.problem.size_key == even.problem.size_key
+
+
 def test_the_models_suite_slides():
     found = {row.name: row.problem for row in suites.suite("models", GPU)}
     assert set(LAYERS) - {"cross-512x8192 full h32/8 d128"} <= set(found)
@@ -501,6 +518,23 @@ def test_flashinfer_is_asked_for_the_same(row):
 def test_flashinfer_says_what_it_cannot(row, says):
     with pytest.raises(Cannot, match=says):
         flash.through_flashinfer(FakeFlashInfer())(row, rows.make_inputs(row, "cpu"))
+
+
+def test_ffpa_is_asked_above_head_dim_256(monkeypatch):
+    _, absent = peers.load(["ffpa"], "cuda", {})
+    assert absent["ffpa"].endswith("pip install ffpa-attn")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setitem(sys.modules, "ffpa_attn", types.SimpleNamespace(ffpa_attn_func=attend))
+    here, absent = peers.load(["ffpa"], "cuda", {})
+    assert (list(here), absent) == (["ffpa"], {})
+    row = rows.of_problem(Problem(dtype="bf16", head_dim=264, mask="causal", heads=2, kv_heads=1, seqlen_q=24))
+    inputs = rows.make_inputs(row, "cpu")
+    verdict, _ = run.verified(here["ffpa"].prepare(row, inputs)(inputs), inputs.call, 1 << 30)
+    assert verdict, verdict.message
+    for dims, says in (((256, 256), "calls SDPA"), ((576, 512), "one for both")):
+        other = rows.of_problem(Problem(dtype="bf16", head_dim=dims[0], head_dim_v=dims[1], seqlen_q=24))
+        with pytest.raises(Cannot, match=says):
+            here["ffpa"].prepare(other, inputs)
 
 
 def test_flashinfer_is_found_by_import(monkeypatch):

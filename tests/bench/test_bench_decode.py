@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fagen import target
-from fagen.bench import decode_peers, peers, report, rows, run, suites
+from fagen.bench import decode_peers, flash_mla, peers, report, rows, run, suites
 from fagen.bench.peers import Cannot
 from fagen.cli import main
 from fagen.errors import UsageError
@@ -29,7 +29,7 @@ CPU, GPU = target.Target("cpu", "any", 2), target.known("sm_90")
 
 
 def test_the_suites_have_rows_of_their_own() -> None:
-    pages = {"decode": {0}, "paged": {1, 16, 64}, "ragged": {16, 64}, "mixed": {16, 64}}
+    pages = {"decode": {0}, "paged": {1, 16, 64}, "ragged": {16, 64}, "mixed": {16, 64}, "mla": {0, 64}}
     for where in (CPU, GPU):
         for name, of_page in pages.items():
             found = suites.suite(name, where, op="decode")
@@ -211,6 +211,53 @@ def test_peers_are_asked_for_the_same(row: rows.Row) -> None:
     assert all(t is not None for t in op.metadata)
     assert plan.calls[0]["page_size"] == (row.problem.page or None)
     assert plan.calls[0]["max_seqlen_k"] == 48 or row.problem.page == 32
+
+
+class FakeFlashMla:
+    """Its two functions, as its documentation describes them; a later version plans in its first call."""
+
+    def __init__(self) -> None:
+        self.plans = 0
+
+    def get_mla_metadata(self, lengths: torch.Tensor, rows_of_a_kv_head: int, kv_heads: int) -> tuple[Any, Any]:
+        assert lengths.dtype == torch.int32 and kv_heads == 1
+        self.plans, self.rows = self.plans + 1, rows_of_a_kv_head
+        return "plan", "splits"
+
+    def flash_mla_with_kvcache(
+        self, q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any, head_dim_v: int, plan: Any, splits: Any,
+        softmax_scale: float, causal: bool, use_legacy: bool = False,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        assert (plan, splits) == ("plan", "splits") and use_legacy and self.rows == q.shape[1] * q.shape[2]
+        call = DecodeCall(
+            q, k_cache, k_cache[..., :head_dim_v], cache_seqlens, block_table, window=(-1, 0 if causal else -1),
+            scale=softmax_scale,
+        )  # fmt: skip
+        return decode_reference.attend(call, torch.float32)[0].to(q.dtype), None
+
+
+def test_flash_mla_on_a_latent_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    latent: dict[str, Any] = {**SMALL, "kv_heads": 1, "head_dim_v": 8, "shared_kv": True, "page": 64}
+    for fields in ({}, {"seqlen_q": 2, "mask": "causal"}):
+        row, library = rows.of_problem(DecodeProblem(**{**latent, **fields})), FakeFlashMla()
+        sets = [rows.make_inputs(row, "cpu", seed) for seed in (0, 1)]
+        serve = flash_mla.through(library)(row, sets[0])
+        for inputs in (*sets, *sets):
+            verdict, _ = run.verified(serve(inputs), inputs.call, 1 << 30)
+            assert verdict, verdict.message
+        assert library.plans == 2, "once for each set of inputs"
+    for fields, says in (
+        ({"page": 32}, "pages of 64"),
+        ({"shared_kv": False}, "pages of 64"),
+        ({"sinks": True}, "sinks"),
+    ):
+        row = rows.of_problem(DecodeProblem(**{**latent, **fields}))
+        with pytest.raises(Cannot, match=says):
+            flash_mla.through(FakeFlashMla())(row, rows.make_inputs(row, "cpu"))
+    monkeypatch.setitem(sys.modules, "flash_mla", None)
+    monkeypatch.setattr(flash_mla.importlib.util, "find_spec", lambda name: None)
+    _, absent = peers.load(["flash_mla"], "cuda", {}, "decode")
+    assert "pip install" in absent["flash_mla"]
 
 
 def test_flash_attention_3_without_metadata() -> None:

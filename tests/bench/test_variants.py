@@ -30,14 +30,14 @@ def rendered(variants, tmp_path: Path, label: str, *cases: str) -> Path:
     return out
 
 
-def test_the_kept_cases_are_rows_and_configs_of_today(variants) -> None:
+@pytest.mark.parametrize(("name", "family"), [("decode", "sm80_decode"), ("mla", "sm90_decode_mla")])
+def test_the_kept_cases_are_rows_and_configs_of_today(variants, name: str, family: str) -> None:
     """Each line names a row and a legal config of it, and no two are one kernel."""
     where = target.known("sm_90")
     table = variants.all_rows(where)
-    lines = (FOLDER / "problems" / "decode_variants.txt").read_text().splitlines()
-    found = [variants.case(line, table, where, None) for line in lines if not line.startswith("#")]
+    lines = (FOLDER / "problems" / f"{name}_variants.txt").read_text().splitlines()
+    found = [variants.case(line, table, where, family) for line in lines if not line.startswith("#")]
     assert [one for one in found if isinstance(one, str)] == []
-    assert all(family.name == "sm80_decode" for _, family, _ in found)
     assert len({(row.name, config) for row, _, config in found}) == len(found)
 
 

@@ -382,3 +382,22 @@ def test_the_last_resort_is_no_candidate_beside_another() -> None:
     assert reasons["simt_forward"] == "the last resort, and sm80_forward serves this"
     able, _ = families.candidates(Problem(dtype="bf16", head_dim=264), target.known("sm_80"))
     assert [family.name for family in able] == ["simt_forward"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "first"),
+    [
+        ({"head_dim": 512}, "sm90_forward_large"),
+        ({"head_dim": 64, "head_dim_v": 264, "dtype": "fp16"}, "sm90_forward_large"),
+        ({"head_dim": 256}, "sm90_forward"),
+        ({"head_dim": 512, "dropout": True}, None),
+        ({"head_dim": 512, "aligned": False}, None),
+        ({"head_dim": 512, "dtype": "fp32"}, "simt_forward"),
+    ],
+    ids=str,
+)
+def test_large_head_dims_have_a_family_on_hopper(fields: dict, first: str | None) -> None:
+    able, _ = families.serving(Problem(**fields), target.known("sm_90"))
+    assert (able[0].name if able else None) == first
+    able, reasons = families.serving(Problem(**fields), target.known("sm_80"))
+    assert "sm90_forward_large" in reasons

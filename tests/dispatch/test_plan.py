@@ -69,8 +69,16 @@ def configs(count: int) -> list[Config]:
 
 def plan_of(records: list[Record], where: target.Target) -> Plan:
     rows = sorted(records, key=lambda r: (r.device != where.device, r.key, r.seconds))
-    features = [tuple(size_point.features(r.problem, where.units).values()) for r in rows]
-    made = (PlannedRecord(r, r.device != where.device, f, Answer(True)) for r, f in zip(rows, features, strict=True))
+    made = [
+        PlannedRecord(
+            r,
+            r.device != where.device,
+            tuple(size_point.features(r.problem, where.units).values()),
+            size_point.has_few_rows(r.problem, where),
+            Answer(True),
+        )
+        for r in rows
+    ]
     return Plan(records[0].problem, where, tuple(made))
 
 
@@ -101,6 +109,7 @@ def test_plans_pick_the_record_that_dispatch_picks(mask: str, overlay: Path) -> 
     merge.put(rows, overlay)
     database = store.Database.load([overlay])
     module = binding.load()
+    regimes: set[tuple[bool, bool]] = set()
     for records in (database.records, [r for r in database.records if r.device != H200.device]):
         few = types.SimpleNamespace(records=records)
         plan = plan_of(few.records, H200)
@@ -109,12 +118,14 @@ def test_plans_pick_the_record_that_dispatch_picks(mask: str, overlay: Path) -> 
         device_only._by_static = {("sm_90", static.static_key): sorted(records, key=lambda r: (r.key, r.seconds))}
         asked = [static.replace(**size(draw, mask)) for _ in range(1000)] + known
         for problem in asked:
-            wanted = next(device_only.candidates(problem, H200))[0]
+            wanted = next((r for r, _ in device_only.candidates(problem, H200)), None)
+            regimes.add((size_point.has_few_rows(problem, H200), wanted is None))
             p = problem
             sizes = [p.batch, p.heads, p.kv_heads, p.seqlen_q, p.seqlen_k, p.window_left, p.window_right]
-            row = plan.nearest(problem)
-            assert row is not None and row.record == wanted, problem.key
-            assert plan.rows[module.nearest(words, sizes)].record == wanted, problem.key
+            row, index = plan.nearest(problem), module.nearest(words, sizes)
+            assert (row and row.record) == wanted, problem.key
+            assert (plan.rows[index].record if index >= 0 else None) == wanted, problem.key
+    assert {few for few, _ in regimes} == {True, False}
 
 
 def test_the_plan_of_the_shipped_records_is_what_dispatch_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +139,30 @@ def test_the_plan_of_the_shipped_records_is_what_dispatch_chooses(monkeypatch: p
     for _ in range(150):
         problem = static.replace(**size(draw, "causal"))
         row, choice = plan.nearest(problem), choose.choose(problem, H200)
-        assert row is not None and row.record == choice.record
+        assert (row and row.record) == choice.record
+
+
+def test_few_rows_are_served_by_records_of_few_rows(overlay: Path) -> None:
+    """Others do not split keys; where there is none of few rows, the default serves, which does."""
+    many = PROBLEM.replace(dtype="bf16", head_dim=128, window_left=-1, mask="causal", batch=8, heads=32, seqlen_q=2048)
+    many = many.replace(kv_heads=8, seqlen_k=2048)
+    few = many.replace(batch=1, heads=8, seqlen_q=16, seqlen_k=16384)
+    family = families.get("sm90_forward")
+
+    def winner(problem: Problem) -> Record:
+        config = family.default(problem, H200)
+        source = KernelSpec(family, problem, H200, config).hash
+        return record(problem, config, H200, family=family.name, source_hash=source)
+
+    merge.put([winner(many)], overlay)
+    assert choose.choose(many.replace(seqlen_q=1000), H200).record is not None
+    by_default = choose.choose(few, H200)
+    assert (by_default.provenance, by_default.config["splits"]) == ("default", "keys")
+    merge.put([winner(few)], overlay)
+    assert choose.choose(few.replace(seqlen_k=10000), H200).record.problem == few
+    assert choose.choose(many.replace(seqlen_q=1000), H200).record.problem == many
+    cpu = target.host()
+    assert not size_point.has_few_rows(few, cpu), "blocks of a CPU share no keys"
 
 
 def test_a_default_depends_on_nothing_that_it_does_not_say() -> None:
@@ -235,7 +269,7 @@ def test_what_beats_pytorch_serves_in_the_place_of_what_lost(other: float, monke
     second = dataclasses.replace(FAMILY, name="second")
     monkeypatch.setattr(families, "all_families", lambda: (FAMILY, second))
     beaten, better = record(PROBLEM, near, torch_seconds=5e-4), record(PROBLEM, far, seconds=other, family="second")
-    rows = [PlannedRecord(r, False, (6.0, 0.0, 6.0), Answer(True, r)) for r in (beaten, better)]  # type: ignore[arg-type]
+    rows = [PlannedRecord(r, False, (6.0, 0.0, 6.0), False, Answer(True, r)) for r in (beaten, better)]  # type: ignore[arg-type]
     made = resolve._where_torch_may(rows[0], rows[1:])
     assert made.where_torch_may == (Answer(True, better) if other < 5e-4 else Answer(True))  # type: ignore[arg-type]
     assert resolve._where_torch_may(rows[1], []) is rows[1]

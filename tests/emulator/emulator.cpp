@@ -124,11 +124,12 @@ void copy(uint32_t to, const CUtensorMap* map, uint32_t barrier_address, std::in
   if (to % 128) fail("a copy goes to a place that is not aligned");
   uint32_t rows = 1;
   for (int i = 1; i < m.rank; ++i) rows *= m.box[i];
+  const uint32_t pitch = m.swizzled ? 128 : m.box[0] * 2;
   for (unsigned rank = 0; rank < cluster->blocks.size(); ++rank)
     if (mask >> rank & 1) {
       Block* block = cluster->blocks[rank].get();
       Barrier* told = &barrier(barrier_address, block);
-      block->at(to, 16), block->at(to + rows * 128 - 16, 16);
+      block->at(to, 16), block->at(to + rows * pitch - 16, 16);
       cluster->copies.push_back([=] {
         for (uint32_t row = 0; row < rows; ++row) {
           const unsigned char* from = m.base;
@@ -144,7 +145,8 @@ void copy(uint32_t to, const CUtensorMap* map, uint32_t barrier_address, std::in
             const int64_t index = begin[0] + int64_t(column);
             uint16_t element = 0;
             if (inside && index >= 0 && uint64_t(index) < m.size[0]) memcpy(&element, from + index * 2, 2);
-            memcpy(block->shared.data() + offset_of(swizzled(to + row * 128 + column * 2)), &element, 2);
+            const uint32_t place = to + row * pitch + column * 2;
+            memcpy(block->shared.data() + offset_of(m.swizzled ? swizzled(place) : place), &element, 2);
           }
         }
         told->bytes -= int64_t(rows) * m.box[0] * 2;
@@ -272,6 +274,76 @@ void start_product(float* sums, int columns, bool b_row_major, uint64_t a, const
 template void start_product<__nv_bfloat16>(float*, int, bool, uint64_t, const uint32_t*, uint64_t, bool, bool);
 template void start_product<__half>(float*, int, bool, uint64_t, const uint32_t*, uint64_t, bool, bool);
 
+float e4m3_value(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if (exponent == 15 && mantissa == 7) return NAN;
+  const float size = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+  return bits & 0x80 ? -size : size;
+}
+uint8_t e4m3_nearest(float x) {
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  if (x != x) return sign | 0x7f;
+  int exponent;
+  frexpf(x, &exponent);
+  const float unit = ldexpf(1, std::max(exponent - 4, -9));  // between neighbours of x
+  const float size = std::min(std::fabs(nearbyintf(x / unit) * unit), 448.f);
+  for (uint8_t bits = 0; bits < 0x7f; ++bits)
+    if (e4m3_value(bits) == size) return sign | bits;
+  fail("a number has no nearest e4m3");
+}
+
+// A matrix of bytes in shared memory, k in a row: swizzled, rows of 128 bytes; or in cores of 8 rows of 16 bytes.
+struct ByteTile {
+  uint32_t address, leading, stride;
+  bool in_cores;
+  explicit ByteTile(uint64_t descriptor)
+      : address(uint32_t(descriptor & 0x3fff) << 4),
+        leading(uint32_t(descriptor >> 16 & 0x3fff) << 4),
+        stride(uint32_t(descriptor >> 32 & 0x3fff) << 4),
+        in_cores(descriptor >> 62 == 0) {
+    if (!in_cores && descriptor >> 62 != 1) fail("an operand is swizzled by other than 128 bytes");
+  }
+  float at(int row, int k) const {
+    const uint32_t group = address + row / 8 * stride;
+    if (in_cores) return e4m3_value(shared_at<uint8_t>(group + k / 16 * leading + row % 8 * 16 + k % 16));
+    return e4m3_value(shared_at<uint8_t>(swizzled(group + row % 8 * 128 + k)));
+  }
+};
+
+// As the tensor cores end a sum of e4m3 products: of some 14 bits, the others cut off.
+static float cut_to_14_bits(float x) { return of_bits<float>(bits_of(x) & 0xfffffc00u); }
+
+void start_e4m3_product(float* sums, int columns, uint64_t a, const uint32_t* held, uint64_t b, bool more) {
+  const int lane = now->thread.x % 32, first = now->thread.x / 32 % 4 * 16 + lane / 4;
+  const ByteTile of_a(held ? b : a), of_b(b);
+  Words mine;  // of a: the row of this thread, and the one 8 further on
+  if (held)
+    for (int half = 0; half < 2; ++half) {
+      const uint64_t* all =
+          exchange(uint64_t(held[half * 2 + 1]) << 32 | held[half * 2], half ? "wgmma a2 a3" : "wgmma a0 a1");
+      for (int i = 0; i < 4; ++i) mine.words[half][i] = all[lane / 4 * 4 + i];
+    }
+  now->products.open.push_back([=, in_registers = held != nullptr] {
+    float rows[2][32];
+    for (int r = 0; r < 2; ++r)
+      for (int k = 0; k < 32; ++k)
+        rows[r][k] = in_registers ? e4m3_value(uint8_t(mine.words[k / 16][k % 16 / 4] >> (r * 32 + k % 4 * 8)))
+                                  : of_a.at(first + r * 8, k);
+    for (int piece = 0; piece < columns / 8; ++piece)
+      for (int side = 0; side < 2; ++side) {
+        float found[2] = {0, 0};
+        for (int k = 0; k < 32; ++k) {
+          const float y = of_b.at(piece * 8 + lane % 4 * 2 + side, k);
+          for (int r = 0; r < 2; ++r) found[r] += rows[r][k] * y;
+        }
+        for (int r = 0; r < 2; ++r) {
+          float& sum = sums[piece * 4 + r * 2 + side];
+          sum = cut_to_14_bits(more ? sum + found[r] : found[r]);
+        }
+      }
+  });
+}
+
 // ---- launches
 
 static std::vector<void*> stacks;  // not in use
@@ -390,9 +462,12 @@ uint3 gridDim, blockDim;
 
 CUresult emulator::encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* base, const cuuint64_t* size,
                           const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps,
-                          CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  if (rank < 1 || rank > 5 || uintptr_t(base) % 16 || box[0] * 2 > 128) return CUDA_ERROR_INVALID_VALUE;
+                          CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                          CUtensorMapFloatOOBfill) {
+  if (rank < 1 || rank > 5 || uintptr_t(base) % 16) return CUDA_ERROR_INVALID_VALUE;
   map->base = static_cast<const unsigned char*>(base), map->rank = rank;
+  map->swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  if (map->swizzled ? box[0] * 2 > 128 : box[0] * 2 % 16) return CUDA_ERROR_INVALID_VALUE;
   for (unsigned i = 0; i < rank; ++i) {
     map->size[i] = size[i], map->box[i] = box[i], map->stride[i] = i ? strides[i - 1] : 2;
     if (!size[i] || size[i] > 1ull << 32 || !box[i] || box[i] > 256 || steps[i] != 1) return CUDA_ERROR_INVALID_VALUE;

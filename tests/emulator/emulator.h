@@ -135,6 +135,10 @@ T of_bits(uint64_t bits) {
   return x;
 }
 
+// The number of fp8 (e4m3) that a byte is, and the byte that is nearest to a number: 448 where it is larger.
+float e4m3_value(uint8_t bits);
+uint8_t e4m3_nearest(float x);
+
 // Where the copy engine and the products find what lies at an address: 128-byte swizzle.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70); }
 
@@ -166,6 +170,8 @@ void multiply_tf32_tile(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&
 template <class Element>
 void start_product(float* sums, int columns, bool b_row_major, uint64_t a, const uint32_t* held, uint64_t b, bool more,
                    bool a_row_major = true);
+// The same of e4m3 numbers, 32 deep: k lies in a row of both operands, swizzled by 128 bytes or, of b, not at all.
+void start_e4m3_product(float* sums, int columns, uint64_t a, const uint32_t* held, uint64_t b, bool more);
 
 // ---- launches
 

@@ -34,7 +34,7 @@ def test_larger_tiles_than_the_rows_need_are_not_searched() -> None:
 
 def test_few_sequences_are_split_and_many_are_not() -> None:
     splits = [sm80_decode.splits_of(PROBLEM.replace(batch=b), SM90, DEFAULT) for b in (1, 2, 4, 8, 16, 32)]
-    assert splits == sorted(splits, reverse=True) and splits[0] > 16 and splits[-1] == 1
+    assert splits == sorted(splits, reverse=True) and splits[0] >= 16 and splits[-1] == 1
     few_keys = PROBLEM.replace(batch=1, seqlen_k=1024)
     assert sm80_decode.splits_of(few_keys, SM90, DEFAULT) == 1024 // DEFAULT.split_keys
     assert sm80_decode.splits_of(few_keys, SM90, DEFAULT.replace(split_keys=1024)) == 1
@@ -56,4 +56,4 @@ def test_costs_are_of_the_size_of_what_memory_allows() -> None:
     costs = sorted(sm80_decode.cost(PROBLEM, SM90, c) for c in legal)
     least = PROBLEM.bytes() / (sm80_decode.SM_RATE * SM90.units)
     assert least < costs[0] < 1.3 * least and costs[-1] > 2 * costs[0]
-    assert sm80_decode.cost(PROBLEM, SM90, DEFAULT) < costs[len(costs) // 10]
+    assert sm80_decode.cost(PROBLEM, SM90, DEFAULT) <= costs[len(costs) // 10]

@@ -10,8 +10,9 @@ import pytest
 
 from fagen import families, ops, target
 from fagen.errors import InvalidConfig
-from fagen.families import Config, Constraint, Family, sm80_forward, sm90_forward
+from fagen.families import Config, Constraint, Family, sm80_forward, sm90_decode_mla, sm90_forward, sm90_forward_large
 from fagen.families.space import enumerate_space
+from fagen.ops.attention import size_point
 from fagen.ops.attention.problem import Problem
 
 OF_ATTENTION = [family for family in families.all_families() if family.op != "softmax"]
@@ -20,21 +21,34 @@ PROBLEMS = {
     "causal": {"head_dim": 128, "mask": "causal"},
     "wide": {"head_dim": 192, "head_dim_v": 128, "mask": "window", "window_left": 64},
 }
+LARGE = {
+    "large": {"head_dim": 512},
+    "large_causal": {"head_dim": 320, "mask": "causal"},
+    "largest": {"head_dim": 1024, "mask": "window", "window_left": 64},
+}
+LATENT = {"head_dim": 576, "head_dim_v": 512, "mask": "causal", "shared_kv": True}  # the one kind that a family serves
 
 
 def place(family: Family, fields: dict) -> tuple[Problem, target.Target]:
     """A problem of the family's own dtype, and a target that it supports."""
+    fields = LATENT if family is sm90_decode_mla.FAMILY else fields
     problem = ops.get(family.op).problem(dtype=family.dtypes[0], **fields)
     targets = [target.Target("cpu", "any", 8, simd="avx512"), target.known("sm_80"), target.known("sm_90")]
     return problem, next(where for where in targets if family.supports(problem, where) is None)
 
 
+def _problems(family: Family) -> dict[str, dict]:
+    return LARGE if family is sm90_forward_large.FAMILY else PROBLEMS
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("family", OF_ATTENTION, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [pytest.param(f, name, id=f"{f.name}-{name}") for f in OF_ATTENTION for name in _problems(f)],
+)
 def test_every_config_is_legal_or_removed_by_a_constraint(family: Family, name: str) -> None:
     """A constraint is asked as soon as the knobs that it says it reads are known: they must be all it looks at."""
-    problem, where = place(family, PROBLEMS[name])
+    problem, where = place(family, _problems(family)[name])
     space = enumerate_space(family, problem, where)
     assert len(space.legal) + sum(space.removed.values()) == space.total == family.size()
     legal, chance = set(space.legal), random.Random(0)
@@ -140,4 +154,4 @@ def test_what_only_repeats_at_its_sizes_is_not_searched() -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads", "packed"), [(8, 8, 1), (32, 8, 4), (12, 2, 2), (128, 1, 64), (15, 5, 1)])
 def test_heads_are_packed_as_a_tile_holds_them(heads: int, kv_heads: int, packed: int) -> None:
-    assert sm90_forward.packed_heads(Problem(heads=heads, kv_heads=kv_heads)) == packed
+    assert size_point.packed_heads(Problem(heads=heads, kv_heads=kv_heads)) == packed

@@ -40,6 +40,27 @@ def test_right(layout: str, causal: bool, dtype: torch.dtype) -> None:
     assert best in str(fagen.explain(q, k, v, layout=layout, causal=causal))
 
 
+def test_float32_follows_pytorchs_switch() -> None:
+    """With it products are rounded, call by call; without it they are not."""
+    q, k, v = _inputs(2, 300, 4, 64, dtype=torch.float32)
+    before = torch.get_float32_matmul_precision()
+    errors = []
+    try:
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            out, lse = fagen.attention(q, k, v, causal=True, return_lse=True)
+            call = AttentionCall.of(q, k, v, causal=True, return_lse=True)
+            assert call.tf32 is (precision == "high") and "sm80_forward_fp32" in str(
+                fagen.explain(q, k, v, causal=True)
+            )
+            verdict = reference.check(call, {"out": out, "lse": lse})
+            assert verdict, verdict.message
+            errors.append(verdict.error)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors[0] == errors[2] < 1e-5 < errors[1] < 1e-2
+
+
 def test_strided_views_are_not_copied() -> None:
     qkv = torch.randn(2, 300, 3, 4, 64, device="cuda").bfloat16()
     q, k, v = qkv.unbind(2)

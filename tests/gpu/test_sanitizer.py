@@ -33,6 +33,13 @@ assert run(Case("tma_three_stages"), 270, 299) and run(Case("tma_pair", mask="no
 assert run(Case("tma", head_dim=80, mask="none"), 70, 99)
 print("all right")
 """
+LARGE = """
+from tests.support.cases import Case, run
+for name in ("large", "large_pair", "large_split", "large_serial"):
+    assert run(Case(name, mask="window", window=(90, 20), head_dim=512), 70, 299)
+assert run(Case("large_rows", head_dim=320), 270, 299)
+print("all right")
+"""
 INTERVALS = """
 from tests.support.cases import Case, run
 assert run(Case("tma", mask="intervals", intervals="both4"), 70, 299)
@@ -89,6 +96,7 @@ print("all right")
 IDS = {
     MMA_SYNC: "sm80", BACKWARD: "sm80-backward", WGMMA: "sm90", INTERVALS: "sm90-intervals",
     SM90_BACKWARD: "sm90-backward", SIMT: "simt", SIMT_BACKWARD: "simt-backward", DECODE: "sm80-decode",
+    LARGE: "sm90-large",
 }  # fmt: skip
 
 
@@ -114,6 +122,8 @@ def _hopper() -> bool:
         ("racecheck", SM90_BACKWARD),
         ("memcheck", WGMMA),
         ("racecheck", WGMMA),
+        ("memcheck", LARGE),
+        ("racecheck", LARGE),
         ("memcheck", INTERVALS),
         ("racecheck", INTERVALS),
     ],

@@ -36,6 +36,7 @@ MANY_BLOCKS = [
     if not FAMILY.rejects((case := Case(scheme, mask=mask, heads=16, kv_heads=4)).problem, known("sm_90"), case.config)
 ]
 HEAD_DIMS = [(d, dv) for d in range(16, 257, 16) for dv in sorted({d, 64, 128})]
+HEAD_DIMS += [(d, d) for d in (40, 72, 88, 104, 120)] + [(72, 40)]  # the kernels of the next multiples of 16
 
 
 DROPPING = [

@@ -70,11 +70,11 @@ INTERVAL_CASES = [
 ]
 _DIMS = (
     (8, 0), (16, 0), (32, 0), (40, 0), (64, 128), (80, 0), (96, 0), (112, 0), (128, 0), (128, 64), (160, 0), (192, 128),
-    (192, 0), (224, 0), (256, 0), (256, 64),
+    (192, 0), (224, 0), (256, 0), (256, 64), (72, 0), (88, 0), (104, 0), (120, 0), (72, 40),
 )  # fmt: skip
 DIM_CASES = [
     Case(name, mask=mask, dtype=dtype, head_dim=d, head_dim_v=dv, heads=4, kv_heads=hk, sizes=((150, 170), (64, 64)))
-    for (d, dv), hk in zip(_DIMS, (1, 2, 4) * 6, strict=False)
+    for (d, dv), hk in zip(_DIMS, (1, 2, 4) * 7, strict=True)
     for name, mask, dtype in (("tma", "causal", "bf16"), ("tma_turns", "none", "fp16"))
 ]
 DIM_CASES += [

@@ -13,8 +13,7 @@ import torch
 
 from fagen.build import toolchain
 from fagen.errors import InvalidArgument
-from fagen.families import sm80_forward_fp32
-from fagen.ops.attention import forward_calls, problem, tf32
+from fagen.ops.attention import forward_calls, tf32
 from fagen.ops.attention.backward_call import BackwardCall
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.call import AttentionCall
@@ -27,11 +26,6 @@ HALF: Any = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda"))
 
 
 @pytest.fixture
-def followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem, "FOLLOWS_TF32", True)
-
-
-@pytest.fixture
 def switch() -> Any:
     """PyTorch's, as it was afterwards."""
     before = torch.get_float32_matmul_precision()
@@ -41,21 +35,13 @@ def switch() -> Any:
     torch.set_float32_matmul_precision(before)
 
 
-def test_nobody_asks_until_calls_follow_it(switch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem, "FOLLOWS_TF32", False)
-    torch.set_float32_matmul_precision("high")
-    serves = sm80_forward_fp32.FAMILY.serves_calls
-    assert not tf32.allowed(GPU) and not serves(Problem(dtype="fp32", tf32=True)) and serves(Problem(dtype="fp32"))
-
-
-def test_the_old_switch(followed: None, switch: Any) -> None:
+def test_the_old_switch(switch: Any) -> None:
     for precision, allows in (("highest", False), ("high", True), ("highest", False)):
         torch.set_float32_matmul_precision(precision)
         assert tf32.allowed(GPU) is allows and not tf32.allowed(HALF)
-    assert sm80_forward_fp32.FAMILY.serves_calls(Problem(dtype="fp32", tf32=True))
 
 
-def test_the_new_switch(followed: None, switch: Any) -> None:
+def test_the_new_switch(switch: Any) -> None:
     """With it set, PyTorch throws at who reads the old one."""
     if not hasattr(switch, "fp32_precision"):
         pytest.skip("this PyTorch has the old switch alone")
@@ -64,7 +50,7 @@ def test_the_new_switch(followed: None, switch: Any) -> None:
         assert tf32.allowed(GPU) is allows
 
 
-def test_a_call_says_what_the_switch_said_when_it_was_made(followed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_says_what_the_switch_said_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 8, 2, 16)
     assert not AttentionCall.of(q, q, q).problem.tf32  # on the CPU nothing is rounded
     monkeypatch.setattr(tf32, "allowed", lambda t: True)

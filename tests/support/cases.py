@@ -12,7 +12,7 @@ import torch
 
 from fagen import target
 from fagen.codegen.spec import KernelSpec
-from fagen.families import Config, Family, sm80_forward, sm90_forward
+from fagen.families import Config, Family, sm80_forward, sm90_forward, sm90_forward_large
 from fagen.ops.attention import reference
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.problem import Problem
@@ -133,6 +133,34 @@ SCHEMES_90 = {
     **_mixed_90(),
 }
 
+LARGE = sm90_forward_large.FAMILY
+BASE_LARGE: dict[str, Any] = {
+    "groups_share": "columns", "tile_n": 64, "chunk_d": 64, "stages": 4, "chunks_ahead": 2, "column_splits": 1,
+    "cluster": 1, "rescale": "deferred", "block_order": "ascending",
+}  # fmt: skip
+
+
+def config_large(**changes: Any) -> Config:
+    return LARGE.config({**BASE_LARGE, **changes})
+
+
+# Together they hold every value of every knob.
+SCHEMES_LARGE = {
+    "large": config_large(),
+    "large_pair": config_large(cluster=2, tile_n=128, stages=6),
+    "large_four": config_large(
+        cluster=4, chunk_d=128, chunks_ahead=1, stages=3, rescale="each", block_order="sectioned"
+    ),
+    "large_split": config_large(column_splits=2, cluster=2, chunks_ahead=4, stages=7, block_order="descending"),
+    "large_serial": config_large(chunks_ahead=0, stages=2, tile_n=96),
+    "large_192": config_large(tile_n=192, chunks_ahead=0, stages=3, block_order="longest_first"),
+    "large_rows": config_large(groups_share="rows", chunks_ahead=0, stages=5),
+    "large_rows_pair": config_large(
+        groups_share="rows", chunks_ahead=1, cluster=2, stages=3, block_order="longest_first"
+    ),
+    **{f"large_stages{n}": config_large(stages=n) for n in (5, 8, 9, 10, 12, 16)},
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -166,11 +194,11 @@ class Case:
 
     @property
     def config(self) -> Config:
-        return (SCHEMES | SCHEMES_90)[self.scheme].replace(**dict(self.changes))
+        return (SCHEMES | SCHEMES_90 | SCHEMES_LARGE)[self.scheme].replace(**dict(self.changes))
 
     @property
     def family(self) -> Family:
-        return HOPPER if self.scheme in SCHEMES_90 else FAMILY
+        return HOPPER if self.scheme in SCHEMES_90 else LARGE if self.scheme in SCHEMES_LARGE else FAMILY
 
     @property
     def band(self) -> tuple[int, int]:

@@ -29,6 +29,7 @@ _EXAMPLES = """examples:
   fagen bench --op backward --suite deterministic --peers plain,fa3  the same bits each time, beside ours in any order
   fagen bench --op decode --suite decode,paged     a step of decoding on a cache, contiguous and in pages
   fagen bench --suite random --seed 7              60 problems that nobody tuned
+  fagen bench --suite fp8 --fa3 lib/_C.so          forward on fp8 numbers, ours in 16 bits beside it
   fagen bench --suite softmax                      fagen.softmax against torch.softmax, eager and compiled
   fagen bench --out new.json --compare old.json    exit code 1 where a row fell by more than the noise
 """
@@ -41,9 +42,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument(
         "--suite",
         metavar="S",
-        help="peers, models, masks, documents, varlen, deterministic, dropout, ampere, random, small, fp32, softmax, "
-        "or several (default: peers; small on a CPU); with --op training: training; with --op decode: decode, paged, "
-        "ragged, mixed",
+        help="peers, models, masks, documents, varlen, deterministic, dropout, ampere, random, small, fp32, fp8, "
+        "softmax, or several (default: peers; small on a CPU); with --op training: training; with --op decode: decode, paged, "
+        "ragged, mixed, mla",
     )
     what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
     arguments.add_problem_flags(parser)
@@ -51,8 +52,8 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     others = parser.add_argument_group("peers", "docs/bench.md says how each is found")
     others.add_argument(
         "--peers", default="all", metavar="P",
-        help="all, none, or a list of cudnn, fa2, flash_attn, fa3, fa4, flex, flashinfer, sdpa, efficient, math "
-        "(default: all, which leaves out the last three on a GPU)",
+        help="all, none, or a list of cudnn, fa2, flash_attn, fa3, fa4, flex, flashinfer, flash_mla, sdpa, efficient, "
+        "math (default: all, which leaves out the last three on a GPU)",
     )  # fmt: skip
     others.add_argument(
         "--family", metavar="F", help="hold ours to one family (default: whatever dispatch picks, as a user calls it)"

@@ -63,6 +63,7 @@ OP = Op(
     weights=size_point.WEIGHTS,
     flags=flags.of,
     torch_serves=_torch_serves,
+    regime=size_point.has_few_rows,
     length="seqlen_q",
     least_bytes=work.least_bytes,
     symbols=SYMBOLS,

@@ -134,9 +134,9 @@ def _pair(call: BackwardCall, **part: slice) -> tuple[dict[str, torch.Tensor], d
 def _with_rounding(
     call: BackwardCall, want: dict[str, torch.Tensor], peer: dict[str, torch.Tensor], **part: slice
 ) -> dict[str, torch.Tensor]:
-    """PyTorch's float32 gradients no nearer to the exact ones than one rounding of dP and delta lets anyone be.
+    """PyTorch's float32 gradients no nearer to the exact ones than a rounding of scores, dP and delta lets anyone be.
 
-    The two may cancel: of a single key, dS is 0, and what comes out is rounding alone. Halves round far more elsewhere.
+    They may cancel: of a single key, dS is 0, and what comes out is rounding alone. Halves round far more elsewhere.
     """
     if call.q.dtype != torch.float32:
         return peer
@@ -147,18 +147,25 @@ def _with_rounding(
 
 
 def _rounding(call: BackwardCall, *, rows: slice = slice(None), keys: slice = slice(None)) -> dict[str, torch.Tensor]:
-    """How far one float32 rounding of dP and of delta moves each gradient; masks, which only lessen it, left out."""
+    """How far one float32 rounding of S and LSE, of dP and delta moves each gradient; masks, which only lessen it, left
+    out."""
     group = call.heads // call.kv_heads
     q, k, v = (t.double() for t in call.bhsd())
     k, v = (t[:, :, keys].repeat_interleave(group, dim=1) for t in (k, v))
     o, dout = (call.of_bhsd(t).double()[:, :, rows] for t in (call.o, call.dout))
     q, lse = q[:, :, rows], call.lse[:, :, rows, None].double()
     scale = call.scale if call.scale is not None else 1.0 / math.sqrt(q.shape[-1])
-    weights = torch.exp((q * scale) @ k.transpose(-1, -2) - lse).clamp(0, 1).masked_fill(lse == -math.inf, 0)
-    of_weights = (dout**2 @ (v**2).transpose(-1, -2)).sqrt() + ((dout * o) ** 2).sum(-1, keepdim=True).sqrt()
-    moved = 2.0**-24 * abs(scale) * weights * of_weights / max(1 - call.dropout, 2.0**-24)
-    dk = (moved.transpose(-1, -2) @ q.abs()).unflatten(1, (call.kv_heads, group)).sum(2)
-    return {"dq": moved @ k.abs(), "dk": dk, "dv": torch.zeros(())}
+    scores, lse = (q * scale) @ k.transpose(-1, -2), lse.masked_fill(lse == -math.inf, math.inf)
+    weights = torch.exp(scores - lse).clamp(0, 1)
+    unit = 2.0**-24 / max(1 - call.dropout, 2.0**-24)
+    of_weights = unit * weights * (scores.abs() + lse.nan_to_num(posinf=0.0).abs())
+    of_dp = (dout**2 @ (v**2).transpose(-1, -2)).sqrt() + ((dout * o) ** 2).sum(-1, keepdim=True).sqrt()
+    of_scores = abs(scale) * unit * weights * of_dp
+
+    def of_keys(moved: torch.Tensor, of_rows: torch.Tensor) -> torch.Tensor:
+        return (moved.transpose(-1, -2) @ of_rows.abs()).unflatten(1, (call.kv_heads, group)).sum(2)
+
+    return {"dq": of_scores @ k.abs(), "dk": of_keys(of_scores, q), "dv": of_keys(of_weights, dout)}
 
 
 def by_rows(call: BackwardCall) -> tuple[torch.Tensor, ...]:

@@ -40,13 +40,13 @@ def _put_problem(params: Any, call: AttentionCall, of_rows: Mapping[str, torch.T
     """What the structs of both ops have."""
     axes = (0, call.row_axis, call.head_axis)
     for name, tensor in of_rows.items():
-        _point(getattr(params, name), tensor, *(tensor.stride(i) for i in axes))
+        point(getattr(params, name), tensor, *(tensor.stride(i) for i in axes))
     if (intervals := call.intervals) is not None:
         batch, head, key, _ = intervals.stride()
-        _point(params.intervals, intervals, batch if intervals.shape[0] > 1 else 0, head, key)
+        point(params.intervals, intervals, batch if intervals.shape[0] > 1 else 0, head, key)
         params.mask_heads = intervals.shape[1]
     if (slopes := call.alibi_slopes) is not None:
-        _point(params.alibi_slopes, slopes, slopes.stride(0) if slopes.dim() == 2 and slopes.shape[0] > 1 else 0)
+        point(params.alibi_slopes, slopes, slopes.stride(0) if slopes.dim() == 2 and slopes.shape[0] > 1 else 0)
     params.batch, params.seqlen_q, params.heads = call.batch, call.seqlen_q, call.heads
     params.seqlen_k, params.kv_heads = call.seqlen_k, call.kv_heads
     params.head_dim, params.head_dim_v = call.q.shape[3], call.v.shape[3]
@@ -59,7 +59,7 @@ def _put_problem(params: Any, call: AttentionCall, of_rows: Mapping[str, torch.T
         params.dropout, params.rng = call.dropout, call.rng.data_ptr()
 
 
-def _point(field: Any, tensor: torch.Tensor, *strides: int) -> None:
+def point(field: Any, tensor: torch.Tensor, *strides: int) -> None:
     field.data = tensor.data_ptr()
     for i, stride in enumerate(strides):
         field.stride[i] = stride

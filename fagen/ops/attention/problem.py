@@ -26,9 +26,6 @@ MAX_HEAD_DIM = 1024
 # The dtypes of the calls on a GPU that the families of plain float32 (simt_*) serve. They can take fp16 and bf16 too,
 # but PyTorch's tensor cores are faster where no other family takes the head dim: there simt_* are for tune and emit.
 SIMT_SERVES: tuple[str, ...] = ("fp32",)
-# Whether calls in float32 on a GPU follow PyTorch's switch for TF32. Not before the kernels of one rounded product are
-# right: on an H100 the LSE of a single key was not, by the oracle's bound.
-FOLLOWS_TF32: bool = False
 _SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k")
 _NEWER = ("dropout", "tf32")  # fields that older records lack
 _BOUNDS = ("window_left", "window_right")

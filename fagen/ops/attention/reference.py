@@ -100,6 +100,21 @@ def factors(call: AttentionCall, rows: slice, keys: slice, dtype: torch.dtype) -
     return dropout.factors(call.dropout, call.rng, planes, some_rows, some_keys, dtype)
 
 
+def _rounding_of_scores(
+    call: AttentionCall, exact: tuple[torch.Tensor, ...], seen: torch.Tensor | None, rows: slice
+) -> torch.Tensor:
+    """How far operands rounded to TF32 move a row's scores. Of few keys PyTorch's own error may be nearly nothing."""
+    import torch
+
+    q, k = exact[0][:, :, rows], exact[1].repeat_interleave(call.heads // call.kv_heads, dim=1)
+    scale = call.scale if call.scale is not None else 1.0 / math.sqrt(q.shape[-1])
+    moved = 2.0**-11 * abs(scale) * (q**2 @ (k**2).transpose(-1, -2)).sqrt()
+    if seen is not None:
+        seen = seen.repeat_interleave(call.heads // seen.shape[1], dim=1) if seen.shape[1] > 1 else seen
+        moved = moved.masked_fill(~seen, 0)
+    return moved.amax(-1) if moved.shape[-1] else torch.zeros_like(moved[..., 0])
+
+
 def visible(call: AttentionCall, rows: slice = slice(None)) -> torch.Tensor | None:
     """The dense mask of some rows; None: they see everything."""
     if call.window == (-1, -1) and call.intervals is None:
@@ -167,6 +182,8 @@ def check(call: AttentionCall, outputs: Mapping[str, torch.Tensor], rows: Iterab
             ref, ref_lse = attend(call, exact, seen, block)
             if call.tf32:  # on any device, whatever PyTorch's switch says
                 peer, peer_lse = attend(call, low, seen, block, operand=rounded_to_tf32)
+                moved = _rounding_of_scores(call, exact, seen, block)
+                peer_lse = ref_lse + torch.maximum((peer_lse - ref_lse).abs(), moved)
             else:
                 peer, peer_lse = attend(call, low, seen, block)
             pairs = [("O", out[:, :, block], ref, peer, torch.finfo(out.dtype).eps / 2)]

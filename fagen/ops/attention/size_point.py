@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from fagen.ops.attention.problem import Problem
+
+if TYPE_CHECKING:
+    from fagen.target import Target
 
 WEIGHTS = {"keys": 1.0, "waves": 1.0, "rows": 0.25}  # of the features of a size; see docs/database.md
 MOST_WAVES, LEAST_WAVES = 4.0, 0.25  # beyond which their number no longer matters
 WAVE_ROWS = 128  # of a block of rows, about
+# Few rows: the smallest tiles, of so many rows of packed heads, are fewer than this share of a GPU's units, and there
+# are keys enough to be shared between blocks.
+TILE_ROWS, MOST_PACKED, IDLE_SHARE, SHARED_KEYS = 64, 64, 0.7, 512
 
 
 def features(problem: Problem, units: int, most_waves: float = MOST_WAVES) -> dict[str, float]:
@@ -29,3 +36,25 @@ def features(problem: Problem, units: int, most_waves: float = MOST_WAVES) -> di
         "waves": math.log2(min(max(waves, LEAST_WAVES), most_waves)),
         "rows": math.log2(p.seqlen_q),
     }
+
+
+def packed_heads(problem: Problem) -> int:
+    """How many heads a tile of rows packs: of those that share keys, as many as it can hold evenly."""
+    group = problem.heads // problem.kv_heads
+    return min(group & -group, MOST_PACKED)
+
+
+def most_idle_tiles(target: Target) -> int:
+    """Of rows, that leave so many of the device's units idle that blocks should share their keys; -1 where none do."""
+    return int(IDLE_SHARE * target.units) if target.is_gpu else -1
+
+
+def has_few_rows(problem: Problem, target: Target) -> bool:
+    """Whether blocks that share keys are what serves a size best; what wins there is slow elsewhere, and the reverse.
+
+    `has_few_rows` of csrc/table.h is the same in C++.
+    """
+    p, packed = problem, packed_heads(problem)
+    tiles = -(-p.seqlen_q * packed // TILE_ROWS) * (p.heads // packed) * p.batch
+    keys = min(p.seqlen_k, p.window_left + p.seqlen_q) if p.window_left >= 0 else p.seqlen_k
+    return tiles <= most_idle_tiles(target) and keys >= SHARED_KEYS

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fagen.ops.attention import problem
-
 if TYPE_CHECKING:
     import torch
 
@@ -17,7 +15,7 @@ def allowed(t: torch.Tensor) -> bool:
     """
     import torch
 
-    if not problem.FOLLOWS_TF32 or t.dtype != torch.float32 or t.device.type != "cuda":
+    if t.dtype != torch.float32 or t.device.type != "cuda":
         return False
     if torch.compiler.is_compiling():
         return False

@@ -218,9 +218,7 @@ bool rows_aligned(const Tensor& t) {
 }
 
 // As ops/attention/tf32.py: whether products of the call may be rounded to TF32, at this moment.
-bool tf32_allowed(const Tensor& q) {
-  return kFollowsTf32 && q.is_cuda() && q.scalar_type() == at::kFloat && switch_allows_tf32();
-}
+bool tf32_allowed(const Tensor& q) { return q.is_cuda() && q.scalar_type() == at::kFloat && switch_allows_tf32(); }
 
 bool ranks_are_right(const Call& c, const Wanted& wanted) {
   const Tensor* out = wanted.out;
@@ -295,6 +293,14 @@ struct Features {
   }
 };
 
+// As size_point.has_few_rows: whether blocks should share keys, for want of more than so many tiles of rows.
+bool has_few_rows(const Sizes& s, int64_t most_idle_tiles) {
+  const int64_t group = s.heads / s.kv_heads, packed = std::min(group & -group, kMostPacked);
+  const int64_t tiles = (s.seqlen_q * packed + kTileRows - 1) / kTileRows * (s.heads / packed) * s.batch;
+  const int64_t keys = s.left >= 0 ? std::min(s.seqlen_k, s.left + s.seqlen_q) : s.seqlen_k;
+  return tiles <= most_idle_tiles && keys >= kSharedKeys;
+}
+
 // A record that may serve sizes of the static facts.
 struct Row {
   bool elsewhere;  // tuned on another device
@@ -309,17 +315,20 @@ struct Plan {
   int64_t units = 1;
   bool windowed = false;  // whether a window's bounds are part of a size
   int64_t torch = 0;  // whether PyTorch can be asked in the place of a slower kernel: 1 always, 2 for square sizes
+  int64_t most_idle_tiles = -1;  // of rows, that are few: then other records serve
   Answer otherwise;  // where there are no rows
   std::vector<Row> rows;
 
-  // The index of the row that serves a size, -1 where there are none: a record of this device before others, of exactly
-  // this size before others, then the nearest.
+  // The index of the row that serves a size, -1 where there are none of its regime: a record of this device before
+  // others, of exactly this size before others, then the nearest.
   int64_t nearest(const Sizes& sizes) const {
     const Features wanted(sizes, units);
+    const bool few = has_few_rows(sizes, most_idle_tiles);
     int64_t best = -1;
     int best_rank = 0;
     double best_distance = 0;
     for (size_t i = 0; i < rows.size(); ++i) {
+      if (has_few_rows(rows[i].sizes, most_idle_tiles) != few) continue;
       const int rank = 2 * rows[i].elsewhere + !rows[i].sizes.same(sizes, windowed);
       const double distance = wanted.distance(rows[i].features);
       if (best < 0 || rank < best_rank || (rank == best_rank && distance < best_distance)) {
@@ -338,7 +347,7 @@ struct Plan {
 };
 
 // Plans and answers come from Python as words; dispatch/plan.py writes them.
-constexpr size_t kAnswerWords = 4, kPlanWords = 3 + kAnswerWords, kRowWords = 8 + 2 * kAnswerWords;
+constexpr size_t kAnswerWords = 4, kPlanWords = 4 + kAnswerWords, kRowWords = 8 + 2 * kAnswerWords;
 
 Answer answer_of(const int64_t* words) {
   Answer answer;
@@ -354,7 +363,8 @@ Plan plan_of(const int64_t* words, size_t count) {
   plan.units = words[0];
   plan.windowed = words[1] != 0;
   plan.torch = words[2];
-  plan.otherwise = answer_of(words + 3);
+  plan.most_idle_tiles = words[3];
+  plan.otherwise = answer_of(words + 4);
   for (size_t at = kPlanWords; at + kRowWords <= count; at += kRowWords) {
     const int64_t* w = words + at;
     const Sizes sizes{w[1], w[2], w[3], w[4], w[5], w[6], w[7]};

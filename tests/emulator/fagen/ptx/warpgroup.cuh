@@ -58,5 +58,13 @@ template <int kColumns, bool kBTransposed>
 void wgmma(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, bool more) {
   emulator::start_product<EMULATOR_ELEMENT>(&c[0][0], kColumns, !kBTransposed, 0, a, b, more);
 }
+template <int kColumns>
+void wgmma_e4m3_shared(float (&c)[kColumns / 8][4], uint64_t a, uint64_t b, bool more) {
+  emulator::start_e4m3_product(&c[0][0], kColumns, a, nullptr, b, more);
+}
+template <int kColumns>
+void wgmma_e4m3_registers(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, bool more) {
+  emulator::start_e4m3_product(&c[0][0], kColumns, 0, a, b, more);
+}
 
 }  // namespace fagen::ptx

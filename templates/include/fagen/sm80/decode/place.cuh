@@ -7,13 +7,21 @@
 
 namespace fagen {
 
+// The params that the shared headers read.
+__device__ __forceinline__ fagen_forward_params score_params(float scale, float softcap) {
+  fagen_forward_params p = {};
+  p.scale = fmaxf(scale, 1e-37f);  // by 0 a hidden score would be no number
+  p.softcap = softcap;
+  return p;
+}
+
 // Computed once on the host for a launch, from the largest lengths alone.
 struct DecodeGrid {
   int row_tiles;    // of a kv head
   int splits;       // blocks that share a row tile's keys
   int split_tiles;  // key tiles of a split, counted from key 0; 0: even shares of what a sequence has,
   int least_tiles;  // but no fewer than this
-  bool clustered;   // the splits of a tile are a cluster, and lie side by side in the grid
+  bool clustered;   // blocks are clusters of neighbours in the grid: of splits of a tile, or of tiles of a sequence
   unsigned* arrived;  // (tile): splits that are done
   float2* stats;      // (tile, split, row): reference, sum
   float4* sums;       // (tile, split, row, dv / 4): O, unnormalised

@@ -7,14 +7,6 @@
 
 namespace fagen {
 
-// The params that the shared headers read.
-__device__ __forceinline__ fagen_forward_params score_params(float scale, float softcap) {
-  fagen_forward_params p = {};
-  p.scale = fmaxf(scale, 1e-37f);  // by 0 a hidden score would be no number
-  p.softcap = softcap;
-  return p;
-}
-
 template <class C, class Element>
 using DecodeWarpProducts = WarpProducts<C, Element, typename DecodeShape<C>::TileQ, typename DecodeShape<C>::TileK,
                                         typename DecodeShape<C>::TileV, DecodeShape<C>::kSlabs,

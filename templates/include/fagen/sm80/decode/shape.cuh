@@ -13,6 +13,9 @@ struct DecodeConfig : Base {
   static constexpr int kHeadDimV = (Base::kHeadDimV + kStep - 1) / kStep * kStep;
   static constexpr int kIntervalColumns = 0;
   static constexpr bool kAlibi = false, kDropout = false;
+  static constexpr bool kCompact = false;  // blocks of packed rows: of every tile that there may be
+  static constexpr bool kMergesInCluster = Base::kMergedBy == MergedBy::cluster;
+  static constexpr bool kMergesInLastBlock = Base::kMergedBy == MergedBy::last_block;
 };
 
 // The rows of a tile are query tokens x heads of a group. The warps split its keys: each has its own ring of stages,

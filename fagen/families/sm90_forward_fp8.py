@@ -1,0 +1,200 @@
+"""Forward for Hopper on fp8 numbers: sm90_forward's walk, with products of e4m3 and v in an order of its own."""
+
+from __future__ import annotations
+
+from fagen.families import device_limits
+from fagen.families.base import Config, Constraint, Family, Knob
+from fagen.families.sm90_forward_block import (
+    BARRIER_BYTES,
+    FEWEST_REGISTERS,
+    OTHER_REGISTERS,
+    QUEUE_BYTES,
+    ROW_BYTES,
+    SMEM_ALIGNMENT,
+    registers_each,
+)
+from fagen.ops.attention.problem import Problem
+from fagen.target import Target
+
+FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
+
+KNOBS = (
+    Knob("tile_m", "kTileM", (64, 128, 192), "rows of q a block works on, 64 a warpgroup"),
+    Knob("tile_n", "kTileN", tuple(range(32, 257, 32)), "keys of a tile"),
+    Knob("stages", "kStages", (1, 2, 3, 4), "tiles of keys, and of values, in shared memory"),
+    Knob("q_stages", "kQStages", (1, 2), "tiles of q in shared memory"),
+    Knob(
+        "overlap",
+        "kOverlap",
+        ("nothing", "maxima", "softmax"),
+        "what of a tile runs under O += P V of the one before",
+    ),
+    Knob("rescale", "kRescale", ("each", "deferred"), "O follows the maximum at each tile, or where it has grown"),
+    Knob("promote", "kPromote", (0, 1, 2, 4), "tiles whose sums leave the tensor cores for float32 at once; 0: all"),
+    Knob("exp_on_fma", "kExpOnFma", (0, 1, 2), "of 8 exponentials, those that the FMA pipe computes, by polynomials"),
+    Knob("ping_pong", "kPingPong", (False, True), "warpgroups take turns at starting products"),
+    Knob("blocks_per_sm", "kBlocksPerSm", (1, 2, 3), "blocks that share an SM"),
+    Knob(
+        "schedule",
+        "kSchedule",
+        ("single", "balanced", "dynamic"),
+        "a block takes a tile of rows, a share, or what is next",
+    ),
+    Knob(
+        "block_order",
+        "kBlockOrder",
+        ("ascending", "descending", "longest_first", "sectioned"),
+        "order of row tiles and heads",
+    ),
+    Knob("section_mb", "kSectionMb", (16, 32, 64), "megabytes of keys and values that a section of heads may have"),
+)
+
+
+def smem_bytes(p: Problem, c: Config) -> int:
+    """As sm90/forward_fp8/layout.cuh has it: q and k in slabs of 128 columns, v as it is."""
+    slabs = -(-p.head_dim_padded // ROW_BYTES)
+    tiles = (c.q_stages * c.tile_m + c.stages * c.tile_n) * slabs * ROW_BYTES
+    tiles += c.stages * c.tile_n * p.head_dim_v_padded
+    return int(tiles + BARRIER_BYTES * (c.q_stages + 2 * c.stages) + QUEUE_BYTES + SMEM_ALIGNMENT)
+
+
+def consumer_registers(c: Config) -> int:
+    """Of a thread that computes: what the producing warpgroup leaves of the block's part of the SM."""
+    groups, each = int(c.tile_m) // 64, registers_each(c)
+    producer = {1: 40, 2: 24, 3: 32}[groups]
+    return min(240, ((groups + 1) * each - producer) // groups // 8 * 8)
+
+
+def fragment_registers(p: Problem, c: Config) -> int:
+    """S, the weights as fp8, O, and the sums of a few tiles beside it."""
+    return int(c.tile_n) // 2 + int(c.tile_n) // 8 + p.head_dim_v_padded // 2 * (2 if c.promote else 1)
+
+
+def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
+    need, blocks = smem_bytes(p, c), c.blocks_per_sm
+    if need > t.smem_per_block:
+        return f"{need} > {t.smem_per_block} bytes of shared memory on {t.arch}"
+    if blocks * (need + 1024) > t.smem_per_unit:
+        return f"{blocks} blocks x {need + 1024} > {t.smem_per_unit} bytes of shared memory an SM"
+    return None
+
+
+def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
+    need, limit = fragment_registers(p, c) + OTHER_REGISTERS, consumer_registers(c)
+    return f"about {need} > {limit} registers a thread" if need > limit else None
+
+
+def _product_fits(p: Problem, t: Target, c: Config) -> str | None:
+    need, each = max(int(c.tile_n), p.head_dim_v_padded) // 2 + 30, registers_each(c)
+    if each <= FEWEST_REGISTERS:
+        return f"compiled for {each} <= {FEWEST_REGISTERS} registers a thread, ptxas makes products wait for each other"
+    return f"a product takes {need} > {each} registers that the block is compiled for" if need > each else None
+
+
+def _single_has_one(p: Problem, t: Target, c: Config) -> str | None:
+    if c.schedule == "single" and c.q_stages > 1:
+        return "a block that takes a single tile of rows has no second one to load"
+    return None
+
+
+def _turns_need_others(p: Problem, t: Target, c: Config) -> str | None:
+    if c.ping_pong and c.tile_m == 64:
+        return "a lone warpgroup (tile_m=64) has nobody to take turns with"
+    return None
+
+
+def _section_matters(p: Problem, t: Target, c: Config) -> str | None:
+    if c.block_order != "sectioned" and c.section_mb != 32:
+        return f"block_order={c.block_order} has no sections, section_mb={c.section_mb} only repeats another"
+    return None
+
+
+def _rescaling_differs(p: Problem, t: Target, c: Config) -> str | None:
+    if c.promote == 1 and c.rescale == "each":
+        return "with promote=1 O is multiplied at each tile anyway, rescale=each only finds the same factors later"
+    return None
+
+
+def _supports(p: Problem, t: Target) -> str | None:
+    if not t.is_gpu or t.arch != "sm_90":
+        return f"needs sm_90 (wgmma), the target is {t.arch}"
+    if not p.aligned:
+        return "the copy engine needs rows that start at multiples of 16 bytes"
+    if p.head_dim % 16 or p.head_dim_v % 16:
+        return f"head dims {p.head_dim} and {p.head_dim_v} must be multiples of 16"
+    return p.wider_than(256)
+
+
+def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
+    return {"threads": 2 * int(c.tile_m) + 128, "smem_bytes": smem_bytes(p, c), "registers": consumer_registers(c)}
+
+
+CONSTRAINTS = (
+    Constraint("smem_fits", _smem_fits, ("tile_m", "tile_n", "stages", "q_stages", "blocks_per_sm")),
+    Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n", "blocks_per_sm", "promote")),
+    Constraint("product_fits", _product_fits, ("tile_m", "tile_n", "blocks_per_sm")),
+    Constraint("single_has_one", _single_has_one, ("q_stages", "schedule")),
+    Constraint("turns_need_others", _turns_need_others, ("tile_m", "ping_pong")),
+    Constraint("rescaling_differs", _rescaling_differs, ("promote", "rescale")),
+    Constraint("order_matters", device_limits.order_matters, ("block_order",)),
+    Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
+)
+
+# (tile_m, tile_n, q_stages, blocks_per_sm) by the larger head dim, the best guess first.
+_TILES = (
+    (64, ((192, 128, 2, 1), (192, 160, 2, 1), (128, 160, 2, 1), (128, 224, 2, 1), (128, 128, 2, 1))),
+    (128, ((128, 160, 2, 1), (128, 192, 2, 1), (128, 224, 1, 1), (128, 128, 2, 1), (192, 96, 2, 1))),
+    (192, ((128, 160, 1, 1), (128, 128, 1, 1), (128, 96, 1, 1))),
+    (256, ((128, 128, 1, 1), (128, 96, 1, 1), (128, 64, 1, 1))),
+)
+_FEW_ROWS = ((64, 128, 1, 2), (128, 128, 1, 1))  # not enough to go round: a tile a block
+_SMALLEST = ((64, 64, 1, 1), (64, 32, 1, 1))  # with a single stage they fit every problem
+# From here on what the tensor cores lose of O with every tile (promote=0) nears what fp8 weights lose.
+_MANY_KEYS = 16384
+
+
+def _few(p: Problem, t: Target) -> bool:
+    """Whether a block for each large tile of rows leaves SMs idle."""
+    return -(-p.seqlen_q // 128) * p.heads * p.batch <= t.units
+
+
+def _guesses(p: Problem, t: Target) -> list[Config]:
+    size = max(p.head_dim_padded, p.head_dim_v_padded)
+    tiles = next(tiles for limit, tiles in _TILES if size <= limit)
+    plan = ("dynamic", "ascending") if p.mask == "none" else ("dynamic", "sectioned")
+    alone = ("single", "ascending" if p.mask == "none" else "longest_first")
+    promote = 2 if p.seqlen_k > _MANY_KEYS else 0
+
+    def config(tile: tuple[int, int, int, int], schedule: str, order: str, *, stages: int = 2, by: int = 0) -> Config:
+        m, n, q_stages, blocks = tile
+        return Config(
+            {
+                "tile_m": m, "tile_n": n, "stages": stages, "q_stages": q_stages, "overlap": "softmax",
+                "rescale": "deferred", "promote": by, "exp_on_fma": 0 if size > 128 else 1, "ping_pong": m > 64,
+                "blocks_per_sm": blocks, "schedule": schedule, "block_order": order, "section_mb": 32,
+            }
+        )  # fmt: skip
+
+    found = [config(tile, *alone, by=promote) for tile in _FEW_ROWS] if _few(p, t) else []
+    found += [config(tile, *plan, by=by) for by in dict.fromkeys((promote, 0, 1, 2)) for tile in tiles]
+    found += [config(tile, *plan, stages=1) for tile in _SMALLEST]
+    legal = (c for c in found if not any(constraint.check(p, t, c) for constraint in CONSTRAINTS))
+    return list(dict.fromkeys(legal))
+
+
+FAMILY = Family(
+    name="sm90_forward_fp8",
+    template="sm90/forward_fp8.cu.j2",
+    op="forward_fp8",
+    dtypes=("fp16", "bf16"),
+    knobs=KNOBS,
+    constraints=CONSTRAINTS,
+    supports=_supports,
+    derive=_derive,
+    default=lambda p, t: _guesses(p, t)[0],
+    default_reads=lambda p, t: (_few(p, t), p.seqlen_k > _MANY_KEYS),
+    flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
+    context=lambda p, c: {"shared_widths": [c.tile_n], "register_widths": [p.head_dim_v_padded]},
+    first_configs=_guesses,
+    resources=lambda p, t, c: (smem_bytes(p, c), int(c.tile_m), fragment_registers(p, c)),
+)

@@ -1,0 +1,240 @@
+"""Forward for Hopper with head dims above 256, up to 1024: two warpgroups share the columns of O, chunks pass by.
+
+A block has 64 rows of q. It keeps them whole in shared memory; K and V pass through one ring of stages in chunks.
+"""
+
+from __future__ import annotations
+
+from fagen.families import device_limits
+from fagen.families.base import Config, Constraint, Family, Knob, Value
+from fagen.families.cost import key_bytes, makespan, walk
+from fagen.ops.attention.problem import Problem
+from fagen.target import Target
+
+FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
+
+STAGES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
+KNOBS = (
+    Knob(
+        "groups_share", "kGroupsShare", ("columns", "rows"), "two warpgroups divide O's columns, or twice the rows of q"
+    ),
+    Knob("tile_n", "kTileN", (64, 96, 128, 192), "keys of a tile, half of them a warpgroup's"),
+    Knob("chunk_d", "kChunkD", (64, 128), "columns of K that a stage holds"),
+    Knob("stages", "kStages", STAGES, "chunks of K and V in shared memory"),
+    Knob("chunks_ahead", "kChunksAhead", (0, 1, 2, 4), "chunks of the next K that are multiplied under a softmax"),
+    Knob("column_splits", "kColumnSplits", (1, 2), "blocks that share the columns of O; each computes all scores"),
+    Knob("cluster", "kCluster", (1, 2, 4), "blocks that share each chunk of keys and values"),
+    Knob("rescale", "kRescale", ("each", "deferred"), "when O follows a grown maximum"),
+    Knob(
+        "block_order",
+        "kBlockOrder",
+        ("ascending", "descending", "longest_first", "sectioned"),
+        "order of row tiles and heads",
+    ),
+)
+
+GROUP_ROWS = 64  # of q, a warpgroup's
+THREADS = 384  # two warpgroups that compute, one that loads
+CONSUMER_REGISTERS = 232
+OTHER_REGISTERS = 36  # addresses, maxima and sums, loop state: what a thread needs beside its fragments
+_SLAB, _ROW_BYTES = 64, 128  # columns of a slab, bytes of its row
+_BARRIER_BYTES, _ALIGNMENT = 16, 1024
+
+
+def _slabs(columns: int) -> int:
+    return -(-columns // _SLAB)
+
+
+def block_rows(c: Config) -> int:
+    return GROUP_ROWS * (2 if c.groups_share == "rows" else 1)
+
+
+def group_keys(c: Config) -> int:
+    """Keys of a tile whose scores a warpgroup computes."""
+    return int(c.tile_n) // (1 if c.groups_share == "rows" else 2)
+
+
+def group_columns(p: Problem, c: Config) -> int:
+    """Columns of O that a warpgroup adds up, whole slabs."""
+    of_block = -(-_slabs(p.head_dim_v_padded) // int(c.column_splits))
+    return _SLAB * (of_block if c.groups_share == "rows" else -(-of_block // 2))
+
+
+def block_columns(p: Problem, c: Config) -> int:
+    return group_columns(p, c) * (1 if c.groups_share == "rows" else 2)
+
+
+def _key_bytes(c: Config) -> int:
+    """A chunk of K."""
+    return int(c.tile_n) * int(c.chunk_d) * 2
+
+
+def value_keys(p: Problem, c: Config) -> int:
+    """Keys of a chunk of V: as many as a chunk of K leaves room for, at least one product's."""
+    n, row = int(c.tile_n), 2 * block_columns(p, c)
+    return max(keys for keys in range(16, n + 1, 16) if n % keys == 0 and keys * row <= max(_key_bytes(c), 16 * row))
+
+
+def smem_bytes(p: Problem, c: Config) -> int:
+    stage = max(_key_bytes(c), value_keys(p, c) * 2 * block_columns(p, c))
+    of_rows = block_rows(c) * _ROW_BYTES * (_slabs(p.head_dim_padded) + _slabs(int(c.tile_n)))  # q, the weights
+    barriers, exchange = _BARRIER_BYTES * (1 + c.stages), 2 * GROUP_ROWS * 4
+    return of_rows + c.stages * stage + barriers + exchange + _ALIGNMENT
+
+
+def fragment_registers(p: Problem, c: Config) -> int:
+    """O, S, and the next tile's S where that is begun ahead."""
+    return group_columns(p, c) // 2 + group_keys(c) // 2 * (2 if c.chunks_ahead else 1)
+
+
+def _chunks_whole(p: Problem, t: Target, c: Config) -> str | None:
+    slabs, chunk = _slabs(p.head_dim_padded), int(c.chunk_d) // _SLAB
+    return f"{slabs} slabs of 64 columns of q are no whole chunks of {chunk}" if slabs % chunk else None
+
+
+def _ring_holds(p: Problem, t: Target, c: Config) -> str | None:
+    chunks = _slabs(p.head_dim_padded) * _SLAB // int(c.chunk_d)
+    if c.chunks_ahead > chunks:
+        return f"chunks_ahead={c.chunks_ahead} of {chunks} chunks of K"
+    if c.stages < c.chunks_ahead + 2:
+        return f"{c.stages} stages < {c.chunks_ahead} chunks ahead + 2 on their way"
+    return None
+
+
+def _columns_shared(p: Problem, t: Target, c: Config) -> str | None:
+    slabs = _slabs(p.head_dim_v_padded)
+    if c.column_splits > 1 and slabs < 4 * c.column_splits:
+        return f"{slabs} slabs of 64 columns of v are few for {c.column_splits} blocks"
+    return None
+
+
+def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
+    need = smem_bytes(p, c)
+    return f"{need} > {t.smem_per_block} bytes of shared memory on {t.arch}" if need > t.smem_per_block else None
+
+
+def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
+    need = fragment_registers(p, c) + OTHER_REGISTERS
+    return f"about {need} > {CONSUMER_REGISTERS} registers a thread" if need > CONSUMER_REGISTERS else None
+
+
+CONSTRAINTS = (
+    Constraint("chunks_whole", _chunks_whole, ("chunk_d",)),
+    Constraint("ring_holds", _ring_holds, ("chunk_d", "stages", "chunks_ahead")),
+    Constraint("columns_shared", _columns_shared, ("column_splits",)),
+    Constraint("order_matters", device_limits.order_matters, ("block_order",)),
+    Constraint("smem_fits", _smem_fits, ("groups_share", "tile_n", "chunk_d", "stages", "column_splits")),
+    Constraint("registers_fit", _registers_fit, ("groups_share", "tile_n", "chunks_ahead", "column_splits")),
+)
+
+
+def _supports(p: Problem, t: Target) -> str | None:
+    if not t.is_gpu or t.arch != "sm_90":
+        return f"needs sm_90 (wgmma), the target is {t.arch}"
+    if p.dtype not in ("fp16", "bf16"):
+        return f"serves fp16 and bf16, not {p.dtype}"
+    if not p.wider_than(256):
+        return f"head dims of {max(p.head_dim, p.head_dim_v)} need no chunks: sm90_forward takes up to 256"
+    if p.dropout:
+        return "it drops no weights"
+    return None if p.aligned else "the copy engine needs rows that start at multiples of 16 bytes"
+
+
+def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
+    return {
+        "threads": THREADS,
+        "smem_bytes": smem_bytes(p, c),
+        "group_columns": group_columns(p, c),
+        "value_keys": value_keys(p, c),
+        "registers": CONSUMER_REGISTERS,
+    }
+
+
+# (groups_share, tile_n, chunks_ahead, column_splits), the best guess first; the last ones fit every problem.
+_TILES = (
+    ("rows", 64, 2, 1), ("rows", 64, 0, 1), ("columns", 128, 4, 1), ("columns", 128, 2, 1), ("columns", 64, 2, 1),
+    ("columns", 64, 0, 1), ("columns", 128, 4, 2), ("columns", 128, 2, 2), ("columns", 64, 2, 2), ("columns", 64, 0, 2),
+)  # fmt: skip
+
+
+def _guesses(p: Problem, t: Target) -> list[Config]:
+    """Each shape with as many stages as fit, if they are more than those that wait for V."""
+    order = "ascending" if p.mask == "none" else "longest_first"
+    found = []
+    for share, n, ahead, splits in _TILES:
+        shape: dict[str, Value] = {
+            "groups_share": share, "tile_n": n, "chunk_d": 64, "stages": 2, "chunks_ahead": ahead,
+            "column_splits": splits, "cluster": 2 if p.seqlen_q > GROUP_ROWS else 1, "rescale": "deferred",
+            "block_order": order,
+        }  # fmt: skip
+        deep = (Config({**shape, "stages": stages}) for stages in reversed(STAGES) if stages >= 2 * ahead)
+        deepest = next((c for c in deep if not any(k.check(p, t, c) for k in CONSTRAINTS)), None)
+        if deepest:
+            found.append(deepest)
+    return found
+
+
+def _default(p: Problem, t: Target) -> Config:
+    """The first guess with registers to spare: intervals take more than usual."""
+    spare = OTHER_REGISTERS + (16 if p.mask == "intervals" else 0)
+    guesses = _guesses(p, t)
+    return next((c for c in guesses if fragment_registers(p, c) + spare <= CONSUMER_REGISTERS), guesses[-1])
+
+
+def cost(p: Problem, t: Target, c: Config) -> float:
+    """Cycles, roughly; not fitted to measurements yet.
+
+    Products against their reads of shared memory (16 cycles for 64 x 16 of the first operand), which the copies'
+    writes add to; L2, at some 24 bytes a cycle and SM; the softmax, as far as no product hides it; the boundary.
+    """
+    n, columns, cluster, splits = int(c.tile_n), group_columns(p, c), int(c.cluster), int(c.column_splits)
+    d, rows, keys, apart = _slabs(p.head_dim_padded) * _SLAB, block_rows(c), group_keys(c), c.groups_share == "rows"
+    chunks = d // int(c.chunk_d) + n // value_keys(p, c)
+    scores, values = keys * d / 16, n * columns / 16
+    read = d / 8 * (16 + keys / 4) + n / 8 * (16 * -(-columns // 256) + columns / 4)
+    loaded = n * (d + block_columns(p, c)) * 2
+    hidden = min(1.0, int(c.chunks_ahead) * int(c.chunk_d) / d) * scores
+    softmax = (0.3 if apart else 1.0) * (11 * keys + 500)  # warpgroups with rows of their own hide each other's
+    busy = max(scores + values, read + loaded / 128) + max(0.0, softmax - hidden) + 30 * chunks
+    visit = max(busy, loaded / cluster / 24)
+    visit *= 1 + (0.3 if c.stages < c.chunks_ahead + 4 else 0)
+    visit += 0.5 * columns if c.rescale == "each" else 0
+    seen, heads = walk(p, rows * cluster, n), p.batch * p.heads * splits
+    boundary = 4000 + 4.0 * columns + rows * d * 2 / 24
+    uneven = seen.most * seen.row_tiles > seen.visits
+    tail = 0.15 if not uneven or c.block_order in ("longest_first", "sectioned") else 0.5
+    work = heads * (seen.visits * visit + seen.row_tiles * boundary)
+    total = makespan(work, seen.most * visit + boundary, heads * seen.row_tiles, t.units // cluster, tail)
+    return total * (1.02 if c.block_order == "longest_first" and key_bytes(p) > t.l2 else 1)
+
+
+def _widths(p: Problem, c: Config) -> list[int]:
+    """Of a warpgroup's products on V."""
+    slabs = group_columns(p, c) // _SLAB
+    first = -(-slabs // -(-slabs // 4))
+    return sorted({_SLAB * first, _SLAB * (slabs - first)} - {0})
+
+
+FAMILY = Family(
+    name="sm90_forward_large",
+    template="sm90/forward_large.cu.j2",
+    op="forward",
+    dtypes=("fp16", "bf16"),
+    knobs=KNOBS,
+    constraints=CONSTRAINTS,
+    supports=_supports,
+    derive=_derive,
+    default=_default,
+    default_reads=lambda p, t: p.seqlen_q > GROUP_ROWS,
+    flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
+    context=lambda p, c: {
+        "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
+        "shared_widths": [group_keys(c)],
+        "column_widths": _widths(p, c),
+        "register_widths": [],
+    },
+    first_configs=_guesses,
+    repeats=lambda p, c: c.cluster > 1 and p.seqlen_q <= block_rows(c) * (int(c.cluster) // 2),
+    cost=cost,
+    resources=lambda p, t, c: (smem_bytes(p, c), c.cluster, fragment_registers(p, c)),
+)

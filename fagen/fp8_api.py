@@ -1,0 +1,112 @@
+"""`fagen.attention` of fp8 numbers: the way of such a call to a kernel or to PyTorch, and its op of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fagen.dispatch import fp8
+from fagen.errors import InvalidArgument
+from fagen.ops.attention import arguments
+from fagen.ops.attention import sinks as sink_logits
+from fagen.ops.attention.arguments import Window
+from fagen.ops.attention.fp8_call import E4M3, Fp8Call
+
+_SCHEMA = (
+    "forward_fp8(Tensor q, Tensor k, Tensor v, Tensor? descale_q, Tensor? descale_k, Tensor? descale_v, bool bhsd, "
+    "int window_left, int window_right, float softcap, float? scale) -> (Tensor, Tensor)"
+)
+_NO_DESCALES = (None, None, None)
+_libraries: list[Any] = []  # torch unregisters what is collected
+
+
+def is_asked(q: Any, *descales: Any) -> bool:
+    """Whether a call of `fagen.attention` is one on fp8 numbers, or has arguments that only such calls have."""
+    return getattr(q, "dtype", None) is E4M3 or descales != _NO_DESCALES
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    descales: tuple[Any, Any, Any],
+    *,
+    layout: str,
+    causal: bool,
+    window: Window,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    scale: float | None,
+    return_lse: bool,
+    out: torch.Tensor | None,
+    **others: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The call of `fagen.attention` where q is of fp8; `others` are arguments that only calls of 16 bits or more have.
+
+    v is of rows as ever, or in the kernels' order; the result is bfloat16, or of `out`.
+    """
+    if getattr(q, "dtype", None) is not E4M3:
+        raise InvalidArgument("descales are of fp8 numbers", f"q is {getattr(q, 'dtype', type(q).__name__)}")
+    for name, value in others.items():
+        if value is not None and (isinstance(value, torch.Tensor) or value):
+            raise InvalidArgument(f"attention on fp8 numbers has no {name}", "", "give q, k and v in 16 bits")
+    want_lse = arguments.flag("return_lse", return_lse)
+    call = Fp8Call.of(
+        q, k, v, descales=descales, layout=layout, causal=causal, window=window, softcap=softcap, scale=scale,
+        return_lse=want_lse or sinks is not None, out=out,
+    )  # fmt: skip
+    if sinks is not None:
+        sink_logits.check(sinks, call.heads, q.device)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in call.inputs().values()):
+        raise InvalidArgument("attention on fp8 numbers has no gradients", "", "detach its inputs")
+    if torch.compiler.is_compiling():
+        value, lse = _by_op(call)
+    else:
+        if out is not None:
+            arguments.refuse_overlap(out, call.inputs())
+        value, lse = fp8.attend(call)
+    if sinks is not None:
+        assert lse is not None
+        value, lse = sink_logits.apply(value, lse, sinks, layout, in_place=out is not None)
+    return (value, lse) if want_lse and lse is not None else value
+
+
+def _by_op(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Where a compiler traces. Its O is of bfloat16, which an `out` of float16 rounds further."""
+    value, lse = torch.ops.fagen.forward_fp8(
+        call.q, call.k, call.v, call.descale_q, call.descale_k, call.descale_v, call.layout == "bhsd", *call.window,
+        call.softcap, call.scale,
+    )  # fmt: skip
+    return (value if call.out is None else call.out.copy_(value)), lse
+
+
+def _call(args: tuple[Any, ...]) -> Fp8Call:
+    tensors, (bhsd, left, right, softcap, scale) = args[:6], args[6:]
+    fields = (*tensors, "bhsd" if bhsd else "bshd", (left, right), softcap, scale, True)
+    return Fp8Call(*fields)
+
+
+def _forward_fp8(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = _call(args)
+    call.check_tensors()  # anybody may call an op with anything
+    arguments.settings(False, call.window, call.softcap, call.scale)
+    out, lse = fp8.attend(call)
+    assert lse is not None
+    return out, lse
+
+
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    made = _call(args).new_outputs()
+    return made["out"], made["lse"]
+
+
+def _register() -> None:
+    library = torch.library.Library("fagen", "FRAGMENT")
+    library.define(_SCHEMA)
+    library.impl("forward_fp8", _forward_fp8, "CompositeExplicitAutograd")
+    torch.library.register_fake("fagen::forward_fp8", _fake, lib=library)
+    _libraries.append(library)
+
+
+_register()  # at once: torch.compile may trace the first call

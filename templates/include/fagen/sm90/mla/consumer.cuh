@@ -1,0 +1,317 @@
+// A consumer warpgroup of the two. Of each pair of key tiles it computes the scores and weights of its own, and adds
+// both tiles' values to its half of the columns of O. While one warpgroup is at its softmax, the other's products go
+// on:
+//
+//   warpgroup 0   S0 = Q K0^T | softmax | O_left  += P0 V0 | store P0 | O_left  += P1 V1
+//   warpgroup 1   S1 = Q K1^T | softmax after that of S0 | store P1 | O_right += P1 V1 | O_right += P0 V0
+//
+// Both refer their weights to the same maxima: those after tile 0 go to warpgroup 1, those after tile 1 come back.
+#pragma once
+#include "fagen/common/row_state.cuh"
+#include "fagen/ptx/barrier.cuh"
+#include "fagen/ptx/cp_async.cuh"
+#include "fagen/ptx/mbarrier.cuh"
+#include "fagen/sm90/decode/store.cuh"
+#include "fagen/sm90/mla/layout.cuh"
+#include "fagen/sm90/operand.cuh"
+
+namespace fagen {
+
+template <class C, class Element, int kGroup>
+struct MlaConsumer {
+  using L = MlaLayout<C>;
+  static constexpr int kOther = 1 - kGroup;
+  static constexpr int kPieces = C::kTileN / 8, kSteps = C::kTileN / 16;
+
+  const DecodeTile<C>& tile;
+  const uint32_t smem;
+  const bool shared;  // with another block: the keys
+  const Lane lane;
+  const int warp_row = threadIdx.x / 32 % 4 * 16;  // the warp's first row
+  int end[2];  // keys that this thread's rows see
+  OnlineSoftmax<2, C::kRescale == Rescale::deferred> softmax;
+  float s_acc[kPieces][4];
+  float o[L::kHalf / 8][4];
+  uint32_t weights[kSteps][4];
+
+  __device__ __forceinline__ MlaConsumer(const DecodeTile<C>& tile, float scale_log2, uint32_t smem, bool shared)
+      : tile(tile), smem(smem), shared(shared), softmax(scale_log2) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) end[r] = tile.end_of(tile.token(tile.first_row + row_of(r)));
+    clear(o);
+  }
+  __device__ __forceinline__ int row_of(int r) const { return warp_row + r * 8 + lane.row; }
+
+  // ---- products
+
+  // S = Q K^T of the own tile, its own part first: that is the sooner free, and the sooner there. Staggered, warpgroup
+  // 1 leaves the tensor cores to warpgroup 0 before the rest, so that it has work left for them while that one is at
+  // its softmax.
+  __device__ __forceinline__ void compute_scores(int phase) {
+    const KeyPart<C> own{smem, kGroup, kGroup}, rest{smem, kGroup, kOther};
+    pin(s_acc);
+    ptx::mbarrier_wait(own.full(), phase);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < L::kHalfSlabs; ++i) add_scores(own, i, i > 0);
+    ptx::mbarrier_wait(rest.full(), phase);
+    if constexpr (C::kStagger && kGroup == 1) ptx::barrier_sync(kFirstScores, L::kGroups * 128);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < L::kHalfSlabs + 1; ++i) add_scores(rest, i, true);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    pin(s_acc);
+  }
+  __device__ __forceinline__ void add_scores(const KeyPart<C>& part, int i, bool more) {
+    const Operand q = Operand::of_rows(smem + part.slab(i) * L::kSlabBytes);
+    const Operand k = Operand::of_rows(part.tile() + part.slab(i) * L::kSlabBytes);
+#pragma unroll
+    for (int d = 0; d < kSlabColumns / 16; ++d)
+      ptx::wgmma<C::kTileN, false, false>(s_acc, q.at(d * 32), k.at(d * 32), more || d > 0);
+  }
+  __device__ __forceinline__ Operand values(const KeyPart<C>& part) const {
+    return Operand::of_columns(part.tile() + part.slab(0) * L::kSlabBytes, L::kSlabBytes);
+  }
+  // Start O += P V of the own tile, P in registers; of the other warpgroup's tile, P in shared memory.
+  __device__ __forceinline__ void start_own_values() {
+    const Operand v = values({smem, kGroup, kGroup});
+    pin(o);
+    pin(weights);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n) ptx::wgmma<L::kHalf, true>(o, weights[n], v.at(n * 16 * kRowBytes), true);
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void start_other_values() {
+    const KeyPart<C> part{smem, kOther, kGroup};
+    const Operand v = values(part), p = Operand::of_rows(part.tile() + L::kRotary * L::kSlabBytes);
+    pin(o);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n) ptx::wgmma<L::kHalf, false, true>(o, p.at(n * 32), v.at(n * 16 * kRowBytes), true);
+    ptx::wgmma_commit();
+  }
+  // Wait while up to kPending younger products go on, and free the part of tile `buffer` that the product has read.
+  template <int kPending>
+  __device__ __forceinline__ void wait_values(int buffer) {
+    ptx::wgmma_wait<kPending>();
+    pin(o);
+    KeyPart<C>{smem, buffer, kGroup}.release(shared);
+  }
+
+  // ---- softmax
+
+  // Hide the keys from each row's end on. `key`: the first of the tile.
+  __device__ __forceinline__ void hide(int key) {
+    if (key + C::kTileN <= tile.full_end) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int to = end[r] - key - lane.column;
+#pragma unroll
+      for (int n = 0; n < kPieces; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (n * 8 + e >= to) s_acc[n][r * 2 + e] = -INFINITY;
+    }
+  }
+  // Take the maxima of the own tile into the softmax: true if O must be multiplied by `factor`.
+  __device__ __forceinline__ bool update_max(float (&factor)[2]) {
+    float row_max[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      row_max[r] = -INFINITY;
+#pragma unroll
+      for (const auto& piece : s_acc) row_max[r] = fmaxf(row_max[r], fmaxf(piece[r * 2], piece[r * 2 + 1]));
+      factor[r] = 1.f;
+    }
+    const bool moved = __any_sync(~0u, softmax.exceeds_slack(row_max));
+    if (moved) {
+      for (float& x : row_max) x = quad_max(x);
+      softmax.set_reference(row_max, factor);
+    } else {
+      softmax.refresh_offset();
+    }
+    return moved;
+  }
+  // Leave the references after the own tile to the other warpgroup.
+  __device__ __forceinline__ void share_references() const {
+    if (lane.id % 4 == 0)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) ptx::st_shared_4(references(kGroup, r), __float_as_uint(softmax.reference[r]));
+  }
+  // Take those after the other one's tile: true if O must be multiplied by `factor`.
+  __device__ __forceinline__ bool adopt_references(float (&factor)[2]) {
+    float next[2];
+    bool moved = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      next[r] = __uint_as_float(ptx::ld_shared_4(references(kOther, r)));
+      moved |= next[r] != softmax.reference[r];
+      factor[r] = 1.f;
+    }
+    if (!__any_sync(~0u, moved)) return false;
+    softmax.set_reference(next, factor);
+    return true;
+  }
+  __device__ __forceinline__ uint32_t references(int group, int r) const {
+    return smem + L::kReferences + (group * C::kTileM + row_of(r)) * 4;
+  }
+  // S becomes the weights. References that are too large for the exponential's FMA are subtracted first.
+  __device__ __forceinline__ void exponentiate() {
+    if (__any_sync(~0u, softmax.offset_too_large())) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (auto& piece : s_acc) piece[r * 2] -= softmax.reference[r], piece[r * 2 + 1] -= softmax.reference[r];
+        softmax.offset[r] = 0.f;
+      }
+    }
+#pragma unroll
+    for (auto& piece : s_acc)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        piece[i] = softmax.exponentiate(piece[i], i / 2);
+        softmax.sum[i / 2] += piece[i];
+      }
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weights[n][i] = pack_pair(n, i, 1.f);
+  }
+  // Register i of the operand for the n-th 16 keys.
+  __device__ __forceinline__ uint32_t pack_pair(int n, int i, float factor) const {
+    const float* pair = &s_acc[2 * n + i / 2][i % 2 * 2];
+    return pack<Element>(pair[0] * factor, pair[1] * factor);
+  }
+  // Store the weights in the place of the own tile's rotary columns, times `factor` where the references have moved: a
+  // product may still read the registers.
+  __device__ __forceinline__ void store_weights(bool moved, const float (&factor)[2]) const {
+    const int row = warp_row + lane.id % 16;
+    const uint32_t to = KeyPart<C>{smem, kGroup, kGroup}.tile() + L::kRotary * L::kSlabBytes + row * kRowBytes +
+                        ((lane.id / 16 ^ lane.id % 8) << 4);
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = moved ? pack_pair(n, i, factor[i % 2]) : weights[n][i];
+      ptx::stmatrix_x4(to ^ n * 32, words);
+    }
+    ptx::fence_shared_writes();
+  }
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+    for (auto& piece : o)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) piece[i] *= factor[i / 2];
+  }
+
+  // Rows of the cache that nobody sees may hold anything, and 0 times that need not be 0: clear them in this
+  // warpgroup's half of a tile. `key`: the first of the tile.
+  __device__ __forceinline__ void clear_hidden_rows(int buffer, int key) const {
+    const int first = tile.end - key;
+    if (first >= C::kTileN) return;
+    const KeyPart<C> part{smem, buffer, kGroup};
+    for (int i = first * 8 + threadIdx.x % 128; i < C::kTileN * 8; i += 128)
+#pragma unroll
+      for (int slab = 0; slab < L::kHalfSlabs; ++slab)
+        ptx::st_shared_16(part.tile() + part.slab(slab) * L::kSlabBytes + i * 16, make_uint4(0, 0, 0, 0));
+    ptx::fence_shared_writes();
+    ptx::barrier_sync(kRowsCleared + kGroup, 128);
+  }
+
+  // ---- a pair of tiles, the last one perhaps without the second
+
+  __device__ __forceinline__ void visit_first(int key, bool pair, int phase) {
+    float factor[2];
+    compute_scores(phase);
+    if (C::kStagger && pair) ptx::barrier_arrive(kFirstScores, L::kGroups * 128);
+    hide(key);
+    const bool moved = update_max(factor);
+    share_references();
+    ptx::barrier_arrive(kFirstReferences, L::kGroups * 128);
+    exponentiate();
+    if (moved) rescale(factor);
+    clear_hidden_rows(0, key);
+    start_own_values();
+    bool moved_on = false;
+    if (pair) {
+      ptx::barrier_sync(kSecondWeights, L::kGroups * 128);
+      moved_on = adopt_references(factor);
+    }
+    store_weights(moved_on, factor);
+    ptx::barrier_arrive(kFirstWeights, L::kGroups * 128);
+    wait_values<0>(0);
+    if (!pair) return;
+    if (moved_on) rescale(factor);
+    clear_hidden_rows(1, key + C::kTileN);
+    start_other_values();
+    wait_values<0>(1);
+  }
+
+  __device__ __forceinline__ void visit_second(int key, bool pair, int phase) {
+    float factor[2], own_factor[2] = {1.f, 1.f};
+    if (pair) {
+      compute_scores(phase);
+      hide(key + C::kTileN);
+    }
+    ptx::barrier_sync(kFirstReferences, L::kGroups * 128);
+    bool moved = adopt_references(factor);
+    if (pair) {
+      moved |= update_max(own_factor);
+      share_references();
+      exponentiate();
+      store_weights(false, factor);
+      ptx::barrier_arrive(kSecondWeights, L::kGroups * 128);
+    }
+    if (moved) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) factor[r] *= own_factor[r];
+      rescale(factor);
+    }
+    if (pair) {
+      clear_hidden_rows(1, key + C::kTileN);
+      start_own_values();
+    }
+    ptx::barrier_sync(kFirstWeights, L::kGroups * 128);
+    if (!pair) clear_hidden_rows(0, key);
+    start_other_values();
+    if (pair) wait_values<1>(1);
+    wait_values<0>(0);
+  }
+
+  __device__ __forceinline__ void visit_keys(const DecodeSplit<C>& split) {
+    int phase = 0;
+#pragma unroll 1
+    for (int i = split.first; i < split.end; i += 2, phase ^= 1) {
+      if constexpr (kGroup == 0)
+        visit_first(i * C::kTileN, i + 1 < split.end, phase);
+      else
+        visit_second(i * C::kTileN, i + 1 < split.end, phase);
+    }
+  }
+
+  // ---- the end
+
+  // Write the rows, or leave the split's part of them to the merge.
+  __device__ __forceinline__ void finish(const DecodeOutput<C, Element>& output, const DecodeGrid& grid, int split,
+                                         bool alone) const {
+    const uint32_t sums = smem + L::kSums;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = quad_sum(softmax.sum[r]);
+      if (lane.id % 4 == 0) ptx::st_shared_4(sums + (kGroup * C::kTileM + row_of(r)) * 4, __float_as_uint(sum));
+    }
+    ptx::barrier_sync(kRowsSummed, L::kGroups * 128);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = 0.f;
+#pragma unroll
+      for (int group = 0; group < L::kGroups; ++group)
+        sum += __uint_as_float(ptx::ld_shared_4(sums + (group * C::kTileM + row_of(r)) * 4));
+      store_row(output, grid, split, alone, o, r, row_of(r), kGroup * L::kHalf, softmax.reference[r], sum);
+    }
+  }
+};
+
+}  // namespace fagen

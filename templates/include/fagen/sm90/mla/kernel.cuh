@@ -1,0 +1,96 @@
+// Decode of latent attention on Hopper: a block takes one split of the keys of one row tile.
+//
+//   warpgroups 0, 1   consumers: the scores of every other key tile each, half of the columns of O each    consumer.cuh
+//   warpgroup 2       one warp loads key tiles, once: their first columns are the values                   producer.cuh
+//
+// Where several blocks share a row tile's keys a second kernel merges their parts. The host's part: launch.cuh.
+#pragma once
+#include "fagen/sm90/mla/consumer.cuh"
+#include "fagen/sm90/mla/producer.cuh"
+
+namespace fagen {
+
+constexpr int kMergeShares = 16;  // blocks that merge the splits of a row tile
+
+// Neighbouring row tiles of a sequence read the same keys. As a cluster they load them once: each loads half of every
+// tile, to both, and both go over the keys that either one sees.
+template <class C>
+__device__ __forceinline__ bool shares_keys(const DecodeGrid& grid) {
+  return C::kCluster > 1 && grid.clustered;
+}
+template <class C>
+__device__ __forceinline__ DecodeTile<C> tile_at(const fagen_decode_params& p, const DecodeGrid& grid, int index) {
+  DecodeTile<C> tile(p, grid, index);
+  if (shares_keys<C>(grid)) tile.end = max(tile.end, DecodeTile<C>(p, grid, index ^ 1).end);
+  return tile;
+}
+
+template <class C>
+__device__ __forceinline__ void init_parts(uint32_t smem, bool shared) {
+  for (int part = 0; part < 4; ++part) {
+    const KeyPart<C> its{smem, part / 2, part % 2};
+    ptx::mbarrier_init(its.full(), 1);
+    ptx::mbarrier_init(its.empty(), shared ? 4 * C::kCluster : 4);  // warps of the warpgroups that read it last
+  }
+  ptx::fence_mbarrier_init();
+}
+
+template <class C, class Element>
+__device__ __forceinline__ DecodeOutput<C, Element> output_of(const fagen_decode_params& p, const DecodeTile<C>& tile) {
+  const HeadScale scale(p, tile.batch, tile.kv_head);
+  return {p, tile, fmaxf(scale.score, 1e-37f) * DecodeOutput<C, Element>::kLog2e, scale.value};
+}
+
+template <class C, class Element, int kGroup>
+__device__ __forceinline__ void consume(const fagen_decode_params& p, const DecodeGrid& grid, const DecodeTile<C>& tile,
+                                        const DecodeSplit<C>& split, int split_index, uint32_t smem) {
+  const DecodeOutput<C, Element> output = output_of<C, Element>(p, tile);
+  MlaConsumer<C, Element, kGroup> consumer(tile, output.scale_log2, smem, shares_keys<C>(grid));
+  load_rows<C, Element, MlaLayout<C>::kGroups * 128>(p, tile, smem, kRowsLoaded);
+  consumer.visit_keys(split);
+  consumer.finish(output, grid, split_index, split.used == 1);
+}
+
+template <class C, class Element>
+__device__ __forceinline__ void run_block(const fagen_decode_params& p, const DecodeGrid& grid, const CUtensorMap& map,
+                                          unsigned char* memory) {
+  using L = MlaLayout<C>;
+  const uint32_t smem = (ptx::shared_address(memory) + kSmemAlignment - 1) & ~uint32_t(kSmemAlignment - 1);
+  ptx::start_next_kernel();
+  // row tiles of a sequence are neighbours, since they read the same keys
+  const int of_sequence = grid.row_tiles * p.kv_heads, all = blockIdx.x / of_sequence, split_index = all % grid.splits;
+  const DecodeTile<C> tile = tile_at<C>(p, grid, all / grid.splits * of_sequence + blockIdx.x % of_sequence);
+  const DecodeSplit<C> split(tile, grid, split_index);
+  const bool shared = shares_keys<C>(grid);
+  const int first_row = tile.first_row - (shared && blockIdx.x % 2 ? C::kTileM : 0);  // of the cluster
+  if (first_row >= tile.rows() || split_index >= split.used) return;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well
+  if (threadIdx.x == 0) {
+    ptx::prefetch_map(&map);
+    init_parts<C>(smem, shared);
+  }
+  shared ? ptx::cluster_sync() : __syncthreads();
+  if (group == L::kGroups) {
+    ptx::fewer_registers<L::kProducerRegisters>();
+    if (threadIdx.x / 32 % 4 == 0) load_keys(p, map, tile, split, smem, shared);
+  } else {
+    ptx::more_registers<L::kConsumerRegisters>();
+    if (group == 0)
+      consume<C, Element, 0>(p, grid, tile, split, split_index, smem);
+    else
+      consume<C, Element, 1>(p, grid, tile, split, split_index, smem);
+  }
+  if (shared) ptx::cluster_sync();  // none ends while another fills its tiles or arrives at its barriers
+}
+
+// A share of the merge of a row tile's splits.
+template <class C, class Element>
+__device__ __forceinline__ void run_merge(const fagen_decode_params& p, const DecodeGrid& grid) {
+  ptx::wait_for_previous_kernel();
+  const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / kMergeShares);
+  const DecodeSplit<C> split(tile, grid, 0);
+  if (tile.first_row >= tile.rows() || split.used == 1) return;
+  merge_splits(output_of<C, Element>(p, tile), grid, split.used, blockDim.x, blockIdx.x % kMergeShares, kMergeShares);
+}
+
+}  // namespace fagen

@@ -1,0 +1,87 @@
+// Latent attention (MLA): a key is kHeadDimV latent columns, which are its value as well, and a slab of rotary ones. A
+// block has 64 rows of q. Two warpgroups share them: each computes the scores of every other key tile, and owns half of
+// the columns of O.
+#pragma once
+#include "fagen/ptx/mbarrier.cuh"
+#include "fagen/sm90/smem_layout.cuh"
+
+namespace fagen {
+
+// A config as the decode headers ask for it.
+template <class Base>
+struct MlaConfig : Base {
+  static constexpr int kTileM = kGroupRows, kTileN = 64, kBlocksPerSm = 1;
+  static_assert(Base::kCluster <= 2, "a box is a block's share of a tile");
+  static constexpr bool kCompact = false;  // blocks of packed rows: of every tile that there may be
+  static constexpr bool kMergesInCluster = false, kMergesInLastBlock = false;
+};
+
+template <class C>
+struct MlaLayout {
+  static constexpr int kGroups = 2;  // consumer warpgroups
+  static constexpr int kThreads = (kGroups + 1) * 128;
+  static constexpr int kBuffers = 2;  // key tiles in shared memory: one of each warpgroup
+  static constexpr int kHalf = C::kHeadDimV / 2;  // columns of O of a warpgroup
+  static constexpr int kHalfSlabs = kHalf / kSlabColumns, kSlabs = 2 * kHalfSlabs + 1;  // the last one is rotary
+  static constexpr int kRotary = kSlabs - 1;
+  static constexpr int kSlabBytes = C::kTileN * kRowBytes, kTileBytes = kSlabs * kSlabBytes;  // of q and of keys alike
+  static_assert(C::kTileM == C::kTileN && C::kHeadDim == kSlabs * kSlabColumns && kHalf % kSlabColumns == 0,
+                "a key is two halves of whole slabs, and a slab of rotary columns");
+  static_assert(C::kSharedKv && !C::kFp8Cache && C::kAligned,
+                "values are columns of keys, which the copy engine takes");
+
+  // Offsets: the tile of q, the key tiles, (warpgroup, row): reference, sum, the barriers of the parts of key tiles.
+  static constexpr int kTiles = kTileBytes, kReferences = kTiles + kBuffers * kTileBytes;
+  static constexpr int kSums = kReferences + kGroups * C::kTileM * 4, kBarriers = kSums + kGroups * C::kTileM * 4;
+  static constexpr int kEnd = kBarriers + kBuffers * kGroups * kBarrierBytes;
+  static constexpr int kSmemBytes = kEnd + kSmemAlignment;  // room to align
+
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of 168 each
+
+  static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
+  static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
+  static_assert(kConsumerRegisters == Derived::registers, "Python and CUDA disagree about the registers of a thread");
+};
+
+// Named barriers; 0 is __syncthreads.
+enum MlaBarrier {
+  kRowsLoaded = 1,
+  kFirstScores,
+  kFirstReferences,
+  kSecondWeights,
+  kFirstWeights,
+  kRowsSummed,
+  kRowsCleared  // and the next one: each warpgroup's
+};
+
+// A part of a key tile: the slabs that the same warpgroup is the last to read. Of tile i of a pair warpgroup i computes
+// the scores, and puts its weights in the place of the tile's rotary columns, which are read by then; the other
+// warpgroup reads them with its own half.
+template <class C>
+struct KeyPart {
+  using L = MlaLayout<C>;
+  uint32_t smem;
+  int buffer, group;
+
+  __device__ __forceinline__ uint32_t tile() const { return smem + L::kTiles + buffer * L::kTileBytes; }
+  __device__ __forceinline__ uint32_t full() const {
+    return smem + L::kBarriers + (buffer * L::kGroups + group) * kBarrierBytes;
+  }
+  __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
+  // Free it: one arrival a warp, in each block whose copies come here as well.
+  __device__ __forceinline__ void release(bool shared) const {
+    if (shared) {
+      if (threadIdx.x % 32 < C::kCluster) ptx::mbarrier_arrive_at(empty(), threadIdx.x % 32);
+    } else {
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty());
+    }
+  }
+  __device__ __forceinline__ bool has_rotary() const { return buffer != group; }
+  // Slab i of the part; of kHalfSlabs, and of the rotary one behind them if it has that.
+  __device__ __forceinline__ int slab(int i) const {
+    return i < L::kHalfSlabs ? group * L::kHalfSlabs + i : L::kRotary;
+  }
+  __device__ __forceinline__ int slabs() const { return L::kHalfSlabs + has_rotary(); }
+};
+
+}  // namespace fagen

@@ -1,0 +1,127 @@
+"""sm90_forward_fp8 on the CPU (tests/emulator), against the op's own check: products of e4m3, sums of 14 bits."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from fagen.ops.attention.fp8_calls import Params, make_params
+from fagen.ops.oracle import Verdict
+from fagen.runtime.kernel import Library
+from fagen.target import known
+from tests.support import emulated
+from tests.support.fp8 import FAMILY, SCHEMES, Case, make_call
+from tests.support.fp8 import run as run_case
+from tests.support.thorough import sample
+
+HOPPER = known("sm_90")
+SIZES = ((230, 230), (70, 300), (300, 130))
+CASES = [
+    Case("base", mask="none", head_dim=128, heads=2, kv_heads=1),
+    Case("every_tile", mask="window", window=(70, 20)),
+    Case("serial", mask="none", head_dim=192, head_dim_v=128, heads=2, kv_heads=1, changes=(("tile_n", 64),)),
+    Case("each", head_dim=256, heads=2, kv_heads=1, changes=(("tile_n", 96), ("tile_m", 64), ("q_stages", 1))),
+    Case("three_blocks", head_dim=48, head_dim_v=80),
+    Case("turns", heads=2, kv_heads=1),
+    Case("two_blocks"),
+    Case("sections", dtype="fp16"),
+    Case("each", mask="none", descales=False),
+    Case("base", mask="window", window=(0, 0), softcap=5.0),
+    Case("two_tiles", dtype="fp16", softcap=10.0),
+    Case("deep", mask="none", head_dim=96),
+    Case("turns", head_dim=128, heads=2, kv_heads=1),
+    *(Case(f"n{n}") for n in (192, 224, 256)),
+]
+
+
+@pytest.fixture
+def folder(cache_folder: Path) -> Path:
+    """Each test compiles the kernel that it runs, unless some test has."""
+    return cache_folder / "emulated"
+
+
+@functools.cache
+def _source(case: Case) -> str:
+    return emulated.source(FAMILY, case.problem, HOPPER, FAMILY.require(case.problem, HOPPER, case.config))
+
+
+def _library(case: Case, folder: Path, text: str = "") -> Library:
+    return emulated.build(text or _source(case), folder, Params)
+
+
+def run(case: Case, folder: Path, rows: int, keys: int, seed: int = 0, text: str = "", batch: int = 1) -> Verdict:
+    launch = functools.partial(
+        emulated.launch, _library(case, folder, text), seed=seed, units=(3, 2, 5)[seed % 3], fill=make_params
+    )
+    return run_case(
+        case, rows, keys, launch, seed=seed, batch=batch, device="cpu", layout="bhsd" if seed % 2 else "bshd"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sample(CASES, every=5), ids=str)
+def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
+    for seed, (rows, keys) in enumerate(SIZES):
+        verdict = run(case, folder, rows, keys, seed)
+        assert verdict, verdict.message
+
+
+SMALL = Case("every_tile", mask="none", heads=2, kv_heads=2)
+
+
+def test_each_batch_and_kv_head_has_its_descales(folder: Path) -> None:
+    verdict = run(SMALL, folder, 70, 130, batch=2)
+    assert verdict, verdict.message
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("factors[coord.batch * t.stride[0] + kv_head * t.stride[1]]", "factors[0]"),  # a head has another's descale
+        ("descale(given.descale_k, row_tile.coord, row_tile.kv_head);", "1.f;"),
+        ("low[0], low[1], high[0], high[1]", "low[0], high[0], low[1], high[1]"),  # weights of other keys
+        ("sum *= 1.f / kWeightScale", "sum *= 1.f"),
+        ("held[0] = smaller ? factor[0] : 1.f", "held[0] = 1.f"),  # O stays behind its maximum
+    ],
+)
+def test_what_is_wrong_is_found(folder: Path, old: str, new: str) -> None:
+    text = _source(SMALL)
+    assert old in text
+    assert not run(SMALL, folder, 70, 130, batch=2, text=text.replace(old, new))
+
+
+def test_rows_that_see_no_keys(folder: Path) -> None:
+    case = Case("two_blocks", heads=2, kv_heads=1)
+    for rows, keys in ((200, 1), (1, 100)):
+        verdict = run(case, folder, rows, keys)
+        assert verdict, verdict.message
+    call = make_call(case, 70, 1, 0, batch=1, device="cpu", layout="bshd")
+    object.__setattr__(call, "k", call.k[:, :0])
+    object.__setattr__(call, "v", call.v[:, :, :0])
+    outputs = {n: torch.full(s, torch.nan, dtype=t) for n, (s, t) in call.output_types().items()}
+    emulated.launch(_library(case, folder), call, outputs, fill=make_params)
+    assert (outputs["out"] == 0).all() and (outputs["lse"] == -torch.inf).all()
+
+
+@pytest.mark.slow
+def test_what_promotion_saves(folder: Path) -> None:
+    """Where all values are alike, sums of 14 bits lose with every product; those of a single tile hardly do."""
+    lost = {}
+    for promote in (0, 1):
+        changes = (("tile_m", 64), ("promote", promote))
+        case = Case("base", mask="none", dtype="fp16", heads=1, kv_heads=1, changes=changes)
+        call = make_call(case, 1, 4096, 0, batch=1, device="cpu", layout="bshd")
+        call.v.fill_(448.0)
+        outputs = {n: torch.empty(s, dtype=t) for n, (s, t) in call.output_types().items()}
+        emulated.launch(_library(case, folder), call, outputs, fill=make_params)
+        want = call.dequantized().v[0, 0, 0, 0]
+        lost[promote] = float((outputs["out"].float() - want).abs().max() / want)
+    assert 4 * lost[1] < lost[0], lost
+
+
+def test_every_value_of_every_knob_is_run() -> None:
+    for knob in FAMILY.knobs:
+        assert {scheme[knob.name] for scheme in SCHEMES.values()} == set(knob.choices), knob.name

@@ -1,0 +1,272 @@
+"""fagen.quantize_qkv and fagen.attention on fp8 numbers: the order of v, scales, masks, layouts, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fagen
+from fagen import env
+from fagen.build import toolchain
+from fagen.errors import InvalidArgument
+from fagen.ops.attention import fallback, fp8_order, fp8_quantize
+from fagen.ops.attention.call import AttentionCall
+from fagen.ops.attention.fp8_call import E4M3, Fp8Call
+from fagen.ops.attention.fp8_calls import check
+from fagen.ops.attention.fp8_problem import Fp8Problem
+
+ORDER = """
+#include <stdio.h>
+#include "fagen/sm90/forward_fp8/value_order.cuh"
+int main() {
+  for (int place = 0; place < fagen::kBlockKeys; ++place)
+    for (int column = 0; column < COLUMNS; ++column)
+      printf("%d %d %d\\n", fagen::key_in_place(place), column, fagen::byte_of(place, column));
+}
+"""
+Quantized = fp8_quantize.QuantizedQKV
+
+
+def _tensors(layout: str = "bshd", d: int = 64, dv: int = 64, *, seed: int = 0) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((2, 50, 4, d), (2, 70, 2, d), (2, 70, 2, dv))
+    made = [torch.randn(shape, generator=g).to(torch.bfloat16) for shape in shapes]
+    return made if layout == "bshd" else [t.transpose(1, 2).contiguous() for t in made]
+
+
+def _descales(x: Quantized) -> dict[str, torch.Tensor]:
+    return {name: getattr(x, name) for name in ("descale_q", "descale_k", "descale_v")}
+
+
+def _exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) by PyTorch, in float32."""
+    return fallback.attend(AttentionCall.of(q.float(), k.float(), v.float(), return_lse=True, **options))
+
+
+def _error(mine: torch.Tensor, want: torch.Tensor) -> float:
+    return float((mine.float() - want.float()).square().mean().sqrt() / want.float().square().mean().sqrt())
+
+
+# ---- the order of v --------------------------------------------------------------------------------------------------
+
+
+def test_python_and_cuda_agree_about_the_order(tmp_path: Path) -> None:
+    columns, source, program = 24, tmp_path / "order.cpp", tmp_path / "order"
+    source.write_text(ORDER.replace("COLUMNS", str(columns)))
+    headers = str(env.data_dir("templates") / "include")
+    subprocess.run([str(toolchain.require_cxx()), "-std=c++17", "-I", headers, source, "-o", program], check=True)
+    told = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    v = torch.arange(32 * columns).reshape(1, 32, 1, columns)
+    low, high = ((v // part % 128).to(torch.uint8) for part in (1, 128))
+    block = [fp8_order.order_values(t.view(E4M3)).view(torch.uint8).flatten().long() for t in (low, high)]
+    for key, column, byte in (map(int, line.split()) for line in told.splitlines()):
+        assert block[0][byte] + 128 * block[1][byte] == key * columns + column
+    assert len(told.splitlines()) == 32 * columns
+
+
+def test_a_lane_has_the_weights_of_its_places() -> None:
+    """A lane's scores are of keys 8 n + 2 (lane % 4) and the next; its places 4 (lane % 4) .. + 3 of each 16."""
+    for lane in range(4):
+        places = [16 * core + 4 * lane + i for core in range(2) for i in range(4)]
+        keys = [8 * piece + 2 * lane + side for piece in range(4) for side in range(2)]
+        assert [fp8_order.key_in_place(place) for place in places] == keys
+    assert sorted(map(fp8_order.key_in_place, range(32))) == list(range(32))
+
+
+@pytest.mark.parametrize("keys", [1, 32, 33, 95])
+def test_order_and_back(keys: int) -> None:
+    v = torch.randn(2, keys, 3, 40).to(E4M3)
+    ordered = fp8_order.order_values(v)
+    assert ordered.shape == (2, 3, -(-keys // 32), 40, 32)
+    assert torch.equal(fp8_order.rows_of_values(ordered, keys).view(torch.uint8), v.view(torch.uint8))
+    assert (fp8_order.rows_of_values(ordered, ordered.shape[2] * 32)[:, keys:].float() == 0).all()
+
+
+# ---- quantising ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [64, 96, 192])
+def test_spreading_outliers_changes_no_product(d: int) -> None:
+    q, k = torch.randn(5, d, dtype=torch.float64).float(), torch.randn(7, d)
+    spread_q, spread_k = fp8_quantize.spread_outliers(q), fp8_quantize.spread_outliers(k)
+    torch.testing.assert_close(spread_q @ spread_k.T, q @ k.T, rtol=1e-4, atol=1e-4)
+    one = torch.zeros(1, d)
+    one[0, 3] = 1.0
+    part = d & -d
+    assert fp8_quantize.spread_outliers(one).abs().max() == pytest.approx(part**-0.5)
+
+
+def test_scales_are_of_each_batch_and_kv_head() -> None:
+    q, k, v = _tensors()
+    x = fagen.quantize_qkv(q, k, v, incoherent=False)
+    for numbers, descale, t in ((x.q, x.descale_q, q), (x.k, x.descale_k, k)):
+        assert numbers.dtype == E4M3 and descale.shape == (2, 2)
+        for b, h in itertools.product(range(2), range(2)):
+            heads = slice(h * t.shape[2] // 2, (h + 1) * t.shape[2] // 2)
+            assert float(descale[b, h] * 448) == pytest.approx(float(t[b, :, heads].float().abs().max()))
+            assert numbers[b, :, heads].float().abs().max() == 448
+            error = (numbers[b, :, heads].float() * descale[b, h] - t[b, :, heads].float()).abs()
+            assert (error <= t[b, :, heads].float().abs() / 16 + descale[b, h] * 2**-9).all()
+
+
+def test_zeros_and_no_keys_are_quantised() -> None:
+    x = fagen.quantize_qkv(*(torch.zeros(1, n, 2, 16) for n in (3, 5, 5)))
+    assert (fagen.attention(x.q, x.k, x.v, **_descales(x)) == 0).all()
+    x = fagen.quantize_qkv(torch.ones(1, 3, 2, 16), *(torch.ones(1, 0, 2, 16) for _ in range(2)))
+    out, lse = fagen.attention(x.q, x.k, x.v, **_descales(x), return_lse=True)
+    assert out.shape == (1, 3, 2, 16) and (out == 0).all() and (lse == -torch.inf).all()
+
+
+def test_spread_outliers_cost_less() -> None:
+    """N(0, 1) and, of one number in a thousand, N(0, 100): see benchmarks/fp8_accuracy.py."""
+    g = torch.Generator().manual_seed(0)
+
+    def tensor() -> torch.Tensor:
+        rare = torch.rand(1, 256, 2, 128, generator=g) < 0.001
+        return torch.randn(rare.shape, generator=g) + 10 * torch.randn(rare.shape, generator=g) * rare
+
+    q, k, v = tensor(), tensor(), tensor()
+    want, errors = _exact(q, k, v)[0], []
+    for incoherent in (False, True):
+        x = fagen.quantize_qkv(q, k, v, incoherent=incoherent)
+        errors.append(_error(fagen.attention(x.q, x.k, x.v, **_descales(x)), want))
+    assert errors[1] < 0.8 * errors[0]
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window": (20, 5)}, {"softcap": 3.0, "scale": 0.2}], ids=lambda o: "-".join(o)
+)
+def test_it_is_attention_on_what_the_numbers_stand_for(layout: str, options: dict) -> None:
+    q, k, v = _tensors(layout)
+    x = fagen.quantize_qkv(q, k, v, layout=layout)
+    out, lse = fagen.attention(x.q, x.k, x.v, **_descales(x), layout=layout, return_lse=True, **options)
+    want, want_lse = _exact(q, k, v, layout=layout, **options)
+    assert out.dtype == torch.bfloat16 and out.shape == want.shape
+    assert _error(out, want) < 0.06
+    assert (lse - want_lse).abs().max() < 0.2
+    descales = tuple(_descales(x).values())
+    verdict = check(Fp8Call.of(*x[:3], descales=descales, layout=layout, **options), {"out": out, "lse": lse})
+    assert verdict, verdict.message
+
+
+def test_values_of_rows_are_brought_into_order() -> None:
+    q, k, v = _tensors()
+    x = fagen.quantize_qkv(q, k, v)
+    rows = fp8_order.rows_of_values(x.v, k.shape[1])
+    want = fagen.attention(x.q, x.k, x.v, **_descales(x))
+    assert torch.equal(fagen.attention(x.q, x.k, rows, **_descales(x)), want)
+    turned = [t.transpose(1, 2) for t in (x.q, x.k, rows)]
+    assert torch.equal(fagen.attention(*turned, **_descales(x), layout="bhsd").transpose(1, 2), want)
+
+
+def test_descales_are_tensors_or_numbers() -> None:
+    q, k, v = (t.to(E4M3) for t in _tensors())
+    want = fagen.attention(q, k, v, descale_q=torch.full((2, 2), 2.0), descale_v=torch.full((2, 2), 0.5))
+    assert torch.equal(fagen.attention(q, k, v, descale_q=2.0, descale_v=torch.tensor(0.5)), want)
+    assert not torch.equal(fagen.attention(q, k, v), want)
+
+
+def test_out_says_the_dtype() -> None:
+    q, k, v = (t.to(E4M3) for t in _tensors())
+    out = torch.empty(2, 50, 4, 64, dtype=torch.float16)
+    assert fagen.attention(q, k, v, out=out) is out
+    assert _error(out, fagen.attention(q, k, v)) < 0.01
+
+
+def test_sinks_join_the_sum() -> None:
+    q, k, v = (t.to(E4M3) for t in _tensors())
+    sinks = torch.tensor([0.0, 1.0, 2.0, -3.0])
+    out, lse = fagen.attention(q, k, v, sinks=sinks, return_lse=True)
+    want, want_lse = _exact(q, k, v, sinks=sinks)
+    assert _error(out, want) < 0.01
+    torch.testing.assert_close(lse, want_lse)
+
+
+def test_a_compiler_sees_an_op() -> None:
+    x = fagen.quantize_qkv(*_tensors())
+    made = torch.compile(
+        lambda x: fagen.attention(x.q, x.k, x.v, **_descales(x), causal=True, return_lse=True),
+        fullgraph=True, backend="eager",
+    )  # fmt: skip
+    for mine, want in zip(made(x), fagen.attention(*x[:3], **_descales(x), causal=True, return_lse=True), strict=True):
+        assert torch.equal(mine, want)
+    torch.library.opcheck(
+        torch.ops.fagen.forward_fp8.default, (*x, False, -1, 0, 0.0, None),
+        test_utils=("test_faketensor",),
+    )  # fmt: skip
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"alibi_slopes": torch.ones(4)}, "no alibi_slopes"),
+        ({"dropout_p": 0.1}, "no dropout_p"),
+        ({"intervals": torch.zeros(1, 1, 70, 1, dtype=torch.int32)}, "no intervals"),
+        ({"descale_q": torch.ones(2, 4)}, r"descale_q must be a number or float32 \(2, 2\)"),
+        ({"descale_k": torch.ones(2, 2).double()}, "descale_k must be"),
+        ({"descale_v": "1"}, "descale_v"),
+        ({"out": torch.empty(2, 50, 4, 64)}, "bfloat16 or float16"),
+        ({"layout": "sbhd"}, "layout"),
+        ({"softcap": -1.0}, "softcap"),
+    ],
+)
+def test_what_it_refuses(options: dict, words: str) -> None:
+    q, k, v = (t.to(E4M3) for t in _tensors())
+    with pytest.raises((InvalidArgument, TypeError), match=words):
+        fagen.attention(q, k, v, **options)
+
+
+def test_tensors_that_contradict_each_other_are_refused() -> None:
+    q, k, v = _tensors()
+    x = fagen.quantize_qkv(q, k, v)
+    cases = [
+        ((q.to(E4M3), k, x.v), "k must be float8_e4m3fn"),
+        ((x.q, x.k[:, :60], x.v), "v must be"),
+        ((x.q, x.k, x.v[:, :1]), "v must be"),
+        ((x.q[:1], x.k, x.v), "k must have the batch"),
+        ((x.q[:, :, :3], x.k, x.v), "must divide"),
+        ((x.q, x.k, x.v[..., :16]), "v must be"),
+        ((x.q[0], x.k, x.v), "4 dimensions"),
+    ]
+    for tensors, words in cases:
+        with pytest.raises(InvalidArgument, match=words):
+            fagen.attention(*tensors)
+    with pytest.raises(InvalidArgument, match="descales are of fp8 numbers"):
+        fagen.attention(q, k, v, descale_q=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda q, k, v: (q.to(E4M3), k, v), "16 bits or more"),
+        (lambda q, k, v: (q[0], k, v), "4 dimensions"),
+        (lambda q, k, v: (q, k[..., :32], v), "the head_dim of q"),
+        (lambda q, k, v: (q, k, v[:, :9]), "the rows and heads of k"),
+        (lambda q, k, v: (q[:, :, :3], k, v), "must divide"),
+        (lambda q, k, v: (q, k, v[..., :12]), "a multiple of 8"),
+    ],
+)
+def test_what_cannot_be_quantised(change, words: str) -> None:
+    with pytest.raises(InvalidArgument, match=words):
+        fagen.quantize_qkv(*change(*_tensors()))
+
+
+@pytest.mark.parametrize("name", ["alibi", "dropout", "tf32"])
+def test_a_problem_has_no(name: str) -> None:
+    with pytest.raises(InvalidArgument, match=name):
+        Fp8Problem(**{name: True})
+    with pytest.raises(InvalidArgument, match="fp32"):
+        Fp8Problem(dtype="fp32")
+    assert Fp8Problem.from_dict(Fp8Problem(mask="causal").to_dict()) == Fp8Problem(mask="causal")

@@ -1,0 +1,115 @@
+"""Kernels on fp8 numbers in the tests: the configs and problems that they run, on the CPU's emulator and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fagen.families import Config, sm90_forward_fp8
+from fagen.ops.attention import fp8_calls
+from fagen.ops.attention.fp8_call import Fp8Call
+from fagen.ops.attention.fp8_problem import Fp8Problem
+from fagen.ops.attention.fp8_quantize import quantize_qkv
+from fagen.ops.oracle import Verdict
+from tests.support.cases import DTYPES
+
+FAMILY = sm90_forward_fp8.FAMILY
+BASE: dict[str, Any] = {
+    "tile_m": 128, "tile_n": 64, "stages": 2, "q_stages": 1, "overlap": "softmax", "rescale": "deferred", "promote": 0,
+    "exp_on_fma": 0, "ping_pong": False, "blocks_per_sm": 1, "schedule": "balanced",
+    "block_order": "ascending", "section_mb": 32,
+}  # fmt: skip
+
+
+def config(**changes: Any) -> Config:
+    return FAMILY.config({**BASE, **changes})
+
+
+# One config a line differs from BASE in what its name says; together they hold every value of every knob.
+SCHEMES = {
+    "base": config(),
+    "turns": config(ping_pong=True, schedule="dynamic", promote=4),
+    "every_tile": config(exp_on_fma=1, promote=1, tile_m=64, tile_n=96),
+    "two_tiles": config(promote=2, tile_m=192, tile_n=32, rescale="each", ping_pong=True),
+    "each": config(rescale="each", tile_n=128, q_stages=2, block_order="sectioned", section_mb=16),
+    "serial": config(overlap="nothing", tile_m=192, tile_n=96, schedule="single", stages=1),
+    "three_blocks": config(tile_m=64, tile_n=32, blocks_per_sm=3, schedule="single", block_order="longest_first"),
+    "two_blocks": config(tile_m=64, tile_n=96, blocks_per_sm=2, stages=3, block_order="descending"),
+    "deep": config(overlap="maxima", exp_on_fma=2, stages=4, tile_n=32, schedule="dynamic", block_order="sectioned"),
+    "sections": config(q_stages=2, tile_n=160, schedule="dynamic", block_order="sectioned", section_mb=64),
+    **{f"n{n}": config(tile_n=n, ping_pong=True) for n in (192, 224, 256)},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel: static problem and config, and what else its calls have."""
+
+    scheme: str
+    mask: str = "causal"
+    dtype: str = "bf16"
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    head_dim_v: int = 0
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    magnitude: float = 1.0
+    descales: bool = True
+    changes: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def problem(self) -> Fp8Problem:
+        return Fp8Problem(
+            dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v, mask=self.mask,
+            softcap=bool(self.softcap),
+        )  # fmt: skip
+
+    @property
+    def config(self) -> Config:
+        return SCHEMES[self.scheme].replace(**dict(self.changes))
+
+    def __str__(self) -> str:
+        d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
+        more = ["softcap"] * bool(self.softcap) + [f"x{self.magnitude:g}"] * (self.magnitude != 1)
+        more += [] if self.descales else ["plain"]
+        changes = (f"{k}={v}" for k, v in self.changes)
+        return "-".join([self.scheme, self.mask, self.dtype, d, f"h{self.heads}-{self.kv_heads}", *more, *changes])
+
+
+def make_call(case: Case, rows: int, keys: int, seed: int, *, batch: int, device: str, layout: str) -> Fp8Call:
+    """Random numbers, larger from head to head and from batch to batch, so that no two have the same descale."""
+    g = torch.Generator(device).manual_seed(seed)
+
+    def tensor(length: int, heads: int, size: int) -> torch.Tensor:
+        shape = (batch, length, heads, size)
+        growth = 1 + torch.arange(batch, device=device)[:, None] + 0.5 * torch.arange(heads, device=device)
+        made = torch.randn(shape, device=device, generator=g) * growth[:, None, :, None] ** 0.5 * case.magnitude
+        return made if layout == "bshd" else made.transpose(1, 2)
+
+    d, dv = case.head_dim, case.head_dim_v or case.head_dim
+    made = quantize_qkv(
+        tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv), layout=layout,
+        incoherent=bool(seed % 2),
+    )  # fmt: skip
+    tensors = made if case.descales else (*made[:3], None, None, None)
+    band = (-1, 0) if case.mask == "causal" else case.window
+    scale = None if case.descales else 2.0**-14
+    return Fp8Call(*tensors, layout, band, case.softcap, scale, dtype=DTYPES[case.dtype])
+
+
+def run(
+    case: Case, rows: int, keys: int, launch: Callable[..., Any], *, seed: int = 0, batch: int = 2,
+    device: str = "cuda", layout: str = "bshd",
+) -> Verdict:  # fmt: skip
+    """Launch on fresh random inputs and poisoned outputs, and ask the oracle."""
+    call = make_call(case, rows, keys, seed, batch=batch, device=device, layout=layout)
+    outputs = {
+        name: torch.full(shape, torch.nan, dtype=dtype, device=device)
+        for name, (shape, dtype) in call.output_types().items()
+    }
+    launch(call, outputs)
+    return fp8_calls.check(call, outputs)
