@@ -256,35 +256,6 @@ def test_packed_documents(folder: Path) -> None:
             check(case, folder, 327, 327, intervals=bounds)
 
 
-_WALKED = "        bool hidden, partial;\n        classify(m0, m1, hidden, partial);\n"
-_COUNTER = """
-static long walked;
-extern "C" long emulator_walked() { long all = walked; walked = 0; return all; }
-"""
-
-
-@pytest.mark.parametrize("scheme", sample(["base", "longest_first"], every=2))
-@pytest.mark.parametrize(("kind", "window"), [("lower1", (-1, 0)), ("both2", (-1, -1))])
-def test_the_walk_ends_where_the_documents_of_its_keys_do(
-    kind: str, window: tuple[int, int], scheme: str, folder: Path
-) -> None:
-    """Of 20 documents a key tile sees few row tiles; how many its warps look at is counted, warp by warp."""
-    case = Case(scheme, mask="intervals", intervals=kind, window=window, heads=1, kv_heads=1)
-    text, lengths = _source(case), [37, 80, 1, 64, 128, 19, 90, 101, 61, 59] * 2
-    assert text.count(_WALKED) == 1 and "struct BandConfig" in text
-    counted = text.replace(_WALKED, _WALKED + "        ++walked;\n").replace(
-        "namespace fagen {", _COUNTER + "namespace fagen {", 1
-    )
-    bounds = masks.from_documents(
-        torch.repeat_interleave(torch.arange(20), torch.tensor(lengths))[None], causal=kind == "lower1"
-    )
-    check(case, folder, 1280, 1280, intervals=bounds, text=counted)
-    walked: int = load(counted, folder)._library.emulator_walked()
-    tiles = 1280 // case.config.tile_n
-    threads = walked / tiles / (case.config.warpgroups * 128)  # row tiles that a thread of a consumer looks at, about
-    assert 1 < threads < 6, "of the 20 row tiles there are"
-
-
 @pytest.mark.parametrize("scheme", ["base", "last_block"])
 def test_rows_and_keys_that_see_nothing(folder: Path, scheme: str) -> None:
     case = Case(scheme)
