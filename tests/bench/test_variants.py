@@ -33,7 +33,9 @@ def rendered(variants, tmp_path: Path, label: str, *cases: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "family"),
     [
-        ("decode", "sm80_decode"), ("mla", "sm90_decode_mla"), ("sm90_decode", "sm90_decode"),
+        ("decode", "sm80_decode"),
+        ("mla", "sm90_decode_mla"),
+        ("sm90_decode", "sm90_decode"),
         ("fp8", "sm90_forward_fp8"),
     ],  # fmt: skip
 )
