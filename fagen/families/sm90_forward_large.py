@@ -244,10 +244,16 @@ def _first_configs(p: Problem, t: Target) -> list[Config]:
 
 
 def _default(p: Problem, t: Target) -> Config:
-    """The first guess with registers to spare: intervals take more than usual."""
-    spare = OTHER_REGISTERS + (16 if p.mask == "intervals" else 0)
+    """The first guess with registers to spare: intervals take more than usual, the more keys a warpgroup has."""
+
+    def spare(c: Config) -> int:
+        if p.mask != "intervals":
+            return 0
+        return 16 + max(0, group_keys(c) - 64) + (24 if c.output_splits > 1 else 0)
+
     guesses = _guesses(p, t)
-    return next((c for c in guesses if fragment_registers(p, c) + spare <= CONSUMER_REGISTERS), guesses[-1])
+    roomy = (c for c in guesses if fragment_registers(p, c) + OTHER_REGISTERS + spare(c) <= CONSUMER_REGISTERS)
+    return next(roomy, guesses[-1])
 
 
 def cost(p: Problem, t: Target, c: Config) -> float:
