@@ -1,6 +1,7 @@
 // A consumer warpgroup. Where the two share columns of O, each has the scores and the softmax of half of the keys; they
 // exchange row maxima and the weights P through shared memory, so that both keep the same reference for each row. Where
-// they share rows, neither knows of the other; with shared scores each exchanges the same with its peer in the other block.
+// they share rows, neither knows of the other; with shared scores each exchanges the same with its peer in the other
+// block.
 #pragma once
 #include "fagen/common/element.cuh"
 #include "fagen/common/row_state.cuh"
@@ -22,7 +23,8 @@ struct LargeConsumer {
 
   const fagen_forward_params& p;
   const LargeTask<C>& task;
-  const int group, row, warp_row;  // warpgroup among the consumers; the warp's first row of q, and of the warpgroup's 64
+  const int group, row,
+      warp_row;  // warpgroup among the consumers; the warp's first row of q, and of the warpgroup's 64
   const uint32_t q_tile, weight_tile, exchange_tile;
   float* const exchange;  // a number a row from each warpgroup
   LargeRing<C> ring, held;  // the next chunk to read; the oldest one that is not free yet
@@ -97,22 +99,21 @@ struct LargeConsumer {
   }
   // O += P V, all chunks of a tile of keys
   __device__ __forceinline__ void multiply_values() {
-    auto& first = reinterpret_cast<float(&)[L::kFirstColumns / 8][4]>(state.o[0][0]);
+    auto& first = reinterpret_cast<float (&)[L::kFirstColumns / 8][4]>(state.o[0][0]);
     pin(state.o[0]);
 #pragma unroll 1
     for (int chunk = 0; chunk < L::kValueChunks; ++chunk) {
       if (L::kPeers && chunk == L::kValueChunks / 2) peer.wait_for_weights();
       start_chunk([&](uint32_t tile) {
         const Operand weights = Operand::of_rows(weight_tile);
-        const Operand v =
-            Operand::of_columns(tile + part() * L::kGroupSlabs * L::kValueSlabBytes, L::kValueSlabBytes);
+        const Operand v = Operand::of_columns(tile + part() * L::kGroupSlabs * L::kValueSlabBytes, L::kValueSlabBytes);
 #pragma unroll
         for (int step = 0; step < L::kValueKeys / 16; ++step) {
           const int at = task.value_chunk(chunk) * (L::kValueKeys / 16) + step;  // 16 keys of the tile
           const uint64_t a = weights.at(at / 4 * L::kWeightSlabBytes + at % 4 * 32);
           ptx::wgmma_shared_columns<L::kFirstColumns>(first, a, v.at(step * 2048));
           if constexpr (L::kSecondColumns > 0) {
-            auto& second = reinterpret_cast<float(&)[L::kSecondColumns / 8][4]>(state.o[0][L::kFirstColumns / 8]);
+            auto& second = reinterpret_cast<float (&)[L::kSecondColumns / 8][4]>(state.o[0][L::kFirstColumns / 8]);
             constexpr int kBefore = L::kFirstColumns / kSlabColumns * L::kValueSlabBytes;
             ptx::wgmma_shared_columns<L::kSecondColumns>(second, a, v.at(kBefore + step * 2048));
           }
@@ -189,8 +190,8 @@ struct LargeConsumer {
 
   // ---- tiles of keys
 
-  // A tile of keys whose scores are there: softmax, O += P V, and the scores of the next tile, if there is one. The first
-  // of its chunks are multiplied under the softmax.
+  // A tile of keys whose scores are there: softmax, O += P V, and the scores of the next tile, if there is one. The
+  // first of its chunks are multiplied under the softmax.
   template <bool kNext>
   __device__ __forceinline__ void visit(Scores& scores, Scores& next, const ScoreMod<C>& mod, int tile, bool partial) {
     if constexpr (kNext && C::kChunksAhead > 0) {

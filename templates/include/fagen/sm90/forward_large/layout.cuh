@@ -1,14 +1,15 @@
-// A block of the forward kernel for large head dims: its warpgroups, its shared memory, the chunks that pass through it.
+// A block of the forward kernel for large head dims: its warpgroups, its shared memory, the chunks that pass through
+// it.
 //
 // Two consumer warpgroups share the work of a block, and K and V pass by in chunks, through one ring of stages: K in
-// chunks of columns, V in chunks of keys. Only q is kept whole, so that beside it nothing in shared memory grows with the
-// head dims.
+// chunks of columns, V in chunks of keys. Only q is kept whole, so that beside it nothing in shared memory grows with
+// the head dims.
 //
 //   GroupsShare::columns  64 rows of q; a warpgroup computes the scores of half of the keys, and half of O's columns
 //   GroupsShare::rows     128 rows of q; a warpgroup has 64 of them to itself, with all keys and columns
 //
-// With shared scores the two blocks that share O's columns are a cluster: each computes the scores of half of the keys for
-// all of its 128 rows, and gets the weights of the other half from its peer.
+// With shared scores the two blocks that share O's columns are a cluster: each computes the scores of half of the keys
+// for all of its 128 rows, and gets the weights of the other half from its peer.
 #pragma once
 #include "fagen/sm90/smem_layout.cuh"
 
@@ -47,8 +48,8 @@ struct LargeLayout {
   static constexpr int kWeightSlabBytes = kGroupRows * kRowBytes;
   static constexpr int kWeightBytes = slabs(C::kTileN) * kWeightSlabBytes;  // of 64 rows
 
-  // Offsets, in this order: q, the stages, the weights P, the barriers of q and of the stages, each warp's barriers of what
-  // comes from the peer, a number a row from each warpgroup for the other one, or from the peer's.
+  // Offsets, in this order: q, the stages, the weights P, the barriers of q and of the stages, each warp's barriers of
+  // what comes from the peer, a number a row from each warpgroup for the other one, or from the peer's.
   static constexpr int kStage0 = kSlabs * kQSlabBytes, kWeights = kStage0 + C::kStages * kStageBytes;
   static constexpr int kBarriers = kWeights + kRows / kGroupRows * kWeightBytes;
   static constexpr int kPeerBarriers = kBarriers + kBarrierBytes * (1 + C::kStages);
@@ -59,7 +60,8 @@ struct LargeLayout {
   static_assert(kKeyChunks * kChunkSlabs == kSlabs, "chunks of K are whole");
   static_assert(kValueChunks * kValueKeys == C::kTileN && kValueKeys % 16 == 0, "chunks of V are whole products");
   static_assert(C::kTileN % 32 == 0 && C::kTileN / C::kCluster % 8 == 0, "keys of a product, and of a block's part");
-  static_assert(!kPeers || (kRowsApart && C::kOutputSplits == 2 && C::kCluster == 1), "two blocks have 128 rows together");
+  static_assert(!kPeers || (kRowsApart && C::kOutputSplits == 2 && C::kCluster == 1),
+                "two blocks have 128 rows together");
   static_assert(!kPeers || C::kTileN == 2 * kSlabColumns, "a block's weights are a slab, which is copied as it lies");
   static_assert(kParts <= 2 && kSecondColumns % kSlabColumns == 0, "a warpgroup has one or two products on V");
   static_assert(C::kStages > C::kChunksAhead + C::kInFlight, "stages held while V passes by");
