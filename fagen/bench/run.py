@@ -144,17 +144,20 @@ def _participant(
     prepare: Prepare, row: Row, sets: list[Inputs], device: str, name: str
 ) -> tuple[Result, timer.RoundRobin | None]:
     """What is known of it before the clock runs, and its calls, one for each set of inputs."""
-    from fagen.timing import timer
-
     facts, serve = prepared(prepare, row, sets[0], device, name, sets[1:])
     if serve is None:
         return facts, None
     if row.training:
         facts["peak_bytes"] = memory.peak(serve, sets[0], device)
+    return facts, _repeated(serve, sets, facts)
+
+
+def _repeated(serve: peers.Serve, sets: Sequence[Inputs], facts: Result) -> timer.RoundRobin:
+    from fagen.timing import timer
+
     if isinstance(serve, peers.Held):
-        calls = [_Shielded(serve.serve, inputs, facts) for inputs in sets]
-        return facts, timer.RoundRobin(calls, session=serve.session)
-    return facts, timer.RoundRobin([_Shielded(serve, inputs, facts) for inputs in sets])
+        return timer.RoundRobin([_Shielded(serve.serve, i, facts) for i in sets], session=serve.session)
+    return timer.RoundRobin([_Shielded(serve, i, facts) for i in sets])
 
 
 def _choice(row: Row, inputs: Inputs, target: Target, held: str | None) -> Result:
@@ -320,12 +323,12 @@ def host(others: Mapping[str, Prepare], target: Target) -> Result:
     found: Result = {"problem": problem.key, "participants": {}}
     with torch.no_grad():
         inputs = rows.make_inputs(row, target)
-        calls: dict[str, Callable[[], object]] = {}
+        calls: dict[str, timer.RoundRobin] = {}
         for name, prepare in {OURS: attention.ours_eager, **others}.items():
             facts, serve = prepared(prepare, row, inputs, device, name)
             found["participants"][name] = facts
             if serve is not None:
-                calls[name] = functools.partial(serve, inputs)
+                calls[name] = _repeated(serve, [inputs], facts)
         samples: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(_HOST_ROUNDS):
             for name, call in calls.items():
@@ -335,13 +338,14 @@ def host(others: Mapping[str, Prepare], target: Target) -> Result:
     return found
 
 
-def _host_seconds(call: Callable[[], object], device: str) -> float:
-    for _ in range(3):
-        call()
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(_HOST_CALLS):
-        call()
-    seconds = (time.perf_counter() - start) / _HOST_CALLS
-    synchronize(device)
+def _host_seconds(call: timer.RoundRobin, device: str) -> float:
+    with call.session():
+        for _ in range(3):
+            call()
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(_HOST_CALLS):
+            call()
+        seconds = (time.perf_counter() - start) / _HOST_CALLS
+        synchronize(device)
     return seconds

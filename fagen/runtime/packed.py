@@ -23,10 +23,12 @@ Params = HELPER.params
 
 def library_for(of_q: torch.Tensor, of_k: torch.Tensor) -> Library | None:
     """The kernel for these sequences; None where PyTorch makes their intervals, for now or for good."""
-    if not of_q.is_cuda or of_q.dtype != of_k.dtype or not (_readable(of_q) and _readable(of_k)):
-        return None
     import torch
 
+    alike = of_q.dtype == of_k.dtype and of_q.device == of_k.device and of_q.shape == of_k.shape
+    known = of_q.is_cuda and of_q.dim() == 1 and of_q.dtype in (torch.int32, torch.int64)
+    if not (alike and known and _readable(of_q) and _readable(of_k)):
+        return None
     target = target_of(of_q.device)
     return HELPER.library(target, torch.cuda.is_current_stream_capturing()) if target is not None else None
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fagen
 from fagen.cli import main
@@ -109,13 +110,22 @@ def test_a_tracer_sees_pytorch(library: Library, monkeypatch: pytest.MonkeyPatch
     want = masks.from_cu_seqlens(of_q, of_q, 8, 8)
     assert torch.equal(torch.compile(make, backend="eager", fullgraph=True)(of_q), want)
     assert torch.equal(torch.func.vmap(make)(of_q[None])[0], want)
-    with torch._subclasses.FakeTensorMode() as mode:
+    with FakeTensorMode() as mode:
         assert make(mode.from_tensor(of_q)).shape == want.shape
 
 
-def test_who_has_no_kernel() -> None:
+def test_who_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     starts = starts_of([3], torch.int32)
     assert packed.library_for(starts, starts) is None, "on a CPU"
+    cuda = FakeTensorMode()
+    with cuda:  # the address of none of these may be taken, and the kernel reads no other numbers
+        of = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device="cuda")  # noqa: E731
+        pairs = [(of(3), of(4)), (of(3), of(3, dtype=torch.int64)), (of(3, dtype=torch.int16),) * 2, (of(3, 1),) * 2]
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "_readable", lambda starts: True)
+            patch.setattr(packed, "target_of", lambda device: pytest.fail("took them for readable"))
+            assert all(packed.library_for(*pair) is None for pair in pairs)
+        assert not packed._readable(of(3))
     helper = packed.HELPER
     assert helper.library(host(), capturing=False) is None and helper.libraries.pop(host().arch) is None
     old = dataclasses.replace(known("sm_80"), arch="sm_75")

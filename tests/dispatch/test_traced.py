@@ -152,3 +152,14 @@ def test_symbols_count_by_their_hints_and_get_no_guard() -> None:
         assert not environment.guards
         unknown = torch.empty(1, environment.create_unbacked_symint(), 2, 24)
         assert traced.described(AttentionCall(unknown, k, v)) is None
+
+
+@pytest.mark.parametrize("device", ["meta", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_a_device_that_is_not_here_is_traced_all_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "submit", lambda *work, **_: pytest.fail("nothing is to be built"))
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q = torch.empty(1, 32, 2, 64, device=device, dtype=torch.bfloat16)
+        out = torch.ops.fagen.forward(q, q, q, None, None, False, True, -1, 0, 0.0, None, False)
+    assert out.shape == q.shape and out.device.type == device
