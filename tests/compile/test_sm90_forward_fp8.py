@@ -92,8 +92,8 @@ def test_many_keys_are_promoted_by_default() -> None:
         assert FAMILY.default(Fp8Problem(head_dim=d, seqlen_k=keys, **_MANY), HOPPER).promote == promote
 
 
-# What a search on an H100 measured, in microseconds: tile_m, tile_n, stages, q_stages, overlap, rescale, exp_on_fma. The
-# last two of each are the best that a value of tile_n or of stages gave, whatever the other knobs were.
+# What a search on an H100 measured, in microseconds: tile_m, tile_n, stages, q_stages, overlap, rescale, exp_on_fma.
+# The last two of each are the best that a value of tile_n or of stages gave, whatever the other knobs were.
 _MEASURED = {
     Fp8Problem(head_dim=128, mask="causal", batch=2, heads=16, seqlen_q=8192): (
         (607, 128, 192, 2, 1, "maxima", "each", 1),
