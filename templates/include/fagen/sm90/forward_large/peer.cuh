@@ -1,4 +1,4 @@
-// What a consumer warp exchanges with the same warp of its peer, the block with the other half of the scores of its
+// The exchange of a consumer warp with the same warp of its peer, the block with the other half of the scores of its
 // rows: a number a row, and its 16 rows of a slab of weights.
 #pragma once
 #include "fagen/ptx/cluster_store.cuh"
