@@ -6,6 +6,7 @@
 #   anew.sh few_rows OUT  keys that blocks share: tests, winners, ${CARD}_few_rows.json; FA3 as below
 #   anew.sh large_d OUT   head dims above 256: tests, winners, ${CARD}_large_d.json, and ${CARD}_odd_d.json where FA3 is set
 #   anew.sh mla OUT       latent decode: tests, ${CARD}_mla.json, its knobs against each other
+#   anew.sh sm90_decode OUT   prompts among tokens, wide heads: tests, ${CARD}_mixed.json, its knobs; FA3 where it is set
 #   anew.sh training OUT  steps of training and what belongs to them, ${CARD}_*.json; FA3; ROUNDS (3), LEAST (0.04 s a row)
 #   anew.sh figures OUT   ${CARD}_peers.json and ${CARD}_masks.json; FA3: the path of FlashAttention 3's library
 # The checkout is changed; OUT gets copies and logs. Each piece ends after SECONDS_AT_MOST (570), with what it has.
@@ -25,7 +26,8 @@ case $piece in
   check)  # what has changed most since it last ran comes first
     tests() { part "$1" "$python" -m pytest -q "${@:2}"; }
     tests sm90_backward tests/gpu/test_sm90_backward.py
-    tests decode tests/gpu/test_sm80_decode.py tests/gpu/test_kvcache_cuda.py
+    tests decode tests/gpu/test_sm80_decode.py tests/gpu/test_sm90_decode.py tests/gpu/test_sm90_decode_mla.py \
+      tests/gpu/test_kvcache_cuda.py
     tests softmax tests/gpu/test_simt_softmax.py
     tests simt tests/gpu/test_simt_forward.py tests/gpu/test_simt_backward.py
     tests gradients tests/gpu/test_gradients_cuda.py tests/gpu/test_packed_cuda.py tests/gpu/test_sinks_cuda.py
@@ -58,6 +60,15 @@ case $piece in
     part rows "$python" -m fagen bench --suite few_rows --peers cudnn,fa3 --fa3 "${FA3:?the path of its library}" \
       --rounds 9 --out benchmarks/${CARD}_few_rows.json --markdown "$out/few_rows.md"
     cp benchmarks/${CARD}_few_rows.json "$out/" ;;
+  sm90_decode)
+    part tests "$python" -m pytest -q tests/gpu/test_sm90_decode.py
+    part rows "$python" -m fagen bench --op decode --suite mixed --family sm90_decode --peers "${FA3:+fa3,}flashinfer" \
+      ${FA3:+--fa3 "$FA3"} --rounds 9 --min-time 0.3 --out benchmarks/${CARD}_mixed.json --markdown "$out/mixed.md"
+    part render "$python" benchmarks/variants.py render now benchmarks/problems/sm90_decode_variants.txt --target sm_90 \
+      --family sm90_decode --out "$out/sm90_decode_variants.json"
+    part knobs "$python" benchmarks/variants.py time "$out/sm90_decode_variants.json" --min-time 0.2 \
+      --out "$out/${CARD}_sm90_decode_variants.json"
+    cp benchmarks/${CARD}_mixed.json "$out/" ;;
   large_d)
     part large "$python" -m pytest -q tests/gpu/test_sm90_forward_large.py
     # shellcheck disable=SC2086

@@ -52,9 +52,8 @@ def asked() -> dict[str, dict[str, Any]]:
 
 def render() -> None:
     """Reads what `asked` found, writes source and hash of each, by the checkout that PYTHONPATH names."""
-    from fagen import families, target
+    from fagen import families, ops, target
     from fagen.codegen.spec import KernelSpec
-    from fagen.ops.attention.problem import Problem
 
     told = {}
     for name, one in json.load(sys.stdin).items():
@@ -62,7 +61,8 @@ def render() -> None:
             target.known(one["target"]) if isinstance(one["target"], str) else target.Target.from_dict(one["target"])
         )
         family = families.get(one["family"])
-        spec = KernelSpec(family, Problem.from_dict(one["problem"]), where, family.config(one["config"]))
+        problem = ops.get(family.op).problem.from_dict(one["problem"])
+        spec = KernelSpec(family, problem, where, family.config(one["config"]))
         told[name] = {"source": spec.source, "hash": spec.hash, "flags": family.flags(where)}
     json.dump(told, sys.stdout)
 

@@ -50,8 +50,9 @@ def all_rows(where: Target) -> dict[str, rows.Row]:
     forward = [row for name in names for row in suites.suite(name, where)]
     backward = [rows.row_of_op(row, "backward", same_bits=same) for row in forward for same in (False, True)]
     named_by_op = [dataclasses.replace(row, name=f"backward {row.name}") for row in backward]
-    decode = [row for name in ("decode", "paged", "mla") for row in suites.suite(name, where, op="decode")]
-    return {row.name: row for row in (*forward, *named_by_op, *decode)}
+    decode = [row for name in ("decode", "paged", "mla", "mixed") for row in suites.suite(name, where, op="decode")]
+    of_fp8 = suites.suite("fp8", where) if where.is_gpu else []
+    return {row.name: row for row in (*forward, *named_by_op, *decode, *of_fp8)}
 
 
 # ---- render ---------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ SECTIONS = {
         "docs/notes/sm80_forward_fp32.md",
         "docs/notes/sm80_backward.md",
         "docs/notes/sm80_decode.md",
+        "docs/notes/sm90_decode.md",
         "docs/notes/sm90_decode_mla.md",
         "docs/notes/simt.md",
         "docs/notes/sm90_forward.md",

@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # type checkers and editors see the names as they are
     from fagen.dispatch.warmup import warmup as warmup
     from fagen.errors import FagenError as FagenError
     from fagen.explanation import explain as explain
+    from fagen.fp8_api import quantize_qkv as quantize_qkv
     from fagen.ops.attention import masks as masks
     from fagen.ops.attention.decode_problem import DecodeProblem as DecodeProblem
-    from fagen.ops.attention.fp8_quantize import quantize_qkv as quantize_qkv
     from fagen.ops.attention.merge import merge_states as merge_states
     from fagen.ops.attention.problem import Problem as Problem
     from fagen.ops.softmax.problem import SoftmaxProblem as SoftmaxProblem
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 # Each public name and the module it is imported from at its first use; a test compares this with the imports above.
 _WHERE = {
     "attention": "fagen.api",
-    "quantize_qkv": "fagen.ops.attention.fp8_quantize",
+    "quantize_qkv": "fagen.fp8_api",
     "softmax": "fagen.softmax_api",
     "log_softmax": "fagen.softmax_api",
     "softmax_stats": "fagen.ops.softmax.stats",

@@ -8,22 +8,25 @@ import torch
 
 from fagen.dispatch import fp8
 from fagen.errors import InvalidArgument
-from fagen.ops.attention import arguments
+from fagen.ops.attention import arguments, fp8_order, fp8_quantize
 from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import Window
+from fagen.ops.attention.call import AXES
 from fagen.ops.attention.fp8_call import E4M3, Fp8Call
+from fagen.ops.attention.fp8_quantize import QuantizedQKV
 
 _SCHEMA = (
     "forward_fp8(Tensor q, Tensor k, Tensor v, Tensor? descale_q, Tensor? descale_k, Tensor? descale_v, bool bhsd, "
     "int window_left, int window_right, float softcap, float? scale) -> (Tensor, Tensor)"
 )
-_NO_DESCALES = (None, None, None)
 _libraries: list[Any] = []  # torch unregisters what is collected
 
 
-def is_asked(q: Any, *descales: Any) -> bool:
+def is_asked(q: Any, descale_q: Any, descale_k: Any, descale_v: Any) -> bool:
     """Whether a call of `fagen.attention` is one on fp8 numbers, or has arguments that only such calls have."""
-    return getattr(q, "dtype", None) is E4M3 or descales != _NO_DESCALES
+    if getattr(q, "dtype", None) is E4M3:
+        return True
+    return descale_q is not None or descale_k is not None or descale_v is not None
 
 
 def attention(
@@ -72,6 +75,27 @@ def attention(
     return (value, lse) if want_lse and lse is not None else value
 
 
+def quantize_qkv(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bshd", incoherent: bool = True
+) -> QuantizedQKV:
+    """q, k and v as fp8 numbers and their scales, for `fagen.attention`.
+
+    q is (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, dv); with
+    layout="bhsd" heads come before rows. dv is a multiple of 8. A scale for each (batch, kv head) brings its largest
+    number to 448; the heads of q that share keys share one. `fagen.attention` then gives bfloat16, or the dtype of its
+    `out`; it takes no column intervals, ALiBi, dropout and gradients with such tensors.
+
+    incoherent    q and k are multiplied by the same orthonormal matrix along d, a random-sign Hadamard one. q k^T stays
+                  what it is, and outliers are spread over all columns, so that they no longer decide the scale alone
+    """
+    incoherent = arguments.flag("incoherent", incoherent)
+    fp8_quantize.check(q, k, v, layout)
+    if torch.compiler.is_compiling():
+        made = torch.ops.fagen.quantize_qkv(q.detach(), k.detach(), v.detach(), layout == "bhsd", incoherent)
+        return QuantizedQKV(*made)
+    return fp8.quantize(q.detach(), k.detach(), v.detach(), layout, incoherent)
+
+
 def _by_op(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Where a compiler traces. Its O is of bfloat16, which an `out` of float16 rounds further."""
     value, lse = torch.ops.fagen.forward_fp8(
@@ -101,9 +125,25 @@ def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return made["out"], made["lse"]
 
 
+def _quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bhsd: bool, incoherent: bool) -> list[torch.Tensor]:
+    return [*quantize_qkv(q, k, v, layout="bhsd" if bhsd else "bshd", incoherent=incoherent)]
+
+
+def _fake_quantized(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bhsd: bool, incoherent: bool
+) -> list[torch.Tensor]:
+    row, head = AXES["bhsd" if bhsd else "bshd"]
+    ordered = (k.shape[0], k.shape[head], fp8_order.blocks(k.shape[row]), v.shape[3], fp8_order.BLOCK_KEYS)
+    numbers = [q.new_empty(shape, dtype=E4M3) for shape in (q.shape, k.shape, ordered)]
+    return numbers + [q.new_empty((k.shape[0], k.shape[head]), dtype=torch.float32) for _ in range(3)]
+
+
 def _register() -> None:
     library = torch.library.Library("fagen", "FRAGMENT")
     library.define(_SCHEMA)
+    library.define("quantize_qkv(Tensor q, Tensor k, Tensor v, bool bhsd, bool incoherent) -> Tensor[]")
+    library.impl("quantize_qkv", _quantize, "CompositeExplicitAutograd")
+    torch.library.register_fake("fagen::quantize_qkv", _fake_quantized, lib=library)
     library.impl("forward_fp8", _forward_fp8, "CompositeExplicitAutograd")
     torch.library.register_fake("fagen::forward_fp8", _fake, lib=library)
     _libraries.append(library)

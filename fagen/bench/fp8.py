@@ -69,8 +69,8 @@ def _in_16_bits(row: Row, inputs: Inputs) -> Serve:
 
 def _quantizing(row: Row, inputs: Inputs) -> Serve:
     from fagen.dispatch import fp8
+    from fagen.fp8_api import quantize_qkv
     from fagen.ops.attention.fp8_call import Fp8Call
-    from fagen.ops.attention.fp8_quantize import quantize_qkv
 
     held = _Kept(lambda i: _tensors_of_16_bits(i.call))
 
@@ -93,7 +93,8 @@ def through_fa3(op: Any) -> Prepare:
         if row.problem.dtype != "bf16":
             raise Cannot("of fp8 numbers it gives bf16")
         held = _Kept(lambda i: _rows(i.call))
-        descales = ("q_descale", "k_descale", "v_descale")
+        having = {argument.name for argument in of_schema(op._schema)}
+        descales = [f"descale_{name}" if f"descale_{name}" in having else f"{name}_descale" for name in "qkv"]
         fixed = fill(of_schema(op._schema), settings(row, -1), ("q", "k", "v", *descales))
 
         def serve(i: Inputs) -> torch.Tensor:

@@ -128,8 +128,8 @@ def known_only() -> str:
 
 
 def by_default(problem: Problem, target: Target, able: list[Family], reasons: list[str]) -> Choice:
-    """The default of the first family whose default fits; `reasons` grow."""
-    for family in able:
+    """The default of the first family whose default fits, of those that suit the sizes first; `reasons` grow."""
+    for family in sorted(able, key=lambda family: not family.suits(problem)):
         try:
             config = family.require(problem, target, family.default(problem, target))
         except FagenError as error:

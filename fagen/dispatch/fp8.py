@@ -9,10 +9,13 @@ import torch
 
 from fagen.dispatch import resolve
 from fagen.notices import warn_fallback
-from fagen.ops.attention import fallback
-from fagen.ops.attention.call import EMPTY
+from fagen.ops.attention import fallback, fp8_launch, fp8_quantize
 from fagen.ops.attention.fp8_call import Fp8Call
+from fagen.ops.attention.fp8_quantize import QuantizedQKV
+from fagen.runtime import quantize as quantize_kernel
+from fagen.runtime.decode_ops import is_plain
 from fagen.runtime.kernel import Kernel, selected
+from fagen.target import target_of
 
 
 def attend(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -21,7 +24,7 @@ def attend(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     if kernel is None:
         return by_torch(call)
     outputs = call.new_outputs()
-    if call.out is not None:
+    if call.out is not None and not call.out.is_inference():
         torch.autograd.graph.increment_version(call.out)
     kernel.launch(call, outputs)
     return outputs["out"], outputs.get("lse")
@@ -29,15 +32,30 @@ def attend(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def kernel_of(call: Fp8Call) -> Kernel | None:
     """The kernel for a call, built and loaded; None where PyTorch computes, with a warning on a GPU."""
-    if not call.q.is_cuda:  # where PyTorch is what serves
+    tensors = [*call.inputs().values(), *([] if call.out is None else [call.out])]
+    if not call.q.is_cuda or not all(map(is_plain, tensors)):  # where PyTorch is what serves
+        return None
+    if 0 in call.q.shape or not call.seqlen_k:
         return None
     reason, target = call.unreadable, call.target
     if reason or target is None:
-        if reason != EMPTY:
-            warn_fallback(reason or f"no kernels for device {call.q.device}")
+        warn_fallback(reason or f"no kernels for device {call.q.device}")
         return None
     with selected(call.q):  # where a stale kernel is verified
         return resolve.kernel_for(call.problem, target, ours=True)
+
+
+def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool) -> QuantizedQKV:
+    """fp8 numbers of checked tensors: by kernels of our own where they can, else by PyTorch."""
+    found = None
+    if q.is_cuda and all(map(is_plain, (q, k, v))) and fp8_launch.serves(q, k, v):
+        target = target_of(q.device)
+        found = None if target is None else quantize_kernel.library(target)
+    if found is None:
+        return fp8_quantize.by_torch(q, k, v, layout, incoherent)
+    made, params, alive = fp8_launch.prepare(quantize_kernel.Params, q, k, v, layout, incoherent)
+    quantize_kernel.launch(found, params, alive[0])
+    return made
 
 
 def by_torch(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:

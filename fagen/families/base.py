@@ -129,6 +129,8 @@ class Family:
     last_resort: bool = False
     # whether calls of a problem are served; if not, the family is there for tune and emit alone
     serves_calls: Callable[[Any], bool] = field(default=lambda problem: True)
+    # whether its default goes first at these sizes; `default_reads` has all that this looks at
+    suits: Callable[[Any], bool] = field(default=lambda problem: True)
     # of decode: keys of a split by which blocks divide sequences of these lengths evenly; 0: the kernel does so itself
     split_keys: Callable[[Any, Target, Config, Sequence[int]], int] = field(
         default=lambda problem, target, config, lengths: 0

@@ -8,27 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fagen.families import sm80_decode
 from fagen.families.base import Config, Family, Knob
 from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.target import Target
 
 FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
 TILE, ROTARY, THREADS = 64, 64, 384  # rows of q and keys of a tile; columns of k that are no values
-REGISTERS = 232  # of a consumer's thread
+REGISTERS = 224  # of a consumer's thread
 LATENT = (128, 256, 512)  # head_dim_v that there are kernels for
-MOST_SPLITS, START_KEYS = 256, 128  # of a sequence; keys that starting a block costs as much as
 
 KNOBS = (
     Knob("rescale", "kRescale", ("deferred", "each"), "when O follows a grown maximum"),
     Knob("split_keys", "kSplitKeys", (128, 256, 512, 1024), "fewest keys of a split; a caller's own number goes first"),
-    Knob("stagger", "kStagger", (False, True), "the second warpgroup ends its scores after the first has"),
+    Knob("prefetch", "kPrefetch", (0, 1, 2), "pairs of key tiles that are brought to L2 ahead"),
     Knob("cluster", "kCluster", (1, 2), "blocks of neighbouring row tiles that load their keys once, for both"),
 )
 
 
 def smem_bytes(p: DecodeProblem) -> int:
-    """A tile of q, two of keys, (warpgroup, row) references and sums, four barriers; room to align."""
-    return 3 * TILE * p.head_dim * 2 + 4 * TILE * 4 + 4 * 16 + 1024
+    """A tile of q, two of keys, (warpgroup, row) references and sums, barriers of slabs and parts; room to align."""
+    return 3 * TILE * p.head_dim * 2 + 4 * TILE * 4 + (2 * (p.head_dim // 64) + 4) * 8 + 1024
 
 
 def _supports(p: DecodeProblem, t: Target) -> str | None:
@@ -56,25 +56,14 @@ def _shares(p: DecodeProblem) -> bool:
     return row_tiles(p) // (p.kv_heads * p.batch) % 2 == 0
 
 
+def _clustered(p: DecodeProblem, t: Target) -> bool:
+    """Whether blocks share keys by default: an H100 showed that a few blocks are faster alone."""
+    return _shares(p) and row_tiles(p) >= t.units // 2
+
+
 def _split_keys(p: DecodeProblem, t: Target, c: Config, lengths: Sequence[int]) -> int:
-    """Keys of a split, for a batch whose lengths are known, so that all blocks cost about the same: the best of sizes
-    that grow by a quarter."""
-    planes = row_tiles(p) // p.batch
-    seen = [min(n, p.seqlen_k) for n in lengths]
-    longest = max(seen, default=0)
-    sizes, keys = [], max(int(c.split_keys), -(-p.seqlen_k // MOST_SPLITS))
-    while keys < longest:
-        sizes.append(-(-keys // TILE) * TILE)
-        keys += max(TILE, keys // 4)
-    sizes.append(-(-max(longest, p.seqlen_k) // TILE) * TILE)  # none is split
-
-    def cost(size: int) -> float:
-        blocks = planes * sum(-(-n // size) for n in seen)
-        mean, block = (planes * sum(seen) + blocks * START_KEYS) / t.units, min(size, longest) + START_KEYS
-        end = max(block, min(mean + block, -(-blocks // t.units) * block))
-        return end + (128 + 4 * -(-longest // size) if size < longest else 0)
-
-    return min(sizes, key=cost)
+    block = {"tile_m": TILE, "tile_n": TILE, "blocks_per_sm": 1, "split_keys": c.split_keys}
+    return sm80_decode.split_keys(p, t, Config(block), lengths)
 
 
 FAMILY = Family(
@@ -86,8 +75,10 @@ FAMILY = Family(
     constraints=(),  # a config changes neither registers nor shared memory
     supports=_supports,
     derive=lambda p, t, c: {"threads": THREADS, "smem_bytes": smem_bytes(p), "registers": REGISTERS},
-    default=lambda p, t: Config({"rescale": "deferred", "split_keys": 128, "stagger": True, "cluster": 1 + _shares(p)}),
-    default_reads=lambda p, t: _shares(p),
+    default=lambda p, t: Config(
+        {"rescale": "deferred", "split_keys": 128, "prefetch": 1, "cluster": 1 + _clustered(p, t)}
+    ),
+    default_reads=lambda p, t: _clustered(p, t),
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",

@@ -30,6 +30,13 @@ KNOBS = (
         "what of a tile runs under O += P V of the one before",
     ),
     Knob("rescale", "kRescale", ("each", "deferred"), "O follows the maximum at each tile, or where it has grown"),
+    Knob(
+        "slack",
+        "kSlack",
+        (0, 2, 4),
+        "powers of two by which a maximum may grow before O follows",
+        implied_by_old_records=0,
+    ),
     Knob("promote", "kPromote", (0, 1, 2, 4), "tiles whose sums leave the tensor cores for float32 at once; 0: all"),
     Knob("exp_on_fma", "kExpOnFma", (0, 1, 2), "of 8 exponentials, those that the FMA pipe computes, by polynomials"),
     Knob("ping_pong", "kPingPong", (False, True), "warpgroups take turns at starting products"),
@@ -112,6 +119,8 @@ def _section_matters(p: Problem, t: Target, c: Config) -> str | None:
 def _rescaling_differs(p: Problem, t: Target, c: Config) -> str | None:
     if c.promote == 1 and c.rescale == "each":
         return "with promote=1 O is multiplied at each tile anyway, rescale=each only finds the same factors later"
+    if c.rescale == "each" and c.slack:
+        return f"with rescale=each O follows every maximum, slack={c.slack} only scales the weights down"
     return None
 
 
@@ -135,21 +144,26 @@ CONSTRAINTS = (
     Constraint("product_fits", _product_fits, ("tile_m", "tile_n", "blocks_per_sm")),
     Constraint("single_has_one", _single_has_one, ("q_stages", "schedule")),
     Constraint("turns_need_others", _turns_need_others, ("tile_m", "ping_pong")),
-    Constraint("rescaling_differs", _rescaling_differs, ("promote", "rescale")),
+    Constraint("rescaling_differs", _rescaling_differs, ("promote", "rescale", "slack")),
     Constraint("order_matters", device_limits.order_matters, ("block_order",)),
     Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
 )
 
-# (tile_m, tile_n, q_stages, blocks_per_sm) by the larger head dim, the best guess first.
+# (tile_m, tile_n, stages, q_stages) by the larger head dim: the best that a search on an H100 found first.
 _TILES = (
-    (64, ((192, 128, 2, 1), (192, 160, 2, 1), (128, 160, 2, 1), (128, 224, 2, 1), (128, 128, 2, 1))),
-    (128, ((128, 160, 2, 1), (128, 192, 2, 1), (128, 224, 1, 1), (128, 128, 2, 1), (192, 96, 2, 1))),
-    (192, ((128, 160, 1, 1), (128, 128, 1, 1), (128, 96, 1, 1))),
-    (256, ((128, 128, 1, 1), (128, 96, 1, 1), (128, 64, 1, 1))),
+    (64, ((192, 160, 4, 2), (192, 160, 2, 2), (192, 128, 2, 2), (128, 160, 2, 2))),
+    (128, ((128, 192, 2, 1), (192, 96, 3, 1), (128, 160, 2, 2), (128, 128, 2, 2), (128, 224, 2, 1))),
+    (192, ((128, 160, 2, 1), (128, 128, 2, 1), (128, 96, 2, 1))),
+    (256, ((128, 128, 2, 2), (128, 128, 2, 1), (128, 96, 2, 1), (128, 64, 2, 1))),
 )
-_FEW_ROWS = ((64, 128, 1, 2), (128, 128, 1, 1))  # not enough to go round: a tile a block
-_SMALLEST = ((64, 64, 1, 1), (64, 32, 1, 1))  # with a single stage they fit every problem
-# From here on what the tensor cores lose of O with every tile (promote=0) nears what fp8 weights lose.
+# The first tile where there are few keys, of which others would have more beyond the end.
+_SHORT = {64: (192, 128, 2, 2), 128: (128, 128, 2, 2)}
+_FEW_KEYS = 1024
+_FEW_ROWS = (((64, 128, 2, 1), 2), ((128, 128, 2, 1), 1))  # and blocks an SM; not enough to go round: a tile a block
+_SMALLEST = ((64, 64, 1, 1), (64, 32, 1, 1))  # they fit every problem
+# (overlap, exp_on_fma, ping_pong) by the larger head dim, found with the tiles
+_SOFTMAX = ((64, ("nothing", 0, True)), (128, ("maxima", 1, False)), (256, ("maxima", 0, True)))
+# From here on it shows what the tensor cores lose of O with every tile: benchmarks/fp8_accuracy.py.
 _MANY_KEYS = 16384
 
 
@@ -158,28 +172,51 @@ def _few(p: Problem, t: Target) -> bool:
     return -(-p.seqlen_q // 128) * p.heads * p.batch <= t.units
 
 
-def _guesses(p: Problem, t: Target) -> list[Config]:
+def _tiles(p: Problem) -> list[tuple[int, int, int, int]]:
+    """(tile_m, tile_n, stages, q_stages), the best guess first."""
     size = max(p.head_dim_padded, p.head_dim_v_padded)
-    tiles = next(tiles for limit, tiles in _TILES if size <= limit)
-    plan = ("dynamic", "ascending") if p.mask == "none" else ("dynamic", "sectioned")
-    alone = ("single", "ascending" if p.mask == "none" else "longest_first")
+    limit, tiles = next((limit, tiles) for limit, tiles in _TILES if size <= limit)
+    first = _SHORT.get(limit) if p.seqlen_k <= _FEW_KEYS else None
+    return list(dict.fromkeys([first, *tiles] if first else tiles))
+
+
+def _plan(p: Problem) -> tuple[str, str, int]:
+    """(schedule, block_order, section_mb)."""
+    size = max(p.head_dim_padded, p.head_dim_v_padded)
+    if size <= 64:
+        return "dynamic", "sectioned", 16
+    return "dynamic", "ascending" if p.mask == "none" else "longest_first" if size <= 128 else "sectioned", 32
+
+
+def _guesses(p: Problem, t: Target) -> list[Config]:
+    """O follows the maximum at each tile: a branch around that costs more than it saves."""
+    size = max(p.head_dim_padded, p.head_dim_v_padded)
+    overlap, exp_on_fma, turns = next(found for limit, found in _SOFTMAX if size <= limit)
+    alone = ("single", "ascending" if p.mask == "none" else "longest_first", 32)
     promote = 2 if p.seqlen_k > _MANY_KEYS else 0
 
-    def config(tile: tuple[int, int, int, int], schedule: str, order: str, *, stages: int = 2, by: int = 0) -> Config:
-        m, n, q_stages, blocks = tile
+    def config(tile: tuple[int, int, int, int], plan: tuple[str, str, int], blocks: int = 1, by: int = 0) -> Config:
+        m, n, stages, q_stages = tile
+        schedule, order, section = plan
         return Config(
             {
-                "tile_m": m, "tile_n": n, "stages": stages, "q_stages": q_stages, "overlap": "softmax",
-                "rescale": "deferred", "promote": by, "exp_on_fma": 0 if size > 128 else 1, "ping_pong": m > 64,
-                "blocks_per_sm": blocks, "schedule": schedule, "block_order": order, "section_mb": 32,
+                "tile_m": m, "tile_n": n, "stages": stages, "q_stages": q_stages, "overlap": overlap,
+                "rescale": "deferred" if by == 1 else "each", "slack": 0, "promote": by, "exp_on_fma": exp_on_fma,
+                "ping_pong": m > 64 and turns, "blocks_per_sm": blocks, "schedule": schedule, "block_order": order,
+                "section_mb": section,
             }
         )  # fmt: skip
 
-    found = [config(tile, *alone, by=promote) for tile in _FEW_ROWS] if _few(p, t) else []
-    found += [config(tile, *plan, by=by) for by in dict.fromkeys((promote, 0, 1, 2)) for tile in tiles]
-    found += [config(tile, *plan, stages=1) for tile in _SMALLEST]
+    found = [config(tile, alone, blocks, promote) for tile, blocks in _FEW_ROWS] if _few(p, t) else []
+    found += [config(tile, _plan(p), by=by) for by in dict.fromkeys((promote, 0, 1, 2)) for tile in _tiles(p)]
+    found += [config(tile, _plan(p)) for tile in _SMALLEST]
     legal = (c for c in found if not any(constraint.check(p, t, c) for constraint in CONSTRAINTS))
     return list(dict.fromkeys(legal))
+
+
+def _default_reads(p: Problem, t: Target) -> tuple:
+    """What `_guesses` asks of the sizes: few rows; many keys, or few."""
+    return _few(p, t), p.seqlen_k > _MANY_KEYS, p.seqlen_k <= _FEW_KEYS
 
 
 FAMILY = Family(
@@ -192,7 +229,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=lambda p, t: _guesses(p, t)[0],
-    default_reads=lambda p, t: (_few(p, t), p.seqlen_k > _MANY_KEYS),
+    default_reads=_default_reads,
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {"shared_widths": [c.tile_n], "register_widths": [p.head_dim_v_padded]},
     first_configs=_guesses,

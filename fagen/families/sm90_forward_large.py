@@ -1,6 +1,6 @@
-"""Forward for Hopper with head dims above 256, up to 1024: two warpgroups share the columns of O, chunks pass by.
+"""Forward for Hopper with head dims above 256, up to 1024: K and V pass through one ring of stages, in chunks.
 
-A block has 64 rows of q. It keeps them whole in shared memory; K and V pass through one ring of stages in chunks.
+A block keeps its rows of q whole in shared memory. Two warpgroups share its work: the columns of O, or the rows.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
 STAGES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
 KNOBS = (
     Knob(
-        "groups_share", "kGroupsShare", ("columns", "rows"), "two warpgroups divide O's columns, or twice the rows of q"
+        "groups_share", "kGroupsShare", ("columns", "rows"), "two warpgroups divide 64 rows' columns of O, or 128 rows"
     ),
-    Knob("tile_n", "kTileN", (64, 96, 128, 192), "keys of a tile, half of them a warpgroup's"),
+    Knob("tile_n", "kTileN", (64, 96, 128, 192), "keys of a tile; where columns are shared, half are a warpgroup's"),
     Knob("chunk_d", "kChunkD", (64, 128), "columns of K that a stage holds"),
     Knob("stages", "kStages", STAGES, "chunks of K and V in shared memory"),
     Knob("chunks_ahead", "kChunksAhead", (0, 1, 2, 4), "chunks of the next K that are multiplied under a softmax"),
-    Knob("column_splits", "kColumnSplits", (1, 2), "blocks that share the columns of O; each computes all scores"),
+    Knob("output_splits", "kOutputSplits", (1, 2), "blocks that share the columns of O; each computes all scores"),
+    Knob("share_scores", "kShareScores", (False, True), "two such blocks are a cluster, with half of the scores each"),
     Knob("cluster", "kCluster", (1, 2, 4), "blocks that share each chunk of keys and values"),
     Knob("rescale", "kRescale", ("each", "deferred"), "when O follows a grown maximum"),
     Knob(
@@ -49,14 +50,19 @@ def block_rows(c: Config) -> int:
     return GROUP_ROWS * (2 if c.groups_share == "rows" else 1)
 
 
+def _block_keys(c: Config) -> int:
+    """Keys of a tile whose scores a block computes."""
+    return int(c.tile_n) // (2 if c.share_scores else 1)
+
+
 def group_keys(c: Config) -> int:
-    """Keys of a tile whose scores a warpgroup computes."""
-    return int(c.tile_n) // (1 if c.groups_share == "rows" else 2)
+    """Of these, a warpgroup's."""
+    return _block_keys(c) // (1 if c.groups_share == "rows" else 2)
 
 
 def group_columns(p: Problem, c: Config) -> int:
     """Columns of O that a warpgroup adds up, whole slabs."""
-    of_block = -(-_slabs(p.head_dim_v_padded) // int(c.column_splits))
+    of_block = -(-_slabs(p.head_dim_v_padded) // int(c.output_splits))
     return _SLAB * (of_block if c.groups_share == "rows" else -(-of_block // 2))
 
 
@@ -66,7 +72,7 @@ def block_columns(p: Problem, c: Config) -> int:
 
 def _key_bytes(c: Config) -> int:
     """A chunk of K."""
-    return int(c.tile_n) * int(c.chunk_d) * 2
+    return _block_keys(c) * int(c.chunk_d) * 2
 
 
 def value_keys(p: Problem, c: Config) -> int:
@@ -78,7 +84,7 @@ def value_keys(p: Problem, c: Config) -> int:
 def smem_bytes(p: Problem, c: Config) -> int:
     stage = max(_key_bytes(c), value_keys(p, c) * 2 * block_columns(p, c))
     of_rows = block_rows(c) * _ROW_BYTES * (_slabs(p.head_dim_padded) + _slabs(int(c.tile_n)))  # q, the weights
-    barriers, exchange = _BARRIER_BYTES * (1 + c.stages), 2 * GROUP_ROWS * 4
+    barriers, exchange = _BARRIER_BYTES * (1 + c.stages + (8 if c.share_scores else 0)), 2 * GROUP_ROWS * 4
     return of_rows + c.stages * stage + barriers + exchange + _ALIGNMENT
 
 
@@ -102,10 +108,20 @@ def _ring_holds(p: Problem, t: Target, c: Config) -> str | None:
 
 
 def _columns_shared(p: Problem, t: Target, c: Config) -> str | None:
-    slabs = _slabs(p.head_dim_v_padded)
-    if c.column_splits > 1 and slabs < 4 * c.column_splits:
-        return f"{slabs} slabs of 64 columns of v are few for {c.column_splits} blocks"
+    slabs, least = _slabs(p.head_dim_v_padded), int(c.output_splits) * (2 if c.groups_share == "rows" else 4)
+    if c.output_splits > 1 and slabs < least:
+        return f"{slabs} < {least} slabs of 64 columns of v are few for {c.output_splits} blocks"
     return None
+
+
+def _scores_shared(p: Problem, t: Target, c: Config) -> str | None:
+    if not c.share_scores:
+        return None
+    if c.output_splits != 2 or c.groups_share != "rows":
+        return f"two blocks share scores of 128 rows: output_splits={c.output_splits} groups_share={c.groups_share}"
+    if c.cluster > 1:
+        return f"blocks that share scores have no chunks to share, cluster={c.cluster}"
+    return f"half of {c.tile_n} keys is no slab of 64 weights, which is copied as it lies" if c.tile_n != 128 else None
 
 
 def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
@@ -121,10 +137,15 @@ def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
 CONSTRAINTS = (
     Constraint("chunks_whole", _chunks_whole, ("chunk_d",)),
     Constraint("ring_holds", _ring_holds, ("chunk_d", "stages", "chunks_ahead")),
-    Constraint("columns_shared", _columns_shared, ("column_splits",)),
+    Constraint("columns_shared", _columns_shared, ("groups_share", "output_splits")),
+    Constraint("scores_shared", _scores_shared, ("groups_share", "tile_n", "output_splits", "share_scores", "cluster")),
     Constraint("order_matters", device_limits.order_matters, ("block_order",)),
-    Constraint("smem_fits", _smem_fits, ("groups_share", "tile_n", "chunk_d", "stages", "column_splits")),
-    Constraint("registers_fit", _registers_fit, ("groups_share", "tile_n", "chunks_ahead", "column_splits")),
+    Constraint(
+        "smem_fits", _smem_fits, ("groups_share", "tile_n", "chunk_d", "stages", "output_splits", "share_scores")
+    ),
+    Constraint(
+        "registers_fit", _registers_fit, ("groups_share", "tile_n", "chunks_ahead", "output_splits", "share_scores")
+    ),
 )
 
 
@@ -150,28 +171,36 @@ def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
     }
 
 
-# (groups_share, tile_n, chunks_ahead, column_splits), the best guess first; the last ones fit every problem.
+# (groups_share, tile_n, chunks_ahead, output_splits), the best guess first; the last ones fit every problem.
 _TILES = (
-    ("rows", 64, 2, 1), ("rows", 64, 0, 1), ("columns", 128, 4, 1), ("columns", 128, 2, 1), ("columns", 64, 2, 1),
-    ("columns", 64, 0, 1), ("columns", 128, 4, 2), ("columns", 128, 2, 2), ("columns", 64, 2, 2), ("columns", 64, 0, 2),
+    ("rows", 64, 2, 1), ("rows", 64, 0, 1), ("columns", 128, 4, 1), ("columns", 128, 2, 1), ("columns", 128, 0, 1),
+    ("columns", 64, 2, 1), ("columns", 64, 0, 1), ("columns", 128, 4, 2), ("columns", 128, 2, 2), ("columns", 64, 2, 2),
+    ("columns", 64, 0, 2),
 )  # fmt: skip
 
 
+def _deepest(p: Problem, t: Target, share: str, n: int, ahead: int, splits: int, peers: bool = False) -> list[Config]:
+    """That shape with as many stages as fit, half of them at least for chunks of V; none if it is not legal."""
+    shape: dict[str, Value] = {
+        "groups_share": share, "tile_n": n, "chunk_d": 64, "stages": 2, "chunks_ahead": ahead, "output_splits": splits,
+        "share_scores": peers, "cluster": 1, "rescale": "deferred",
+        "block_order": "ascending" if p.mask == "none" else "longest_first",
+    }  # fmt: skip
+    for stages in reversed(STAGES):
+        config = Config({**shape, "stages": stages})
+        if stages >= 2 * ahead and not any(constraint.check(p, t, config) for constraint in CONSTRAINTS):
+            return [config.replace(cluster=2 if p.seqlen_q > block_rows(config) and not peers else 1)]
+    return []
+
+
 def _guesses(p: Problem, t: Target) -> list[Config]:
-    """Each shape with as many stages as fit, if they are more than those that wait for V."""
-    order = "ascending" if p.mask == "none" else "longest_first"
-    found = []
-    for share, n, ahead, splits in _TILES:
-        shape: dict[str, Value] = {
-            "groups_share": share, "tile_n": n, "chunk_d": 64, "stages": 2, "chunks_ahead": ahead,
-            "column_splits": splits, "cluster": 2 if p.seqlen_q > GROUP_ROWS else 1, "rescale": "deferred",
-            "block_order": order,
-        }  # fmt: skip
-        deep = (Config({**shape, "stages": stages}) for stages in reversed(STAGES) if stages >= 2 * ahead)
-        deepest = next((c for c in deep if not any(k.check(p, t, c) for k in CONSTRAINTS)), None)
-        if deepest:
-            found.append(deepest)
-    return found
+    return [config for shape in _TILES for config in _deepest(p, t, *shape)]
+
+
+def _first_configs(p: Problem, t: Target) -> list[Config]:
+    """Peers as well, which no default takes before they have run on a GPU."""
+    peers = [config for ahead in (4, 2) for config in _deepest(p, t, "rows", 128, ahead, 2, peers=True)]
+    return [*peers[:1], *_guesses(p, t)]
 
 
 def _default(p: Problem, t: Target) -> Config:
@@ -182,22 +211,23 @@ def _default(p: Problem, t: Target) -> Config:
 
 
 def cost(p: Problem, t: Target, c: Config) -> float:
-    """Cycles, roughly; not fitted to measurements yet.
+    """Cycles, roughly: what a tile of keys takes of shared memory, where that is more than its products.
 
-    Products against their reads of shared memory (16 cycles for 64 x 16 of the first operand), which the copies'
-    writes add to; L2, at some 24 bytes a cycle and SM; the softmax, as far as no product hides it; the boundary.
+    A product reads 16 cycles for 64 x 16 of its first operand; copies write 64 bytes a cycle. On an H100 that alone was
+    within 7 % of seven head dims' times, by their defaults, and 13 % below where warpgroups share rows. What else is
+    here was not seen: L2, at some 24 bytes a cycle and SM; the softmax, as far as neither products nor copies hide it.
     """
-    n, columns, cluster, splits = int(c.tile_n), group_columns(p, c), int(c.cluster), int(c.column_splits)
-    d, rows, keys, apart = _slabs(p.head_dim_padded) * _SLAB, block_rows(c), group_keys(c), c.groups_share == "rows"
+    n, columns, cluster, splits = int(c.tile_n), group_columns(p, c), int(c.cluster), int(c.output_splits)
+    d, rows, keys = _slabs(p.head_dim_padded) * _SLAB, block_rows(c), group_keys(c)
     chunks = d // int(c.chunk_d) + n // value_keys(p, c)
     scores, values = keys * d / 16, n * columns / 16
     read = d / 8 * (16 + keys / 4) + n / 8 * (16 * -(-columns // 256) + columns / 4)
-    loaded = n * (d + block_columns(p, c)) * 2
+    loaded = (_block_keys(c) * d + n * block_columns(p, c)) * 2
     hidden = min(1.0, int(c.chunks_ahead) * int(c.chunk_d) / d) * scores
-    softmax = (0.3 if apart else 1.0) * (11 * keys + 500)  # warpgroups with rows of their own hide each other's
-    busy = max(scores + values, read + loaded / 128) + max(0.0, softmax - hidden) + 30 * chunks
+    softmax = 0.3 * (11 * keys + 500)
+    busy = max(scores + values, read + loaded / 64) + max(0.0, softmax - hidden) + 5 * chunks
     visit = max(busy, loaded / cluster / 24)
-    visit *= 1 + (0.3 if c.stages < c.chunks_ahead + 4 else 0)
+    visit *= 1 + (0.3 if c.stages < c.chunks_ahead + 3 else 0)
     visit += 0.5 * columns if c.rescale == "each" else 0
     seen, heads = walk(p, rows * cluster, n), p.batch * p.heads * splits
     boundary = 4000 + 4.0 * columns + rows * d * 2 / 24
@@ -225,7 +255,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_default,
-    default_reads=lambda p, t: p.seqlen_q > GROUP_ROWS,
+    default_reads=lambda p, t: (p.seqlen_q > GROUP_ROWS, p.seqlen_q > 2 * GROUP_ROWS),  # whether a cluster has work
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
@@ -233,7 +263,7 @@ FAMILY = Family(
         "column_widths": _widths(p, c),
         "register_widths": [],
     },
-    first_configs=_guesses,
+    first_configs=_first_configs,
     repeats=lambda p, c: c.cluster > 1 and p.seqlen_q <= block_rows(c) * (int(c.cluster) // 2),
     cost=cost,
     resources=lambda p, t, c: (smem_bytes(p, c), c.cluster, fragment_registers(p, c)),

@@ -28,10 +28,16 @@ class FakeOp:
         "int window_size_left=-1, int window_size_right=-1, float softcap=0.0, int num_splits=0) -> (Tensor, Tensor)"
     )
 
-    def __init__(self) -> None:
+    def __init__(self, older: bool = False) -> None:
         self.values: list[int] = []
+        if older:
+            text = str(self._schema)
+            for name in "qkv":
+                text = text.replace(f"{name}_descale", f"descale_{name}")
+            self._schema = torch._C.parse_schema(text)
 
     def __call__(self, q: Any, k: Any, v: Any, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        given = {f"{n[-1]}_descale" if n.startswith("descale_") else n: value for n, value in given.items()}
         assert given["is_causal"] and v.shape == k.shape and v.dtype == torch.float8_e4m3fn
         self.values.append(v.data_ptr())
         call = fp8_calls.Fp8Call.of(
@@ -67,9 +73,8 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_compute_the_same() -> None:
     """On a CPU ours is PyTorch on what the numbers stand for; the clock runs as on a GPU."""
     op = FakeOp()
-    others = {
-        "fa3": fp8.through_fa3(op), "16": _of(fp8.load_16_bits({})), "quantizing": _of(fp8.load_quantizing({}))
-    }  # fmt: skip
+    others = {"fa3": fp8.through_fa3(op), "older": fp8.through_fa3(FakeOp(older=True))}
+    others |= {"16": _of(fp8.load_16_bits({})), "quantizing": _of(fp8.load_quantizing({}))}
     result = run.time_row(SMALL, {"fagen": fp8.ours, **others}, target.host(), run.Settings(rounds=2, min_seconds=0.0))
     told = {name: facts.get("reason", facts["outcome"]) for name, facts in result["participants"].items()}
     assert told == dict.fromkeys(("fagen", *others), "ok")

@@ -30,7 +30,15 @@ def rendered(variants, tmp_path: Path, label: str, *cases: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("name", "family"), [("decode", "sm80_decode"), ("mla", "sm90_decode_mla")])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("decode", "sm80_decode"),
+        ("mla", "sm90_decode_mla"),
+        ("sm90_decode", "sm90_decode"),
+        ("fp8", "sm90_forward_fp8"),
+    ],  # fmt: skip
+)
 def test_the_kept_cases_are_rows_and_configs_of_today(variants, name: str, family: str) -> None:
     """Each line names a row and a legal config of it, and no two are one kernel."""
     where = target.known("sm_90")

@@ -31,7 +31,7 @@ PROBLEMS = [
 @pytest.mark.parametrize("problem", sample(PROBLEMS, every=5), ids=str)
 def test_defaults_compile_without_spills(problem: DecodeProblem, device_facts: Facts) -> None:
     config = FAMILY.require(problem, SM90, FAMILY.default(problem, SM90))
-    facts = device_facts(KernelSpec(FAMILY, problem, SM90, config), whole=problem is PROBLEMS[0])
+    facts = device_facts(KernelSpec(FAMILY, problem, SM90, config))
     assert facts["spill_bytes"] == 0, (facts, config)
     assert facts["registers"] == 65536 // sm90_decode_mla.THREADS // 8 * 8
 
@@ -44,6 +44,8 @@ def test_every_problem_that_is_served_has_a_legal_default() -> None:
         assert FAMILY.supports(problem, SM90) is None
         config = FAMILY.require(problem, SM90, FAMILY.default(problem, SM90))
         assert not FAMILY.repeats(problem, config)
+    few, many = (FAMILY.default(LATENT.replace(batch=batch), SM90).cluster for batch in (1, 64))
+    assert (few, many) == (1, 2)
 
 
 @pytest.mark.parametrize(

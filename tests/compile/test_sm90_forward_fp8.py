@@ -13,6 +13,7 @@ from fagen.build.job import make_job
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import BuildError, InvalidConfig
 from fagen.ops.attention.fp8_problem import Fp8Problem
+from fagen.runtime import quantize
 from fagen.tuner.evaluate import SPILL_TOLERANCE
 from tests.compile.conftest import Facts
 from tests.support.fp8 import BASE, FAMILY, config
@@ -86,10 +87,9 @@ def test_every_legal_problem_has_a_legal_default() -> None:
 
 
 def test_many_keys_are_promoted_by_default() -> None:
-    """Beyond them sums of 14 bits would show; a head dim of 256 has no registers for it."""
+    """Beyond them sums of 14 bits would show; head dim 256 has no registers for it."""
     for d, keys, promote in ((64, 16384, 0), (64, 16385, 2), (128, 131072, 2), (256, 131072, 0)):
-        problem = Fp8Problem(head_dim=d, seqlen_k=keys, **_MANY)
-        assert FAMILY.default(problem, HOPPER).promote == promote
+        assert FAMILY.default(Fp8Problem(head_dim=d, seqlen_k=keys, **_MANY), HOPPER).promote == promote
 
 
 @pytest.mark.parametrize(
@@ -129,3 +129,10 @@ def test_what_it_cannot_serve(problem: Fp8Problem, arch: str, reason: str) -> No
 
 def test_no_knob_is_left_out_of_the_base() -> None:
     assert [*BASE] == [knob.name for knob in FAMILY.knobs]
+
+
+@pytest.mark.slow
+def test_the_kernels_that_make_the_numbers_compile() -> None:
+    facts = cache.make(quantize.job(HOPPER)).facts
+    assert facts["spill_bytes"] == 0, facts
+    assert quantize.library(target.known("sm_80")) is None and quantize.library(target.host()) is None

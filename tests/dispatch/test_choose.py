@@ -17,8 +17,10 @@ from fagen.db import merge, store
 from fagen.db.record import Record
 from fagen.dispatch import choose, kernels, resolve
 from fagen.dispatch.choose import Choice
+from fagen.dispatch.plan import Plan
 from fagen.families import Config
 from fagen.ops.attention import fallback
+from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import binding
 from tests.support.calls import right
@@ -382,6 +384,30 @@ def test_the_last_resort_is_no_candidate_beside_another() -> None:
     assert reasons["simt_forward"] == "the last resort, and sm80_forward serves this"
     able, _ = families.candidates(Problem(dtype="bf16", head_dim=264), target.known("sm_80"))
     assert [family.name for family in able] == ["simt_forward"]
+
+
+def test_the_family_that_suits_the_sizes_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single tokens, prompts among them, wide heads; the plan of a static key knows these sizes apart."""
+    hopper = target.known("sm_90")
+    every = tuple(dataclasses.replace(f, serves_calls=lambda problem: True) for f in families.all_families())
+    monkeypatch.setattr(families, "all_families", lambda: every)
+    steps = DecodeProblem(head_dim=128, mask="causal", page=16, heads=32, kv_heads=8, batch=64, seqlen_k=8192)
+    plan = Plan(steps, hopper, (), tuple(families.serving(steps, hopper)[0]))
+    seen = set()
+    for problem, name in (
+        (steps.replace(seqlen_q=2), "sm80_decode"),
+        (steps.replace(seqlen_q=15), "sm80_decode"),
+        (steps.replace(seqlen_q=16), "sm90_decode"),
+        (steps.replace(seqlen_q=2048), "sm90_decode"),
+    ):
+        spec = choose.choose(problem, hopper).spec
+        assert spec is not None and spec.family.name == name
+        assert all(other == name for key, other in seen if key == plan.reads(problem))
+        seen.add((plan.reads(problem), name))
+    wide = choose.choose(steps.replace(head_dim=256, head_dim_v=256, heads=16, kv_heads=1, seqlen_q=1), hopper).spec
+    assert wide is not None and wide.family.name == "sm90_decode"
+    unaligned = choose.choose(steps.replace(seqlen_q=2048, aligned=False), hopper).spec
+    assert unaligned is not None and unaligned.family.name == "sm80_decode"
 
 
 @pytest.mark.parametrize(

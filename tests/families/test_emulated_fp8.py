@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fagen.ops.attention import fp8_launch, fp8_quantize
 from fagen.ops.attention.fp8_calls import Params, make_params
+from fagen.ops.attention.fp8_quantize import QuantizedQKV
 from fagen.ops.oracle import Verdict
+from fagen.runtime import quantize
 from fagen.runtime.kernel import Library
 from fagen.target import known
 from tests.support import emulated
@@ -83,7 +86,8 @@ def test_each_batch_and_kv_head_has_its_descales(folder: Path) -> None:
         ("factors[coord.batch * t.stride[0] + kv_head * t.stride[1]]", "factors[0]"),  # a head has another's descale
         ("descale(given.descale_k, row_tile.coord, row_tile.kv_head);", "1.f;"),
         ("low[0], low[1], high[0], high[1]", "low[0], high[0], low[1], high[1]"),  # weights of other keys
-        ("sum *= 1.f / kWeightScale", "sum *= 1.f"),
+        ("sum *= 1.f / kWeightScale<C>", "sum *= 1.f"),
+        ("lowered[i / 2]", "softmax.offset[i / 2]"),  # a weight above its reference is cut to 1
         ("held[0] = smaller ? factor[0] : 1.f", "held[0] = 1.f"),  # O stays behind its maximum
     ],
 )
@@ -125,3 +129,64 @@ def test_what_promotion_saves(folder: Path) -> None:
 def test_every_value_of_every_knob_is_run() -> None:
     for knob in FAMILY.knobs:
         assert {scheme[knob.name] for scheme in SCHEMES.values()} == set(knob.choices), knob.name
+
+
+# ---- the kernels that make fp8 numbers -------------------------------------------------------------------------------
+
+
+def _quantized_by_kernel(tensors: list[torch.Tensor], layout: str, incoherent: bool, folder: Path) -> QuantizedQKV:
+    assert fp8_launch.serves(*tensors)
+    text = emulated.translated(quantize.rendered(), "bf16")
+    library = emulated.build(text, folder, quantize.Params)
+    made, params, _alive = fp8_launch.prepare(quantize.Params, *tensors, layout, incoherent)
+    library._library.emulator_begin(0, 3)
+    quantize.launch(library, params, tensors[0])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "dv", "layout", "incoherent"),
+    [
+        (torch.bfloat16, 128, 64, "bshd", True),
+        (torch.float16, 64, 96, "bhsd", True),
+        (torch.float32, 96, 256, "bshd", True),
+        (torch.bfloat16, 80, 16, "bshd", True),
+        (torch.bfloat16, 256, 128, "bhsd", True),
+        (torch.float16, 48, 48, "bshd", False),
+    ],
+)
+def test_numbers_are_made_as_by_pytorch(
+    folder: Path, dtype: torch.dtype, d: int, dv: int, layout: str, incoherent: bool
+) -> None:
+    """The same scales and numbers, but where sums in another order fall to the other side of a rounding."""
+    g = torch.Generator().manual_seed(d)
+    shapes = ((2, 37, 4, d), (2, 71, 2, d), (2, 71, 2, dv))
+    tensors = [torch.randn(shape, generator=g) * torch.tensor([0.1, 3.0])[:, None, None, None] for shape in shapes]
+    tensors = [(t if layout == "bshd" else t.transpose(1, 2)).to(dtype) for t in tensors]
+    mine = _quantized_by_kernel(tensors, layout, incoherent, folder)
+    want = fp8_quantize.by_torch(*tensors, layout, incoherent)
+    for name in ("descale_q", "descale_k", "descale_v"):
+        torch.testing.assert_close(getattr(mine, name), getattr(want, name), rtol=1e-5, atol=0)
+    for name in ("q", "k", "v"):
+        a, b = (getattr(x, name).float() for x in (mine, want))
+        assert a.shape == b.shape
+        off = (a - b).abs()
+        assert (off <= torch.maximum(a.abs() / 8, torch.tensor(2.0**-9))).all(), name
+        assert (off > 0).float().mean() < 0.01, name
+
+
+def test_zeros_have_a_scale(folder: Path) -> None:
+    tensors = [torch.zeros(1, n, 2, 16) for n in (3, 5, 5)]
+    made = _quantized_by_kernel(tensors, "bshd", True, folder)
+    assert all((t.float() == 0).all() for t in made[:3]) and all((t == 1).all() for t in made[3:])
+
+
+def test_what_the_kernels_do_not_take() -> None:
+    q, k, v = (torch.zeros(1, 5, 2, 32) for _ in range(3))
+    assert fp8_launch.serves(q, k, v)
+    for others in (
+        (q, k, v[..., :24]), (q.double(), k.double(), v.double()), (q.half(), k, v), (q[:, :0], k, v),
+        (q[..., 1:17], k[..., 1:17], v), (q.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1)),
+        (torch.zeros(1, 5, 2, 272), torch.zeros(1, 5, 2, 272), v),
+    ):  # fmt: skip
+        assert not fp8_launch.serves(*others)

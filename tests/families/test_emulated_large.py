@@ -20,6 +20,13 @@ CASES = {
     Case("large", mask="causal", head_dim=320, heads=2, kv_heads=1): ((100, 150), (130, 70)),
     Case("large_rows", mask="causal", head_dim=320, heads=2, kv_heads=1): ((200, 260), (130, 70)),
     Case("large_rows_pair", mask="window", window=(90, 30), head_dim=384, head_dim_v=200, heads=2): ((300, 350),),
+    Case("large_peers", mask="causal", head_dim=384, heads=2, kv_heads=1): ((200, 400), (130, 70)),
+    Case("large_peers_serial", mask="intervals", intervals="both4", head_dim=288, head_dim_v=264, heads=2): (
+        (200, 330),
+    ),
+    Case("large_peers", mask="window", window=(200, 50), head_dim=512, dtype="fp16", heads=1, kv_heads=1): (
+        (150, 520),
+    ),
     Case("large_rows", mask="intervals", intervals="both2", head_dim=288, dtype="fp16", heads=2): ((200, 230),),
     Case("large_pair", mask="none", head_dim=288, head_dim_v=264, dtype="fp16", heads=2): ((70, 300), (150, 90)),
     Case("large_split", mask="window", window=(70, 20), head_dim=264, head_dim_v=520, heads=2, kv_heads=1): (
@@ -74,7 +81,7 @@ _FREE_WAIT = "    for (; chunks_held > kNewest; --chunks_held) held.release();\n
     ("old", "new"),
     [
         (_PUBLISH, ""),  # a warpgroup multiplies weights that the other has not stored
-        ("    wait_for_all();\n#pragma unroll\n", "#pragma unroll\n"),  # or reads maxima that are not there
+        ("      wait_for_all();\n    }\n#pragma", "    }\n#pragma"),  # or reads maxima that are not there
         ("    ring.wait();\n", ""),  # chunks are read before they are there
         ("      ring.acquire();\n", ""),  # or overwritten while they are read
         (_WAIT_FREE, _FREE_WAIT),  # or freed before
@@ -87,9 +94,27 @@ def test_who_does_not_wait_is_wrong(old: str, new: str, folder: Path) -> None:
     assert any(_is_wrong(text, folder, seed) for seed in range(12))
 
 
-def _is_wrong(text: str, folder: Path, seed: int) -> bool:
+PEERS = next(case for case in CASES if case.scheme == "large_peers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wait",
+    [
+        "      peer.wait_for_numbers();\n",  # a reference is kept that the peer does not have
+        "      if (L::kPeers && chunk == L::kValueChunks / 2) peer.wait_for_weights();\n",
+    ],
+)
+def test_peers_that_do_not_wait_are_wrong(wait: str, folder: Path) -> None:
+    text = _source(PEERS)
+    assert wait in text
+    text = text.replace(wait, "")
+    assert any(_is_wrong(text, folder, seed, PEERS) for seed in range(12))
+
+
+def _is_wrong(text: str, folder: Path, seed: int, case: Case = FIRST) -> bool:
     try:
-        return not check(FIRST, folder, 100, 400, seed=seed, text=text)
+        return not check(case, folder, 100, 400, seed=seed, text=text)
     except AssertionError:  # nothing can go on
         return True
 

@@ -250,10 +250,20 @@ def test_the_order_of_blocks_changes_no_bit(case: Case, folder: Path) -> None:
 @pytest.mark.slow
 def test_packed_documents(folder: Path) -> None:
     ids = torch.repeat_interleave(torch.arange(4), torch.tensor((150, 17, 100, 60)))
-    for case in CASES:
-        if case.intervals == "lower1" and case.window == (-1, 0):
-            bounds = masks.from_documents(ids[None], causal=True).to(torch.int32)
+    for case in [*CASES, *DETERMINISTIC]:
+        causal = case.window == (-1, 0)
+        if case.intervals == ("lower1" if causal else "both2"):
+            bounds = masks.from_documents(ids[None], causal=causal).to(torch.int32)
             check(case, folder, 327, 327, intervals=bounds)
+
+
+def test_a_document_that_all_see_between_others(folder: Path) -> None:
+    """Rows of the last document see the first one and their own: the tiles between have no turn."""
+    case = next(case for case in DETERMINISTIC if case.intervals == "both2")
+    bounds = torch.zeros(1, 1, 700, 2, dtype=torch.int32)
+    bounds[..., 0] = 700  # the first 130 keys are hidden from nobody, the next from who comes after row 250
+    bounds[:, :, 130:500, 0] = 250
+    check(case, folder, 700, 700, intervals=bounds)
 
 
 @pytest.mark.parametrize("scheme", ["base", "last_block"])

@@ -38,6 +38,7 @@ from tests.support.cases import Case, run
 for name in ("large", "large_pair", "large_split", "large_serial"):
     assert run(Case(name, mask="window", window=(90, 20), head_dim=512), 70, 299)
 assert run(Case("large_rows", head_dim=320), 270, 299)
+assert run(Case("large_peers", head_dim=384), 270, 299)
 print("all right")
 """
 INTERVALS = """
@@ -93,9 +94,19 @@ sanitize(Case("columns", page=64, head_dim=192, head_dim_v=128, shared_kv=True))
 sanitize(Case("base", aligned=False, head_dim=50))
 print("all right")
 """
+HOPPER_DECODE = """
+from tests.gpu import test_sm90_decode, test_sm90_decode_mla
+from tests.support import decode90, mla
+test_sm90_decode_mla.sanitize(mla.Case(cluster=2, prefetch=1))
+test_sm90_decode_mla.sanitize(mla.Case(page=16, mask="causal", rescale="each"))
+test_sm90_decode.sanitize(decode90.Case(tile_m=128))
+test_sm90_decode.sanitize(decode90.Case(page=64, mask="window", head_dim=128, stages=3, sinks=True))
+print("all right")
+"""
 IDS = {
     MMA_SYNC: "sm80", BACKWARD: "sm80-backward", WGMMA: "sm90", INTERVALS: "sm90-intervals",
     SM90_BACKWARD: "sm90-backward", SIMT: "simt", SIMT_BACKWARD: "simt-backward", DECODE: "sm80-decode",
+    HOPPER_DECODE: "sm90-decode",
     LARGE: "sm90-large",
 }  # fmt: skip
 
@@ -124,6 +135,8 @@ def _hopper() -> bool:
         ("racecheck", WGMMA),
         ("memcheck", LARGE),
         ("racecheck", LARGE),
+        ("memcheck", HOPPER_DECODE),
+        ("racecheck", HOPPER_DECODE),
         ("memcheck", INTERVALS),
         ("racecheck", INTERVALS),
     ],
@@ -133,7 +146,7 @@ def test_sanitizer(check: str, kernels: str) -> None:
     if kernels not in (MMA_SYNC, SIMT, BACKWARD, SIMT_BACKWARD, DECODE) and not _hopper():
         pytest.skip("needs Hopper")
     # With intervals all kernels: racecheck fails of itself where of two that overlap it follows the second only.
-    ours = "fagen" if kernels in (BACKWARD, SIMT_BACKWARD, SM90_BACKWARD, DECODE) else "forward_kernel"
+    ours = "fagen" if kernels in (BACKWARD, SIMT_BACKWARD, SM90_BACKWARD, DECODE, HOPPER_DECODE) else "forward_kernel"
     only = "" if kernels is INTERVALS else f"--kernel-regex kns={ours}"
     options = f"--tool {check} --error-exitcode 9 {only}"
     command = [TOOL, *options.split(), sys.executable, "-c", kernels]

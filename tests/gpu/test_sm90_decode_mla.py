@@ -26,7 +26,7 @@ CASES = [
         page=page, mask=("causal", "none")[(i + j) % 2], dtype=("bf16", "fp16")[i // 2 % 2],
         head_dim_v=(512, 256, 128)[j], sinks=(i + j) % 3 == 2, rescale=("deferred", "each")[(i // 2 + j) % 2],
         split_keys=(128, 256, 512, 1024)[i % 4], cluster=2 - (i + j) % 2 if j else 1 + i % 2,
-        stagger=(i + 2 * j) % 3 > 0,
+        prefetch=(i + 2 * j) % 3,
     )
     for i, page in enumerate(_PAGES)
     for j in range(3)
@@ -69,7 +69,7 @@ def sanitize(case: Case) -> None:
     """A few small launches, for tools that slow them down."""
     which = _kernel(case.problem, case)
     for batch, rows, splits in ((3, 1, 0), (2, 2, 3)):
-        problem = case.problem.replace(batch=batch, heads=64, kv_heads=1, seqlen_q=rows, seqlen_k=300)
+        problem = case.problem.replace(batch=batch, heads=128, kv_heads=1, seqlen_q=rows, seqlen_k=300)
         inputs = CALLS.inputs(problem, "cuda", batch, True).change(num_splits=splits)
         _launch(which, inputs)
         assert CALLS.check(inputs.call, inputs.outputs)

@@ -9,6 +9,7 @@ import torch
 import fagen
 from fagen import target
 from fagen.codegen.spec import KernelSpec
+from fagen.ops.attention import fp8_quantize
 from fagen.ops.attention.fp8_call import Fp8Call
 from fagen.ops.attention.fp8_calls import check
 from fagen.runtime import kernel
@@ -153,3 +154,23 @@ def test_attention_of_quantised_tensors(head_dim: int) -> None:
     assert verdict, verdict.message
     want = fagen.attention(q, k, v, causal=True).float()
     assert (out.float() - want).square().mean().sqrt() < 0.08 * want.square().mean().sqrt()
+
+
+@pytest.mark.parametrize(
+    ("d", "dv", "layout"), [(64, 64, "bshd"), (128, 128, "bhsd"), (256, 256, "bshd"), (96, 48, "bshd")]
+)
+@pytest.mark.parametrize("incoherent", [False, True])
+def test_numbers_are_made_as_by_pytorch(d: int, dv: int, layout: str, incoherent: bool) -> None:
+    g = torch.Generator("cuda").manual_seed(d)
+    shapes = ((2, 777, 4, d), (2, 1111, 2, d), (2, 1111, 2, dv))
+    tensors = [torch.randn(shape, generator=g, device="cuda").bfloat16() for shape in shapes]
+    tensors = [t if layout == "bshd" else t.transpose(1, 2) for t in tensors]
+    mine = fagen.quantize_qkv(*tensors, layout=layout, incoherent=incoherent)
+    want = fp8_quantize.by_torch(*tensors, layout, incoherent)
+    for name in ("descale_q", "descale_k", "descale_v"):
+        torch.testing.assert_close(getattr(mine, name), getattr(want, name), rtol=1e-4, atol=0)
+    for name in ("q", "k", "v"):
+        a, b = (getattr(x, name).float() for x in (mine, want))
+        off = (a - b).abs()
+        assert a.shape == b.shape and (off <= torch.maximum(a.abs() / 8, torch.tensor(2.0**-9))).all(), name
+        assert (off > 0).float().mean() < 0.02, name

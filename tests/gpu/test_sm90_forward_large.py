@@ -20,12 +20,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 _ROWS = ("large_rows", "large_rows_pair")
-_WALKS = ("large", "large_pair", "large_four", "large_split", "large_serial", "large_192", *_ROWS)
+_PEERS = ("large_peers", "large_peers_serial")
+_WALKS = ("large", "large_pair", "large_four", "large_split", "large_serial", "large_192", *_ROWS, *_PEERS)
 _MASKS = {"none": (-1, -1), "causal": (-1, -1), "window": (150, 40)}
 
 
 _ROOM = {
-    "chunk_d": (64,), "stages": (6, 5, 4, 3, 2), "chunks_ahead": (0,), "column_splits": (1, 2), "tile_n": (64,),
+    "chunk_d": (64,), "stages": (6, 5, 4, 3, 2), "chunks_ahead": (0,), "output_splits": (1, 2), "tile_n": (64,),
+    "share_scores": (False,),
 }  # fmt: skip
 
 
@@ -78,9 +80,14 @@ DIM_CASES += [
     for name in _ROWS
     for d, dv in ((264, 0), (288, 264), (320, 0), (512, 192))
 ]
+DIM_CASES += [
+    _case(name, d, dv, mask="causal", heads=4, kv_heads=2, sizes=((150, 370), (333, 129)))
+    for name in _PEERS
+    for d, dv in ((264, 0), (384, 0), (576, 512))
+]
 MASK_CASES = [
     _case(name, 320, mask="intervals", intervals=kind, window=window, sizes=((300, 300), (77, 40), (300, 1500)))
-    for name in ("large", "large_pair", "large_four", "large_rows")
+    for name in ("large", "large_pair", "large_four", "large_rows", "large_peers")
     for kind, window in (("lower1", (-1, 0)), ("lower2", (-1, 0)), ("both2", (-1, -1)), ("both4", (100, 30)))
 ]
 SCORE_CASES = [

@@ -122,7 +122,7 @@ def test_heavy_imports_wait_for_their_use(path):
         "stats.py",
         "softmax_api.py",
         "known_softmax.py",
-        *("fp8.py", "fp8_api.py", "fp8_call.py", "fp8_calls.py", "fp8_order.py", "fp8_quantize.py"),
+        *("fp8.py", "fp8_api.py", "fp8_call.py", "fp8_calls.py", "fp8_launch.py", "fp8_order.py", "fp8_quantize.py"),
     ]  # which only their op imports
     if path.name not in on_tensors and path.parent.name != "compat":
         heavy.add("torch")

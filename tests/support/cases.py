@@ -135,8 +135,8 @@ SCHEMES_90 = {
 
 LARGE = sm90_forward_large.FAMILY
 BASE_LARGE: dict[str, Any] = {
-    "groups_share": "columns", "tile_n": 64, "chunk_d": 64, "stages": 4, "chunks_ahead": 2, "column_splits": 1,
-    "cluster": 1, "rescale": "deferred", "block_order": "ascending",
+    "groups_share": "columns", "tile_n": 64, "chunk_d": 64, "stages": 4, "chunks_ahead": 2, "output_splits": 1,
+    "share_scores": False, "cluster": 1, "rescale": "deferred", "block_order": "ascending",
 }  # fmt: skip
 
 
@@ -151,12 +151,16 @@ SCHEMES_LARGE = {
     "large_four": config_large(
         cluster=4, chunk_d=128, chunks_ahead=1, stages=3, rescale="each", block_order="sectioned"
     ),
-    "large_split": config_large(column_splits=2, cluster=2, chunks_ahead=4, stages=7, block_order="descending"),
+    "large_split": config_large(output_splits=2, cluster=2, chunks_ahead=4, stages=7, block_order="descending"),
     "large_serial": config_large(chunks_ahead=0, stages=2, tile_n=96),
     "large_192": config_large(tile_n=192, chunks_ahead=0, stages=3, block_order="longest_first"),
     "large_rows": config_large(groups_share="rows", chunks_ahead=0, stages=5),
     "large_rows_pair": config_large(
         groups_share="rows", chunks_ahead=1, cluster=2, stages=3, block_order="longest_first"
+    ),
+    "large_peers": config_large(groups_share="rows", tile_n=128, output_splits=2, share_scores=True),
+    "large_peers_serial": config_large(
+        groups_share="rows", tile_n=128, output_splits=2, share_scores=True, chunks_ahead=0, stages=2, rescale="each"
     ),
     **{f"large_stages{n}": config_large(stages=n) for n in (5, 8, 9, 10, 12, 16)},
 }

@@ -12,14 +12,14 @@ from fagen.families import Config, sm90_forward_fp8
 from fagen.ops.attention import fp8_calls
 from fagen.ops.attention.fp8_call import Fp8Call
 from fagen.ops.attention.fp8_problem import Fp8Problem
-from fagen.ops.attention.fp8_quantize import quantize_qkv
+from fagen.ops.attention.fp8_quantize import by_torch
 from fagen.ops.oracle import Verdict
 from tests.support.cases import DTYPES
 
 FAMILY = sm90_forward_fp8.FAMILY
 BASE: dict[str, Any] = {
-    "tile_m": 128, "tile_n": 64, "stages": 2, "q_stages": 1, "overlap": "softmax", "rescale": "deferred", "promote": 0,
-    "exp_on_fma": 0, "ping_pong": False, "blocks_per_sm": 1, "schedule": "balanced",
+    "tile_m": 128, "tile_n": 64, "stages": 2, "q_stages": 1, "overlap": "softmax", "rescale": "deferred", "slack": 0,
+    "promote": 0, "exp_on_fma": 0, "ping_pong": False, "blocks_per_sm": 1, "schedule": "balanced",
     "block_order": "ascending", "section_mb": 32,
 }  # fmt: skip
 
@@ -31,13 +31,13 @@ def config(**changes: Any) -> Config:
 # One config a line differs from BASE in what its name says; together they hold every value of every knob.
 SCHEMES = {
     "base": config(),
-    "turns": config(ping_pong=True, schedule="dynamic", promote=4),
-    "every_tile": config(exp_on_fma=1, promote=1, tile_m=64, tile_n=96),
+    "turns": config(slack=2, ping_pong=True, schedule="dynamic", promote=4),
+    "every_tile": config(slack=2, exp_on_fma=1, promote=1, tile_m=64, tile_n=96),
     "two_tiles": config(promote=2, tile_m=192, tile_n=32, rescale="each", ping_pong=True),
     "each": config(rescale="each", tile_n=128, q_stages=2, block_order="sectioned", section_mb=16),
     "serial": config(overlap="nothing", tile_m=192, tile_n=96, schedule="single", stages=1),
     "three_blocks": config(tile_m=64, tile_n=32, blocks_per_sm=3, schedule="single", block_order="longest_first"),
-    "two_blocks": config(tile_m=64, tile_n=96, blocks_per_sm=2, stages=3, block_order="descending"),
+    "two_blocks": config(slack=4, tile_m=64, tile_n=96, blocks_per_sm=2, stages=3, block_order="descending"),
     "deep": config(overlap="maxima", exp_on_fma=2, stages=4, tile_n=32, schedule="dynamic", block_order="sectioned"),
     "sections": config(q_stages=2, tile_n=160, schedule="dynamic", block_order="sectioned", section_mb=64),
     **{f"n{n}": config(tile_n=n, ping_pong=True) for n in (192, 224, 256)},
@@ -91,14 +91,12 @@ def make_call(case: Case, rows: int, keys: int, seed: int, *, batch: int, device
         return made if layout == "bshd" else made.transpose(1, 2)
 
     d, dv = case.head_dim, case.head_dim_v or case.head_dim
-    made = quantize_qkv(
-        tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv), layout=layout,
-        incoherent=bool(seed % 2),
-    )  # fmt: skip
-    tensors = made if case.descales else (*made[:3], None, None, None)
+    tensors = tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv)
+    made = by_torch(*tensors, layout, bool(seed % 2))
+    given = made if case.descales else (*made[:3], None, None, None)
     band = (-1, 0) if case.mask == "causal" else case.window
     scale = None if case.descales else 2.0**-14
-    return Fp8Call(*tensors, layout, band, case.softcap, scale, dtype=DTYPES[case.dtype])
+    return Fp8Call(*given, layout, band, case.softcap, scale, dtype=DTYPES[case.dtype])
 
 
 def run(

@@ -22,7 +22,7 @@ class Case:
     rescale: str = "deferred"
     split_keys: int = 128
     cluster: int = 1
-    stagger: bool = False
+    prefetch: int = 0
 
     @property
     def problem(self) -> DecodeProblem:
@@ -36,7 +36,7 @@ class Case:
         return FAMILY.config({knob.name: getattr(self, knob.name) for knob in FAMILY.knobs})
 
     def __str__(self) -> str:
-        flags = [name for name in ("sinks", "stagger") if getattr(self, name)]
+        flags = ["sinks"] if self.sinks else []
         where = f"page{self.page}" if self.page else "contiguous"
-        knobs = [self.rescale, f"split{self.split_keys}", f"cluster{self.cluster}"]
+        knobs = [self.rescale, f"split{self.split_keys}", f"cluster{self.cluster}", f"prefetch{self.prefetch}"]
         return "-".join([where, self.mask, self.dtype, f"dv{self.head_dim_v}", *knobs, *flags])

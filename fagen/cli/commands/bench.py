@@ -43,8 +43,8 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         "--suite",
         metavar="S",
         help="peers, models, masks, documents, varlen, deterministic, dropout, ampere, random, small, fp32, fp8, "
-        "softmax, or several (default: peers; small on a CPU); with --op training: training; with --op decode: decode, "
-        "paged, ragged, mixed, mla",
+        "softmax, or several (default: peers; small on a CPU); with --op training: training; with --op "
+        "decode: decode, paged, ragged, mixed, mla",
     )
     what.add_argument("--filter", metavar="REGEX", help="the rows whose name this matches")
     arguments.add_problem_flags(parser)

@@ -11,7 +11,7 @@ import torch
 from fagen.errors import InvalidArgument
 from fagen.ops.attention import arguments, fp8_order
 from fagen.ops.attention.arguments import LARGEST_SIZE, Window, is_aligned
-from fagen.ops.attention.call import AXES, EMPTY, AttentionCall
+from fagen.ops.attention.call import AXES, AttentionCall
 from fagen.ops.attention.fp8_problem import Fp8Problem
 from fagen.target import Target, target_of
 
@@ -59,7 +59,7 @@ class Fp8Call:
     ) -> Fp8Call:
         """Raise InvalidArgument for what is not attention on fp8 numbers. A v of rows is brought into order."""
         want_lse = arguments.flag("return_lse", return_lse)
-        if layout not in AXES:
+        if layout not in tuple(AXES):
             raise InvalidArgument(f"layout {arguments.shown(layout)} is unknown", "known: bshd, bhsd")
         _, bounds, softcap, scale = arguments.settings(causal, window, softcap, scale)
         for name, t in (("q", q), ("k", k), ("v", v)):
@@ -75,7 +75,7 @@ class Fp8Call:
 
     def check_tensors(self) -> None:
         """Raise InvalidArgument for tensors that contradict each other."""
-        if self.layout not in AXES:
+        if self.layout not in tuple(AXES):
             raise InvalidArgument(f"layout {arguments.shown(self.layout)} is unknown", "known: bshd, bhsd")
         if self.dtype not in OUT_DTYPES:
             raise InvalidArgument("the output of fp8 attention is bfloat16 or float16", f"it would be {self.dtype}")
@@ -186,8 +186,6 @@ class Fp8Call:
     @property
     def unreadable(self) -> str:
         """Why no family could take the tensors as they are; "" if one might."""
-        if 0 in self.q.shape or 0 in self.k.shape:
-            return EMPTY
         if max(self.q.shape[3], self.head_dim_v) > Fp8Problem.most_head_dim:
             return f"head_dim {max(self.q.shape[3], self.head_dim_v)} is larger than {Fp8Problem.most_head_dim}"
         if max(*self.q.shape, *self.k.shape) > _LONGEST:
@@ -245,7 +243,10 @@ def _descale(name: str, value: Any, call: Fp8Call) -> torch.Tensor | None:
         return None
     shape = (call.batch, call.kv_heads)
     if not isinstance(value, torch.Tensor):
-        return torch.full(shape, arguments.number(name, value), device=call.q.device)
+        factor = arguments.number(name, value)
+        if factor < arguments.LEAST_NUMBER:
+            raise InvalidArgument(f"{name}={factor} must be positive")
+        return torch.full(shape, factor, device=call.q.device)
     arguments.dense(name, value)
     if value.dtype != torch.float32 or (value.numel() != 1 and tuple(value.shape) != shape):
         have = f"it is {value.dtype} {tuple(value.shape)}"

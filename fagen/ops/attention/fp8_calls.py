@@ -1,7 +1,13 @@
 """Calls of the fp8 forward op: made, launched and checked.
 
 An output is compared with float32 attention on the numbers that q, k and v stand for. Its peer is PyTorch with what fp8
-products cannot do without: weights rounded to e4m3, and scores off by what the tensor cores' sums of 14 bits may lose.
+products cannot do without: weights rounded to e4m3, and scores off by what the tensor cores lose.
+
+A score is d / 32 sums of 32 products and of what is there already. Each sum cuts its addends below 2^-13 of the largest
+one. All of them together are no larger than sum |q k|, and on an H100 the LSE of a row was off by at most 2.3, 2.5 and
+2.8 times 2^-13 of that at d = 128, 224 and 256: what is lost adds up. The peer loses 2 such units (SUM_ERROR), and the
+oracle allows twice the peer's error. The LSE's peer loses the same of every key, which moves it most; that of O loses
+it up and down in turn, which moves the weights most.
 """
 
 from __future__ import annotations
@@ -30,8 +36,8 @@ if TYPE_CHECKING:
     Outputs = Mapping[str, torch.Tensor]
 
 Params = abi.params("fagen/abi/forward_fp8.h")
-WEIGHT_SCALE = 256.0  # of the largest weight of a row, in e4m3
-SUM_ERROR = 2.0**-13  # of the tensor cores' sums of e4m3 products, relative to what is added
+WEIGHT_SCALE = 64.0  # of the largest weight of a row, in e4m3: that of a kernel whose maxima may grow by 2^2
+SUM_ERROR = 2 * 2.0**-13  # of a score, relative to sum |q k|: see above
 
 
 def make_params(call: Fp8Call, outputs: Outputs) -> ctypes.Structure:
@@ -84,7 +90,7 @@ def make_inputs(problem: Fp8Problem, where: Target | torch.device | str, seed: i
 
     q = tensor(p.seqlen_q, p.heads, p.head_dim)
     k, v = (tensor(p.seqlen_k, p.kv_heads, dim) for dim in (p.head_dim, p.head_dim_v))
-    made = fp8_quantize.quantize_qkv(q, k, v, incoherent=False)
+    made = fp8_quantize.by_torch(q, k, v, "bshd", False)
     outputs = {
         "out": guarded((p.batch, p.seqlen_q, p.heads, p.head_dim_v), dtype, device),
         "lse": guarded((p.batch, p.heads, p.seqlen_q), torch.float32, device),
@@ -105,16 +111,22 @@ def attend_in_fp8(
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     scale = call.scale if call.scale is not None else 1.0 / math.sqrt(q.shape[-1])
-    scores = (q @ k.mT + SUM_ERROR * (q.abs() @ k.abs().mT)) * scale
-    if call.softcap:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -math.inf)
+    lost = SUM_ERROR * (q.abs() @ k.abs().mT)
+    in_turn = 1 - 2 * (torch.arange(k.shape[2], device=k.device) % 2)
+
+    def seen_scores(products: torch.Tensor) -> torch.Tensor:
+        scores = products * scale
+        if call.softcap:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        return scores if seen is None else scores.masked_fill(~seen, -math.inf)
+
+    scores = seen_scores(q @ k.mT + in_turn * lost)
     top = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - torch.where(top == -math.inf, 0, top))
     total = weights.sum(-1, keepdim=True)
     rounded = (weights * weight_scale).to(torch.float8_e4m3fn).float() / weight_scale
-    return rounded @ v / torch.where(total == 0, 1, total), torch.logsumexp(scores, dim=-1)
+    out = rounded @ v / torch.where(total == 0, 1, total)
+    return out, torch.logsumexp(seen_scores(q @ k.mT + lost), dim=-1)
 
 
 def check(call: Fp8Call, outputs: Outputs, rows: Iterable[slice] | None = None) -> Verdict:

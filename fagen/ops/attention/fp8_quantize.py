@@ -28,21 +28,8 @@ class QuantizedQKV(NamedTuple):
     descale_v: torch.Tensor
 
 
-def quantize_qkv(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bshd", incoherent: bool = True
-) -> QuantizedQKV:
-    """q, k and v as fp8 numbers and their scales, for `fagen.attention`.
-
-    q is (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, dv); with
-    layout="bhsd" heads come before rows. dv is a multiple of 8. A scale for each (batch, kv head) brings its largest
-    number to 448; the heads of q that share keys share one. `fagen.attention` then gives bfloat16, or the dtype of its
-    `out`; it takes no column intervals, ALiBi, dropout and gradients with such tensors.
-
-    incoherent    q and k are multiplied by the same orthonormal matrix along d, a random-sign Hadamard one. q k^T stays
-                  what it is, and outliers are spread over all columns, so that they no longer decide the scale alone
-    """
-    incoherent = arguments.flag("incoherent", incoherent)
-    _check(q, k, v, layout)
+def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool) -> QuantizedQKV:
+    """What `fagen.quantize_qkv` says, of tensors that `check` has seen."""
     kv_heads = k.shape[AXES[layout][1]]
     if incoherent:
         q, k = spread_outliers(q), spread_outliers(k)
@@ -58,21 +45,23 @@ def spread_outliers(t: torch.Tensor) -> torch.Tensor:
     """
     columns = t.shape[-1]
     part = columns & -columns
-    parts = (t.float() * _signs(columns).to(t.device)).reshape(*t.shape[:-1], columns // part, part)
-    return (parts @ _hadamard(part).to(t.device)).reshape(t.shape)
+    parts = (t.float() * torch.tensor(signs(columns), device=t.device)).reshape(*t.shape[:-1], columns // part, part)
+    return (parts @ _hadamard(part, t.device)).reshape(t.shape)
 
 
-@functools.cache
-def _signs(columns: int) -> torch.Tensor:
+@functools.lru_cache(maxsize=64)
+def signs(columns: int) -> list[float]:
+    """1 and -1 at random, the same on every machine."""
     random = Random(_SEED)
-    return torch.tensor([random.choice((-1.0, 1.0)) for _ in range(columns)])
+    return [1.0 - 2 * random.getrandbits(1) for _ in range(columns)]
 
 
-@functools.cache
-def _hadamard(size: int) -> torch.Tensor:
+def _hadamard(size: int, device: torch.device) -> torch.Tensor:
     """Orthonormal; an entry's sign is the parity of the bits that its row and column share."""
-    parity = [[(row & column).bit_count() % 2 for column in range(size)] for row in range(size)]
-    return (1 - 2 * torch.tensor(parity, dtype=torch.float32)) / math.sqrt(size)
+    made = torch.ones(1, 1, device=device)
+    while made.shape[0] < size:
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    return made / math.sqrt(size)
 
 
 def _quantize(t: torch.Tensor, kv_heads: int, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,8 +76,8 @@ def _quantize(t: torch.Tensor, kv_heads: int, layout: str) -> tuple[torch.Tensor
     return numbers.movedim(1, head_axis).contiguous(), scale
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
-    if layout not in AXES:
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
+    if layout not in tuple(AXES):
         raise InvalidArgument(f"layout {arguments.shown(layout)} is unknown", "known: bshd, bhsd")
     for name, t in (("q", q), ("k", k), ("v", v)):
         arguments.dense(name, t)

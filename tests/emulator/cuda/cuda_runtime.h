@@ -76,6 +76,11 @@ T atomicAdd(T* at, U x) {
   *at = T(old + x);
   return old;
 }
+inline unsigned atomicMax(unsigned* at, unsigned x) {
+  const unsigned old = *at;
+  *at = old > x ? old : x;
+  return old;
+}
 inline unsigned atomicOr(unsigned* at, unsigned x) {
   const unsigned old = *at;
   *at |= x;

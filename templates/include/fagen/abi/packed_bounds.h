@@ -7,6 +7,7 @@
 typedef struct fagen_packed_bounds_params {
   const void* cu_seqlens_q;  // (sequences + 1), of int64 where `wide`, else of int32
   const void* cu_seqlens_k;
-  int32_t* intervals;  // (seqlen_k, columns): rows from the first number on do not see the key, nor those before the second
+  int32_t*
+      intervals;  // (seqlen_k, columns): rows from the first number on do not see the key, nor those before the second
   int32_t sequences, seqlen_q, seqlen_k, columns, wide, left, right;
 } fagen_packed_bounds_params;

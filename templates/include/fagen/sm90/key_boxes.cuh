@@ -1,10 +1,10 @@
-// Where the keys of a block lie in the cache, page by page, for the copy engine.
+// The places of a block's keys in the cache, page by page, for the copy engine.
 #pragma once
 #include "fagen/sm80/decode/place.cuh"
 
 namespace fagen {
 
-// Where the keys of a split lie. A box of the copy engine is the keys of a tile that follow each other in the cache;
+// The boxes of the keys of a split. A box of the copy engine is the keys of a tile that follow each other in the cache;
 // lanes hold the pages of the next boxes, and read those behind them ahead.
 template <class C>
 struct KeyBoxes {
@@ -42,8 +42,11 @@ struct KeyBoxes {
   __device__ __forceinline__ void move_to(int index) {
     if (index % kTilesHeld == 0) held = ahead, ahead = read(index + kTilesHeld);
   }
-  __device__ __forceinline__ int page_of(int index, int box) const {
-    return __shfl_sync(~0u, held, index % kTilesHeld * kOfTile + box);
+  // The page of a box of tile `index`, which was moved to, or of the tile that comes `on` tiles later.
+  __device__ __forceinline__ int page_of(int index, int box, int on = 0) const {
+    const int tile = index + on;
+    return __shfl_sync(~0u, on > 0 && tile / kTilesHeld > index / kTilesHeld ? ahead : held,
+                       tile % kTilesHeld * kOfTile + box);
   }
   __device__ __forceinline__ int row_of(int index, int box) const {
     return kPaged ? unsigned(key(index, box)) % (kPaged ? C::kPageSize : 1) : key(index, box);

@@ -84,13 +84,15 @@ struct DqDrain {
     return launch.turns + index(at) * Dq::kGroups + share.group;
   }
 
+  __device__ __forceinline__ int turn(const RowTileVisit& at) const {
+    if constexpr (kTurnsBySeen<C>)
+      return keys.turn(p, launch, at.tile).mine;
+    else
+      return keys.turn(band, at.tile).mine;
+  }
   // Whether this block's part is the first; if not, the others' are there that it is added to.
   __device__ __forceinline__ bool begin(const RowTileVisit& at, bool seen) const {
-    if constexpr (C::kDeterministic) {
-      const int turn = keys.turn(band, at.tile).mine;
-      ptx::wait_for_turn(counter(at), turn);
-      return L::kRoundsDq && turn == 0;
-    } else if constexpr (L::kRoundsDq) {
+    if constexpr (L::kRoundsDq) {
       if (seen) return false;
       if (ptx::claim(counter(at), kClaimed)) return true;
       ptx::wait_for_bit(counter(at), kStored);
@@ -102,22 +104,33 @@ struct DqDrain {
     bool last = false;
     if (leads() && before.tile >= 0 && (L::kRoundsDq || C::kDeterministic)) {
       ptx::bulk_wait();
-      const bool first = stored && !C::kDeterministic;
-      const unsigned others = ptx::count(counter(before), 1 + (first ? kStored : 0)) & (kClaimed - 1);
-      last = L::kRoundsDq && int(others) == keys.turn(band, before.tile).count - 1;
+      if constexpr (L::kRoundsDq) {
+        const bool first = stored && !C::kDeterministic;
+        const unsigned others = ptx::count(counter(before), 1 + (first ? kStored : 0)) & (kClaimed - 1);
+        last = int(others) == keys.turn(band, before.tile).count - 1;
+      } else {
+        ptx::pass_turn(counter(before));
+      }
     }
     return L::kRoundsDq && __shfl_sync(~0u, last, 0);
   }
 
   __device__ __forceinline__ void add(const RowTileVisit& at) {
     const bool last = count();
-    const bool seen = L::kRoundsDq && !C::kDeterministic && leads() && ptx::has_bit(counter(at), kStored);
+    bool seen = false;
+    if constexpr (C::kDeterministic) {  // the turn may have come before the part is there
+      const int mine = turn(at);
+      if (leads()) ptx::wait_for_turn(counter(at), mine);
+      stored = L::kRoundsDq && mine == 0;
+    } else {
+      seen = L::kRoundsDq && leads() && ptx::has_bit(counter(at), kStored);
+    }
 #pragma unroll 1
     for (int chunk = 0; chunk < Dq::kChunks && share.owns(chunk); ++chunk) {
       const bool more = chunk + 1 < Dq::kChunks && share.owns(chunk + 1);
       if (leads()) {
         pipelines.dq.wait();
-        if (chunk == 0) stored = begin(at, seen);
+        if (!C::kDeterministic && chunk == 0) stored = begin(at, seen);
         float* to = tile(at) + share.offset(chunk);
         const int bytes = share.pieces(chunk) * kPieceBytes;
         stored ? ptx::bulk_store(to, pipelines.dq.tile(), bytes) : ptx::bulk_add(to, pipelines.dq.tile(), bytes);
@@ -129,14 +142,6 @@ struct DqDrain {
       pipelines.dq.advance();
     }
     before = at;
-  }
-  __device__ __forceinline__ void skip(const RowTileVisit& at) {
-    if (!C::kDeterministic) return;
-    count();
-    before.tile = -1;
-    if (!leads()) return;
-    ptx::wait_for_turn(counter(at), keys.turn(band, at.tile).mine);
-    ptx::pass_turn(counter(at));
   }
 
   // The sum of all blocks comes back to the stage, which is free.
@@ -167,8 +172,7 @@ struct DqDrain {
 
   __device__ __forceinline__ void run() {
     if (launch.one_key_tile) return;
-    keys.walk(
-        p, [&](const RowTileVisit& at) { add(at); }, [&](int head, int t) { skip(RowTileVisit{head, t, false}); });
+    keys.walk(p, [&](const RowTileVisit& at) { add(at); });
     if (count()) round(before);
     if (leads()) ptx::bulk_wait();
   }

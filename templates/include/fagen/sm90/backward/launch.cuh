@@ -51,10 +51,11 @@ static int heads_of_section(const fagen_backward_params& p, int splits) {
   return int(ceil_div(all, sections));
 }
 
-// The workspace: dQ in float32, the LSE and delta of every row, turns.
+// The workspace: dQ in float32, the LSE and delta of every row, turns, and by which key tiles these go.
 template <class C>
 struct BackwardWorkspace {
-  uint64_t lse, delta, turns, end;
+  uint64_t lse, delta, turns, seen, end;
+  int seen_words;
 
   explicit BackwardWorkspace(const fagen_backward_params& p) {
     const uint64_t tiles = uint64_t(ceil_div(p.seqlen_q, C::kTileM)) * p.heads * p.batch;
@@ -64,13 +65,16 @@ struct BackwardWorkspace {
     lse = next(0, DqShare<C>::kTileFloats * sizeof(float));
     delta = next(lse, C::kTileM * sizeof(float));
     turns = next(delta, C::kTileM * sizeof(float));
-    end = next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
+    seen = next(turns, C::kDeterministic || BackwardLayout<C>::kRoundsDq ? DqShare<C>::kGroups * sizeof(unsigned) : 0);
+    seen_words = kTurnsBySeen<C> ? ceil_div(ceil_div(p.seqlen_k, C::kTileN), 32) : 0;
+    end = next(seen, seen_words * sizeof(unsigned));
   }
   void assign(char* workspace, BackwardLaunch& launch) const {
     launch.dq = reinterpret_cast<float*>(workspace);
     launch.lse = reinterpret_cast<float*>(workspace + lse);
     launch.delta = reinterpret_cast<float*>(workspace + delta);
     launch.turns = reinterpret_cast<unsigned*>(workspace + turns);
+    launch.seen = reinterpret_cast<unsigned*>(workspace + seen), launch.seen_words = seen_words;
   }
 };
 

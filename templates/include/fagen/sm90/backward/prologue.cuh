@@ -47,6 +47,9 @@ __device__ __forceinline__ void prepare_rows(const fagen_backward_params& p, con
   }
   if ((C::kDeterministic || BackwardLayout<C>::kRoundsDq) && threadIdx.x < DqShare<C>::kGroups)
     launch.turns[index * DqShare<C>::kGroups + threadIdx.x] = 0;
+  const int group = p.heads / p.kv_heads;
+  if (kTurnsBySeen<C> && head % group == 0 && (p.mask_heads > 1 || head == 0))
+    find_seen<C>(p, launch, batch, head / group, tile, kThreads / 32);
   const auto row_of = [&](const fagen_tensor& t, int m) {
     return static_cast<const Element*>(t.data) + batch * t.stride[0] + m * t.stride[1] + head * t.stride[2];
   };

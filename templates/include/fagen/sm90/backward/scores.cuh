@@ -52,11 +52,15 @@ struct ScoreChange {
   }
 };
 
+// Whether intervals can hide other rows than the first and the last of those that see a key.
+template <class C>
+constexpr bool kHidesWithin = MaskOf<C>::kIntervals && (C::kLTE >= 0 || C::kUTS >= 0);
+
 // The rows of q that see a thread's two keys.
 template <class C>
 struct SeenRows {
   int begin[2], end[2];
-  HiddenRows hidden[2];
+  HiddenRows hidden[kHidesWithin<C> ? 2 : 1];
 
   __device__ __forceinline__ SeenRows(const RowBand& band, int key, uint32_t bounds) {
 #pragma unroll
@@ -64,13 +68,16 @@ struct SeenRows {
       begin[r] = band.begin(key + r * 8), end[r] = band.end(key + r * 8);
       if constexpr (MaskOf<C>::kIntervals) {
         const uint4 x = ptx::ld_shared_16(bounds + r * 8 * 16);
-        hidden[r] = {int(x.x), int(x.y), int(x.z), int(x.w)};
+        if constexpr (kHidesWithin<C>)
+          hidden[r] = {int(x.x), int(x.y), int(x.z), int(x.w)};
+        else
+          begin[r] = max(begin[r], int(x.w)), end[r] = min(end[r], int(x.x));
       }
     }
   }
   __device__ __forceinline__ bool contains(int m, int r) const {
     bool seen = m >= begin[r] && m < end[r];
-    if constexpr (MaskOf<C>::kIntervals) seen &= !hidden[r].contains(m);
+    if constexpr (kHidesWithin<C>) seen &= !hidden[r].contains(m);
     return seen;
   }
 };
@@ -79,7 +86,7 @@ struct SeenRows {
 // so that the LSE comes before those where registers are left for it. Delta takes its place while dP is awaited.
 template <class C, bool kSeeded = false>
 struct RowStats {
-  static constexpr bool kEarly = !kSeeded && C::kTileM == 64 && C::kWarpgroups < 3 && !MaskOf<C>::kIntervals;
+  static constexpr bool kEarly = !kSeeded && C::kTileM == 64 && C::kWarpgroups < 3 && !kHidesWithin<C>;
   uint32_t from;
   float2 held[kEarly ? C::kTileM / 8 : 1];
 

@@ -1,8 +1,11 @@
 // The end of a warpgroup's rows: O and LSE, or a split's part of them for the merge.
 #pragma once
-#include "fagen/ptx/cp_async.cuh"
 #include "fagen/common/row_state.cuh"
+#include "fagen/ptx/barrier.cuh"
+#include "fagen/ptx/cp_async.cuh"
+#include "fagen/ptx/warpgroup.cuh"
 #include "fagen/sm80/decode/output.cuh"
+#include "fagen/sm80/decode/plan.cuh"
 #include "fagen/sm90/smem_layout.cuh"
 
 namespace fagen {
@@ -10,8 +13,9 @@ namespace fagen {
 // Copy the rows of q to shared memory, in slabs; rows and columns that are not there become 0. The work of kThreads
 // threads, which meet at barrier `id`.
 template <class C, class Element, int kThreads>
-__device__ __forceinline__ void load_rows(const fagen_decode_params& p, const DecodeTile<C>& tile, uint32_t to, int id) {
-  constexpr int kChunks = slabs(C::kHeadDim) * 8;  // 16 bytes each
+__device__ __forceinline__ void load_rows(const fagen_decode_params& p, const DecodeTile<C>& tile, uint32_t to,
+                                          int id) {
+  constexpr int kChunks = (C::kHeadDim + kSlabColumns - 1) / kSlabColumns * 8;  // 16 bytes each
   const Element* q = static_cast<const Element*>(p.q.data) + (p.cu_seqlens_q ? 0 : tile.batch * p.q.stride[0]);
   for (int row = threadIdx.x / 32; row < C::kTileM; row += kThreads / 32) {
     const int packed = tile.first_row + row;
@@ -30,8 +34,8 @@ __device__ __forceinline__ void load_rows(const fagen_decode_params& p, const De
   ptx::barrier_sync(id, kThreads);
 }
 
-// Call visit(column, 4 sums) for this lane's columns of its row r, of pieces of 8 columns from `first` on. Lanes of a quad
-// hold two columns each; neighbours swap so that each has four of one piece.
+// Call visit(column, 4 sums) for this lane's columns of its row r, of pieces of 8 columns from `first` on. Lanes of a
+// quad hold two columns each; neighbours swap so that each has four of one piece.
 template <int kPieces, class Visit>
 __device__ __forceinline__ void for_4_columns_of(const float (&o)[kPieces][4], int r, int first, Visit visit) {
   const int lane = threadIdx.x % 32;
@@ -67,6 +71,52 @@ __device__ __forceinline__ void store_row(const DecodeOutput<C, Element>& output
       if (there) to[column / 4] = x;
     });
   }
+}
+
+// ---- the merge of splits
+
+// Threads that share the splits of 4 columns: many splits one after the other would be as many reads that wait.
+__host__ __device__ __forceinline__ int merge_team(int splits) { return splits >= 16 ? 8 : splits >= 4 ? 4 : 1; }
+
+// Blocks that merge a row tile's splits, 4 columns of a row a team.
+template <class C>
+__host__ __device__ __forceinline__ int merge_blocks(int splits) {
+  constexpr int kTeams = C::kTileM * (C::kHeadDimV / 4);
+  return (kTeams * merge_team(splits) + kCombineThreads - 1) / kCombineThreads;
+}
+
+// Block `rank` of them. Parts are added in an order that depends on how many there are, and on nothing else.
+template <class C, class Element>
+__device__ __forceinline__ void merge_share(const DecodeOutput<C, Element>& output, const DecodeGrid& grid, int used,
+                                            int rank) {
+  constexpr int kPieces = C::kHeadDimV / 4;
+  const DecodeTile<C>& tile = output.tile;
+  const int team = merge_team(grid.splits), thread = rank * kCombineThreads + threadIdx.x;
+  const int mine = thread % team, piece = thread / team % kPieces, row = thread / team / kPieces;
+  const bool there = row < C::kTileM && tile.first_row + row < tile.rows();
+  const int64_t at = part_row<C>(grid, tile.index, 0, there ? row : 0);
+  const float2* stats = grid.stats + at;
+  const float4* sums = grid.sums + at * kPieces + piece;
+  RowSums all;
+  all.reference = OnlineSoftmax<1, false>::kNoKeys;
+#pragma unroll 8
+  for (int i = mine; i < used; i += team) all.reference = fmaxf(all.reference, __ldcg(stats + i * C::kTileM).x);
+  for (int step = 1; step < team; step *= 2)
+    all.reference = fmaxf(all.reference, __shfl_xor_sync(~0u, all.reference, step));
+#pragma unroll 8
+  for (int i = mine; i < used; i += team) {
+    const float2 part = __ldcg(stats + i * C::kTileM);
+    const float4 x = __ldcg(sums + int64_t(i) * C::kTileM * kPieces);
+    const float factor = ptx::ex2((part.x - all.reference) * output.scale_log2);
+    all.sum += part.y * factor;
+    all.o.x += x.x * factor, all.o.y += x.y * factor, all.o.z += x.z * factor, all.o.w += x.w * factor;
+  }
+  for (int step = 1; step < team; step *= 2) {
+    all.sum += __shfl_xor_sync(~0u, all.sum, step);
+    all.o.x += __shfl_xor_sync(~0u, all.o.x, step), all.o.y += __shfl_xor_sync(~0u, all.o.y, step);
+    all.o.z += __shfl_xor_sync(~0u, all.o.z, step), all.o.w += __shfl_xor_sync(~0u, all.o.w, step);
+  }
+  if (there && mine == 0) output.write(tile.first_row + row, piece * 4, all);
 }
 
 }  // namespace fagen

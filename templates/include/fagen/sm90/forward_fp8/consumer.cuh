@@ -1,6 +1,6 @@
 // A consumer warpgroup on fp8 numbers: 64 rows of q against key tile after key tile, row tile by row tile. Products,
-// turns and stores follow each other as those of sm90/forward/consumer.cuh do, but the exponentials of a tile may run under
-// the product with the values of the one before: products are twice as fast here, and exponentials are not.
+// turns and stores follow each other as those of sm90/forward/consumer.cuh do, but the exponentials of a tile may run
+// under the product with the values of the one before: products are twice as fast here, and exponentials are not.
 #pragma once
 #include "fagen/common/exp2.cuh"
 #include "fagen/sm90/forward/epilogue.cuh"
@@ -43,6 +43,7 @@ struct Fp8Consumer {
   Fp8Weights<C> weights;
   ValueSums<C> sums;
   float of_values;  // the descale of v, of the row tile that was visited last
+  float margin;     // of scores, between the softmax's limit and that of e4m3
 
   __device__ __forceinline__ Fp8Consumer(const fagen_forward_fp8_params& given, const LaunchArgs& launch, uint32_t smem,
                                          int group)
@@ -97,7 +98,7 @@ struct Fp8Consumer {
   // ---- softmax
 
   // Take the maxima of a tile into the softmax: true if O must be multiplied by `factor`, once it is at rest. A weight
-  // may not outgrow e4m3: references follow every growth of a maximum.
+  // may outgrow its reference by 2^kSlack, which e4m3 has room for; the softmax's own limit is that of 16 bits.
   __device__ __forceinline__ bool update_max(float (&factor)[2]) {
     constexpr int kChains = 4;  // comparisons side by side, since each waits for the one before
     float row_max[2];
@@ -111,7 +112,7 @@ struct Fp8Consumer {
         chain[n % kChains] = n < kChains ? pair : fmaxf(chain[n % kChains], pair);
       }
       row_max[r] = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3]));
-      grown |= row_max[r] > fminf(state.softmax.reference[r], state.softmax.limit[r]);
+      grown |= row_max[r] > state.softmax.limit[r] - margin;
     }
     const bool moved = C::kRescale == Rescale::each || __any_sync(~0u, grown);
     if (moved) {
@@ -122,17 +123,21 @@ struct Fp8Consumer {
     }
     return moved;
   }
-  // S becomes the weights times 2^kWeightScaleLog2, and so do their sums.
+  // S becomes the weights times kWeightScale, and so do their sums.
   __device__ __forceinline__ void exponentiate() {
     const auto& softmax = state.softmax;
-    const float raised[2] = {softmax.offset[0] + kWeightScaleLog2, softmax.offset[1] + kWeightScaleLog2};
+    constexpr float kMost = 1 << (kWeightScaleLog2<C> + C::kSlack);  // of any weight: exp2_on_fma goes up to 1
+    float raised[2], lowered[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      raised[r] = softmax.offset[r] + kWeightScaleLog2<C>, lowered[r] = softmax.offset[r] - C::kSlack;
 #pragma unroll
     for (int n = 0; n < kPieces; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = s_acc[0][n][i];
         if ((n * 4 + i) % 8 < C::kExpOnFma)
-          x = exp2_on_fma(fmaf(x, softmax.scale_log2, softmax.offset[i / 2])) * kWeightScale;
+          x = exp2_on_fma(fmaf(x, softmax.scale_log2, lowered[i / 2])) * kMost;
         else
           x = ptx::ex2(fmaf(x, softmax.scale_log2, raised[i / 2]));
         state.softmax.sum[i / 2] += x;
@@ -174,6 +179,7 @@ struct Fp8Consumer {
       mod.scale *= of_scores;
     else
       state.softmax.scale_log2 = Mod::softmax_scale_log2(p) * of_scores;
+    margin = (State::Softmax::kSlackLog2 - C::kSlack) / state.softmax.scale_log2;
     return mod;
   }
 
@@ -214,9 +220,9 @@ struct Fp8Consumer {
   // The last product of a row tile is there.
   __device__ __forceinline__ void store(const PendingTile& pending) {
     sums.finish(state.o[0]);
-    const float factor = of_values / kWeightScale;
+    const float factor = of_values / kWeightScale<C>;
     multiply_rows(state.o[0], {factor, factor});
-    for (float& sum : state.softmax.sum) sum *= 1.f / kWeightScale;
+    for (float& sum : state.softmax.sum) sum *= 1.f / kWeightScale<C>;
     store_rows<C, Element>(p, packing, state, pending, group);
   }
 

@@ -1,8 +1,8 @@
 // The order of v that O += P v wants: written once, before any kernel, so that none has to transpose or permute.
 //
 // wgmma takes fp8 operands only with k side by side, which are the keys here. A block of 32 keys lies in groups of 8
-// columns of v; a group has two cores of 128 bytes, one for each 16 keys: 8 columns of 16 bytes. That is how wgmma reads
-// an operand that is not swizzled, so that any number of blocks is one copy.
+// columns of v; a group has two cores of 128 bytes, one for each 16 keys: 8 columns of 16 bytes. That is how wgmma
+// reads an operand that is not swizzled, so that any number of blocks is one copy.
 //
 // The keys of a core are permuted. A lane of a warp has the scores of keys 2 l, 2 l + 1, 2 l + 8, 2 l + 9 of each 16
 // (l = lane % 4), and must give the weights of places 4 l .. 4 l + 3: with the keys in this order they are the same.

@@ -1,10 +1,12 @@
 // A consumer warpgroup. Where the two share columns of O, each has the scores and the softmax of half of the keys; they
 // exchange row maxima and the weights P through shared memory, so that both keep the same reference for each row. Where
-// they share rows, neither knows of the other.
+// they share rows, neither knows of the other; with shared scores each exchanges the same with its peer in the other
+// block.
 #pragma once
 #include "fagen/common/element.cuh"
 #include "fagen/common/row_state.cuh"
 #include "fagen/ptx/barrier.cuh"
+#include "fagen/sm90/forward_large/peer.cuh"
 #include "fagen/sm90/forward_large/producer.cuh"
 #include "fagen/sm90/operand.cuh"
 
@@ -21,11 +23,13 @@ struct LargeConsumer {
 
   const fagen_forward_params& p;
   const LargeTask<C>& task;
-  const int group, row, warp_row;  // warpgroup among the consumers; the warp's first row of q, and of the warpgroup's 64
-  const uint32_t q_tile, weight_tile;
+  const int group, row,
+      warp_row;  // warpgroup among the consumers; the warp's first row of q, and of the warpgroup's 64
+  const uint32_t q_tile, weight_tile, exchange_tile;
   float* const exchange;  // a number a row from each warpgroup
   LargeRing<C> ring, held;  // the next chunk to read; the oldest one that is not free yet
   int chunks_held = 0;
+  Peer peer;
   State state;
 
   __device__ __forceinline__ LargeConsumer(const fagen_forward_params& p, const LargeTask<C>& task,
@@ -37,13 +41,16 @@ struct LargeConsumer {
         warp_row(threadIdx.x / 32 % 4 * 16),
         q_tile(smem + (L::kRowsApart ? group * kGroupRows * kRowBytes : 0)),
         weight_tile(smem + L::kWeights + (L::kRowsApart ? group * L::kWeightBytes : 0)),
+        exchange_tile(smem + L::kExchange),
         exchange(exchange),
         ring(ring),
         held(ring),
+        peer(smem + L::kPeerBarriers, threadIdx.x / 32),
         state(p) {}
 
-  // which part of the keys, and of the block's columns, the warpgroup has
+  // the warpgroup's part of the block's keys and columns, and of the tile's keys
   __device__ __forceinline__ int part() const { return L::kRowsApart ? 0 : group; }
+  __device__ __forceinline__ int key_part() const { return L::kPeers ? task.rank() : part(); }
   // Wait for all who read what this warp has stored: rows are a warp's own, unless both warpgroups have all of them.
   __device__ __forceinline__ static void wait_for_all() {
     if constexpr (L::kRowsApart)
@@ -92,21 +99,21 @@ struct LargeConsumer {
   }
   // O += P V, all chunks of a tile of keys
   __device__ __forceinline__ void multiply_values() {
-    auto& first = reinterpret_cast<float(&)[L::kFirstColumns / 8][4]>(state.o[0][0]);
+    auto& first = reinterpret_cast<float (&)[L::kFirstColumns / 8][4]>(state.o[0][0]);
     pin(state.o[0]);
 #pragma unroll 1
     for (int chunk = 0; chunk < L::kValueChunks; ++chunk) {
+      if (L::kPeers && chunk == L::kValueChunks / 2) peer.wait_for_weights();
       start_chunk([&](uint32_t tile) {
         const Operand weights = Operand::of_rows(weight_tile);
-        const Operand v =
-            Operand::of_columns(tile + part() * L::kGroupSlabs * L::kValueSlabBytes, L::kValueSlabBytes);
+        const Operand v = Operand::of_columns(tile + part() * L::kGroupSlabs * L::kValueSlabBytes, L::kValueSlabBytes);
 #pragma unroll
         for (int step = 0; step < L::kValueKeys / 16; ++step) {
-          const int at = chunk * (L::kValueKeys / 16) + step;  // 16 keys of the tile
+          const int at = task.value_chunk(chunk) * (L::kValueKeys / 16) + step;  // 16 keys of the tile
           const uint64_t a = weights.at(at / 4 * L::kWeightSlabBytes + at % 4 * 32);
           ptx::wgmma_shared_columns<L::kFirstColumns>(first, a, v.at(step * 2048));
           if constexpr (L::kSecondColumns > 0) {
-            auto& second = reinterpret_cast<float(&)[L::kSecondColumns / 8][4]>(state.o[0][L::kFirstColumns / 8]);
+            auto& second = reinterpret_cast<float (&)[L::kSecondColumns / 8][4]>(state.o[0][L::kFirstColumns / 8]);
             constexpr int kBefore = L::kFirstColumns / kSlabColumns * L::kValueSlabBytes;
             ptx::wgmma_shared_columns<L::kSecondColumns>(second, a, v.at(kBefore + step * 2048));
           }
@@ -118,23 +125,31 @@ struct LargeConsumer {
 
   // ---- softmax
 
-  // The other warpgroup's number of each of the thread's two rows. All lanes of a quad have the same.
-  __device__ __forceinline__ void swap_rows(const float (&mine)[2], float (&other)[2]) const {
-    const int place = warp_row + state.lane.row;
+  // Whether a row's scores are divided, and its number of the other half, of the thread's two rows. All lanes of a quad
+  // have the same.
+  static constexpr bool kDivided = L::kPeers || !L::kRowsApart;
+  __device__ __forceinline__ void swap_rows(const float (&mine)[2], float (&other)[2]) {
+    const int place = warp_row + state.lane.row, from = L::kPeers ? group : 1 - group;
+    const bool sends = state.lane.id % 4 == 0;
+    if constexpr (L::kPeers) {
+      peer.send(mine, exchange_tile + (group * kGroupRows + place) * 4, sends, 1 - task.rank());
+      peer.wait_for_numbers();
+    } else {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      if (state.lane.id % 4 == 0) exchange[group * kGroupRows + place + r * 8] = mine[r];
-    wait_for_all();
+      for (int r = 0; r < 2; ++r)
+        if (sends) exchange[group * kGroupRows + place + r * 8] = mine[r];
+      wait_for_all();
+    }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) other[r] = exchange[(1 - group) * kGroupRows + place + r * 8];
+    for (int r = 0; r < 2; ++r) other[r] = exchange[from * kGroupRows + place + r * 8];
   }
 
-  // Where both warpgroups have the rows, they take the same maxima into their softmax; O follows.
+  // Both who have scores of a row take the same maxima into their softmax; O follows.
   __device__ __forceinline__ void update_max(Scores& scores) {
     float row_max[2], other[2], factor[2];
     state.thread_maxima(scores, row_max);
     for (float& x : row_max) x = quad_max(x);
-    if constexpr (!L::kRowsApart) {
+    if constexpr (kDivided) {
       swap_rows(row_max, other);
 #pragma unroll
       for (int r = 0; r < 2; ++r) row_max[r] = fmaxf(row_max[r], other[r]);
@@ -160,7 +175,7 @@ struct LargeConsumer {
     const uint32_t place = weight_tile + (warp_row + lane % 16) * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
     for (int n = 0; n < kWeightSteps; ++n) {
-      const int at = part() * kWeightSteps + n;
+      const int at = key_part() * kWeightSteps + n;
       const auto word = [&](int i) {
         const float* pair = &scores[0][2 * n + i / 2][i % 2 * 2];
         return pack<Element>(pair[0], pair[1]);
@@ -169,12 +184,14 @@ struct LargeConsumer {
     }
     ptx::fence_shared_writes();
     wait_for_all();
+    if constexpr (L::kPeers)
+      peer.send_weights(weight_tile + key_part() * L::kWeightSlabBytes + warp_row * kRowBytes, 1 - task.rank());
   }
 
   // ---- tiles of keys
 
-  // A tile of keys whose scores are there: softmax, O += P V, and the scores of the next tile, if there is one. The first
-  // of its chunks are multiplied under the softmax.
+  // A tile of keys whose scores are there: softmax, O += P V, and the scores of the next tile, if there is one. The
+  // first of its chunks are multiplied under the softmax.
   template <bool kNext>
   __device__ __forceinline__ void visit(Scores& scores, Scores& next, const ScoreMod<C>& mod, int tile, bool partial) {
     if constexpr (kNext && C::kChunksAhead > 0) {
@@ -182,7 +199,7 @@ struct LargeConsumer {
 #pragma unroll
       for (int chunk = 0; chunk < C::kChunksAhead; ++chunk) start_score_chunk(next, chunk);
     }
-    const int key = tile * C::kTileN + part() * L::kGroupKeys;
+    const int key = tile * C::kTileN + key_part() * L::kGroupKeys;
     if (partial)
       state.template modify<true>(scores, mod, task.mask, row, key);
     else
@@ -259,7 +276,7 @@ struct LargeConsumer {
     float row_sum[2], other[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) row_sum[r] = quad_sum(state.softmax.sum[r]);
-    if constexpr (!L::kRowsApart) {
+    if constexpr (kDivided) {
       swap_rows(row_sum, other);
 #pragma unroll
       for (int r = 0; r < 2; ++r) row_sum[r] += other[r];

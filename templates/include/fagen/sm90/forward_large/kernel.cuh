@@ -19,9 +19,16 @@ __device__ __forceinline__ void run_large_block(const fagen_forward_params& p, c
   if (threadIdx.x == 0) {
     q.init(1);
     ring.init(L::kConsumers / 32);
+    if (L::kPeers)
+      for (int warp = 0; warp < L::kConsumers / 32; ++warp) Peer(smem + L::kPeerBarriers, warp).init();
     ptx::fence_mbarrier_init();
+    if (p.seqlen_k > 0) {  // else there are no maps
+      ptx::prefetch_map(&launch.q);
+      ptx::prefetch_map(&launch.k);
+      ptx::prefetch_map(&launch.v);
+    }
   }
-  C::kCluster > 1 ? ptx::cluster_sync() : __syncthreads();
+  L::kClusterBlocks > 1 ? ptx::cluster_sync() : __syncthreads();
   const LargeTask<C> task(p, launch);
   if (group == L::kGroups) {
     ptx::fewer_registers<L::kProducerRegisters>();
@@ -31,7 +38,7 @@ __device__ __forceinline__ void run_large_block(const fagen_forward_params& p, c
     float* exchange = reinterpret_cast<float*>(shared + (smem - base) + L::kExchange);
     LargeConsumer<C, Element>(p, task, ring, smem, exchange, group).run(q);
   }
-  if (C::kCluster > 1) ptx::cluster_sync();  // none ends while another fills its stages or arrives at its barriers
+  if (L::kClusterBlocks > 1) ptx::cluster_sync();  // none ends while another writes to it or arrives at its barriers
 }
 
 }  // namespace fagen

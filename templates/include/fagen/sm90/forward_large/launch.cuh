@@ -28,7 +28,8 @@ static cudaError_t make_large_maps(const fagen_forward_params& p, CUtensorMapDat
     return make_map(map, type, t.data, columns, {rows, {heads, t.stride[2], 1}, {p.batch, t.stride[0], 1}});
   };
   if (const cudaError_t e = make(&launch.q, p.q, p.head_dim, p.seqlen_q, p.heads, L::kRows)) return e;
-  if (const cudaError_t e = make(&launch.k, p.k, p.head_dim, p.seqlen_k, p.kv_heads, C::kTileN / C::kCluster)) return e;
+  if (const cudaError_t e = make(&launch.k, p.k, p.head_dim, p.seqlen_k, p.kv_heads, L::kBlockKeys / C::kCluster))
+    return e;
   return make(&launch.v, p.v, p.head_dim_v, p.seqlen_k, p.kv_heads, L::kValueKeys);
 }
 
@@ -56,11 +57,12 @@ static cudaError_t launch_large(const fagen_forward_params& p, cudaStream_t stre
   launch.heads_at_once = at_once < heads ? int(at_once) : heads;
   if (MaskOf<C>::kIntervals && launch.key_tiles > 0) {
     const int64_t warps = int64_t(launch.key_tiles) * p.batch * p.mask_heads;
-    if (const cudaError_t e = launch_kernel<1, false>(extents, int(ceil_div(warps, 8)), 256, 0, stream, p, launch)) return e;
+    if (const cudaError_t e = launch_kernel<1, false>(extents, int(ceil_div(warps, 8)), 256, 0, stream, p, launch))
+      return e;
   }
-  const int clusters = launch.row_tiles * heads * C::kColumnSplits;
-  return launch_kernel<C::kCluster, false>(forward, clusters * C::kCluster, L::kThreads, L::kSmemBytes, stream, p,
-                                           launch);
+  const int clusters = launch.row_tiles * heads * (L::kPeers ? 1 : C::kOutputSplits);
+  return launch_kernel<L::kClusterBlocks, false>(forward, clusters * L::kClusterBlocks, L::kThreads, L::kSmemBytes,
+                                                 stream, p, launch);
 }
 
 }  // namespace fagen

@@ -34,17 +34,18 @@ struct LargeProducer {
       ptx::tma_load(q.tile() + slab * L::kQSlabBytes, &launch.q, q.full(), slab * kSlabColumns, task.first_row,
                     task.coord.head, task.coord.batch);
   }
-  // Chunks [first, end) of a tile of keys. Of each slab every block of the cluster loads some rows.
+  // Chunks [first, end) of a tile of keys. Of each slab every block of the cluster loads some rows, for all of them; of
+  // peers each has its own.
   __device__ __forceinline__ void load_keys(int tile, int first, int end) {
-    constexpr int kPart = C::kTileN / C::kCluster;
-    const int part = task.rank() * kPart;
+    constexpr int kPart = L::kBlockKeys / C::kCluster;
+    const int before = task.rank() * kPart, place = L::kPeers ? 0 : before;
     for (int chunk = first; chunk < end; ++chunk, ring.advance()) {
       if (threadIdx.x % 32 != 0) continue;
       ring.acquire();
       ptx::mbarrier_arrive_expect(ring.full(), L::kKeyBytes);
       for (int slab = 0; slab < L::kChunkSlabs; ++slab)
-        load(ring.tile() + slab * L::kKeySlabBytes + part * kRowBytes, launch.k,
-             (chunk * L::kChunkSlabs + slab) * kSlabColumns, tile * C::kTileN + part);
+        load(ring.tile() + slab * L::kKeySlabBytes + place * kRowBytes, launch.k,
+             (chunk * L::kChunkSlabs + slab) * kSlabColumns, tile * C::kTileN + before);
     }
   }
   // All chunks of V of a tile of keys. Every block of the cluster loads some slabs.
@@ -53,9 +54,9 @@ struct LargeProducer {
       if (threadIdx.x % 32 != 0) continue;
       ring.acquire();
       ptx::mbarrier_arrive_expect(ring.full(), L::kValueBytes);
-      for (int slab = task.rank(); slab < L::kValueSlabs; slab += C::kCluster)
+      for (int slab = task.rank() % C::kCluster; slab < L::kValueSlabs; slab += C::kCluster)
         load(ring.tile() + slab * L::kValueSlabBytes, launch.v, task.first_column + slab * kSlabColumns,
-             tile * C::kTileN + chunk * L::kValueKeys);
+             tile * C::kTileN + task.value_chunk(chunk) * L::kValueKeys);
     }
   }
 

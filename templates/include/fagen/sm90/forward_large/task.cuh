@@ -18,10 +18,11 @@ struct LargeLaunch {
 };
 
 // The blocks of a cluster take neighbouring tiles of rows. They load each tile of keys together, and so all visit what
-// any of them sees.
+// any of them sees. Peers that share scores have the same rows.
 template <class C>
 struct LargeTask {
-  static constexpr int kRows = LargeLayout<C>::kRows, kClusterRows = kRows * C::kCluster;
+  using L = LargeLayout<C>;
+  static constexpr int kClusterRows = L::kRows * C::kCluster;
 
   TileCoord coord;
   int kv_head, first_row, first_column;
@@ -30,12 +31,14 @@ struct LargeTask {
   TileRange range;  // tiles of keys
 
   __device__ __forceinline__ LargeTask(const fagen_forward_params& p, const LargeLaunch& launch) : mask(p) {
-    const int cluster = blockIdx.x / C::kCluster;
-    coord = tile_at<C::kBlockOrder>(p, cluster / C::kColumnSplits, launch.row_tiles, launch.heads_at_once);
+    const int cluster = blockIdx.x / L::kClusterBlocks;
+    const int tile = L::kPeers ? cluster : cluster / C::kOutputSplits;
+    const int columns = L::kPeers ? rank() : cluster % C::kOutputSplits;
+    coord = tile_at<C::kBlockOrder>(p, tile, launch.row_tiles, launch.heads_at_once);
     kv_head = coord.head / (p.heads / p.kv_heads);
     m0 = coord.row_tile * kClusterRows, m1 = min(m0 + kClusterRows, p.seqlen_q);
-    first_row = m0 + rank() * kRows;
-    first_column = cluster % C::kColumnSplits * LargeLayout<C>::kBlockColumns;
+    first_row = m0 + rank() % C::kCluster * L::kRows;
+    first_column = columns * L::kBlockColumns;
     range = TileRange::of<C::kTileN>(mask.band, m0, m1);
     if constexpr (MaskOf<C>::kIntervals) {
       const int head = p.mask_heads == 1 ? 0 : kv_head;
@@ -47,7 +50,11 @@ struct LargeTask {
     }
   }
 
-  static __device__ __forceinline__ int rank() { return blockIdx.x % C::kCluster; }  // in the cluster
+  static __device__ __forceinline__ int rank() { return blockIdx.x % L::kClusterBlocks; }  // in the cluster
+  // The chunk of V that is the n-th: a peer begins with the keys whose weights it has computed itself.
+  static __device__ __forceinline__ int value_chunk(int n) {
+    return L::kPeers ? (n + rank() * (L::kValueChunks / 2)) % L::kValueChunks : n;
+  }
   // The walk over the tiles of keys, from the last to the first.
   __device__ __forceinline__ typename MaskOf<C>::Walk walk() const { return mask.walk(range, m0, m1); }
 };

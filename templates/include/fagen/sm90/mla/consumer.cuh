@@ -1,11 +1,11 @@
 // A consumer warpgroup of the two. Of each pair of key tiles it computes the scores and weights of its own, and adds
-// both tiles' values to its half of the columns of O. While one warpgroup is at its softmax, the other's products go
-// on:
+// both tiles' values to its half of the columns of O, those of tile 0 first. While one warpgroup is at its softmax the
+// other's products go on, and tile 0 is free for the next pair while tile 1 is at work:
 //
-//   warpgroup 0   S0 = Q K0^T | softmax | O_left  += P0 V0 | store P0 | O_left  += P1 V1
-//   warpgroup 1   S1 = Q K1^T | softmax after that of S0 | store P1 | O_right += P1 V1 | O_right += P0 V0
+//   warpgroup 0   S0 = Q K0^T | softmax, store P0 | O_left += P0 V0 ...................... | O_left += P1 V1
+//   warpgroup 1   .............. S1 = Q K1^T ..... | O_right += P0 V0 | softmax, store P1 | O_right += P1 V1
 //
-// Both refer their weights to the same maxima: those after tile 0 go to warpgroup 1, those after tile 1 come back.
+// Both refer their weights to the same maxima: those after tile 0 come with P0, those after tile 1 with P1.
 #pragma once
 #include "fagen/common/row_state.cuh"
 #include "fagen/ptx/barrier.cuh"
@@ -28,7 +28,6 @@ struct MlaConsumer {
   const bool shared;  // with another block: the keys
   const Lane lane;
   const int warp_row = threadIdx.x / 32 % 4 * 16;  // the warp's first row
-  int end[2];  // keys that this thread's rows see
   OnlineSoftmax<2, C::kRescale == Rescale::deferred> softmax;
   float s_acc[kPieces][4];
   float o[L::kHalf / 8][4];
@@ -36,39 +35,36 @@ struct MlaConsumer {
 
   __device__ __forceinline__ MlaConsumer(const DecodeTile<C>& tile, float scale_log2, uint32_t smem, bool shared)
       : tile(tile), smem(smem), shared(shared), softmax(scale_log2) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) end[r] = tile.end_of(tile.token(tile.first_row + row_of(r)));
     clear(o);
   }
   __device__ __forceinline__ int row_of(int r) const { return warp_row + r * 8 + lane.row; }
 
   // ---- products
 
-  // S = Q K^T of the own tile, its own part first: that is the sooner free, and the sooner there. Staggered, warpgroup
-  // 1 leaves the tensor cores to warpgroup 0 before the rest, so that it has work left for them while that one is at
-  // its softmax.
-  __device__ __forceinline__ void compute_scores(int phase) {
-    const KeyPart<C> own{smem, kGroup, kGroup}, rest{smem, kGroup, kOther};
+  // Start S = Q K^T of the own tile, slab by slab as they come.
+  __device__ __forceinline__ void start_scores(int phase) {
     pin(s_acc);
-    ptx::mbarrier_wait(own.full(), phase);
-    ptx::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < L::kHalfSlabs; ++i) add_scores(own, i, i > 0);
-    ptx::mbarrier_wait(rest.full(), phase);
-    if constexpr (C::kStagger && kGroup == 1) ptx::barrier_sync(kFirstScores, L::kGroups * 128);
-    ptx::wgmma_fence();
+    for (int half = 0; half < 2; ++half) {
+      const KeyPart<C> part{smem, kGroup, half};
 #pragma unroll
-    for (int i = 0; i < L::kHalfSlabs + 1; ++i) add_scores(rest, i, true);
+      for (int i = 0; i < L::kHalfSlabs + (kGroup != half); ++i) {
+        const int slab = part.slab(i);
+        const Operand q = Operand::of_rows(smem + slab * L::kSlabBytes);
+        const Operand k = Operand::of_rows(part.tile() + slab * L::kSlabBytes);
+        ptx::mbarrier_wait(part.full(slab), phase);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int d = 0; d < kSlabColumns / 16; ++d)
+          ptx::wgmma<C::kTileN, false, false>(s_acc, q.at(d * 32), k.at(d * 32), half + i + d > 0);
+      }
+    }
     ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    pin(s_acc);
   }
-  __device__ __forceinline__ void add_scores(const KeyPart<C>& part, int i, bool more) {
-    const Operand q = Operand::of_rows(smem + part.slab(i) * L::kSlabBytes);
-    const Operand k = Operand::of_rows(part.tile() + part.slab(i) * L::kSlabBytes);
-#pragma unroll
-    for (int d = 0; d < kSlabColumns / 16; ++d)
-      ptx::wgmma<C::kTileN, false, false>(s_acc, q.at(d * 32), k.at(d * 32), more || d > 0);
+  template <int kPending>
+  __device__ __forceinline__ void wait_scores() {
+    ptx::wgmma_wait<kPending>();
+    pin(s_acc);
   }
   __device__ __forceinline__ Operand values(const KeyPart<C>& part) const {
     return Operand::of_columns(part.tile() + part.slab(0) * L::kSlabBytes, L::kSlabBytes);
@@ -92,10 +88,9 @@ struct MlaConsumer {
     for (int n = 0; n < kSteps; ++n) ptx::wgmma<L::kHalf, false, true>(o, p.at(n * 32), v.at(n * 16 * kRowBytes), true);
     ptx::wgmma_commit();
   }
-  // Wait while up to kPending younger products go on, and free the part of tile `buffer` that the product has read.
-  template <int kPending>
+  // Wait, and free the part of tile `buffer` that the product has read.
   __device__ __forceinline__ void wait_values(int buffer) {
-    ptx::wgmma_wait<kPending>();
+    ptx::wgmma_wait<0>();
     pin(o);
     KeyPart<C>{smem, buffer, kGroup}.release(shared);
   }
@@ -107,7 +102,7 @@ struct MlaConsumer {
     if (key + C::kTileN <= tile.full_end) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int to = end[r] - key - lane.column;
+      const int to = tile.end_of(tile.token(tile.first_row + row_of(r))) - key - lane.column;
 #pragma unroll
       for (int n = 0; n < kPieces; ++n)
 #pragma unroll
@@ -177,26 +172,18 @@ struct MlaConsumer {
 #pragma unroll
     for (int n = 0; n < kSteps; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) weights[n][i] = pack_pair(n, i, 1.f);
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = &s_acc[2 * n + i / 2][i % 2 * 2];
+        weights[n][i] = pack<Element>(pair[0], pair[1]);
+      }
   }
-  // Register i of the operand for the n-th 16 keys.
-  __device__ __forceinline__ uint32_t pack_pair(int n, int i, float factor) const {
-    const float* pair = &s_acc[2 * n + i / 2][i % 2 * 2];
-    return pack<Element>(pair[0] * factor, pair[1] * factor);
-  }
-  // Store the weights in the place of the own tile's rotary columns, times `factor` where the references have moved: a
-  // product may still read the registers.
-  __device__ __forceinline__ void store_weights(bool moved, const float (&factor)[2]) const {
+  // Store the weights in the place of the own tile's rotary columns.
+  __device__ __forceinline__ void store_weights() const {
     const int row = warp_row + lane.id % 16;
     const uint32_t to = KeyPart<C>{smem, kGroup, kGroup}.tile() + L::kRotary * L::kSlabBytes + row * kRowBytes +
                         ((lane.id / 16 ^ lane.id % 8) << 4);
 #pragma unroll
-    for (int n = 0; n < kSteps; ++n) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = moved ? pack_pair(n, i, factor[i % 2]) : weights[n][i];
-      ptx::stmatrix_x4(to ^ n * 32, words);
-    }
+    for (int n = 0; n < kSteps; ++n) ptx::stmatrix_x4(to ^ n * 32, weights[n]);
     ptx::fence_shared_writes();
   }
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
@@ -222,73 +209,66 @@ struct MlaConsumer {
 
   // ---- a pair of tiles, the last one perhaps without the second
 
-  __device__ __forceinline__ void visit_first(int key, bool pair, int phase) {
-    float factor[2];
-    compute_scores(phase);
-    if (C::kStagger && pair) ptx::barrier_arrive(kFirstScores, L::kGroups * 128);
+  // Weights from the scores of the own tile: true if O must be multiplied by `factor`.
+  __device__ __forceinline__ bool weigh(int key, float (&factor)[2]) {
     hide(key);
     const bool moved = update_max(factor);
     share_references();
-    ptx::barrier_arrive(kFirstReferences, L::kGroups * 128);
     exponentiate();
-    if (moved) rescale(factor);
-    clear_hidden_rows(0, key);
-    start_own_values();
-    bool moved_on = false;
-    if (pair) {
-      ptx::barrier_sync(kSecondWeights, L::kGroups * 128);
-      moved_on = adopt_references(factor);
-    }
-    store_weights(moved_on, factor);
-    ptx::barrier_arrive(kFirstWeights, L::kGroups * 128);
-    wait_values<0>(0);
-    if (!pair) return;
-    if (moved_on) rescale(factor);
-    clear_hidden_rows(1, key + C::kTileN);
-    start_other_values();
-    wait_values<0>(1);
+    store_weights();
+    return moved;
   }
-
-  __device__ __forceinline__ void visit_second(int key, bool pair, int phase) {
-    float factor[2], own_factor[2] = {1.f, 1.f};
-    if (pair) {
-      compute_scores(phase);
-      hide(key + C::kTileN);
+  template <bool kPair>
+  __device__ __forceinline__ void visit_first(int key, int phase) {
+    float factor[2];
+    start_scores(phase);
+    wait_scores<0>();
+    const bool moved = weigh(key, factor);
+    ptx::barrier_arrive(kFirstWeights, L::kGroups * 128);
+    if (moved) rescale(factor);
+    if constexpr (!kPair) clear_hidden_rows(0, key);
+    start_own_values();
+    wait_values(0);
+    if constexpr (kPair) {
+      ptx::barrier_sync(kSecondWeights, L::kGroups * 128);
+      if (adopt_references(factor)) rescale(factor);
+      clear_hidden_rows(1, key + C::kTileN);
+      start_other_values();
+      wait_values(1);
     }
-    ptx::barrier_sync(kFirstReferences, L::kGroups * 128);
-    bool moved = adopt_references(factor);
-    if (pair) {
-      moved |= update_max(own_factor);
-      share_references();
-      exponentiate();
-      store_weights(false, factor);
+  }
+  template <bool kPair>
+  __device__ __forceinline__ void visit_second(int key, int phase) {
+    float factor[2];
+    if constexpr (kPair) start_scores(phase);
+    ptx::barrier_sync(kFirstWeights, L::kGroups * 128);
+    if (adopt_references(factor)) rescale(factor);
+    if constexpr (!kPair) clear_hidden_rows(0, key);
+    start_other_values();
+    if constexpr (kPair) {
+      wait_scores<1>();  // the values of tile 0 go on under the softmax of tile 1
+      const bool moved = weigh(key + C::kTileN, factor);
       ptx::barrier_arrive(kSecondWeights, L::kGroups * 128);
-    }
-    if (moved) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) factor[r] *= own_factor[r];
-      rescale(factor);
-    }
-    if (pair) {
+      wait_values(0);
+      if (moved) rescale(factor);
       clear_hidden_rows(1, key + C::kTileN);
       start_own_values();
     }
-    ptx::barrier_sync(kFirstWeights, L::kGroups * 128);
-    if (!pair) clear_hidden_rows(0, key);
-    start_other_values();
-    if (pair) wait_values<1>(1);
-    wait_values<0>(0);
+    wait_values(kPair);
+  }
+  template <bool kPair>
+  __device__ __forceinline__ void visit(int tile_index, int phase) {
+    if constexpr (kGroup == 0)
+      visit_first<kPair>(tile_index * C::kTileN, phase);
+    else
+      visit_second<kPair>(tile_index * C::kTileN, phase);
   }
 
   __device__ __forceinline__ void visit_keys(const DecodeSplit<C>& split) {
-    int phase = 0;
+    int phase = 0, i = split.first;
 #pragma unroll 1
-    for (int i = split.first; i < split.end; i += 2, phase ^= 1) {
-      if constexpr (kGroup == 0)
-        visit_first(i * C::kTileN, i + 1 < split.end, phase);
-      else
-        visit_second(i * C::kTileN, i + 1 < split.end, phase);
-    }
+    for (; i + 1 < split.end; i += 2, phase ^= 1) visit<true>(i, phase);
+    if (i < split.end) visit<false>(i, phase);
   }
 
   // ---- the end

@@ -10,8 +10,6 @@
 
 namespace fagen {
 
-constexpr int kMergeShares = 16;  // blocks that merge the splits of a row tile
-
 // Neighbouring row tiles of a sequence read the same keys. As a cluster they load them once: each loads half of every
 // tile, to both, and both go over the keys that either one sees.
 template <class C>
@@ -29,7 +27,7 @@ template <class C>
 __device__ __forceinline__ void init_parts(uint32_t smem, bool shared) {
   for (int part = 0; part < 4; ++part) {
     const KeyPart<C> its{smem, part / 2, part % 2};
-    ptx::mbarrier_init(its.full(), 1);
+    for (int i = 0; i < its.slabs(); ++i) ptx::mbarrier_init(its.full(its.slab(i)), 1);
     ptx::mbarrier_init(its.empty(), shared ? 4 * C::kCluster : 4);  // warps of the warpgroups that read it last
   }
   ptx::fence_mbarrier_init();
@@ -57,18 +55,18 @@ __device__ __forceinline__ void run_block(const fagen_decode_params& p, const De
   using L = MlaLayout<C>;
   const uint32_t smem = (ptx::shared_address(memory) + kSmemAlignment - 1) & ~uint32_t(kSmemAlignment - 1);
   ptx::start_next_kernel();
+  const bool shared = shares_keys<C>(grid);
+  if (threadIdx.x == 0) {  // before lengths are waited for
+    ptx::prefetch_map(&map);
+    init_parts<C>(smem, shared);
+  }
   // row tiles of a sequence are neighbours, since they read the same keys
   const int of_sequence = grid.row_tiles * p.kv_heads, all = blockIdx.x / of_sequence, split_index = all % grid.splits;
   const DecodeTile<C> tile = tile_at<C>(p, grid, all / grid.splits * of_sequence + blockIdx.x % of_sequence);
   const DecodeSplit<C> split(tile, grid, split_index);
-  const bool shared = shares_keys<C>(grid);
   const int first_row = tile.first_row - (shared && blockIdx.x % 2 ? C::kTileM : 0);  // of the cluster
   if (first_row >= tile.rows() || split_index >= split.used) return;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well
-  if (threadIdx.x == 0) {
-    ptx::prefetch_map(&map);
-    init_parts<C>(smem, shared);
-  }
   shared ? ptx::cluster_sync() : __syncthreads();
   if (group == L::kGroups) {
     ptx::fewer_registers<L::kProducerRegisters>();
@@ -86,11 +84,11 @@ __device__ __forceinline__ void run_block(const fagen_decode_params& p, const De
 // A share of the merge of a row tile's splits.
 template <class C, class Element>
 __device__ __forceinline__ void run_merge(const fagen_decode_params& p, const DecodeGrid& grid) {
-  ptx::wait_for_previous_kernel();
-  const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / kMergeShares);
+  const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / merge_blocks<C>(grid.splits));
   const DecodeSplit<C> split(tile, grid, 0);
   if (tile.first_row >= tile.rows() || split.used == 1) return;
-  merge_splits(output_of<C, Element>(p, tile), grid, split.used, blockDim.x, blockIdx.x % kMergeShares, kMergeShares);
+  ptx::wait_for_previous_kernel();  // lengths were there before it began
+  merge_share(output_of<C, Element>(p, tile), grid, split.used, blockIdx.x % merge_blocks<C>(grid.splits));
 }
 
 }  // namespace fagen

@@ -1,8 +1,8 @@
 // A launch of latent decode on the host: the tensor map of the cache, the plan of splits, both kernels.
 #pragma once
 #include "fagen/host/prepare.cuh"
-#include "fagen/host/tensor_map.cuh"
 #include "fagen/sm80/decode/plan.cuh"
+#include "fagen/sm90/map_cache.cuh"
 #include "fagen/sm90/mla/kernel.cuh"
 
 namespace fagen {
@@ -11,24 +11,17 @@ using MlaKernel = void (*)(fagen_decode_params, DecodeGrid, CUtensorMap);
 using MergeKernel = void (*)(fagen_decode_params, DecodeGrid);
 
 template <class C>
-static cudaError_t map_cache(CUtensorMap* map, CUtensorMapDataType type, const fagen_decode_params& p) {
-  const fagen_tensor& k = p.k;
-  const Dimension dimensions[3] = {
-      {p.page_size, k.stride[1], KeyBoxes<C>::kKeys}, {p.kv_heads, k.stride[2], 1}, {p.pages, k.stride[0], 1}};
-  return make_map(map, type, k.data, C::kHeadDim, dimensions);
-}
-
-template <class C>
 static cudaError_t launch_latent(const fagen_decode_params& p, int sms, CUtensorMapDataType type, cudaStream_t stream,
                                  MlaKernel decode, MergeKernel merge) {
   using L = MlaLayout<C>;
   DecodePlan<C> plan(p, sms);
   const int64_t blocks = plan.tiles * plan.grid.splits;
   if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX || plan.tiles > INT32_MAX / kMergeShares) return cudaErrorInvalidConfiguration;
+  if (blocks > INT32_MAX || plan.tiles > INT32_MAX / merge_blocks<C>(plan.grid.splits))
+    return cudaErrorInvalidConfiguration;
   plan.assign(p.workspace);
   CUtensorMap map;
-  if (const cudaError_t e = map_cache<C>(&map, type, p)) return e;
+  if (const cudaError_t e = map_cache<C>(&map, type, p, p.k, C::kHeadDim)) return e;
   plan.grid.clustered = plan.grid.row_tiles % C::kCluster == 0;
   const int threads = L::kThreads, smem = L::kSmemBytes;
   const cudaError_t e =
@@ -36,7 +29,8 @@ static cudaError_t launch_latent(const fagen_decode_params& p, int sms, CUtensor
           ? launch_kernel<C::kCluster, false>(decode, int(blocks), threads, smem, stream, p, plan.grid, map)
           : launch_kernel<1, false>(decode, int(blocks), threads, smem, stream, p, plan.grid, map);
   if (e || plan.grid.splits == 1) return e;
-  return launch_kernel(merge, int(plan.tiles) * kMergeShares, kCombineThreads, 0, stream, p, plan.grid);
+  return launch_kernel(merge, int(plan.tiles) * merge_blocks<C>(plan.grid.splits), kCombineThreads, 0, stream, p,
+                       plan.grid);
 }
 
 }  // namespace fagen

@@ -30,13 +30,14 @@ struct MlaLayout {
   static_assert(C::kSharedKv && !C::kFp8Cache && C::kAligned,
                 "values are columns of keys, which the copy engine takes");
 
-  // Offsets: the tile of q, the key tiles, (warpgroup, row): reference, sum, the barriers of the parts of key tiles.
+  // Offsets: the tile of q, the key tiles, (warpgroup, row): reference, sum, the barriers of the slabs of key tiles, of
+  // their parts.
   static constexpr int kTiles = kTileBytes, kReferences = kTiles + kBuffers * kTileBytes;
-  static constexpr int kSums = kReferences + kGroups * C::kTileM * 4, kBarriers = kSums + kGroups * C::kTileM * 4;
-  static constexpr int kEnd = kBarriers + kBuffers * kGroups * kBarrierBytes;
+  static constexpr int kSums = kReferences + kGroups * C::kTileM * 4, kFull = kSums + kGroups * C::kTileM * 4;
+  static constexpr int kEmpty = kFull + kBuffers * kSlabs * 8, kEnd = kEmpty + kBuffers * kGroups * 8;
   static constexpr int kSmemBytes = kEnd + kSmemAlignment;  // room to align
 
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of 168 each
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // of 168 each
 
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
@@ -46,17 +47,15 @@ struct MlaLayout {
 // Named barriers; 0 is __syncthreads.
 enum MlaBarrier {
   kRowsLoaded = 1,
-  kFirstScores,
-  kFirstReferences,
-  kSecondWeights,
   kFirstWeights,
+  kSecondWeights,
   kRowsSummed,
   kRowsCleared  // and the next one: each warpgroup's
 };
 
-// A part of a key tile: the slabs that the same warpgroup is the last to read. Of tile i of a pair warpgroup i computes
-// the scores, and puts its weights in the place of the tile's rotary columns, which are read by then; the other
-// warpgroup reads them with its own half.
+// A part of a key tile: the slabs that the same warpgroup is the last to read, and frees. Of tile i of a pair warpgroup
+// i computes the scores, slab by slab as they come, and puts its weights in the place of the tile's rotary columns,
+// which are read by then; the other warpgroup reads them with its own half.
 template <class C>
 struct KeyPart {
   using L = MlaLayout<C>;
@@ -64,10 +63,8 @@ struct KeyPart {
   int buffer, group;
 
   __device__ __forceinline__ uint32_t tile() const { return smem + L::kTiles + buffer * L::kTileBytes; }
-  __device__ __forceinline__ uint32_t full() const {
-    return smem + L::kBarriers + (buffer * L::kGroups + group) * kBarrierBytes;
-  }
-  __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
+  __device__ __forceinline__ uint32_t full(int slab) const { return smem + L::kFull + (buffer * L::kSlabs + slab) * 8; }
+  __device__ __forceinline__ uint32_t empty() const { return smem + L::kEmpty + (buffer * L::kGroups + group) * 8; }
   // Free it: one arrival a warp, in each block whose copies come here as well.
   __device__ __forceinline__ void release(bool shared) const {
     if (shared) {
