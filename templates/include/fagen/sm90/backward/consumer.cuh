@@ -111,7 +111,7 @@ struct BackwardConsumer {
     fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
                                     lse, pipelines.smem + L::kBounds + key * 16);
     if constexpr (C::kDropout)
-      mark_dropped<true, false>(s, change.dropout, at.tile * C::kTileM, keys.n0 + key - place.row);
+      mark_dropped<true>(s, change.dropout, at.tile * C::kTileM, keys.n0 + key - place.row);
   }
   // dS in place of dP
   __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives,
