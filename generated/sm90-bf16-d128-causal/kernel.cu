@@ -939,11 +939,11 @@ struct RowState {
 // The weights that dropout drops: random numbers by Philox4x32-7, for device and host alike. Plain C++.
 //
 // A weight's number depends on the seed, the offset, its head, row and key alone: never on tiles, warps or the kernel.
-// One call of Philox gives 16 bytes, a byte a weight. They belong to rows 2 a, 2 a + 1, 2 a + 8, 2 a + 9 of a block of 16
-// rows, and to keys 2 b, 2 b + 1, 2 b + 8, 2 b + 9 of a block of 16 keys. Word 2 * (row % 2) + row / 8 has a row, and byte
-// 2 * (key / 8) + key % 2 of it a key. Rows and keys are alike in that, and so are the threads of mma.sync and wgmma:
-// whether the lines of a matrix are rows or keys, a lane and its neighbour of the next line share a call in each block.
-// Each makes that of one of two blocks, and they exchange halves.
+// One call of Philox gives 16 bytes, a byte a weight. They belong to rows 2 a, 2 a + 1, 2 a + 8, 2 a + 9 of a block of
+// 16 rows, and to keys 2 b, 2 b + 1, 2 b + 8, 2 b + 9 of a block of 16 keys. Word 2 * (row % 2) + row / 8 has a row,
+// and byte 2 * (key / 8) + key % 2 of it a key. Rows and keys are alike in that, and so are the threads of mma.sync and
+// wgmma: whether the lines of a matrix are rows or keys, a lane and its neighbour of the next line share a call in each
+// block. Each makes that of one of two blocks, and they exchange halves.
 //
 // ops/attention/dropout.py is the same in Python.
 #include <stdint.h>
@@ -1031,9 +1031,9 @@ __device__ __forceinline__ Dropout make_uniform(Dropout dropout) {
   return dropout;
 }
 
-// The dropped weights of two rows of a thread, r and r + 8 of a block of 16, in two blocks of 16 keys one behind the other:
-// a sign bit a weight, a word for each block and row. `row` and `key` are the thread's first weight. Lanes of neighbouring
-// rows make a call each.
+// The dropped weights of two rows of a thread, r and r + 8 of a block of 16, in two blocks of 16 keys one behind the
+// other: a sign bit a weight, a word for each block and row. `row` and `key` are the thread's first weight. Lanes of
+// neighbouring rows make a call each.
 __device__ __forceinline__ void draw_rows(const Dropout& dropout, int row, int key, uint32_t (&dropped)[2][2]) {
   const bool odd = row % 2;
   const RandomWords drawn = dropout.words(row, key + (odd ? 16 : 0));

@@ -8,8 +8,8 @@ namespace fagen {
 // always begin at multiples of 16.
 template <bool kTransposed, bool kPairs, int kSlabs>
 struct CellDropout {
-  // A sign bit a weight: of two blocks of 16 columns, and lines r and r + 8, or of columns 2 t and 2 t + 1 of transposed
-  // cells.
+  // A sign bit a weight: of two blocks of 16 columns, and lines r and r + 8, or of columns 2 t and 2 t + 1 of
+  // transposed cells.
   uint32_t dropped[kSlabs][2][2];
 
   // Draw for piece `n`, whose warp's first row and key are given. Pieces come in order.
@@ -31,7 +31,7 @@ struct CellDropout {
   }
   // Whether cell e of line i of piece n is kept; lines are r and r + 8 of each slab.
   __device__ __forceinline__ bool kept(int i, int n, int e) const {
-    const uint32_t(&words)[2] = dropped[i / 2][kPairs ? n / 2 % 2 : 0];
+    const uint32_t (&words)[2] = dropped[i / 2][kPairs ? n / 2 % 2 : 0];
     const int byte = n % 2 * 2 + (kTransposed ? i % 2 : e);
     return !(words[kTransposed ? e : i % 2] >> (8 * byte + 7) & 1);
   }

@@ -14,9 +14,9 @@ __device__ __forceinline__ Dropout make_uniform(Dropout dropout) {
   return dropout;
 }
 
-// The dropped weights of two rows of a thread, r and r + 8 of a block of 16, in two blocks of 16 keys one behind the other:
-// a sign bit a weight, a word for each block and row. `row` and `key` are the thread's first weight. Lanes of neighbouring
-// rows make a call each.
+// The dropped weights of two rows of a thread, r and r + 8 of a block of 16, in two blocks of 16 keys one behind the
+// other: a sign bit a weight, a word for each block and row. `row` and `key` are the thread's first weight. Lanes of
+// neighbouring rows make a call each.
 __device__ __forceinline__ void draw_rows(const Dropout& dropout, int row, int key, uint32_t (&dropped)[2][2]) {
   const bool odd = row % 2;
   const RandomWords drawn = dropout.words(row, key + (odd ? 16 : 0));
