@@ -282,9 +282,14 @@ def _default_reads(p: Problem, t: Target) -> tuple:
 
 def _default(p: Problem, t: Target) -> Config:
     """The first guess with registers to spare where slopes or random numbers take more than usual."""
-    spare = OTHER_REGISTERS + (16 if p.alibi else 0) + (16 if p.dropout else 0)
     guesses = _guesses(p, t)
-    roomy = (c for c in guesses if fragment_registers(p, c) + spare <= consumer_registers(c))
+
+    def spare(c: Config) -> int:
+        plain = p.mask in ("none", "causal") and not p.softcap and not c.shared_weights
+        of_dropout = (8 if plain else 16) if p.dropout else 0
+        return OTHER_REGISTERS + (16 if p.alibi else 0) + of_dropout
+
+    roomy = (c for c in guesses if fragment_registers(p, c) + spare(c) <= consumer_registers(c))
     return next(roomy, guesses[-1])
 
 
