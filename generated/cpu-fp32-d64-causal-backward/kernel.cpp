@@ -617,24 +617,37 @@ struct RandomWords {
   uint32_t word[4];
 };
 
+// The keys of the rounds, that follow from a 64-bit key.
+constexpr int kRounds = 7;
+struct RoundKeys {
+  uint32_t key[kRounds][2];
+
+  static FAGEN_SHARED RoundKeys of(uint64_t first) {
+    RoundKeys keys;
+    for (int round = 0; round < kRounds; ++round) {
+      keys.key[round][0] = uint32_t(first) + round * 0x9E3779B9u;
+      keys.key[round][1] = uint32_t(first >> 32) + round * 0xBB67AE85u;
+    }
+    return keys;
+  }
+};
+
 // Philox4x32-7 of a 64-bit key and a 128-bit counter.
-FAGEN_SHARED RandomWords philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
-  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+FAGEN_SHARED RandomWords philox(const RoundKeys& keys, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-  for (int round = 0; round < 7; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(b >> 32) ^ c1 ^ k0, c1 = uint32_t(b);
-    c2 = uint32_t(a >> 32) ^ c3 ^ k1, c3 = uint32_t(a);
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    c0 = uint32_t(b >> 32) ^ c1 ^ keys.key[round][0], c1 = uint32_t(b);
+    c2 = uint32_t(a >> 32) ^ c3 ^ keys.key[round][1], c3 = uint32_t(a);
   }
   return {{c0, c1, c2, c3}};
 }
 
 // The dropout of one head: bytes below `kept` keep their weight; `scale` makes up for the dropped ones.
 struct Dropout {
-  uint64_t seed;
+  RoundKeys keys;
   uint32_t offset, plane, kept;
   float scale;
   uint32_t lower_bits, sign_bits;  // of 256 - kept, in each byte
@@ -651,14 +664,14 @@ struct Dropout {
   static FAGEN_SHARED Dropout of(const Params& p, int64_t batch, int64_t head) {
     const uint32_t kept = kept_of(p.dropout), least = 256 - kept;
     const uint32_t lower = kept ? (least & 127) * 0x01010101u : 0x80808080u, sign = (least & 384) ? 0x80808080u : 0;
-    return {p.rng[0], uint32_t(p.rng[1]), uint32_t(batch * p.heads + head), kept, scale_of(kept), lower, sign};
+    return {RoundKeys::of(p.rng[0]), uint32_t(p.rng[1]), uint32_t(batch * p.heads + head), kept, scale_of(kept), lower, sign};
   }
 
   // The call that has row `row` and key `key`.
   FAGEN_SHARED RandomWords words(int row, int key) const {
     const uint32_t of_row = uint32_t(row) / 16 * 4 + uint32_t(row) % 8 / 2;
     const uint32_t of_key = uint32_t(key) / 16 * 4 + uint32_t(key) % 8 / 2;
-    return philox(seed, of_row, of_key, plane, offset);
+    return philox(keys, of_row, of_key, plane, offset);
   }
   // Whether a byte of a word keeps its weight.
   FAGEN_SHARED bool keeps(uint32_t word, int byte) const { return (word >> (8 * byte) & 255) < kept; }

@@ -8,7 +8,10 @@ namespace fagen {
 // All lanes have the same: said to the compiler, which then keeps the keys of the rounds in uniform registers.
 __device__ __forceinline__ Dropout make_uniform(Dropout dropout) {
   const auto uniform = [](uint32_t x) { return __reduce_or_sync(~0u, x); };
-  dropout.seed = uint64_t(uniform(uint32_t(dropout.seed >> 32))) << 32 | uniform(uint32_t(dropout.seed));
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) dropout.keys.key[round][half] = uniform(dropout.keys.key[round][half]);
   dropout.offset = uniform(dropout.offset);
   dropout.lower_bits = uniform(dropout.lower_bits), dropout.sign_bits = uniform(dropout.sign_bits);
   return dropout;
