@@ -4,7 +4,7 @@ FlashAttention 2."""
 from __future__ import annotations
 
 from fagen.families import device_limits
-from fagen.families.base import Config, Constraint, Family, Knob, Value, nothing
+from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import makespan, walk
 from fagen.families.sm80_forward import FLAGS, OTHER_REGISTERS, register_limit
 from fagen.ops.attention.problem import Problem
@@ -236,9 +236,15 @@ _SMALLEST = [_make(tile_m=32, tile_n=32, q_stages=1, smem_layout=layout) for lay
 _DQ_TILES = ((128, 64), (128, 32), (64, 64), (64, 32), (128, 16), (64, 16))
 
 
+def _has_many_blocks(p: Problem, t: Target) -> bool:
+    """So many that a long one at the end is little of it all. The longest of all heads first would then have each SM at
+    another head: what they read, and the sums of dQ, would not fit L2."""
+    return p.batch * p.kv_heads * -(-p.seqlen_k // 128) >= 4 * t.units
+
+
 def _adapted(p: Problem, t: Target, c: Config) -> Config | None:
     """The guess with the mask's order, and dQ by its own kernel where runs must agree; None if that is not legal."""
-    c = c.replace(block_order="ascending" if p.mask == "none" else "longest_first")
+    c = c.replace(block_order="ascending" if p.mask == "none" or _has_many_blocks(p, t) else "longest_first")
     several = [c]
     if getattr(p, "deterministic", False):
         own = c.replace(dq_route="own_kernel", dq_row_warps=1)
@@ -344,7 +350,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_default,
-    default_reads=nothing,
+    default_reads=lambda p, t: p.mask != "none" and _has_many_blocks(p, t),
     flags=lambda t: (device_limits.gencode(t), *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:],
     repeats=lambda p, c: c.gqa == "atomics" and p.heads == p.kv_heads,

@@ -279,6 +279,15 @@ def test_every_legal_problem_has_a_legal_default(arch: str) -> None:
                     FAMILY.require(problem, where, FAMILY.default(problem, where))
 
 
+def test_many_blocks_go_head_by_head() -> None:
+    """A head's tiles side by side read the same rows; few blocks go by length, so that none is long at the end."""
+    for mask, batch, order in (("causal", 16, "ascending"), ("causal", 1, "longest_first"), ("none", 1, "ascending")):
+        problem = BackwardProblem(head_dim=256, mask=mask, batch=batch, heads=8, seqlen_q=1024)
+        assert FAMILY.default(problem, known("sm_90")).block_order == order
+        reads = FAMILY.default_reads(problem, known("sm_90"))
+        assert reads == (mask == "causal" and batch == 16)
+
+
 def test_the_cost_model_prefers_what_computes_less() -> None:
     """dQ's own kernel computes S and dP twice; 16 rows at a time read the keys more often than 64."""
     assert FAMILY.cost is not None
