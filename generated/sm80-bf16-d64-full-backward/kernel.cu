@@ -506,10 +506,12 @@ struct CellDropout {
     }
   }
   // Whether cell e of line i of piece n is kept; lines are r and r + 8 of each slab.
-  __device__ __forceinline__ bool kept(int i, int n, int e) const {
-    const uint32_t (&words)[2] = dropped[i / 2][kPairs ? n / 2 % 2 : 0];
+  __device__ __forceinline__ bool kept(int i, int n, int e) const { return !sign_if_dropped(i, n, e); }
+  // The sign bit of a float if it is dropped, else 0.
+  __device__ __forceinline__ uint32_t sign_if_dropped(int i, int n, int e) const {
+    const uint32_t word = dropped[i / 2][kPairs ? n / 2 % 2 : 0][kTransposed ? e : i % 2];
     const int byte = n % 2 * 2 + (kTransposed ? i % 2 : e);
-    return !(words[kTransposed ? e : i % 2] >> (8 * byte + 7) & 1);
+    return word << (24 - 8 * byte) & 0x80000000u;
   }
 
  private:

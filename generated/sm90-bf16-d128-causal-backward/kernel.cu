@@ -2033,10 +2033,12 @@ struct CellDropout {
     }
   }
   // Whether cell e of line i of piece n is kept; lines are r and r + 8 of each slab.
-  __device__ __forceinline__ bool kept(int i, int n, int e) const {
-    const uint32_t (&words)[2] = dropped[i / 2][kPairs ? n / 2 % 2 : 0];
+  __device__ __forceinline__ bool kept(int i, int n, int e) const { return !sign_if_dropped(i, n, e); }
+  // The sign bit of a float if it is dropped, else 0.
+  __device__ __forceinline__ uint32_t sign_if_dropped(int i, int n, int e) const {
+    const uint32_t word = dropped[i / 2][kPairs ? n / 2 % 2 : 0][kTransposed ? e : i % 2];
     const int byte = n % 2 * 2 + (kTransposed ? i % 2 : e);
-    return !(words[kTransposed ? e : i % 2] >> (8 * byte + 7) & 1);
+    return word << (24 - 8 * byte) & 0x80000000u;
   }
 
  private:
@@ -2229,7 +2231,7 @@ __device__ __forceinline__ void mark_dropped(float (&weights)[kPieces][4], const
     cells.load(dropout, place, row, key, j);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (!cells.kept(i / 2, j, i % 2)) weights[j][i] = -weights[j][i];
+      weights[j][i] = __uint_as_float(__float_as_uint(weights[j][i]) | cells.sign_if_dropped(i / 2, j, i % 2));
   }
 }
 

@@ -152,7 +152,7 @@ __device__ __forceinline__ void mark_dropped(float (&weights)[kPieces][4], const
     cells.load(dropout, place, row, key, j);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (!cells.kept(i / 2, j, i % 2)) weights[j][i] = -weights[j][i];
+      weights[j][i] = __uint_as_float(__float_as_uint(weights[j][i]) | cells.sign_if_dropped(i / 2, j, i % 2));
   }
 }
 
