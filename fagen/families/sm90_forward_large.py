@@ -22,6 +22,7 @@ KNOBS = (
     Knob("chunk_d", "kChunkD", (64, 128), "columns of K that a stage holds"),
     Knob("stages", "kStages", STAGES, "chunks of K and V in shared memory"),
     Knob("chunks_ahead", "kChunksAhead", (0, 1, 2, 4), "chunks of the next K that are multiplied under a softmax"),
+    Knob("in_flight", "kInFlight", (1, 2, 3), "chunks whose products go on while the next one is waited for"),
     Knob("output_splits", "kOutputSplits", (1, 2), "blocks that share the columns of O; each computes all scores"),
     Knob("share_scores", "kShareScores", (False, True), "two such blocks are a cluster, with half of the scores each"),
     Knob("cluster", "kCluster", (1, 2, 4), "blocks that share each chunk of keys and values"),
@@ -81,11 +82,14 @@ def value_keys(p: Problem, c: Config) -> int:
     return max(keys for keys in range(16, n + 1, 16) if n % keys == 0 and keys * row <= max(_key_bytes(c), 16 * row))
 
 
+def _stage_bytes(p: Problem, c: Config) -> int:
+    return max(_key_bytes(c), value_keys(p, c) * 2 * block_columns(p, c))
+
+
 def smem_bytes(p: Problem, c: Config) -> int:
-    stage = max(_key_bytes(c), value_keys(p, c) * 2 * block_columns(p, c))
     of_rows = block_rows(c) * _ROW_BYTES * (_slabs(p.head_dim_padded) + _slabs(int(c.tile_n)))  # q, the weights
     barriers, exchange = _BARRIER_BYTES * (1 + c.stages + (8 if c.share_scores else 0)), 2 * GROUP_ROWS * 4
-    return of_rows + c.stages * stage + barriers + exchange + _ALIGNMENT
+    return of_rows + c.stages * _stage_bytes(p, c) + barriers + exchange + _ALIGNMENT
 
 
 def fragment_registers(p: Problem, c: Config) -> int:
@@ -102,8 +106,8 @@ def _ring_holds(p: Problem, t: Target, c: Config) -> str | None:
     chunks = _slabs(p.head_dim_padded) * _SLAB // int(c.chunk_d)
     if c.chunks_ahead > chunks:
         return f"chunks_ahead={c.chunks_ahead} of {chunks} chunks of K"
-    if c.stages < c.chunks_ahead + 2:
-        return f"{c.stages} stages < {c.chunks_ahead} chunks ahead + 2 on their way"
+    if c.stages <= c.chunks_ahead + c.in_flight:
+        return f"{c.stages} stages are all held: chunks_ahead={c.chunks_ahead} in_flight={c.in_flight}"
     return None
 
 
@@ -136,7 +140,7 @@ def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
 
 CONSTRAINTS = (
     Constraint("chunks_whole", _chunks_whole, ("chunk_d",)),
-    Constraint("ring_holds", _ring_holds, ("chunk_d", "stages", "chunks_ahead")),
+    Constraint("ring_holds", _ring_holds, ("chunk_d", "stages", "chunks_ahead", "in_flight")),
     Constraint("columns_shared", _columns_shared, ("groups_share", "output_splits")),
     Constraint("scores_shared", _scores_shared, ("groups_share", "tile_n", "output_splits", "share_scores", "cluster")),
     Constraint("order_matters", device_limits.order_matters, ("block_order",)),
@@ -171,66 +175,93 @@ def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
     }
 
 
-# (groups_share, tile_n, chunks_ahead, output_splits), the best guess first; the last ones fit every problem.
-_TILES = (
-    ("rows", 64, 2, 1), ("rows", 64, 0, 1), ("columns", 128, 4, 1), ("columns", 128, 2, 1), ("columns", 128, 0, 1),
-    ("columns", 64, 2, 1), ("columns", 64, 0, 1), ("columns", 128, 4, 2), ("columns", 128, 2, 2), ("columns", 64, 2, 2),
-    ("columns", 64, 0, 2),
-)  # fmt: skip
+def visit_cycles(p: Problem, c: Config) -> float:
+    """Cycles, roughly, that a tile of keys takes of a block: shared memory, and what each chunk costs beside.
+
+    A product reads 16 cycles for 64 x 16 of its first operand, copies write 128 bytes a cycle. Fitted to the times of
+    fifteen configs at head dims 384 and 1024 on an H100, and to the defaults of five more head dims: 220 for a chunk,
+    more where few bytes are in flight. The constants have no other reason.
+    """
+    n, columns, cluster = int(c.tile_n), group_columns(p, c), int(c.cluster)
+    d, keys = _slabs(p.head_dim_padded) * _SLAB, group_keys(c)
+    chunks = d // int(c.chunk_d) + n // value_keys(p, c)
+    products = keys * d / 16 + n * columns / 16
+    read = d / 8 * (16 + keys / 4) + n / 8 * (16 * -(-columns // 256) + columns / 4)
+    loaded = (_block_keys(c) * d + n * block_columns(p, c)) * 2
+    free = (c.stages - 1 - c.chunks_ahead / 2) * _stage_bytes(p, c) / 1024
+    visit = max(products, read + loaded / 128) + 220 * chunks
+    visit *= 1 + 0.003 * max(0.0, 96 - free)
+    visit += 0.5 * columns if c.rescale == "each" else 0
+    return max(visit * (1.1 if cluster == 4 else 1), loaded / cluster / 24)  # L2
 
 
-def _deepest(p: Problem, t: Target, share: str, n: int, ahead: int, splits: int, peers: bool = False) -> list[Config]:
-    """That shape with as many stages as fit, half of them at least for chunks of V; none if it is not legal."""
+_FEWEST_STAGES, _STAGES_AHEAD = 4, 6  # of guesses; from how many on some may be held for the next tile
+
+
+def _deepest(p: Problem, t: Target, **values: Value) -> list[Config]:
+    """That shape with as many stages as fit, chunks ahead if they are many; none if it is not legal."""
     shape: dict[str, Value] = {
-        "groups_share": share, "tile_n": n, "chunk_d": 64, "stages": 2, "chunks_ahead": ahead, "output_splits": splits,
-        "share_scores": peers, "cluster": 1, "rescale": "deferred",
+        "groups_share": "columns", "tile_n": 64, "chunk_d": 64, "stages": 2, "chunks_ahead": 0, "in_flight": 1,
+        "output_splits": 1, "share_scores": False, "cluster": 1, "rescale": "deferred",
         "block_order": "ascending" if p.mask == "none" else "longest_first",
     }  # fmt: skip
+
+    def legal(config: Config) -> bool:
+        return not any(constraint.check(p, t, config) for constraint in CONSTRAINTS)
+
     for stages in reversed(STAGES):
-        config = Config({**shape, "stages": stages})
-        if stages >= 2 * ahead and not any(constraint.check(p, t, config) for constraint in CONSTRAINTS):
-            return [config.replace(cluster=2 if p.seqlen_q > block_rows(config) and not peers else 1)]
+        plain = Config({**shape, **values, "stages": stages})
+        if legal(plain):
+            ahead = plain.replace(chunks_ahead=2)
+            found = ahead if stages >= _STAGES_AHEAD and legal(ahead) else plain
+            return [found.replace(cluster=2 if p.seqlen_q > block_rows(found) and not found.share_scores else 1)]
     return []
 
 
 def _guesses(p: Problem, t: Target) -> list[Config]:
-    return [config for shape in _TILES for config in _deepest(p, t, *shape)]
+    """The best first, by the cycles of a row and key."""
+    found = [
+        config
+        for n in (64, 128, 192)
+        for chunk in (64, 128)
+        for share in ("columns", "rows")
+        for splits in (1, 2)
+        for config in _deepest(p, t, groups_share=share, tile_n=n, chunk_d=chunk, output_splits=splits)
+    ]
+
+    def cycles(c: Config) -> tuple[bool, float]:
+        of_tile = visit_cycles(p, c.replace(cluster=2)) * int(c.output_splits)
+        return c.stages < _FEWEST_STAGES, of_tile / (int(c.tile_n) * block_rows(c))
+
+    return sorted(found, key=cycles)
 
 
 def _first_configs(p: Problem, t: Target) -> list[Config]:
     """Peers as well, which no default takes before they have run on a GPU."""
-    peers = [config for ahead in (4, 2) for config in _deepest(p, t, "rows", 128, ahead, 2, peers=True)]
-    return [*peers[:1], *_guesses(p, t)]
+    peers: dict[str, Value] = {"groups_share": "rows", "tile_n": 128, "output_splits": 2, "share_scores": True}
+    shared = [config for chunk in (128, 64) for config in _deepest(p, t, **peers, chunk_d=chunk)]
+    return [*shared, *_guesses(p, t)[:4]]
 
 
 def _default(p: Problem, t: Target) -> Config:
-    """The first guess with registers to spare: intervals take more than usual."""
-    spare = OTHER_REGISTERS + (16 if p.mask == "intervals" else 0)
+    """The first guess with registers to spare: intervals take more than usual, the more keys a warpgroup has."""
+
+    def spare(c: Config) -> int:
+        if p.mask != "intervals":
+            return 0
+        return 16 + max(0, group_keys(c) - 64) + (24 if c.output_splits > 1 else 0)
+
     guesses = _guesses(p, t)
-    return next((c for c in guesses if fragment_registers(p, c) + spare <= CONSUMER_REGISTERS), guesses[-1])
+    roomy = (c for c in guesses if fragment_registers(p, c) + OTHER_REGISTERS + spare(c) <= CONSUMER_REGISTERS)
+    return next(roomy, guesses[-1])
 
 
 def cost(p: Problem, t: Target, c: Config) -> float:
-    """Cycles, roughly: what a tile of keys takes of shared memory, where that is more than its products.
-
-    A product reads 16 cycles for 64 x 16 of its first operand; copies write 64 bytes a cycle. On an H100 that alone was
-    within 7 % of seven head dims' times, by their defaults, and 13 % below where warpgroups share rows. What else is
-    here was not seen: L2, at some 24 bytes a cycle and SM; the softmax, as far as neither products nor copies hide it.
-    """
-    n, columns, cluster, splits = int(c.tile_n), group_columns(p, c), int(c.cluster), int(c.output_splits)
-    d, rows, keys = _slabs(p.head_dim_padded) * _SLAB, block_rows(c), group_keys(c)
-    chunks = d // int(c.chunk_d) + n // value_keys(p, c)
-    scores, values = keys * d / 16, n * columns / 16
-    read = d / 8 * (16 + keys / 4) + n / 8 * (16 * -(-columns // 256) + columns / 4)
-    loaded = (_block_keys(c) * d + n * block_columns(p, c)) * 2
-    hidden = min(1.0, int(c.chunks_ahead) * int(c.chunk_d) / d) * scores
-    softmax = 0.3 * (11 * keys + 500)
-    busy = max(scores + values, read + loaded / 64) + max(0.0, softmax - hidden) + 5 * chunks
-    visit = max(busy, loaded / cluster / 24)
-    visit *= 1 + (0.3 if c.stages < c.chunks_ahead + 3 else 0)
-    visit += 0.5 * columns if c.rescale == "each" else 0
-    seen, heads = walk(p, rows * cluster, n), p.batch * p.heads * splits
-    boundary = 4000 + 4.0 * columns + rows * d * 2 / 24
+    """Cycles, roughly: visits of tiles of keys, the boundaries between tiles of rows, the tail."""
+    cluster, rows = int(c.cluster), block_rows(c)
+    seen, heads = walk(p, rows * cluster, int(c.tile_n)), p.batch * p.heads * int(c.output_splits)
+    visit = visit_cycles(p, c)
+    boundary = 4000 + 4.0 * group_columns(p, c) + rows * p.head_dim_padded * 2 / 24
     uneven = seen.most * seen.row_tiles > seen.visits
     tail = 0.15 if not uneven or c.block_order in ("longest_first", "sectioned") else 0.5
     work = heads * (seen.visits * visit + seen.row_tiles * boundary)

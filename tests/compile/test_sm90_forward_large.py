@@ -25,6 +25,7 @@ PROBLEMS = [
     Problem(head_dim=320, mask="window", softcap=True),
     Problem(head_dim=512, head_dim_v=256, mask="causal"),
     Problem(head_dim=320, mask="intervals", intervals="both4"),
+    Problem(head_dim=1024, mask="intervals", intervals="both4"),
     Problem(head_dim=576, head_dim_v=512, mask="causal"),
     Problem(head_dim=640, mask="intervals", intervals="both4"),
     Problem(head_dim=512, mask="causal", softcap=True, alibi=True),

@@ -135,8 +135,8 @@ SCHEMES_90 = {
 
 LARGE = sm90_forward_large.FAMILY
 BASE_LARGE: dict[str, Any] = {
-    "groups_share": "columns", "tile_n": 64, "chunk_d": 64, "stages": 4, "chunks_ahead": 2, "output_splits": 1,
-    "share_scores": False, "cluster": 1, "rescale": "deferred", "block_order": "ascending",
+    "groups_share": "columns", "tile_n": 64, "chunk_d": 64, "stages": 4, "chunks_ahead": 2, "in_flight": 1,
+    "output_splits": 1, "share_scores": False, "cluster": 1, "rescale": "deferred", "block_order": "ascending",
 }  # fmt: skip
 
 
@@ -147,14 +147,14 @@ def config_large(**changes: Any) -> Config:
 # Together they hold every value of every knob.
 SCHEMES_LARGE = {
     "large": config_large(),
-    "large_pair": config_large(cluster=2, tile_n=128, stages=6),
+    "large_pair": config_large(cluster=2, tile_n=128, stages=6, in_flight=2),
     "large_four": config_large(
         cluster=4, chunk_d=128, chunks_ahead=1, stages=3, rescale="each", block_order="sectioned"
     ),
     "large_split": config_large(output_splits=2, cluster=2, chunks_ahead=4, stages=7, block_order="descending"),
     "large_serial": config_large(chunks_ahead=0, stages=2, tile_n=96),
-    "large_192": config_large(tile_n=192, chunks_ahead=0, stages=3, block_order="longest_first"),
-    "large_rows": config_large(groups_share="rows", chunks_ahead=0, stages=5),
+    "large_192": config_large(tile_n=192, chunks_ahead=0, in_flight=2, stages=3, block_order="longest_first"),
+    "large_rows": config_large(groups_share="rows", chunks_ahead=0, in_flight=3, stages=5),
     "large_rows_pair": config_large(
         groups_share="rows", chunks_ahead=1, cluster=2, stages=3, block_order="longest_first"
     ),

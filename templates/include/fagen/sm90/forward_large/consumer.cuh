@@ -89,12 +89,12 @@ struct LargeConsumer {
                                          k.at(step / 4 * L::kKeySlabBytes + step % 4 * 32), chunk > 0 || step > 0);
     });
   }
-  // Chunks [first, end) of S, each freed when the next one's products are under way.
+  // The chunks of S from `first` on, each freed when the products of the next ones are under way.
   __device__ __forceinline__ void multiply_scores(Scores& scores, int first) {
 #pragma unroll 1
     for (int chunk = first; chunk < L::kKeyChunks; ++chunk) {
       start_score_chunk(scores, chunk);
-      free_chunks<1>();
+      free_chunks<C::kInFlight>();
     }
   }
   // O += P V, all chunks of a tile of keys
@@ -119,7 +119,7 @@ struct LargeConsumer {
           }
         }
       });
-      free_chunks<1>();
+      free_chunks<C::kInFlight>();
     }
   }
 

@@ -64,7 +64,8 @@ struct LargeLayout {
                 "two blocks have 128 rows together");
   static_assert(!kPeers || C::kTileN == 2 * kSlabColumns, "a block's weights are a slab, which is copied as it lies");
   static_assert(kParts <= 2 && kSecondColumns % kSlabColumns == 0, "a warpgroup has one or two products on V");
-  static_assert(C::kStages >= C::kChunksAhead + 2 && C::kChunksAhead <= kKeyChunks, "stages held while V passes by");
+  static_assert(C::kStages > C::kChunksAhead + C::kInFlight, "stages held while V passes by");
+  static_assert(C::kChunksAhead <= kKeyChunks, "chunks of the next K alone");
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
   static_assert(kConsumerRegisters == Derived::registers, "Python and CUDA disagree about the registers of a thread");
