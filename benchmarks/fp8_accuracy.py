@@ -53,7 +53,6 @@ METHODS = {
     "  promote=2": Measures(slack=0.0, promote=2),
     "  promote=4": Measures(slack=0.0, promote=4),
     "  promote=0": Measures(slack=0.0, promote=0),
-    "  promote=0, slack=2: the default up to 16384 keys": Measures(promote=0),
 }
 
 

@@ -122,6 +122,24 @@ def _repeats(p: DecodeProblem, c: Config) -> bool:
     return bool(c.tile_m > ROWS and rows(p) <= ROWS)
 
 
+def cost(p: DecodeProblem, t: Target, c: Config) -> float:
+    """Cycles, roughly: a block reads its keys at its share of an SM's part of memory, or of L2 where row tiles share
+    them, of which it uses more the more bytes are on their way; products and softmax are partly hidden behind that.
+    """
+    key_bytes, blocks = (p.head_dim_padded + p.head_dim_v_padded) * 2, int(c.blocks_per_sm)
+    tiles = -(-rows(p) // int(c.tile_m)) * p.kv_heads * p.batch
+    splits = sm80_decode.splits_of(p, t, c.replace(merged_by="own_kernel"))
+    beside = max(1.0, min(blocks, tiles * splits / t.units))
+    rate = sm80_decode.SM_RATE * (2 if rows(p) > c.tile_m else min(4.0, max(1.0, t.units / (tiles * splits))))
+    in_flight = beside * (int(c.stages) - 0.5) * int(c.tile_n) * key_bytes / (rate * sm80_decode.MEMORY_LATENCY)
+    read = key_bytes * beside / (rate * in_flight / (1 + in_flight))
+    groups = int(c.tile_m) // ROWS
+    computed = (groups * key_bytes / 64 + 8 * groups + 300 / int(c.tile_n)) * beside
+    key = max(read, computed) + 0.3 * min(read, computed)
+    merge = 0 if splits == 1 else 3000 + 12 * splits
+    return -(-tiles * splits // (t.units * blocks)) * (5000 + p.seqlen_k / splits * key) + merge
+
+
 CONSTRAINTS = (
     Constraint("whole_boxes", _whole_boxes, ("tile_n",)),
     Constraint("whole_tiles", _whole_tiles, ("tile_n", "split_keys")),
@@ -152,6 +170,7 @@ FAMILY = Family(
     repeats=_repeats,
     serves_calls=lambda p: False,  # not run on a GPU yet
     suits=_suits,
+    cost=cost,
     split_keys=sm80_decode.split_keys,
     resources=lambda p, t, c: (smem_bytes(p, c), int(c.tile_m), fragment_registers(p, c)),
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob
+from fagen.families.cost import makespan, walk
 from fagen.families.sm90_forward_block import (
     BARRIER_BYTES,
     FEWEST_REGISTERS,
@@ -219,6 +220,41 @@ def _default_reads(p: Problem, t: Target) -> tuple:
     return _few(p, t), p.seqlen_k > _MANY_KEYS, p.seqlen_k <= _FEW_KEYS
 
 
+_EXPOSED = {1: 1.1, 2: 0.85, 3: 0.7}  # of the faster of products and softmax, by an SM's warpgroups; of more: 0.6
+
+
+def _visit_cycles(p: Problem, c: Config) -> float:
+    """Cycles that a block takes for a tile of keys, its part of the SM counted."""
+    n, groups, blocks = int(c.tile_n), int(c.tile_m) // 64, int(c.blocks_per_sm)
+    products = n * (p.head_dim_padded + p.head_dim_v_padded) / 64
+    exponentials = n * 4 * (1 - c.exp_on_fma / 8)
+    issue = (2.6 + 0.45 * c.exp_on_fma) * n + 200  # a warp's instructions, and one a number that is promoted
+    issue += p.head_dim_v_padded / 2 / c.promote if c.promote else 0
+    softmax = max(exponentials, issue)
+    visit = groups * (max(products, softmax) + _EXPOSED.get(groups * blocks, 0.6) * min(products, softmax))
+    visit *= {"softmax": 1.04, "maxima": 1.0, "nothing": 1.02 if p.head_dim_v_padded > 64 else 1.0}[str(c.overlap)]
+    visit *= 1.03 if c.rescale == "deferred" and c.promote != 1 else 1
+    return visit + (n * (p.head_dim_padded + p.head_dim_v_padded) / 40 if c.stages == 1 else 0)  # the load, unhidden
+
+
+def cost(p: Problem, t: Target, c: Config) -> float:
+    """Cycles, roughly: visits of tiles of keys, boundaries between tiles of rows, the tail.
+
+    The constants are fitted to what searches on an H100 found best of each value of a knob, for d64, d128 and d256.
+    """
+    seen, heads, blocks = walk(p, int(c.tile_m), int(c.tile_n)), p.batch * p.heads, int(c.blocks_per_sm)
+    visit = _visit_cycles(p, c)
+    boundary = (2900 - 2400 * (c.schedule != "single") - 300 * (c.q_stages - 1)) / (1 + 0.85 * (blocks - 1))
+    uneven = seen.most * seen.row_tiles > seen.visits
+    tail = 0.15 if not uneven or c.block_order in ("longest_first", "sectioned") else 0.36
+    work, longest = heads * (seen.visits * visit + seen.row_tiles * boundary), seen.most * visit + boundary
+    total = makespan(work, longest, heads * seen.row_tiles, t.units, tail)
+    if c.schedule == "balanced" and uneven:  # some SMs are a little slower than others
+        total *= 1.03
+    spare = consumer_registers(c) - fragment_registers(p, c)
+    return total * (1.5 if spare < OTHER_REGISTERS else 1)
+
+
 FAMILY = Family(
     name="sm90_forward_fp8",
     template="sm90/forward_fp8.cu.j2",
@@ -233,5 +269,6 @@ FAMILY = Family(
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {"shared_widths": [c.tile_n], "register_widths": [p.head_dim_v_padded]},
     first_configs=_guesses,
+    cost=cost,
     resources=lambda p, t, c: (smem_bytes(p, c), int(c.tile_m), fragment_registers(p, c)),
 )

@@ -168,15 +168,14 @@ static cudaError_t once_per_device(Facts* facts, Find find) {
 // ---- fagen/common/dropout.cuh ----------------------------------------------------------------------------
 // Dropout of the weights that a thread holds of a key tile, in the accumulators' order. Nothing where none is wanted.
 // ---- fagen/common/philox.h -------------------------------------------------------------------------------
-// The weights that dropout drops: random numbers by Philox4x32-10, for device and host alike. Plain C++.
+// The weights that dropout drops: random numbers by Philox4x32-7, for device and host alike. Plain C++.
 //
 // A weight's number depends on the seed, the offset, its head, row and key alone: never on tiles, warps or the kernel.
-// One call of Philox gives 16 bytes, a byte a weight. They belong to rows r and r + 8 of a block of 16 rows, and to
-// keys 8 j + 2 t and 8 j + 2 t + 1, j = 0 ... 3, of a block of 32 keys. So
-//
-//   - a thread of mma.sync or wgmma whose rows are rows of S needs all that a call gives: word j holds the four
-//     accumulators of its piece j, in their order. There is one call a lane and block of 16 x 32.
-//   - where keys are the rows of S, a warp has the same 32 calls made, one a lane, and lanes exchange words.
+// One call of Philox gives 16 bytes, a byte a weight. They belong to rows 2 a, 2 a + 1, 2 a + 8, 2 a + 9 of a block of
+// 16 rows, and to keys 2 b, 2 b + 1, 2 b + 8, 2 b + 9 of a block of 16 keys. Word 2 * (row % 2) + row / 8 has a row,
+// and byte 2 * (key / 8) + key % 2 of it a key. Rows and keys are alike in that, and so are the threads of mma.sync and
+// wgmma: whether the lines of a matrix are rows or keys, a lane and its neighbour of the next line share a call in each
+// block. Each makes that of one of two blocks, and they exchange halves.
 //
 // ops/attention/dropout.py is the same in Python.
 #include <stdint.h>
@@ -193,13 +192,13 @@ struct RandomWords {
   uint32_t word[4];
 };
 
-// Philox4x32-10 of a 64-bit key and a 128-bit counter.
+// Philox4x32-7 of a 64-bit key and a 128-bit counter.
 FAGEN_SHARED RandomWords philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
     c0 = uint32_t(b >> 32) ^ c1 ^ k0, c1 = uint32_t(b);
     c2 = uint32_t(a >> 32) ^ c3 ^ k1, c3 = uint32_t(a);
@@ -213,6 +212,7 @@ struct Dropout {
   uint64_t seed;
   uint32_t offset, plane, kept;
   float scale;
+  uint32_t lower_bits, sign_bits;  // of 256 - kept, in each byte
 
   // The rate is rounded to 1/256; only 0 drops nothing, and only 1 all.
   static FAGEN_SHARED uint32_t kept_of(float rate) {
@@ -224,22 +224,28 @@ struct Dropout {
 
   template <class Params>
   static FAGEN_SHARED Dropout of(const Params& p, int64_t batch, int64_t head) {
-    const uint32_t kept = kept_of(p.dropout);
-    return {p.rng[0], uint32_t(p.rng[1]), uint32_t(batch * p.heads + head), kept, scale_of(kept)};
+    const uint32_t kept = kept_of(p.dropout), least = 256 - kept;
+    const uint32_t lower = kept ? (least & 127) * 0x01010101u : 0x80808080u, sign = (least & 384) ? 0x80808080u : 0;
+    return {p.rng[0], uint32_t(p.rng[1]), uint32_t(batch * p.heads + head), kept, scale_of(kept), lower, sign};
   }
 
   // The call that has row `row` and key `key`.
   FAGEN_SHARED RandomWords words(int row, int key) const {
-    const uint32_t of_row = uint32_t(row) / 16 * 8 + uint32_t(row) % 8;
-    const uint32_t of_key = uint32_t(key) / 32 * 4 + uint32_t(key) % 8 / 2;
+    const uint32_t of_row = uint32_t(row) / 16 * 4 + uint32_t(row) % 8 / 2;
+    const uint32_t of_key = uint32_t(key) / 16 * 4 + uint32_t(key) % 8 / 2;
     return philox(seed, of_row, of_key, plane, offset);
   }
   // Whether a byte of a word keeps its weight.
   FAGEN_SHARED bool keeps(uint32_t word, int byte) const { return (word >> (8 * byte) & 255) < kept; }
+  // The sign bit of a byte is set where it drops its weight: where 256 - kept, added to it, carries.
+  FAGEN_SHARED uint32_t dropped(uint32_t word) const {
+    const uint32_t sum = (word & 0x7f7f7f7fu) + lower_bits;
+    return (word & sign_bits) | (word & sum) | (sign_bits & sum);
+  }
 
   // Whether a weight is kept: the definition.
   FAGEN_SHARED bool keeps_weight(int row, int key) const {
-    return keeps(words(row, key).word[key / 8 % 4], row / 8 % 2 * 2 + key % 2);
+    return keeps(words(row, key).word[row % 2 * 2 + row / 8 % 2], key / 8 % 2 * 2 + key % 2);
   }
 };
 
@@ -263,10 +269,10 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return y;
 }
 
-// Bytes 2 h and 2 h + 1 of x as the 16-bit halves of a register.
-__device__ __forceinline__ uint32_t widen_bytes(uint32_t x, int h) {
+// For bytes 2 h and 2 h + 1 of x a 16-bit half each: all ones if the byte's sign bit is set, else 0.
+__device__ __forceinline__ uint32_t spread_byte_signs(uint32_t x, int h) {
   uint32_t y;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(h ? 0x4342 : 0x4140));
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(h ? 0xbbaa : 0x9988));
   return y;
 }
 // For each 16-bit half all ones if its sign bit is set, else 0.
@@ -280,9 +286,47 @@ __device__ __forceinline__ uint32_t spread_signs(uint32_t x) {
 
 namespace fagen {
 
-// kKeysAligned: tiles of keys begin at multiples of 32, so that one call of Philox serves 32 keys. kRowsAligned: slabs
-// of rows begin at multiples of 16, so that it serves a thread's two rows.
-template <class C, int kSlabs, bool kKeysAligned, bool kRowsAligned = true, bool kDropout = C::kDropout>
+// All lanes have the same: said to the compiler, which then keeps the keys of the rounds in uniform registers.
+__device__ __forceinline__ Dropout make_uniform(Dropout dropout) {
+  const auto uniform = [](uint32_t x) { return __reduce_or_sync(~0u, x); };
+  dropout.seed = uint64_t(uniform(uint32_t(dropout.seed >> 32))) << 32 | uniform(uint32_t(dropout.seed));
+  dropout.offset = uniform(dropout.offset);
+  dropout.lower_bits = uniform(dropout.lower_bits), dropout.sign_bits = uniform(dropout.sign_bits);
+  return dropout;
+}
+
+// The dropped weights of two rows of a thread, r and r + 8 of a block of 16, in two blocks of 16 keys one behind the
+// other: a sign bit a weight, a word for each block and row. `row` and `key` are the thread's first weight. Lanes of
+// neighbouring rows make a call each.
+__device__ __forceinline__ void draw_rows(const Dropout& dropout, int row, int key, uint32_t (&dropped)[2][2]) {
+  const bool odd = row % 2;
+  const RandomWords drawn = dropout.words(row, key + (odd ? 16 : 0));
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint32_t mine = odd ? drawn.word[2 + r] : drawn.word[r], other = odd ? drawn.word[r] : drawn.word[2 + r];
+    const uint32_t received = __shfl_xor_sync(~0u, other, 4);
+    dropped[0][r] = dropout.dropped(odd ? received : mine), dropped[1][r] = dropout.dropped(odd ? mine : received);
+  }
+}
+
+// The same in one block, where there is no second one.
+__device__ __forceinline__ void draw_rows(const Dropout& dropout, int row, int key, uint32_t (&dropped)[2]) {
+  const bool odd = row % 2;
+  const RandomWords drawn = dropout.words(row, key);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) dropped[r] = dropout.dropped(odd ? drawn.word[2 + r] : drawn.word[r]);
+}
+
+// One row, wherever it lies in its block.
+__device__ __forceinline__ uint32_t draw_row(const Dropout& dropout, int row, int key) {
+  const RandomWords drawn = dropout.words(row, key);
+  const bool odd = row % 2, upper = row / 8 % 2;
+  const uint32_t first = odd ? drawn.word[2] : drawn.word[0], second = odd ? drawn.word[3] : drawn.word[1];
+  return dropout.dropped(upper ? second : first);
+}
+
+// kPairs: steps of 16 keys come by two. kRowsAligned: slabs of rows begin at multiples of 16.
+template <class C, int kSlabs, bool kPairs, bool kRowsAligned = true, bool kDropout = C::kDropout>
 struct TileDropout {
   template <class Params>
   __device__ __forceinline__ void set_head(const Params& p, int batch, int head) {}
@@ -290,18 +334,17 @@ struct TileDropout {
   __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) const { return pair; }
 };
 
-template <class C, int kSlabs, bool kKeysAligned, bool kRowsAligned>
-struct TileDropout<C, kSlabs, kKeysAligned, kRowsAligned, true> {
+template <class C, int kSlabs, bool kPairs, bool kRowsAligned>
+struct TileDropout<C, kSlabs, kPairs, kRowsAligned, true> {
+  static constexpr bool kExchanged = kPairs && kRowsAligned;
+
   Dropout dropout;
   int row, key;  // of this thread's first weight
-  RandomWords words[kSlabs][kRowsAligned ? 1 : 2];
+  uint32_t dropped[kSlabs][2][2];  // of two steps, rows r and r + 8
 
   template <class Params>
   __device__ __forceinline__ void set_head(const Params& p, int batch, int head) {
-    const auto uniform = [](uint32_t x) { return __shfl_sync(~0u, x, 0); };  // for the compiler as well
-    dropout = Dropout::of(p, batch, head);
-    dropout.seed = uint64_t(uniform(dropout.seed >> 32)) << 32 | uniform(dropout.seed);
-    dropout.offset = uniform(dropout.offset), dropout.kept = uniform(dropout.kept);
+    dropout = make_uniform(Dropout::of(p, batch, head));
   }
   // `row` and `key`: the first weight of the lane, in its first slab and piece.
   __device__ __forceinline__ void set_place(int first_row, int first_key) { row = first_row, key = first_key; }
@@ -309,19 +352,19 @@ struct TileDropout<C, kSlabs, kKeysAligned, kRowsAligned, true> {
   // Two neighbouring weights of 16 bits, or 0 in place of those that are dropped: register i of the `step`-th 16 keys
   // of a slab. Registers come in order.
   __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) {
-    if (i == 0 && (step % 2 == 0 || !kKeysAligned)) {
-#pragma unroll
-      for (int r = 0; r < (kRowsAligned ? 1 : 2); ++r)
-        words[slab][r] = dropout.words(row + slab * 16 + r * 8, key + step * 16);
-    }
-    const int r = i % 2, piece = i / 2;
-    const RandomWords& drawn = words[slab][kRowsAligned ? 0 : r];
-    const bool odd = kKeysAligned ? step % 2 : (key / 16 + step) % 2;
-    const uint32_t word = odd ? drawn.word[2 + piece] : drawn.word[piece];
-    const int half = kRowsAligned ? r : (row / 8 + r) % 2;
-    // a byte of `kept` or more, which drops its weight, reaches the sign bit
-    const uint32_t reach = (0x8000 - dropout.kept) * 0x10001;
-    return pair & ~ptx::spread_signs(ptx::widen_bytes(word, half) + reach);
+    if (i == 0 && (step % 2 == 0 || !kExchanged)) draw(slab, step);
+    return pair & ~ptx::spread_byte_signs(dropped[slab][kExchanged ? step % 2 : 0][i % 2], i / 2);
+  }
+
+ private:
+  __device__ __forceinline__ void draw(int slab, int step) {
+    const int m = row + slab * 16, n = key + step * 16;
+    if constexpr (kExchanged)
+      draw_rows(dropout, m, n, dropped[slab]);
+    else if constexpr (kRowsAligned)
+      draw_rows(dropout, m, n, dropped[slab][0]);
+    else
+      dropped[slab][0][0] = draw_row(dropout, m, n), dropped[slab][0][1] = draw_row(dropout, m + 8, n);
   }
 };
 

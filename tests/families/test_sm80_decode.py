@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fagen.families import sm80_decode, sm90_decode, sm90_decode_mla
+from fagen.families import sm80_decode
 from fagen.families.space import enumerate_space
 from fagen.ops.attention.decode import DecodeProblem
 from fagen.target import known
@@ -57,16 +57,3 @@ def test_costs_are_of_the_size_of_what_memory_allows() -> None:
     least = PROBLEM.bytes() / (sm80_decode.SM_RATE * SM90.units)
     assert least < costs[0] < 1.3 * least and costs[-1] > 2 * costs[0]
     assert sm80_decode.cost(PROBLEM, SM90, DEFAULT) <= costs[len(costs) // 10]
-
-
-def test_hopper_divides_keys_by_the_same_rule() -> None:
-    """A plan for lengths of all sizes: blocks of the families for Hopper get about as many keys."""
-    lengths = [60000, 300, 1500, 128, 9000, 33000]
-    latent = DecodeProblem(
-        head_dim=576, head_dim_v=512, shared_kv=True, page=64, heads=128, kv_heads=1, batch=6, seqlen_k=65536
-    )
-    for family, problem in ((sm90_decode_mla.FAMILY, latent), (sm90_decode.FAMILY, PROBLEM.replace(batch=6))):
-        problem = problem.replace(seqlen_k=65536)
-        keys = family.split_keys(problem, SM90, family.default(problem, SM90), lengths)
-        assert 128 <= keys < 8192 and keys % 64 == 0
-        assert family.split_keys(problem, SM90, family.default(problem, SM90), [0] * 6) >= 65536

@@ -15,7 +15,7 @@ from fagen.errors import InvalidArgument
 from fagen.ops.attention import arguments
 
 _WORD = 0xFFFFFFFF
-_MULTIPLIERS, _WEYL, _ROUNDS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 10
+_MULTIPLIERS, _WEYL, _ROUNDS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 7
 _LARGEST = 2**63 - 1
 
 
@@ -65,30 +65,30 @@ def kept(rate: float, rng: torch.Tensor, planes: tuple[int, int, int], rows: ran
     """Which weights are kept, as bools."""
     first, batch, heads = planes
     row_blocks = range(rows.start // 16, -(-rows.stop // 16))
-    key_blocks = range(keys.start // 32, -(-keys.stop // 32))
+    key_blocks = range(keys.start // 16, -(-keys.stop // 16))
 
     def numbers(begin: int, count: int) -> torch.Tensor:
         return torch.arange(begin, begin + count, device=rng.device, dtype=torch.int64)
 
     plane = numbers(first, batch * heads)[:, None, None]
-    of_row = numbers(row_blocks.start * 8, len(row_blocks) * 8)[:, None]
+    of_row = numbers(row_blocks.start * 4, len(row_blocks) * 4)[:, None]
     of_key = numbers(key_blocks.start * 4, len(key_blocks) * 4)
     words = _philox(rng[0], of_row, of_key, plane, rng[1] & _WORD)
     shape = torch.broadcast_shapes(*(word.shape for word in words))
-    # 32-bit words as four bytes, the lowest first: halves of 8 rows, then two keys
+    # 32-bit words as four bytes, the lowest first: words are of rows (row % 2, row / 8), bytes of keys likewise
     parts = [torch.stack([word.expand(shape) >> 8 * byte & 255 for byte in range(4)], dim=-1) for word in words]
-    cells = torch.stack(parts, dim=-2).to(torch.uint8)  # (plane, row calls, key calls, piece of 8 keys, byte)
-    cells = cells.reshape(batch, heads, len(row_blocks), 8, len(key_blocks), 4, 4, 2, 2)
-    cells = cells.permute(0, 1, 2, 7, 3, 4, 6, 5, 8)  # block, half, row, block, piece, pair, key
-    cells = cells.reshape(batch, heads, len(row_blocks) * 16, len(key_blocks) * 32)
-    row, key = rows.start - row_blocks.start * 16, keys.start - key_blocks.start * 32
+    cells = torch.stack(parts, dim=-2).to(torch.uint8)  # (plane, row calls, key calls, word, byte)
+    cells = cells.reshape(batch, heads, len(row_blocks), 4, len(key_blocks), 4, *(2, 2), *(2, 2))
+    cells = cells.permute(0, 1, *(2, 7, 3, 6), *(4, 8, 5, 9))  # block, half of it, pair, which of the pair
+    cells = cells.reshape(batch, heads, len(row_blocks) * 16, len(key_blocks) * 16)
+    row, key = rows.start - row_blocks.start * 16, keys.start - key_blocks.start * 16
     return cells[:, :, row : row + len(rows), key : key + len(keys)] < kept_of(rate)
 
 
 def _philox(
     seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Philox4x32-10, of 32-bit numbers held in 64 bits. A product wraps around as it does without a sign."""
+    """Philox4x32-7, of 32-bit numbers held in 64 bits. A product wraps around as it does without a sign."""
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
     for _ in range(_ROUNDS):
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]

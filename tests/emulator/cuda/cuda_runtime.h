@@ -87,6 +87,12 @@ inline unsigned atomicOr(unsigned* at, unsigned x) {
   return old;
 }
 inline void __threadfence() {}
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t both = uint64_t(y) << 32 | x;
+  uint32_t picked = 0;
+  for (int i = 0; i < 4; ++i) picked |= uint32_t(both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return picked;
+}
 inline void __syncwarp() { emulator::exchange(0, "__syncwarp"); }
 inline void __syncthreads() {
   emulator::meet(emulator::now->block->meetings[0], emulator::now->block->threads, "__syncthreads", 0);

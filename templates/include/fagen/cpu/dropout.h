@@ -9,7 +9,7 @@ namespace fagen {
 // Queries along lanes, as the weights lie.
 template <int kKeys, int kRows>
 struct KeptWeights {
-  static constexpr int kBlockRows = 16, kBlockKeys = 32, kLines = 8;  // of the cells that 32 calls of Philox decide
+  static constexpr int kBlockRows = 16, kBlockKeys = 32;  // of the cells that 32 calls of Philox decide
 
   alignas(64) uint8_t cells[kKeys][kRows];  // 1: kept
 
@@ -39,21 +39,19 @@ struct KeptWeights {
 
  private:
   void fill_block(const Dropout& dropout, int row, int key, Range rows, Range keys) {
-    uint32_t words[4][4][kLines];  // of a word and a pair of keys: the rows' calls side by side
+    uint32_t words[4][2][kBlockRows];  // of a pair of keys and a block of 16 of them: the rows' words side by side
     for (int pair = 0; pair < 4; ++pair)
 #pragma GCC ivdep
-      for (int line = 0; line < kLines; ++line) {
-        const RandomWords drawn = dropout.words(row + line, key + 2 * pair);
-        for (int word = 0; word < 4; ++word) words[word][pair][line] = drawn.word[word];
+      for (int call = 0; call < 8; ++call) {
+        const int block = call / 4, line = call % 4 * 2;
+        const RandomWords drawn = dropout.words(row + line, key + block * 16 + pair * 2);
+        for (int word = 0; word < 4; ++word) words[pair][block][word % 2 * 8 + line + word / 2] = drawn.word[word];
       }
-    const Range some = intersect({key, key + kBlockKeys}, keys);
-    for (int half = 0; half < 2; ++half) {
-      const Range lines = intersect({row + half * kLines, row + half * kLines + kLines}, rows);
-      for (int n = some.begin; n < some.end; ++n) {
-        const uint32_t* const from = words[n / 8 % 4][n % 8 / 2];
-        uint8_t* const to = cells[n - keys.begin] - rows.begin;
-        for (int m = lines.begin; m < lines.end; ++m) to[m] = dropout.keeps(from[m % kLines], half * 2 + n % 2);
-      }
+    const Range some = intersect({key, key + kBlockKeys}, keys), lines = intersect({row, row + kBlockRows}, rows);
+    for (int n = some.begin; n < some.end; ++n) {
+      const uint32_t* const from = words[n % 8 / 2][n / 16 % 2];
+      uint8_t* const to = cells[n - keys.begin] - rows.begin;
+      for (int m = lines.begin; m < lines.end; ++m) to[m] = dropout.keeps(from[m % 16], n / 8 % 2 * 2 + n % 2);
     }
   }
 };

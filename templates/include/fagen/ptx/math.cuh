@@ -16,10 +16,10 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return y;
 }
 
-// Bytes 2 h and 2 h + 1 of x as the 16-bit halves of a register.
-__device__ __forceinline__ uint32_t widen_bytes(uint32_t x, int h) {
+// For bytes 2 h and 2 h + 1 of x a 16-bit half each: all ones if the byte's sign bit is set, else 0.
+__device__ __forceinline__ uint32_t spread_byte_signs(uint32_t x, int h) {
   uint32_t y;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(h ? 0x4342 : 0x4140));
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(h ? 0xbbaa : 0x9988));
   return y;
 }
 // For each 16-bit half all ones if its sign bit is set, else 0.

@@ -99,13 +99,13 @@ struct WeightDropout<C, true> {
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
         const int key = first_key + grid.lane + j * Grid::kLanes;
-        if (j * Grid::kLanes % 32 == 0) words = dropout.words(row, key);
-        // the lane's word of a block of 32 keys is one of few, without an index that is known at run time only
+        if (j * Grid::kLanes % 16 == 0) words = dropout.words(row, key);
+        // the row's word is one of four, without an index that is known at run time only
         uint32_t word = words.word[0];
 #pragma unroll
         for (int n = 1; n < 4; ++n)
-          if (key / 8 % 4 == n) word = words.word[n];
-        keep(i, j, dropout.keeps(word, row / 8 % 2 * 2 + key % 2));
+          if (row % 2 * 2 + row / 8 % 2 == n) word = words.word[n];
+        keep(i, j, dropout.keeps(word, key / 8 % 2 * 2 + key % 2));
       }
     }
   }

@@ -60,7 +60,6 @@ struct Cells {
   using Sums = float[kSlabs][kColumns / 8][4];
   using Pairs = Packed<kSlabs, kColumns>;
   static constexpr int kLines = kSlabs * 2;  // lines a thread shares
-  static constexpr bool kKeysAligned = C::kTileN % 32 == 0 && (kTransposed ? kSlabs * 16 : kColumns) % 32 == 0;
   // whether a line may have hidden cells before its visible ones, and after them; keys end somewhere in any case
   static constexpr bool kHidesFirst = kTransposed || MaskOf<C>::kHasBegin;
   static constexpr bool kHidesLast = !kTransposed || MaskOf<C>::kHasBegin;
@@ -84,7 +83,7 @@ struct Cells {
   // P and dS in 16 bits, from S and dP.
   template <bool kMasked>
   __device__ __forceinline__ void differentiate(Sums& s_acc, Sums& dp_acc, Pairs& weights, Pairs& gradients) const {
-    CellDropout<kTransposed, kKeysAligned, kSlabs> dropout;
+    CellDropout<kTransposed, kColumns % 32 == 0, kSlabs> dropout;
     Band::Columns seen[kLines];
     HiddenRows hidden_rows[kLines];  // transposed: of each line's key
     if constexpr (kMasked) {
@@ -118,7 +117,7 @@ struct Cells {
             if constexpr (MaskOf<C>::kIntervals) hidden |= (kTransposed ? hidden_rows[i] : hidden_keys[e]).contains(m);
           }
           bool kept = true;
-          if constexpr (C::kDropout) kept = dropout.kept(score.dropout, i, n, e);
+          if constexpr (C::kDropout) kept = dropout.kept(i, n, e);
           if constexpr (kTransposed)
             score.apply(s[e], dp[e], column_stats[e], m, cell_key, hidden, kept);
           else

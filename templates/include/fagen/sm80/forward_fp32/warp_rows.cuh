@@ -256,7 +256,7 @@ struct WarpRows {
   __device__ __forceinline__ void drop(Scores& weights, int key) const {
     if constexpr (C::kDropout) {
       const Dropout dropout = Dropout::of(block.p, block.coord.batch, block.coord.head);
-      CellDropout<false, C::kTileN % 32 == 0, kSlabs> cells;
+      CellDropout<false, kKeyPieces % 4 == 0, kSlabs> cells;
 #pragma unroll
       for (int n = 0; n < kKeyPieces; ++n) {
         cells.load(dropout, lane, block.first_row + first_row, key, n);
@@ -264,7 +264,7 @@ struct WarpRows {
         for (int s = 0; s < kSlabs; ++s)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (!cells.kept(dropout, 2 * s + i / 2, n, i % 2)) weights[s][n][i] = 0.f;
+            if (!cells.kept(2 * s + i / 2, n, i % 2)) weights[s][n][i] = 0.f;
       }
     }
   }

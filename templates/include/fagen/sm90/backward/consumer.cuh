@@ -110,8 +110,7 @@ struct BackwardConsumer {
     const int key = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + place.row;
     fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
                                     lse, pipelines.smem + L::kBounds + key * 16);
-    if constexpr (C::kDropout)
-      mark_dropped<true, false>(s, change.dropout, at.tile * C::kTileM, keys.n0 + key - place.row);
+    if constexpr (C::kDropout) mark_dropped<true>(s, change.dropout, at.tile * C::kTileM, keys.n0 + key - place.row);
   }
   // dS in place of dP
   __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives,

@@ -29,7 +29,7 @@ struct ScoreChange {
         cap_log2(p.softcap * kLog2e),
         slope_log2(0.f),
         shift(p.seqlen_k - p.seqlen_q) {
-    if constexpr (C::kDropout) dropout = Dropout::of(p, 0, 0);
+    if constexpr (C::kDropout) dropout = make_uniform(Dropout::of(p, 0, 0));
   }
   __device__ __forceinline__ void set_head(const fagen_backward_params& p, int batch, int head) {
     if constexpr (C::kAlibi)
@@ -143,16 +143,16 @@ __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&der
 // ---- dropout: a dropped weight is held negated, until dP has come
 
 // Negate the dropped ones of the weights of 16 lines, whose first row of q and first key are given.
-template <bool kTransposed, bool kKeysAligned, int kPieces>
+template <bool kTransposed, int kPieces>
 __device__ __forceinline__ void mark_dropped(float (&weights)[kPieces][4], const Dropout& dropout, int row, int key) {
-  CellDropout<kTransposed, kKeysAligned, 1> cells;
+  CellDropout<kTransposed, kPieces % 4 == 0, 1> cells;
   const Place place;
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
     cells.load(dropout, place, row, key, j);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (!cells.kept(dropout, i / 2, j, i % 2)) weights[j][i] = -weights[j][i];
+      if (!cells.kept(i / 2, j, i % 2)) weights[j][i] = -weights[j][i];
   }
 }
 
@@ -166,7 +166,7 @@ __device__ __forceinline__ uint32_t kept_weights(uint32_t pair) {
 // dS of a weight and its dP, which counts as 0 where the weight was dropped, and may be less delta already.
 template <class C>
 __device__ __forceinline__ float gradient_of_score(float weight, float dp, float delta, const Dropout& dropout) {
-  if constexpr (C::kDropout) dp = weight < 0.f ? 0.f : dp * dropout.scale, weight = fabsf(weight);
+  if constexpr (C::kDropout) return fabsf(weight) * fmaf(dp, weight < 0.f ? 0.f : dropout.scale, -delta);
   return weight * (kSeedsDp<C> ? dp : dp - delta);
 }
 

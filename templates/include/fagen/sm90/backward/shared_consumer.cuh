@@ -140,9 +140,7 @@ struct SharedConsumer {
         }
     }
     if constexpr (kMasked && MaskOf<C>::kIntervals) clear_hidden(s, row0);
-    if constexpr (C::kDropout)
-      mark_dropped<false, kKeys % 32 == 0 && C::kTileN % 32 == 0>(s, change.dropout, row0 - Place().row,
-                                                                  key0 - Place().column);
+    if constexpr (C::kDropout) mark_dropped<false>(s, change.dropout, row0 - Place().row, key0 - Place().column);
   }
   __device__ __forceinline__ void clear_hidden(Scores& s, int row0) const {
 #pragma unroll
