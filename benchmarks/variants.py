@@ -46,7 +46,7 @@ MOST_DEATHS = 2  # of a label
 
 
 def all_rows(where: Target) -> dict[str, rows.Row]:
-    names = ("peers", "masks", "models", "small") if where.is_gpu else ("small",)
+    names = ("peers", "masks", "models", "small", "odd-d", "large-d") if where.is_gpu else ("small",)
     forward = [row for name in names for row in suites.suite(name, where)]
     backward = [rows.row_of_op(row, "backward", same_bits=same) for row in forward for same in (False, True)]
     named_by_op = [dataclasses.replace(row, name=f"backward {row.name}") for row in backward]

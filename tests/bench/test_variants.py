@@ -37,6 +37,7 @@ def rendered(variants, tmp_path: Path, label: str, *cases: str) -> Path:
         ("mla", "sm90_decode_mla"),
         ("sm90_decode", "sm90_decode"),
         ("fp8", "sm90_forward_fp8"),
+        ("large", "sm90_forward_large"),
     ],  # fmt: skip
 )
 def test_the_kept_cases_are_rows_and_configs_of_today(variants, name: str, family: str) -> None:
