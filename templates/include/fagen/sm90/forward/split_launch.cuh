@@ -40,7 +40,7 @@ static cudaError_t launch_split_forward(const fagen_forward_params& p, cudaStrea
       return e;
     if (plan.parts == 1) return cudaSuccess;
   }
-  return launch_kernel(merge, plan.row_tiles * kMergeBlocks<C>, kCombineThreads, 0, stream, p, launch, plan.parts);
+  return launch_kernel(merge, plan.row_tiles * kMergeBlocks<C>, kMergeThreads, 0, stream, p, launch, plan.parts);
 }
 
 }  // namespace fagen
