@@ -66,6 +66,8 @@ def _split_keys(p: DecodeProblem, t: Target, c: Config, lengths: Sequence[int]) 
     return sm80_decode.split_keys(p, t, Config(block), lengths)
 
 
+# Prefetch where row tiles share keys: else all SMs bring more tiles to L2 than it may keep. On an H100 16 and 64 heads
+# read 1600 GB/s with it, and more before it came; 128 heads became 1.25 times as fast.
 FAMILY = Family(
     name="sm90_decode_mla",
     template="sm90/decode_mla.cu.j2",
@@ -76,9 +78,9 @@ FAMILY = Family(
     supports=_supports,
     derive=lambda p, t, c: {"threads": THREADS, "smem_bytes": smem_bytes(p), "registers": REGISTERS},
     default=lambda p, t: Config(
-        {"rescale": "deferred", "split_keys": 128, "prefetch": 1, "cluster": 1 + _clustered(p, t)}
+        {"rescale": "deferred", "split_keys": 128, "prefetch": int(_shares(p)), "cluster": 1 + _clustered(p, t)}
     ),
-    default_reads=lambda p, t: _clustered(p, t),
+    default_reads=lambda p, t: (_shares(p), _clustered(p, t)),
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
@@ -86,6 +88,6 @@ FAMILY = Family(
         "register_products": [(p.head_dim_v // 2, True)],
     },
     repeats=lambda p, c: bool(c.cluster == 2 and not _shares(p)),
-    serves_calls=lambda p: False,  # not run on a GPU yet
+    serves_calls=lambda p: False,  # not all of its tests have passed on a GPU yet
     split_keys=_split_keys,
 )

@@ -74,9 +74,10 @@ def test_what_it_cannot_serve_it_refuses_with_a_reason(changes: dict, why: str) 
     ],
 )
 def test_constraints(broken: dict, whole: dict, constraint: str) -> None:
-    config = FAMILY.default(PROMPTS, SM90)
-    assert (FAMILY.rejects(PROMPTS, SM90, config.replace(**broken)) or [""])[0] == constraint
-    assert FAMILY.rejects(PROMPTS, SM90, config.replace(**whole)) is None
+    problem = PROMPTS.replace(page=64)
+    config = FAMILY.default(problem, SM90)
+    assert (FAMILY.rejects(problem, SM90, config.replace(**broken)) or [""])[0] == constraint
+    assert FAMILY.rejects(problem, SM90, config.replace(**whole)) is None
 
 
 def test_disagreement_with_python_is_a_compile_error() -> None:

@@ -46,6 +46,7 @@ def test_every_problem_that_is_served_has_a_legal_default() -> None:
         assert not FAMILY.repeats(problem, config)
     few, many = (FAMILY.default(LATENT.replace(batch=batch), SM90).cluster for batch in (1, 64))
     assert (few, many) == (1, 2)
+    assert [FAMILY.default(LATENT.replace(heads=heads), SM90).prefetch for heads in (16, 64, 128)] == [0, 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_costs_of_hopper_order_what_should_differ() -> None:
         config = sm90_decode.FAMILY.config({**sm90_decode.FAMILY.default(problem, SM90), **changes})  # type: ignore[dict-item]
         return sm90_decode.cost(problem, SM90, config)
 
-    prompts = PROBLEM.replace(seqlen_q=2048)
+    prompts = PROBLEM.replace(seqlen_q=2048, page=64)
     assert cost(prompts) < cost(prompts, tile_m=64)  # keys are read twice as often
     wide = DecodeProblem(head_dim=256, page=16, batch=32, heads=16, kv_heads=1, seqlen_k=4096)
     assert cost(wide) < cost(wide, stages=2) < cost(wide, stages=2, tile_n=32)  # less on its way

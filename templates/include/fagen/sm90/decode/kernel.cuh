@@ -1,7 +1,7 @@
 // Decode on Hopper by the copy engine and wgmma: a block takes one split of the keys of one row tile.
 //
 //   warpgroups 0 .. kGroups - 1   consumers: 64 rows of q each                            consumer.cuh
-//   the last one                  one warp loads tiles of keys and values, page by page   producer.cuh
+//   the last one                  two warps load tiles of keys, two of values             producer.cuh
 //
 // Where several blocks share a row tile's keys a second kernel merges their parts. The host's part: launch.cuh.
 #pragma once
@@ -73,7 +73,7 @@ __device__ __forceinline__ void run_block(const fagen_decode_params& p, const De
   __syncthreads();
   if (group == L::kGroups) {
     ptx::fewer_registers<L::kProducerRegisters>();
-    if (threadIdx.x / 32 % 4 == 0) load_keys(p, k, v, tile, split, smem);
+    load_keys(p, k, v, tile, split, smem, __shfl_sync(~0u, threadIdx.x / 32 % 4, 0));
     return;
   }
   ptx::more_registers<L::kConsumerRegisters>();

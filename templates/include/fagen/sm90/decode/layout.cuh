@@ -46,6 +46,8 @@ enum DecodeBarrier {
   kRowsCleared  // and those that follow: each warpgroup's
 };
 
+constexpr int kLoaders = 2;  // producer warps of a ring
+
 // A ring of tiles, each with a barrier for its bytes and one for its readers, as one warp steps through it.
 template <int kStages, int kBytes>
 struct TileRing {
@@ -54,7 +56,7 @@ struct TileRing {
 
   __device__ __forceinline__ void init(int readers) const {
     for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(barriers + s * kBarrierBytes, 1);
+      ptx::mbarrier_init(barriers + s * kBarrierBytes, kLoaders);
       ptx::mbarrier_init(barriers + s * kBarrierBytes + 8, readers);
     }
   }
