@@ -272,13 +272,16 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     size = max(p.head_dim_padded, p.head_dim_v_padded)
     tiles = next(tiles for limit, tiles in _TILES if size <= limit)
     orders = ("ascending", "sectioned") if p.mask == "none" else ("sectioned", "longest_first")
-    rows = "descending" if p.mask != "none" and getattr(p, "deterministic", False) else "ascending"
+    rows, same_bits = "ascending", getattr(p, "deterministic", False)
+    if same_bits and p.mask != "none":  # key tiles must come to a row tile in the order of their turns
+        if size <= 128:
+            orders = ("descending", *orders)
+        else:
+            rows = "descending"
     sinks = ("red", "bulk") if size > 128 else ("bulk", "red")  # a large head leaves no room for a stage of dQ
     held = 64 < size <= 96  # there V fits in registers
     found = []
     roundings = ("own_kernel", "last_block")
-    if getattr(p, "deterministic", False) and 64 < size <= 128:  # the blocks wait for each other anyway
-        roundings = ("last_block", "own_kernel")
     for order, sink, tile, rounding in itertools.product(orders, sinks, (*tiles, *_SMALLEST), roundings):
         operands, m, n, warpgroups, q_stages, dout_stages, ds_stages = tile
         dv_start, seeds, exp_on_fma = _order_of_visit(p, operands, m)

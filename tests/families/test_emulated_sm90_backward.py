@@ -154,6 +154,7 @@ DETERMINISTIC = [
     Case("descending", deterministic=True),
     Case("longest_first", mask="window", window=(70, 20), deterministic=True),
     Case("long_tiles_one_group", mask="intervals", intervals="both2", deterministic=True),
+    Case("descending", mask="intervals", intervals="lower1", window=(-1, 0), deterministic=True),
     Case("first_owner", mask="none", deterministic=True),
     Case("last_block", deterministic=True),
     Case("last_block_shared", mask="window", window=(70, 20), deterministic=True, kv_heads=4),
