@@ -31,13 +31,6 @@ KNOBS = (
         "what of a tile runs under O += P V of the one before",
     ),
     Knob("rescale", "kRescale", ("each", "deferred"), "O follows the maximum at each tile, or where it has grown"),
-    Knob(
-        "slack",
-        "kSlack",
-        (0, 2, 4),
-        "powers of two by which a maximum may grow before O follows",
-        implied_by_old_records=0,
-    ),
     Knob("promote", "kPromote", (0, 1, 2, 4), "tiles whose sums leave the tensor cores for float32 at once; 0: all"),
     Knob("exp_on_fma", "kExpOnFma", (0, 1, 2), "of 8 exponentials, those that the FMA pipe computes, by polynomials"),
     Knob("ping_pong", "kPingPong", (False, True), "warpgroups take turns at starting products"),
@@ -120,8 +113,6 @@ def _section_matters(p: Problem, t: Target, c: Config) -> str | None:
 def _rescaling_differs(p: Problem, t: Target, c: Config) -> str | None:
     if c.promote == 1 and c.rescale == "each":
         return "with promote=1 O is multiplied at each tile anyway, rescale=each only finds the same factors later"
-    if c.rescale == "each" and c.slack:
-        return f"with rescale=each O follows every maximum, slack={c.slack} only scales the weights down"
     return None
 
 
@@ -145,7 +136,7 @@ CONSTRAINTS = (
     Constraint("product_fits", _product_fits, ("tile_m", "tile_n", "blocks_per_sm")),
     Constraint("single_has_one", _single_has_one, ("q_stages", "schedule")),
     Constraint("turns_need_others", _turns_need_others, ("tile_m", "ping_pong")),
-    Constraint("rescaling_differs", _rescaling_differs, ("promote", "rescale", "slack")),
+    Constraint("rescaling_differs", _rescaling_differs, ("promote", "rescale")),
     Constraint("order_matters", device_limits.order_matters, ("block_order",)),
     Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
 )
@@ -202,7 +193,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
         return Config(
             {
                 "tile_m": m, "tile_n": n, "stages": stages, "q_stages": q_stages, "overlap": overlap,
-                "rescale": "deferred" if by == 1 else "each", "slack": 0, "promote": by, "exp_on_fma": exp_on_fma,
+                "rescale": "deferred" if by == 1 else "each", "promote": by, "exp_on_fma": exp_on_fma,
                 "ping_pong": m > 64 and turns, "blocks_per_sm": blocks, "schedule": schedule, "block_order": order,
                 "section_mb": section,
             }

@@ -18,7 +18,7 @@ from tests.support.cases import DTYPES
 
 FAMILY = sm90_forward_fp8.FAMILY
 BASE: dict[str, Any] = {
-    "tile_m": 128, "tile_n": 64, "stages": 2, "q_stages": 1, "overlap": "softmax", "rescale": "deferred", "slack": 0,
+    "tile_m": 128, "tile_n": 64, "stages": 2, "q_stages": 1, "overlap": "softmax", "rescale": "deferred",
     "promote": 0, "exp_on_fma": 0, "ping_pong": False, "blocks_per_sm": 1, "schedule": "balanced",
     "block_order": "ascending", "section_mb": 32,
 }  # fmt: skip
@@ -31,13 +31,13 @@ def config(**changes: Any) -> Config:
 # One config a line differs from BASE in what its name says; together they hold every value of every knob.
 SCHEMES = {
     "base": config(),
-    "turns": config(slack=2, ping_pong=True, schedule="dynamic", promote=4),
-    "every_tile": config(slack=2, exp_on_fma=1, promote=1, tile_m=64, tile_n=96),
+    "turns": config(ping_pong=True, schedule="dynamic", promote=4),
+    "every_tile": config(exp_on_fma=1, promote=1, tile_m=64, tile_n=96),
     "two_tiles": config(promote=2, tile_m=192, tile_n=32, rescale="each", ping_pong=True),
     "each": config(rescale="each", tile_n=128, q_stages=2, block_order="sectioned", section_mb=16),
     "serial": config(overlap="nothing", tile_m=192, tile_n=96, schedule="single", stages=1),
     "three_blocks": config(tile_m=64, tile_n=32, blocks_per_sm=3, schedule="single", block_order="longest_first"),
-    "two_blocks": config(slack=4, tile_m=64, tile_n=96, blocks_per_sm=2, stages=3, block_order="descending"),
+    "two_blocks": config(tile_m=64, tile_n=96, blocks_per_sm=2, stages=3, block_order="descending"),
     "deep": config(overlap="maxima", exp_on_fma=2, stages=4, tile_n=32, schedule="dynamic", block_order="sectioned"),
     "sections": config(q_stages=2, tile_n=160, schedule="dynamic", block_order="sectioned", section_mb=64),
     **{f"n{n}": config(tile_n=n, ping_pong=True) for n in (192, 224, 256)},

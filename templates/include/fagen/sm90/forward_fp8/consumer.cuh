@@ -43,7 +43,7 @@ struct Fp8Consumer {
   Fp8Weights<C> weights;
   ValueSums<C> sums;
   float of_values;  // the descale of v, of the row tile that was visited last
-  float margin;     // of scores, between the softmax's limit and that of e4m3
+  float margin;     // of scores, between a reference and the softmax's limit
 
   __device__ __forceinline__ Fp8Consumer(const fagen_forward_fp8_params& given, const LaunchArgs& launch, uint32_t smem,
                                          int group)
@@ -97,8 +97,9 @@ struct Fp8Consumer {
 
   // ---- softmax
 
-  // Take the maxima of a tile into the softmax: true if O must be multiplied by `factor`, once it is at rest. A weight
-  // may outgrow its reference by 2^kSlack, which e4m3 has room for; the softmax's own limit is that of 16 bits.
+  // Take the maxima of a tile into the softmax: true if O must be multiplied by `factor`, once it is at rest.
+  // References follow every growth of a maximum: the largest weight of a row is then a power of two, which e4m3 does
+  // not round. The softmax's own limit, that of 16 bits, is `margin` further on, or -inf.
   __device__ __forceinline__ bool update_max(float (&factor)[2]) {
     constexpr int kChains = 4;  // comparisons side by side, since each waits for the one before
     float row_max[2];
@@ -126,18 +127,14 @@ struct Fp8Consumer {
   // S becomes the weights times kWeightScale, and so do their sums.
   __device__ __forceinline__ void exponentiate() {
     const auto& softmax = state.softmax;
-    constexpr float kMost = 1 << (kWeightScaleLog2<C> + C::kSlack);  // of any weight: exp2_on_fma goes up to 1
-    float raised[2], lowered[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      raised[r] = softmax.offset[r] + kWeightScaleLog2<C>, lowered[r] = softmax.offset[r] - C::kSlack;
+    const float raised[2] = {softmax.offset[0] + kWeightScaleLog2, softmax.offset[1] + kWeightScaleLog2};
 #pragma unroll
     for (int n = 0; n < kPieces; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = s_acc[0][n][i];
         if ((n * 4 + i) % 8 < C::kExpOnFma)
-          x = exp2_on_fma(fmaf(x, softmax.scale_log2, lowered[i / 2])) * kMost;
+          x = exp2_on_fma(fmaf(x, softmax.scale_log2, softmax.offset[i / 2])) * kWeightScale;
         else
           x = ptx::ex2(fmaf(x, softmax.scale_log2, raised[i / 2]));
         state.softmax.sum[i / 2] += x;
@@ -179,7 +176,7 @@ struct Fp8Consumer {
       mod.scale *= of_scores;
     else
       state.softmax.scale_log2 = Mod::softmax_scale_log2(p) * of_scores;
-    margin = (State::Softmax::kSlackLog2 - C::kSlack) / state.softmax.scale_log2;
+    margin = State::Softmax::kSlackLog2 / state.softmax.scale_log2;
     return mod;
   }
 
@@ -220,9 +217,9 @@ struct Fp8Consumer {
   // The last product of a row tile is there.
   __device__ __forceinline__ void store(const PendingTile& pending) {
     sums.finish(state.o[0]);
-    const float factor = of_values / kWeightScale<C>;
+    const float factor = of_values / kWeightScale;
     multiply_rows(state.o[0], {factor, factor});
-    for (float& sum : state.softmax.sum) sum *= 1.f / kWeightScale<C>;
+    for (float& sum : state.softmax.sum) sum *= 1.f / kWeightScale;
     store_rows<C, Element>(p, packing, state, pending, group);
   }
 

@@ -6,12 +6,9 @@
 
 namespace fagen {
 
-// Weights are at most 2^kSlack. The largest becomes 256 of e4m3's 448, and those down to 2^-14 of it keep all their
-// bits.
-template <class C>
-constexpr int kWeightScaleLog2 = 8 - C::kSlack;
-template <class C>
-constexpr float kWeightScale = 1 << kWeightScaleLog2<C>;
+// Weights are at most 1. The largest, 1 itself, becomes 256 of e4m3's 448, without a rounding, and those down to 2^-14
+// keep all their bits.
+constexpr float kWeightScaleLog2 = 8.f, kWeightScale = 256.f;
 
 // An operand of values in shared memory, in the order of value_order.cuh.
 __device__ __forceinline__ Operand operand_of_values(uint32_t address) {
