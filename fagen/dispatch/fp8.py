@@ -48,7 +48,8 @@ def kernel_of(call: Fp8Call) -> Kernel | None:
 def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool) -> QuantizedQKV:
     """fp8 numbers of checked tensors: by kernels of our own where they can, else by PyTorch."""
     found = None
-    if q.is_cuda and all(map(is_plain, (q, k, v))) and fp8_launch.serves(q, k, v):
+    kernels = fp8_launch.SERVES_CALLS and q.is_cuda and all(map(is_plain, (q, k, v)))
+    if kernels and fp8_launch.serves(q, k, v):
         target = target_of(q.device)
         found = None if target is None else quantize_kernel.library(target)
     if found is None:

@@ -271,7 +271,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     """Legal ones, the best first: the tiles with each sink of dQ, in two orders of blocks."""
     size = max(p.head_dim_padded, p.head_dim_v_padded)
     tiles = next(tiles for limit, tiles in _TILES if size <= limit)
-    orders = ("ascending", "sectioned") if p.mask == "none" else ("sectioned", "longest_first")
+    orders: tuple[str, ...] = ("ascending", "sectioned") if p.mask == "none" else ("sectioned", "longest_first")
     rows, same_bits = "ascending", getattr(p, "deterministic", False)
     if same_bits and p.mask != "none":  # key tiles must come to a row tile in the order of their turns
         if size <= 128:
