@@ -239,7 +239,13 @@ struct Dropout {
   static FAGEN_SHARED Dropout of(const Params& p, int64_t batch, int64_t head) {
     const uint32_t kept = kept_of(p.dropout), least = 256 - kept;
     const uint32_t lower = kept ? (least & 127) * 0x01010101u : 0x80808080u, sign = (least & 384) ? 0x80808080u : 0;
-    return {RoundKeys::of(p.rng[0]), uint32_t(p.rng[1]), uint32_t(batch * p.heads + head), kept, scale_of(kept), lower, sign};
+    return {RoundKeys::of(p.rng[0]),
+            uint32_t(p.rng[1]),
+            uint32_t(batch * p.heads + head),
+            kept,
+            scale_of(kept),
+            lower,
+            sign};
   }
 
   // The call that has row `row` and key `key`.
