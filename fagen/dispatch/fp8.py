@@ -12,6 +12,7 @@ from fagen.notices import warn_fallback
 from fagen.ops.attention import fallback, fp8_launch, fp8_quantize
 from fagen.ops.attention.fp8_call import Fp8Call
 from fagen.ops.attention.fp8_quantize import QuantizedQKV
+from fagen.runtime import helper
 from fagen.runtime import quantize as quantize_kernel
 from fagen.runtime.decode_ops import is_plain
 from fagen.runtime.kernel import Kernel, selected
@@ -51,11 +52,12 @@ def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, inc
     kernels = fp8_launch.SERVES_CALLS and q.is_cuda and all(map(is_plain, (q, k, v)))
     if kernels and fp8_launch.serves(q, k, v):
         target = target_of(q.device)
-        found = None if target is None else quantize_kernel.library(target)
+        capturing = torch.cuda.is_current_stream_capturing()
+        found = None if target is None else quantize_kernel.HELPER.library(target, capturing)
     if found is None:
         return fp8_quantize.by_torch(q, k, v, layout, incoherent)
     made, params, alive = fp8_launch.prepare(quantize_kernel.Params, q, k, v, layout, incoherent)
-    quantize_kernel.launch(found, params, alive[0])
+    helper.launch(found, params, alive[0], "fp8 numbers could not be made")
     return made
 
 

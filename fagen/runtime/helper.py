@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fagen import env
 from fagen.build import cache
 from fagen.build.job import Job, link_flags
 from fagen.codegen import render
-from fagen.errors import FagenError
+from fagen.errors import FagenError, LaunchError
 from fagen.families import cpu_forward, device_limits
 from fagen.notices import notify
 from fagen.ops import abi
 from fagen.runtime import background
-from fagen.runtime.kernel import Library
+from fagen.runtime.kernel import Library, launch_on_stream
 from fagen.target import Target
+
+if TYPE_CHECKING:
+    import torch
 
 _GPU_FLAGS = ("-O3", "-std=c++17", "-Xptxas=-v", "-lineinfo")
 
@@ -28,6 +31,7 @@ class Helper:
     cpu: str | None  # None: PyTorch does it on a CPU
     instead: str  # says what PyTorch does where the kernel cannot be built
     cpu_flags: tuple[str, ...] = ()
+    capability: int = 80  # the least that a GPU needs
     libraries: dict[str, Library | None] = field(default_factory=dict)  # by arch; None: it cannot be built
 
     @property
@@ -68,7 +72,8 @@ class Helper:
 
     def _lacking(self, target: Target) -> str | None:
         if target.is_gpu:
-            return device_limits.needs_sm80(target)
+            fits = target.capability >= self.capability
+            return device_limits.needs_sm80(target) or (None if fits else f"needs sm_{self.capability}")
         return None if self.cpu else "needs a GPU"
 
     def _find(self, target: Target) -> Library | None:
@@ -99,3 +104,11 @@ class Helper:
     def _give_up(self, target: Target, error: FagenError) -> None:
         self.libraries[target.arch] = None
         background.tell(f"{self.instead}: {' '.join(str(error).splitlines())}")
+
+
+def launch(library: Library, params: Any, t: torch.Tensor, failed: str) -> None:
+    """On the stream that is current on the tensor's device; `failed` says what was not done if that cannot be."""
+    status = launch_on_stream(library, params, t)
+    if status:
+        text = (library.error(status) or b"unknown").decode(errors="replace")
+        raise LaunchError(f"{failed}: {text}", f"of a tensor {tuple(t.shape)} {t.dtype}")

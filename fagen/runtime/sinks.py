@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from fagen.errors import LaunchError
 from fagen.ops.attention import derivatives
 from fagen.ops.attention import sinks as logits
+from fagen.runtime import helper
 from fagen.runtime.decode_ops import is_plain
-from fagen.runtime.helper import Helper
-from fagen.runtime.kernel import Library, launch_on_stream
+from fagen.runtime.kernel import Library
 from fagen.target import target_of
 
-HELPER = Helper("sinks", "fagen/abi/sinks.h", "sinks/sinks.cu.j2", None, "PyTorch applies attention sinks")
+HELPER = helper.Helper("sinks", "fagen/abi/sinks.h", "sinks/sinks.cu.j2", None, "PyTorch applies attention sinks")
 Params = HELPER.params
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -90,7 +89,4 @@ def _launch(
         setattr(p, name, None if t is None else t.data_ptr())
     p.batch, p.rows, p.heads, p.head_dim = out.shape[0], out.shape[row], out.shape[head], out.shape[3]
     p.element, p.sink_element = _DTYPES[out.dtype], _DTYPES[sinks.dtype]
-    status = launch_on_stream(library, p, out)
-    if status:
-        text = (library.error(status) or b"unknown").decode(errors="replace")
-        raise LaunchError(f"attention sinks could not be applied: {text}", f"out {tuple(out.shape)} {out.dtype}")
+    helper.launch(library, p, out, "attention sinks could not be applied")

@@ -12,7 +12,7 @@ from fagen.ops.attention import fp8_launch, fp8_quantize
 from fagen.ops.attention.fp8_calls import Params, make_params
 from fagen.ops.attention.fp8_quantize import QuantizedQKV
 from fagen.ops.oracle import Verdict
-from fagen.runtime import quantize
+from fagen.runtime import helper, quantize
 from fagen.runtime.kernel import Library
 from fagen.target import known
 from tests.support import emulated
@@ -135,11 +135,11 @@ def test_every_value_of_every_knob_is_run() -> None:
 
 def _quantized_by_kernel(tensors: list[torch.Tensor], layout: str, incoherent: bool, folder: Path) -> QuantizedQKV:
     assert fp8_launch.serves(*tensors)
-    text = emulated.translated(quantize.rendered(), "bf16")
+    text = emulated.translated(quantize.HELPER.rendered(HOPPER), "bf16")
     library = emulated.build(text, folder, quantize.Params)
     made, params, _alive = fp8_launch.prepare(quantize.Params, *tensors, layout, incoherent)
     library._library.emulator_begin(0, 3)
-    quantize.launch(library, params, tensors[0])
+    helper.launch(library, params, tensors[0], "not made")
     return made
 
 

@@ -155,3 +155,11 @@ def test_what_only_repeats_at_its_sizes_is_not_searched() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "packed"), [(8, 8, 1), (32, 8, 4), (12, 2, 2), (128, 1, 64), (15, 5, 1)])
 def test_heads_are_packed_as_a_tile_holds_them(heads: int, kv_heads: int, packed: int) -> None:
     assert size_point.packed_heads(Problem(heads=heads, kv_heads=kv_heads)) == packed
+
+
+def test_heads_are_packed_where_tiles_of_one_head_are_half_empty() -> None:
+    """Of 135 rows a head, four heads fill 5 tiles of 128 rows, and 8 where each has its own."""
+    where = target.known("sm_90")
+    many = Problem(mask="causal", batch=64, heads=32, kv_heads=8, seqlen_q=135, seqlen_k=607)
+    for rows, packed in ((135, True), (128, False), (1000, False)):
+        assert sm90_forward.FAMILY.default(many.replace(seqlen_q=rows), where)["pack_heads"] is packed, rows
