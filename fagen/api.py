@@ -7,13 +7,13 @@ from typing import Any, Literal, overload
 
 import torch
 
-from fagen import env, fp8_api
+from fagen import env
 from fagen.dispatch.attention import kernel_of
 from fagen.ops.attention import arguments, derivatives, fallback
 from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import Window
 from fagen.ops.attention.call import AXES, AttentionCall
-from fagen.runtime import binding, dropout_ops
+from fagen.runtime import binding
 from fagen.runtime import sinks as sink_kernel
 
 Descale = torch.Tensor | float | None
@@ -84,7 +84,9 @@ def attention(
     Gradients of q, k and v are ours where a backward kernel serves them; all other derivatives are PyTorch's. A row
     that sees no key gives 0, and -inf in lse (or its sink).
     """
-    if fp8_api.is_asked(q, descale_q, descale_k, descale_v):
+    if _in_fp8(q, descale_q, descale_k, descale_v):
+        from fagen import fp8_api  # as most calls do not
+
         return fp8_api.attention(
             q, k, v, (descale_q, descale_k, descale_v), sinks=sinks, layout=layout, causal=causal, window=window,
             softcap=softcap, scale=scale, return_lse=return_lse, out=out, intervals=intervals,
@@ -108,6 +110,11 @@ def attention(
             dropout_p=dropout_p,
         )
     )  # fmt: skip
+
+
+def _in_fp8(q: Any, *descales: Any) -> bool:
+    """Whether it is a call on fp8 numbers, or has arguments that only such calls have."""
+    return getattr(q, "dtype", None) is torch.float8_e4m3fn or any(scale is not None for scale in descales)
 
 
 def _with_sinks(
@@ -158,7 +165,12 @@ def _dropping(call: AttentionCall, reason: str) -> torch.Tensor | tuple[torch.Te
     if not tracing and _has_memory(call):
         call.refuse_overlap()
     transformed = not tracing and torch._C._functorch.peek_interpreter_stack() is not None
-    value, lse = fallback.attend(call) if reason or transformed else dropout_ops.attend(call.with_rng())
+    if reason or transformed:
+        value, lse = fallback.attend(call)
+    else:
+        from fagen.dispatch import dropout  # which registers the ops
+
+        value, lse = dropout.attend(call.with_rng())
     value = value if call.out is None else call.out.copy_(value)
     return (value, lse) if call.want_lse else value
 

@@ -22,13 +22,6 @@ _SCHEMA = (
 _libraries: list[Any] = []  # torch unregisters what is collected
 
 
-def is_asked(q: Any, descale_q: Any, descale_k: Any, descale_v: Any) -> bool:
-    """Whether a call of `fagen.attention` is one on fp8 numbers, or has arguments that only such calls have."""
-    if getattr(q, "dtype", None) is E4M3:
-        return True
-    return descale_q is not None or descale_k is not None or descale_v is not None
-
-
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,

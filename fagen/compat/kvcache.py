@@ -14,6 +14,7 @@ from fagen.dispatch import decode
 from fagen.errors import InvalidArgument, UnsupportedProblem
 from fagen.ops.attention import arguments, decode_checks
 from fagen.ops.attention import sinks as sink_logits
+from fagen.ops.attention.arguments import is_plain
 from fagen.ops.attention.decode_call import DecodeCall
 from fagen.runtime import decode_ops
 
@@ -94,7 +95,7 @@ def _serve_new(
         call, appended = kvcache_append.append_rows(call, new)
     elif a.q.is_cuda and env.flag("FAGEN_DEBUG"):
         decode_checks.check_contents(call)
-    if not decode_ops.is_plain(a.q):  # a tracer, mode or subclass wants to see an op
+    if not is_plain(a.q):  # a tracer, mode or subclass wants to see an op
         out, lse = decode_ops.attend(call)
         return (out, lse) if want_lse else out
     prepared = decode.prepare(call)

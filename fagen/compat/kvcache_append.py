@@ -15,10 +15,11 @@ from torch.autograd.graph import increment_version
 from fagen import env
 from fagen.errors import InvalidArgument, LaunchError
 from fagen.ops.attention import arguments, cache_append, cache_update, decode_checks
+from fagen.ops.attention.arguments import is_plain
 from fagen.ops.attention.cache_append import NewTokens
 from fagen.ops.attention.cache_update import NewRows
 from fagen.ops.attention.decode_call import DecodeCall, Tensors
-from fagen.runtime import append, decode_ops
+from fagen.runtime import append
 from fagen.runtime.kernel import Library, launch_on_stream
 from fagen.target import target_of
 
@@ -50,7 +51,7 @@ def append_rows(call: DecodeCall, new: NewTokens) -> tuple[DecodeCall, Prepared 
     call.check_arguments()
     call.check_tensors()
     _check(call, new)
-    plain = decode_ops.is_plain(call.q) and decode_ops.is_plain(new.k) and decode_ops.is_plain(call.k)
+    plain = is_plain(call.q) and is_plain(new.k) and is_plain(call.k)
     prepared = _prepare(call, new) if plain else None
     if plain and ((prepared is None and not call.q.is_cuda) or (call.q.is_cuda and env.flag("FAGEN_DEBUG"))):
         _check_contents(call, new)

@@ -14,10 +14,9 @@ import torch
 from fagen import env
 from fagen.compat import kvcache_append
 from fagen.dispatch import decode, resolve
-from fagen.ops.attention.arguments import ALIGNMENT
+from fagen.ops.attention.arguments import ALIGNMENT, is_plain
 from fagen.ops.attention.cache_append import NewTokens
 from fagen.ops.attention.decode_call import DecodeCall, Tensors
-from fagen.runtime import decode_ops
 
 Key = tuple[Any, ...]
 
@@ -69,7 +68,7 @@ _known: dict[Key, _Known] = {}
 def key_of(a: Arguments, settings: Settings) -> Key | None:
     """All that follows from a call but its addresses; None where it is nothing to be remembered: somebody wants to see
     the ops, a gradient is wanted, its contents are to be checked, or it is no call of tensors at all."""
-    if not decode_ops.is_plain(a.q):
+    if not is_plain(a.q):
         return None
     try:
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a):

@@ -10,7 +10,8 @@ from fagen import api
 from fagen.compat.flash_attn import window_bounds
 from fagen.errors import InvalidArgument, UnsupportedProblem
 from fagen.ops.attention import arguments, masks
-from fagen.runtime import decode_ops, packed
+from fagen.ops.attention.arguments import is_plain
+from fagen.runtime import packed
 
 
 def flash_attn_varlen_func(
@@ -96,7 +97,7 @@ def _intervals(
     right: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """By one kernel, where there is one and its address may be taken; a compiler fuses what PyTorch computes."""
-    plain = keys > 0 and decode_ops.is_plain(of_q) and decode_ops.is_plain(of_k)
+    plain = keys > 0 and is_plain(of_q) and is_plain(of_k)
     library = packed.library_for(of_q, of_k) if plain else None
     if library is not None:
         made = packed.make_intervals(library, of_q, of_k, rows, keys, columns, left, right)

@@ -12,7 +12,7 @@ from fagen.dispatch.plan import TORCH, Answer
 from fagen.ops.attention import fallback, traced
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.call import AttentionCall
-from fagen.runtime import dropout_ops, python_ops
+from fagen.runtime import python_ops
 
 if TYPE_CHECKING:
     from fagen.runtime.kernel import Kernel
@@ -90,4 +90,3 @@ def _on_device(q: torch.Tensor) -> Any:
 
 
 python_ops.answer_with(words_of, backward_words_of, build_ahead)
-dropout_ops.answer_with(kernel_of, build_ahead)

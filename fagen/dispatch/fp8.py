@@ -10,11 +10,11 @@ import torch
 from fagen.dispatch import resolve
 from fagen.notices import warn_fallback
 from fagen.ops.attention import fallback, fp8_launch, fp8_quantize
+from fagen.ops.attention.arguments import is_plain
 from fagen.ops.attention.fp8_call import Fp8Call
 from fagen.ops.attention.fp8_quantize import QuantizedQKV
 from fagen.runtime import helper
 from fagen.runtime import quantize as quantize_kernel
-from fagen.runtime.decode_ops import is_plain
 from fagen.runtime.kernel import Kernel, selected
 from fagen.target import target_of
 

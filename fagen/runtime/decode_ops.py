@@ -38,14 +38,6 @@ def attend(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     return result
 
 
-def is_plain(t: torch.Tensor) -> bool:
-    """A tensor with memory that may be looked at, and nobody who wants to see ops."""
-    if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, torch.nn.Parameter):
-        return False
-    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    return not modes and torch._C._functorch.peek_interpreter_stack() is None
-
-
 def _register() -> None:
     library = torch.library.Library("fagen", "FRAGMENT")
     library.define(_SCHEMA)

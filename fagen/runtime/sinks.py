@@ -10,8 +10,8 @@ from torch.autograd.graph import increment_version
 
 from fagen.ops.attention import derivatives
 from fagen.ops.attention import sinks as logits
+from fagen.ops.attention.arguments import is_plain
 from fagen.runtime import helper
-from fagen.runtime.decode_ops import is_plain
 from fagen.runtime.kernel import Library
 from fagen.target import target_of
 

@@ -15,7 +15,7 @@ import fagen
 from fagen import api
 from fagen.errors import LaunchError
 from fagen.ops.attention import sinks as logits
-from fagen.runtime import sinks
+from fagen.runtime import helper, sinks
 from fagen.runtime.kernel import Library
 from fagen.target import host, known
 from tests.support import emulated
@@ -28,13 +28,13 @@ SINKS = [0.3, 4.0, -40.0, math.inf, -math.inf, 1.0]
 def library(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     text = emulated.translated(sinks.HELPER.rendered(known("sm_80")), "bf16")
     found = emulated.build(text, cache_folder / "emulated", sinks.Params)
-    launch = sinks.launch_on_stream
+    launch = helper.launch_on_stream
 
     def begun(library: Library, *more: Any) -> int:
         found._library.emulator_begin(ctypes.c_uint64(0), ctypes.c_int(3))
         return launch(library, *more)
 
-    monkeypatch.setattr(sinks, "launch_on_stream", begun)
+    monkeypatch.setattr(helper, "launch_on_stream", begun)
     monkeypatch.setattr(sinks, "_library", lambda *tensors: found)
     return found
 
@@ -145,14 +145,14 @@ def test_gradients_of_gradients_are_refused(library: Library) -> None:
 def test_who_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     out, lse, some, *_ = drawn(torch.float32, 16, "bshd", apart=False, of_sinks=torch.float32)
     assert sinks._library(out, lse, some) is None, "on a CPU"
-    helper = sinks.HELPER
-    assert helper.library(host(), capturing=False) is None and helper.libraries.pop(host().arch) is None
+    ours = sinks.HELPER
+    assert ours.library(host(), capturing=False) is None and ours.libraries.pop(host().arch) is None
     old = dataclasses.replace(known("sm_80"), arch="sm_75")
-    assert helper.library(old, capturing=False) is None and helper.libraries.pop("sm_75") is None
+    assert ours.library(old, capturing=False) is None and ours.libraries.pop("sm_75") is None
 
 
 def test_a_launch_that_fails_is_told(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     out, lse, some, *_ = drawn(torch.float32, 16, "bshd", apart=False, of_sinks=torch.float32)
-    monkeypatch.setattr(sinks, "launch_on_stream", lambda *given: 1)
+    monkeypatch.setattr(helper, "launch_on_stream", lambda *given: 1)
     with pytest.raises(LaunchError, match="attention sinks could not be applied"):
         sinks.apply(out, lse, some, "bshd")

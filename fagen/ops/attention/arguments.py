@@ -131,6 +131,14 @@ def dense(name: str, t: Any) -> None:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
+def is_plain(t: torch.Tensor) -> bool:
+    """A tensor with memory that may be looked at, and nobody who wants to see ops."""
+    if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return not modes and torch._C._functorch.peek_interpreter_stack() is None
+
+
 def is_aligned(t: torch.Tensor) -> bool:
     """Every row starts at a multiple of 16 bytes, is whole 16-byte pieces, and lies apart from the others.
 
