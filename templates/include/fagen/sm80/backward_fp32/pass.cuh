@@ -1,0 +1,119 @@
+// A pass: a block owns a tile of rows or keys, a warp 16 or 32 of them with their gradients in registers, and the tiles
+// of the other side pass by. S and dP are computed with the own rows as lines, so that the cells that a lane has are its
+// operands of the sums. S and dP are computed anew in each pass: no block adds to what another one computes, and the
+// gradients are the same bits each time.
+#pragma once
+#include "fagen/sm80/backward_fp32/cells.cuh"
+#include "fagen/sm80/backward_fp32/stages.cuh"
+
+namespace fagen {
+
+template <class P>
+struct WarpPass {
+  using Shape = TensorPassShape<P>;
+  using Cells = WarpCells<P>;
+  static constexpr int kSlabs = Shape::kSlabs;
+
+  const PassBlock<P, float>& block;
+  const TensorGradientArgs& args;
+  Lane lane;
+  int first;                          // the warp's first row in the block's tile
+  RowStats stats[Cells::kLines];      // of its rows
+  float score_sums[kSlabs][P::kAddsGradients ? 4 * Shape::kScoreGroups : 1][4];  // dQ or dK
+  float value_sums[kSlabs][P::kAddsWeights ? 4 * Shape::kValueGroups : 1][4];    // dV
+
+  __device__ __forceinline__ WarpPass(const PassBlock<P, float>& block, const TensorGradientArgs& args)
+      : block(block), args(args), first(__shfl_sync(~0u, threadIdx.x / 32, 0) * Shape::kWarpRows) {
+    clear(score_sums);
+    clear(value_sums);
+    if constexpr (!P::kOwnsKeys) {
+      const int64_t head = int64_t(block.batch) * block.p.heads + block.head;
+#pragma unroll
+      for (int i = 0; i < Cells::kLines; ++i) stats[i] = args.stats[head * args.stats_rows + row(i)];
+    }
+  }
+  // The row in the matrix of a lane's line.
+  __device__ __forceinline__ int row(int i) const { return block.first + first + Cells::place(i) + lane.row; }
+
+  __device__ __forceinline__ void run() {
+    typename SelectWalk<P>::Type walk(block);
+    OtherStages<P> stages(block, args, walk);
+    for (; walk.valid(); walk.advance()) {
+      stages.wait();
+      typename Cells::Sums scores, gradients;
+      const float *own_scores = block.shared + first * Shape::ScoreRows::kPitch;
+      const float *own_values = block.shared + Shape::kOwnValues + first * Shape::ValueRows::kPitch;
+      multiply_rows<P, typename Shape::ScoreRows>(scores, lane, own_scores, stages.scores());
+      if constexpr (P::kAddsGradients)
+        multiply_rows<P, typename Shape::ValueRows>(gradients, lane, own_values, stages.values());
+      else
+        clear(gradients);
+      differentiate(scores, gradients, walk, stages.stats());
+      if constexpr (P::kAddsWeights)
+        add_rows<typename Shape::ValueRows>(value_sums, lane, CellOperands(scores), stages.values(),
+                                            block.p.head_dim_v);
+      if constexpr (P::kAddsGradients)
+        add_rows<typename Shape::ScoreRows>(score_sums, lane, CellOperands(gradients), stages.scores(),
+                                            block.p.head_dim);
+      stages.advance();
+    }
+    ptx::cp_async_wait<0>();
+    if constexpr (P::kAddsGradients) store(score_sums, block.gradient(), block.p.scale);
+    if constexpr (P::kAddsWeights) {
+      const auto dv = head_of<float>(block.p.dv, block.batch, block.kv_head, block.p.seqlen_k, block.p.head_dim_v);
+      store(value_sums, dv, scale_up<P>(block.p, 1.f));
+    }
+  }
+
+ private:
+  template <class Walk>
+  __device__ __forceinline__ void differentiate(typename Cells::Sums& scores, typename Cells::Sums& gradients,
+                                                const Walk& walk, const RowStats* of_columns) const {
+    const ScoreGradient<P> gradient(block.p, block.batch, walk.head);
+    const Cells cells{lane,         gradient, block.mask, P::kOwnsKeys ? of_columns : stats,
+                      block.first + first, walk.tile() * P::kTileOther};
+    walk.partial() ? cells.template differentiate<true>(scores, gradients)
+                   : cells.template differentiate<false>(scores, gradients);
+  }
+
+  // Four lanes store 128 bytes of a row side by side.
+  template <int kPieces>
+  __device__ __forceinline__ void store(const float (&sums)[kSlabs][kPieces][4], const Matrix<float>& to,
+                                        float factor) const {
+#pragma unroll
+    for (int i = 0; i < Cells::kLines; ++i) {
+      if (row(i) >= to.rows) continue;
+#pragma unroll
+      for (int q = 0; q < kPieces / 4; ++q)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {  // four columns of the lane
+          float x[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) x[j] = sums[i / 2][q * 4 + j][i % 2 * 2 + e] * factor;
+          store_columns<P::kAligned>(to.row(row(i)), q * 32 + (lane.column + e) * 4, to.cols, x);
+        }
+    }
+  }
+};
+
+// The stats of a row, a warp together. Rows count those that fill up the last tile of each head.
+__device__ __forceinline__ void store_stats(const fagen_backward_params& p, const TensorGradientArgs& args) {
+  const int64_t at = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (at >= int64_t(p.batch) * p.heads * args.stats_rows) return;
+  const int64_t head = at / args.stats_rows;
+  const int row = at % args.stats_rows, lane = threadIdx.x % 32;
+  RowStats stats = {INFINITY, 0.f};
+  if (row < p.seqlen_q && p.lse[head * p.seqlen_q + row] != -INFINITY) {
+    const float* o = head_of<float>(p.o, head / p.heads, head % p.heads, p.seqlen_q, p.head_dim_v).row(row);
+    const float* dout = head_of<float>(p.dout, head / p.heads, head % p.heads, p.seqlen_q, p.head_dim_v).row(row);
+    float sum = 0.f;
+    for (int i = lane; i < p.head_dim_v; i += 32) sum += o[i] * dout[i];
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    const int64_t of_row = head * p.seqlen_q + row;
+    stats = {p.lse[of_row], p.dlse ? sum - p.dlse[of_row] : sum};
+  }
+  if (lane == 0) args.stats[at] = stats;
+}
+
+}  // namespace fagen
