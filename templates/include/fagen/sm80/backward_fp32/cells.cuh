@@ -111,8 +111,7 @@ struct WarpCells {
           if constexpr (kMasked) {
             if constexpr (kHidesFirst) hidden = offset < seen[i].begin;
             if constexpr (kHidesLast) hidden |= offset >= seen[i].end;
-            if constexpr (MaskOf<P>::kIntervals)
-              hidden |= (P::kOwnsKeys ? hidden_lines[i] : hidden_column).contains(m);
+            if constexpr (MaskOf<P>::kIntervals) hidden |= (P::kOwnsKeys ? hidden_lines[i] : hidden_column).contains(m);
           }
           if constexpr (P::kDropout) kept = dropout.kept(i, n, e);
           float &score = scores[i / 2][n][i % 2 * 2 + e], &of_weight = gradients[i / 2][n][i % 2 * 2 + e];

@@ -1,7 +1,7 @@
 // A pass: a block owns a tile of rows or keys, a warp 16 or 32 of them with their gradients in registers, and the tiles
-// of the other side pass by. S and dP are computed with the own rows as lines, so that the cells that a lane has are its
-// operands of the sums. S and dP are computed anew in each pass: no block adds to what another one computes, and the
-// gradients are the same bits each time.
+// of the other side pass by. S and dP are computed with the own rows as lines, so that the cells that a lane has are
+// its operands of the sums. S and dP are computed anew in each pass: no block adds to what another one computes, and
+// the gradients are the same bits each time.
 #pragma once
 #include "fagen/sm80/backward_fp32/cells.cuh"
 #include "fagen/sm80/backward_fp32/stages.cuh"
@@ -17,10 +17,10 @@ struct WarpPass {
   const PassBlock<P, float>& block;
   const TensorGradientArgs& args;
   Lane lane;
-  int first;                          // the warp's first row in the block's tile
-  RowStats stats[Cells::kLines];      // of its rows
+  int first;  // the warp's first row in the block's tile
+  RowStats stats[Cells::kLines];  // of its rows
   float score_sums[kSlabs][P::kAddsGradients ? 4 * Shape::kScoreGroups : 1][4];  // dQ or dK
-  float value_sums[kSlabs][P::kAddsWeights ? 4 * Shape::kValueGroups : 1][4];    // dV
+  float value_sums[kSlabs][P::kAddsWeights ? 4 * Shape::kValueGroups : 1][4];  // dV
 
   __device__ __forceinline__ WarpPass(const PassBlock<P, float>& block, const TensorGradientArgs& args)
       : block(block), args(args), first(__shfl_sync(~0u, threadIdx.x / 32, 0) * Shape::kWarpRows) {
@@ -41,8 +41,8 @@ struct WarpPass {
     for (; walk.valid(); walk.advance()) {
       stages.wait();
       typename Cells::Sums scores, gradients;
-      const float *own_scores = block.shared + first * Shape::ScoreRows::kPitch;
-      const float *own_values = block.shared + Shape::kOwnValues + first * Shape::ValueRows::kPitch;
+      const float* own_scores = block.shared + first * Shape::ScoreRows::kPitch;
+      const float* own_values = block.shared + Shape::kOwnValues + first * Shape::ValueRows::kPitch;
       multiply_rows<P, typename Shape::ScoreRows>(scores, lane, own_scores, stages.scores());
       if constexpr (P::kAddsGradients)
         multiply_rows<P, typename Shape::ValueRows>(gradients, lane, own_values, stages.values());
@@ -70,8 +70,12 @@ struct WarpPass {
   __device__ __forceinline__ void differentiate(typename Cells::Sums& scores, typename Cells::Sums& gradients,
                                                 const Walk& walk, const RowStats* of_columns) const {
     const ScoreGradient<P> gradient(block.p, block.batch, walk.head);
-    const Cells cells{lane,         gradient, block.mask, P::kOwnsKeys ? of_columns : stats,
-                      block.first + first, walk.tile() * P::kTileOther};
+    const Cells cells{lane,
+                      gradient,
+                      block.mask,
+                      P::kOwnsKeys ? of_columns : stats,
+                      block.first + first,
+                      walk.tile() * P::kTileOther};
     walk.partial() ? cells.template differentiate<true>(scores, gradients)
                    : cells.template differentiate<false>(scores, gradients);
   }

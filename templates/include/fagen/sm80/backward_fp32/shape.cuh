@@ -62,7 +62,7 @@ struct RowStats {
 
 struct TensorGradientArgs : GradientArgs {
   RowStats* stats;  // (batch, heads, stats_rows)
-  int stats_rows;   // a head's: whole tiles
+  int stats_rows;  // a head's: whole tiles
 };
 
 }  // namespace fagen
