@@ -30,6 +30,7 @@ case $piece in
       tests/gpu/test_kvcache_cuda.py
     tests softmax tests/gpu/test_simt_softmax.py
     tests simt tests/gpu/test_simt_forward.py tests/gpu/test_simt_backward.py
+    tests sm80_backward_fp32 tests/gpu/test_sm80_backward_fp32.py
     tests gradients tests/gpu/test_gradients_cuda.py tests/gpu/test_packed_cuda.py tests/gpu/test_sinks_cuda.py
     part generated "$python" -m fagen.cli.generated verify
     cp generated/manifest.json "$out/"

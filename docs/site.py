@@ -35,6 +35,7 @@ SECTIONS = {
         "docs/notes/sm80_forward.md",
         "docs/notes/sm80_forward_fp32.md",
         "docs/notes/sm80_backward.md",
+        "docs/notes/sm80_backward_fp32.md",
         "docs/notes/sm80_decode.md",
         "docs/notes/sm90_decode.md",
         "docs/notes/sm90_decode_mla.md",

@@ -197,16 +197,17 @@ def _pass_cost(p: Problem, t: Target, c: Config, of: str) -> float:
     depth, summed = d + (dv if of != "dv" else 0), sum(_sums(p, c, of))
     products = 3 * own * other * (depth + summed) / (1024 if t.capability >= 90 else 512) / 0.62
     read = (own * depth + warps * other * (depth + summed)) * 4 / 128
-    # instructions of a warp, of which four issue at once: products, splits, additions to the sums, the exponentials
-    operands = own * depth + warps * other * (depth + summed) + own * other * bool(summed)
+    # instructions of warps, as counted in the disassembly: products, operands read and split, additions to the sums,
+    # cells, and what each warp does for a visit
+    operands = own * depth + warps * other * (depth + summed)
     adds = own * other * depth / 16 + 2 * own * summed
-    issued = 3 * own * other * (depth + summed) / 1024 + (3 * operands + adds + 16 * own * other) / 32
+    issued = 3 * own * other * (depth + summed) / 1024 + 250 * warps
+    issued += (3.3 * operands + 1.5 * adds + 24 * own * other) / 32
     hidden = min(1.0, warps * blocks / 16)
-    bounds = sorted((products, read, issued / 4))
+    idle = 4 / min(4, warps * blocks)  # schedulers have warps of their own
+    bounds = sorted((products * idle, read, issued / 4 / 0.75 * idle))
     busy = bounds[2] + (1 - 0.6 * hidden) * bounds[1]
     visit = busy + {1: 900, 2: 420, 3: 320}[int(c.stages)] / blocks * (1 if warps >= 4 else 1.3)
-    if fragment_registers(p, c, of) + 50 > register_limit(c):
-        visit *= 1.12
     # tiles of keys see as many of rows in all as tiles of rows see of keys
     seen = walk(p, own, other) if of == "dq" else walk(p, other, own)
     tiles = seen.row_tiles if of == "dq" else -(-p.seqlen_k // own)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fagen import families
-from fagen.families import sm80_backward_fp32
+from fagen.families import sm80_backward_fp32, sm80_forward_fp32
 from fagen.ops.attention import gradients
 from fagen.ops.attention.backward import BackwardProblem
 from fagen.ops.attention.params import BackwardParams
@@ -97,6 +97,20 @@ def test_long_sums_do_not_lean_towards_0(folder: Path) -> None:
     fresh, kept = found
     assert fresh, fresh.message
     assert kept.error > 4 * fresh.error
+
+
+def test_large_scores_by_the_lse_of_forward(folder: Path) -> None:
+    """Its scores are the same sums, so that their errors cancel in the weights."""
+    case = dataclasses.replace(SMALL, dlse=False)
+    problem, forward = case.problem.forward, sm80_forward_fp32.FAMILY
+    text = emulated.source(forward, problem, TARGET, forward.default(problem, TARGET))
+    for seed, magnitude in enumerate((2.0, 4.0, 8.0)):
+        call = make_call(dataclasses.replace(case, magnitude=magnitude), 60, 60, seed=seed)
+        made = {"out": torch.full_like(call.o, torch.nan), "lse": torch.full_like(call.lse, torch.nan)}
+        emulated.launch(emulated.build(text, folder), call.forward, made)
+        call = dataclasses.replace(call, o=made["out"], lse=made["lse"])
+        verdict = gradients.check(call, launch(case, call, _library(folder, _source(case))))
+        assert verdict, verdict.message
 
 
 # in place of sums that start from 0 for each tile, one sum from the first row to the last

@@ -74,6 +74,15 @@ check(Case("base", mask="intervals", intervals="both4", sizes=((99, 70),)))
 check(Case("base", mask="none", aligned=False, head_dim=50, sizes=((70, 99),)))
 print("all right")
 """
+FP32_BACKWARD = """
+from tests.gpu.test_sm80_backward_fp32 import check
+from tests.support.fp32_backward import HEAD_DIMS, Case
+for name in "base small two_passes two_slabs one_stage eight".split():
+    check(Case(name, head_dim=HEAD_DIMS.get(name, 64), sizes=((70, 99),)))
+check(Case("base", mask="intervals", intervals="both4", sizes=((99, 70),)))
+check(Case("base", mask="none", aligned=False, head_dim=50, sizes=((70, 99),)))
+print("all right")
+"""
 SM90_BACKWARD = """
 from tests.families.test_emulated_sm90_backward import Case, ONE_STAGE
 from tests.gpu.test_sm90_backward import check
@@ -106,6 +115,7 @@ print("all right")
 IDS = {
     MMA_SYNC: "sm80", BACKWARD: "sm80-backward", WGMMA: "sm90", INTERVALS: "sm90-intervals",
     SM90_BACKWARD: "sm90-backward", SIMT: "simt", SIMT_BACKWARD: "simt-backward", DECODE: "sm80-decode",
+    FP32_BACKWARD: "fp32-backward",
     HOPPER_DECODE: "sm90-decode",
     LARGE: "sm90-large",
 }  # fmt: skip
@@ -129,6 +139,8 @@ def _hopper() -> bool:
         ("racecheck", DECODE),
         ("memcheck", SIMT_BACKWARD),
         ("racecheck", SIMT_BACKWARD),
+        ("memcheck", FP32_BACKWARD),
+        ("racecheck", FP32_BACKWARD),
         ("memcheck", SM90_BACKWARD),
         ("racecheck", SM90_BACKWARD),
         ("memcheck", WGMMA),
@@ -143,10 +155,14 @@ def _hopper() -> bool:
     ids=lambda x: IDS.get(x, x),
 )
 def test_sanitizer(check: str, kernels: str) -> None:
-    if kernels not in (MMA_SYNC, SIMT, BACKWARD, SIMT_BACKWARD, DECODE) and not _hopper():
+    if kernels not in (MMA_SYNC, SIMT, BACKWARD, SIMT_BACKWARD, FP32_BACKWARD, DECODE) and not _hopper():
         pytest.skip("needs Hopper")
     # With intervals all kernels: racecheck fails of itself where of two that overlap it follows the second only.
-    ours = "fagen" if kernels in (BACKWARD, SIMT_BACKWARD, SM90_BACKWARD, DECODE, HOPPER_DECODE) else "forward_kernel"
+    ours = (
+        "fagen"
+        if kernels in (BACKWARD, SIMT_BACKWARD, FP32_BACKWARD, SM90_BACKWARD, DECODE, HOPPER_DECODE)
+        else "forward_kernel"
+    )
     only = "" if kernels is INTERVALS else f"--kernel-regex kns={ours}"
     options = f"--tool {check} --error-exitcode 9 {only}"
     command = [TOOL, *options.split(), sys.executable, "-c", kernels]

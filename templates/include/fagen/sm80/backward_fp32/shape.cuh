@@ -10,7 +10,7 @@ struct PassTiles : C {
   static constexpr int kTileOwn = kOfRows ? C::kDqTileM : C::kTileN, kTileOther = kOfRows ? C::kDqTileN : C::kTileM;
 };
 
-// What a pass adds up over the tiles that it visits: dS times q or k, and P^T dO.
+// A pass adds up dS times q or k, or P^T dO, or both, over the tiles that it visits.
 template <class C, Gradient kGradient>
 struct TensorPass : PassConfig<PassTiles<C, kGradient>, kGradient> {
   static constexpr bool kAddsGradients = kGradient != Gradient::dv;
