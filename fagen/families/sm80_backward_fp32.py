@@ -1,8 +1,8 @@
 """Backward in float32 on the tensor cores of every NVIDIA GPU from sm_80 up: tf32 products by mma.sync, cp.async.
 
-An operand is the sum of two tf32 numbers, so that three products give float32's own accuracy. A pass for dQ, and one or
-two for dK and dV, with S and dP computed anew in each: blocks add nothing to what others compute, so that the bits are
-the same each time. Head dims from 1 to 256, any alignment.
+An operand is the sum of two tf32 numbers, so that three products give float32's own accuracy. Blocks own keys, in one
+pass for dK and dV or one for each. They add their parts of dQ; or dQ has a pass of its own, with S and dP computed anew,
+and blocks add nothing to what others compute: the same bits each time. Head dims from 1 to 256, any alignment.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from fagen.target import Target
 KNOBS = (
     Knob("tile_m", "kTileM", (16, 32, 64), "dK and dV: rows of q that pass by at a time"),
     Knob("tile_n", "kTileN", (32, 64, 128, 256), "dK and dV: keys a block works on"),
-    Knob("dq_tile_m", "kDqTileM", (32, 64, 128, 256), "dQ: rows a block works on"),
-    Knob("dq_tile_n", "kDqTileN", (16, 32, 64), "dQ: keys that pass by at a time"),
+    Knob("dq_route", "kDqRoute", ("own_pass", "atomics"), "dQ in a pass of its own, or by float32 additions"),
+    Knob("dq_tile_m", "kDqTileM", (32, 64, 128, 256), "own_pass: rows a block works on"),
+    Knob("dq_tile_n", "kDqTileN", (16, 32, 64), "own_pass: keys that pass by at a time"),
     Knob("warps", "kWarps", (2, 4, 8), "warps of a block, which divide its rows or keys"),
     Knob("key_passes", "kKeyPasses", ("one", "two"), "dK and dV together, or each with scores of its own"),
     Knob("score_pieces", "kScorePieces", (2, 4), "pieces of 8 columns of S and dP whose sums are under way together"),
@@ -37,7 +38,7 @@ def _tiles(c: Config, of: str) -> tuple[int, int]:
 
 
 def _passes(c: Config) -> tuple[str, ...]:
-    return _PASSES if c.key_passes == "two" else _PASSES[:2]
+    return _PASSES[c.dq_route == "atomics" : 3 if c.key_passes == "two" else 2]
 
 
 def _sums(p: Problem, c: Config, of: str) -> tuple[int, int]:
@@ -56,7 +57,8 @@ def smem_bytes(p: Problem, c: Config, of: str) -> int:
     own, other = _tiles(c, of)
     d, dv = _row_floats(p.head_dim_padded), _row_floats(p.head_dim_v_padded)
     stage = other * (d + dv + (0 if of == "dq" else 2))
-    return 4 * (own * (d + (dv if of != "dv" else 0)) + c.stages * stage)
+    cells = other * (own + 8) if of == "dk" and c.dq_route == "atomics" else 0
+    return 4 * (own * (d + (dv if of != "dv" else 0)) + c.stages * stage + cells)
 
 
 def fragment_registers(p: Problem, c: Config, of: str) -> int:
@@ -66,7 +68,8 @@ def fragment_registers(p: Problem, c: Config, of: str) -> int:
     cells, at_once = slabs * other // 2, int(c.score_pieces)
     of_cells = (2 if differentiated else 1) * cells + 16 * slabs + at_once * (8 + 4 * slabs)
     of_sums = (3 if both else 2) * cells + 32 * slabs + 16
-    return slabs * sum(_sums(p, c, of)) // 2 + max(of_cells, of_sums)
+    of_dq = 96 if of == "dk" and c.dq_route == "atomics" else 0
+    return slabs * sum(_sums(p, c, of)) // 2 + max(of_cells, of_sums, of_dq)
 
 
 def _most(p: Problem, c: Config) -> int:
@@ -84,11 +87,21 @@ def _even_share(p: Problem, t: Target, c: Config) -> str | None:
 
 
 def _pieces_exist(p: Problem, t: Target, c: Config) -> str | None:
-    least = min(int(c.tile_m), int(c.dq_tile_n))
+    least = int(c.tile_m) if c.dq_route == "atomics" else min(int(c.tile_m), int(c.dq_tile_n))
     if c.score_pieces * 8 > least:
         return f"{c.score_pieces} pieces of 8 columns are more than a tile of {least} has"
     if c.score_steps * 16 > min(p.head_dim_padded, p.head_dim_v_padded):
         return f"{c.score_steps} steps of 16 columns are more than head dims {p.head_dim} and {p.head_dim_v} have"
+    return None
+
+
+def _one_route(p: Problem, t: Target, c: Config) -> str | None:
+    if c.dq_route == "own_pass":
+        return None
+    if getattr(p, "deterministic", False):
+        return "float32 additions of blocks come in any order: deterministic needs dq_route=own_pass"
+    if (c.dq_tile_m, c.dq_tile_n) != (c.tile_n, 16):
+        return f"dq_tile_m {c.dq_tile_m} and dq_tile_n {c.dq_tile_n} are of own_pass; tile_n and 16 stand for none"
     return None
 
 
@@ -113,10 +126,15 @@ def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
 
 def _make(**values: Value) -> Config:
     base: dict[str, Value] = {
-        "tile_m": 32, "tile_n": 64, "dq_tile_m": 64, "dq_tile_n": 32, "warps": 4, "key_passes": "one",
-        "score_pieces": 2, "score_steps": 1, "stages": 2, "blocks_per_sm": 1,
+        "tile_m": 32, "tile_n": 64, "dq_route": "own_pass", "dq_tile_m": 64, "dq_tile_n": 32, "warps": 4,
+        "key_passes": "one", "score_pieces": 2, "score_steps": 1, "stages": 2, "blocks_per_sm": 1,
     }  # fmt: skip
     return Config({**base, **values})
+
+
+def _added(**values: Value) -> Config:
+    """dQ by additions of the blocks that own keys."""
+    return _make(dq_route="atomics", dq_tile_m=values.get("tile_n", 64), dq_tile_n=16, **values)
 
 
 _EIGHT: dict[str, Value] = {"warps": 8, "tile_n": 128, "dq_tile_m": 128}
@@ -126,6 +144,7 @@ _GUESSES = (
     (
         32,
         [
+            _added(tile_m=64, blocks_per_sm=2),
             _make(tile_n=128, dq_tile_m=128, blocks_per_sm=2),
             _make(tile_m=64, dq_tile_m=128, blocks_per_sm=2),
             _make(blocks_per_sm=3),
@@ -134,6 +153,8 @@ _GUESSES = (
     (
         64,
         [
+            _added(tile_m=64, tile_n=128, warps=8),
+            _added(blocks_per_sm=2),
             _make(tile_m=64, dq_tile_m=128, blocks_per_sm=2),
             _make(blocks_per_sm=2),
             _make(**_EIGHT, tile_m=64),
@@ -143,6 +164,7 @@ _GUESSES = (
     (
         128,
         [
+            _added(tile_n=128, warps=8),
             _make(**_EIGHT),
             _make(**_EIGHT, tile_m=16, dq_tile_n=16),
             _make(**_EIGHT, key_passes="two"),
@@ -151,6 +173,7 @@ _GUESSES = (
     (
         256,
         [
+            _added(key_passes="two", stages=1),
             _make(key_passes="two"),
             _make(key_passes="two", stages=1),
             _make(tile_m=16, dq_tile_n=16, key_passes="two"),
@@ -174,8 +197,9 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
 
 def _default(p: Problem, t: Target) -> Config:
     """The first guess with registers to spare: nobody has looked at its spills for this very problem and GPU."""
+    size = max(p.head_dim_padded, p.head_dim_v_padded)
     spare = OTHER_REGISTERS + (30 if p.mask == "intervals" else 0) + (10 if p.softcap or p.alibi else 0)
-    spare += (20 if p.dropout else 0) + (0 if p.aligned else 10)
+    spare += (20 if p.dropout else 0) + (0 if p.aligned else 10 if size <= 128 else 25)
     guesses = _guesses(p, t)
     roomy = (c for c in guesses if _most(p, c) + spare <= register_limit(c))
     return next(roomy, min(guesses, key=lambda c: _most(p, c) - register_limit(c)))
@@ -201,6 +225,11 @@ def _pass_cost(p: Problem, t: Target, c: Config, of: str) -> float:
     # cells, and what each warp does for a visit
     operands = own * depth + warps * other * (depth + summed)
     adds = own * other * depth / 16 + 2 * own * summed
+    if of == "dk" and c.dq_route == "atomics":  # 16 rows and 32 columns of dQ of a warp at a time
+        products *= 1 + d / (depth + summed)
+        read += own * other * d * (1 / 16 + 1 / 32) * 4 / 128
+        operands += own * other * d * (1 / 16 + 1 / 32)
+        adds += own * other * d / 16
     issued = 3 * own * other * (depth + summed) / 1024 + 250 * warps
     issued += (3.3 * operands + 1.5 * adds + 24 * own * other) / 32
     hidden = min(1.0, warps * blocks / 16)
@@ -218,10 +247,12 @@ def _pass_cost(p: Problem, t: Target, c: Config, of: str) -> float:
     return makespan(work, group * most * visit + boundary, heads // group * tiles, t.units, 0.15)
 
 
-_SHAPE = ("tile_m", "tile_n", "dq_tile_m", "dq_tile_n", "warps", "key_passes")
+_DQ = ("dq_route", "dq_tile_m", "dq_tile_n")
+_SHAPE = ("tile_m", "tile_n", *_DQ, "warps", "key_passes")
 CONSTRAINTS = (
     Constraint("even_share", _even_share, ("tile_n", "dq_tile_m", "warps")),
-    Constraint("pieces_exist", _pieces_exist, ("tile_m", "dq_tile_n", "score_pieces", "score_steps")),
+    Constraint("pieces_exist", _pieces_exist, ("tile_m", "dq_route", "dq_tile_n", "score_pieces", "score_steps")),
+    Constraint("one_route", _one_route, ("tile_n", *_DQ)),
     Constraint("smem_fits", _smem_fits, (*_SHAPE, "stages", "blocks_per_sm")),
     Constraint("registers_fit", _registers_fit, (*_SHAPE, "score_pieces", "blocks_per_sm")),
 )
@@ -238,7 +269,7 @@ FAMILY = Family(
     default=_default,
     default_reads=nothing,
     flags=lambda t: (device_limits.gencode(t), *FLAGS),
-    first_configs=lambda p, t: _guesses(p, t)[1:4],
+    first_configs=lambda p, t: _guesses(p, t)[1:5],
     cost=cost,
     serves_calls=lambda p: False,  # not yet run on a GPU
     resources=_resources,

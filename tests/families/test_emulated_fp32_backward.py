@@ -178,7 +178,7 @@ def test_every_problem_has_a_default(arch: str) -> None:
     where = known(arch)
     for d in range(16, 257, 16):
         for dv in {16, d, 256}:
-            for options in ({}, {"mask": "causal", "aligned": False}, {"softcap": True, "dropout": True}):
+            for options in ({}, {"mask": "causal", "aligned": False}, {"dropout": True}, {"deterministic": True}):
                 problem = BackwardProblem(dtype="fp32", head_dim=d, head_dim_v=dv, **options)
                 FAMILY.require(problem, where, FAMILY.default(problem, where))
 
@@ -189,6 +189,7 @@ def test_every_problem_has_a_default(arch: str) -> None:
         ("even_share", {"tile_n": 32}, {"tile_n": 64}),
         ("even_share", {"dq_tile_m": 256}, {"dq_tile_m": 128}),
         ("pieces_exist", {"score_pieces": 4, "tile_m": 16}, {"score_pieces": 4, "tile_m": 32}),
+        ("one_route", {"dq_route": "atomics"}, {"dq_route": "atomics", "dq_tile_n": 16}),
         ("smem_fits", {"blocks_per_sm": 3, "stages": 3}, {"blocks_per_sm": 2, "stages": 3}),
         ("registers_fit", {"tile_n": 128}, {"tile_n": 128, "key_passes": "two"}),
     ],
@@ -198,6 +199,13 @@ def test_each_constraint(name: str, broken: dict, mended: dict) -> None:
     told = FAMILY.rejects(problem, TARGET, config.replace(**broken))
     assert told and told[0] == name
     assert FAMILY.rejects(problem, TARGET, config.replace(**mended)) is None
+
+
+def test_the_same_bits_need_a_pass_for_dq() -> None:
+    problem = BackwardProblem(dtype="fp32", head_dim=64, deterministic=True)
+    assert FAMILY.rejects(problem, TARGET, SCHEMES["base"]) is None
+    told = FAMILY.rejects(problem, TARGET, SCHEMES["added"])
+    assert told and told[0] == "one_route"
 
 
 def test_it_serves_float32_up_to_256() -> None:

@@ -11,13 +11,16 @@ from tests.support import backward
 
 FAMILY = sm80_backward_fp32.FAMILY
 BASE: dict[str, Any] = {
-    "tile_m": 32, "tile_n": 64, "dq_tile_m": 64, "dq_tile_n": 32, "warps": 4, "key_passes": "one", "score_pieces": 2,
-    "score_steps": 1, "stages": 2, "blocks_per_sm": 1,
+    "tile_m": 32, "tile_n": 64, "dq_route": "own_pass", "dq_tile_m": 64, "dq_tile_n": 32, "warps": 4,
+    "key_passes": "one", "score_pieces": 2, "score_steps": 1, "stages": 2, "blocks_per_sm": 1,
 }  # fmt: skip
 
 
 def config(**changes: Any) -> Config:
     return FAMILY.config({**BASE, **changes})
+
+
+_ADDED: dict[str, Any] = {"dq_route": "atomics", "dq_tile_n": 16}
 
 
 # One config a line differs from BASE in what its name says; together they hold every value of every knob.
@@ -29,8 +32,18 @@ SCHEMES = {
     "one_stage": config(tile_m=64, dq_tile_n=64, stages=1, key_passes="two"),
     "eight": config(warps=8, tile_m=16, tile_n=128, dq_tile_m=128),
     "tall": config(warps=8, tile_m=16, tile_n=256, dq_tile_m=256, dq_tile_n=16, stages=1),
+    "added": config(**_ADDED),
+    "added_small": config(**_ADDED, tile_m=16, tile_n=32, dq_tile_m=32, warps=2, key_passes="two", stages=1),
+    "added_two_slabs": config(**_ADDED, tile_m=16, tile_n=128, dq_tile_m=128),
 }
-HEAD_DIMS = {"two_slabs": 32, "eight": 128, "one_stage": 96, "tall": 32}  # else 64
+HEAD_DIMS = {
+    "two_slabs": 32,
+    "added_small": 96,
+    "added_two_slabs": 32,
+    "eight": 128,
+    "one_stage": 96,
+    "tall": 32,
+}  # else 64
 
 
 @dataclass(frozen=True)
@@ -71,4 +84,5 @@ FEATURE_CASES = [
     Case("default", mask="window", window=(30, 10), dropout=0.3, alibi=True),
     Case("small", head_dim=48, mask="none", dropout=0.5, softcap=4.0),
     Case("two_slabs", head_dim=32, dropout=0.2),
+    Case("added", heads=4, kv_heads=2, mask="intervals", intervals="both4", head_dim=40, dropout=0.2),
 ]

@@ -1,8 +1,9 @@
 // A pass: a block owns a tile of rows or keys, a warp 16 or 32 of them with their gradients in registers, and the tiles
 // of the other side pass by. S and dP are computed with the own rows as lines, so that the cells that a lane has are
 // its operands of the sums. S and dP are computed anew in each pass: no block adds to what another one computes, and
-// the gradients are the same bits each time.
+// the gradients are the same bits each time; unless dQ is added up by the blocks that own keys.
 #pragma once
+#include "fagen/sm80/backward_fp32/add_dq.cuh"
 #include "fagen/sm80/backward_fp32/cells.cuh"
 #include "fagen/sm80/backward_fp32/stages.cuh"
 
@@ -55,6 +56,7 @@ struct WarpPass {
       if constexpr (P::kAddsGradients)
         add_rows<typename Shape::ScoreRows>(score_sums, lane, CellOperands(gradients), stages.scores(),
                                             block.p.head_dim);
+      if constexpr (P::kAddsDq) add_dq(gradients, walk);
       stages.advance();
     }
     ptx::cp_async_wait<0>();
@@ -66,6 +68,16 @@ struct WarpPass {
   }
 
  private:
+  // The next tile's cells are stored behind the barrier of its stage.
+  template <class Walk>
+  __device__ __forceinline__ void add_dq(const typename Cells::Sums& gradients, const Walk& walk) const {
+    const DqSums<P> sums{lane, block.shared + Shape::kCells, block.shared};
+    sums.store_cells(gradients, first);
+    __syncthreads();
+    const auto dq = head_of<float>(block.p.dq, block.batch, walk.head, block.p.seqlen_q, block.p.head_dim);
+    sums.add(dq, walk.tile() * P::kTileOther, block.p.scale);
+  }
+
   template <class Walk>
   __device__ __forceinline__ void differentiate(typename Cells::Sums& scores, typename Cells::Sums& gradients,
                                                 const Walk& walk, const RowStats* of_columns) const {
@@ -100,7 +112,9 @@ struct WarpPass {
   }
 };
 
-// The stats of a row, a warp together. Rows count those that fill up the last tile of each head.
+// The stats of a row, a warp together, and zeros for dQ if blocks will add to it. Rows count those that fill up the
+// last tile of each head.
+template <bool kAddsDq>
 __device__ __forceinline__ void store_stats(const fagen_backward_params& p, const TensorGradientArgs& args) {
   const int64_t at = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (at >= int64_t(p.batch) * p.heads * args.stats_rows) return;
@@ -118,6 +132,10 @@ __device__ __forceinline__ void store_stats(const fagen_backward_params& p, cons
     stats = {p.lse[of_row], p.dlse ? sum - p.dlse[of_row] : sum};
   }
   if (lane == 0) args.stats[at] = stats;
+  if constexpr (kAddsDq) {
+    const Matrix<float> dq = head_of<float>(p.dq, head / p.heads, head % p.heads, p.seqlen_q, p.head_dim);
+    for (int i = lane; row < dq.rows && i < dq.cols; i += 32) dq.row(row)[i] = 0.f;
+  }
 }
 
 }  // namespace fagen

@@ -94,6 +94,17 @@ struct CellOperands {
 #pragma unroll
         for (int i = 0; i < 4; ++i) pieces[n][s].set(i / 2 + i % 2 * 2, cells[s][n][i]);
   }
+  // The same from lines of shared memory.
+  __device__ __forceinline__ CellOperands(const float* lines, int pitch, const Lane& lane) {
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n)
+#pragma unroll
+      for (int r = 0; r < 2 * kSlabs; ++r) {
+        const float* from = lines + (r * 8 + lane.row) * pitch + n * 8 + lane.column;
+        const float2 x = *reinterpret_cast<const float2*>(from);
+        pieces[n][r / 2].set(r % 2, x.x), pieces[n][r / 2].set(r % 2 + 2, x.y);
+      }
+  }
 };
 
 // sums += X B: X the warp's cells, B the other side's rows. Piece 4 q + j of the sums has columns 32 q + 4 m + j,

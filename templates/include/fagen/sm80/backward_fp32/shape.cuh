@@ -16,6 +16,7 @@ struct TensorPass : PassConfig<PassTiles<C, kGradient>, kGradient> {
   static constexpr bool kAddsGradients = kGradient != Gradient::dv;
   static constexpr bool kAddsWeights =
       kGradient == Gradient::dv || (kGradient == Gradient::dk && C::kKeyPasses == KeyPasses::one);
+  static constexpr bool kAddsDq = kGradient == Gradient::dk && C::kDqRoute == DqRoute::atomics;  // dS K of its keys
 };
 
 // Rows in shared memory that are read in two ways, by eight lanes at a time 16 bytes each. For scores lanes 4 g + t
@@ -31,7 +32,7 @@ struct TurnedRows {
 };
 
 // Shared memory holds, in floats, the own tiles, of k and v or of q and dO, then the stages: tiles of the other side,
-// and for keys the stats of their rows.
+// and for keys the stats of their rows; then dS of the present tile, a line a row, where dQ is added up from it.
 template <class P>
 struct TensorPassShape {
   static constexpr int kThreads = P::kWarps * 32;
@@ -47,7 +48,8 @@ struct TensorPassShape {
   static constexpr int kOtherValues = P::kTileOther * ScoreRows::kPitch;  // in a stage
   static constexpr int kStats = kOtherValues + P::kTileOther * ValueRows::kPitch;
   static constexpr int kStageFloats = kStats + (P::kOwnsKeys ? 2 * P::kTileOther : 0);
-  static constexpr int kSmemBytes = 4 * (kRing + P::kStages * kStageFloats);
+  static constexpr int kCells = kRing + P::kStages * kStageFloats, kCellPitch = P::kTileOwn + 8;
+  static constexpr int kSmemBytes = 4 * (kCells + (P::kAddsDq ? P::kTileOther * kCellPitch : 0));
   static_assert(kSmemBytes == (P::kOf == Gradient::dq   ? Derived::dq_smem_bytes
                                : P::kOf == Gradient::dk ? Derived::smem_bytes
                                                         : Derived::dv_smem_bytes),
