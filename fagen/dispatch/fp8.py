@@ -46,7 +46,9 @@ def kernel_of(call: Fp8Call) -> Kernel | None:
         return resolve.kernel_for(call.problem, target, ours=True)
 
 
-def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool) -> QuantizedQKV:
+def quantize(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool, block: int
+) -> QuantizedQKV:
     """fp8 numbers of checked tensors: by kernels of our own where they can, else by PyTorch."""
     found = None
     kernels = fp8_launch.SERVES_CALLS and q.is_cuda and all(map(is_plain, (q, k, v)))
@@ -55,8 +57,8 @@ def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, inc
         capturing = torch.cuda.is_current_stream_capturing()
         found = None if target is None else quantize_kernel.HELPER.library(target, capturing)
     if found is None:
-        return fp8_quantize.by_torch(q, k, v, layout, incoherent)
-    made, params, alive = fp8_launch.prepare(quantize_kernel.Params, q, k, v, layout, incoherent)
+        return fp8_quantize.by_torch(q, k, v, layout, incoherent, block)
+    made, params, alive = fp8_launch.prepare(quantize_kernel.Params, q, k, v, layout, incoherent, block)
     helper.launch(found, params, alive[0], "fp8 numbers could not be made")
     return made
 

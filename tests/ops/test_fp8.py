@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import subprocess
 from pathlib import Path
@@ -158,6 +159,54 @@ def test_it_is_attention_on_what_the_numbers_stand_for(layout: str, options: dic
     assert verdict, verdict.message
 
 
+def _attend(x: Quantized, **options: Any) -> Any:
+    return fagen.attention(x.q, x.k, x.v, **_descales(x), descale_block=x.block, **options)
+
+
+def _documents() -> torch.Tensor:
+    """Of batch 0 and 1 others: int32 (2, 1, 70, 2)."""
+    ids = (torch.arange(70)[None] >= torch.tensor([[17], [40]])).int()
+    return fagen.masks.from_documents(ids, causal=False)
+
+
+def test_blocks_have_their_scales() -> None:
+    """Of small rows beside large ones a scale of all would leave e4m3 nothing."""
+    q, k, v = _tensors()
+    k = torch.cat([k[:, :64] * 1e-6, k[:, 64:]], dim=1)
+    x = fagen.quantize_qkv(q, k, v, block=64, incoherent=False)
+    assert x.descale_q.shape == (2, 4, 1) and x.descale_k.shape == (2, 2, 2) and x.descale_v.shape == (2, 2)
+    assert torch.equal(x.descale_k[:, :, 1], k[:, 64:].abs().float().amax((1, 3)) / 448.0)
+    call = Fp8Call.of(*x[:3], descales=tuple(_descales(x).values()), block=64, causal=True)
+    whole = fagen.quantize_qkv(q, k, v, incoherent=False)
+    assert _error(call.dequantized().k[:, :64], k[:, :64]) < 0.06 and (whole.k[:, :64].float() == 0).all()
+    out, lse = _attend(x, causal=True, return_lse=True)
+    want, want_lse = _exact(q, k, v, causal=True)
+    assert _error(out, want) < 0.06 and (lse - want_lse).abs().max() < 0.2
+    verdict = check(call, {"out": out, "lse": lse})
+    assert verdict, verdict.message
+    wrong = _attend(x._replace(descale_k=x.descale_k.flip(2)), causal=True, return_lse=True)
+    assert not check(call, dict(zip(("out", "lse"), wrong, strict=True)))
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_blocks_in_both_layouts(layout: str) -> None:
+    x = fagen.quantize_qkv(*_tensors(layout), layout=layout, block=64)
+    want = _attend(fagen.quantize_qkv(*_tensors(), block=64))
+    assert torch.equal(
+        _attend(x, layout=layout) if layout == "bshd" else _attend(x, layout=layout).transpose(1, 2), want
+    )
+
+
+def test_intervals_mask_as_in_16_bits() -> None:
+    q, k, v = _tensors()
+    x, intervals = fagen.quantize_qkv(q, k, v), _documents()
+    for options in ({}, {"causal": True}, {"window": (20, 3)}):
+        out, lse = _attend(x, intervals=intervals, return_lse=True, **options)
+        want, want_lse = _exact(q, k, v, intervals=intervals, **options)
+        assert torch.equal(lse == -torch.inf, want_lse == -torch.inf) and _error(out, want) < 0.06
+    assert not torch.equal(_attend(x, intervals=intervals), _attend(x))
+
+
 def test_values_of_rows_are_brought_into_order() -> None:
     q, k, v = _tensors()
     x = fagen.quantize_qkv(q, k, v)
@@ -194,11 +243,14 @@ def test_sinks_join_the_sum() -> None:
 def test_a_compiler_sees_ops() -> None:
     x = fagen.quantize_qkv(*_tensors())
     quantize = torch.compile(lambda *t: fagen.quantize_qkv(*t), fullgraph=True, backend="eager")
-    for mine, want in zip(quantize(*_tensors()), x, strict=True):
+    for mine, want in zip(quantize(*_tensors())[:6], x[:6], strict=True):
         assert torch.equal(mine.float(), want.float())
-    torch.library.opcheck(
-        torch.ops.fagen.quantize_qkv.default, (*_tensors("bhsd"), True, True), test_utils=("test_faketensor",)
-    )
+    for block in (0, 64):
+        torch.library.opcheck(
+            torch.ops.fagen.quantize_qkv.default,
+            (*_tensors("bhsd"), True, True, block),
+            test_utils=("test_faketensor",),
+        )
     made = torch.compile(
         lambda x: fagen.attention(x.q, x.k, x.v, **_descales(x), causal=True, return_lse=True),
         fullgraph=True, backend="eager",
@@ -206,9 +258,18 @@ def test_a_compiler_sees_ops() -> None:
     for mine, want in zip(made(x), fagen.attention(*x[:3], **_descales(x), causal=True, return_lse=True), strict=True):
         assert torch.equal(mine, want)
     torch.library.opcheck(
-        torch.ops.fagen.forward_fp8.default, (*x, False, -1, 0, 0.0, None),
+        torch.ops.fagen.forward_fp8.default, (*x, False, -1, 0, 0.0, None, None, True),
         test_utils=("test_faketensor",),
     )  # fmt: skip
+
+
+def test_a_compiler_sees_blocks_and_intervals() -> None:
+    x, intervals = fagen.quantize_qkv(*_tensors(), block=64), _documents()
+    for causal in (False, True):
+        attend = functools.partial(_attend, causal=causal, return_lse=True)
+        made = torch.compile(lambda x, i, attend=attend: attend(x, intervals=i), fullgraph=True, backend="eager")
+        want = attend(x, intervals=intervals)
+        assert all(torch.equal(a, b) for a, b in zip(made(x, intervals), want, strict=True))
 
 
 @pytest.mark.parametrize("d", [64, 256])
@@ -240,7 +301,13 @@ def test_the_check_allows_what_the_tensor_cores_lose_and_no_more(d: int) -> None
     [
         ({"alibi_slopes": torch.ones(4)}, "no alibi_slopes"),
         ({"dropout_p": 0.1}, "no dropout_p"),
-        ({"intervals": torch.zeros(1, 1, 70, 1, dtype=torch.int32)}, "no intervals"),
+        ({"intervals": torch.zeros(1, 1, 71, 1, dtype=torch.int32)}, "intervals must have shape"),
+        ({"intervals": torch.zeros(1, 1, 70, 3, dtype=torch.int32)}, "they may have 1, 2 or 4"),
+        ({"descale_block": 32}, "descale_block=32 is not a multiple of 64"),
+        ({"descale_block": -64}, "descale_block=-64 is not"),
+        ({"descale_block": 64, "descale_q": torch.ones(2, 2)}, r"descale_q must be a number or float32 \(2, 4, 1\)"),
+        ({"descale_block": 64, "descale_k": torch.ones(2, 2, 1)}, r"descale_k must be a number or float32 \(2, 2, 2\)"),
+        ({"descale_block": 64, "descale_v": torch.ones(2, 2, 2)}, r"descale_v must be a number or float32 \(2, 2\)"),
         ({"descale_q": torch.ones(2, 4)}, r"descale_q must be a number or float32 \(2, 2\)"),
         ({"descale_k": torch.ones(2, 2).double()}, "descale_k must be"),
         ({"descale_v": "1"}, "descale_v"),
@@ -272,8 +339,9 @@ def test_tensors_that_contradict_each_other_are_refused() -> None:
     for tensors, words in cases:
         with pytest.raises(InvalidArgument, match=words):
             fagen.attention(*tensors)
-    with pytest.raises(InvalidArgument, match="descales are of fp8 numbers"):
-        fagen.attention(q, k, v, descale_q=1.0)
+    for only_fp8 in ({"descale_q": 1.0}, {"descale_block": 64}):
+        with pytest.raises(InvalidArgument, match="descales are of fp8 numbers"):
+            fagen.attention(q, k, v, **only_fp8)
 
 
 @pytest.mark.parametrize(
@@ -292,10 +360,24 @@ def test_what_cannot_be_quantised(change, words: str) -> None:
         fagen.quantize_qkv(*change(*_tensors()))
 
 
+def test_a_block_is_a_multiple_of_64_rows() -> None:
+    with pytest.raises(InvalidArgument, match="block=100 is not a multiple of 64"):
+        fagen.quantize_qkv(*_tensors(), block=100)
+
+
 @pytest.mark.parametrize("name", ["alibi", "dropout", "tf32"])
 def test_a_problem_has_no(name: str) -> None:
     with pytest.raises(InvalidArgument, match=name):
         Fp8Problem(**{name: True})
     with pytest.raises(InvalidArgument, match="fp32"):
         Fp8Problem(dtype="fp32")
-    assert Fp8Problem.from_dict(Fp8Problem(mask="causal").to_dict()) == Fp8Problem(mask="causal")
+    for problem in (
+        Fp8Problem(mask="causal"),
+        Fp8Problem(scale_block=128),
+        Fp8Problem(mask="intervals", intervals="both2"),
+    ):
+        assert Fp8Problem.from_dict(problem.to_dict()) == problem
+    assert "scale_block" not in Fp8Problem().to_dict()  # as it was before there were any
+    assert Fp8Problem(scale_block=128).static_key.endswith("/scales128")
+    with pytest.raises(InvalidArgument, match="scale_block=100"):
+        Fp8Problem(scale_block=100)

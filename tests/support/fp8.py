@@ -13,6 +13,7 @@ from fagen.ops.attention import fp8_calls
 from fagen.ops.attention.fp8_call import Fp8Call
 from fagen.ops.attention.fp8_problem import Fp8Problem
 from fagen.ops.attention.fp8_quantize import by_torch
+from fagen.ops.attention.inputs import documents
 from fagen.ops.oracle import Verdict
 from tests.support.cases import DTYPES
 
@@ -59,13 +60,15 @@ class Case:
     softcap: float = 0.0
     magnitude: float = 1.0
     descales: bool = True
+    block: int = 0
+    intervals: str = ""
     changes: tuple[tuple[str, Any], ...] = field(default=())
 
     @property
     def problem(self) -> Fp8Problem:
         return Fp8Problem(
             dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v, mask=self.mask,
-            softcap=bool(self.softcap),
+            softcap=bool(self.softcap), intervals=self.intervals, scale_block=self.block,
         )  # fmt: skip
 
     @property
@@ -76,6 +79,7 @@ class Case:
         d = f"d{self.head_dim}" + (f"-{self.head_dim_v}" if self.head_dim_v else "")
         more = ["softcap"] * bool(self.softcap) + [f"x{self.magnitude:g}"] * (self.magnitude != 1)
         more += [] if self.descales else ["plain"]
+        more += [self.intervals] * bool(self.intervals) + [f"scales{self.block}"] * bool(self.block)
         changes = (f"{k}={v}" for k, v in self.changes)
         return "-".join([self.scheme, self.mask, self.dtype, d, f"h{self.heads}-{self.kv_heads}", *more, *changes])
 
@@ -92,11 +96,21 @@ def make_call(case: Case, rows: int, keys: int, seed: int, *, batch: int, device
 
     d, dv = case.head_dim, case.head_dim_v or case.head_dim
     tensors = tensor(rows, case.heads, d), tensor(keys, case.kv_heads, d), tensor(keys, case.kv_heads, dv)
-    made = by_torch(*tensors, layout, bool(seed % 2))
-    given = made if case.descales else (*made[:3], None, None, None)
+    made = by_torch(*tensors, layout, bool(seed % 2), case.block)
+    given = made if case.descales else (*made[:3], None, None, None, 0)
     band = (-1, 0) if case.mask == "causal" else case.window
     scale = None if case.descales else 2.0**-14
-    return Fp8Call(*given, layout, band, case.softcap, scale, dtype=DTYPES[case.dtype])
+    return Fp8Call(
+        *given, layout, band, case.softcap, scale, dtype=DTYPES[case.dtype], kind=case.intervals,
+        intervals=_intervals(case, rows, keys, seed, batch).to(device) if case.intervals else None,
+    )  # fmt: skip
+
+
+def _intervals(case: Case, rows: int, keys: int, seed: int, batch: int) -> torch.Tensor:
+    """Documents, of each kv head others where the seed is odd."""
+    heads = {"batch": batch, "heads": case.heads, "kv_heads": case.kv_heads}
+    problem = case.problem.replace(**heads, seqlen_q=rows, seqlen_k=keys)
+    return documents(problem, seed, varied=bool(seed % 2))
 
 
 def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -37,17 +38,19 @@ def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 def prepare(
-    kind: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool
+    kind: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool, block: int
 ) -> tuple[QuantizedQKV, Any, tuple[torch.Tensor, ...]]:
     """What is written, the params of type `kind`, and tensors that must outlive the launch: q first."""
     row, head = AXES[layout]
     batch, heads, kv_heads = q.shape[0], q.shape[head], k.shape[head]
-    seqlen_k, columns = k.shape[row], v.shape[3]
+    seqlen_q, seqlen_k, columns = q.shape[row], k.shape[row], v.shape[3]
     q_fp8, k_fp8 = (torch.empty(t.shape, dtype=E4M3, device=q.device) for t in (q, k))
     ordered = (batch, kv_heads, fp8_order.blocks(seqlen_k), columns, fp8_order.BLOCK_KEYS)
     v_fp8 = torch.empty(ordered, dtype=E4M3, device=q.device)
-    largest = torch.zeros((3, batch, kv_heads), dtype=torch.int32, device=q.device)
-    descales = torch.empty((3, batch, kv_heads), device=q.device)
+    shapes = fp8_quantize.descale_shapes(batch, heads, kv_heads, seqlen_q, seqlen_k, block)
+    scales = [math.prod(shape) for shape in shapes]
+    largest = torch.zeros(sum(scales), dtype=torch.int32, device=q.device)
+    descales = torch.empty(sum(scales), device=q.device)
     signs = _signs_on(q.shape[3], q.device) if incoherent else None
     p = kind()
     named = (("q", q), ("k", k), ("v", v), ("q_fp8", q_fp8), ("k_fp8", k_fp8))
@@ -55,7 +58,8 @@ def prepare(
         point(getattr(p, name), t, t.stride(0), t.stride(row), t.stride(head))
     p.v_fp8, p.largest, p.descales = v_fp8.data_ptr(), largest.data_ptr(), descales.data_ptr()
     p.signs = None if signs is None else signs.data_ptr()
-    p.batch, p.heads, p.kv_heads, p.seqlen_q, p.seqlen_k = batch, heads, kv_heads, q.shape[row], seqlen_k
-    p.head_dim, p.head_dim_v, p.element = q.shape[3], columns, _ELEMENTS.index(q.dtype)
-    made = QuantizedQKV(q_fp8, k_fp8, v_fp8, *descales.unbind(0))
+    p.batch, p.heads, p.kv_heads, p.seqlen_q, p.seqlen_k = batch, heads, kv_heads, seqlen_q, seqlen_k
+    p.head_dim, p.head_dim_v, p.element, p.block = q.shape[3], columns, _ELEMENTS.index(q.dtype), block
+    of_q, of_k, of_v = (t.view(shape) for t, shape in zip(descales.split(scales), shapes, strict=True))
+    made = QuantizedQKV(q_fp8, k_fp8, v_fp8, of_q, of_k, of_v, block)
     return made, p, (q, k, v, largest, *([] if signs is None else [signs]))
