@@ -22,6 +22,10 @@ _SCHEMA = (
     "bool bhsd, int window_left, int window_right, float softcap, float? scale, Tensor? intervals, bool causal) "
     "-> (Tensor, Tensor)"
 )
+_QUANTIZE_SCHEMA = (
+    "quantize_qkv(Tensor q, Tensor k, Tensor v, bool bhsd, bool incoherent, int block, Tensor? rotary_cos, "
+    "Tensor? rotary_sin, bool rotary_interleaved) -> Tensor[]"
+)
 _libraries: list[Any] = []  # torch unregisters what is collected
 
 
@@ -74,8 +78,9 @@ def attention(
 
 
 def quantize_qkv(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bshd", incoherent: bool = True, block: int = 0
-) -> QuantizedQKV:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bshd", incoherent: bool = True, block: int = 0,
+    rotary_cos: torch.Tensor | None = None, rotary_sin: torch.Tensor | None = None, rotary_interleaved: bool = True,
+) -> QuantizedQKV:  # fmt: skip
     """q, k and v as fp8 numbers and their scales, for `fagen.attention`.
 
     q is (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, dv); with
@@ -88,14 +93,22 @@ def quantize_qkv(
     block         rows of q, and of k, that have a scale of their own instead, a multiple of 64: descales are (batch,
                   heads of the tensor, blocks), for `fagen.attention` with `descale_block`. For numbers that grow or
                   shrink along the sequence. v keeps one for each (batch, kv head)
+    rotary_cos,   (positions, d / 2 or less): turn row j of k by the angles of position j, and the rows of q, which are
+    _sin          no more, by those of the last ones; pairs of neighbours, or of halves without `rotary_interleaved`.
+                  For sequences that are packed, or begin elsewhere, pass the angles of each row: cos[positions]
     """
     incoherent, block = arguments.flag("incoherent", incoherent), arguments.integer("block", block)
     check_block("block", block)
     fp8_quantize.check(q, k, v, layout)
+    turned = arguments.flag("rotary_interleaved", rotary_interleaved)
+    rotary = fp8_quantize.rotary_of(q, k, layout, rotary_cos, rotary_sin, turned)
+    q, k, v = q.detach(), k.detach(), v.detach()
     if torch.compiler.is_compiling():
-        made = torch.ops.fagen.quantize_qkv(q.detach(), k.detach(), v.detach(), layout == "bhsd", incoherent, block)
+        made = torch.ops.fagen.quantize_qkv(
+            q, k, v, layout == "bhsd", incoherent, block, rotary_cos, rotary_sin, turned
+        )  # fmt: skip
         return QuantizedQKV._make([*made, block])
-    return fp8.quantize(q.detach(), k.detach(), v.detach(), layout, incoherent, block)
+    return fp8.quantize(q, k, v, layout, incoherent, block, rotary)
 
 
 def _by_op(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -129,14 +142,17 @@ def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return made["out"], made["lse"]
 
 
-def _quantize(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bhsd: bool, incoherent: bool, block: int
-) -> list[torch.Tensor]:
-    return [*quantize_qkv(q, k, v, layout="bhsd" if bhsd else "bshd", incoherent=incoherent, block=block)[:6]]
+def _quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bhsd: bool, *how: Any) -> list[torch.Tensor]:
+    incoherent, block, cos, sin, interleaved = how
+    made = quantize_qkv(
+        q, k, v, layout="bhsd" if bhsd else "bshd", incoherent=incoherent, block=block, rotary_cos=cos, rotary_sin=sin,
+        rotary_interleaved=interleaved,
+    )  # fmt: skip
+    return [*made[:6]]
 
 
 def _fake_quantized(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bhsd: bool, incoherent: bool, block: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bhsd: bool, incoherent: bool, block: int, *rotary: Any
 ) -> list[torch.Tensor]:
     row, head = AXES["bhsd" if bhsd else "bshd"]
     ordered = (k.shape[0], k.shape[head], fp8_order.blocks(k.shape[row]), v.shape[3], fp8_order.BLOCK_KEYS)
@@ -148,7 +164,7 @@ def _fake_quantized(
 def _register() -> None:
     library = torch.library.Library("fagen", "FRAGMENT")
     library.define(_SCHEMA)
-    library.define("quantize_qkv(Tensor q, Tensor k, Tensor v, bool bhsd, bool incoherent, int block) -> Tensor[]")
+    library.define(_QUANTIZE_SCHEMA)
     library.impl("quantize_qkv", _quantize, "CompositeExplicitAutograd")
     torch.library.register_fake("fagen::quantize_qkv", _fake_quantized, lib=library)
     library.impl("forward_fp8", _forward_fp8, "CompositeExplicitAutograd")

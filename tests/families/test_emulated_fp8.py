@@ -165,39 +165,46 @@ def test_every_value_of_every_knob_is_run() -> None:
 
 
 def _quantized_by_kernel(
-    tensors: list[torch.Tensor], layout: str, incoherent: bool, folder: Path, block: int = 0
-) -> QuantizedQKV:
-    assert fp8_launch.serves(*tensors)
+    tensors: list[torch.Tensor], layout: str, incoherent: bool, folder: Path, block: int = 0,
+    rotary: fp8_quantize.Rotary | None = None,
+) -> QuantizedQKV:  # fmt: skip
+    assert fp8_launch.serves(*tensors, rotary)
     text = emulated.translated(quantize.HELPER.rendered(HOPPER), "bf16")
     library = emulated.build(text, folder, quantize.Params)
-    made, params, _alive = fp8_launch.prepare(quantize.Params, *tensors, layout, incoherent, block)
+    made, params, _alive = fp8_launch.prepare(quantize.Params, *tensors, layout, incoherent, block, rotary)
     library._library.emulator_begin(0, 3)
     helper.launch(library, params, tensors[0], "not made")
     return made
 
 
 @pytest.mark.parametrize(
-    ("dtype", "d", "dv", "layout", "incoherent", "block"),
+    ("dtype", "d", "dv", "layout", "incoherent", "block", "turned"),
     [
-        (torch.bfloat16, 128, 64, "bshd", True, 0),
-        (torch.float16, 64, 96, "bhsd", True, 64),
-        (torch.float32, 96, 256, "bshd", True, 0),
-        (torch.bfloat16, 80, 16, "bshd", True, 64),
-        (torch.bfloat16, 256, 128, "bhsd", True, 128),
-        (torch.float16, 48, 48, "bshd", False, 0),
+        (torch.bfloat16, 128, 64, "bshd", True, 0, None),
+        (torch.float16, 64, 96, "bhsd", True, 64, ("halves", 64)),
+        (torch.float32, 96, 256, "bshd", True, 0, ("halves", 32)),
+        (torch.bfloat16, 80, 16, "bshd", True, 64, ("neighbours", 72)),
+        (torch.bfloat16, 256, 128, "bhsd", True, 128, ("neighbours", 256)),
+        (torch.float16, 48, 48, "bshd", False, 0, None),
     ],
 )
 def test_numbers_are_made_as_by_pytorch(
-    folder: Path, dtype: torch.dtype, d: int, dv: int, layout: str, incoherent: bool, block: int
-) -> None:
+    folder: Path, dtype: torch.dtype, d: int, dv: int, layout: str, incoherent: bool, block: int,
+    turned: tuple[str, int] | None,
+) -> None:  # fmt: skip
     """The same scales and numbers, but where sums in another order fall to the other side of a rounding."""
     g = torch.Generator().manual_seed(d)
     shapes = ((2, 67, 4, d), (2, 131, 2, d), (2, 131, 2, dv))
     growth = [torch.tensor([0.1, 3.0])[:, None, None, None] * torch.linspace(1, 9, s[1])[:, None, None] for s in shapes]
     tensors = [torch.randn(shape, generator=g) * factor for shape, factor in zip(shapes, growth, strict=True)]
     tensors = [(t if layout == "bshd" else t.transpose(1, 2)).to(dtype) for t in tensors]
-    mine = _quantized_by_kernel(tensors, layout, incoherent, folder, block)
-    want = fp8_quantize.by_torch(*tensors, layout, incoherent, block)
+    rotary = None
+    if turned is not None:
+        pairs, columns = turned
+        angles = torch.rand(140, columns // 2, generator=g) * 6
+        rotary = fp8_quantize.Rotary(angles.cos(), angles.sin(), pairs == "neighbours")
+    mine = _quantized_by_kernel(tensors, layout, incoherent, folder, block, rotary)
+    want = fp8_quantize.by_torch(*tensors, layout, incoherent, block, rotary)
     for name in ("descale_q", "descale_k", "descale_v"):
         torch.testing.assert_close(getattr(mine, name), getattr(want, name), rtol=1e-5, atol=0)
     for name in ("q", "k", "v"):
@@ -217,6 +224,8 @@ def test_zeros_have_a_scale(folder: Path) -> None:
 def test_what_the_kernels_do_not_take() -> None:
     q, k, v = (torch.zeros(1, 5, 2, 32) for _ in range(3))
     assert fp8_launch.serves(q, k, v)
+    halves, neighbours = (fp8_quantize.Rotary(torch.zeros(5, 8), torch.zeros(5, 8), pairs) for pairs in (False, True))
+    assert fp8_launch.serves(q, k, v, neighbours) and not fp8_launch.serves(q, k, v, halves)
     for others in (
         (q, k, v[..., :24]), (q.double(), k.double(), v.double()), (q.half(), k, v), (q[:, :0], k, v),
         (q[..., 1:17], k[..., 1:17], v), (q.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1)),

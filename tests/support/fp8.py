@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from fagen.families import Config, sm90_forward_fp8
-from fagen.ops.attention import fp8_calls
+from fagen.ops.attention import fallback, fp8_calls
+from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.fp8_call import Fp8Call
 from fagen.ops.attention.fp8_problem import Fp8Problem
-from fagen.ops.attention.fp8_quantize import by_torch
+from fagen.ops.attention.fp8_quantize import QuantizedQKV, by_torch
 from fagen.ops.attention.inputs import documents
 from fagen.ops.oracle import Verdict
 from tests.support.cases import DTYPES
@@ -125,3 +126,28 @@ def run(
     }
     launch(call, outputs)
     return fp8_calls.check(call, outputs)
+
+
+# ---- tensors of the tests of fagen.attention and fagen.quantize_qkv -------------------------------------------------
+
+
+def qkv(layout: str = "bshd", d: int = 64, dv: int = 64, *, seed: int = 0) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((2, 50, 4, d), (2, 70, 2, d), (2, 70, 2, dv))
+    made = [torch.randn(shape, generator=g).to(torch.bfloat16) for shape in shapes]
+    return made if layout == "bshd" else [t.transpose(1, 2).contiguous() for t in made]
+
+
+def named_descales(x: QuantizedQKV) -> dict[str, torch.Tensor]:
+    return {name: getattr(x, name) for name in ("descale_q", "descale_k", "descale_v")}
+
+
+def exact_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) by PyTorch, in float32."""
+    return fallback.attend(AttentionCall.of(q.float(), k.float(), v.float(), return_lse=True, **options))
+
+
+def relative_error(mine: torch.Tensor, want: torch.Tensor) -> float:
+    return float((mine.float() - want.float()).square().mean().sqrt() / want.float().square().mean().sqrt())

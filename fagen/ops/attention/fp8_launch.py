@@ -12,10 +12,11 @@ from fagen.ops.attention import fp8_order, fp8_quantize
 from fagen.ops.attention.arguments import is_aligned
 from fagen.ops.attention.call import AXES
 from fagen.ops.attention.fp8_call import E4M3
-from fagen.ops.attention.fp8_quantize import QuantizedQKV
+from fagen.ops.attention.fp8_quantize import QuantizedQKV, Rotary
 from fagen.ops.attention.params import point
 
 _ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the header
+_PIECE = 16  # columns that a lane holds
 _LARGEST_DIM, _LARGEST_SIZE = 256, 1 << 29
 
 
@@ -29,17 +30,20 @@ def _signs_on(columns: int, device: torch.device) -> torch.Tensor:
 SERVES_CALLS: bool = False
 
 
-def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether the kernels take the tensors, which `fp8_quantize.check` has seen."""
+def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None = None) -> bool:
+    """Whether the kernels take the tensors, which `fp8_quantize` has checked."""
     same = q.dtype == k.dtype == v.dtype and q.dtype in _ELEMENTS
-    dims = all(t.shape[3] % 16 == 0 and t.shape[3] <= _LARGEST_DIM for t in (k, v))
+    dims = all(t.shape[3] % _PIECE == 0 and t.shape[3] <= _LARGEST_DIM for t in (k, v))
     sizes = all(0 < n <= _LARGEST_SIZE for t in (q, k) for n in t.shape)
+    if rotary is not None and not rotary.interleaved and rotary.cos.shape[1] % _PIECE:
+        return False
     return same and dims and sizes and all(t.stride(3) == 1 and is_aligned(t) for t in (q, k, v))
 
 
 def prepare(
-    kind: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool, block: int
-) -> tuple[QuantizedQKV, Any, tuple[torch.Tensor, ...]]:
+    kind: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool, block: int,
+    rotary: Rotary | None,
+) -> tuple[QuantizedQKV, Any, tuple[torch.Tensor, ...]]:  # fmt: skip
     """What is written, the params of type `kind`, and tensors that must outlive the launch: q first."""
     row, head = AXES[layout]
     batch, heads, kv_heads = q.shape[0], q.shape[head], k.shape[head]
@@ -60,6 +64,10 @@ def prepare(
     p.signs = None if signs is None else signs.data_ptr()
     p.batch, p.heads, p.kv_heads, p.seqlen_q, p.seqlen_k = batch, heads, kv_heads, seqlen_q, seqlen_k
     p.head_dim, p.head_dim_v, p.element, p.block = q.shape[3], columns, _ELEMENTS.index(q.dtype), block
+    angles = () if rotary is None else tuple(t.float().contiguous() for t in (rotary.cos, rotary.sin))
+    if rotary is not None:
+        p.cos, p.sin = (t.data_ptr() for t in angles)
+        p.half, p.interleaved = rotary.cos.shape[1], rotary.interleaved
     of_q, of_k, of_v = (t.view(shape) for t, shape in zip(descales.split(scales), shapes, strict=True))
     made = QuantizedQKV(q_fp8, k_fp8, v_fp8, of_q, of_k, of_v, block)
-    return made, p, (q, k, v, largest, *([] if signs is None else [signs]))
+    return made, p, (q, k, v, largest, *angles, *([] if signs is None else [signs]))

@@ -11,6 +11,7 @@ import torch
 
 from fagen.errors import InvalidArgument
 from fagen.ops.attention import arguments, fp8_order
+from fagen.ops.attention.cache_update import rotate
 from fagen.ops.attention.call import AXES
 
 LARGEST = 448.0  # of e4m3
@@ -29,17 +30,37 @@ class QuantizedQKV(NamedTuple):
     block: int = 0  # rows of q, and of k, that share a scale; 0: all of a (batch, kv head)
 
 
+class Rotary(NamedTuple):
+    """Angles by which q and k are turned first. Row j of k has position j, row i of q i + seqlen_k - seqlen_q."""
+
+    cos: torch.Tensor  # (positions, half of the columns that are turned)
+    sin: torch.Tensor
+    interleaved: bool  # pairs of neighbours, else of the two halves
+
+
 def by_torch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool, block: int = 0
-) -> QuantizedQKV:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool, block: int = 0,
+    rotary: Rotary | None = None,
+) -> QuantizedQKV:  # fmt: skip
     """What `fagen.quantize_qkv` says, of tensors that `check` has seen."""
     kv_heads = k.shape[AXES[layout][1]]
+    if rotary is not None:
+        row = AXES[layout][0]
+        q, k = (_turned(t, k.shape[row], layout, rotary) for t in (q, k))
     if incoherent:
         q, k = spread_outliers(q), spread_outliers(k)
     (q, of_q), (k, of_k) = (_quantize(t, kv_heads, layout, block) for t in (q, k))
     v, of_v = _quantize(v, kv_heads, layout, 0)
     rows = v if layout == "bshd" else v.transpose(1, 2)
     return QuantizedQKV(q, k, fp8_order.order_values(rows), of_q, of_k, of_v, block)
+
+
+def _turned(t: torch.Tensor, seqlen_k: int, layout: str, rotary: Rotary) -> torch.Tensor:
+    """In float32."""
+    by_row = t.float() if layout == "bshd" else t.float().transpose(1, 2)
+    positions = torch.arange(seqlen_k - by_row.shape[1], seqlen_k, device=t.device)
+    made = rotate(by_row, positions, rotary.cos, rotary.sin, interleaved=rotary.interleaved)
+    return made if layout == "bshd" else made.transpose(1, 2)
 
 
 def spread_outliers(t: torch.Tensor) -> torch.Tensor:
@@ -115,3 +136,26 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> Non
         raise InvalidArgument("Number of heads in key/value must divide number of heads in query", have)
     if v.shape[3] % 8:
         raise InvalidArgument(f"v has {v.shape[3]} columns", "the kernels' order needs a multiple of 8")
+
+
+def rotary_of(
+    q: torch.Tensor, k: torch.Tensor, layout: str, cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool
+) -> Rotary | None:
+    """The embedding that arguments name, of q and k that `check` has seen; None if there is none."""
+    if cos is None and sin is None:
+        return None
+    if cos is None or sin is None:
+        raise InvalidArgument("rotary_cos and rotary_sin go together")
+    row, columns = AXES[layout][0], q.shape[3]
+    for name, t in (("rotary_cos", cos), ("rotary_sin", sin)):
+        arguments.dense(name, t)
+        good = t.dim() == 2 and t.shape == cos.shape and 0 < t.shape[1] <= columns // 2
+        if not good or t.device != q.device or not t.dtype.is_floating_point:
+            have = f"it is {t.dtype} {tuple(t.shape)} on {t.device}"
+            raise InvalidArgument(f"{name} must be (positions, {columns // 2} or less) on {q.device}", have)
+    if cos.shape[0] < k.shape[row]:
+        raise InvalidArgument(f"rotary_cos has {cos.shape[0]} positions", f"there are {k.shape[row]} keys")
+    if q.shape[row] > k.shape[row]:
+        have = f"{q.shape[row]} rows, {k.shape[row]} keys"
+        raise InvalidArgument("with a rotary embedding the rows of q are the last positions of k", have)
+    return Rotary(cos, sin, interleaved)

@@ -21,4 +21,8 @@ typedef struct fagen_quantize_params {
   int32_t batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;
   int32_t element;  // the dtype of q, k and v: 0 float32, 1 fp16, 2 bf16
   int32_t block;    // rows of q, and of k, that have a scale of their own; 0: none
+  const float* cos;     // (positions, half) contiguous, of a rotary embedding of q and k; null: there is none
+  const float* sin;     // row j of k has position j, row i of q i + seqlen_k - seqlen_q, which is not negative
+  int32_t half;         // pairs of columns that are turned; a multiple of 16 unless interleaved
+  int32_t interleaved;  // pairs of neighbours, else of columns `half` apart
 } fagen_quantize_params;
