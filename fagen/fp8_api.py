@@ -115,7 +115,7 @@ def _by_op(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Where a compiler traces. Its O is of bfloat16, which an `out` of float16 rounds further."""
     value, lse = torch.ops.fagen.forward_fp8(
         call.q, call.k, call.v, call.descale_q, call.descale_k, call.descale_v, call.block, call.layout == "bhsd",
-        *call.window, call.softcap, call.scale, call.intervals, call.window[1] == 0 and call.kind != "both2",
+        *call.window, call.softcap, call.scale, call.intervals, call.causal_intervals,
     )  # fmt: skip
     return (value if call.out is None else call.out.copy_(value)), lse
 

@@ -164,6 +164,11 @@ class Fp8Call:
     def head_dim_v(self) -> int:
         return self.v.shape[3]
 
+    @property
+    def causal_intervals(self) -> bool:
+        """The flag that tells the two meanings of two columns of intervals apart."""
+        return self.window[1] == 0 and self.kind != "both2"
+
     def descale_shape(self, name: str) -> tuple[int, ...]:
         sizes = self.batch, self.heads, self.kv_heads, self.seqlen_q, self.seqlen_k
         return fp8_quantize.descale_shapes(*sizes, self.block)[_DESCALES.index(name)]
