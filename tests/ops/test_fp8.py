@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import subprocess
 from pathlib import Path
@@ -212,8 +213,9 @@ def test_the_check_allows_what_the_tensor_cores_lose_and_no_more(d: int) -> None
     k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
     unit = 2.0**-13 * (q.abs() @ k.abs().mT) * d**-0.5
 
-    def outputs(lost: torch.Tensor) -> dict[str, torch.Tensor]:
+    def outputs(lost: torch.Tensor, tanh: float = 0.0) -> dict[str, torch.Tensor]:
         scores = q @ k.mT * d**-0.5 + lost
+        scores = 10.0 * torch.tanh(scores / 10.0) * (1 + tanh) if tanh else scores
         out = torch.softmax(scores, -1) @ v
         return {"out": out.transpose(1, 2).bfloat16(), "lse": scores.logsumexp(-1)}
 
@@ -221,6 +223,9 @@ def test_the_check_allows_what_the_tensor_cores_lose_and_no_more(d: int) -> None
     assert "LSE" in check(call, outputs(6 * unit)).message
     assert "LSE" in check(call, outputs(-6 * unit)).message
     assert not check(call, {"out": outputs(0 * unit)["out"] * 1.2, "lse": outputs(0 * unit)["lse"]})
+    capped = dataclasses.replace(call, softcap=10.0)
+    assert check(capped, outputs(2.8 * unit, 2.0**-11)) and check(capped, outputs(-2.8 * unit, -(2.0**-11)))
+    assert "LSE" in check(capped, outputs(6 * unit, 2.0**-10)).message
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
