@@ -16,7 +16,7 @@ from fagen.runtime import helper, quantize
 from fagen.runtime.kernel import Library
 from fagen.target import known
 from tests.support import emulated
-from tests.support.fp8 import FAMILY, SCHEMES, Case, make_call
+from tests.support.fp8 import FAMILY, SCHEMES, Case, huge_scores, judged, make_call
 from tests.support.fp8 import run as run_case
 from tests.support.thorough import sample
 
@@ -37,7 +37,6 @@ CASES = [
     Case("deep", mask="none", head_dim=96),
     Case("turns", head_dim=128, heads=2, kv_heads=1),
     *(Case(f"n{n}") for n in (192, 224, 256)),
-    Case("base", mask="none", block=64),
     Case("turns", mask="intervals", intervals="both4", block=64),
     Case("serial", mask="window", window=(70, 20), block=192),
     Case("every_tile", mask="intervals", intervals="lower1", block=192),
@@ -82,6 +81,17 @@ def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
 
 
 SMALL = Case("every_tile", mask="none", heads=2, kv_heads=2)
+
+
+@pytest.mark.parametrize("block", [0, 64])
+@pytest.mark.parametrize("scheme", ["base", "two_tiles"])
+def test_the_largest_weight_is_one_however_large_the_scores(scheme: str, block: int, folder: Path) -> None:
+    """Its key is in the tile that is visited first, or in the last one."""
+    case = Case(scheme, mask="none", heads=2, kv_heads=1, block=block)
+    launch = functools.partial(emulated.launch, _library(case, folder), fill=make_params)
+    for top in (3, 99, 169):
+        verdict = judged(huge_scores(case, 70, 170, top, device="cpu"), launch)
+        assert verdict, verdict.message
 
 
 BLOCKS = Case("two_blocks", mask="intervals", intervals="both2", heads=2, kv_heads=1, block=96 * 2)

@@ -107,6 +107,18 @@ def make_call(case: Case, rows: int, keys: int, seed: int, *, batch: int, device
     )  # fmt: skip
 
 
+def huge_scores(case: Case, rows: int, keys: int, top: int, *, device: str) -> Fp8Call:
+    """Scores around 2^30, of which those of one key are far above the others: they round, and yet weights are known."""
+    g = torch.Generator(device).manual_seed(top)
+    q, k, v = (
+        torch.rand((1, n, heads, case.head_dim), device=device, generator=g)
+        for n, heads in ((rows, case.heads), (keys, case.kv_heads), (keys, case.kv_heads))
+    )
+    k[:, :top], k[:, top + 1 :] = k[:, :top] / 4, k[:, top + 1 :] / 4
+    made = by_torch(1e4 * (1 + q), 1e4 * (1 + k), v - 0.5, "bshd", False, case.block)
+    return Fp8Call(*made, dtype=DTYPES[case.dtype])
+
+
 def _intervals(case: Case, rows: int, keys: int, seed: int, batch: int) -> torch.Tensor:
     """Documents, of each kv head others where the seed is odd."""
     heads = {"batch": batch, "heads": case.heads, "kv_heads": case.kv_heads}
@@ -119,9 +131,12 @@ def run(
     device: str = "cuda", layout: str = "bshd",
 ) -> Verdict:  # fmt: skip
     """Launch on fresh random inputs and poisoned outputs, and ask the oracle."""
-    call = make_call(case, rows, keys, seed, batch=batch, device=device, layout=layout)
+    return judged(make_call(case, rows, keys, seed, batch=batch, device=device, layout=layout), launch)
+
+
+def judged(call: Fp8Call, launch: Callable[..., Any]) -> Verdict:
     outputs = {
-        name: torch.full(shape, torch.nan, dtype=dtype, device=device)
+        name: torch.full(shape, torch.nan, dtype=dtype, device=call.q.device)
         for name, (shape, dtype) in call.output_types().items()
     }
     launch(call, outputs)

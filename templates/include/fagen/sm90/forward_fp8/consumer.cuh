@@ -107,11 +107,11 @@ struct Fp8Consumer {
   // ---- softmax
 
   // Take the maxima of a tile into the softmax: true if O must be multiplied by `factor`, once it is at rest.
-  // References follow every growth of a maximum: the largest weight of a row is then a power of two, or so near one
-  // that e4m3 has that.
+  // References follow every growth of a maximum: the largest weight of a row is then 1, which e4m3 does not round.
   __device__ __forceinline__ bool update_max(float (&factor)[2]) {
     constexpr int kChains = 4;  // comparisons side by side, since each waits for the one before
-    float max_log2[2];
+    auto& softmax = state.softmax;
+    float row_max[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float chain[kChains];
@@ -120,13 +120,17 @@ struct Fp8Consumer {
         const float pair = fmaxf(s_acc[0][n][r * 2], s_acc[0][n][r * 2 + 1]);
         chain[n % kChains] = n < kChains ? pair : fmaxf(chain[n % kChains], pair);
       }
-      max_log2[r] = state.softmax.log2_of_max(fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3])), r);
+      row_max[r] = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3]));
     }
-    const bool moved = C::kRescale == Rescale::each || __any_sync(~0u, state.softmax.exceeds(max_log2));
+    const bool moved = C::kRescale == Rescale::each || __any_sync(~0u, softmax.must_move(row_max));
     if (moved) {
-      for (float& x : max_log2) x = quad_max(x);
-      state.softmax.set_reference(max_log2, factor);
+      for (float& x : row_max) x = quad_max(x);
+      softmax.set_reference(row_max, factor);
     }
+    softmax.refresh_offset();
+    if (moved)
+      while (__any_sync(~0u, softmax.offset_rounds()))  // once; as a loop it stays out of the common tile's way
+        softmax.subtract_references(s_acc[0], row_max);
     return moved;
   }
   // S becomes the weights times kWeightScale, and so do their sums.
@@ -188,7 +192,7 @@ struct Fp8Consumer {
       for (auto& piece : s_acc[0])
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          piece[i] = mod.cap_log2 * ptx::tanh_approx(piece[i] * state.softmax.scale_of(i / 2));
+          piece[i] = mod.cap_log2 * ptx::tanh_approx(piece[i] * state.softmax.scale_of_products(i / 2));
     }
     if (!partial || (kIntervals && tile_mask.hides_nothing())) return;
     Visibility<C> visibility;
