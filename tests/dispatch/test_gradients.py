@@ -33,7 +33,6 @@ GPUS = [arch for arch in ARCHS if arch.startswith("sm_")]
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(store, "default_paths", lambda: (tmp_path / "db",))
     monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
-    monkeypatch.setattr("fagen.notices._warned", set())
     resolve.forget()
     yield tmp_path
     background.wait()
@@ -246,7 +245,9 @@ def test_warmup_of_gradients_makes_a_step_of_training_ready(
     max_seqlen: int | None, kind: type[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = kind(dtype="fp32", head_dim=16, mask="causal", heads=2, seqlen_q=40)
-    assert warmup.warmup([problem], HERE, max_seqlen=max_seqlen, gradients=kind is Problem) == 2
+    assert warmup.warmup([problem], HERE, max_seqlen=max_seqlen, gradients=kind is Problem) == (
+        3 if max_seqlen else 2  # few rows have a forward kernel of their own
+    )
     monkeypatch.setattr(cache, "make", lambda job, **_: pytest.fail(f"{job.name} was compiled"))
     monkeypatch.setattr(cache, "find", lambda job: pytest.fail(f"{job.name} was read"))
     monkeypatch.setattr(fallback, "attend", lambda *_: pytest.fail("PyTorch computed"))
