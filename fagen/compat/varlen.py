@@ -53,10 +53,7 @@ def flash_attn_varlen_func(
         raise UnsupportedProblem("paged keys are not supported", "", "pass block_table=None and contiguous k, v")
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         arguments.integer(name, bound)
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        arguments.dense(name, t)
-        if t.dim() != 3 and not _is_ordered(name, t):
-            raise InvalidArgument(f"{name} must have shape (total, heads, head_dim)", f"it has {tuple(t.shape)}")
+    _check_packs(q, k, v)
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         _check_lengths(name, t, q.device)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -80,9 +77,13 @@ def flash_attn_varlen_func(
     return result[0][0], result[1][0], None
 
 
-def _is_ordered(name: str, t: torch.Tensor) -> bool:
-    """Whether it is a v of fp8 in the order of the kernels, which is of a batch of one."""
-    return name == "v" and t.dim() == 5 and t.dtype == torch.float8_e4m3fn
+def _check_packs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """A v of fp8 may be in the order of the kernels, that of a batch of one."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        arguments.dense(name, t)
+        ordered = name == "v" and t.dim() == 5 and t.dtype == torch.float8_e4m3fn
+        if t.dim() != 3 and not ordered:
+            raise InvalidArgument(f"{name} must have shape (total, heads, head_dim)", f"it has {tuple(t.shape)}")
 
 
 def _check_lengths(name: str, cu_seqlens: Any, device: torch.device) -> None:
