@@ -1,0 +1,28 @@
+// The tiles of a block and their barriers, as one warp sees them.
+#pragma once
+#include "fagen/sm90/backward_large/layout.cuh"
+#include "fagen/sm90/pipeline.cuh"
+
+namespace fagen {
+
+template <class P>
+struct PassPipelines {
+  using L = PassLayout<P>;
+  Pipeline<1, L::kOwnScoreBytes + L::kOwnWeightBytes> own;    // what stays
+  Pipeline<P::kStages, L::kStageBytes, P::kCluster> chunks;
+  Pipeline<P::kOwnsKeys ? L::kStatStages : 1, L::kStatBytes> stats;  // of the rows of a visit, where keys are owned
+
+  __device__ __forceinline__ explicit PassPipelines(uint32_t smem)
+      : own{smem, smem + L::kBarriers},
+        chunks{smem + L::kStage0, smem + L::kBarriers + kBarrierBytes},
+        stats{smem + L::kStats, smem + L::kBarriers + kBarrierBytes * (1 + P::kStages)} {}
+
+  __device__ __forceinline__ void init() const {
+    own.init(1);
+    chunks.init(L::kConsumers / 32);
+    if constexpr (P::kOwnsKeys) stats.init(L::kConsumers / 32);
+    ptx::fence_mbarrier_init();
+  }
+};
+
+}  // namespace fagen
