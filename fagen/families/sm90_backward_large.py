@@ -46,7 +46,7 @@ THREADS = 384  # two warpgroups that compute, one that loads
 CONSUMER_REGISTERS = 232
 OTHER_REGISTERS = 36  # addresses, the walk, stats: what a thread needs beside its fragments
 _SLAB, _ROW_BYTES = 64, 128  # columns of a slab, bytes of its row
-_BARRIER_BYTES, _ALIGNMENT, _STAT_STAGES = 16, 1024, 1
+_BARRIER_BYTES, _ALIGNMENT = 16, 1024
 
 
 def _slabs(columns: int) -> int:
@@ -98,8 +98,7 @@ def _stage_bytes(of: Pass, c: Config) -> int:
 def pass_smem_bytes(of: Pass, c: Config) -> int:
     kept = 0 if c.resident == "none" else of.scores + (of.weights if c.resident == "both" else 0)
     cells = c.cell_stages * OWN_ROWS * _ROW_BYTES * _slabs(int(c.tile_other))
-    stat_stages = _STAT_STAGES if of.owns_keys else 0
-    stats, barriers = stat_stages * int(c.tile_other) * 8, _BARRIER_BYTES * (1 + c.stages + stat_stages)
+    stats, barriers = 8 * (int(c.tile_other) if of.owns_keys else OWN_ROWS), _BARRIER_BYTES * (2 + c.stages)
     return OWN_ROWS * kept * 2 + c.stages * _stage_bytes(of, c) + cells + stats + barriers + _ALIGNMENT
 
 

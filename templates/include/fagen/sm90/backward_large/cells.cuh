@@ -45,22 +45,23 @@ struct ScoreChange {
   }
 };
 
-// The stats of a thread's cells: of its two rows where rows are owned, else of the two columns of a piece, which come
-// to shared memory with each visit.
+// The stats of a thread's cells, from shared memory, where its first row's lie: of the two columns of a piece, or where
+// rows are owned of its two lines.
 template <class P>
 struct CellStats {
-  RowStats own[2];
-  uint32_t visited;  // the first of the thread's columns
+  uint32_t first;
+  float2 two[2];
 
-  __device__ __forceinline__ void of_piece(int j, RowStats (&two)[2]) const {
-    if constexpr (P::kOwnsKeys) {
-      const uint4 x = ptx::ld_shared_16(visited + j * 8 * int(sizeof(RowStats)));
-      two[0] = {__uint_as_float(x.x), __uint_as_float(x.y)}, two[1] = {__uint_as_float(x.z), __uint_as_float(x.w)};
-    } else {
-      two[0] = own[0], two[1] = own[1];
-    }
+  __device__ __forceinline__ explicit CellStats(uint32_t first) : first(first) {
+    constexpr int kNext = (P::kOwnsKeys ? 1 : 8) * int(sizeof(RowStats));
+    two[0] = ptx::ld_shared_8(first), two[1] = ptx::ld_shared_8(first + kNext);
   }
-  static __device__ __forceinline__ int index(int i) { return P::kOwnsKeys ? i % 2 : i / 2; }  // of accumulator i
+  __device__ __forceinline__ void move_to(int piece) {
+    if (P::kOwnsKeys && piece > 0) *this = CellStats(first + 8 * int(sizeof(RowStats)));
+  }
+  // of the cell of accumulator i
+  __device__ __forceinline__ float lse_log2(int i) const { return two[P::kOwnsKeys ? i % 2 : i / 2].x; }
+  __device__ __forceinline__ float delta(int i) const { return two[P::kOwnsKeys ? i % 2 : i / 2].y; }
 };
 
 // A thread's cells lie in lines `own` and `own` + 8, in columns `other` + 8 j and the next one of each.
@@ -87,17 +88,15 @@ struct Cells {
   // S becomes P.
   template <bool kMasked>
   __device__ __forceinline__ void weigh(Sums& s, Sums& derivatives, const ScoreChange<P>& change,
-                                        const CellStats<P>& stats) const {
+                                        CellStats<P> stats) const {
     const Band::Columns seen[2] = {visible(own), visible(own + 8)};
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
-      RowStats two[2];
-      stats.of_piece(j, two);
+      stats.move_to(j);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = j * 8 + i % 2;
-        const float lse_log2 = two[stats.index(i)].lse_log2;
-        s[j][i] = change.weight(s[j][i], lse_log2, row(i, j), key(i, j), derivatives[P::kSoftcap ? j : 0][i]);
+        s[j][i] = change.weight(s[j][i], stats.lse_log2(i), row(i, j), key(i, j), derivatives[P::kSoftcap ? j : 0][i]);
         if (kMasked && (column < seen[i / 2].begin || column >= seen[i / 2].end)) s[j][i] = 0.f;
       }
     }
@@ -119,14 +118,13 @@ struct Cells {
 
   // P and dP become dS, in place of P.
   __device__ __forceinline__ void differentiate(Sums& weights, const Sums& dp, const Sums& derivatives,
-                                                const CellStats<P>& stats) const {
+                                                CellStats<P> stats) const {
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
-      RowStats two[2];
-      stats.of_piece(j, two);
+      stats.move_to(j);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        weights[j][i] *= dp[j][i] - two[stats.index(i)].delta;
+        weights[j][i] *= dp[j][i] - stats.delta(i);
         if constexpr (P::kSoftcap) weights[j][i] *= derivatives[j][i];
       }
     }

@@ -25,7 +25,6 @@ struct PassConsumer {
   PassPipelines<P> pipelines;
   Pipeline<P::kStages, L::kStageBytes, P::kCluster> held;  // the oldest chunk that is not free yet
   int chunks_held = 0, cell_stage = 0;
-  CellStats<P> stats;
   float gradient[L::kGroupColumns / 8][4];
 
   __device__ __forceinline__ PassConsumer(const PassShare<P>& share, const PassPipelines<P>& pipelines, uint32_t smem,
@@ -38,11 +37,6 @@ struct PassConsumer {
         held(pipelines.chunks) {
 #pragma unroll
     for (auto& piece : gradient) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
-    if constexpr (!P::kOwnsKeys)
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-        stats.own[r] = own_line() + r * 8 < share.p.seqlen_q ? share.stats_of(share.head)[own_line() + r * 8]
-                                                             : RowStats{INFINITY, 0.f};
   }
 
   static __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 4 * 16; }
@@ -146,15 +140,16 @@ struct PassConsumer {
     for (int chunk = 0; chunk < L::kChunksUnder; ++chunk) start_dp(dp, chunk);
     free_chunks<L::kChunksUnder>();
     pin(scores);
-    if constexpr (P::kOwnsKeys) pipelines.stats.wait();
+    pipelines.stats.wait();
     const int other = group * L::kGroupOther + Place().column;
-    stats.visited = pipelines.stats.tile() + other * int(sizeof(RowStats));
+    const int first_row = P::kOwnsKeys ? other : warp_row() + Place().row;
+    const uint32_t stats = pipelines.stats.tile() + first_row * int(sizeof(RowStats));
     const GroupCells cells{share.mask, own_line(), walk.tile() * P::kTileOther + other};
     const ScoreChange<P> change(share.p, share.batch, walk.head);
     if (walk.partial())
-      cells.template weigh<true>(scores, derivatives, change, stats);
+      cells.template weigh<true>(scores, derivatives, change, CellStats<P>(stats));
     else
-      cells.template weigh<false>(scores, derivatives, change, stats);
+      cells.template weigh<false>(scores, derivatives, change, CellStats<P>(stats));
     if constexpr (!L::kOfWeights) {
       if constexpr (L::kChunksUnder == 0) pin(dp);
 #pragma unroll 1
@@ -164,7 +159,7 @@ struct PassConsumer {
       }
       free_chunks<0>();
       pin(dp);
-      cells.differentiate(scores, dp, derivatives, stats);
+      cells.differentiate(scores, dp, derivatives, CellStats<P>(stats));
     }
     if constexpr (P::kOwnsKeys) {
       __syncwarp();  // every lane has read before the first one frees the stage

@@ -10,14 +10,20 @@ namespace fagen {
 
 constexpr int64_t kSectionBytes = 32 << 20;  // what the blocks of a section of heads visit: what stays in L2
 
-// The workspace: the stats of all rows, in whole tiles; with intervals, the extents of all tiles of keys.
+// The workspace: the stats of all rows, in whole tiles of those who own rows and of those who visit them; with
+// intervals, the extents of all tiles of keys.
 template <class C>
 struct LargeWorkspace {
   int stats_rows, key_tiles;
   uint64_t stats, extents;  // bytes of each
 
+  static int rows_of(int seqlen_q) {
+    constexpr int kOwn = ClusterConfig<C>::kTileOwn, kOther = C::kTileOther;
+    const int owned = ceil_div(seqlen_q, kOwn) * kOwn, visited = ceil_div(seqlen_q, kOther) * kOther;
+    return owned > visited ? owned : visited;
+  }
   explicit LargeWorkspace(const fagen_backward_params& p)
-      : stats_rows(ceil_div(p.seqlen_q, C::kTileOther) * C::kTileOther),
+      : stats_rows(rows_of(p.seqlen_q)),
         key_tiles(ceil_div(p.seqlen_k, C::kTileOther)),
         stats(align_workspace(sizeof(RowStats) * p.batch * p.heads * stats_rows)),
         extents(0) {

@@ -58,15 +58,14 @@ struct PassLayout {
   static constexpr int kPairBytes = kWeightChunks > 0 && kWeightBytes > kScoreBytes ? kWeightBytes : kScoreBytes;
   static constexpr int kStageBytes = kPairBytes > kSumBytes ? kPairBytes : kSumBytes;
   static constexpr int kCellBytes = slabs(P::kTileOther) * kCellSlabBytes;
-  static constexpr int kStatStages = P::kOwnsKeys ? 1 : 0,
-                       kStatBytes = P::kTileOther * 8;  // of the rows that are visited
+  static constexpr int kStatBytes = (P::kOwnsKeys ? P::kTileOther : kGroupRows) * 8;  // of rows of q
 
   // Offsets, in this order: what stays of q or k, and of dO or v; the stages; the cells; the stats of rows; the
   // barriers of what stays, of the stages and of the stats.
   static constexpr int kOwnWeights = kOwnScoreBytes, kStage0 = kOwnWeights + kOwnWeightBytes;
   static constexpr int kCells = kStage0 + P::kStages * kStageBytes, kStats = kCells + P::kCellStages * kCellBytes;
-  static constexpr int kBarriers = kStats + kStatStages * kStatBytes;
-  static constexpr int kEnd = kBarriers + kBarrierBytes * (1 + P::kStages + kStatStages);
+  static constexpr int kBarriers = kStats + kStatBytes;
+  static constexpr int kEnd = kBarriers + kBarrierBytes * (2 + P::kStages);
   static constexpr int kSmemBytes = kEnd + kSmemAlignment;  // room to align
 
   static_assert(kSlabs % kChunkSlabs == 0 && kSlabsV % kChunkSlabs == 0, "chunks are whole");

@@ -10,7 +10,7 @@ struct PassPipelines {
   using L = PassLayout<P>;
   Pipeline<1, L::kOwnScoreBytes + L::kOwnWeightBytes> own;    // what stays
   Pipeline<P::kStages, L::kStageBytes, P::kCluster> chunks;
-  Pipeline<P::kOwnsKeys ? L::kStatStages : 1, L::kStatBytes> stats;  // of the rows of a visit, where keys are owned
+  Pipeline<1, L::kStatBytes> stats;  // of rows of q: of each visit, or of those that are owned
 
   __device__ __forceinline__ explicit PassPipelines(uint32_t smem)
       : own{smem, smem + L::kBarriers},
@@ -20,7 +20,7 @@ struct PassPipelines {
   __device__ __forceinline__ void init() const {
     own.init(1);
     chunks.init(L::kConsumers / 32);
-    if constexpr (P::kOwnsKeys) stats.init(L::kConsumers / 32);
+    stats.init(L::kConsumers / 32);
     ptx::fence_mbarrier_init();
   }
 };

@@ -44,9 +44,8 @@ struct PassProducer {
       load_own(pipelines.own.tile() + L::kOwnWeights, launch.own_weights, pipelines.own.full(), 0,
                L::kWeightChunks * L::kChunkSlabs);
   }
-  // The stats of the rows that are visited.
+  // The stats of rows of q.
   __device__ __forceinline__ void load_stats(int head, int row) {
-    if constexpr (!P::kOwnsKeys) return;
     if (leads()) {
       pipelines.stats.acquire();
       pipelines.stats.expect_bytes();
@@ -89,9 +88,10 @@ struct PassProducer {
     typename PassShare<P>::Walk walk(share);
     if (!walk.valid()) return;
     load_what_stays();
+    if (!P::kOwnsKeys) load_stats(share.head, share.own);
     for (; walk.valid(); walk.advance()) {
       const int row = walk.tile() * P::kTileOther;
-      load_stats(walk.head, row);
+      if (P::kOwnsKeys) load_stats(walk.head, row);
       load_columns<L::kScoresStay>(launch.own_scores, launch.scores, L::kScoreChunks, walk.head, row);
       load_columns<L::kWeightsStay>(launch.own_weights, launch.weights, L::kWeightChunks, walk.head, row);
       load_rows(walk.head, row);
