@@ -31,7 +31,6 @@ KNOBS = (
         "what stays in shared memory of a block's own rows: all, what S is made of, or nothing",
     ),
     Knob("block_columns", "kBlockColumns", (256, 384, 512, 640), "most columns of its gradient that a block adds up"),
-    Knob("cell_stages", "kCellStages", (1, 2), "tiles of P or dS in shared memory"),
     Knob("cluster", "kCluster", (1, 2, 4), "blocks of neighbouring rows that share each chunk of the other side"),
     Knob(
         "block_order",
@@ -75,7 +74,8 @@ def splits(of: Pass, c: Config) -> int:
 
 def group_columns(of: Pass, c: Config) -> int:
     """Columns that a warpgroup adds up, whole slabs."""
-    return _SLAB * -(-(-(-_slabs(of.gradient) // splits(of, c))) // 2)
+    of_block = -(-_slabs(of.gradient) // splits(of, c))
+    return _SLAB * -(-of_block // 2)
 
 
 def _pair_bytes(of: Pass, c: Config) -> int:
@@ -97,7 +97,7 @@ def _stage_bytes(of: Pass, c: Config) -> int:
 
 def pass_smem_bytes(of: Pass, c: Config) -> int:
     kept = 0 if c.resident == "none" else of.scores + (of.weights if c.resident == "both" else 0)
-    cells = c.cell_stages * OWN_ROWS * _ROW_BYTES * _slabs(int(c.tile_other))
+    cells = OWN_ROWS * _ROW_BYTES * _slabs(int(c.tile_other))
     stats, barriers = 8 * (int(c.tile_other) if of.owns_keys else OWN_ROWS), _BARRIER_BYTES * (2 + c.stages)
     return OWN_ROWS * kept * 2 + c.stages * _stage_bytes(of, c) + cells + stats + barriers + _ALIGNMENT
 
@@ -160,7 +160,7 @@ def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
     return f"about {need} > {CONSUMER_REGISTERS} registers a thread" if need > CONSUMER_REGISTERS else None
 
 
-_SMEM_READS = ("tile_other", "chunk_d", "stages", "resident", "block_columns", "cell_stages")
+_SMEM_READS = ("tile_other", "chunk_d", "stages", "resident", "block_columns")
 CONSTRAINTS = (
     Constraint("chunks_whole", _chunks_whole, ("chunk_d",)),
     Constraint("ring_holds", _ring_holds, ("chunk_d", "stages", "in_flight", "chunks_under")),
@@ -209,7 +209,7 @@ def visit_cycles(of: Pass, c: Config) -> float:
     free = (c.stages - 1 - c.chunks_under / 2) * _stage_bytes(of, c) / 1024
     visit = max(products, read + (shared + alone) / 128) + 220 * chunks
     visit *= 1 + 0.003 * max(0.0, 96 - free)
-    visit += n * (6 if of.weights and c.chunks_under else 10) + 300 * (2 - int(c.cell_stages)) / 4
+    visit += n * (6 if of.weights and c.chunks_under else 10)
     visit, l2 = visit * (1.1 if cluster == 4 else 1), (shared / cluster + alone) / 24
     return max(visit, l2) + 0.2 * min(visit, l2)
 
@@ -221,7 +221,7 @@ def _deepest(p: Problem, t: Target, **values: Value) -> list[Config]:
     """That shape with as many stages as fit, chunks of dP under P if they are many; none if it is not legal."""
     shape: dict[str, Value] = {
         "tile_other": 64, "chunk_d": 64, "stages": 2, "in_flight": 1, "chunks_under": 0, "resident": "none",
-        "block_columns": 256, "cell_stages": 1, "cluster": 1,
+        "block_columns": 256, "cluster": 1,
         "block_order": "ascending" if p.mask == "none" else "longest_first",
     }  # fmt: skip
 
@@ -256,7 +256,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
 
 
 def _default(p: Problem, t: Target) -> Config:
-    """The first guess with registers to spare, which intervals take: nobody has looked at the spills of this problem."""
+    """The first guess with registers to spare: nobody has looked at its spills for this very problem."""
     spare = (24 if p.mask == "intervals" else 0) + (8 if p.softcap or p.alibi else 0)
     guesses = _guesses(p, t)
     roomy = (c for c in guesses if fragment_registers(p, c) + OTHER_REGISTERS + spare <= CONSUMER_REGISTERS)

@@ -21,10 +21,10 @@ struct PassConsumer {
 
   const PassShare<P>& share;
   const int group;
-  const uint32_t own_tile, cell_tiles;
+  const uint32_t own_tile, cell_tile;
   PassPipelines<P> pipelines;
   Pipeline<P::kStages, L::kStageBytes, P::kCluster> held;  // the oldest chunk that is not free yet
-  int chunks_held = 0, cell_stage = 0;
+  int chunks_held = 0;
   float gradient[L::kGroupColumns / 8][4];
 
   __device__ __forceinline__ PassConsumer(const PassShare<P>& share, const PassPipelines<P>& pipelines, uint32_t smem,
@@ -32,7 +32,7 @@ struct PassConsumer {
       : share(share),
         group(group),
         own_tile(smem),
-        cell_tiles(smem + L::kCells),
+        cell_tile(smem + L::kCells),
         pipelines(pipelines),
         held(pipelines.chunks) {
 #pragma unroll
@@ -41,7 +41,6 @@ struct PassConsumer {
 
   static __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 4 * 16; }
   __device__ __forceinline__ int own_line() const { return share.own + warp_row() + Place().row; }
-  __device__ __forceinline__ uint32_t cell_tile() const { return cell_tiles + cell_stage * L::kCellBytes; }
 
   // ---- products, chunk by chunk
 
@@ -87,7 +86,7 @@ struct PassConsumer {
 #pragma unroll 1
     for (int chunk = 0; chunk < L::kSumChunks; ++chunk) {
       start_chunk([&](uint32_t tile) {
-        const Operand cells = Operand::of_rows(cell_tile());
+        const Operand cells = Operand::of_rows(cell_tile);
         const Operand rows = Operand::of_columns(tile + group * L::kGroupSlabs * L::kSumSlabBytes, L::kSumSlabBytes);
 #pragma unroll
         for (int step = 0; step < L::kSumRows / 16; ++step) {
@@ -109,9 +108,9 @@ struct PassConsumer {
 
   // This warpgroup's cells to shared memory, where both read them.
   __device__ __forceinline__ void store_cells(const Sums& cells) {
-    if constexpr (P::kCellStages == 1) ptx::barrier_sync(kBarrier + 1, L::kConsumers);  // both have read the last ones
+    if constexpr (L::kMayOvertake) ptx::barrier_sync(kBarrier + 1, L::kConsumers);  // both have read the last ones
     const int lane = threadIdx.x % 32;
-    const uint32_t place = cell_tile() + (warp_row() + lane % 16) * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+    const uint32_t place = cell_tile + (warp_row() + lane % 16) * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
     for (int n = 0; n < kCellSteps; ++n) {
       const int at = group * kCellSteps + n;
@@ -169,7 +168,6 @@ struct PassConsumer {
     add_rows();
     free_chunks<0>();
     pin(gradient);
-    if (++cell_stage == P::kCellStages) cell_stage = 0;
   }
 
   __device__ __forceinline__ void run() {

@@ -43,6 +43,9 @@ struct PassLayout {
   static constexpr int kSecondColumns = kGroupColumns - kFirstColumns;
   static constexpr int kSumRows = kOfWeights ? Derived::dv_sum_rows : Derived::sum_rows;
   static constexpr int kSumChunks = P::kTileOther / kSumRows;
+  // A warpgroup is ahead of the other by fewer chunks than there are stages: whether it may have all cells of the next
+  // visit while the other still multiplies the last ones.
+  static constexpr bool kMayOvertake = kScoreChunks + kWeightChunks < P::kStages;
 
   // bytes: of slabs, of what stays, of a stage
   static constexpr int kOwnSlabBytes = kGroupRows * kRowBytes, kOtherSlabBytes = P::kTileOther * kRowBytes;
@@ -63,7 +66,7 @@ struct PassLayout {
   // Offsets, in this order: what stays of q or k, and of dO or v; the stages; the cells; the stats of rows; the
   // barriers of what stays, of the stages and of the stats.
   static constexpr int kOwnWeights = kOwnScoreBytes, kStage0 = kOwnWeights + kOwnWeightBytes;
-  static constexpr int kCells = kStage0 + P::kStages * kStageBytes, kStats = kCells + P::kCellStages * kCellBytes;
+  static constexpr int kCells = kStage0 + P::kStages * kStageBytes, kStats = kCells + kCellBytes;
   static constexpr int kBarriers = kStats + kStatBytes;
   static constexpr int kEnd = kBarriers + kBarrierBytes * (2 + P::kStages);
   static constexpr int kSmemBytes = kEnd + kSmemAlignment;  // room to align
