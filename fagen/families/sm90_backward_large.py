@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import makespan, walk
-from fagen.ops.attention.problem import Problem
+from fagen.ops.attention.problem import HOPPER_TRAINS, Problem
 from fagen.target import Target
 
 FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
@@ -243,7 +243,7 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     found = [
         config
         for n, chunk, resident, columns in itertools.product(
-            (64, 128), (64, 128), ("both", "scores", "none"), (256, 384, 512, 640)
+            (64, 96, 128, 192), (64, 128), ("both", "scores", "none"), (256, 384, 512, 640)
         )
         for config in _deepest(p, t, tile_other=n, chunk_d=chunk, resident=resident, block_columns=columns)
     ]
@@ -257,9 +257,12 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
 
 def _default(p: Problem, t: Target) -> Config:
     """The first guess with registers to spare: nobody has looked at its spills for this very problem."""
-    spare = (24 if p.mask == "intervals" else 0) + (8 if p.softcap or p.alibi else 0)
+
+    def spare(c: Config) -> int:
+        return (int(c.tile_other) - 64) // 8 + (20 if p.mask == "intervals" else 0)
+
     guesses = _guesses(p, t)
-    roomy = (c for c in guesses if fragment_registers(p, c) + OTHER_REGISTERS + spare <= CONSUMER_REGISTERS)
+    roomy = (c for c in guesses if fragment_registers(p, c) + OTHER_REGISTERS + spare(c) <= CONSUMER_REGISTERS)
     return next(roomy, guesses[-1])
 
 
@@ -302,7 +305,7 @@ FAMILY = Family(
     constraints=CONSTRAINTS,
     supports=_supports,
     derive=_derive,
-    serves_calls=lambda p: False,  # not run on a GPU yet
+    serves_calls=lambda p: max(p.head_dim, p.head_dim_v) <= HOPPER_TRAINS,
     default=_default,
     default_reads=lambda p, t: min(p.seqlen_q, p.seqlen_k) > OWN_ROWS,  # whether a cluster has work
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),

@@ -64,7 +64,7 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(CASES, every=4), ids=str)
+@pytest.mark.parametrize("case", sample(CASES, every=5), ids=str)
 def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
     for seed, (rows, keys) in enumerate(case.sizes):
         verdict = check(case, folder, rows, keys, seed=seed, layout=("bshd", "bhsd")[seed % 2], batch=1 + seed)
@@ -76,7 +76,7 @@ EDGES = Case("pair", mask="causal", head_dim=264)
 
 @pytest.mark.slow
 def test_right_at_the_edges_of_tiles(folder: Path) -> None:
-    for seed, (rows, keys) in enumerate(((1, 65), (63, 127), (64, 128), (129, 129), (257, 1), (128, 257))):
+    for seed, (rows, keys) in enumerate(((1, 65), (63, 129), (128, 64), (129, 1))):
         verdict = check(EDGES, folder, rows, keys, seed=seed)
         assert verdict, f"{rows}x{keys}: {verdict.message}"
 
@@ -98,9 +98,9 @@ def test_large_scores_stay_finite(folder: Path) -> None:
     assert verdict, verdict.message
 
 
-@pytest.mark.parametrize("case", sample([CASES[1], CASES[2]], every=2), ids=str)
+@pytest.mark.parametrize("case", sample([EDGES, CASES[2]], every=2), ids=str)
 def test_the_order_of_blocks_changes_no_bit(case: Case, folder: Path) -> None:
-    call = backward.make_call(case, 150, 200)
+    call = backward.make_call(case, 70, 150)
     library = emulated.build(_source(case), folder, BackwardParams)
     runs = []
     for chance in range(2):
@@ -109,8 +109,8 @@ def test_the_order_of_blocks_changes_no_bit(case: Case, folder: Path) -> None:
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
-_WAIT_FREE = "    ptx::wgmma_wait<kNewest>();\n    for (; chunks_held > kNewest; --chunks_held) held.release();\n"
-_FREE_WAIT = "    for (; chunks_held > kNewest; --chunks_held) held.release();\n    ptx::wgmma_wait<kNewest>();\n"
+_WAIT_FREE = "    ptx::wgmma_wait<kNewest>();\n    for (; chunks_held > kNewest; --chunks_held) oldest().release();\n"
+_FREE_WAIT = "    for (; chunks_held > kNewest; --chunks_held) oldest().release();\n    ptx::wgmma_wait<kNewest>();\n"
 _BREAKS = {
     "cells are read before both have stored theirs": (
         "    ptx::fence_shared_writes();\n    ptx::barrier_sync(kBarrier, L::kConsumers);\n",
@@ -127,7 +127,7 @@ _BREAKS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", _BREAKS)
+@pytest.mark.parametrize("name", sample(list(_BREAKS), every=4))
 def test_what_is_left_out_is_found(name: str, folder: Path) -> None:
     case, (old, new) = Case("base", mask="causal", head_dim=264, heads=1, dlse=True), _BREAKS[name]
     text = _source(case)

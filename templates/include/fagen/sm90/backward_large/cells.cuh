@@ -68,6 +68,9 @@ struct CellStats {
 template <class P, int kPieces>
 struct Cells {
   using Sums = float[kPieces][4];
+  // whether a line may have hidden cells before its visible ones, and after them; keys end somewhere in any case
+  static constexpr bool kHidesFirst = P::kOwnsKeys || MaskOf<P>::kHasBegin;
+  static constexpr bool kHidesLast = !P::kOwnsKeys || MaskOf<P>::kHasBegin;
 
   const MaskOf<P>& mask;
   int own, other;
@@ -97,7 +100,12 @@ struct Cells {
       for (int i = 0; i < 4; ++i) {
         const int column = j * 8 + i % 2;
         s[j][i] = change.weight(s[j][i], stats.lse_log2(i), row(i, j), key(i, j), derivatives[P::kSoftcap ? j : 0][i]);
-        if (kMasked && (column < seen[i / 2].begin || column >= seen[i / 2].end)) s[j][i] = 0.f;
+        if constexpr (kMasked) {
+          bool hidden = false;
+          if constexpr (kHidesFirst) hidden = column < seen[i / 2].begin;
+          if constexpr (kHidesLast) hidden |= column >= seen[i / 2].end;
+          if (hidden) s[j][i] = 0.f;
+        }
       }
     }
     if constexpr (kMasked && MaskOf<P>::kIntervals) hide(s);

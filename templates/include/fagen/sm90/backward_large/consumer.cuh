@@ -23,18 +23,12 @@ struct PassConsumer {
   const int group;
   const uint32_t own_tile, cell_tile;
   PassPipelines<P> pipelines;
-  Pipeline<P::kStages, L::kStageBytes, P::kCluster> held;  // the oldest chunk that is not free yet
-  int chunks_held = 0;
+  int chunks_held = 0;  // the newest ones, which are not free yet
   float gradient[L::kGroupColumns / 8][4];
 
   __device__ __forceinline__ PassConsumer(const PassShare<P>& share, const PassPipelines<P>& pipelines, uint32_t smem,
                                           int group)
-      : share(share),
-        group(group),
-        own_tile(smem),
-        cell_tile(smem + L::kCells),
-        pipelines(pipelines),
-        held(pipelines.chunks) {
+      : share(share), group(group), own_tile(smem), cell_tile(smem + L::kCells), pipelines(pipelines) {
 #pragma unroll
     for (auto& piece : gradient) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
   }
@@ -54,11 +48,17 @@ struct PassConsumer {
     pipelines.chunks.advance();
     ++chunks_held;
   }
+  __device__ __forceinline__ auto oldest() const {
+    auto chunk = pipelines.chunks;
+    chunk.stage -= chunks_held;
+    if (chunk.stage < 0) chunk.stage += P::kStages;
+    return chunk;
+  }
   // Wait for the products of all chunks but the newest ones, and free those.
   template <int kNewest>
   __device__ __forceinline__ void free_chunks() {
     ptx::wgmma_wait<kNewest>();
-    for (; chunks_held > kNewest; --chunks_held) held.release();
+    for (; chunks_held > kNewest; --chunks_held) oldest().release();
   }
 
   // S or dP += own rows times visited ones, over one chunk's columns
@@ -178,12 +178,12 @@ struct PassConsumer {
   }
 
   __device__ __forceinline__ void store() const {
-    const int columns = L::kOfWeights ? share.p.head_dim_v : share.p.head_dim;
-    const int head = P::kOwnsKeys ? share.kv_head : share.head,
-              rows = P::kOwnsKeys ? share.p.seqlen_k : share.p.seqlen_q;
+    const fagen_backward_params& p = share.p;
+    const int columns = L::kOfWeights ? p.head_dim_v : p.head_dim;
+    const int head = P::kOwnsKeys ? share.kv_head : share.head, rows = P::kOwnsKeys ? p.seqlen_k : p.seqlen_q;
     store_rows<Element, L::kGroupColumns / 32>(
         share.gradient(), share.batch, head, own_line(), rows, columns,
-        (share.first_column + group * L::kGroupColumns) / 8, L::kGroupColumns / 8, L::kOfWeights ? 1.f : share.p.scale,
+        (share.first_column + group * L::kGroupColumns) / 8, L::kGroupColumns / 8, L::kOfWeights ? 1.f : p.scale,
         [&](int n) { return make_float4(gradient[n][0], gradient[n][1], gradient[n][2], gradient[n][3]); });
   }
 };

@@ -22,6 +22,7 @@ struct PassProducer {
   __device__ __forceinline__ void load_own(uint32_t to, const CUtensorMap& map, uint32_t barrier, int first,
                                            int count) const {
     const int head = P::kOwnsKeys ? share.kv_head : share.head;
+#pragma unroll 1
     for (int slab = 0; slab < count; ++slab)
       ptx::tma_load(to + slab * L::kOwnSlabBytes, &map, barrier, (first + slab) * kSlabColumns, share.own, head,
                     share.batch);
@@ -60,6 +61,7 @@ struct PassProducer {
                                                int row) {
     constexpr int kPart = P::kTileOther / P::kCluster, kOwnBytes = kStay ? 0 : L::kOwnChunkBytes;
     const int before = share.rank() * kPart;
+#pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk, pipelines.chunks.advance()) {
       if (!leads()) continue;
       const int first_slab = chunk * L::kChunkSlabs;
@@ -67,6 +69,7 @@ struct PassProducer {
       ptx::mbarrier_arrive_expect(pipelines.chunks.full(), kOwnBytes + L::kOtherChunkBytes);
       const uint32_t to = pipelines.chunks.tile();
       if constexpr (!kStay) load_own(to, own, pipelines.chunks.full(), first_slab, L::kChunkSlabs);
+#pragma unroll 1
       for (int slab = 0; slab < L::kChunkSlabs; ++slab)
         load_other(to + kOwnBytes + slab * L::kOtherSlabBytes + before * kRowBytes, other,
                    (first_slab + slab) * kSlabColumns, row + before, head);
@@ -74,10 +77,12 @@ struct PassProducer {
   }
   // Whole rows, as wide as the block's part of the gradient. Every block of the cluster loads some slabs.
   __device__ __forceinline__ void load_rows(int head, int row) {
+#pragma unroll 1
     for (int chunk = 0; chunk < L::kSumChunks; ++chunk, pipelines.chunks.advance()) {
       if (!leads()) continue;
       pipelines.chunks.acquire();
       ptx::mbarrier_arrive_expect(pipelines.chunks.full(), L::kSumBytes);
+#pragma unroll 1
       for (int slab = share.rank(); slab < L::kGroups * L::kGroupSlabs; slab += P::kCluster)
         load_other(pipelines.chunks.tile() + slab * L::kSumSlabBytes, launch.rows,
                    share.first_column + slab * kSlabColumns, row + chunk * L::kSumRows, head);
