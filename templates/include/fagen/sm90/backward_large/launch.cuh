@@ -27,7 +27,7 @@ struct LargeWorkspace {
         key_tiles(ceil_div(p.seqlen_k, C::kTileOther)),
         stats(align_workspace(sizeof(RowStats) * p.batch * p.heads * stats_rows)),
         extents(0) {
-    if (C::kMask == Mask::intervals)
+    if (MaskOf<C>::kIntervals)
       extents = align_workspace(sizeof(Extent) * key_tiles * p.batch * p.mask_heads * C::kIntervalColumns);
   }
 };
