@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
+from fagen import notices
 from fagen.build import toolchain
 from fagen.db import store
 
@@ -75,6 +76,12 @@ def _own_folders(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         patch.delenv(name, raising=False)
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _reasons_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test meets each reason for which PyTorch computes for the first time, whatever ran before it."""
+    monkeypatch.setattr(notices, "_warned", set())
 
 
 def _gpu() -> bool:

@@ -20,11 +20,6 @@ from tests.support.calls import right
 F = torch.nn.functional
 
 
-@pytest.fixture(autouse=True)
-def _reasons_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fagen.notices._warned", set())
-
-
 def bhsd(sq: int = 33, sk: int = 47, h: int = 4, hk: int = 4, d: int = 16) -> tuple[torch.Tensor, ...]:
     return torch.randn(2, h, sq, d), torch.randn(2, hk, sk, d), torch.randn(2, hk, sk, d)
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import fagen
-from fagen import notices
 from fagen.build import cache as builds
 from fagen.cli import main
 from fagen.compat import kvcache_append, kvcache_known
@@ -130,7 +129,6 @@ def test_calls_are_served_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(mine["k_cache"], named["k_cache"])
     assert not served and float(named["k_cache"][1, 31].min()) == 1.0 and not named["k_cache"][:, 4:31].any()
     whole = named | {name: t.double() for name, t in named.items() if name != "cache_seqlens"}
-    monkeypatch.setattr(notices, "_warned", set())
     with pytest.warns(UserWarning, match="float64"):
         fagen.flash_attn_with_kvcache(**whole)
     fagen.flash_attn_with_kvcache(**{**named, **{n: t.to(FP8) for n, t in named.items() if n[0] in "kv"}})

@@ -35,7 +35,6 @@ PROBLEM = Problem(dtype="fp32", head_dim=16, mask="causal", heads=2, seqlen_q=64
 def overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path))
     monkeypatch.setattr(store, "default_paths", lambda: (tmp_path / "shipped", tmp_path))
-    monkeypatch.setattr("fagen.notices._warned", set())
     yield tmp_path
     if binding._module is not None:
         resolve.forget()

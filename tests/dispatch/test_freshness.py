@@ -49,7 +49,6 @@ def fake(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setenv("FAGEN_CACHE_DIR", str(own_cache))
     monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
     monkeypatch.setattr(store, "default_paths", lambda: (tmp_path / "shipped", tmp_path / "db"))
-    monkeypatch.setattr("fagen.notices._warned", set())
     _forget(monkeypatch)
     yield tmp_path
     for path in (env.cache_dir() / "verified").glob("*"):

@@ -34,7 +34,6 @@ GPUS = [arch for arch in ARCHS if arch.startswith("sm_")]
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(store, "default_paths", lambda: (tmp_path / "db",))
     monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
-    monkeypatch.setattr("fagen.notices._warned", set())
     resolve.forget()
     yield tmp_path
     background.wait()

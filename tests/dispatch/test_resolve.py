@@ -30,9 +30,8 @@ NOTHING = list(TORCH.words)  # an answer without a plan
 
 
 @pytest.fixture(autouse=True)
-def _quiet_fallbacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test meets each reason for the first time; no kernel is replaced by PyTorch unnoticed."""
-    monkeypatch.setattr("fagen.notices._warned", set())
+def _quiet_fallbacks() -> None:
+    """No kernel is replaced by PyTorch unnoticed."""
     warnings.simplefilter("error", fallback.FallbackWarning)
     assert api._ops_registered()  # calls take the C++ road
 

@@ -133,7 +133,6 @@ def _built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _only_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch may not compute in our place, unless a test says so."""
     if "by_torch" in request.keywords:
-        monkeypatch.setattr("fagen.notices._warned", set())
         resolve.renew()
         return
     warnings.simplefilter("error", fallback.FallbackWarning)

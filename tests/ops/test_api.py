@@ -31,9 +31,8 @@ IMPORT_SHARE = 0.1  # of the CPU time of importing torch
 
 
 @pytest.fixture(autouse=True)
-def _quiet_fallbacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test meets each reason for the first time; no kernel is replaced by PyTorch unnoticed."""
-    monkeypatch.setattr("fagen.notices._warned", set())
+def _quiet_fallbacks() -> None:
+    """No kernel is replaced by PyTorch unnoticed."""
     warnings.simplefilter("error", fallback.FallbackWarning)
 
 

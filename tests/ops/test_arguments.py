@@ -26,7 +26,6 @@ from tests.support.calls import Case, example, right
 @pytest.fixture(params=["ops", "ctypes", "PyTorch"])
 def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The options with which a call takes the C++ ops, ctypes, or PyTorch; and that it does."""
-    monkeypatch.setattr("fagen.notices._warned", set())
     if request.param == "PyTorch":
         warnings.simplefilter("ignore", fallback.FallbackWarning)
         return {"scale": -0.25}

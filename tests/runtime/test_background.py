@@ -40,7 +40,6 @@ ROOT = Path(__file__).parents[2]
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(store, "default_paths", lambda: (tmp_path / "db",))
     monkeypatch.setenv("FAGEN_DB_DIR", str(tmp_path / "db"))
-    monkeypatch.setattr("fagen.notices._warned", set())
     assert api._ops_registered()
     resolve.forget()
     yield tmp_path
