@@ -97,7 +97,7 @@ case $piece in
       --out benchmarks/${CARD}_odd_d.json --markdown "$out/odd_d.md"
     cp benchmarks/${CARD}_large_d.json benchmarks/${CARD}_odd_d.json "$out/" ;;
   large_d_backward)
-    part tests "$python" -m pytest -q tests/gpu/test_sm90_backward_large.py
+    tests large tests/gpu/test_sm90_backward_large.py
     # shellcheck disable=SC2086
     part tune "$python" -m fagen tune --problems benchmarks/problems/large_d_backward.toml --family sm90_backward_large \
       --budget "${BUDGET:-240s}" ${GPUS:+--gpus $GPUS} --out tuning_db
