@@ -19,7 +19,7 @@ FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
 
 STAGES = (2, 3, 4, 5, 6, 7, 8, 10, 12)
 KNOBS = (
-    Knob("tile_other", "kTileOther", (64, 96, 128, 192), "rows or keys that a block visits at a time"),
+    Knob("tile_other", "kTileOther", (64, 96, 128, 192, 256), "rows or keys that a block visits at a time"),
     Knob("chunk_d", "kChunkD", (64, 128), "columns of both sides that a stage holds"),
     Knob("stages", "kStages", STAGES, "chunks in shared memory"),
     Knob("in_flight", "kInFlight", (1, 2, 3), "chunks whose products go on while the next one is waited for"),
@@ -31,6 +31,7 @@ KNOBS = (
         "what stays in shared memory of a block's own rows: all, what S is made of, or nothing",
     ),
     Knob("block_columns", "kBlockColumns", (256, 384, 512, 640), "most columns of its gradient that a block adds up"),
+    Knob("share_cells", "kShareCells", (False, True), "two blocks that share columns have half of the cells each"),
     Knob("cluster", "kCluster", (1, 2, 4), "blocks of neighbouring rows that share each chunk of the other side"),
     Knob(
         "block_order",
@@ -78,10 +79,20 @@ def group_columns(of: Pass, c: Config) -> int:
     return _SLAB * -(-of_block // 2)
 
 
+def is_shared(of: Pass, c: Config) -> bool:
+    """Whether two blocks exchange cells."""
+    return bool(c.share_cells) and splits(of, c) == 2
+
+
+def block_other(of: Pass, c: Config) -> int:
+    """Rows of the other side whose cells a block computes."""
+    return int(c.tile_other) // (2 if is_shared(of, c) else 1)
+
+
 def _pair_bytes(of: Pass, c: Config) -> int:
     """A chunk of columns of both sides, or of the other side alone where what is owned stays."""
     streamed = c.resident == "none" or (c.resident == "scores" and of.weights > 0)
-    return (int(c.tile_other) + (OWN_ROWS if streamed else 0)) * int(c.chunk_d) * 2
+    return (block_other(of, c) + (OWN_ROWS if streamed else 0)) * int(c.chunk_d) * 2
 
 
 def sum_rows(of: Pass, c: Config) -> int:
@@ -98,7 +109,10 @@ def _stage_bytes(of: Pass, c: Config) -> int:
 def pass_smem_bytes(of: Pass, c: Config) -> int:
     kept = 0 if c.resident == "none" else of.scores + (of.weights if c.resident == "both" else 0)
     cells = OWN_ROWS * _ROW_BYTES * _slabs(int(c.tile_other))
-    stats, barriers = 8 * (int(c.tile_other) if of.owns_keys else OWN_ROWS), _BARRIER_BYTES * (2 + c.stages)
+    stats, barriers = (
+        8 * (int(c.tile_other) if of.owns_keys else OWN_ROWS),
+        _BARRIER_BYTES * (2 + c.stages + is_shared(of, c)),
+    )
     return OWN_ROWS * kept * 2 + c.stages * _stage_bytes(of, c) + cells + stats + barriers + _ALIGNMENT
 
 
@@ -108,10 +122,9 @@ def smem_bytes(p: Problem, c: Config) -> int:
 
 def fragment_registers(p: Problem, c: Config) -> int:
     """The gradient, S and dP, and under softcap what it did to S."""
-    cells = int(c.tile_other) // 4
 
     def of_pass(of: Pass) -> int:
-        return group_columns(of, c) // 2 + cells * (1 if not of.weights else 3 if p.softcap else 2)
+        return group_columns(of, c) // 2 + block_other(of, c) // 4 * (1 if not of.weights else 3 if p.softcap else 2)
 
     return max(of_pass(of) for of in passes(p))
 
@@ -144,6 +157,18 @@ def _columns_matter(p: Problem, t: Target, c: Config) -> str | None:
     return None
 
 
+def _cells_shared(p: Problem, t: Target, c: Config) -> str | None:
+    if not c.share_cells:
+        return None
+    blocks = {splits(of, c) for of in passes(p)}
+    if 2 not in blocks or max(blocks) > 2:
+        return f"two blocks share cells, not {' or '.join(map(str, sorted(blocks)))}: block_columns={c.block_columns}"
+    if c.cluster > 1:
+        return f"blocks that share cells have no chunks to share, cluster={c.cluster}"
+    half = int(c.tile_other) // 2
+    return f"half of {c.tile_other} is no slab of 64 cells, which is copied as it lies" if half % _SLAB else None
+
+
 def _order_matters(p: Problem, t: Target, c: Config) -> str | None:
     if p.mask == "none" and c.block_order in ("descending", "longest_first"):
         return f"without a mask all tiles are equally long, block_order={c.block_order} only repeats another"
@@ -160,14 +185,15 @@ def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
     return f"about {need} > {CONSUMER_REGISTERS} registers a thread" if need > CONSUMER_REGISTERS else None
 
 
-_SMEM_READS = ("tile_other", "chunk_d", "stages", "resident", "block_columns")
+_SMEM_READS = ("tile_other", "chunk_d", "stages", "resident", "block_columns", "share_cells")
 CONSTRAINTS = (
     Constraint("chunks_whole", _chunks_whole, ("chunk_d",)),
     Constraint("ring_holds", _ring_holds, ("chunk_d", "stages", "in_flight", "chunks_under")),
     Constraint("columns_matter", _columns_matter, ("block_columns",)),
+    Constraint("cells_shared", _cells_shared, ("tile_other", "block_columns", "share_cells", "cluster")),
     Constraint("order_matters", _order_matters, ("block_order",)),
     Constraint("smem_fits", _smem_fits, _SMEM_READS),
-    Constraint("registers_fit", _registers_fit, ("tile_other", "block_columns")),
+    Constraint("registers_fit", _registers_fit, ("tile_other", "block_columns", "share_cells")),
 )
 
 
@@ -200,16 +226,17 @@ def visit_cycles(of: Pass, c: Config) -> float:
     """Cycles, roughly, that a visit takes of a block: counted and fitted as those of sm90_forward_large, whose chunks
     are the same; and ten a row for the cells, of which dP hides four."""
     n, columns, cluster, depth = int(c.tile_other), group_columns(of, c), int(c.cluster), of.scores + of.weights
+    cells = block_other(of, c)
     chunks = depth // int(c.chunk_d) + n // sum_rows(of, c)
-    products = n * depth / 32 + n * columns / 16
-    read = depth / 8 * (16 + n / 8) + n / 8 * (16 * -(-columns // 256) + columns / 4)
-    shared = (n * depth + n * 2 * columns) * 2
+    products = cells * depth / 32 + n * columns / 16
+    read = depth / 8 * (16 + cells / 8) + n / 8 * (16 * -(-columns // 256) + columns / 4)
+    shared = (cells * depth + n * 2 * columns) * 2
     kept = {"none": 0, "scores": of.scores, "both": depth}[str(c.resident)]
     alone = OWN_ROWS * (depth - kept) * 2
     free = (c.stages - 1 - c.chunks_under / 2) * _stage_bytes(of, c) / 1024
     visit = max(products, read + (shared + alone) / 128) + 220 * chunks
     visit *= 1 + 0.003 * max(0.0, 96 - free)
-    visit += n * (6 if of.weights and c.chunks_under else 10)
+    visit += cells * (6 if of.weights and c.chunks_under else 10)
     visit, l2 = visit * (1.1 if cluster == 4 else 1), (shared / cluster + alone) / 24
     return max(visit, l2) + 0.2 * min(visit, l2)
 
@@ -221,7 +248,7 @@ def _deepest(p: Problem, t: Target, **values: Value) -> list[Config]:
     """That shape with as many stages as fit, chunks of dP under P if they are many; none if it is not legal."""
     shape: dict[str, Value] = {
         "tile_other": 64, "chunk_d": 64, "stages": 2, "in_flight": 1, "chunks_under": 0, "resident": "none",
-        "block_columns": 256, "cluster": 1,
+        "block_columns": 256, "share_cells": False, "cluster": 1,
         "block_order": "ascending" if p.mask == "none" else "longest_first",
     }  # fmt: skip
 
@@ -233,8 +260,8 @@ def _deepest(p: Problem, t: Target, **values: Value) -> list[Config]:
         if legal(plain):
             under = plain.replace(chunks_under=2)
             found = under if stages >= _STAGES_UNDER and legal(under) else plain
-            shared = 2 if min(p.seqlen_q, p.seqlen_k) > OWN_ROWS else 1
-            return [found.replace(cluster=shared)]
+            neighbours = min(p.seqlen_q, p.seqlen_k) > OWN_ROWS and not found.share_cells
+            return [found.replace(cluster=2 if neighbours else 1)]
     return []
 
 
@@ -253,6 +280,23 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
         return c.stages < _FEWEST_STAGES, sum(of_passes) / int(c.tile_other)
 
     return sorted(found, key=cycles)
+
+
+def _first_configs(p: Problem, t: Target) -> list[Config]:
+    """Shared cells as well, which no default takes before they have run on a GPU."""
+    found = [
+        config
+        for n, chunk, resident in itertools.product((128, 256), (64, 128), ("scores", "none"))
+        for columns in (256, 384, 512, 640)
+        for config in _deepest(
+            p, t, tile_other=n, chunk_d=chunk, resident=resident, block_columns=columns, share_cells=True
+        )
+    ]
+
+    def cycles(c: Config) -> float:
+        return sum(visit_cycles(of, c) * splits(of, c) for of in passes(p)) / int(c.tile_other)
+
+    return [*sorted(found, key=cycles)[:2], *_guesses(p, t)[:4]]
 
 
 def _default(p: Problem, t: Target) -> Config:
@@ -311,11 +355,11 @@ FAMILY = Family(
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
-        "shared_widths": [int(c.tile_other) // 2],
+        "shared_widths": sorted({block_other(of, c) // 2 for of in passes(p)}),
         "column_widths": _widths(p, c),
         "register_widths": [],
     },
-    first_configs=lambda p, t: _guesses(p, t)[:4],
+    first_configs=_first_configs,
     repeats=lambda p, c: c.cluster > 1 and min(p.seqlen_q, p.seqlen_k) <= OWN_ROWS * (int(c.cluster) // 2),
     cost=cost,
     resources=lambda p, t, c: (smem_bytes(p, c), c.cluster, fragment_registers(p, c)),

@@ -13,6 +13,7 @@ from fagen.codegen.spec import KernelSpec
 from fagen.errors import InvalidConfig
 from fagen.families import Config, sm90_backward_large
 from fagen.ops.attention.backward import BackwardProblem
+from fagen.tuner.evaluate import SPILL_TOLERANCE
 from tests.compile.conftest import Facts
 from tests.support.large_backward import BASE, FAMILY
 from tests.support.thorough import sample
@@ -46,6 +47,16 @@ def test_defaults_compile_without_spills(problem: BackwardProblem, device_facts:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("head_dim", sample([768, 576, 1024], every=3))
+def test_shared_cells_compile_without_spills(head_dim: int, device_facts: Facts) -> None:
+    problem = BackwardProblem(head_dim=head_dim, mask="causal")
+    config = next(c for c in FAMILY.first_configs(problem, HERE) if c.share_cells)
+    facts = device_facts(KernelSpec(FAMILY, problem, HERE, config))
+    assert not facts.get("serialized"), (facts, config)
+    assert all(of["spill_bytes"] <= SPILL_TOLERANCE for of in facts["functions"].values()), (facts, config)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["smem_bytes", "dq_smem_bytes", "dv_smem_bytes", "threads", "registers"])
 def test_disagreement_with_python_is_a_compile_error(what: str) -> None:
     problem = BackwardProblem(head_dim=264)
@@ -70,12 +81,16 @@ def test_every_legal_problem_has_a_legal_default() -> None:
                     FAMILY.require(problem, HERE, FAMILY.default(problem, HERE))
 
 
+SHARED = {"share_cells": True, "tile_other": 128, "block_columns": 256, "resident": "scores"}
 REJECTED = [
     ("chunks_whole", "5 slabs of 64 columns are no whole chunks of 2", {"head_dim": 320}, {"chunk_d": 128},
      {"chunk_d": 64}),
     ("ring_holds", "chunks_under=2 of 1 chunks of dP", {"head_dim": 512, "head_dim_v": 64}, {}, {"chunks_under": 1}),
     ("ring_holds", "3 stages are all held", {}, {"stages": 3}, {"chunks_under": 1}),
     ("columns_matter", "shares the columns as 512 does", {}, {"block_columns": 640}, {"block_columns": 512}),
+    ("cells_shared", "two blocks share cells, not 1", {}, {**SHARED, "block_columns": 512}, {"share_cells": False}),
+    ("cells_shared", "no chunks to share, cluster=2", {}, {**SHARED, "cluster": 2}, {"cluster": 1}),
+    ("cells_shared", "half of 192 is no slab", {}, {**SHARED, "tile_other": 192}, {"tile_other": 128}),
     ("order_matters", "only repeats another", {}, {"block_order": "longest_first"}, {"block_order": "sectioned"}),
     ("smem_fits", "bytes of shared memory on sm_90", {}, {"stages": 12}, {"resident": "none"}),
     ("registers_fit", "registers a thread", {}, {"tile_other": 192, "resident": "none"}, {"tile_other": 128}),

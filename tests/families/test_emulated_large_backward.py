@@ -59,6 +59,10 @@ CASES = [
     ),
     Case("streamed_pair", mask="causal", head_dim=1024, heads=1, sizes=((70, 130),)),
     *(Case(f"stages{n}", mask="causal", head_dim=264, sizes=((100, 150),)) for n in (7, 8, 10, 12)),
+    Case("peers", mask="causal", head_dim=520, dlse=True, sizes=((100, 300), (150, 70))),
+    Case("peers_streamed", mask="intervals", intervals="both4", head_dim=320, head_dim_v=384, sizes=((300, 200),)),
+    Case("peers_streamed", mask="window", window=(90, 40), head_dim=512, dtype="fp16", heads=1, sizes=((130, 600),)),
+    Case("peers", mask="none", head_dim=768, head_dim_v=64, changes=(("chunks_under", 1),), sizes=((70, 300),)),
     Case("default", mask="causal", head_dim=512, heads=4, kv_heads=2, sizes=_SIZES),
 ]
 
@@ -143,6 +147,21 @@ def test_cells_wait_for_who_lags_behind(folder: Path) -> None:
     text = _source(short)
     assert wait in text
     assert any(_is_wrong(short, folder, seed, text.replace(wait, "")) for seed in range(40))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wait",
+    [
+        "      if (L::kPeers && chunk == L::kSumChunks / 2) pipelines.cells.wait();\n",
+        "    if constexpr (L::kPeers) pipelines.cells.acquire();",
+    ],
+)
+def test_peers_that_do_not_wait_are_wrong(wait: str, folder: Path) -> None:
+    peers = Case("peers", mask="none", head_dim=264, heads=1, changes=(("block_columns", 256),))
+    text = _source(peers)
+    assert wait in text
+    assert any(_is_wrong(peers, folder, seed, text.replace(wait, "")) for seed in range(40))
 
 
 def _is_wrong(case: Case, folder: Path, seed: int, text: str) -> bool:

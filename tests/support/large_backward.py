@@ -12,7 +12,7 @@ from tests.support import backward
 FAMILY = sm90_backward_large.FAMILY
 BASE: dict[str, Any] = {
     "tile_other": 64, "chunk_d": 64, "stages": 4, "in_flight": 1, "chunks_under": 2, "resident": "both",
-    "block_columns": 512, "cluster": 1, "block_order": "ascending",
+    "block_columns": 512, "share_cells": False, "cluster": 1, "block_order": "ascending",
 }  # fmt: skip
 
 
@@ -31,6 +31,10 @@ SCHEMES = {
     "narrow_pair": config(block_columns=384, cluster=2, in_flight=3, chunks_under=1, stages=5),
     "wide": config(block_columns=640, resident="scores", stages=4),
     "long_tiles": config(tile_other=192, resident="none", block_columns=256, stages=3, in_flight=2, chunks_under=0),
+    "peers": config(share_cells=True, tile_other=128, resident="scores", block_columns=384),
+    "peers_streamed": config(
+        share_cells=True, tile_other=256, resident="none", block_columns=256, stages=5, in_flight=2
+    ),
     **{f"stages{n}": config(stages=n, resident="none", block_columns=256) for n in (7, 8, 10, 12)},
 }
 

@@ -1,8 +1,9 @@
 // A consumer warpgroup: half of the cells of each visit, and half of the block's columns of the gradient. The two
-// exchange cells through shared memory, once a visit.
+// exchange cells through shared memory, once a visit, and with a peer through that of both blocks.
 #pragma once
 #include "fagen/common/element.cuh"
 #include "fagen/ptx/barrier.cuh"
+#include "fagen/ptx/cluster_store.cuh"
 #include "fagen/sm90/backward/rows.cuh"
 #include "fagen/sm90/backward_large/cells.cuh"
 #include "fagen/sm90/backward_large/pipelines.cuh"
@@ -85,12 +86,13 @@ struct PassConsumer {
     pin(gradient);
 #pragma unroll 1
     for (int chunk = 0; chunk < L::kSumChunks; ++chunk) {
+      if (L::kPeers && chunk == L::kSumChunks / 2) pipelines.cells.wait();
       start_chunk([&](uint32_t tile) {
         const Operand cells = Operand::of_rows(cell_tile);
         const Operand rows = Operand::of_columns(tile + group * L::kGroupSlabs * L::kSumSlabBytes, L::kSumSlabBytes);
 #pragma unroll
         for (int step = 0; step < L::kSumRows / 16; ++step) {
-          const int at = chunk * (L::kSumRows / 16) + step;  // 16 rows of the tile
+          const int at = share.sum_chunk(chunk) * (L::kSumRows / 16) + step;  // 16 rows of the tile
           const uint64_t a = cells.at(at / 4 * L::kCellSlabBytes + at % 4 * 32);
           ptx::wgmma_shared_columns<L::kFirstColumns>(first, a, rows.at(step * 2048));
           if constexpr (L::kSecondColumns > 0) {
@@ -109,11 +111,12 @@ struct PassConsumer {
   // This warpgroup's cells to shared memory, where both read them.
   __device__ __forceinline__ void store_cells(const Sums& cells) {
     if constexpr (L::kMayOvertake) ptx::barrier_sync(kBarrier + 1, L::kConsumers);  // both have read the last ones
+    if constexpr (L::kPeers) pipelines.cells.acquire();  // so has the peer, and they have left
     const int lane = threadIdx.x % 32;
     const uint32_t place = cell_tile + (warp_row() + lane % 16) * kRowBytes + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
     for (int n = 0; n < kCellSteps; ++n) {
-      const int at = group * kCellSteps + n;
+      const int at = (share.part * L::kGroups + group) * kCellSteps + n;
       const auto word = [&](int i) {
         const float* pair = &cells[2 * n + i / 2][i % 2 * 2];
         return pack<Element>(pair[0], pair[1]);
@@ -122,6 +125,18 @@ struct PassConsumer {
     }
     ptx::fence_shared_writes();
     ptx::barrier_sync(kBarrier, L::kConsumers);
+    if (L::kPeers && threadIdx.x == 0) send_cells();
+  }
+  // To the same place in the peer, from where as many come.
+  __device__ __forceinline__ void send_cells() const {
+    pipelines.cells.expect_bytes();
+    ptx::copy_to_block(cell_tile + share.part * L::kPeerBytes, L::kPeerBytes, pipelines.cells.full(), 1 - share.part);
+  }
+  // The peer may send the next ones.
+  __device__ __forceinline__ void free_cells() {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_at(pipelines.cells.empty(), 1 - share.part);
+    pipelines.cells.advance();
   }
 
   // ---- a visit
@@ -140,7 +155,7 @@ struct PassConsumer {
     free_chunks<L::kChunksUnder>();
     pin(scores);
     pipelines.stats.wait();
-    const int other = group * L::kGroupOther + Place().column;
+    const int other = (share.part * L::kGroups + group) * L::kGroupOther + Place().column;
     const int first_row = P::kOwnsKeys ? other : warp_row() + Place().row;
     const uint32_t stats = pipelines.stats.tile() + first_row * int(sizeof(RowStats));
     const GroupCells cells{share.mask, own_line(), walk.tile() * P::kTileOther + other};
@@ -167,6 +182,7 @@ struct PassConsumer {
     store_cells(scores);
     add_rows();
     free_chunks<0>();
+    if constexpr (L::kPeers) free_cells();
     pin(gradient);
   }
 

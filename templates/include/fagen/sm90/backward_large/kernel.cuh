@@ -20,7 +20,7 @@ __device__ __forceinline__ void run_pass(const fagen_backward_params& p, const P
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well
   const PassPipelines<P> pipelines(smem);
   if (threadIdx.x == 0) pipelines.init();
-  P::kCluster > 1 ? ptx::cluster_sync() : __syncthreads();
+  L::kClusterBlocks > 1 ? ptx::cluster_sync() : __syncthreads();
   const PassShare<P> share(p, launch);
   if (group == L::kGroups) {
     ptx::fewer_registers<L::kProducerRegisters>();
@@ -29,7 +29,7 @@ __device__ __forceinline__ void run_pass(const fagen_backward_params& p, const P
     ptx::more_registers<L::kConsumerRegisters>();
     PassConsumer<P, Element>(share, pipelines, smem, group).run();
   }
-  if (P::kCluster > 1) ptx::cluster_sync();  // none ends while another writes to it or arrives at its barriers
+  if (L::kClusterBlocks > 1) ptx::cluster_sync();  // none ends while another writes to it or arrives at its barriers
 }
 
 }  // namespace fagen

@@ -53,7 +53,7 @@ static cudaError_t make_pass_maps(const fagen_backward_params& p, CUtensorMapDat
     return make_map(map, type, t.data, columns, {rows, heads, {p.batch, t.stride[0], 1}});
   };
   constexpr bool kKeys = P::kOwnsKeys;
-  constexpr int kPart = P::kTileOther / P::kCluster;
+  constexpr int kPart = L::kBlockOther / P::kCluster;
   const fagen_tensor& rows = P::kOf == Gradient::dq ? p.k : P::kOf == Gradient::dk ? p.q : p.dout;
   const int columns = L::kOfWeights ? p.head_dim_v : p.head_dim;
   if (const cudaError_t e = make(&launch.own_scores, kKeys ? p.k : p.q, p.head_dim, kKeys, kGroupRows)) return e;
@@ -87,7 +87,7 @@ static cudaError_t launch_pass(PassKernel kernel, const fagen_backward_params& p
   launch.heads_at_once = at_once < heads ? int(at_once) : heads;
   const int blocks = launch.own_tiles * heads * L::kSplits * P::kCluster;
   if (blocks == 0) return cudaSuccess;
-  return launch_kernel<P::kCluster, false>(kernel, blocks, L::kThreads, L::kSmemBytes, stream, p, launch);
+  return launch_kernel<L::kClusterBlocks, false>(kernel, blocks, L::kThreads, L::kSmemBytes, stream, p, launch);
 }
 
 struct LargeKernels {

@@ -4,6 +4,9 @@
 // of the other side. Of each it computes the cells, P for dV and dS for the others, which take whole rows of the head
 // dims; and adds the cells' product with rows of the other side to its columns of the gradient. Everything passes by in
 // chunks, through one ring of stages; what a block owns may stay in shared memory.
+//
+// Where two blocks share the columns of a gradient, each computes all cells. With shared cells they are a cluster: each
+// computes those of half of the other side's rows, and gets the other half from its peer.
 #pragma once
 #include "fagen/simt/backward/block.cuh"
 #include "fagen/sm90/smem_layout.cuh"
@@ -27,7 +30,6 @@ struct PassLayout {
   static constexpr bool kOfWeights = P::kOf == Gradient::dv;  // cells are P; else dS, which takes dP = dO V
 
   // products of cells: chunks of q and k, and of dO and v, in slabs of 64 columns
-  static constexpr int kGroupOther = P::kTileOther / kGroups;  // cells of a line, a warpgroup's
   static constexpr int kSlabs = slabs(P::kHeadDim), kSlabsV = slabs(P::kHeadDimV), kChunkSlabs = P::kChunkD / 64;
   static constexpr int kScoreChunks = kSlabs / kChunkSlabs, kWeightChunks = kOfWeights ? 0 : kSlabsV / kChunkSlabs;
   static constexpr int kChunksUnder = kWeightChunks < P::kChunksUnder ? kWeightChunks : P::kChunksUnder;
@@ -43,12 +45,17 @@ struct PassLayout {
   static constexpr int kSecondColumns = kGroupColumns - kFirstColumns;
   static constexpr int kSumRows = kOfWeights ? Derived::dv_sum_rows : Derived::sum_rows;
   static constexpr int kSumChunks = P::kTileOther / kSumRows;
+
+  static constexpr bool kPeers = P::kShareCells && kSplits == 2;
+  static constexpr int kClusterBlocks = kPeers ? 2 : P::kCluster;
+  static constexpr int kBlockOther = kPeers ? P::kTileOther / 2 : P::kTileOther;  // cells of a line, a block's
+  static constexpr int kGroupOther = kBlockOther / kGroups;  // and a warpgroup's
   // A warpgroup is ahead of the other by fewer chunks than there are stages: whether it may have all cells of the next
   // visit while the other still multiplies the last ones.
   static constexpr bool kMayOvertake = kScoreChunks + kWeightChunks < P::kStages;
 
   // bytes: of slabs, of what stays, of a stage
-  static constexpr int kOwnSlabBytes = kGroupRows * kRowBytes, kOtherSlabBytes = P::kTileOther * kRowBytes;
+  static constexpr int kOwnSlabBytes = kGroupRows * kRowBytes, kOtherSlabBytes = kBlockOther * kRowBytes;
   static constexpr int kSumSlabBytes = kSumRows * kRowBytes, kCellSlabBytes = kGroupRows * kRowBytes;
   static constexpr int kOwnChunkBytes = kChunkSlabs * kOwnSlabBytes, kOtherChunkBytes = kChunkSlabs * kOtherSlabBytes;
   static constexpr bool kScoresStay = P::kResident != Resident::none;
@@ -61,20 +68,22 @@ struct PassLayout {
   static constexpr int kPairBytes = kWeightChunks > 0 && kWeightBytes > kScoreBytes ? kWeightBytes : kScoreBytes;
   static constexpr int kStageBytes = kPairBytes > kSumBytes ? kPairBytes : kSumBytes;
   static constexpr int kCellBytes = slabs(P::kTileOther) * kCellSlabBytes;
+  static constexpr int kPeerBytes = kPeers ? kCellBytes / 2 : 0;  // of the cells, a block's
   static constexpr int kStatBytes = (P::kOwnsKeys ? P::kTileOther : kGroupRows) * 8;  // of rows of q
 
   // Offsets, in this order: what stays of q or k, and of dO or v; the stages; the cells; the stats of rows; the
-  // barriers of what stays, of the stages and of the stats.
+  // barriers of what stays, of the stages, of the stats and of the peer's cells.
   static constexpr int kOwnWeights = kOwnScoreBytes, kStage0 = kOwnWeights + kOwnWeightBytes;
   static constexpr int kCells = kStage0 + P::kStages * kStageBytes, kStats = kCells + kCellBytes;
   static constexpr int kBarriers = kStats + kStatBytes;
-  static constexpr int kEnd = kBarriers + kBarrierBytes * (2 + P::kStages);
+  static constexpr int kEnd = kBarriers + kBarrierBytes * (2 + P::kStages + kPeers);
   static constexpr int kSmemBytes = kEnd + kSmemAlignment;  // room to align
 
   static_assert(kSlabs % kChunkSlabs == 0 && kSlabsV % kChunkSlabs == 0, "chunks are whole");
   static_assert(kSumChunks * kSumRows == P::kTileOther && kSumRows % 16 == 0, "chunks of rows are whole products");
   static_assert(P::kTileOther % 32 == 0 && P::kTileOther / P::kCluster % 8 == 0,
                 "rows of a product, of a block's part");
+  static_assert(!kPeers || (kBlockOther % kSlabColumns == 0 && P::kCluster == 1), "cells are copied as slabs lie");
   static_assert(kParts <= 2 && kSecondColumns % kSlabColumns == 0, "a warpgroup's sum is one or two products");
   static_assert(P::kStages > P::kChunksUnder + P::kInFlight, "stages held while P is formed");
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");

@@ -59,8 +59,8 @@ struct PassProducer {
   template <bool kStay>
   __device__ __forceinline__ void load_columns(const CUtensorMap& own, const CUtensorMap& other, int chunks, int head,
                                                int row) {
-    constexpr int kPart = P::kTileOther / P::kCluster, kOwnBytes = kStay ? 0 : L::kOwnChunkBytes;
-    const int before = share.rank() * kPart;
+    constexpr int kPart = L::kBlockOther / P::kCluster, kOwnBytes = kStay ? 0 : L::kOwnChunkBytes;
+    const int before = share.rank() * kPart, first = row + share.part * L::kBlockOther;
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk, pipelines.chunks.advance()) {
       if (!leads()) continue;
@@ -72,7 +72,7 @@ struct PassProducer {
 #pragma unroll 1
       for (int slab = 0; slab < L::kChunkSlabs; ++slab)
         load_other(to + kOwnBytes + slab * L::kOtherSlabBytes + before * kRowBytes, other,
-                   (first_slab + slab) * kSlabColumns, row + before, head);
+                   (first_slab + slab) * kSlabColumns, first + before, head);
     }
   }
   // Whole rows, as wide as the block's part of the gradient. Every block of the cluster loads some slabs.
@@ -85,7 +85,7 @@ struct PassProducer {
 #pragma unroll 1
       for (int slab = share.rank(); slab < L::kGroups * L::kGroupSlabs; slab += P::kCluster)
         load_other(pipelines.chunks.tile() + slab * L::kSumSlabBytes, launch.rows,
-                   share.first_column + slab * kSlabColumns, row + chunk * L::kSumRows, head);
+                   share.first_column + slab * kSlabColumns, row + share.sum_chunk(chunk) * L::kSumRows, head);
     }
   }
 

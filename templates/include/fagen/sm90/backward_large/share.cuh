@@ -34,6 +34,7 @@ struct PassShare {
   int batch, head, kv_head;  // head: of q, for dQ; else the first of the group
   int first, own;            // the first row or key of the cluster, and of the block
   int first_column;
+  int part;  // of the cells, among peers
   MaskOf<P> mask;
 
   // Tiles that have most to do come first where the order says so: the last rows, or the first keys.
@@ -41,7 +42,7 @@ struct PassShare {
       : p(p), launch(launch), mask(launch.forward) {
     constexpr bool kLongestFirst =
         P::kBlockOrder == BlockOrder::longest_first || P::kBlockOrder == BlockOrder::sectioned;
-    const int cluster = blockIdx.x / P::kCluster;
+    const int cluster = blockIdx.x / P::kCluster, split = cluster % L::kSplits;
     const TileCoord coord =
         tile_at<P::kBlockOrder>(launch.forward, cluster / L::kSplits, launch.own_tiles, launch.heads_at_once);
     const int tile = P::kOwnsKeys && kLongestFirst ? launch.own_tiles - 1 - coord.row_tile : coord.row_tile;
@@ -50,7 +51,8 @@ struct PassShare {
     head = P::kOwnsKeys ? coord.head * group : coord.head;
     kv_head = P::kOwnsKeys ? coord.head : coord.head / group;
     first = tile * P::kTileOwn, own = first + rank() * kGroupRows;
-    first_column = cluster % L::kSplits * L::kBlockColumns;
+    first_column = split * L::kBlockColumns;
+    part = L::kPeers ? split : 0;
     if constexpr (MaskOf<P>::kIntervals) {
       const int of_mask = p.mask_heads == 1 ? 0 : kv_head;
       mask.intervals.bounds = bounds_of(launch.forward, batch, of_mask);
@@ -62,6 +64,10 @@ struct PassShare {
   }
 
   static __device__ __forceinline__ int rank() { return blockIdx.x % P::kCluster; }  // in the cluster
+  // The chunk of rows that is the n-th: a peer begins with those whose cells it has computed itself.
+  __device__ __forceinline__ int sum_chunk(int n) const {
+    return L::kPeers ? (n + part * (L::kSumChunks / 2)) % L::kSumChunks : n;
+  }
   __device__ __forceinline__ const RowStats* stats_of(int head) const {
     return launch.stats + (int64_t(batch) * p.heads + head) * launch.stats_rows;
   }
