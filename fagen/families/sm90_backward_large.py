@@ -17,6 +17,7 @@ from fagen.target import Target
 
 FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
 
+BLOCK_COLUMNS = (256, 384, 512, 640)
 STAGES = (2, 3, 4, 5, 6, 7, 8, 10, 12)
 KNOBS = (
     Knob("tile_other", "kTileOther", (64, 96, 128, 192, 256), "rows or keys that a block visits at a time"),
@@ -30,7 +31,7 @@ KNOBS = (
         ("both", "scores", "none"),
         "what stays in shared memory of a block's own rows: all, what S is made of, or nothing",
     ),
-    Knob("block_columns", "kBlockColumns", (256, 384, 512, 640), "most columns of its gradient that a block adds up"),
+    Knob("block_columns", "kBlockColumns", BLOCK_COLUMNS, "most columns of its gradient that a block adds up"),
     Knob("share_cells", "kShareCells", (False, True), "two blocks that share columns have half of the cells each"),
     Knob("cluster", "kCluster", (1, 2, 4), "blocks of neighbouring rows that share each chunk of the other side"),
     Knob(
@@ -148,7 +149,7 @@ def _ring_holds(p: Problem, t: Target, c: Config) -> str | None:
 
 def _columns_matter(p: Problem, t: Target, c: Config) -> str | None:
     """Fewer blocks' columns that are shared alike only repeat the smaller value."""
-    smaller = [n for n in (256, 384, 512, 640) if n < int(c.block_columns)]
+    smaller = [n for n in BLOCK_COLUMNS if n < int(c.block_columns)]
     here = [(splits(of, c), group_columns(of, c)) for of in passes(p)]
     for n in smaller:
         other = c.replace(block_columns=n)
@@ -241,6 +242,10 @@ def visit_cycles(of: Pass, c: Config) -> float:
     return max(visit, l2) + 0.2 * min(visit, l2)
 
 
+def _block_columns(p: Problem, t: Target) -> list[int]:
+    return [n for n in BLOCK_COLUMNS if not _columns_matter(p, t, Config({"block_columns": n}))]
+
+
 _FEWEST_STAGES, _STAGES_UNDER = 4, 5  # of guesses; from how many on some may be held while P is formed
 
 
@@ -265,38 +270,29 @@ def _deepest(p: Problem, t: Target, **values: Value) -> list[Config]:
     return []
 
 
-def _guesses(p: Problem, t: Target) -> list[Config]:
+def _guesses(p: Problem, t: Target, *, share_cells: bool = False) -> list[Config]:
     """The best first, by the cycles of a row and key."""
+    tiles = (128, 256) if share_cells else (64, 96, 128, 192)
+    shapes = itertools.product(tiles, (64, 128), ("both", "scores", "none"), _block_columns(p, t))
     found = [
         config
-        for n, chunk, resident, columns in itertools.product(
-            (64, 96, 128, 192), (64, 128), ("both", "scores", "none"), (256, 384, 512, 640)
+        for n, chunk, resident, columns in shapes
+        for config in _deepest(
+            p, t, tile_other=n, chunk_d=chunk, resident=resident, block_columns=columns, share_cells=share_cells
         )
-        for config in _deepest(p, t, tile_other=n, chunk_d=chunk, resident=resident, block_columns=columns)
     ]
 
     def cycles(c: Config) -> tuple[bool, float]:
-        of_passes = (visit_cycles(of, c.replace(cluster=2)) * splits(of, c) for of in passes(p))
-        return c.stages < _FEWEST_STAGES, sum(of_passes) / int(c.tile_other)
+        alike = c if share_cells else c.replace(cluster=2)
+        of_passes = sum(visit_cycles(of, alike) * splits(of, c) for of in passes(p))
+        return c.stages < _FEWEST_STAGES, of_passes / int(c.tile_other)
 
     return sorted(found, key=cycles)
 
 
 def _first_configs(p: Problem, t: Target) -> list[Config]:
     """Shared cells as well, which no default takes before they have run on a GPU."""
-    found = [
-        config
-        for n, chunk, resident in itertools.product((128, 256), (64, 128), ("scores", "none"))
-        for columns in (256, 384, 512, 640)
-        for config in _deepest(
-            p, t, tile_other=n, chunk_d=chunk, resident=resident, block_columns=columns, share_cells=True
-        )
-    ]
-
-    def cycles(c: Config) -> float:
-        return sum(visit_cycles(of, c) * splits(of, c) for of in passes(p)) / int(c.tile_other)
-
-    return [*sorted(found, key=cycles)[:2], *_guesses(p, t)[:4]]
+    return [*_guesses(p, t, share_cells=True)[:2], *_guesses(p, t)[:4]]
 
 
 def _default(p: Problem, t: Target) -> Config:

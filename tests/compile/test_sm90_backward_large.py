@@ -15,6 +15,7 @@ from fagen.families import Config, sm90_backward_large
 from fagen.ops.attention.backward import BackwardProblem
 from fagen.tuner.evaluate import SPILL_TOLERANCE
 from tests.compile.conftest import Facts
+from tests.gpu import test_sm90_backward_large as on_gpu
 from tests.support.large_backward import BASE, FAMILY
 from tests.support.thorough import sample
 
@@ -126,6 +127,11 @@ def test_every_constraint_is_among_them() -> None:
 def test_what_it_cannot_serve(fields: dict, arch: str, reason: str) -> None:
     problem = BackwardProblem(**{"head_dim": 512, **fields})
     assert reason in str(FAMILY.supports(problem, target.known(arch)))
+
+
+def test_what_the_gpu_tests_run_is_legal() -> None:
+    for case in on_gpu.ALL:
+        FAMILY.require(case.problem, HERE, case.config)
 
 
 def test_blocks_share_columns_that_one_cannot_hold() -> None:

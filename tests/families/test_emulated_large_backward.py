@@ -152,10 +152,13 @@ def test_cells_wait_for_who_lags_behind(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "wait",
-    [
-        "      if (L::kPeers && chunk == L::kSumChunks / 2) pipelines.cells.wait();\n",
-        "    if constexpr (L::kPeers) pipelines.cells.acquire();",
-    ],
+    sample(
+        [
+            "      if (L::kPeers && chunk == L::kSumChunks / 2) pipelines.cells.wait();\n",
+            "    if constexpr (L::kPeers) pipelines.cells.acquire();",
+        ],
+        every=2,
+    ),
 )
 def test_peers_that_do_not_wait_are_wrong(wait: str, folder: Path) -> None:
     peers = Case("peers", mask="none", head_dim=264, heads=1, changes=(("block_columns", 256),))

@@ -47,15 +47,16 @@ DIM_CASES = [
     for mask in ("none", "causal")
 ]
 MASK_CASES = [
-    Case(name, head_dim=320, mask="intervals", intervals=kind, window=window, dlse=kind == "both2",
+    Case(name, head_dim=384, mask="intervals", intervals=kind, window=window, dlse=kind == "both2",
          sizes=((300, 300), (77, 40), (300, 1500)))
-    for name in ("default", "pair", "four", "streamed_pair")
+    for name in ("default", "pair", "four", "streamed_pair", "peers_streamed")
     for kind, window in _KINDS.items()
 ]  # fmt: skip
 SCORE_CASES = [
     Case("default", head_dim=512, softcap=10.0, dlse=True, sizes=((130, 190),)),
     Case("default", head_dim=512, mask="none", alibi=True, softcap=5.0, sizes=((130, 190),)),
     Case("default", head_dim=320, alibi=True, dtype="fp16", sizes=((130, 190),)),
+    Case("peers", head_dim=768, softcap=10.0, alibi=True, dlse=True, sizes=((130, 190), (150, 400))),
     *(Case("default", head_dim=320, magnitude=m, mask="none", sizes=((200, 700),)) for m in (8.0, 30.0)),
 ]
 ALL = [*SCHEME_CASES, *DIM_CASES, *MASK_CASES, *SCORE_CASES]
@@ -91,9 +92,9 @@ def test_more_tiles_than_sms(head_dim: int) -> None:
     assert verdict, verdict.message
 
 
-@pytest.mark.parametrize("name", ["default", "pair", "four", "streamed", "narrow"])
+@pytest.mark.parametrize("name", ["default", "pair", "four", "streamed", "narrow", "peers"])
 def test_every_run_gives_the_same_bits(name: str) -> None:
-    case = Case(name, head_dim=320, heads=4, kv_heads=2)
+    case = Case(name, head_dim=512, heads=4, kv_heads=2)
     call, library = backward.make_call(case, 700, 700, batch=2, device="cuda"), kernel.get(_spec(case)).library
     stream = torch.cuda.current_stream().cuda_stream
     first = {name: t.clone() for name, t in backward.launch(case, call, library, stream).items()}
