@@ -15,6 +15,7 @@ def all_families() -> tuple[Family, ...]:
     from fagen.families import (
         cpu_backward,
         cpu_decode,
+        cpu_few_rows,
         cpu_forward,
         cpu_softmax,
         simt_backward,
@@ -35,7 +36,7 @@ def all_families() -> tuple[Family, ...]:
 
     hopper = (sm90_forward.FAMILY, sm90_forward_large.FAMILY)
     tensor_cores = (*hopper, sm80_forward.FAMILY, sm80_forward_fp32.FAMILY)
-    forward = (cpu_forward.FAMILY, *tensor_cores, simt_forward.FAMILY)
+    forward = (cpu_few_rows.FAMILY, cpu_forward.FAMILY, *tensor_cores, simt_forward.FAMILY)
     on_hopper = (sm90_backward.FAMILY, sm90_backward_large.FAMILY)
     backward = (cpu_backward.FAMILY, *on_hopper, sm80_backward.FAMILY, simt_backward.FAMILY)
     decode = (cpu_decode.FAMILY, sm90_decode.FAMILY, sm90_decode_mla.FAMILY, sm80_decode.FAMILY)

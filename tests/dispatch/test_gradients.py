@@ -274,7 +274,9 @@ def test_warmup_of_gradients_makes_a_step_of_training_ready(
     max_seqlen: int | None, kind: type[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = kind(dtype="fp32", head_dim=16, mask="causal", heads=2, seqlen_q=40)
-    assert warmup.warmup([problem], HERE, max_seqlen=max_seqlen, gradients=kind is Problem) == 2
+    assert warmup.warmup([problem], HERE, max_seqlen=max_seqlen, gradients=kind is Problem) == (
+        3 if max_seqlen else 2  # few rows have a forward kernel of their own
+    )
     monkeypatch.setattr(cache, "make", lambda job, **_: pytest.fail(f"{job.name} was compiled"))
     monkeypatch.setattr(cache, "find", lambda job: pytest.fail(f"{job.name} was read"))
     monkeypatch.setattr(fallback, "attend", lambda *_: pytest.fail("PyTorch computed"))
