@@ -26,6 +26,7 @@ def all_families() -> tuple[Family, ...]:
         sm80_forward,
         sm80_forward_fp32,
         sm90_backward,
+        sm90_backward_large,
         sm90_decode,
         sm90_decode_mla,
         sm90_forward,
@@ -36,7 +37,8 @@ def all_families() -> tuple[Family, ...]:
     hopper = (sm90_forward.FAMILY, sm90_forward_large.FAMILY)
     tensor_cores = (*hopper, sm80_forward.FAMILY, sm80_forward_fp32.FAMILY)
     forward = (cpu_few_rows.FAMILY, cpu_forward.FAMILY, *tensor_cores, simt_forward.FAMILY)
-    backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY, simt_backward.FAMILY)
+    on_hopper = (sm90_backward.FAMILY, sm90_backward_large.FAMILY)
+    backward = (cpu_backward.FAMILY, *on_hopper, sm80_backward.FAMILY, simt_backward.FAMILY)
     decode = (cpu_decode.FAMILY, sm90_decode.FAMILY, sm90_decode_mla.FAMILY, sm80_decode.FAMILY)
     softmax = (cpu_softmax.FAMILY, simt_softmax.FAMILY)
     fp8 = (sm90_forward_fp8.FAMILY,)

@@ -296,7 +296,7 @@ struct Features {
 // Which sizes have few rows, so that other records serve them; as size_point.has_few_rows.
 struct FewRows {
   int64_t most_idle_tiles = -1;  // so few tiles of rows that blocks should share keys
-  int64_t most_rows = -1;        // of a kv head
+  int64_t most_rows = -1;  // of a kv head
 
   bool has(const Sizes& s) const {
     const int64_t group = s.heads / s.kv_heads, packed = std::min(group & -group, kMostPacked);

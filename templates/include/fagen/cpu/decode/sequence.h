@@ -22,8 +22,7 @@ struct Sequence {
     rows = bounded(end - first_row, p.seqlen_q);
     const int32_t length = p.seqlens_k ? p.seqlens_k[index] : p.seqlen_k;
     keys = bounded(length, p.seqlen_k);
-    good = keys == length &&
-           (!starts || (starts[index] == first_row && starts[index + 1] - first_row == rows));
+    good = keys == length && (!starts || (starts[index] == first_row && starts[index + 1] - first_row == rows));
   }
 
   static int bounded(int64_t x, int most) { return x < 0 ? 0 : x > most ? most : int(x); }
