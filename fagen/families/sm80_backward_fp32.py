@@ -1,8 +1,8 @@
 """Backward in float32 on the tensor cores of every NVIDIA GPU from sm_80 up: tf32 products by mma.sync, cp.async.
 
 An operand is the sum of two tf32 numbers, so that three products give float32's own accuracy. Blocks own keys, in one
-pass for dK and dV or one for each. They add their parts of dQ; or dQ has a pass of its own, with S and dP computed anew,
-and blocks add nothing to what others compute: the same bits each time. Head dims from 1 to 256, any alignment.
+pass for dK and dV or one for each. They add their parts of dQ; or dQ has a pass of its own, with S and dP computed
+anew, and blocks add nothing to what others compute: the same bits each time. Head dims from 1 to 256, any alignment.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def _pass_cost(p: Problem, t: Target, c: Config, of: str) -> float:
     read = (own * depth + warps * other * (depth + summed)) * 4 / 128
     # instructions of warps, as counted in the disassembly: products, operands read and split, additions to the sums,
     # cells, and what each warp does for a visit
-    operands = own * depth + warps * other * (depth + summed)
+    operands = 1.0 * own * depth + warps * other * (depth + summed)
     adds = own * other * depth / 16 + 2 * own * summed
     if of == "dk" and c.dq_route == "atomics":  # 16 rows and 32 columns of dQ of a warp at a time
         products *= 1 + d / (depth + summed)
