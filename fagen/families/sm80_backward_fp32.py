@@ -219,19 +219,19 @@ def _pass_cost(p: Problem, t: Target, c: Config, of: str) -> float:
     d, dv, (own, other) = p.head_dim_padded, p.head_dim_v_padded, _tiles(c, of)
     warps, blocks = int(c.warps), int(c.blocks_per_sm)
     depth, summed = d + (dv if of != "dv" else 0), sum(_sums(p, c, of))
-    products = 3 * own * other * (depth + summed) / (1024 if t.capability >= 90 else 512) / 0.62
+    adds_dq = of == "dk" and c.dq_route == "atomics"
+    terms = 3 * own * other * (depth + summed + (d if adds_dq else 0))
+    products = terms / (1024 if t.capability >= 90 else 512) / 0.62
     read = (own * depth + warps * other * (depth + summed)) * 4 / 128
     # instructions of warps, as counted in the disassembly: products, operands read and split, additions to the sums,
     # cells, and what each warp does for a visit
     operands = 1.0 * own * depth + warps * other * (depth + summed)
     adds = own * other * depth / 16 + 2 * own * summed
-    if of == "dk" and c.dq_route == "atomics":  # 16 rows and 32 columns of dQ of a warp at a time
-        products *= 1 + d / (depth + summed)
+    if adds_dq:  # 16 rows and 32 columns of dQ of a warp at a time
         read += own * other * d * (1 / 16 + 1 / 32) * 4 / 128
         operands += own * other * d * (1 / 16 + 1 / 32)
         adds += own * other * d / 16
-    issued = 3 * own * other * (depth + summed) / 1024 + 250 * warps
-    issued += (3.3 * operands + 1.5 * adds + 24 * own * other) / 32
+    issued = terms / 1024 + 250 * warps + (3.3 * operands + 1.5 * adds + 24 * own * other) / 32
     hidden = min(1.0, warps * blocks / 16)
     idle = 4 / min(4, warps * blocks)  # schedulers have warps of their own
     bounds = sorted((products * idle, read, issued / 4 / 0.75 * idle))

@@ -29,6 +29,7 @@ from tests.support.thorough import sample
 
 TARGET = known("sm_90")
 SMALL = Case("small", head_dim=16, mask="causal", dlse=True)
+ADDED = dataclasses.replace(SMALL, scheme="added_small")
 
 
 @pytest.fixture
@@ -68,19 +69,21 @@ def test_head_dims_and_features(case: Case, folder: Path) -> None:
         assert verdict, verdict.message
 
 
-def test_rows_and_keys_that_see_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("case", [SMALL, ADDED], ids=str)
+def test_rows_and_keys_that_see_nothing(case: Case, folder: Path) -> None:
     """Their gradients are 0, whatever that of their logsumexp is."""
     for rows, keys in ((70, 1), (1, 70), (100, 40)):
-        verdict = check(SMALL, folder, rows, keys)
+        verdict = check(case, folder, rows, keys)
         assert verdict, verdict.message
-    hidden = dataclasses.replace(SMALL, mask="intervals", intervals="lower1")
+    hidden = dataclasses.replace(case, mask="intervals", intervals="lower1")
     verdict = check(hidden, folder, 40, 50, intervals=torch.zeros(1, 1, 50, 1, dtype=torch.int32))
     assert verdict, verdict.message
 
 
-def test_sizes_at_the_edges_of_tiles(folder: Path) -> None:
+@pytest.mark.parametrize("case", [SMALL, ADDED], ids=str)
+def test_sizes_at_the_edges_of_tiles(case: Case, folder: Path) -> None:
     for seed, (rows, keys) in enumerate(((1, 1), (16, 32), (32, 16), (33, 31), (31, 65), (15, 17))):
-        verdict = check(SMALL, folder, rows, keys, seed=seed, batch=2)
+        verdict = check(case, folder, rows, keys, seed=seed, batch=2)
         assert verdict, f"{rows}x{keys}: {verdict.message}"
 
 
@@ -140,15 +143,22 @@ _BREAKS = {
 }
 
 
-@pytest.mark.parametrize("name", _BREAKS)
+_ADDED_BREAKS = {
+    "no barrier for dQ": ("first);\n    __syncthreads();\n    const auto dq", "first);\n    const auto dq"),
+    "no barrier of one stage": ("__syncthreads();\n      copy_next(0)", "copy_next(0)"),
+    "no zeros": ("dq.row(row)[i] = 0.f", ""),
+}
+
+
+@pytest.mark.parametrize("name", [*_BREAKS, *_ADDED_BREAKS])
 def test_what_is_left_out_is_found(name: str, folder: Path) -> None:
-    old, new = _BREAKS[name]
-    text = _source(SMALL)
+    case, (old, new) = (SMALL, _BREAKS[name]) if name in _BREAKS else (ADDED, _ADDED_BREAKS[name])
+    text = _source(case)
     assert old in text
     found = []
     for seed in range(3):
         try:
-            found.append(bool(check(SMALL, folder, 40, 70, seed=seed, text=text.replace(old, new))))
+            found.append(bool(check(case, folder, 40, 70, seed=seed, text=text.replace(old, new))))
         except AssertionError:
             found.append(False)
     assert not all(found)
