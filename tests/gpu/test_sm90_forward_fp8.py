@@ -9,7 +9,8 @@ import torch
 import fagen
 from fagen import target
 from fagen.codegen.spec import KernelSpec
-from fagen.ops.attention import fp8_quantize
+from fagen.dispatch import fp8 as dispatch
+from fagen.ops.attention import fp8_launch, fp8_quantize
 from fagen.ops.attention.fp8_call import Fp8Call
 from fagen.ops.attention.fp8_calls import check
 from fagen.runtime import kernel
@@ -17,6 +18,7 @@ from fagen.runtime.kernel import Kernel
 from tests.gpu.test_sm80_forward import EDGES
 from tests.support import cases
 from tests.support.fp8 import FAMILY, SCHEMES, Case, make_call, run
+from tests.support.serving import serves_calls
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU (sm_90)"
@@ -149,8 +151,12 @@ def test_attention_of_quantised_tensors(head_dim: int) -> None:
     )
     x = fagen.quantize_qkv(q, k, v)
     descales = {"descale_q": x.descale_q, "descale_k": x.descale_k, "descale_v": x.descale_v}
-    out, lse = fagen.attention(x.q, x.k, x.v, **descales, causal=True, return_lse=True)
-    verdict = check(Fp8Call.of(*x[:3], descales=tuple(descales.values()), causal=True), {"out": out, "lse": lse})
+    call = Fp8Call.of(*x[:3], descales=tuple(descales.values()), causal=True)
+    with serves_calls("sm90_forward_fp8"):
+        served = dispatch.kernel_of(call)
+        assert served is not None and served.spec.family.name == "sm90_forward_fp8"
+        out, lse = fagen.attention(x.q, x.k, x.v, **descales, causal=True, return_lse=True)
+    verdict = check(call, {"out": out, "lse": lse})
     assert verdict, verdict.message
     want = fagen.attention(q, k, v, causal=True).float()
     assert (out.float() - want).square().mean().sqrt() < 0.08 * want.square().mean().sqrt()
@@ -160,7 +166,10 @@ def test_attention_of_quantised_tensors(head_dim: int) -> None:
     ("d", "dv", "layout"), [(64, 64, "bshd"), (128, 128, "bhsd"), (256, 256, "bshd"), (96, 48, "bshd")]
 )
 @pytest.mark.parametrize("incoherent", [False, True])
-def test_numbers_are_made_as_by_pytorch(d: int, dv: int, layout: str, incoherent: bool) -> None:
+def test_numbers_are_made_as_by_pytorch(
+    d: int, dv: int, layout: str, incoherent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8_launch, "SERVES_CALLS", True)
     g = torch.Generator("cuda").manual_seed(d)
     shapes = ((2, 777, 4, d), (2, 1111, 2, d), (2, 1111, 2, dv))
     tensors = [torch.randn(shape, generator=g, device="cuda").bfloat16() for shape in shapes]
