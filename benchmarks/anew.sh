@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A change of templates, and new families, on a Hopper card, in pieces of some minutes each:
-#   anew.sh check OUT     tests/gpu, and generated/ verified; check_forward: the older families
+#   anew.sh check_new OUT   tests/gpu of families that serve no calls yet, and of dropout; their names in OUT/failed
+#   anew.sh check OUT       the rest of them but for check_forward's, the older families; generated/ verified
 #   anew.sh tune OUT      tuning_db/ tuned for problems/hopper.toml; BUDGET (515s), GPUS=all for all of the machine
 #   anew.sh tune_backward OUT   the same for problems/hopper_backward.toml
 #   anew.sh few_rows OUT  keys that blocks share: tests, winners, ${CARD}_few_rows.json; FA3 as below
@@ -15,32 +16,46 @@ piece=${1:?a piece, as above} out=${2:?folder for copies and logs} python=${PYTH
 end=$(( $(date +%s) + ${SECONDS_AT_MOST:-570} ))
 mkdir -p "$out"
 
-part() {  # NAME COMMAND...: as long as there is time; its last lines are shown
+part() {  # NAME COMMAND...: as long as there is time, and LIMIT seconds where it is set; its last lines are shown
   local name=$1 left=$(( end - $(date +%s) )); shift
+  [ "${LIMIT:-$left}" -gt "$left" ] || left=${LIMIT:-$left}
   timeout -s INT $(( left > 5 ? left : 5 )) "$@" > "$out/$name.log" 2>&1
   echo "== $name: exit $?, $(( end - $(date +%s) )) s left"
   tail -n 12 "$out/$name.log" | cut -c 1-300
 }
 
+tests() {  # NAME WHAT...: compiled by all cores at once; which failed is known however it ends
+  local flags=(-v -p no:cacheprovider)
+  "$python" -c 'import xdist' 2>/dev/null && flags+=(-n "${WORKERS:-$(nproc)}" --dist load)
+  part "$1" "$python" -m pytest "${flags[@]}" "${@:2}"
+  grep -hE '(^| )(FAILED|ERROR)( |$)' "$out/$1.log" | sort -u >> "$out/failed"
+}
+
 case $piece in
+  check_new)
+    gpu=tests/gpu/test
+    LIMIT=110 tests fp8 ${gpu}_sm90_forward_fp8.py
+    LIMIT=110 tests decode ${gpu}_sm90_decode.py ${gpu}_sm90_decode_mla.py
+    LIMIT=110 tests large ${gpu}_sm90_forward_large.py
+    tests dropout tests/gpu -k dropout
+    cat "$out/failed" ;;
   check)  # what has changed most since it last ran comes first
-    tests() { part "$1" "$python" -m pytest -q "${@:2}"; }
-    tests sm90_backward tests/gpu/test_sm90_backward.py
-    tests decode tests/gpu/test_sm80_decode.py tests/gpu/test_sm90_decode.py tests/gpu/test_sm90_decode_mla.py \
-      tests/gpu/test_kvcache_cuda.py
-    tests softmax tests/gpu/test_simt_softmax.py
-    tests simt tests/gpu/test_simt_forward.py tests/gpu/test_simt_backward.py
-    tests gradients tests/gpu/test_gradients_cuda.py tests/gpu/test_packed_cuda.py tests/gpu/test_sinks_cuda.py
+    tests gradients tests/gpu/test_gradients_cuda.py tests/gpu/test_packed_cuda.py tests/gpu/test_sinks_cuda.py \
+      tests/gpu/test_torch_impl_cuda.py tests/gpu/test_op_cuda.py tests/gpu/test_trust_cuda.py
+    tests decode tests/gpu/test_sm80_decode.py tests/gpu/test_kvcache_cuda.py
+    tests simt tests/gpu/test_simt_softmax.py tests/gpu/test_simt_forward.py tests/gpu/test_simt_backward.py \
+      tests/gpu/test_sm80_forward_fp32.py
     part generated "$python" -m fagen.cli.generated verify
     cp generated/manifest.json "$out/"
-    tests op tests/gpu/test_op_cuda.py tests/gpu/test_measure_cuda.py tests/gpu/test_trust_cuda.py \
-      tests/gpu/test_ablation_cuda.py tests/gpu/test_torch_impl_cuda.py
-    tests sanitizer tests/gpu/test_sanitizer.py ;;
+    WORKERS=1 tests measure tests/gpu/test_measure_cuda.py tests/gpu/test_ablation_cuda.py
+    WORKERS=4 tests sanitizer tests/gpu/test_sanitizer.py
+    tests sm90_backward tests/gpu/test_sm90_backward.py
+    cat "$out/failed" ;;
   check_forward)
-    tests() { part "$1" "$python" -m pytest -q "${@:2}"; }
     tests sm90 tests/gpu/test_sm90_forward.py
     tests sm80 tests/gpu/test_sm80_forward.py
-    tests sm80_backward tests/gpu/test_sm80_backward.py ;;
+    tests sm80_backward tests/gpu/test_sm80_backward.py
+    cat "$out/failed" ;;
   tune)
     # shellcheck disable=SC2086
     part tune "$python" -m fagen tune --problems benchmarks/problems/hopper.toml --family sm90_forward \
@@ -52,7 +67,7 @@ case $piece in
       --budget "${BUDGET:-515s}" ${GPUS:+--gpus $GPUS} --out tuning_db
     tar -C tuning_db -cJf "$out/sm_90.tar.xz" sm_90 ;;
   few_rows)
-    part split "$python" -m pytest -q tests/gpu/test_sm90_forward.py tests/gpu/test_sm80_forward.py -k "split or parts"
+    tests split tests/gpu/test_sm90_forward.py tests/gpu/test_sm80_forward.py -k "split or parts"
     # shellcheck disable=SC2086
     part tune "$python" -m fagen tune --problems benchmarks/problems/few_rows.toml --family sm90_forward \
       --budget "${BUDGET:-240s}" ${GPUS:+--gpus $GPUS} --out tuning_db
@@ -61,7 +76,7 @@ case $piece in
       --rounds 9 --out benchmarks/${CARD}_few_rows.json --markdown "$out/few_rows.md"
     cp benchmarks/${CARD}_few_rows.json "$out/" ;;
   sm90_decode)
-    part tests "$python" -m pytest -q tests/gpu/test_sm90_decode.py
+    tests tests tests/gpu/test_sm90_decode.py
     part rows "$python" -m fagen bench --op decode --suite mixed --family sm90_decode --peers "${FA3:+fa3,}flashinfer" \
       ${FA3:+--fa3 "$FA3"} --rounds 9 --min-time 0.3 --out benchmarks/${CARD}_mixed.json --markdown "$out/mixed.md"
     part render "$python" benchmarks/variants.py render now benchmarks/problems/sm90_decode_variants.txt --target sm_90 \
@@ -70,7 +85,7 @@ case $piece in
       --out "$out/${CARD}_sm90_decode_variants.json"
     cp benchmarks/${CARD}_mixed.json "$out/" ;;
   large_d)
-    part large "$python" -m pytest -q tests/gpu/test_sm90_forward_large.py
+    tests large tests/gpu/test_sm90_forward_large.py
     # shellcheck disable=SC2086
     part tune "$python" -m fagen tune --problems benchmarks/problems/large_d.toml --family sm90_forward_large \
       --budget "${BUDGET:-240s}" ${GPUS:+--gpus $GPUS} --out tuning_db
@@ -81,7 +96,7 @@ case $piece in
       --out benchmarks/${CARD}_odd_d.json --markdown "$out/odd_d.md"
     cp benchmarks/${CARD}_large_d.json benchmarks/${CARD}_odd_d.json "$out/" ;;
   mla)
-    part tests "$python" -m pytest -q tests/gpu/test_sm90_decode_mla.py
+    tests tests tests/gpu/test_sm90_decode_mla.py
     part rows "$python" -m fagen bench --op decode --suite mla --family sm90_decode_mla --peers flash_mla,flashinfer \
       --rounds 9 --min-time 0.3 --out benchmarks/${CARD}_mla.json --markdown "$out/mla.md"
     part render "$python" benchmarks/variants.py render mla benchmarks/problems/mla_variants.txt --target sm_90 \

@@ -3125,19 +3125,25 @@ constexpr Int ceil_div(Int a, int b) {
 // Parts of the workspace begin at multiples of 256 bytes.
 constexpr uint64_t align_workspace(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// Start a kernel, in clusters of kCluster blocks. With kEarly it may begin before the last kernel of the stream has
+// Start a kernel, in clusters of so many blocks. With `early` it may begin before the last kernel of the stream has
 // ended, ours or not, and waits for that itself.
+template <class... Parameters, class... Arguments>
+static cudaError_t launch_clusters(int cluster, bool early, void (*kernel)(Parameters...), int blocks, int threads,
+                                   int smem, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = early;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
+  const cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem),
+                                     stream,       attributes,    cluster > 1 ? 2u : 1u};
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 template <int kCluster = 1, bool kEarly = true, class... Parameters, class... Arguments>
 static cudaError_t launch_kernel(void (*kernel)(Parameters...), int blocks, int threads, int smem, cudaStream_t stream,
                                  const Arguments&... arguments) {
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = kEarly;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {kCluster, 1, 1};
-  const cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem),
-                                     stream,       attributes,    kCluster > 1 ? 2u : 1u};
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return launch_clusters(kCluster, kEarly, kernel, blocks, threads, smem, stream, arguments...);
 }
 
 }  // namespace fagen
@@ -3444,21 +3450,6 @@ struct BackwardKernels {
   BackwardKernel prologue, backward, epilogue, zero;
 };
 
-// The blocks that share the query heads of a kv head are a cluster.
-template <class C>
-static cudaError_t launch_blocks(BackwardKernel kernel, int blocks, int splits, cudaStream_t stream,
-                                 const fagen_backward_params& p, const BackwardLaunch& launch) {
-  using L = BackwardLayout<C>;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {unsigned(splits), 1, 1};
-  const cudaLaunchConfig_t config = {dim3(blocks), dim3(L::kThreads), size_t(L::kSmemBytes),
-                                     stream,       attributes,        splits > 1 ? 2u : 1u};
-  return cudaLaunchKernelEx(&config, kernel, p, launch);
-}
-
 template <class C, class Element>
 static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, CUtensorMapDataType type,
                            const BackwardKernels& kernels) {
@@ -3481,7 +3472,10 @@ static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, 
   BackwardWorkspace<C>(p).assign(static_cast<char*>(p.workspace), launch);
   const int rows = launch.row_tiles * p.heads * p.batch, blocks = launch.key_tiles * p.kv_heads * p.batch * splits;
   if (const cudaError_t e = launch_kernel(kernels.prologue, rows, kPrologueThreads, 0, stream, p, launch)) return e;
-  if (const cudaError_t e = launch_blocks<C>(kernels.backward, blocks, splits, stream, p, launch)) return e;
+  // the blocks that share the query heads of a kv head are a cluster
+  if (const cudaError_t e =
+          launch_clusters(splits, true, kernels.backward, blocks, L::kThreads, L::kSmemBytes, stream, p, launch))
+    return e;
   if (BackwardLayout<C>::kRoundsDq || launch.one_key_tile) return cudaSuccess;
   return launch_kernel(kernels.epilogue, rows * DqShare<C>::kRowChunks, 128, 0, stream, p, launch);
 }

@@ -229,7 +229,11 @@ with tune._signals(progress.Progress()) as event:
 """
     command = ["sh", "-c", how, "sh", sys.executable, "-c", code]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    def heeded() -> None:  # even if these tests run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=heeded)
     assert done.stdout.split() == [str(ends), "True"], done.stderr
 
 

@@ -9,19 +9,6 @@ namespace fagen {
 
 using DecodeKernel = void (*)(fagen_decode_params, DecodeGrid);
 
-// The splits of a tile as a cluster.
-template <class C>
-static cudaError_t launch_clusters(const fagen_decode_params& p, const DecodePlan<C>& plan, cudaStream_t stream,
-                                   DecodeKernel decode) {
-  using S = DecodeShape<C>;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(plan.grid.splits), 1, 1};
-  const cudaLaunchConfig_t config = {
-      dim3(unsigned(plan.tiles * plan.grid.splits)), dim3(S::kThreads), size_t(S::kSmemBytes), stream, &cluster, 1};
-  return cudaLaunchKernelEx(&config, decode, p, plan.grid);
-}
-
 template <class C>
 static cudaError_t launch_decode(const fagen_decode_params& p, int resident, cudaStream_t stream, DecodeKernel decode,
                                  DecodeKernel combine) {
@@ -33,7 +20,9 @@ static cudaError_t launch_decode(const fagen_decode_params& p, int resident, cud
   if (plan.arrived_bytes)
     if (const cudaError_t e = cudaMemsetAsync(plan.grid.arrived, 0, plan.arrived_bytes, stream)) return e;
   using S = DecodeShape<C>;
-  if (plan.grid.clustered && plan.grid.splits > 1) return launch_clusters(p, plan, stream, decode);
+  if (plan.grid.clustered && plan.grid.splits > 1)  // the splits of a tile
+    return launch_clusters(plan.grid.splits, false, decode, int(blocks), S::kThreads, S::kSmemBytes, stream, p,
+                           plan.grid);
   decode<<<unsigned(blocks), S::kThreads, S::kSmemBytes, stream>>>(p, plan.grid);
   if (C::kMergedBy != MergedBy::last_block && plan.grid.splits > 1) {
     if constexpr (Derived::early)
