@@ -170,19 +170,25 @@ constexpr Int ceil_div(Int a, int b) {
 // Parts of the workspace begin at multiples of 256 bytes.
 constexpr uint64_t align_workspace(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// Start a kernel, in clusters of kCluster blocks. With kEarly it may begin before the last kernel of the stream has
+// Start a kernel, in clusters of so many blocks. With `early` it may begin before the last kernel of the stream has
 // ended, ours or not, and waits for that itself.
+template <class... Parameters, class... Arguments>
+static cudaError_t launch_clusters(int cluster, bool early, void (*kernel)(Parameters...), int blocks, int threads,
+                                   int smem, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = early;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
+  const cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem),
+                                     stream,       attributes,    cluster > 1 ? 2u : 1u};
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 template <int kCluster = 1, bool kEarly = true, class... Parameters, class... Arguments>
 static cudaError_t launch_kernel(void (*kernel)(Parameters...), int blocks, int threads, int smem, cudaStream_t stream,
                                  const Arguments&... arguments) {
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = kEarly;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {kCluster, 1, 1};
-  const cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(smem),
-                                     stream,       attributes,    kCluster > 1 ? 2u : 1u};
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return launch_clusters(kCluster, kEarly, kernel, blocks, threads, smem, stream, arguments...);
 }
 
 }  // namespace fagen
@@ -2480,19 +2486,6 @@ namespace fagen {
 
 using DecodeKernel = void (*)(fagen_decode_params, DecodeGrid);
 
-// The splits of a tile as a cluster.
-template <class C>
-static cudaError_t launch_clusters(const fagen_decode_params& p, const DecodePlan<C>& plan, cudaStream_t stream,
-                                   DecodeKernel decode) {
-  using S = DecodeShape<C>;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(plan.grid.splits), 1, 1};
-  const cudaLaunchConfig_t config = {
-      dim3(unsigned(plan.tiles * plan.grid.splits)), dim3(S::kThreads), size_t(S::kSmemBytes), stream, &cluster, 1};
-  return cudaLaunchKernelEx(&config, decode, p, plan.grid);
-}
-
 template <class C>
 static cudaError_t launch_decode(const fagen_decode_params& p, int resident, cudaStream_t stream, DecodeKernel decode,
                                  DecodeKernel combine) {
@@ -2504,7 +2497,9 @@ static cudaError_t launch_decode(const fagen_decode_params& p, int resident, cud
   if (plan.arrived_bytes)
     if (const cudaError_t e = cudaMemsetAsync(plan.grid.arrived, 0, plan.arrived_bytes, stream)) return e;
   using S = DecodeShape<C>;
-  if (plan.grid.clustered && plan.grid.splits > 1) return launch_clusters(p, plan, stream, decode);
+  if (plan.grid.clustered && plan.grid.splits > 1)  // the splits of a tile
+    return launch_clusters(plan.grid.splits, false, decode, int(blocks), S::kThreads, S::kSmemBytes, stream, p,
+                           plan.grid);
   decode<<<unsigned(blocks), S::kThreads, S::kSmemBytes, stream>>>(p, plan.grid);
   if (C::kMergedBy != MergedBy::last_block && plan.grid.splits > 1) {
     if constexpr (Derived::early)
