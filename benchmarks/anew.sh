@@ -6,6 +6,7 @@
 #   anew.sh tune_backward OUT   the same for problems/hopper_backward.toml
 #   anew.sh few_rows OUT  keys that blocks share: tests, winners, ${CARD}_few_rows.json; FA3 as below
 #   anew.sh large_d OUT   head dims above 256: tests, winners, ${CARD}_large_d.json, and ${CARD}_odd_d.json where FA3 is set
+#   anew.sh large_d_backward OUT   their gradients: tests, winners, ${CARD}_large_d_backward.json
 #   anew.sh mla OUT       latent decode: tests, ${CARD}_mla.json, its knobs against each other
 #   anew.sh sm90_decode OUT   prompts among tokens, wide heads: tests, ${CARD}_mixed.json, its knobs; FA3 where it is set
 #   anew.sh training OUT  steps of training and what belongs to them, ${CARD}_*.json; FA3; ROUNDS (3), LEAST (0.04 s a row)
@@ -95,6 +96,16 @@ case $piece in
     [ -z "${FA3:-}" ] || part odd "$python" -m fagen bench --suite odd-d --peers fa3 --fa3 "$FA3" --rounds 5 \
       --out benchmarks/${CARD}_odd_d.json --markdown "$out/odd_d.md"
     cp benchmarks/${CARD}_large_d.json benchmarks/${CARD}_odd_d.json "$out/" ;;
+  large_d_backward)
+    tests large tests/gpu/test_sm90_backward_large.py
+    # shellcheck disable=SC2086
+    part tune "$python" -m fagen tune --problems benchmarks/problems/large_d_backward.toml --family sm90_backward_large \
+      --budget "${BUDGET:-240s}" ${GPUS:+--gpus $GPUS} --out tuning_db
+    tar -C tuning_db -cJf "$out/sm_90.tar.xz" sm_90
+    part rows "$python" -m fagen bench --suite large-d --op backward --family sm90_backward_large \
+      --peers efficient,math,ffpa --rounds 5 --out benchmarks/${CARD}_large_d_backward.json \
+      --markdown "$out/large_d_backward.md"
+    cp benchmarks/${CARD}_large_d_backward.json "$out/" ;;
   mla)
     tests tests tests/gpu/test_sm90_decode_mla.py
     part rows "$python" -m fagen bench --op decode --suite mla --family sm90_decode_mla --peers flash_mla,flashinfer \

@@ -43,6 +43,7 @@ SECTIONS = {
         "docs/notes/sm90_forward_large.md",
         "docs/notes/sm90_forward_fp8.md",
         "docs/notes/sm90_backward.md",
+        "docs/notes/sm90_backward_large.md",
         "docs/notes/softmax.md",
     ],
     "Project": ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"],

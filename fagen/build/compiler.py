@@ -186,8 +186,8 @@ _PTXAS = re.compile(
 def parse_ptxas(log: str, main: str = "forward_kernel") -> dict[str, Any]:
     """`functions`: of each kernel in the log its registers, spill_bytes (stored and loaded), stack, static smem_bytes.
 
-    The same names beside it are those of the `main` one, or of the one with the most registers. `serialized` is there
-    where ptxas had to make products of a warpgroup wait for each other.
+    The same names beside it are those of the `main` one, or of the one with the most registers, of several such the one
+    that spills most. `serialized` is there where ptxas had to make products of a warpgroup wait for each other.
     """
     functions: dict[str, dict[str, int]] = {}
     name = ""
@@ -202,7 +202,7 @@ def parse_ptxas(log: str, main: str = "forward_kernel") -> dict[str, Any]:
             found |= {"registers": int(match["registers"]), "smem_bytes": int(smem[1]) if smem else 0}
     if not functions:
         return {}
-    largest = max(functions.values(), key=lambda found: found.get("registers", 0))
+    largest = max(functions.values(), key=lambda found: (found.get("registers", 0), found.get("spill_bytes", 0)))
     facts: dict[str, Any] = {**functions.get(main, largest), "functions": functions}
     if "instructions are serialized" in log:
         facts["serialized"] = 1

@@ -104,14 +104,20 @@ class Plan:
         square, oblong = (self.problem.replace(seqlen_q=8, seqlen_k=keys) for keys in (8, 16))
         return 0 if not self.op.torch_serves(square) else 1 if self.op.torch_serves(oblong) else 2
 
+    def _default_of(self, regime: bool) -> Answer:
+        """What serves sizes of a regime that has no rows, where the defaults look at nothing else."""
+        known: dict[Any, bool | None] = {families.nothing: None, self.op.regime: regime}
+        if self.meanwhile or any(family.default_reads not in known for family in self.families):
+            return self.meanwhile or ASK
+        return self.defaults.get(tuple(known[family.default_reads] for family in self.families), ASK)
+
     def words(self, ours: bool) -> list[int]:
         """For the table in C++, which reads them in `plan_of`."""
         windowed = self.problem.mask in ("window", "intervals")
         torch = 0 if ours else self._where_torch_may
-        alike = all(family.default_reads is families.nothing for family in self.families)
-        otherwise = self.meanwhile or (next(iter(self.defaults.values()), ASK) if alike else ASK)
-        idle_tiles = binding.most_idle_tiles(self.op, self.target)
-        words = [self.target.units, int(windowed), torch, idle_tiles, *otherwise.words]
+        few_rows = binding.few_rows_limits(self.op, self.target)
+        words = [self.target.units, int(windowed), torch, *few_rows]
+        words += [*self._default_of(regime=False).words, *self._default_of(regime=True).words]
         for row in self.rows:
             p = row.record.problem
             sizes = p.batch, p.heads, p.kv_heads, p.seqlen_q, p.seqlen_k, p.window_left, p.window_right

@@ -114,9 +114,10 @@ def _keys_of_regime(
     for n in lengths:
         size = problem.replace(batch=batch, seqlen_q=n, seqlen_k=most)
         keys, fewest = most, n if problem.mask == "causal" else 1
-        if size_point.has_few_rows(size, target):
+        has = size_point.has_few_rows(size, target)
+        if has and not size_point.has_few_rows(size.replace(seqlen_k=fewest), target):  # it depends on the keys
             keys, fewest = (most, max(fewest, size_point.SHARED_KEYS)) if few else (size_point.SHARED_KEYS - 1, fewest)
-        elif few:
+        elif has != few:
             continue
         if fewest <= keys:
             sized.append(size.replace(seqlen_k=keys))

@@ -15,6 +15,7 @@ def all_families() -> tuple[Family, ...]:
     from fagen.families import (
         cpu_backward,
         cpu_decode,
+        cpu_few_rows,
         cpu_forward,
         cpu_softmax,
         simt_backward,
@@ -25,6 +26,7 @@ def all_families() -> tuple[Family, ...]:
         sm80_forward,
         sm80_forward_fp32,
         sm90_backward,
+        sm90_backward_large,
         sm90_decode,
         sm90_decode_mla,
         sm90_forward,
@@ -34,8 +36,9 @@ def all_families() -> tuple[Family, ...]:
 
     hopper = (sm90_forward.FAMILY, sm90_forward_large.FAMILY)
     tensor_cores = (*hopper, sm80_forward.FAMILY, sm80_forward_fp32.FAMILY)
-    forward = (cpu_forward.FAMILY, *tensor_cores, simt_forward.FAMILY)
-    backward = (cpu_backward.FAMILY, sm90_backward.FAMILY, sm80_backward.FAMILY, simt_backward.FAMILY)
+    forward = (cpu_few_rows.FAMILY, cpu_forward.FAMILY, *tensor_cores, simt_forward.FAMILY)
+    on_hopper = (sm90_backward.FAMILY, sm90_backward_large.FAMILY)
+    backward = (cpu_backward.FAMILY, *on_hopper, sm80_backward.FAMILY, simt_backward.FAMILY)
     decode = (cpu_decode.FAMILY, sm90_decode.FAMILY, sm90_decode_mla.FAMILY, sm80_decode.FAMILY)
     softmax = (cpu_softmax.FAMILY, simt_softmax.FAMILY)
     fp8 = (sm90_forward_fp8.FAMILY,)

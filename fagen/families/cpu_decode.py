@@ -10,6 +10,7 @@ from __future__ import annotations
 from fagen.families.base import Config, Constraint, Family, Knob, nothing
 from fagen.families.cpu_forward import FLAGS
 from fagen.ops.attention.decode_problem import DecodeProblem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 KNOBS = (
@@ -24,7 +25,7 @@ KNOBS = (
 SCRATCH_BYTES = 1 << 20  # half of the smallest usual stack of a thread
 
 
-def _scratch_bytes(p: DecodeProblem, c: Config) -> int:
+def scratch_bytes(p: Problem | DecodeProblem, c: Config) -> int:
     """`Scratch` of the template: q, O, scores, packed keys and values, states, pointers."""
     dims, keys, rows = p.head_dim_padded + p.head_dim_v_padded, int(c.tile_n), int(c.tile_rows)
     size = 4 * (rows * (dims + keys) + keys * dims) + 8 * rows + 8 * 4 * keys
@@ -32,7 +33,7 @@ def _scratch_bytes(p: DecodeProblem, c: Config) -> int:
 
 
 def _scratch_fits(p: DecodeProblem, t: Target, c: Config) -> str | None:
-    need = _scratch_bytes(p, c)
+    need = scratch_bytes(p, c)
     return f"{need} > {SCRATCH_BYTES} bytes of scratch a thread" if need > SCRATCH_BYTES else None
 
 
@@ -48,7 +49,7 @@ def _whole_splits(p: DecodeProblem, t: Target, c: Config) -> str | None:
     return None
 
 
-def _default(p: DecodeProblem, t: Target) -> Config:
+def default(p: Problem | DecodeProblem, t: Target) -> Config:
     large = p.head_dim_padded + p.head_dim_v_padded > 512
     return FAMILY.config({
         "tile_n": 64, "tile_rows": 16 if large else 32, "block_rows": 2 if p.dtype == "fp32" else 4,
@@ -72,9 +73,9 @@ FAMILY = Family(
         Constraint("scratch_fits", _scratch_fits, ("tile_n", "tile_rows")),
     ),
     supports=_supports,
-    derive=lambda p, t, c: {"scratch_bytes": _scratch_bytes(p, c)},
-    default=_default,
+    derive=lambda p, t, c: {"scratch_bytes": scratch_bytes(p, c)},
+    default=default,
     default_reads=nothing,
     flags=lambda t: FLAGS,
-    resources=lambda p, t, c: (_scratch_bytes(p, c),),
+    resources=lambda p, t, c: (scratch_bytes(p, c),),
 )

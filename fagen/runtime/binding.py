@@ -71,9 +71,10 @@ def _constants() -> str:
     )
 
 
-def most_idle_tiles(op: Op, target: Target) -> int:
-    """For a plan of the table: `has_few_rows` there."""
-    return size_point.most_idle_tiles(target) if op.regime is size_point.has_few_rows else -1
+def few_rows_limits(op: Op, target: Target) -> tuple[int, int]:
+    """For a plan of the table: `FewRows` there."""
+    few = op.regime is size_point.has_few_rows
+    return (size_point.most_idle_tiles(target), size_point.most_rows(target)) if few else (-1, -1)
 
 
 def _tf32_switch() -> str:

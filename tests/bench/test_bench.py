@@ -185,6 +185,13 @@ def test_large_head_dims_are_tuned_for_as_they_are_measured():
     assert tuned == [row.problem for row in found]
 
 
+def test_gradients_of_large_head_dims_are_tuned_for_as_they_are_measured():
+    found, family = suites.suite("large-d", GPU, op="backward"), families.get("sm90_backward_large")
+    assert len(found) == 43 and all(family.supports(row.problem, GPU) is None for row in found)
+    tuned = problems_in(Path(__file__).parents[2] / "benchmarks" / "problems" / "large_d_backward.toml", GPU)
+    assert tuned == [row.problem for row in found]
+
+
 def test_odd_head_dims_stand_beside_the_kernel_that_serves_them():
     found = suites.suite("odd-d", GPU)
     assert len(found) == 40

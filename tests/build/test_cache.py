@@ -488,6 +488,8 @@ def test_ptxas_facts_are_told_of_each_kernel() -> None:
     both = {"forward_kernel": forward, "plan_kernel": plan}
     assert parse_ptxas(PTXAS) == {**forward, "functions": both}
     assert parse_ptxas(PTXAS, "other_kernel") == {**plan, "functions": both}, "the one with the most registers"
+    spilling = PTXAS.replace("Used 128", "Used 168")
+    assert parse_ptxas(spilling, "other_kernel")["spill_bytes"] == 20, "of those the one that spills"
     assert parse_ptxas("nothing of the kind") == {}
 
 

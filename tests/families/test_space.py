@@ -10,7 +10,16 @@ import pytest
 
 from fagen import families, ops, target
 from fagen.errors import InvalidConfig
-from fagen.families import Config, Constraint, Family, sm80_forward, sm90_decode_mla, sm90_forward, sm90_forward_large
+from fagen.families import (
+    Config,
+    Constraint,
+    Family,
+    sm80_forward,
+    sm90_backward_large,
+    sm90_decode_mla,
+    sm90_forward,
+    sm90_forward_large,
+)
 from fagen.families.space import enumerate_space
 from fagen.ops.attention import size_point
 from fagen.ops.attention.problem import Problem
@@ -38,7 +47,7 @@ def place(family: Family, fields: dict) -> tuple[Problem, target.Target]:
 
 
 def _problems(family: Family) -> dict[str, dict]:
-    return LARGE if family is sm90_forward_large.FAMILY else PROBLEMS
+    return LARGE if family in (sm90_forward_large.FAMILY, sm90_backward_large.FAMILY) else PROBLEMS
 
 
 @pytest.mark.slow

@@ -95,7 +95,8 @@ def choose(problem: Problem, target: Target, config: str, only: str | None = Non
         text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UnsupportedProblem(f"no family can make {problem.static_key} for {target.arch}", text)
     if config == "default":
-        return KernelSpec(able[0], problem, target, able[0].default(problem, target)), "the family's default"
+        first = min(able, key=lambda family: not family.suits(problem))
+        return KernelSpec(first, problem, target, first.default(problem, target)), "the family's default"
     if config != "best":
         return _given(able, problem, target, config)
     if only is not None:

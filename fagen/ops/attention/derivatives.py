@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-from fagen.ops.attention.problem import MAX_HEAD_DIM, SIMT_SERVES, TORCH_DTYPES
+from fagen.ops.attention.problem import HOPPER_TRAINS, MAX_HEAD_DIM, SIMT_SERVES, TORCH_DTYPES
+from fagen.target import target_of
 
-# Dtypes whose gradients the backward families compute, by device, and up to which head dim. Known without them, for a
+# Dtypes whose gradients the backward families compute, by device or by architecture where that has families of its own,
+# and up to which head dim. Known without them, for a
 # graph that is traced: there the kernel is chosen when the graph runs, which is too late for PyTorch's own attention to
 # stand in it.
 TRAINED: dict[str, dict[torch.dtype, int]] = {
@@ -15,6 +17,7 @@ TRAINED: dict[str, dict[torch.dtype, int]] = {
     "cuda": dict.fromkeys((torch.bfloat16, torch.float16), 256)
     | dict.fromkeys((getattr(torch, TORCH_DTYPES[name]) for name in SIMT_SERVES), MAX_HEAD_DIM),
 }
+TRAINED["sm_90"] = TRAINED["cuda"] | dict.fromkeys((torch.bfloat16, torch.float16), HOPPER_TRAINS)
 
 
 def differentiated(*tensors: torch.Tensor | None) -> bool:
@@ -55,6 +58,8 @@ def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Ten
     if q.dtype not in TRAINED.get(q.device.type, ()):
         return f"no backward kernel takes {q.dtype} on device {q.device.type}"
     head_dim, most = max(q.shape[-1], v.shape[-1]), TRAINED[q.device.type][q.dtype]
+    if head_dim > most and (where := target_of(q.device)) and where.arch in TRAINED:
+        most = TRAINED[where.arch][q.dtype]
     if head_dim > most:
         return f"no backward kernel takes head_dim {head_dim} on device {q.device.type}: {most} at most"
     return ""

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 WEIGHTS = {"keys": 1.0, "waves": 1.0, "rows": 0.25}  # of the features of a size; see docs/database.md
 MOST_WAVES, LEAST_WAVES = 4.0, 0.25  # beyond which their number no longer matters
 WAVE_ROWS = 128  # of a block of rows, about
-# Few rows: the smallest tiles, of so many rows of packed heads, are fewer than this share of a GPU's units, and there
-# are keys enough to be shared between blocks.
+# Few rows. On a GPU: the smallest tiles, of so many rows of packed heads, are fewer than this share of its units, and
+# there are keys enough to be shared between blocks. On a CPU: so many of all heads that share keys.
+ROWS_OF_CPU = 32
 TILE_ROWS, MOST_PACKED, IDLE_SHARE, SHARED_KEYS = 64, 64, 0.7, 512
 
 
@@ -44,17 +45,28 @@ def packed_heads(problem: Problem) -> int:
     return min(group & -group, MOST_PACKED)
 
 
+def rows_of_a_kv_head(problem: Problem) -> int:
+    return problem.seqlen_q * (problem.heads // problem.kv_heads)
+
+
+def most_rows(target: Target) -> int:
+    """Of a kv head, that are few by themselves; -1 where it depends on the tiles."""
+    return -1 if target.is_gpu else ROWS_OF_CPU
+
+
 def most_idle_tiles(target: Target) -> int:
     """Of rows, that leave so many of the device's units idle that blocks should share their keys; -1 where none do."""
     return int(IDLE_SHARE * target.units) if target.is_gpu else -1
 
 
 def has_few_rows(problem: Problem, target: Target) -> bool:
-    """Whether blocks that share keys are what serves a size best; what wins there is slow elsewhere, and the reverse.
+    """Whether kernels for few rows serve a size best, as by blocks that share keys; they are slow elsewhere, and the
+    reverse.
 
     `has_few_rows` of csrc/table.h is the same in C++.
     """
     p, packed = problem, packed_heads(problem)
     tiles = -(-p.seqlen_q * packed // TILE_ROWS) * (p.heads // packed) * p.batch
     keys = min(p.seqlen_k, p.window_left + p.seqlen_q) if p.window_left >= 0 else p.seqlen_k
-    return tiles <= most_idle_tiles(target) and keys >= SHARED_KEYS
+    shared = tiles <= most_idle_tiles(target) and keys >= SHARED_KEYS
+    return shared or rows_of_a_kv_head(p) <= most_rows(target)

@@ -293,13 +293,18 @@ struct Features {
   }
 };
 
-// As size_point.has_few_rows: whether blocks should share keys, for want of more than so many tiles of rows.
-bool has_few_rows(const Sizes& s, int64_t most_idle_tiles) {
-  const int64_t group = s.heads / s.kv_heads, packed = std::min(group & -group, kMostPacked);
-  const int64_t tiles = (s.seqlen_q * packed + kTileRows - 1) / kTileRows * (s.heads / packed) * s.batch;
-  const int64_t keys = s.left >= 0 ? std::min(s.seqlen_k, s.left + s.seqlen_q) : s.seqlen_k;
-  return tiles <= most_idle_tiles && keys >= kSharedKeys;
-}
+// Which sizes have few rows, so that other records serve them; as size_point.has_few_rows.
+struct FewRows {
+  int64_t most_idle_tiles = -1;  // so few tiles of rows that blocks should share keys
+  int64_t most_rows = -1;  // of a kv head
+
+  bool has(const Sizes& s) const {
+    const int64_t group = s.heads / s.kv_heads, packed = std::min(group & -group, kMostPacked);
+    const int64_t tiles = (s.seqlen_q * packed + kTileRows - 1) / kTileRows * (s.heads / packed) * s.batch;
+    const int64_t keys = s.left >= 0 ? std::min(s.seqlen_k, s.left + s.seqlen_q) : s.seqlen_k;
+    return (tiles <= most_idle_tiles && keys >= kSharedKeys) || s.seqlen_q * group <= most_rows;
+  }
+};
 
 // A record that may serve sizes of the static facts.
 struct Row {
@@ -315,20 +320,20 @@ struct Plan {
   int64_t units = 1;
   bool windowed = false;  // whether a window's bounds are part of a size
   int64_t torch = 0;  // whether PyTorch can be asked in the place of a slower kernel: 1 always, 2 for square sizes
-  int64_t most_idle_tiles = -1;  // of rows, that are few: then other records serve
-  Answer otherwise;  // where there are no rows
+  FewRows few_rows;
+  Answer otherwise[2];  // where there are no rows: of the regime of many rows, and of few
   std::vector<Row> rows;
 
   // The index of the row that serves a size, -1 where there are none of its regime: a record of this device before
   // others, of exactly this size before others, then the nearest.
   int64_t nearest(const Sizes& sizes) const {
     const Features wanted(sizes, units);
-    const bool few = has_few_rows(sizes, most_idle_tiles);
+    const bool few = few_rows.has(sizes);
     int64_t best = -1;
     int best_rank = 0;
     double best_distance = 0;
     for (size_t i = 0; i < rows.size(); ++i) {
-      if (has_few_rows(rows[i].sizes, most_idle_tiles) != few) continue;
+      if (few_rows.has(rows[i].sizes) != few) continue;
       const int rank = 2 * rows[i].elsewhere + !rows[i].sizes.same(sizes, windowed);
       const double distance = wanted.distance(rows[i].features);
       if (best < 0 || rank < best_rank || (rank == best_rank && distance < best_distance)) {
@@ -340,14 +345,14 @@ struct Plan {
 
   const Answer& find(const Sizes& sizes) const {
     const int64_t row = nearest(sizes);
-    if (row < 0) return otherwise;
+    if (row < 0) return otherwise[few_rows.has(sizes)];
     const bool may = torch == 1 || (torch == 2 && sizes.seqlen_q == sizes.seqlen_k);
     return may ? rows[row].where_torch_may : rows[row].answer;
   }
 };
 
 // Plans and answers come from Python as words; dispatch/plan.py writes them.
-constexpr size_t kAnswerWords = 4, kPlanWords = 4 + kAnswerWords, kRowWords = 8 + 2 * kAnswerWords;
+constexpr size_t kAnswerWords = 4, kPlanWords = 5 + 2 * kAnswerWords, kRowWords = 8 + 2 * kAnswerWords;
 
 Answer answer_of(const int64_t* words) {
   Answer answer;
@@ -363,8 +368,8 @@ Plan plan_of(const int64_t* words, size_t count) {
   plan.units = words[0];
   plan.windowed = words[1] != 0;
   plan.torch = words[2];
-  plan.most_idle_tiles = words[3];
-  plan.otherwise = answer_of(words + 4);
+  plan.few_rows = {words[3], words[4]};
+  plan.otherwise[0] = answer_of(words + 5), plan.otherwise[1] = answer_of(words + 5 + kAnswerWords);
   for (size_t at = kPlanWords; at + kRowWords <= count; at += kRowWords) {
     const int64_t* w = words + at;
     const Sizes sizes{w[1], w[2], w[3], w[4], w[5], w[6], w[7]};

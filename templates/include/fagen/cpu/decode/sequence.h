@@ -20,9 +20,9 @@ struct Sequence {
     first_row = starts ? bounded(starts[index], p.rows) : index * p.seqlen_q;
     const int64_t end = starts ? bounded(starts[index + 1], p.rows) : first_row + p.seqlen_q;
     rows = bounded(end - first_row, p.seqlen_q);
-    keys = bounded(p.seqlens_k[index], p.seqlen_k);
-    good = keys == p.seqlens_k[index] &&
-           (!starts || (starts[index] == first_row && starts[index + 1] - first_row == rows));
+    const int32_t length = p.seqlens_k ? p.seqlens_k[index] : p.seqlen_k;
+    keys = bounded(length, p.seqlen_k);
+    good = keys == length && (!starts || (starts[index] == first_row && starts[index + 1] - first_row == rows));
   }
 
   static int bounded(int64_t x, int most) { return x < 0 ? 0 : x > most ? most : int(x); }

@@ -1,0 +1,56 @@
+"""Few rows on many keys for any CPU: a step of decoding by `fagen.attention`.
+
+`cpu_forward` has rows of q along the lanes of vectors, which a few rows leave empty. This is `cpu_decode` on a plain
+tensor: columns lie along the lanes, rows of the heads that share keys are packed, and keys are split over the threads.
+"""
+
+from __future__ import annotations
+
+from fagen.families import cpu_decode
+from fagen.families.base import Config, Constraint, Family
+from fagen.families.cpu_forward import FLAGS
+from fagen.ops.attention.problem import Problem
+from fagen.ops.attention.size_point import ROWS_OF_CPU, has_few_rows, rows_of_a_kv_head
+from fagen.target import Target
+
+
+def _supports(p: Problem, t: Target) -> str | None:
+    if t.is_gpu:
+        return f"needs a CPU, the target is {t.arch}"
+    for wanted, name in ((p.mask == "intervals", "column intervals"), (p.alibi, "ALiBi"), (p.dropout, "dropout")):
+        if wanted:
+            return f"has no {name}"
+    return None
+
+
+def _direct_floats(p: Problem, t: Target, c: Config) -> str | None:
+    return "k and v of float32 need no conversion" if c.packing == "tile" and p.dtype == "fp32" else None
+
+
+def _suits(p: Problem) -> bool:
+    return rows_of_a_kv_head(p) <= ROWS_OF_CPU
+
+
+def _default(p: Problem, t: Target) -> Config:
+    config = cpu_decode.default(p, t)
+    return config.replace(packing="tile") if p.dtype == "fp16" else config  # whose conversion is many instructions
+
+
+FAMILY = Family(
+    name="cpu_few_rows",
+    template="cpu/few_rows.cpp.j2",
+    op="forward",
+    dtypes=cpu_decode.FAMILY.dtypes,
+    knobs=cpu_decode.KNOBS,
+    constraints=(
+        Constraint("direct_floats", _direct_floats, ("packing",)),
+        *(c for c in cpu_decode.FAMILY.constraints if c.name != "direct_floats"),
+    ),
+    supports=_supports,
+    derive=lambda p, t, c: {"scratch_bytes": cpu_decode.scratch_bytes(p, c)},
+    default=_default,
+    default_reads=has_few_rows,
+    flags=lambda t: FLAGS,
+    resources=lambda p, t, c: (cpu_decode.scratch_bytes(p, c),),
+    suits=_suits,
+)
