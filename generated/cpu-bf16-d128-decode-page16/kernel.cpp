@@ -396,9 +396,9 @@ struct Sequence {
     first_row = starts ? bounded(starts[index], p.rows) : index * p.seqlen_q;
     const int64_t end = starts ? bounded(starts[index + 1], p.rows) : first_row + p.seqlen_q;
     rows = bounded(end - first_row, p.seqlen_q);
-    keys = bounded(p.seqlens_k[index], p.seqlen_k);
-    good = keys == p.seqlens_k[index] &&
-           (!starts || (starts[index] == first_row && starts[index + 1] - first_row == rows));
+    const int32_t length = p.seqlens_k ? p.seqlens_k[index] : p.seqlen_k;
+    keys = bounded(length, p.seqlen_k);
+    good = keys == length && (!starts || (starts[index] == first_row && starts[index + 1] - first_row == rows));
   }
 
   static int bounded(int64_t x, int most) { return x < 0 ? 0 : x > most ? most : int(x); }
@@ -870,12 +870,16 @@ void share(int64_t items, Body body) {
 
 using element = bfloat_t;
 using Cached = bfloat_t;
-using Rows = Sequence<Config>;
-using AllPieces = Pieces<Config>;
+using Setup = Config;
 
-constexpr int kHeadDim = Config::kHeadDim, kHeadDimV = Config::kHeadDimV, kPageSize = Config::kPageSize;
-constexpr int kTileRows = Config::kTileRows, kTileN = Config::kTileN;
-constexpr bool kPacked = Config::kPacking == Packing::tile;
+enum Error { kOk, kNullPointer, kBadSizes, kBadHeadDim, kBadPage, kNoWorkspace, kBadLengths, kBadIndex };
+
+using Rows = Sequence<Setup>;
+using AllPieces = Pieces<Setup>;
+
+constexpr int kHeadDim = Setup::kHeadDim, kHeadDimV = Setup::kHeadDimV, kPageSize = Setup::kPageSize;
+constexpr int kTileRows = Setup::kTileRows, kTileN = Setup::kTileN;
+constexpr bool kPacked = Setup::kPacking == Packing::tile;
 // pairs of bfloat16, where rows are whole pairs of vectors
 constexpr bool kPairs = std::is_same_v<Cached, bfloat_t> && !kPacked && kHeadDim % (2 * kLanes) == 0 &&
                         kHeadDimV % (2 * kLanes) == 0;
@@ -903,10 +907,10 @@ struct Finish {
   float inner, softcap;  // product to the score, or to the argument of softcap
 
   Finish(const fagen_decode_params& p, float k_scale)
-      : inner(p.scale * k_scale / (Config::kSoftcap ? p.softcap : 1.0f)), softcap(p.softcap) {}
+      : inner(p.scale * k_scale / (Setup::kSoftcap ? p.softcap : 1.0f)), softcap(p.softcap) {}
 
   FAGEN_INLINE vec operator()(vec x) const {
-    if constexpr (Config::kSoftcap) return softcap * tanh(x * inner);
+    if constexpr (Setup::kSoftcap) return softcap * tanh(x * inner);
     return x * inner;
   }
 };
@@ -928,13 +932,13 @@ template <class Loader, class Element>
 static void advance(const Rows& s, int group, Range rows, Range tile, const Element* const* k, const Element* const* v,
                     Finish score, Scratch& scratch) {
   const int padded = int(ceil_div(tile.size(), kLanes)) * kLanes;
-  score_product<Loader, Config::kBlockRows, kHeadDim, kTileN>(scratch.q[0], rows.size(), k, padded, scratch.scores[0]);
+  score_product<Loader, Setup::kBlockRows, kHeadDim, kTileN>(scratch.q[0], rows.size(), k, padded, scratch.scores[0]);
   for (int i = 0; i < rows.size(); ++i) {
     const Range seen = intersect(s.keys_of((rows.begin + i) / group), tile);
     finish(scratch.scores[i], padded, {seen.begin - tile.begin, seen.end - tile.begin}, score);
     soften<kHeadDimV>(scratch.scores[i], padded, scratch.rows[i], scratch.o[i]);
   }
-  output_product<Loader, Config::kBlockRows, kHeadDimV, kTileN>(scratch.scores[0], rows.size(), v, tile.size(),
+  output_product<Loader, Setup::kBlockRows, kHeadDimV, kTileN>(scratch.scores[0], rows.size(), v, tile.size(),
                                                                 scratch.o[0]);
 }
 
@@ -949,7 +953,7 @@ static void pack_rows(const Cached* const* from, int rows, int columns, float (*
 }
 
 static void prefetch(const Cached* const* rows, int count, int columns) {
-  if constexpr (Config::kPrefetch)
+  if constexpr (Setup::kPrefetch)
     for (int i = 0; i < count; ++i)
       for (unsigned d = 0; d < columns * sizeof(Cached); d += 64) __builtin_prefetch((const char*)rows[i] + d);
 }
@@ -982,7 +986,7 @@ static bool packs(const fagen_decode_params& p) {
 static bool attend(const fagen_decode_params& p, const Rows& s, const Piece& piece, Range rows, Range keys,
                    Scratch& scratch) {
   const int group = p.heads / p.kv_heads;
-  const Cache<Config, Cached> k(p, p.k, s.index, piece.kv_head), v(p, p.v, s.index, piece.kv_head);
+  const Cache<Setup, Cached> k(p, p.k, s.index, piece.kv_head), v(p, p.v, s.index, piece.kv_head);
   const Finish score(p, scale_of(p.k_scale, s.index, piece.kv_head));
   for (int n = keys.begin; n < keys.end;) {
     const Range tile = intersect(keys, {n, (n / kTileN + 1) * kTileN});  // at multiples of its size
@@ -1002,7 +1006,7 @@ static bool attend(const fagen_decode_params& p, const Rows& s, const Piece& pie
 
 static void close(const fagen_decode_params& p, const Rows& s, const Piece& piece, int row, RowState state, float* o) {
   const int group = p.heads / p.kv_heads, token = row / group, head = piece.kv_head * group + row % group;
-  const float shrink = Config::kSinks ? join_sink(state, p.sinks[head]) : 1.0f;
+  const float shrink = Setup::kSinks ? join_sink(state, p.sinks[head]) : 1.0f;
   const float inverse = state.sum == 0 ? 0.0f : shrink * scale_of(p.v_scale, s.index, piece.kv_head) / state.sum;
   element* to = o_of(p, s, token, head);
   if (kPairs && !packs(p))
@@ -1061,8 +1065,6 @@ static void merge(const AllPieces& pieces, const Piece& first) {
     close(pieces.p, s, first, rows.begin + i, state, o);
   }
 }
-
-enum Error { kOk, kNullPointer, kBadSizes, kBadHeadDim, kBadPage, kNoWorkspace, kBadLengths, kBadIndex };
 
 static Error decode(const fagen_decode_params& p) {
   AllPieces pieces(p);
