@@ -28,6 +28,7 @@ from fagen.ops.attention.fp8_quantize import LARGEST, spread_outliers
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k and v: (heads, rows or keys, d)
 STEP = 32  # products that wgmma adds up at once
 TILE = 128  # keys of a tile
+BLOCK = 128  # rows that share a scale, of blocks
 E4M3 = torch.float8_e4m3fn
 
 
@@ -36,7 +37,7 @@ class Measures:
     """What keeps errors small."""
 
     incoherent: bool = True  # random-sign Hadamard of q and k
-    scales: str = "head"  # or "tensor": one for all heads
+    scales: str = "head"  # "tensor": one for all heads; "block": one for each BLOCK rows of q and of k
     weight_scale: float = 256.0  # of the largest weight that there may be, in e4m3
     slack: float = 0.0  # powers of two by which a maximum may grow before O follows; no kernel has any
     promote: int = 1  # tiles whose sums leave the tensor cores at once; 0: all
@@ -47,6 +48,8 @@ METHODS = {
     "fagen fp8": Measures(),
     "  without incoherent processing": Measures(incoherent=False),
     "  with one scale a tensor": Measures(scales="tensor"),
+    "  with scales of blocks": Measures(scales="block"),
+    "  with scales of blocks alone": Measures(incoherent=False, scales="block"),
     "  without scaling the weights": Measures(weight_scale=1.0),
     "  slack=2": Measures(slack=2.0),
     "  slack=4": Measures(slack=4.0),
@@ -116,7 +119,13 @@ def multiply(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor | None = None
 
 
 def quantized(t: torch.Tensor, scales: str) -> tuple[torch.Tensor, torch.Tensor]:
-    largest = t.abs().amax((-1, -2), keepdim=True) if scales == "head" else t.abs().amax()
+    """e4m3 numbers, and what multiplies each: one number, one a head, or one a row."""
+    if scales == "block":
+        of_rows = t.abs().amax(-1)
+        padded = torch.nn.functional.pad(of_rows, (0, -t.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        largest = padded.amax(-1).repeat_interleave(BLOCK, dim=1)[:, : t.shape[1], None]
+    else:
+        largest = t.abs().amax((-1, -2), keepdim=True) if scales == "head" else t.abs().amax()
     scale = largest / LARGEST
     return (t / scale).clamp(-LARGEST, LARGEST).to(E4M3).float(), scale
 
@@ -125,13 +134,15 @@ def in_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: Measures) -> to
     """As sm90_forward_fp8 does it, tile by tile."""
     if m.incoherent:
         q, k = spread_outliers(q), spread_outliers(k)
-    (q, of_q), (k, of_k), (v, of_v) = (quantized(t, m.scales) for t in (q, k, v))
-    scale = of_q * of_k / math.sqrt(q.shape[-1])
+    (q, of_q), (k, of_k) = (quantized(t, m.scales) for t in (q, k))
+    v, of_v = quantized(v, "head" if m.scales == "block" else m.scales)
+    scale = of_q * (of_k.mT if of_k.dim() else of_k) / math.sqrt(q.shape[-1])
     top = torch.full((*q.shape[:2], 1), -math.inf)  # what is subtracted from a row's scores
     slack, weight_scale = m.slack * math.log(2), m.weight_scale / 2**m.slack
     total, out, recent, held = torch.zeros_like(top), torch.zeros(*q.shape[:2], v.shape[-1]), None, 0
     for first in range(0, k.shape[1], TILE):
-        scores = multiply(q, k[:, first : first + TILE].mT) * scale
+        tile = slice(first, first + TILE)
+        scores = multiply(q, k[:, tile].mT) * (scale[..., tile] if m.scales == "block" else scale)
         most = scores.amax(-1, keepdim=True)
         grown = torch.where(most > top + slack, most, top)
         factor, top = torch.exp(top - grown), grown
@@ -139,7 +150,7 @@ def in_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: Measures) -> to
         total, out = total * factor + weights.sum(-1, keepdim=True), out * factor
         recent = None if recent is None else recent * factor
         rounded = (weights * weight_scale).to(E4M3).float() / weight_scale
-        recent, held = multiply(rounded, v[:, first : first + TILE], recent), held + 1
+        recent, held = multiply(rounded, v[:, tile], recent), held + 1
         if held == m.promote:
             out, recent, held = out + recent, None, 0
     return ((out if recent is None else out + recent) * of_v / total).bfloat16()

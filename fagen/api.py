@@ -28,7 +28,7 @@ def attention(
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
     out: torch.Tensor | None = ..., deterministic: bool = ..., dropout_p: float = ..., descale_q: Descale = ...,
-    descale_k: Descale = ..., descale_v: Descale = ...,
+    descale_k: Descale = ..., descale_v: Descale = ..., descale_block: int = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def attention(
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: Literal[True],
     out: torch.Tensor | None = ..., deterministic: bool = ..., dropout_p: float = ..., descale_q: Descale = ...,
-    descale_k: Descale = ..., descale_v: Descale = ...,
+    descale_k: Descale = ..., descale_v: Descale = ..., descale_block: int = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def attention(
     intervals: torch.Tensor | None = ..., softcap: float = ..., alibi_slopes: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ..., scale: float | None = ..., return_lse: bool,
     out: torch.Tensor | None = ..., deterministic: bool = ..., dropout_p: float = ..., descale_q: Descale = ...,
-    descale_k: Descale = ..., descale_v: Descale = ...,
+    descale_k: Descale = ..., descale_v: Descale = ..., descale_block: int = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def attention(
     window: Window = (None, None), intervals: torch.Tensor | None = None, softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None, scale: float | None = None,
     return_lse: bool = False, out: torch.Tensor | None = None, deterministic: bool = False, dropout_p: float = 0.0,
-    descale_q: Descale = None, descale_k: Descale = None, descale_v: Descale = None,
+    descale_q: Descale = None, descale_k: Descale = None, descale_v: Descale = None, descale_block: int = 0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """softmax(scale * q k^T) v, by the fastest kernel known for the problem.
 
@@ -79,17 +79,19 @@ def attention(
     dropout_p     the probability that a weight is dropped, rounded to 1/256; those kept are scaled up, so that the
                   expectation is the same. PyTorch's generator of the device decides which: the same seed drops the same
                   weights, whatever kernel serves
-    descale_*     with q, k and v of float8_e4m3fn, what multiplies each: see `fagen.quantize_qkv`
+    descale_*     with q, k and v of float8_e4m3fn, what multiplies each: a number or float32 (batch, kv_heads), as
+                  `fagen.quantize_qkv` gives them. The result is bfloat16, or of the dtype of `out`
+    descale_block rows of q, and of k, that have a descale of their own: (batch, heads of the tensor, blocks) of both
 
     Gradients of q, k and v are ours where a backward kernel serves them; all other derivatives are PyTorch's. A row
     that sees no key gives 0, and -inf in lse (or its sink).
     """
-    if _in_fp8(q, descale_q, descale_k, descale_v):
+    if _in_fp8(q, descale_q, descale_k, descale_v, descale_block or None):
         from fagen import fp8_api  # as most calls do not
 
         return fp8_api.attention(
-            q, k, v, (descale_q, descale_k, descale_v), sinks=sinks, layout=layout, causal=causal, window=window,
-            softcap=softcap, scale=scale, return_lse=return_lse, out=out, intervals=intervals,
+            q, k, v, (descale_q, descale_k, descale_v), descale_block, sinks=sinks, layout=layout, causal=causal,
+            window=window, intervals=intervals, softcap=softcap, scale=scale, return_lse=return_lse, out=out,
             alibi_slopes=alibi_slopes, dropout_p=dropout_p,
         )  # fmt: skip
     if sinks is not None:

@@ -13,11 +13,18 @@ from fagen.ops.attention import sinks as sink_logits
 from fagen.ops.attention.arguments import Window
 from fagen.ops.attention.call import AXES
 from fagen.ops.attention.fp8_call import E4M3, Fp8Call
+from fagen.ops.attention.fp8_problem import check_block
 from fagen.ops.attention.fp8_quantize import QuantizedQKV
+from fagen.ops.attention.masks import interval_kind
 
 _SCHEMA = (
-    "forward_fp8(Tensor q, Tensor k, Tensor v, Tensor? descale_q, Tensor? descale_k, Tensor? descale_v, bool bhsd, "
-    "int window_left, int window_right, float softcap, float? scale) -> (Tensor, Tensor)"
+    "forward_fp8(Tensor q, Tensor k, Tensor v, Tensor? descale_q, Tensor? descale_k, Tensor? descale_v, int block, "
+    "bool bhsd, int window_left, int window_right, float softcap, float? scale, Tensor? intervals, bool causal) "
+    "-> (Tensor, Tensor)"
+)
+_QUANTIZE_SCHEMA = (
+    "quantize_qkv(Tensor q, Tensor k, Tensor v, bool bhsd, bool incoherent, int block, Tensor? rotary_cos, "
+    "Tensor? rotary_sin, bool rotary_interleaved) -> Tensor[]"
 )
 _libraries: list[Any] = []  # torch unregisters what is collected
 
@@ -27,10 +34,12 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     descales: tuple[Any, Any, Any],
+    block: int,
     *,
     layout: str,
     causal: bool,
     window: Window,
+    intervals: torch.Tensor | None,
     softcap: float,
     sinks: torch.Tensor | None,
     scale: float | None,
@@ -49,8 +58,8 @@ def attention(
             raise InvalidArgument(f"attention on fp8 numbers has no {name}", "", "give q, k and v in 16 bits")
     want_lse = arguments.flag("return_lse", return_lse)
     call = Fp8Call.of(
-        q, k, v, descales=descales, layout=layout, causal=causal, window=window, softcap=softcap, scale=scale,
-        return_lse=want_lse or sinks is not None, out=out,
+        q, k, v, descales=descales, block=block, layout=layout, causal=causal, window=window, intervals=intervals,
+        softcap=softcap, scale=scale, return_lse=want_lse or sinks is not None, out=out,
     )  # fmt: skip
     if sinks is not None:
         sink_logits.check(sinks, call.heads, q.device)
@@ -69,38 +78,53 @@ def attention(
 
 
 def quantize_qkv(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bshd", incoherent: bool = True
-) -> QuantizedQKV:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bshd", incoherent: bool = True, block: int = 0,
+    rotary_cos: torch.Tensor | None = None, rotary_sin: torch.Tensor | None = None, rotary_interleaved: bool = True,
+) -> QuantizedQKV:  # fmt: skip
     """q, k and v as fp8 numbers and their scales, for `fagen.attention`.
 
     q is (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, dv); with
     layout="bhsd" heads come before rows. dv is a multiple of 8. A scale for each (batch, kv head) brings its largest
     number to 448; the heads of q that share keys share one. `fagen.attention` then gives bfloat16, or the dtype of its
-    `out`; it takes no column intervals, ALiBi, dropout and gradients with such tensors.
+    `out`; it takes no ALiBi, dropout and gradients with such tensors.
 
     incoherent    q and k are multiplied by the same orthonormal matrix along d, a random-sign Hadamard one. q k^T stays
                   what it is, and outliers are spread over all columns, so that they no longer decide the scale alone
+    block         rows of q, and of k, that have a scale of their own instead, a multiple of 64: descales are (batch,
+                  heads of the tensor, blocks), for `fagen.attention` with `descale_block`. For numbers that grow or
+                  shrink along the sequence. v keeps one for each (batch, kv head)
+    rotary_cos,   (positions, d / 2 or less): turn row j of k by the angles of position j, and the rows of q, which are
+    _sin          no more, by those of the last ones; pairs of neighbours, or of halves without `rotary_interleaved`.
+                  For sequences that are packed, or begin elsewhere, pass the angles of each row: cos[positions]
     """
-    incoherent = arguments.flag("incoherent", incoherent)
+    incoherent, block = arguments.flag("incoherent", incoherent), arguments.integer("block", block)
+    check_block("block", block)
     fp8_quantize.check(q, k, v, layout)
+    turned = arguments.flag("rotary_interleaved", rotary_interleaved)
+    rotary = fp8_quantize.rotary_of(q, k, layout, rotary_cos, rotary_sin, turned)
+    q, k, v = q.detach(), k.detach(), v.detach()
     if torch.compiler.is_compiling():
-        made = torch.ops.fagen.quantize_qkv(q.detach(), k.detach(), v.detach(), layout == "bhsd", incoherent)
-        return QuantizedQKV(*made)
-    return fp8.quantize(q.detach(), k.detach(), v.detach(), layout, incoherent)
+        made = torch.ops.fagen.quantize_qkv(
+            q, k, v, layout == "bhsd", incoherent, block, rotary_cos, rotary_sin, turned
+        )  # fmt: skip
+        return QuantizedQKV._make([*made, block])
+    return fp8.quantize(q, k, v, layout, incoherent, block, rotary)
 
 
 def _by_op(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Where a compiler traces. Its O is of bfloat16, which an `out` of float16 rounds further."""
     value, lse = torch.ops.fagen.forward_fp8(
-        call.q, call.k, call.v, call.descale_q, call.descale_k, call.descale_v, call.layout == "bhsd", *call.window,
-        call.softcap, call.scale,
+        call.q, call.k, call.v, call.descale_q, call.descale_k, call.descale_v, call.block, call.layout == "bhsd",
+        *call.window, call.softcap, call.scale, call.intervals, call.causal_intervals,
     )  # fmt: skip
     return (value if call.out is None else call.out.copy_(value)), lse
 
 
 def _call(args: tuple[Any, ...]) -> Fp8Call:
-    tensors, (bhsd, left, right, softcap, scale) = args[:6], args[6:]
-    fields = (*tensors, "bhsd" if bhsd else "bshd", (left, right), softcap, scale, True)
+    bhsd, left, right, softcap, scale, intervals, causal = args[7:]
+    kind = "" if intervals is None else interval_kind(int(intervals.shape[3]), causal)
+    layout, others = "bhsd" if bhsd else "bshd", (torch.bfloat16, None, intervals, kind)
+    fields: tuple[Any, ...] = (*args[:7], layout, (left, right), softcap, scale, True, *others)
     return Fp8Call(*fields)
 
 
@@ -118,23 +142,29 @@ def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return made["out"], made["lse"]
 
 
-def _quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bhsd: bool, incoherent: bool) -> list[torch.Tensor]:
-    return [*quantize_qkv(q, k, v, layout="bhsd" if bhsd else "bshd", incoherent=incoherent)]
+def _quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bhsd: bool, *how: Any) -> list[torch.Tensor]:
+    incoherent, block, cos, sin, interleaved = how
+    made = quantize_qkv(
+        q, k, v, layout="bhsd" if bhsd else "bshd", incoherent=incoherent, block=block, rotary_cos=cos, rotary_sin=sin,
+        rotary_interleaved=interleaved,
+    )  # fmt: skip
+    return [*made[:6]]
 
 
 def _fake_quantized(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bhsd: bool, incoherent: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bhsd: bool, incoherent: bool, block: int, *rotary: Any
 ) -> list[torch.Tensor]:
     row, head = AXES["bhsd" if bhsd else "bshd"]
     ordered = (k.shape[0], k.shape[head], fp8_order.blocks(k.shape[row]), v.shape[3], fp8_order.BLOCK_KEYS)
     numbers = [q.new_empty(shape, dtype=E4M3) for shape in (q.shape, k.shape, ordered)]
-    return numbers + [q.new_empty((k.shape[0], k.shape[head]), dtype=torch.float32) for _ in range(3)]
+    sizes = q.shape[0], q.shape[head], k.shape[head], q.shape[row], k.shape[row]
+    return numbers + [q.new_empty(s, dtype=torch.float32) for s in fp8_quantize.descale_shapes(*sizes, block)]
 
 
 def _register() -> None:
     library = torch.library.Library("fagen", "FRAGMENT")
     library.define(_SCHEMA)
-    library.define("quantize_qkv(Tensor q, Tensor k, Tensor v, bool bhsd, bool incoherent) -> Tensor[]")
+    library.define(_QUANTIZE_SCHEMA)
     library.impl("quantize_qkv", _quantize, "CompositeExplicitAutograd")
     torch.library.register_fake("fagen::quantize_qkv", _fake_quantized, lib=library)
     library.impl("forward_fp8", _forward_fp8, "CompositeExplicitAutograd")

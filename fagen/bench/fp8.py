@@ -60,11 +60,13 @@ def _in_16_bits(row: Row, inputs: Inputs) -> Serve:
     from fagen import api
 
     held = _Kept(lambda i: _tensors_of_16_bits(i.call))
-    left, right = inputs.call.window
+    call = inputs.call
+    left, right = call.window
     given: dict[str, Any] = {
-        "window": (None if left < 0 else left, None if right < 0 else right), "softcap": inputs.call.softcap
+        "window": (None if left < 0 else left, None if right < 0 else right), "softcap": call.softcap,
+        "causal": call.causal_intervals,
     }  # fmt: skip
-    return lambda i: api.attention(*held.of(i), out=i.outputs["out"], **given)
+    return lambda i: api.attention(*held.of(i), out=i.outputs["out"], intervals=i.call.intervals, **given)
 
 
 def _quantizing(row: Row, inputs: Inputs) -> Serve:
@@ -75,11 +77,11 @@ def _quantizing(row: Row, inputs: Inputs) -> Serve:
     held = _Kept(lambda i: _tensors_of_16_bits(i.call))
 
     def serve(i: Inputs) -> torch.Tensor:
-        call, made = i.call, quantize_qkv(*held.of(i), incoherent=False)
+        call, made = i.call, quantize_qkv(*held.of(i), incoherent=False, block=i.call.block)
         return fp8.attend(
             Fp8Call(
                 *made, window=call.window, softcap=call.softcap, scale=call.scale, dtype=call.dtype,
-                out=i.outputs["out"],
+                out=i.outputs["out"], intervals=call.intervals, kind=call.kind,
             )
         )[0]  # fmt: skip
 
@@ -92,6 +94,8 @@ def through_fa3(op: Any) -> Prepare:
     def prepare(row: Row, inputs: Inputs) -> Serve:
         if row.problem.dtype != "bf16":
             raise Cannot("of fp8 numbers it gives bf16")
+        if row.problem.mask == "intervals" or row.problem.scale_block:
+            raise Cannot("it has no intervals, and no scales of blocks")
         held = _Kept(lambda i: _rows(i.call))
         having = {argument.name for argument in of_schema(op._schema)}
         descales = [f"descale_{name}" if f"descale_{name}" in having else f"{name}_descale" for name in "qkv"]

@@ -41,6 +41,7 @@ SETTINGS = {
     "page": "with op decode: rows of a page of the cache, 1,16,64 (default: 0, not paged)",
     "sinks": "with op decode: each head has a logit without a value",
     "shared_kv": "with op decode: v is the first columns of k, in the same memory",
+    "scale_block": "with op forward_fp8: rows of q and of k that share a scale, 64,128 (default: 0, those of a head)",
     "seqlen": "length of queries and keys: 1k,4k (default: 1k); with op decode of keys alone, with one query",
     "seqlen_q": "length of the queries alone",
     "seqlen_k": "length of the keys alone",
@@ -50,7 +51,7 @@ SETTINGS = {
     **softmax_arguments.SETTINGS,
 }
 _SWITCHES = ("softcap", "alibi", "dropout", "tf32", "unaligned", "deterministic", "sinks", "shared_kv")
-_OF_DECODE = ("kv_dtype", "page", "sinks", "shared_kv")
+_OF_OP = {"decode": ("kv_dtype", "page", "sinks", "shared_kv"), "forward_fp8": ("scale_block",)}
 OPS = ("forward", "backward", "decode", "forward_fp8")  # whose problems these settings spell
 _USABLE = 0.9  # of a device's memory: what runs there besides, and what verifying takes
 
@@ -94,8 +95,9 @@ def expand(settings: Mapping[str, Any], target: Target | None = None) -> list[Pr
         "kv_heads": sizes(settings["kv_heads"]) if "kv_heads" in settings else [0],
         "kv_dtype": choices("kv dtype", settings["kv_dtype"], [*KV_TORCH_DTYPES]) if "kv_dtype" in settings else [""],
         "page": [int(word) for word in choices("page", settings.get("page", 0), [*map(str, PAGES)])],
+        "scale_block": sizes(settings["scale_block"]) if "scale_block" in settings else [0],
     }
-    _require_decode(axes["op"], settings)
+    _require_op(axes["op"], settings)
     bounds = window(settings["window"]) if "window" in settings else (-1, -1)
     switches = {name: settings.get(name, False) for name in _SWITCHES}
     for name, value in switches.items():
@@ -136,10 +138,11 @@ def _lengths(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
     return list(itertools.product(sizes(of_q), sizes(of_k)))
 
 
-def _require_decode(chosen: list[str], settings: Mapping[str, Any]) -> None:
-    for name in _OF_DECODE:
-        if settings.get(name) and chosen != ["decode"]:
-            raise UsageError(f"--{name.replace('_', '-')} needs op decode", f"the op is {', '.join(chosen)}")
+def _require_op(chosen: list[str], settings: Mapping[str, Any]) -> None:
+    for op, names in _OF_OP.items():
+        for name in names:
+            if settings.get(name) and chosen != [op]:
+                raise UsageError(f"--{name.replace('_', '-')} needs op {op}", f"the op is {', '.join(chosen)}")
 
 
 def _problem(point: dict[str, Any], bounds: tuple[int, int], switches: dict[str, Any], one_query: bool) -> Problem:
@@ -156,6 +159,8 @@ def _problem(point: dict[str, Any], bounds: tuple[int, int], switches: dict[str,
         seqlen_q = 1 if one_query else seqlen_q
     else:
         del switches["sinks"], switches["shared_kv"]
+    if point["op"] == "forward_fp8":
+        switches["scale_block"] = point["scale_block"]
     kind: type[Problem] = ops.get(point["op"]).problem
     return kind(
         dtype=point["dtype"],

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fagen import api
+from fagen.api import Descale
 from fagen.compat.flash_attn import window_bounds
 from fagen.errors import InvalidArgument, UnsupportedProblem
 from fagen.ops.attention import arguments, masks
@@ -31,6 +32,11 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
+    *,
+    descale_q: Descale = None,
+    descale_k: Descale = None,
+    descale_v: Descale = None,
+    descale_block: int = 0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
     """Layout (total length, heads, head_dim); causal and window aligned bottom-right within each sequence.
 
@@ -38,15 +44,16 @@ def flash_attn_varlen_func(
     one tensor as both where they are the same: then fewer bounds are read, and ALiBi is served. The largest lengths are
     not needed. The bounds are made at every call, by one kernel; `fagen.masks.from_cu_seqlens` makes them once for many
     calls of `fagen.attention`. With `return_attn_probs`: (out, softmax_lse, None), the LSE (heads, total length of q).
+
+    q, k and v may be of fp8, as `fagen.quantize_qkv` makes them of q[None], k[None] and v[None]; v has its order then,
+    or is of rows. Their descales are those of all sequences, a batch of one, and those of blocks count rows from the
+    first sequence's on.
     """
     if block_table is not None:
         raise UnsupportedProblem("paged keys are not supported", "", "pass block_table=None and contiguous k, v")
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         arguments.integer(name, bound)
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        arguments.dense(name, t)
-        if t.dim() != 3:
-            raise InvalidArgument(f"{name} must have shape (total, heads, head_dim)", f"it has {tuple(t.shape)}")
+    _check_packs(q, k, v)
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         _check_lengths(name, t, q.device)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -61,12 +68,22 @@ def flash_attn_varlen_func(
         )  # fmt: skip
     masks_of = packed_masks(q, k, cu_seqlens_q, cu_seqlens_k, causal, window_bounds(window_size))
     result = api.attention(
-        q[None], k[None], v[None], **masks_of, softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale,
-        return_lse=want_probs, deterministic=deterministic, dropout_p=dropout_p,
+        q[None], k[None], v[None] if v.dim() == 3 else v, **masks_of, softcap=softcap, alibi_slopes=alibi_slopes,
+        scale=softmax_scale, return_lse=want_probs, deterministic=deterministic, dropout_p=dropout_p,
+        descale_q=descale_q, descale_k=descale_k, descale_v=descale_v, descale_block=descale_block,
     )  # fmt: skip
     if isinstance(result, torch.Tensor):
         return result[0]
     return result[0][0], result[1][0], None
+
+
+def _check_packs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """A v of fp8 may be in the order of the kernels, that of a batch of one."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        arguments.dense(name, t)
+        ordered = name == "v" and t.dim() == 5 and t.dtype == torch.float8_e4m3fn
+        if t.dim() != 3 and not ordered:
+            raise InvalidArgument(f"{name} must have shape (total, heads, head_dim)", f"it has {tuple(t.shape)}")
 
 
 def _check_lengths(name: str, cu_seqlens: Any, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from fagen.notices import warn_fallback
 from fagen.ops.attention import fallback, fp8_launch, fp8_quantize
 from fagen.ops.attention.arguments import is_plain
 from fagen.ops.attention.fp8_call import Fp8Call
-from fagen.ops.attention.fp8_quantize import QuantizedQKV
+from fagen.ops.attention.fp8_quantize import QuantizedQKV, Rotary
 from fagen.runtime import helper
 from fagen.runtime import quantize as quantize_kernel
 from fagen.runtime.kernel import Kernel, selected
@@ -46,17 +46,20 @@ def kernel_of(call: Fp8Call) -> Kernel | None:
         return resolve.kernel_for(call.problem, target, ours=True)
 
 
-def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool) -> QuantizedQKV:
+def quantize(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, incoherent: bool, block: int, rotary: Rotary | None
+) -> QuantizedQKV:
     """fp8 numbers of checked tensors: by kernels of our own where they can, else by PyTorch."""
     found = None
-    kernels = fp8_launch.SERVES_CALLS and q.is_cuda and all(map(is_plain, (q, k, v)))
-    if kernels and fp8_launch.serves(q, k, v):
+    tensors = [q, k, v, *([] if rotary is None else [rotary.cos, rotary.sin])]
+    kernels = fp8_launch.SERVES_CALLS and q.is_cuda and all(map(is_plain, tensors))
+    if kernels and fp8_launch.serves(q, k, v, rotary):
         target = target_of(q.device)
         capturing = torch.cuda.is_current_stream_capturing()
         found = None if target is None else quantize_kernel.HELPER.library(target, capturing)
     if found is None:
-        return fp8_quantize.by_torch(q, k, v, layout, incoherent)
-    made, params, alive = fp8_launch.prepare(quantize_kernel.Params, q, k, v, layout, incoherent)
+        return fp8_quantize.by_torch(q, k, v, layout, incoherent, block, rotary)
+    made, params, alive = fp8_launch.prepare(quantize_kernel.Params, q, k, v, layout, incoherent, block, rotary)
     helper.launch(found, params, alive[0], "fp8 numbers could not be made")
     return made
 

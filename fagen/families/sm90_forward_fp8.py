@@ -12,8 +12,10 @@ from fagen.families.sm90_forward_block import (
     QUEUE_BYTES,
     ROW_BYTES,
     SMEM_ALIGNMENT,
+    TILE_MASK_BYTES,
     registers_each,
 )
+from fagen.ops.attention.fp8_problem import Fp8Problem
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -56,19 +58,25 @@ def smem_bytes(p: Problem, c: Config) -> int:
     slabs = -(-p.head_dim_padded // ROW_BYTES)
     tiles = (c.q_stages * c.tile_m + c.stages * c.tile_n) * slabs * ROW_BYTES
     tiles += c.stages * c.tile_n * p.head_dim_v_padded
+    tiles += c.stages * TILE_MASK_BYTES if p.intervals else 0
     return int(tiles + BARRIER_BYTES * (c.q_stages + 2 * c.stages) + QUEUE_BYTES + SMEM_ALIGNMENT)
 
 
-def consumer_registers(c: Config) -> int:
+def consumer_registers(p: Problem, c: Config) -> int:
     """Of a thread that computes: what the producing warpgroup leaves of the block's part of the SM."""
     groups, each = int(c.tile_m) // 64, registers_each(c)
-    producer = {1: 40, 2: 24, 3: 32}[groups]
+    producer = {1: 40, 2: 40 if p.intervals else 24, 3: 32}[groups]
     return min(240, ((groups + 1) * each - producer) // groups // 8 * 8)
 
 
 def fragment_registers(p: Problem, c: Config) -> int:
-    """S, the weights as fp8, O, and the sums of a few tiles beside it."""
-    return int(c.tile_n) // 2 + int(c.tile_n) // 8 + p.head_dim_v_padded // 2 * (2 if c.promote else 1)
+    """S, the weights as fp8, O, the sums of a few tiles beside it, and what intervals hide of a tile."""
+    sums = p.head_dim_v_padded // 2 * (2 if c.promote else 1)
+    return int(c.tile_n) // 2 + int(c.tile_n) // 8 + sums + (8 if p.intervals else 0)
+
+
+def _scale_block(p: Problem) -> int:
+    return p.scale_block if isinstance(p, Fp8Problem) else 0
 
 
 def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
@@ -81,7 +89,7 @@ def _smem_fits(p: Problem, t: Target, c: Config) -> str | None:
 
 
 def _registers_fit(p: Problem, t: Target, c: Config) -> str | None:
-    need, limit = fragment_registers(p, c) + OTHER_REGISTERS, consumer_registers(c)
+    need, limit = fragment_registers(p, c) + OTHER_REGISTERS, consumer_registers(p, c)
     return f"about {need} > {limit} registers a thread" if need > limit else None
 
 
@@ -90,6 +98,11 @@ def _product_fits(p: Problem, t: Target, c: Config) -> str | None:
     if each <= FEWEST_REGISTERS:
         return f"compiled for {each} <= {FEWEST_REGISTERS} registers a thread, ptxas makes products wait for each other"
     return f"a product takes {need} > {each} registers that the block is compiled for" if need > each else None
+
+
+def _block_is_tiles(p: Problem, t: Target, c: Config) -> str | None:
+    block = _scale_block(p)
+    return f"tile_n={c.tile_n} does not divide blocks of {block} keys" if block % int(c.tile_n) else None
 
 
 def _single_has_one(p: Problem, t: Target, c: Config) -> str | None:
@@ -127,13 +140,14 @@ def _supports(p: Problem, t: Target) -> str | None:
 
 
 def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
-    return {"threads": 2 * int(c.tile_m) + 128, "smem_bytes": smem_bytes(p, c), "registers": consumer_registers(c)}
+    return {"threads": 2 * int(c.tile_m) + 128, "smem_bytes": smem_bytes(p, c), "registers": consumer_registers(p, c)}
 
 
 CONSTRAINTS = (
     Constraint("smem_fits", _smem_fits, ("tile_m", "tile_n", "stages", "q_stages", "blocks_per_sm")),
     Constraint("registers_fit", _registers_fit, ("tile_m", "tile_n", "blocks_per_sm", "promote")),
     Constraint("product_fits", _product_fits, ("tile_m", "tile_n", "blocks_per_sm")),
+    Constraint("block_is_tiles", _block_is_tiles, ("tile_n",)),
     Constraint("single_has_one", _single_has_one, ("q_stages", "schedule")),
     Constraint("turns_need_others", _turns_need_others, ("tile_m", "ping_pong")),
     Constraint("rescaling_differs", _rescaling_differs, ("promote", "rescale")),
@@ -169,7 +183,14 @@ def _tiles(p: Problem) -> list[tuple[int, int, int, int]]:
     size = max(p.head_dim_padded, p.head_dim_v_padded)
     limit, tiles = next((limit, tiles) for limit, tiles in _TILES if size <= limit)
     first = _SHORT.get(limit) if p.seqlen_k <= _FEW_KEYS else None
-    return list(dict.fromkeys([first, *tiles] if first else tiles))
+    return list(dict.fromkeys(_of_whole_blocks(p, tile) for tile in ([first] if first else []) + list(tiles)))
+
+
+def _of_whole_blocks(p: Problem, tile: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """The tile with as many keys as divide the blocks that have scales of their own."""
+    m, most, stages, q_stages = tile
+    block = _scale_block(p)
+    return m, max(n for n in range(32, most + 1, 32) if block % n == 0), stages, q_stages
 
 
 def _plan(p: Problem) -> tuple[str, str, int]:
@@ -242,7 +263,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     total = makespan(work, longest, heads * seen.row_tiles, t.units, tail)
     if c.schedule == "balanced" and uneven:  # some SMs are a little slower than others
         total *= 1.03
-    spare = consumer_registers(c) - fragment_registers(p, c)
+    spare = consumer_registers(p, c) - fragment_registers(p, c)
     return total * (1.5 if spare < OTHER_REGISTERS else 1)
 
 

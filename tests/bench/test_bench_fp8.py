@@ -79,12 +79,23 @@ def test_all_compute_the_same() -> None:
     told = {name: facts.get("reason", facts["outcome"]) for name, facts in result["participants"].items()}
     assert told == dict.fromkeys(("fagen", *others), "ok")
     assert len(set(op.values)) == 1, "rows of v are made once"
+    blocks = SMALL.problem.replace(mask="intervals", intervals="both2", scale_block=64)
+    del others["fa3"], others["older"]
+    row = rows.of_problem(blocks)
+    result = run.time_row(row, {"fagen": fp8.ours, **others}, target.host(), run.Settings(rounds=2, min_seconds=0.0))
+    told = {name: facts.get("reason", facts["outcome"]) for name, facts in result["participants"].items()}
+    assert told == dict.fromkeys(("fagen", *others), "ok")
 
 
 def test_what_fa3_cannot_do() -> None:
     row = rows.of_problem(Fp8Problem(head_dim=32, dtype="fp16", seqlen_q=16))
     with pytest.raises(Cannot, match="bf16"):
         fp8.through_fa3(FakeOp())(row, rows.make_inputs(row, "cpu"))
+    blocks = rows.of_problem(SMALL.problem.replace(scale_block=64))
+    documents = rows.of_problem(SMALL.problem.replace(mask="intervals", intervals="lower2"))
+    for row in (blocks, documents):
+        with pytest.raises(Cannot, match="no intervals, and no scales of blocks"):
+            fp8.through_fa3(FakeOp())(row, rows.make_inputs(row, "cpu"))
     op = FakeOp()
     op._schema = torch._C.parse_schema("flash_attn_3::fwd(Tensor q, Tensor k, Tensor v, bool is_causal) -> Tensor")
     with pytest.raises(Cannot, match="no argument k_descale"):

@@ -242,6 +242,7 @@ def test_the_default_dtype_is_the_targets():
         ({"window": "3"}, "LEFT,RIGHT"),
         ({"window": "a,b"}, "LEFT,RIGHT"),
         ({"dtype": "fp8"}, "fp8"),
+        ({"scale_block": 128}, "--scale-block needs op forward_fp8"),
         ({"seqlen": "1k", "seqlen_q": "1"}, "--seqlen excludes"),
         ({"colour": "red"}, "colour"),
         ({"interval_kind": "upper"}, "upper"),

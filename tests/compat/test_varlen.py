@@ -10,7 +10,7 @@ import torch
 
 import fagen
 from fagen.errors import InvalidArgument, UnsupportedProblem
-from fagen.ops.attention import masks
+from fagen.ops.attention import fp8_order, masks
 
 LENGTHS = [(33, 33), (0, 0), (1, 1), (70, 70), (15, 15)]
 APART = [(33, 47), (0, 5), (5, 0), (1, 1), (40, 20), (12, 90)]
@@ -110,7 +110,8 @@ def test_it_has_the_arguments_of_flash_attention() -> None:
         "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p softmax_scale causal window_size softcap "
         "alibi_slopes deterministic return_attn_probs block_table"
     )
-    assert " ".join(inspect.signature(fagen.flash_attn_varlen_func).parameters) == names
+    found = inspect.signature(fagen.flash_attn_varlen_func).parameters.values()
+    assert " ".join(p.name for p in found if p.kind is not inspect.Parameter.KEYWORD_ONLY) == names
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,30 @@ def test_what_is_wrong_is_said(words: str, change: Any) -> None:
     with pytest.raises((InvalidArgument, TypeError)) as caught:
         fagen.flash_attn_varlen_func(**(given | change(given)))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("block", [0, 64])
+@pytest.mark.parametrize("same", [True, False])
+def test_fp8_numbers_are_packed_as_others(same: bool, block: int) -> None:
+    """The sequences of a pack share its scales; each is right by itself, and v may be of rows."""
+    lengths = LENGTHS if same else APART
+    cu_q, cu_k = (cumulated([pair[i] for pair in lengths]) for i in (0, 1))
+    tensors = packed(lengths)
+    x = fagen.quantize_qkv(*(t[None] for t in tensors), block=block)
+    descales = {name: getattr(x, name) for name in ("descale_q", "descale_k", "descale_v")} | {"descale_block": block}
+    cu = (cu_q, cu_q if same else cu_k, 90, 90)
+    out, lse, _ = fagen.flash_attn_varlen_func(
+        x.q[0], x.k[0], x.v, *cu, causal=True, return_attn_probs=True, **descales
+    )  # fmt: skip
+    want = alone(*(t.double() for t in tensors), lengths, causal=True)
+    assert out.dtype == torch.bfloat16 and out.shape == want.shape and lse.shape == (4, out.shape[0])
+    assert (out - want).square().mean().sqrt() < 0.06 * want.square().mean().sqrt()
+    assert torch.equal((out == 0).all(-1), (want == 0).all(-1))
+    rows = fp8_order.rows_of_values(x.v, tensors[1].shape[0])[0]
+    again = fagen.flash_attn_varlen_func(x.q[0], x.k[0], rows, *cu, causal=True, **descales)
+    assert torch.equal(again, out)
+    with pytest.raises(InvalidArgument, match="descale_q must be a number or float32"):
+        fagen.flash_attn_varlen_func(x.q[0], x.k[0], x.v, *cu, descale_q=torch.ones(len(lengths), 2))
 
 
 def test_dropout_is_that_of_the_packed_call() -> None:

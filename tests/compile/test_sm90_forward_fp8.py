@@ -30,6 +30,10 @@ PROBLEMS = [
     Fp8Problem(head_dim=64, mask="causal", **_MANY, **_LONG),
     Fp8Problem(head_dim=128, mask="causal", **_MANY, **_LONG),
     Fp8Problem(head_dim=128, mask="causal", seqlen_q=100, seqlen_k=4096),
+    *(Fp8Problem(head_dim=d, mask="intervals", intervals="both4", **_MANY) for d in (256, 64, 128, 224)),
+    *(Fp8Problem(head_dim=d, mask="causal", scale_block=128, **_MANY) for d in (64, 128, 256)),
+    Fp8Problem(head_dim=128, mask="intervals", intervals="lower2", softcap=True, scale_block=64, **_MANY, **_LONG),
+    Fp8Problem(head_dim=192, head_dim_v=128, mask="intervals", intervals="both2", scale_block=192, **_MANY),
 ]
 
 
@@ -79,9 +83,11 @@ def test_every_legal_problem_has_a_legal_default() -> None:
     sizes: tuple[dict[str, Any], ...] = ({}, _MANY, {**_MANY, **_LONG}, {"seqlen_q": 1, "seqlen_k": 100000})
     for d in range(16, 257, 16):
         for dv in (d, 16, 128, 256):
-            for mask in ("none", "causal", "window"):
+            for mask, block in (("none", 0), ("causal", 64), ("window", 448), ("intervals", 0), ("intervals", 64)):
+                kind = "lower1" if mask == "intervals" else ""
+                static = {"head_dim": d, "head_dim_v": dv, "mask": mask, "intervals": kind, "scale_block": block}
                 for more in sizes:
-                    problem = Fp8Problem(head_dim=d, head_dim_v=dv, mask=mask, softcap=True, **more)
+                    problem = Fp8Problem(softcap=True, **static, **more)
                     assert FAMILY.supports(problem, HOPPER) is None
                     FAMILY.require(problem, HOPPER, FAMILY.default(problem, HOPPER))
 
@@ -145,12 +151,14 @@ def test_the_cost_model_orders_what_was_measured(problem: Fp8Problem) -> None:
         (64, {"promote": 1, "rescale": "each"}, "O is multiplied at each tile anyway"),
         (64, {"section_mb": 16}, "block_order=ascending has no sections"),
         (64, {"block_order": "descending"}, "only repeats another"),
+        (64, {"tile_n": 96, "scale_block": 128}, "tile_n=96 does not divide blocks of 128 keys"),
     ],
 )
 def test_constraints_give_their_reason(head_dim: int, changes: dict[str, Any], reason: str) -> None:
-    problem = Fp8Problem(head_dim=head_dim)
+    problem = Fp8Problem(head_dim=head_dim, scale_block=changes.get("scale_block", 0))
+    knobs = {name: value for name, value in changes.items() if name != "scale_block"}
     with pytest.raises(InvalidConfig, match=reason):
-        FAMILY.require(problem, HOPPER, config(**changes))
+        FAMILY.require(problem, HOPPER, config(**knobs))
     FAMILY.require(Fp8Problem(head_dim=64), HOPPER, config())
 
 

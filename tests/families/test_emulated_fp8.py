@@ -16,7 +16,7 @@ from fagen.runtime import helper, quantize
 from fagen.runtime.kernel import Library
 from fagen.target import known
 from tests.support import emulated
-from tests.support.fp8 import FAMILY, SCHEMES, Case, make_call
+from tests.support.fp8 import FAMILY, SCHEMES, Case, huge_scores, judged, make_call
 from tests.support.fp8 import run as run_case
 from tests.support.thorough import sample
 
@@ -37,6 +37,14 @@ CASES = [
     Case("deep", mask="none", head_dim=96),
     Case("turns", head_dim=128, heads=2, kv_heads=1),
     *(Case(f"n{n}") for n in (192, 224, 256)),
+    Case("turns", mask="intervals", intervals="both4", block=64),
+    Case("serial", mask="window", window=(70, 20), block=192),
+    Case("every_tile", mask="intervals", intervals="lower1", block=192),
+    Case("base", mask="intervals", intervals="lower2", head_dim=128, heads=2, kv_heads=1),
+    Case("each", block=128, softcap=5.0, dtype="fp16"),
+    Case("deep", mask="intervals", intervals="both2", head_dim=96, block=64, softcap=5.0),
+    Case("three_blocks", mask="intervals", intervals="lower1", window=(150, 0), head_dim=48, head_dim_v=80),
+    Case("sections", mask="intervals", intervals="both2", heads=2, kv_heads=1),
 ]
 
 
@@ -75,16 +83,49 @@ def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
 SMALL = Case("every_tile", mask="none", heads=2, kv_heads=2)
 
 
-def test_each_batch_and_kv_head_has_its_descales(folder: Path) -> None:
-    verdict = run(SMALL, folder, 70, 130, batch=2)
-    assert verdict, verdict.message
+@pytest.mark.parametrize("block", [0, 64])
+@pytest.mark.parametrize("scheme", ["base", "two_tiles"])
+def test_the_largest_weight_is_one_however_large_the_scores(scheme: str, block: int, folder: Path) -> None:
+    """Its key is in the tile that is visited first, or in the last one."""
+    case = Case(scheme, mask="none", heads=2, kv_heads=1, block=block)
+    launch = functools.partial(emulated.launch, _library(case, folder), fill=make_params)
+    for top in (3, 99, 169):
+        verdict = judged(huge_scores(case, 70, 170, top, device="cpu"), launch)
+        assert verdict, verdict.message
+
+
+BLOCKS = Case("two_blocks", mask="intervals", intervals="both2", heads=2, kv_heads=1, block=96 * 2)
+
+
+@pytest.mark.parametrize("case", [SMALL, BLOCKS], ids=str)
+def test_each_batch_and_head_has_its_descales(case: Case, folder: Path) -> None:
+    for seed in range(2):
+        verdict = run(case, folder, 70, 430, seed, batch=2)
+        assert verdict, verdict.message
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("factors[coord.batch * t.stride[0] + kv_head * t.stride[1]]", "factors[0]"),  # a head has another's descale
-        ("descale(given.descale_k, row_tile.coord, row_tile.kv_head);", "1.f;"),
+        ("if (first_piece >= kPieces) return;", "return;"),  # keys of the block behind have the scale of the one before
+        ("(C::kScaleBlock - key % C::kScaleBlock) / 8", "(C::kScaleBlock - key % C::kScaleBlock) / 8 + 1"),
+        ("row_tile.coord.head, row / C::kScaleBlock)", "row_tile.coord.head, 0)"),
+        ("kv_head, min(key, p.seqlen_k - 1) / C::kScaleBlock)", "kv_head, 0)"),
+        ("plan<WholeBlocks<C>>", "plan<C>"),  # key tiles begin within blocks of values
+        ("load_key_scale(first_key(keys));\n      wait_scores", "wait_scores"),
+    ],
+)
+def test_what_is_wrong_with_blocks_is_found(folder: Path, old: str, new: str) -> None:
+    text = _source(BLOCKS)
+    assert old in text
+    assert not all(run(BLOCKS, folder, 200, 430, seed, batch=2, text=text.replace(old, new)) for seed in range(2))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("factors[batch * t.stride[0] + head * t.stride[1] + block * t.stride[2]]", "factors[0]"),  # of another head
+        ("* descale(given.descale_k, batch, kv_head);", ";"),
         ("low[0], low[1], high[0], high[1]", "low[0], high[0], low[1], high[1]"),  # weights of other keys
         ("sum *= 1.f / kWeightScale", "sum *= 1.f"),
         ("held[0] = smaller ? factor[0] : 1.f", "held[0] = 1.f"),  # O stays behind its maximum
@@ -133,37 +174,47 @@ def test_every_value_of_every_knob_is_run() -> None:
 # ---- the kernels that make fp8 numbers -------------------------------------------------------------------------------
 
 
-def _quantized_by_kernel(tensors: list[torch.Tensor], layout: str, incoherent: bool, folder: Path) -> QuantizedQKV:
-    assert fp8_launch.serves(*tensors)
+def _quantized_by_kernel(
+    tensors: list[torch.Tensor], layout: str, incoherent: bool, folder: Path, block: int = 0,
+    rotary: fp8_quantize.Rotary | None = None,
+) -> QuantizedQKV:  # fmt: skip
+    assert fp8_launch.serves(*tensors, rotary)
     text = emulated.translated(quantize.HELPER.rendered(HOPPER), "bf16")
     library = emulated.build(text, folder, quantize.Params)
-    made, params, _alive = fp8_launch.prepare(quantize.Params, *tensors, layout, incoherent)
+    made, params, _alive = fp8_launch.prepare(quantize.Params, *tensors, layout, incoherent, block, rotary)
     library._library.emulator_begin(0, 3)
     helper.launch(library, params, tensors[0], "not made")
     return made
 
 
 @pytest.mark.parametrize(
-    ("dtype", "d", "dv", "layout", "incoherent"),
+    ("dtype", "d", "dv", "layout", "incoherent", "block", "turned"),
     [
-        (torch.bfloat16, 128, 64, "bshd", True),
-        (torch.float16, 64, 96, "bhsd", True),
-        (torch.float32, 96, 256, "bshd", True),
-        (torch.bfloat16, 80, 16, "bshd", True),
-        (torch.bfloat16, 256, 128, "bhsd", True),
-        (torch.float16, 48, 48, "bshd", False),
+        (torch.bfloat16, 128, 64, "bshd", True, 0, None),
+        (torch.float16, 64, 96, "bhsd", True, 64, ("halves", 64)),
+        (torch.float32, 96, 256, "bshd", True, 0, ("halves", 32)),
+        (torch.bfloat16, 80, 16, "bshd", True, 64, ("neighbours", 72)),
+        (torch.bfloat16, 256, 128, "bhsd", True, 128, ("neighbours", 256)),
+        (torch.float16, 48, 48, "bshd", False, 0, None),
     ],
 )
 def test_numbers_are_made_as_by_pytorch(
-    folder: Path, dtype: torch.dtype, d: int, dv: int, layout: str, incoherent: bool
-) -> None:
+    folder: Path, dtype: torch.dtype, d: int, dv: int, layout: str, incoherent: bool, block: int,
+    turned: tuple[str, int] | None,
+) -> None:  # fmt: skip
     """The same scales and numbers, but where sums in another order fall to the other side of a rounding."""
     g = torch.Generator().manual_seed(d)
-    shapes = ((2, 37, 4, d), (2, 71, 2, d), (2, 71, 2, dv))
-    tensors = [torch.randn(shape, generator=g) * torch.tensor([0.1, 3.0])[:, None, None, None] for shape in shapes]
+    shapes = ((2, 67, 4, d), (2, 131, 2, d), (2, 131, 2, dv))
+    growth = [torch.tensor([0.1, 3.0])[:, None, None, None] * torch.linspace(1, 9, s[1])[:, None, None] for s in shapes]
+    tensors = [torch.randn(shape, generator=g) * factor for shape, factor in zip(shapes, growth, strict=True)]
     tensors = [(t if layout == "bshd" else t.transpose(1, 2)).to(dtype) for t in tensors]
-    mine = _quantized_by_kernel(tensors, layout, incoherent, folder)
-    want = fp8_quantize.by_torch(*tensors, layout, incoherent)
+    rotary = None
+    if turned is not None:
+        pairs, columns = turned
+        angles = torch.rand(140, columns // 2, generator=g) * 6
+        rotary = fp8_quantize.Rotary(angles.cos(), angles.sin(), pairs == "neighbours")
+    mine = _quantized_by_kernel(tensors, layout, incoherent, folder, block, rotary)
+    want = fp8_quantize.by_torch(*tensors, layout, incoherent, block, rotary)
     for name in ("descale_q", "descale_k", "descale_v"):
         torch.testing.assert_close(getattr(mine, name), getattr(want, name), rtol=1e-5, atol=0)
     for name in ("q", "k", "v"):
@@ -177,12 +228,14 @@ def test_numbers_are_made_as_by_pytorch(
 def test_zeros_have_a_scale(folder: Path) -> None:
     tensors = [torch.zeros(1, n, 2, 16) for n in (3, 5, 5)]
     made = _quantized_by_kernel(tensors, "bshd", True, folder)
-    assert all((t.float() == 0).all() for t in made[:3]) and all((t == 1).all() for t in made[3:])
+    assert all((t.float() == 0).all() for t in made[:3]) and all((t == 1).all() for t in made[3:6])
 
 
 def test_what_the_kernels_do_not_take() -> None:
     q, k, v = (torch.zeros(1, 5, 2, 32) for _ in range(3))
     assert fp8_launch.serves(q, k, v)
+    halves, neighbours = (fp8_quantize.Rotary(torch.zeros(5, 8), torch.zeros(5, 8), pairs) for pairs in (False, True))
+    assert fp8_launch.serves(q, k, v, neighbours) and not fp8_launch.serves(q, k, v, halves)
     for others in (
         (q, k, v[..., :24]), (q.double(), k.double(), v.double()), (q.half(), k, v), (q[:, :0], k, v),
         (q[..., 1:17], k[..., 1:17], v), (q.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1)),

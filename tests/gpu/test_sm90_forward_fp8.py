@@ -1,24 +1,27 @@
-"""sm90_forward_fp8 on a Hopper GPU against the op's own check: knobs, ragged sizes, masks, GQA, head dims, descales,
-blocks that take many tiles of rows, launches again and again and from a graph, `fagen.attention` itself."""
+"""sm90_forward_fp8 on a Hopper GPU against the op's own check: knobs, ragged sizes, masks, GQA, head dims, descales of
+heads and of blocks, thread blocks that take many tiles of rows, launches again and again and from a graph,
+`fagen.attention` and `fagen.quantize_qkv` themselves."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import fagen
-from fagen import target
+from fagen import families, target
 from fagen.codegen.spec import KernelSpec
-from fagen.dispatch import fp8 as dispatch
+from fagen.dispatch import fp8, resolve
 from fagen.ops.attention import fp8_launch, fp8_quantize
 from fagen.ops.attention.fp8_call import Fp8Call
 from fagen.ops.attention.fp8_calls import check
-from fagen.runtime import kernel
+from fagen.runtime import kernel, quantize
 from fagen.runtime.kernel import Kernel
 from tests.gpu.test_sm80_forward import EDGES
 from tests.support import cases
-from tests.support.fp8 import FAMILY, SCHEMES, Case, make_call, run
-from tests.support.serving import serves_calls
+from tests.support.fp8 import FAMILY, SCHEMES, Case, huge_scores, judged, make_call, run
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU (sm_90)"
@@ -46,15 +49,43 @@ DIM_CASES = [
     )
     for name, mask, dtype in (("base", "causal", "bf16"), ("each", "none", "fp16"))
 ]  # fmt: skip
+BLOCK_CASES = [
+    *(Case(name, mask=mask, block=192) for name in ("base", "turns", "every_tile", "two_tiles", "serial", "deep")
+      for mask in ("none", "causal")),
+    Case("each", block=128, softcap=5.0, dtype="fp16"),
+    Case("base", mask="window", window=(70, 20), block=64, head_dim=128),
+    Case("turns", mask="intervals", intervals="both4", block=64),
+    Case("every_tile", mask="intervals", intervals="lower1", block=192),
+]  # fmt: skip
+INTERVAL_CASES = [
+    *(Case(name, mask="intervals", intervals=kind)
+      for name, kind in zip(SOME, ("lower1", "lower2", "both2", "both4", "lower1"), strict=True)),
+    Case("base", mask="intervals", intervals="lower1", window=(150, 0), head_dim=128),
+    Case("sections", mask="intervals", intervals="both2"),
+    Case("deep", mask="intervals", intervals="both2", head_dim=96, softcap=5.0),
+    Case("each", mask="intervals", intervals="lower2", head_dim=256, changes=(*_SMALL,)),
+]  # fmt: skip
 OTHER_CASES = [
     Case("base", softcap=10.0),
     Case("two_tiles", softcap=5.0, mask="none"),
     Case("turns", descales=False),
-    Case("every_tile", magnitude=30.0),
+    Case("every_tile", magnitude=3.0),  # of larger ones the tensor cores' sums may take another key for the largest
     *(Case("turns", heads=h, kv_heads=hk) for h, hk in ((8, 8), (8, 1), (6, 3))),
 ]
-ALL = [*SCHEME_CASES, *WINDOW_CASES, *DIM_CASES, *OTHER_CASES]
+ALL = [*SCHEME_CASES, *WINDOW_CASES, *DIM_CASES, *BLOCK_CASES, *INTERVAL_CASES, *OTHER_CASES]
 DEFAULTS = [Case("base", mask=mask, head_dim=d) for d in (64, 128, 256) for mask in ("none", "causal")]
+
+
+@pytest.fixture
+def _served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls take the kernels, whether they do so otherwise or not."""
+    serving = dataclasses.replace(FAMILY, serves_calls=lambda problem: True)
+    every = tuple(serving if family.name == FAMILY.name else family for family in families.all_families())
+    monkeypatch.setattr(families, "all_families", lambda: every)
+    monkeypatch.setattr(fp8_launch, "SERVES_CALLS", True)
+    resolve.forget()
+    yield
+    resolve.forget()
 
 
 def _kernel_of(case: Case) -> Kernel:
@@ -119,6 +150,13 @@ def test_many_runs_and_a_graph_are_equal(name: str) -> None:
         assert all(torch.equal(t, first[n]) for n, t in outputs.items())
 
 
+@pytest.mark.parametrize("case", [Case("base", mask="none"), Case("base", mask="none", block=192)], ids=str)
+def test_the_largest_weight_is_one_however_large_the_scores(case: Case) -> None:
+    for top in (3, 99, 169):
+        verdict = judged(huge_scores(case, 70, 170, top, device="cuda"), _kernel_of(case).launch)
+        assert verdict, verdict.message
+
+
 def test_no_keys_at_all() -> None:
     case = Case("turns")
     call = make_call(case, 130, 1, 0, batch=2, device="cuda", layout="bshd")
@@ -143,43 +181,55 @@ def test_promotion_keeps_what_the_tensor_cores_lose() -> None:
     assert lost[1] <= lost[0], lost
 
 
+@pytest.mark.usefixtures("_served")
+@pytest.mark.parametrize("block", [0, 128])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_attention_of_quantised_tensors(head_dim: int) -> None:
+def test_attention_of_quantised_tensors(head_dim: int, block: int) -> None:
     g = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
         torch.randn(2, n, h, head_dim, device="cuda", generator=g).bfloat16() for n, h in ((500, 8), (700, 2), (700, 2))
     )
-    x = fagen.quantize_qkv(q, k, v)
+    x = fagen.quantize_qkv(q, k, v, block=block)
     descales = {"descale_q": x.descale_q, "descale_k": x.descale_k, "descale_v": x.descale_v}
-    call = Fp8Call.of(*x[:3], descales=tuple(descales.values()), causal=True)
-    with serves_calls("sm90_forward_fp8"):
-        served = dispatch.kernel_of(call)
-        assert served is not None and served.spec.family.name == "sm90_forward_fp8"
-        out, lse = fagen.attention(x.q, x.k, x.v, **descales, causal=True, return_lse=True)
+    call = Fp8Call.of(*x[:3], descales=tuple(descales.values()), block=block, causal=True)
+    assert fp8.kernel_of(call) is not None
+    out, lse = fagen.attention(x.q, x.k, x.v, **descales, descale_block=block, causal=True, return_lse=True)
     verdict = check(call, {"out": out, "lse": lse})
     assert verdict, verdict.message
     want = fagen.attention(q, k, v, causal=True).float()
     assert (out.float() - want).square().mean().sqrt() < 0.08 * want.square().mean().sqrt()
 
 
+@pytest.mark.usefixtures("_served")
 @pytest.mark.parametrize(
-    ("d", "dv", "layout"), [(64, 64, "bshd"), (128, 128, "bhsd"), (256, 256, "bshd"), (96, 48, "bshd")]
+    ("d", "dv", "layout", "block", "turned"),
+    [
+        (64, 64, "bshd", 0, None),
+        (128, 128, "bhsd", 128, None),
+        (256, 256, "bshd", 64, 128),
+        (96, 48, "bshd", 0, 32),
+        (128, 128, "bhsd", 0, 128),
+    ],
 )
 @pytest.mark.parametrize("incoherent", [False, True])
 def test_numbers_are_made_as_by_pytorch(
-    d: int, dv: int, layout: str, incoherent: bool, monkeypatch: pytest.MonkeyPatch
+    d: int, dv: int, layout: str, incoherent: bool, block: int, turned: int | None
 ) -> None:
-    monkeypatch.setattr(fp8_launch, "SERVES_CALLS", True)
     g = torch.Generator("cuda").manual_seed(d)
     shapes = ((2, 777, 4, d), (2, 1111, 2, d), (2, 1111, 2, dv))
     tensors = [torch.randn(shape, generator=g, device="cuda").bfloat16() for shape in shapes]
     tensors = [t if layout == "bshd" else t.transpose(1, 2) for t in tensors]
-    mine = fagen.quantize_qkv(*tensors, layout=layout, incoherent=incoherent)
-    want = fp8_quantize.by_torch(*tensors, layout, incoherent)
+    rotary = None
+    if turned is not None:
+        angles = 6 * torch.rand(1111, turned // 2, generator=g, device="cuda")
+        rotary = fp8_quantize.Rotary(angles.cos(), angles.sin(), incoherent)
+    assert quantize.HELPER.library(cases.present(), False) is not None
+    mine = fp8.quantize(*tensors, layout, incoherent, block, rotary)
+    want = fp8_quantize.by_torch(*tensors, layout, incoherent, block, rotary)
     for name in ("descale_q", "descale_k", "descale_v"):
         torch.testing.assert_close(getattr(mine, name), getattr(want, name), rtol=1e-4, atol=0)
     for name in ("q", "k", "v"):
         a, b = (getattr(x, name).float() for x in (mine, want))
         off = (a - b).abs()
-        assert a.shape == b.shape and (off <= torch.maximum(a.abs() / 8, torch.tensor(2.0**-9))).all(), name
+        assert a.shape == b.shape and (off <= (a.abs() / 8).clamp(min=2.0**-9)).all(), name
         assert (off > 0).float().mean() < 0.02, name

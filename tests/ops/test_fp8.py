@@ -1,8 +1,9 @@
-"""fagen.quantize_qkv and fagen.attention on fp8 numbers: the order of v, scales, masks, layouts, what is refused."""
+"""fagen.attention on fp8 numbers: the order of v, descales, masks, layouts, what is refused."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import functools
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import fagen
 from fagen import env
 from fagen.build import toolchain
 from fagen.errors import InvalidArgument
-from fagen.ops.attention import fallback, fp8_order, fp8_quantize
-from fagen.ops.attention.call import AttentionCall
+from fagen.ops.attention import fp8_order
 from fagen.ops.attention.fp8_call import E4M3, Fp8Call
 from fagen.ops.attention.fp8_calls import check
 from fagen.ops.attention.fp8_problem import Fp8Problem
+from fagen.ops.attention.fp8_quantize import QuantizedQKV
+from tests.support.fp8 import exact_attention, named_descales, qkv, relative_error
 
 ORDER = """
 #include <stdio.h>
@@ -29,27 +31,6 @@ int main() {
       printf("%d %d %d\\n", fagen::key_in_place(place), column, fagen::byte_of(place, column));
 }
 """
-Quantized = fp8_quantize.QuantizedQKV
-
-
-def _tensors(layout: str = "bshd", d: int = 64, dv: int = 64, *, seed: int = 0) -> list[torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((2, 50, 4, d), (2, 70, 2, d), (2, 70, 2, dv))
-    made = [torch.randn(shape, generator=g).to(torch.bfloat16) for shape in shapes]
-    return made if layout == "bshd" else [t.transpose(1, 2).contiguous() for t in made]
-
-
-def _descales(x: Quantized) -> dict[str, torch.Tensor]:
-    return {name: getattr(x, name) for name in ("descale_q", "descale_k", "descale_v")}
-
-
-def _exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) by PyTorch, in float32."""
-    return fallback.attend(AttentionCall.of(q.float(), k.float(), v.float(), return_lse=True, **options))
-
-
-def _error(mine: torch.Tensor, want: torch.Tensor) -> float:
-    return float((mine.float() - want.float()).square().mean().sqrt() / want.float().square().mean().sqrt())
 
 
 # ---- the order of v --------------------------------------------------------------------------------------------------
@@ -87,57 +68,6 @@ def test_order_and_back(keys: int) -> None:
     assert (fp8_order.rows_of_values(ordered, ordered.shape[2] * 32)[:, keys:].float() == 0).all()
 
 
-# ---- quantising ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("d", [64, 96, 192])
-def test_spreading_outliers_changes_no_product(d: int) -> None:
-    q, k = torch.randn(5, d, dtype=torch.float64).float(), torch.randn(7, d)
-    spread_q, spread_k = fp8_quantize.spread_outliers(q), fp8_quantize.spread_outliers(k)
-    torch.testing.assert_close(spread_q @ spread_k.T, q @ k.T, rtol=1e-4, atol=1e-4)
-    one = torch.zeros(1, d)
-    one[0, 3] = 1.0
-    part = d & -d
-    assert fp8_quantize.spread_outliers(one).abs().max() == pytest.approx(part**-0.5)
-
-
-def test_scales_are_of_each_batch_and_kv_head() -> None:
-    q, k, v = _tensors()
-    x = fagen.quantize_qkv(q, k, v, incoherent=False)
-    for numbers, descale, t in ((x.q, x.descale_q, q), (x.k, x.descale_k, k)):
-        assert numbers.dtype == E4M3 and descale.shape == (2, 2)
-        for b, h in itertools.product(range(2), range(2)):
-            heads = slice(h * t.shape[2] // 2, (h + 1) * t.shape[2] // 2)
-            assert float(descale[b, h] * 448) == pytest.approx(float(t[b, :, heads].float().abs().max()))
-            assert numbers[b, :, heads].float().abs().max() == 448
-            error = (numbers[b, :, heads].float() * descale[b, h] - t[b, :, heads].float()).abs()
-            assert (error <= t[b, :, heads].float().abs() / 16 + descale[b, h] * 2**-9).all()
-
-
-def test_zeros_and_no_keys_are_quantised() -> None:
-    x = fagen.quantize_qkv(*(torch.zeros(1, n, 2, 16) for n in (3, 5, 5)))
-    assert (fagen.attention(x.q, x.k, x.v, **_descales(x)) == 0).all()
-    x = fagen.quantize_qkv(torch.ones(1, 3, 2, 16), *(torch.ones(1, 0, 2, 16) for _ in range(2)))
-    out, lse = fagen.attention(x.q, x.k, x.v, **_descales(x), return_lse=True)
-    assert out.shape == (1, 3, 2, 16) and (out == 0).all() and (lse == -torch.inf).all()
-
-
-def test_spread_outliers_cost_less() -> None:
-    """N(0, 1) and, of one number in a thousand, N(0, 100): see benchmarks/fp8_accuracy.py."""
-    g = torch.Generator().manual_seed(0)
-
-    def tensor() -> torch.Tensor:
-        rare = torch.rand(1, 256, 2, 128, generator=g) < 0.001
-        return torch.randn(rare.shape, generator=g) + 10 * torch.randn(rare.shape, generator=g) * rare
-
-    q, k, v = tensor(), tensor(), tensor()
-    want, errors = _exact(q, k, v)[0], []
-    for incoherent in (False, True):
-        x = fagen.quantize_qkv(q, k, v, incoherent=incoherent)
-        errors.append(_error(fagen.attention(x.q, x.k, x.v, **_descales(x)), want))
-    assert errors[1] < 0.8 * errors[0]
-
-
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -146,83 +76,146 @@ def test_spread_outliers_cost_less() -> None:
     "options", [{}, {"causal": True}, {"window": (20, 5)}, {"softcap": 3.0, "scale": 0.2}], ids=lambda o: "-".join(o)
 )
 def test_it_is_attention_on_what_the_numbers_stand_for(layout: str, options: dict) -> None:
-    q, k, v = _tensors(layout)
+    q, k, v = qkv(layout)
     x = fagen.quantize_qkv(q, k, v, layout=layout)
-    out, lse = fagen.attention(x.q, x.k, x.v, **_descales(x), layout=layout, return_lse=True, **options)
-    want, want_lse = _exact(q, k, v, layout=layout, **options)
+    out, lse = fagen.attention(x.q, x.k, x.v, **named_descales(x), layout=layout, return_lse=True, **options)
+    want, want_lse = exact_attention(q, k, v, layout=layout, **options)
     assert out.dtype == torch.bfloat16 and out.shape == want.shape
-    assert _error(out, want) < 0.06
+    assert relative_error(out, want) < 0.06
     assert (lse - want_lse).abs().max() < 0.2
-    descales = tuple(_descales(x).values())
+    descales = tuple(named_descales(x).values())
     verdict = check(Fp8Call.of(*x[:3], descales=descales, layout=layout, **options), {"out": out, "lse": lse})
     assert verdict, verdict.message
 
 
+def _attend(x: QuantizedQKV, **options: Any) -> Any:
+    return fagen.attention(x.q, x.k, x.v, **named_descales(x), descale_block=x.block, **options)
+
+
+def _documents() -> torch.Tensor:
+    """Of batch 0 and 1 others: int32 (2, 1, 70, 2)."""
+    ids = (torch.arange(70)[None] >= torch.tensor([[17], [40]])).int()
+    return fagen.masks.from_documents(ids, causal=False)
+
+
+def test_blocks_have_their_scales() -> None:
+    """Of small rows beside large ones a scale of all would leave e4m3 nothing."""
+    q, k, v = qkv()
+    k = torch.cat([k[:, :64] * 1e-6, k[:, 64:]], dim=1)
+    x = fagen.quantize_qkv(q, k, v, block=64, incoherent=False)
+    assert x.descale_q.shape == (2, 4, 1) and x.descale_k.shape == (2, 2, 2) and x.descale_v.shape == (2, 2)
+    assert torch.equal(x.descale_k[:, :, 1], k[:, 64:].abs().float().amax((1, 3)) / 448.0)
+    call = Fp8Call.of(*x[:3], descales=tuple(named_descales(x).values()), block=64, causal=True)
+    whole = fagen.quantize_qkv(q, k, v, incoherent=False)
+    assert relative_error(call.dequantized().k[:, :64], k[:, :64]) < 0.06 and (whole.k[:, :64].float() == 0).all()
+    out, lse = _attend(x, causal=True, return_lse=True)
+    want, want_lse = exact_attention(q, k, v, causal=True)
+    assert relative_error(out, want) < 0.06 and (lse - want_lse).abs().max() < 0.2
+    verdict = check(call, {"out": out, "lse": lse})
+    assert verdict, verdict.message
+    wrong = _attend(x._replace(descale_k=x.descale_k.flip(2)), causal=True, return_lse=True)
+    assert not check(call, dict(zip(("out", "lse"), wrong, strict=True)))
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_blocks_in_both_layouts(layout: str) -> None:
+    x = fagen.quantize_qkv(*qkv(layout), layout=layout, block=64)
+    want = _attend(fagen.quantize_qkv(*qkv(), block=64))
+    assert torch.equal(
+        _attend(x, layout=layout) if layout == "bshd" else _attend(x, layout=layout).transpose(1, 2), want
+    )
+
+
+def test_intervals_mask_as_in_16_bits() -> None:
+    q, k, v = qkv()
+    x, intervals = fagen.quantize_qkv(q, k, v), _documents()
+    for options in ({}, {"causal": True}, {"window": (20, 3)}):
+        out, lse = _attend(x, intervals=intervals, return_lse=True, **options)
+        want, want_lse = exact_attention(q, k, v, intervals=intervals, **options)
+        assert torch.equal(lse == -torch.inf, want_lse == -torch.inf) and relative_error(out, want) < 0.06
+    assert not torch.equal(_attend(x, intervals=intervals), _attend(x))
+
+
 def test_values_of_rows_are_brought_into_order() -> None:
-    q, k, v = _tensors()
+    q, k, v = qkv()
     x = fagen.quantize_qkv(q, k, v)
     rows = fp8_order.rows_of_values(x.v, k.shape[1])
-    want = fagen.attention(x.q, x.k, x.v, **_descales(x))
-    assert torch.equal(fagen.attention(x.q, x.k, rows, **_descales(x)), want)
+    want = fagen.attention(x.q, x.k, x.v, **named_descales(x))
+    assert torch.equal(fagen.attention(x.q, x.k, rows, **named_descales(x)), want)
     turned = [t.transpose(1, 2) for t in (x.q, x.k, rows)]
-    assert torch.equal(fagen.attention(*turned, **_descales(x), layout="bhsd").transpose(1, 2), want)
+    assert torch.equal(fagen.attention(*turned, **named_descales(x), layout="bhsd").transpose(1, 2), want)
 
 
 def test_descales_are_tensors_or_numbers() -> None:
-    q, k, v = (t.to(E4M3) for t in _tensors())
+    q, k, v = (t.to(E4M3) for t in qkv())
     want = fagen.attention(q, k, v, descale_q=torch.full((2, 2), 2.0), descale_v=torch.full((2, 2), 0.5))
     assert torch.equal(fagen.attention(q, k, v, descale_q=2.0, descale_v=torch.tensor(0.5)), want)
     assert not torch.equal(fagen.attention(q, k, v), want)
 
 
 def test_out_says_the_dtype() -> None:
-    q, k, v = (t.to(E4M3) for t in _tensors())
+    q, k, v = (t.to(E4M3) for t in qkv())
     out = torch.empty(2, 50, 4, 64, dtype=torch.float16)
     assert fagen.attention(q, k, v, out=out) is out
-    assert _error(out, fagen.attention(q, k, v)) < 0.01
+    assert relative_error(out, fagen.attention(q, k, v)) < 0.01
 
 
 def test_sinks_join_the_sum() -> None:
-    q, k, v = (t.to(E4M3) for t in _tensors())
+    q, k, v = (t.to(E4M3) for t in qkv())
     sinks = torch.tensor([0.0, 1.0, 2.0, -3.0])
     out, lse = fagen.attention(q, k, v, sinks=sinks, return_lse=True)
-    want, want_lse = _exact(q, k, v, sinks=sinks)
-    assert _error(out, want) < 0.01
+    want, want_lse = exact_attention(q, k, v, sinks=sinks)
+    assert relative_error(out, want) < 0.01
     torch.testing.assert_close(lse, want_lse)
 
 
 def test_a_compiler_sees_ops() -> None:
-    x = fagen.quantize_qkv(*_tensors())
+    x = fagen.quantize_qkv(*qkv())
     quantize = torch.compile(lambda *t: fagen.quantize_qkv(*t), fullgraph=True, backend="eager")
-    for mine, want in zip(quantize(*_tensors()), x, strict=True):
+    for mine, want in zip(quantize(*qkv())[:6], x[:6], strict=True):
         assert torch.equal(mine.float(), want.float())
-    torch.library.opcheck(
-        torch.ops.fagen.quantize_qkv.default, (*_tensors("bhsd"), True, True), test_utils=("test_faketensor",)
-    )
+    angles = torch.rand(70, 16)
+    for block, rotary in ((0, (None, None, True)), (64, (angles.cos(), angles.sin(), False))):
+        torch.library.opcheck(
+            torch.ops.fagen.quantize_qkv.default, (*qkv("bhsd"), True, True, block, *rotary),
+            test_utils=("test_faketensor",),
+        )  # fmt: skip
     made = torch.compile(
-        lambda x: fagen.attention(x.q, x.k, x.v, **_descales(x), causal=True, return_lse=True),
+        lambda x: fagen.attention(x.q, x.k, x.v, **named_descales(x), causal=True, return_lse=True),
         fullgraph=True, backend="eager",
     )  # fmt: skip
-    for mine, want in zip(made(x), fagen.attention(*x[:3], **_descales(x), causal=True, return_lse=True), strict=True):
+    for mine, want in zip(
+        made(x), fagen.attention(*x[:3], **named_descales(x), causal=True, return_lse=True), strict=True
+    ):
         assert torch.equal(mine, want)
     torch.library.opcheck(
-        torch.ops.fagen.forward_fp8.default, (*x, False, -1, 0, 0.0, None),
+        torch.ops.fagen.forward_fp8.default, (*x, False, -1, 0, 0.0, None, None, True),
         test_utils=("test_faketensor",),
     )  # fmt: skip
+
+
+def test_a_compiler_sees_blocks_and_intervals() -> None:
+    x, intervals = fagen.quantize_qkv(*qkv(), block=64), _documents()
+    for causal in (False, True):
+        attend = functools.partial(_attend, causal=causal, return_lse=True)
+        made = torch.compile(lambda x, i, attend=attend: attend(x, intervals=i), fullgraph=True, backend="eager")
+        want = attend(x, intervals=intervals)
+        assert all(torch.equal(a, b) for a, b in zip(made(x, intervals), want, strict=True))
 
 
 @pytest.mark.parametrize("d", [64, 256])
 def test_the_check_allows_what_the_tensor_cores_lose_and_no_more(d: int) -> None:
     """2.8 units of 2^-13 of sum |q k| were seen on a GPU; 6 are a fault, in the LSE and in the weights of keys."""
-    x = fagen.quantize_qkv(*_tensors(d=d))
-    call = Fp8Call.of(*x[:3], descales=tuple(_descales(x).values()))
+    x = fagen.quantize_qkv(*qkv(d=d))
+    call = Fp8Call.of(*x[:3], descales=tuple(named_descales(x).values()))
     whole = call.dequantized()
     q, k, v = whole.bhsd()
     k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
     unit = 2.0**-13 * (q.abs() @ k.abs().mT) * d**-0.5
 
-    def outputs(lost: torch.Tensor) -> dict[str, torch.Tensor]:
+    def outputs(lost: torch.Tensor, tanh: float = 0.0) -> dict[str, torch.Tensor]:
         scores = q @ k.mT * d**-0.5 + lost
+        scores = 10.0 * torch.tanh(scores / 10.0) * (1 + tanh) if tanh else scores
         out = torch.softmax(scores, -1) @ v
         return {"out": out.transpose(1, 2).bfloat16(), "lse": scores.logsumexp(-1)}
 
@@ -230,6 +223,9 @@ def test_the_check_allows_what_the_tensor_cores_lose_and_no_more(d: int) -> None
     assert "LSE" in check(call, outputs(6 * unit)).message
     assert "LSE" in check(call, outputs(-6 * unit)).message
     assert not check(call, {"out": outputs(0 * unit)["out"] * 1.2, "lse": outputs(0 * unit)["lse"]})
+    capped = dataclasses.replace(call, softcap=10.0)
+    assert check(capped, outputs(2.8 * unit, 2.0**-11)) and check(capped, outputs(-2.8 * unit, -(2.0**-11)))
+    assert "LSE" in check(capped, outputs(6 * unit, 2.0**-10)).message
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -240,7 +236,13 @@ def test_the_check_allows_what_the_tensor_cores_lose_and_no_more(d: int) -> None
     [
         ({"alibi_slopes": torch.ones(4)}, "no alibi_slopes"),
         ({"dropout_p": 0.1}, "no dropout_p"),
-        ({"intervals": torch.zeros(1, 1, 70, 1, dtype=torch.int32)}, "no intervals"),
+        ({"intervals": torch.zeros(1, 1, 71, 1, dtype=torch.int32)}, "intervals must have shape"),
+        ({"intervals": torch.zeros(1, 1, 70, 3, dtype=torch.int32)}, "they may have 1, 2 or 4"),
+        ({"descale_block": 32}, "descale_block=32 is not a multiple of 64"),
+        ({"descale_block": -64}, "descale_block=-64 is not"),
+        ({"descale_block": 64, "descale_q": torch.ones(2, 2)}, r"descale_q must be a number or float32 \(2, 4, 1\)"),
+        ({"descale_block": 64, "descale_k": torch.ones(2, 2, 1)}, r"descale_k must be a number or float32 \(2, 2, 2\)"),
+        ({"descale_block": 64, "descale_v": torch.ones(2, 2, 2)}, r"descale_v must be a number or float32 \(2, 2\)"),
         ({"descale_q": torch.ones(2, 4)}, r"descale_q must be a number or float32 \(2, 2\)"),
         ({"descale_k": torch.ones(2, 2).double()}, "descale_k must be"),
         ({"descale_v": "1"}, "descale_v"),
@@ -252,13 +254,13 @@ def test_the_check_allows_what_the_tensor_cores_lose_and_no_more(d: int) -> None
     ],
 )
 def test_what_it_refuses(options: dict, words: str) -> None:
-    q, k, v = (t.to(E4M3) for t in _tensors())
+    q, k, v = (t.to(E4M3) for t in qkv())
     with pytest.raises((InvalidArgument, TypeError), match=words):
         fagen.attention(q, k, v, **options)
 
 
 def test_tensors_that_contradict_each_other_are_refused() -> None:
-    q, k, v = _tensors()
+    q, k, v = qkv()
     x = fagen.quantize_qkv(q, k, v)
     cases = [
         ((q.to(E4M3), k, x.v), "k must be float8_e4m3fn"),
@@ -272,24 +274,9 @@ def test_tensors_that_contradict_each_other_are_refused() -> None:
     for tensors, words in cases:
         with pytest.raises(InvalidArgument, match=words):
             fagen.attention(*tensors)
-    with pytest.raises(InvalidArgument, match="descales are of fp8 numbers"):
-        fagen.attention(q, k, v, descale_q=1.0)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda q, k, v: (q.to(E4M3), k, v), "16 bits or more"),
-        (lambda q, k, v: (q[0], k, v), "4 dimensions"),
-        (lambda q, k, v: (q, k[..., :32], v), "the head_dim of q"),
-        (lambda q, k, v: (q, k, v[:, :9]), "the rows and heads of k"),
-        (lambda q, k, v: (q[:, :, :3], k, v), "must divide"),
-        (lambda q, k, v: (q, k, v[..., :12]), "a multiple of 8"),
-    ],
-)
-def test_what_cannot_be_quantised(change, words: str) -> None:
-    with pytest.raises(InvalidArgument, match=words):
-        fagen.quantize_qkv(*change(*_tensors()))
+    for only_fp8 in ({"descale_q": 1.0}, {"descale_block": 64}):
+        with pytest.raises(InvalidArgument, match="descales are of fp8 numbers"):
+            fagen.attention(q, k, v, **only_fp8)
 
 
 @pytest.mark.parametrize("name", ["alibi", "dropout", "tf32"])
@@ -298,4 +285,13 @@ def test_a_problem_has_no(name: str) -> None:
         Fp8Problem(**{name: True})
     with pytest.raises(InvalidArgument, match="fp32"):
         Fp8Problem(dtype="fp32")
-    assert Fp8Problem.from_dict(Fp8Problem(mask="causal").to_dict()) == Fp8Problem(mask="causal")
+    for problem in (
+        Fp8Problem(mask="causal"),
+        Fp8Problem(scale_block=128),
+        Fp8Problem(mask="intervals", intervals="both2"),
+    ):
+        assert Fp8Problem.from_dict(problem.to_dict()) == problem
+    assert "scale_block" not in Fp8Problem().to_dict()  # as it was before there were any
+    assert Fp8Problem(scale_block=128).static_key.endswith("/scales128")
+    with pytest.raises(InvalidArgument, match="scale_block=100"):
+        Fp8Problem(scale_block=100)

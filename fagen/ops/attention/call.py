@@ -102,7 +102,7 @@ class AttentionCall:
             raise InvalidArgument(f"layout {arguments.shown(layout)} is unknown", "known: bshd, bhsd")
         causal, bounds, softcap, scale = arguments.settings(causal, window, softcap, scale)
         _check_qkv(q, k, v, layout)
-        kind = "" if intervals is None else interval_kind(_checked_columns(intervals, q, k, layout), causal)
+        kind = "" if intervals is None else interval_kind(checked_columns(intervals, q, k, layout), causal)
         call = cls(
             q, k, v, layout, bounds, intervals, kind, softcap, alibi_slopes, scale, want_lse, out, deterministic, sinks,
             dropout_p, tf32=tf32.allowed(q),
@@ -115,7 +115,7 @@ class AttentionCall:
         if self.layout not in AXES:
             raise InvalidArgument(f"layout {arguments.shown(self.layout)} is unknown", "known: bshd, bhsd")
         _check_qkv(self.q, self.k, self.v, self.layout)
-        columns = 0 if self.intervals is None else _checked_columns(self.intervals, self.q, self.k, self.layout)
+        columns = 0 if self.intervals is None else checked_columns(self.intervals, self.q, self.k, self.layout)
         if columns != len(INTERVAL_KINDS.get(self.kind, ())):
             raise InvalidArgument(f"the intervals have {columns} columns", f"the call says they are {self.kind!r}")
         if self.sinks is not None:  # it would leave them out
@@ -348,7 +348,7 @@ def _check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str)
         )
 
 
-def _checked_columns(intervals: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: str) -> int:
+def checked_columns(intervals: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: str) -> int:
     """How many bounds the intervals have for each key."""
     arguments.dense("intervals", intervals)
     if intervals.dtype != torch.int32:

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 
 from fagen.errors import InvalidArgument
-from fagen.ops.attention import arguments, fp8_order
+from fagen.ops.attention import arguments, fp8_order, fp8_quantize
 from fagen.ops.attention.arguments import LARGEST_SIZE, Window, is_aligned
-from fagen.ops.attention.call import AXES, AttentionCall
-from fagen.ops.attention.fp8_problem import Fp8Problem
+from fagen.ops.attention.call import AXES, AttentionCall, checked_columns
+from fagen.ops.attention.fp8_problem import Fp8Problem, check_block
+from fagen.ops.attention.masks import interval_kind
+from fagen.ops.attention.problem import INTERVAL_KINDS
 from fagen.target import Target, target_of
 
 E4M3 = torch.float8_e4m3fn
 OUT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _MASKS = {(-1, -1): "none", (-1, 0): "causal"}  # of a window; another one is just that
 _DESCALES = ("descale_q", "descale_k", "descale_v")
-_TENSORS = ("q", "k", "v", *_DESCALES)
+_TENSORS = ("q", "k", "v", *_DESCALES, "intervals")
 _LONGEST = 1 << 29  # rows or keys: what a kernel takes for "without bound" lies there
 
 
@@ -33,6 +35,7 @@ class Fp8Call:
     descale_q: torch.Tensor | None = None  # float32 (batch, kv_heads): multiplies q; None: 1
     descale_k: torch.Tensor | None = None
     descale_v: torch.Tensor | None = None
+    block: int = 0  # rows of q, and of k, that share a scale, (batch, heads of the tensor, blocks); 0: see above
     layout: str = "bshd"
     window: tuple[int, int] = (-1, -1)  # -1: unbounded; causal is folded in
     softcap: float = 0.0
@@ -40,6 +43,8 @@ class Fp8Call:
     want_lse: bool = False
     dtype: torch.dtype = torch.bfloat16  # of O
     out: torch.Tensor | None = None
+    intervals: torch.Tensor | None = None
+    kind: str = ""  # of the intervals: a key of INTERVAL_KINDS
 
     @classmethod
     def of(
@@ -49,9 +54,11 @@ class Fp8Call:
         v: torch.Tensor,
         *,
         descales: tuple[Any, Any, Any] = (None, None, None),
+        block: int = 0,
         layout: str = "bshd",
         causal: bool = False,
         window: Window = (None, None),
+        intervals: torch.Tensor | None = None,
         softcap: float = 0.0,
         scale: float | None = None,
         return_lse: bool = False,
@@ -61,17 +68,21 @@ class Fp8Call:
         want_lse = arguments.flag("return_lse", return_lse)
         if layout not in tuple(AXES):
             raise InvalidArgument(f"layout {arguments.shown(layout)} is unknown", "known: bshd, bhsd")
-        _, bounds, softcap, scale = arguments.settings(causal, window, softcap, scale)
+        causal, bounds, softcap, scale = arguments.settings(causal, window, softcap, scale)
+        block = arguments.integer("descale_block", block)
         for name, t in (("q", q), ("k", k), ("v", v)):
             _require_e4m3(name, t)
         if v.dim() == 4:
             _require_rows(v, k)
             v = fp8_order.order_values(v if layout == "bshd" else v.transpose(1, 2))
         dtype = torch.bfloat16 if out is None or not isinstance(out, torch.Tensor) else out.dtype
-        call = cls(q, k, v, None, None, None, layout, bounds, softcap, scale, want_lse, dtype, out)
+        call = cls(q, k, v, None, None, None, block, layout, bounds, softcap, scale, want_lse, dtype, out)
         call.check_tensors()
         of_q, of_k, of_v = (_descale(name, t, call) for name, t in zip(_DESCALES, descales, strict=True))
-        return dataclasses.replace(call, descale_q=of_q, descale_k=of_k, descale_v=of_v)
+        kind = "" if intervals is None else interval_kind(checked_columns(intervals, q, k, layout), causal)
+        return dataclasses.replace(
+            call, descale_q=of_q, descale_k=of_k, descale_v=of_v, intervals=intervals, kind=kind
+        )  # fmt: skip
 
     def check_tensors(self) -> None:
         """Raise InvalidArgument for tensors that contradict each other."""
@@ -86,11 +97,14 @@ class Fp8Call:
             if t.device != self.q.device:
                 raise InvalidArgument(f"{name} is on {t.device}", f"q is on {self.q.device}")
         self._check_sizes()
+        check_block("descale_block", self.block)
         for name in _DESCALES:
-            t = getattr(self, name)
-            if t is not None and (tuple(t.shape) != (self.batch, self.kv_heads) or t.dtype != torch.float32):
-                have = f"it is {t.dtype} {tuple(t.shape)}"
-                raise InvalidArgument(f"{name} must be float32 {(self.batch, self.kv_heads)}", have)
+            t, shape = getattr(self, name), self.descale_shape(name)
+            if t is not None and (tuple(t.shape) != shape or t.dtype != torch.float32):
+                raise InvalidArgument(f"{name} must be float32 {shape}", f"it is {t.dtype} {tuple(t.shape)}")
+        columns = 0 if self.intervals is None else checked_columns(self.intervals, self.q, self.k, self.layout)
+        if columns != len(INTERVAL_KINDS.get(self.kind, ())):
+            raise InvalidArgument(f"the intervals have {columns} columns", f"the call says they are {self.kind!r}")
         if self.out is not None:
             self._check_out(self.out)
 
@@ -150,6 +164,15 @@ class Fp8Call:
     def head_dim_v(self) -> int:
         return self.v.shape[3]
 
+    @property
+    def causal_intervals(self) -> bool:
+        """The flag that tells the two meanings of two columns of intervals apart."""
+        return self.window[1] == 0 and self.kind != "both2"
+
+    def descale_shape(self, name: str) -> tuple[int, ...]:
+        sizes = self.batch, self.heads, self.kv_heads, self.seqlen_q, self.seqlen_k
+        return fp8_quantize.descale_shapes(*sizes, self.block)[_DESCALES.index(name)]
+
     # ---- tensors ----------------------------------------------------------------------------------------------------
 
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -172,14 +195,18 @@ class Fp8Call:
         v = rows if self.layout == "bshd" else rows.transpose(1, 2)
         q, k, v = (self._scaled(t, getattr(self, name)) for t, name in zip((self.q, self.k, v), _DESCALES, strict=True))
         return AttentionCall(
-            q, k, v, self.layout, self.window, softcap=self.softcap, scale=self.scale, want_lse=self.want_lse
-        )
+            q, k, v, self.layout, self.window, self.intervals, self.kind, softcap=self.softcap, scale=self.scale,
+            want_lse=self.want_lse,
+        )  # fmt: skip
 
     def _scaled(self, t: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
         if factors is None:
             return t.float()
-        of_heads = factors.repeat_interleave(t.shape[self.head_axis] // self.kv_heads, dim=1)
-        return t.float() * (of_heads[:, None, :, None] if self.layout == "bshd" else of_heads[:, :, None, None])
+        if factors.dim() == 3:
+            of_rows = factors.repeat_interleave(self.block, dim=2)[:, :, : t.shape[self.row_axis]]
+        else:
+            of_rows = factors.repeat_interleave(t.shape[self.head_axis] // self.kv_heads, dim=1)[:, :, None]
+        return t.float() * (of_rows if self.layout == "bhsd" else of_rows.transpose(1, 2))[..., None]
 
     # ---- what can serve it ------------------------------------------------------------------------------------------
 
@@ -212,8 +239,10 @@ class Fp8Call:
             dtype=OUT_DTYPES[self.dtype],
             head_dim=self.q.shape[3],
             head_dim_v=self.head_dim_v,
-            mask=_MASKS.get(self.window, "window"),
+            mask="intervals" if self.kind else _MASKS.get(self.window, "window"),
+            intervals=self.kind,
             softcap=bool(self.softcap),
+            scale_block=self.block,
             aligned=aligned and (self.out is None or is_aligned(self.out)),
             batch=self.batch,
             heads=self.heads,
@@ -238,10 +267,10 @@ def _require_rows(v: torch.Tensor, k: torch.Tensor) -> None:
 
 
 def _descale(name: str, value: Any, call: Fp8Call) -> torch.Tensor | None:
-    """A number, a tensor of one, or float32 (batch, kv_heads)."""
+    """A number, a tensor of one, or float32 of the descale's shape."""
     if value is None:
         return None
-    shape = (call.batch, call.kv_heads)
+    shape = call.descale_shape(name)
     if not isinstance(value, torch.Tensor):
         factor = arguments.number(name, value)
         if factor < arguments.LEAST_NUMBER:

@@ -41,10 +41,7 @@ def _put_problem(params: Any, call: AttentionCall, of_rows: Mapping[str, torch.T
     axes = (0, call.row_axis, call.head_axis)
     for name, tensor in of_rows.items():
         point(getattr(params, name), tensor, *(tensor.stride(i) for i in axes))
-    if (intervals := call.intervals) is not None:
-        batch, head, key, _ = intervals.stride()
-        point(params.intervals, intervals, batch if intervals.shape[0] > 1 else 0, head, key)
-        params.mask_heads = intervals.shape[1]
+    point_intervals(params, call.intervals)
     if (slopes := call.alibi_slopes) is not None:
         point(params.alibi_slopes, slopes, slopes.stride(0) if slopes.dim() == 2 and slopes.shape[0] > 1 else 0)
     params.batch, params.seqlen_q, params.heads = call.batch, call.seqlen_q, call.heads
@@ -57,6 +54,13 @@ def _put_problem(params: Any, call: AttentionCall, of_rows: Mapping[str, torch.T
     params.softcap = call.softcap
     if call.rng is not None:
         params.dropout, params.rng = call.dropout, call.rng.data_ptr()
+
+
+def point_intervals(params: Any, intervals: torch.Tensor | None) -> None:
+    if intervals is not None:
+        batch, head, key, _ = intervals.stride()
+        point(params.intervals, intervals, batch if intervals.shape[0] > 1 else 0, head, key)
+        params.mask_heads = intervals.shape[1]
 
 
 def point(field: Any, tensor: torch.Tensor, *strides: int) -> None:

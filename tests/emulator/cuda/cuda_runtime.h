@@ -49,6 +49,10 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmul_ru(float a, float b) {
+  const float near = a * b;
+  return near < double(a) * b ? nextafterf(near, INFINITY) : near;
+}
 inline unsigned __float_as_uint(float x) { return unsigned(emulator::bits_of(x)); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }

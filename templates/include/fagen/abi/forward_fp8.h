@@ -5,7 +5,8 @@
 // q and k hold e4m3 numbers, and so does v, in the kernel's order: (batch, kv_heads, blocks of 32 keys, head_dim_v,
 // 32), a block's 32 * head_dim_v bytes as sm90/forward_fp8/value_order.cuh says. The strides of v are those of batch,
 // block and head. O is of 16-bit elements. A descale is float (batch, kv_heads), strides: batch, kv head; null: 1. What
-// it multiplies is what the tensor stands for.
+// it multiplies is what the tensor stands for. A kernel for blocks of so many rows wants those of q and k for each of
+// them, (batch, heads of the tensor, blocks), strides: batch, head, block.
 typedef struct fagen_forward_fp8_params {
   fagen_forward_params forward;  // its workspace is not read
   fagen_tensor descale_q;

@@ -2,31 +2,40 @@
 // turns and stores follow each other as those of sm90/forward/consumer.cuh do, but the exponentials of a tile may run
 // under the product with the values of the one before: products are twice as fast here, and exponentials are not.
 #pragma once
-#include "fagen/common/exp2.cuh"
 #include "fagen/sm90/forward/epilogue.cuh"
 #include "fagen/sm90/forward/row_tile.cuh"
 #include "fagen/sm90/forward/turns.cuh"
 #include "fagen/sm90/forward/visibility.cuh"
+#include "fagen/sm90/forward_fp8/softmax.cuh"
 #include "fagen/sm90/forward_fp8/sums.cuh"
 #include "fagen/sm90/forward_fp8/weights.cuh"
 
 namespace fagen {
 
-// The factor of a tensor's numbers of a kv head.
-__device__ __forceinline__ float descale(const fagen_tensor& t, const TileCoord& coord, int kv_head) {
+// The factor of a tensor's numbers of a head, in a block of rows where each has its own.
+__device__ __forceinline__ float descale(const fagen_tensor& t, int batch, int head, int block = 0) {
   const float* factors = static_cast<const float*>(t.data);
-  return factors ? factors[coord.batch * t.stride[0] + kv_head * t.stride[1]] : 1.f;
+  return factors ? factors[batch * t.stride[0] + head * t.stride[1] + block * t.stride[2]] : 1.f;
 }
+
+// The state of two rows that a thread carries from key tile to key tile: O, unnormalised, and the softmax.
+template <class C>
+struct Fp8RowState {
+  Lane lane;
+  float o[1][C::kHeadDimV / 8][4];
+  Fp8Softmax<C> softmax;
+};
 
 template <class C, class Element>
 struct Fp8Consumer {
   using L = BlockLayout<C>;
-  using State = RowState<C, 1, C::kTileN, C::kHeadDimV>;
-  using Scores = typename State::Scores;  // [1][keys / 8][4]
+  using Scores = float[1][C::kTileN / 8][4];
   using Mod = ScoreMod<C>;
   using Skipped = SkippedTiles<C>;
 
   static constexpr int kPieces = C::kTileN / 8;  // 8 keys each
+  static constexpr bool kBlocks = C::kScaleBlock > 0, kIntervals = MaskOf<C>::kIntervals;
+  static_assert(!kBlocks || C::kScaleBlock % C::kTileN == 0, "a key tile has no more than two descales");
 
   const fagen_forward_fp8_params& given;
   const fagen_forward_params& p;
@@ -38,12 +47,13 @@ struct Fp8Consumer {
   const Turns<C> turns;
   RowTile<C> row_tile;
   Skipped skipped;
-  State state;
+  TileMask tile_mask;  // intervals: of the key tile whose scores are under way
+  Fp8RowState<C> state;
   Scores s_acc;
   Fp8Weights<C> weights;
   ValueSums<C> sums;
-  float of_values;  // the descale of v, of the row tile that was visited last
-  float margin;     // of scores, between a reference and the softmax's limit
+  float of_rows[2];  // blocks: what takes scores of the row tile to logarithms, but for the descale of k
+  float of_values;   // the descale of v, of the row tile that was visited last
 
   __device__ __forceinline__ Fp8Consumer(const fagen_forward_fp8_params& given, const LaunchArgs& launch, uint32_t smem,
                                          int group)
@@ -54,8 +64,7 @@ struct Fp8Consumer {
         band(p),
         packing(launch),
         group(group),
-        turns{group},
-        state(p) {}
+        turns{group} {}
 
   // ---- products: start, wait
 
@@ -98,12 +107,11 @@ struct Fp8Consumer {
   // ---- softmax
 
   // Take the maxima of a tile into the softmax: true if O must be multiplied by `factor`, once it is at rest.
-  // References follow every growth of a maximum: the largest weight of a row is then a power of two, which e4m3 does
-  // not round. The softmax's own limit, that of 16 bits, is `margin` further on, or -inf.
+  // References follow every growth of a maximum: the largest weight of a row is then 1, which e4m3 does not round.
   __device__ __forceinline__ bool update_max(float (&factor)[2]) {
     constexpr int kChains = 4;  // comparisons side by side, since each waits for the one before
+    auto& softmax = state.softmax;
     float row_max[2];
-    bool grown = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float chain[kChains];
@@ -113,40 +121,86 @@ struct Fp8Consumer {
         chain[n % kChains] = n < kChains ? pair : fmaxf(chain[n % kChains], pair);
       }
       row_max[r] = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3]));
-      grown |= row_max[r] > state.softmax.limit[r] - margin;
     }
-    const bool moved = C::kRescale == Rescale::each || __any_sync(~0u, grown);
+    const bool moved = C::kRescale == Rescale::each || __any_sync(~0u, softmax.must_move(row_max));
     if (moved) {
       for (float& x : row_max) x = quad_max(x);
-      state.set_reference(s_acc, row_max, factor);
-    } else {
-      state.softmax.refresh_offset();
+      softmax.set_reference(row_max, factor);
     }
+    softmax.refresh_offset();
+    if (moved)
+      while (__any_sync(~0u, softmax.offset_rounds()))  // once; as a loop it stays out of the common tile's way
+        softmax.subtract_references(s_acc[0], row_max);
     return moved;
   }
   // S becomes the weights times kWeightScale, and so do their sums.
   __device__ __forceinline__ void exponentiate() {
-    const auto& softmax = state.softmax;
-    const float raised[2] = {softmax.offset[0] + kWeightScaleLog2, softmax.offset[1] + kWeightScaleLog2};
+    auto& softmax = state.softmax;
 #pragma unroll
     for (int n = 0; n < kPieces; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = s_acc[0][n][i];
-        if ((n * 4 + i) % 8 < C::kExpOnFma)
-          x = exp2_on_fma(fmaf(x, softmax.scale_log2, softmax.offset[i / 2])) * kWeightScale;
-        else
-          x = ptx::ex2(fmaf(x, softmax.scale_log2, raised[i / 2]));
-        state.softmax.sum[i / 2] += x;
+        x = (n * 4 + i) % 8 < C::kExpOnFma ? softmax.template exponentiate<true>(x, i / 2)
+                                           : softmax.template exponentiate<false>(x, i / 2);
+        softmax.sum[i / 2] += x;
       }
   }
+
+  // ---- scores
+
+  // The present key tile's first key.
+  __device__ __forceinline__ int first_key(const KeyTiles<C>& keys) const {
+    if constexpr (kIntervals)
+      return tile_mask.key();
+    else
+      return keys.tile * C::kTileN;
+  }
+  // Intervals: the mask of a tile of k that is there, where it is needed.
+  __device__ __forceinline__ void load_tile_mask(bool partial) {
+    if constexpr (kIntervals)
+      if (partial || kBlocks) tile_mask = TileMask::load(pipelines.tile_mask());
+  }
+  // The descale of k that keys from `key` on have.
+  __device__ __forceinline__ float descale_of_keys(int key) const {
+    return descale(given.descale_k, row_tile.coord.batch, row_tile.kv_head, min(key, p.seqlen_k - 1) / C::kScaleBlock);
+  }
+  // Blocks: a key tile's descale becomes part of the scale of its scores. May be called while products are under way.
+  __device__ __forceinline__ void load_key_scale(int key) {
+    if constexpr (kBlocks) {
+      const float of_keys = descale_of_keys(key);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) state.softmax.scale[r] = of_rows[r] * of_keys;
+    }
+  }
+  // Blocks and intervals: keys of a second block, which a key tile that begins anywhere may have, get the scale of the
+  // first one's.
+  __device__ __forceinline__ void join_blocks(int key) {
+    const int first_piece = (C::kScaleBlock - key % C::kScaleBlock) / 8;  // of the second block
+    if (first_piece >= kPieces) return;
+    const float factor = descale_of_keys(key + first_piece * 8) / descale_of_keys(key);
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n)
+      if (n >= first_piece)
+        for (float& x : s_acc[0][n]) x *= factor;
+  }
   // Score mods and the mask on the scores of a key tile.
-  __device__ __forceinline__ void modify(const Mod& mod, int row0, int tile, bool partial) {
-    const int key = tile * C::kTileN;
-    state.apply_score_mod(s_acc, mod, row0, key);
-    if (!partial) return;
+  __device__ __forceinline__ void modify(const Mod& mod, int row0, int key, bool partial) {
+    if constexpr (kBlocks && kIntervals) join_blocks(key);
+    if constexpr (Mod::kActive) {
+#pragma unroll
+      for (auto& piece : s_acc[0])
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          piece[i] = mod.cap_log2 * ptx::tanh_approx(piece[i] * state.softmax.scale_of_products(i / 2));
+    }
+    if (!partial || (kIntervals && tile_mask.hides_nothing())) return;
     Visibility<C> visibility;
-    visibility.set_band(band, packing, row0, key);
+    if (kIntervals && !tile_mask.by_band())
+      visibility.show_all();
+    else
+      visibility.set_band(band, packing, row0, key);
+    if constexpr (kIntervals) visibility.clear_intervals(tile_mask, row_tile.intervals, row0);
     visibility.apply(s_acc);
   }
 
@@ -164,32 +218,37 @@ struct Fp8Consumer {
   __device__ __forceinline__ void start_first_scores() {
     pipelines.q.wait();
     pipelines.k.wait();
+    load_tile_mask(true);
     start_scores();
   }
   // The descales of a row tile go where a factor of its scores, and of its O, is used anyway.
-  __device__ __forceinline__ Mod load_descales() {
-    Mod mod(p, row_tile.coord.batch, row_tile.coord.head);
-    const float of_scores = descale(given.descale_q, row_tile.coord, row_tile.kv_head) *
-                            descale(given.descale_k, row_tile.coord, row_tile.kv_head);
-    of_values = descale(given.descale_v, row_tile.coord, row_tile.kv_head);
-    if constexpr (Mod::kActive)
-      mod.scale *= of_scores;
-    else
-      state.softmax.scale_log2 = Mod::softmax_scale_log2(p) * of_scores;
-    margin = State::Softmax::kSlackLog2 / state.softmax.scale_log2;
-    return mod;
+  __device__ __forceinline__ void load_descales(const Mod& mod, int row0) {
+    const int batch = row_tile.coord.batch, kv_head = row_tile.kv_head;
+    of_values = descale(given.descale_v, batch, kv_head);
+    if constexpr (kBlocks) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = min(row0 + r * 8 + state.lane.row, p.seqlen_q - 1);
+        of_rows[r] = mod.scale * descale(given.descale_q, batch, row_tile.coord.head, row / C::kScaleBlock);
+      }
+    } else {
+      state.softmax.scale[0] =
+          mod.scale * descale(given.descale_q, batch, kv_head) * descale(given.descale_k, batch, kv_head);
+    }
   }
 
   // All key tiles of a row tile. Its first scores are under way already; its last product still is at the end.
   __device__ __forceinline__ void visit_keys() {
     const int row0 = row_tile.m0 + group * kGroupRows + threadIdx.x / 32 % 4 * 16;
-    const Mod mod = load_descales();
+    const Mod mod(p, row_tile.coord.batch, row_tile.coord.head);
     KeyTiles<C> keys(row_tile);
     float factor[2];
+    load_descales(mod, row0);
+    load_key_scale(first_key(keys));
     sums.begin(state.o[0]);
     state.softmax.reset();
     if (keys.last()) pipelines.q.release();  // q has been read once the scores of the last tile are there
-    keys.partial() ? modify(mod, row0, keys.tile, true) : modify(mod, row0, keys.tile, false);
+    keys.partial() ? modify(mod, row0, first_key(keys), true) : modify(mod, row0, first_key(keys), false);
     update_max(factor);  // O is still zero: nothing to rescale
     exponentiate();
     weights.store(s_acc[0]);
@@ -198,12 +257,14 @@ struct Fp8Consumer {
     keys.visit_rest([&](bool partial) {
       turns.wait();
       pipelines.k.wait();
+      load_tile_mask(partial);
       start_scores();
       start_values();
       turns.pass();
+      load_key_scale(first_key(keys));
       wait_scores<C::kOverlap == Overlap::nothing ? 0 : 1>();  // with overlap, O += P V goes on under what follows
       if (keys.last()) pipelines.q.release();
-      modify(mod, row0, keys.tile, partial);
+      modify(mod, row0, first_key(keys), partial);
       const bool moved = update_max(factor);
       if (C::kOverlap == Overlap::softmax) exponentiate();
       pipelines.v.wait();  // it has long been there; without this branch ptxas keeps the pipelines' state lane by lane

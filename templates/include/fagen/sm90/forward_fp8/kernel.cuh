@@ -3,9 +3,11 @@
 //   warpgroups 0 .. kGroups - 1   consumers: 64 rows of q each                           consumer.cuh
 //   the last one, warp 0          finds the next row tile, loads q and keys              sm90/forward/producer.cuh
 //                 warp 1          loads values                                           here
+//                 warp 2          intervals: writes the masks of the key tiles           sm90/forward/producer.cuh
 //                 warp 3          stores the rows that see no key                        sm90/forward/epilogue.cuh
 //
-// A kernel before it sets a counter: sm90/forward/prologue.cuh. The host's part: launch.cuh.
+// A kernel before it sets a counter, or plans the visits of intervals: sm90/forward/prologue.cuh. The host's part:
+// launch.cuh.
 #pragma once
 #include "fagen/abi/forward_fp8.h"
 #include "fagen/sm90/forward_fp8/layout.cuh"
@@ -58,11 +60,11 @@ __device__ __forceinline__ void run_block(const fagen_forward_fp8_params& given,
       case 1:
         producer.run_value_producer();
         break;
-      case 3:
-        if (MaskOf<C>::kHasEnd) store_empty_rows<C, Element>(p, launch);
+      case 2:
+        producer.run_mask_producer();
         break;
       default:
-        break;
+        if (MaskOf<C>::kHasEnd) store_empty_rows<C, Element>(p, launch);
     }
   } else {
     ptx::more_registers<L::kConsumerRegisters>();

@@ -1,25 +1,14 @@
-// The host's part of the fp8 forward kernel: workspace, tensor maps, grid.
+// The host's part of the fp8 forward kernel: tensor maps, grid.
 #pragma once
 #include "fagen/host/launch.cuh"
 #include "fagen/host/prepare.cuh"
 #include "fagen/host/tensor_map.cuh"
-#include "fagen/sm90/forward/prologue.cuh"
 #include "fagen/sm90/forward_fp8/kernel.cuh"
+#include "fagen/sm90/forward_fp8/plan.cuh"
 
 namespace fagen {
 
 constexpr auto kMapType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;  // two e4m3 numbers, as bits
-
-template <class C>
-static int count_row_tiles(const fagen_forward_params& p) {
-  return ceil_div(p.seqlen_q, C::kTileM);
-}
-
-// The workspace: a counter.
-template <class C>
-static uint64_t workspace_bytes() {
-  return C::kSchedule == Schedule::dynamic ? 256 : 0;
-}
 
 // The map of values: a box is the blocks of a tile's keys, as they are, in rows of one group of 256 bytes.
 template <class C>
@@ -72,8 +61,20 @@ static int heads_of_section(const fagen_forward_params& p) {
   return ceil_div(groups, ceil_div(groups, most)) * (p.heads / p.kv_heads);
 }
 
-template <class C, class Element, class Prologue, class Forward>
-static int launch_forward(const fagen_forward_fp8_params& given, cudaStream_t stream, Prologue prologue,
+using Kernel = void (*)(fagen_forward_params, LaunchArgs);
+
+// The kernel before the forward one, if that needs any.
+template <class C>
+static cudaError_t launch_before(const fagen_forward_params& p, const LaunchArgs& launch, int resident,
+                                 cudaStream_t stream, Kernel prologue, Kernel plan) {
+  using W = Workspace<C>;
+  if (W::kPlanned)
+    return launch_kernel<kPlanners>(plan, kPlanners * p.batch * p.mask_heads, kPlannerThreads, 0, stream, p, launch);
+  return W::kCounter && launch.tiles > resident ? launch_kernel(prologue, 1, 32, 0, stream, p, launch) : cudaSuccess;
+}
+
+template <class C, class Forward>
+static int launch_forward(const fagen_forward_fp8_params& given, cudaStream_t stream, Kernel prologue, Kernel plan,
                           Forward forward) {
   using L = BlockLayout<C>;
   const fagen_forward_params& p = given.forward;
@@ -90,13 +91,13 @@ static int launch_forward(const fagen_forward_fp8_params& given, cudaStream_t st
   launch.key_tiles = ceil_div(p.seqlen_k, C::kTileN);
   launch.order = TileOrder::of<C::kBlockOrder>(launch.row_tiles, p.heads, p.batch, heads_of_section<C>(p));
   launch.heads_per_kv_head = Divisor(p.heads / p.kv_heads);
-  launch.next_tile_counter = static_cast<unsigned*>(given.workspace);
-  if (C::kSchedule == Schedule::dynamic && launch.tiles > resident)
-    if (const cudaError_t e = launch_kernel(prologue, 1, 32, 0, stream, p, launch)) return e;
+  Workspace<C>(p).assign(given.workspace, launch);
+  if (const cudaError_t e = launch_before<C>(p, launch, resident, stream, prologue, plan)) return e;
 
-  constexpr bool kSingle = C::kSchedule == Schedule::single;  // many short blocks are not the faster for an early start
+  constexpr bool kSingle = C::kSchedule == Schedule::single;
+  constexpr bool kEarly = MaskOf<C>::kIntervals || !kSingle;  // many short blocks are not the faster for it
   const int blocks = kSingle || launch.tiles < resident ? launch.tiles : resident;
-  return launch_kernel<1, !kSingle>(forward, blocks, L::kThreads, L::kSmemBytes, stream, given, launch);
+  return launch_kernel<1, kEarly>(forward, blocks, L::kThreads, L::kSmemBytes, stream, given, launch);
 }
 
 }  // namespace fagen
