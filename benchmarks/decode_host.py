@@ -37,7 +37,7 @@ def main() -> None:
     step = fagen.flash_attn_with_kvcache
     grown = itertools.cycle([cache[:, : n + 2] for n in range(60)])
     wide = torch.randn(1, ROUNDS * CALLS + 100, 1, 16)
-    unseen = iter([wide[:, : n + 64] for n in range(ROUNDS * CALLS + 1)])
+    unseen, longer = (iter([wide[:, : n + 64] for n in range(ROUNDS * CALLS + 1)]) for _ in range(2))
     cos, sin = torch.randn(64, 8), torch.randn(64, 8)
 
     def next_shape() -> object:
@@ -47,6 +47,10 @@ def main() -> None:
     def unseen_shape() -> object:
         shown = next(unseen)
         return step(q, shown, shown, cache_seqlens=lengths, causal=True)
+
+    def unseen_append() -> object:
+        shown = next(longer)
+        return step(q, shown, shown, new, new, cache_seqlens=lengths, causal=True)
 
     calls: dict[str, Callable[[], object]] = {
         "contiguous": lambda: step(q, cache, cache, cache_seqlens=lengths, causal=True),
@@ -58,6 +62,7 @@ def main() -> None:
                                        causal=True),
         "60 shapes in turn": next_shape,
         "a shape never seen": unseen_shape,
+        "the same, append": unseen_append,
     }  # fmt: skip
     for name, call in calls.items():
         print(f"{name:<20} {microseconds(call)}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fagen import env
-from fagen.compat import kvcache_append, kvcache_known
+from fagen.compat import kvcache_alike, kvcache_append, kvcache_known
 from fagen.compat.flash_attn import window_bounds
 from fagen.dispatch import decode
 from fagen.errors import InvalidArgument, UnsupportedProblem
@@ -75,7 +75,11 @@ def flash_attn_with_kvcache(
         numerics,
     )  # fmt: skip
     key, want_lse = kvcache_known.key_of(mine, settings), bool(return_softmax_lse)
-    served = None if key is None else kvcache_known.serve(key, mine, settings, want_lse)
+    served = None
+    if key is not None:
+        served = kvcache_known.serve(key, mine, settings, want_lse)
+        if served is None:
+            served = kvcache_alike.serve(key, mine, settings, want_lse)
     return _serve_new(key, mine, settings, want_lse) if served is None else served
 
 
@@ -102,8 +106,9 @@ def _serve_new(
     if prepared is None:
         out, lse = decode.by_torch(call)
         return (out, lse) if want_lse else out
-    if key is not None and (new is None or appended is not None):
-        kvcache_known.remember(key, a, given, new, prepared, appended)
+    by_kernels = new is None or appended is not None
+    if key is not None and by_kernels and kvcache_known.remember(key, a, given, new, prepared, appended):
+        kvcache_alike.remember(key, given, new, prepared, appended)
     made, made_lse = decode.launch(prepared, call, want_lse)
     return made if made_lse is None else (made, made_lse)
 

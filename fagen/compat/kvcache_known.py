@@ -105,12 +105,17 @@ def serve(key: Key, a: Arguments, settings: Settings, want_lse: bool) -> Any:
 def remember(
     key: Key, a: Arguments, call: DecodeCall, new: NewTokens | None, attend: decode.Prepared,
     append: kvcache_append.Prepared | None,
-) -> None:  # fmt: skip
-    """A call that kernels served, if they took its tensors as they were given."""
+) -> bool:  # fmt: skip
+    """A call that kernels served, if they took its tensors as they were given; whether they did."""
     as_given = (
         attend.kept and a.lengths is call.seqlens_k and a.table is call.page_table and a.starts is call.cu_seqlens_q
         and a.index is call.cache_batch_idx and a.sinks is call.sinks
         and (new is None or (a.new_starts is new.starts and a.rotary_seqlens is new.rotary_seqlens))
     )  # fmt: skip
     if as_given:
-        decode.keep(_known, key, _Known(attend, append, new is not None and new.banded))
+        keep(key, attend, append, banded=new is not None and new.banded)
+    return as_given
+
+
+def keep(key: Key, attend: decode.Prepared, append: kvcache_append.Prepared | None, *, banded: bool) -> None:
+    decode.keep(_known, key, _Known(attend, append, banded))

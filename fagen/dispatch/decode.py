@@ -16,7 +16,7 @@ from fagen.notices import warn_fallback
 from fagen.ops.attention import decode_checks, decode_reference
 from fagen.ops.attention.arguments import ALIGNMENT
 from fagen.ops.attention.decode_call import EMPTY, DecodeCall, Tensors
-from fagen.ops.attention.decode_calls import Params, make_params
+from fagen.ops.attention.decode_calls import Params, set_addresses, sized_params
 from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.runtime import decode_ops
 from fagen.runtime.kernel import WORKSPACE_ALIGNMENT, launch_on_stream, selected
@@ -30,6 +30,14 @@ PINNED_KEYS = 512  # of a split, with pinned numerics
 _MOST_KINDS = 4096  # of calls that are kept
 
 
+class StaticKind(NamedTuple):
+    """What calls share that differ in sizes alone: the plan that says which kernel serves a size."""
+
+    problem: DecodeProblem
+    plan: Plan
+    epoch: object
+
+
 class Prepared(NamedTuple):
     """What all calls of a kind share. It holds until dispatch's answers change; unless `kept`, for one call alone."""
 
@@ -40,17 +48,10 @@ class Prepared(NamedTuple):
     lse: tuple[int, ...]
     epoch: object
     kept: bool
+    static: StaticKind | None  # what it shares with calls of other sizes
 
 
-class _StaticKind(NamedTuple):
-    """What calls share that differ in sizes alone: the plan that says which kernel serves a size."""
-
-    problem: DecodeProblem
-    plan: Plan
-    epoch: object
-
-
-_static_kinds: dict[tuple[Any, ...], _StaticKind] = {}
+_static_kinds: dict[tuple[Any, ...], StaticKind] = {}
 _known: dict[tuple[Any, ...], Prepared] = {}  # calls of the op, by all but their addresses
 
 
@@ -93,21 +94,35 @@ def prepare(call: DecodeCall) -> Prepared | None:
         call.check_tensors()
         raise
     epoch, static = resolve.epoch(), _static_kinds.get(facts)
-    found = None
-    if static is not None and static.epoch is epoch and call.sizes_agree():
-        found = static.plan.find(static.problem.resized(*_sizes(call)), ours=True)
+    found = None if static is None else find_alike(static, call)
     if found is None or not found.known:
         call.check_arguments()
         call.check_tensors()
         found = _ask(call, facts)
+        static = _static_kinds.get(facts)
     if found is None or found.kernel is None:
         return None
+    return prepared(found, call, static, epoch)
+
+
+def find_alike(static: StaticKind, call: DecodeCall) -> Answer | None:
+    """What is known of a call of the kind; None where its sizes do not agree, or dispatch may choose otherwise."""
+    if static.epoch is not resolve.epoch() or not call.sizes_agree():
+        return None
+    return static.plan.find(static.problem.resized(*_sizes(call)), ours=True)
+
+
+def prepared(found: Answer, call: DecodeCall, static: StaticKind | None, epoch: object) -> Prepared:
+    """A valid call that a kernel serves."""
     kernel, types = found.kernel, call.output_types()
+    assert kernel is not None
     out, lse = types["out"][0], types["lse"][0]
-    params = make_params(call, {"out": call.q.new_empty(out)})
+    of_row = out[-2] * out[-1]
+    params = sized_params(call, (*[out[1] * of_row] * (len(out) - 3), of_row, out[-1]))
+    set_addresses(params, call, None, None)  # of the others the kernel may ask whether there are any
     with selected(call.q):  # a kernel may ask it for its SMs
         need = kernel.library.workspace_bytes(params)
-    return Prepared(kernel, params, need, out, lse, epoch, found.known)
+    return Prepared(kernel, params, need, out, lse, epoch, found.known, static)
 
 
 def keep(known: dict[tuple[Any, ...], T], key: tuple[Any, ...], value: T) -> None:
@@ -135,7 +150,7 @@ def _ask(call: DecodeCall, facts: tuple[Any, ...]) -> Answer | None:
         found = resolve.answer(problem, target, ours=True)
     epoch, plan = resolve.epoch(), resolve.plan_of(problem, target)
     if plan is not None:
-        keep(_static_kinds, facts, _StaticKind(problem, plan, epoch))
+        keep(_static_kinds, facts, StaticKind(problem, plan, epoch))
     return found
 
 
@@ -143,32 +158,18 @@ def launch(
     prepared: Prepared, tensors: Tensors | DecodeCall, want_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A call of the kind, by its own tensors."""
-    q, k, v, t = tensors.q, tensors.k, tensors.v, tensors
+    q = tensors.q
     out = q.new_empty(prepared.out)
     lse = q.new_empty(prepared.lse, dtype=torch.float32) if want_lse else None
     params: Any = Params.from_buffer_copy(prepared.params)  # other threads have their own
-    params.q.data, params.k.data, params.v.data = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    params.o.data, params.lse = out.data_ptr(), None if lse is None else lse.data_ptr()
-    params.seqlens_k = t.seqlens_k.data_ptr()
-    if t.page_table is not None:
-        params.page_table.data = t.page_table.data_ptr()
-    if t.cu_seqlens_q is not None:
-        params.cu_seqlens_q = t.cu_seqlens_q.data_ptr()
-    if t.cache_batch_idx is not None:
-        params.cache_batch_idx = t.cache_batch_idx.data_ptr()
-    if t.sinks is not None:
-        params.sinks = t.sinks.data_ptr()
-    if t.k_scale is not None:
-        params.k_scale.data = t.k_scale.data_ptr()
-    if t.v_scale is not None:
-        params.v_scale.data = t.v_scale.data_ptr()
+    set_addresses(params, tensors, out.data_ptr(), None if lse is None else lse.data_ptr())
     size = prepared.workspace_bytes
     if size:
         workspace = q.new_empty(size + WORKSPACE_ALIGNMENT, dtype=torch.uint8)
         params.workspace = -(-workspace.data_ptr() // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
     status = launch_on_stream(prepared.kernel.library, params, q)
     if status:
-        prepared.kernel.fail(status, t.inputs())
+        prepared.kernel.fail(status, tensors.inputs())
     return out, lse
 
 

@@ -22,7 +22,7 @@ KNOBS = (
     Knob("chunk_d", "kChunkD", (64, 128), "columns of K that a stage holds"),
     Knob("stages", "kStages", STAGES, "chunks of K and V in shared memory"),
     Knob("chunks_ahead", "kChunksAhead", (0, 1, 2, 4), "chunks of the next K that are multiplied under a softmax"),
-    Knob("in_flight", "kInFlight", (1, 2, 3), "chunks whose products go on while the next one is waited for"),
+    Knob("in_flight", "kInFlight", (1, 2, 3), "chunks of scores whose products go on while the next one is waited for"),
     Knob("output_splits", "kOutputSplits", (1, 2), "blocks that share the columns of O; each computes all scores"),
     Knob("share_scores", "kShareScores", (False, True), "two such blocks are a cluster, with half of the scores each"),
     Knob("cluster", "kCluster", (1, 2, 4), "blocks that share each chunk of keys and values"),

@@ -49,6 +49,9 @@ def make(folder: Path, command: str) -> None:
         "--op backward --dtype fp32 --head-dim 64 --mask causal " + SMALL,
         "--op backward --dtype bf16 --head-dim 72-40 --interval-kind both4 " + SMALL,
         "--op backward --dtype fp32 --head-dim 20 --window 9,3 --softcap --alibi --dropout --seqlen-q 33 --seqlen-k 70",
+        "--op decode --dtype bf16 --head-dim 72-40 --page 16 --mask causal --sinks --seqlen-q 5 --seqlen-k 99",
+        "--op decode --dtype fp16 --head-dim 64 --kv-dtype fp8_e4m3 --window 60,2 --softcap " + SMALL,
+        pytest.param("--op decode --dtype fp32 --head-dim 48-32 --shared-kv " + SMALL, marks=pytest.mark.thorough),
     ],
 )
 def test_the_example_is_built_by_its_own_command_and_is_right(tmp_path, words):
@@ -104,6 +107,29 @@ def test_the_example_of_gradients_fails_a_kernel_that_computes_something_else(tm
     assert "WRONG" in done.stdout
 
 
+@needs_cxx
+def test_the_example_of_decode_fails_a_kernel_that_computes_something_else(tmp_path):
+    words = (
+        "--op decode --dtype fp32 --head-dim 16 --page 16 --window 40,0 --seqlen-q 3 --seqlen-k 90 --heads 4 --batch 2"
+    )
+    run_emit(tmp_path, f"--target cpu --config default --example {words}")
+    make(tmp_path, "g++ -std=c++17 -O1 -march=native -fopenmp -c kernel.cpp")
+    text = (tmp_path / "main.cpp").read_text()
+    for there, instead, right in (
+        ("", "", True),
+        ("p.scale = 1.f", "p.scale = 1.1f", False),  # another computation
+        ("p.window_right = kRight", "p.window_right = kRight + 1", False),  # another mask
+        ("upload(in.pages), {kPagesEach}", "upload(in.pages), {0}", False),  # the first sequence's pages
+        ("p.lse = lse;", "p.lse = nullptr;", False),  # left unwritten: still NaN
+    ):
+        assert there in text
+        (tmp_path / "main.cpp").write_text(text.replace(there, instead) if there else text)
+        make(tmp_path, "g++ -std=c++17 -O1 -fopenmp -o example kernel.o main.cpp")
+        done = subprocess.run([tmp_path / "example"], capture_output=True, text=True, timeout=60)
+        assert done.returncode == (0 if right else 1), there
+        assert ("right:" if right else "WRONG") in done.stdout
+
+
 def test_the_example_of_a_tf32_kernel_allows_for_rounded_operands(tmp_path):
     words = "--target sm_90 --family sm80_forward_fp32 --config default --example --dtype fp32 --head-dim 64 " + SMALL
     for flag, unit, products in (("", "5e-06", "split"), (" --tf32", "0.0009765625", "single")):
@@ -123,6 +149,7 @@ def test_the_example_of_a_tf32_kernel_allows_for_rounded_operands(tmp_path):
             "--target sm_80 --dtype bf16 --head-dim 64 --mask causal",
             "--op backward --target sm_90 --dtype bf16 --head-dim 128 --mask causal",
             "--target sm_90 --dtype bf16 --head-dim 64 --mask causal --dropout",
+            "--op decode --target sm_80 --dtype fp16 --head-dim 128 --kv-dtype fp8_e4m3 --page 64 --sinks",
         ],
         every=2,
     ),

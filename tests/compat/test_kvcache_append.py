@@ -16,7 +16,7 @@ import torch
 import fagen
 from fagen.build import cache as builds
 from fagen.cli import main
-from fagen.compat import kvcache_append, kvcache_known
+from fagen.compat import kvcache_alike, kvcache_append, kvcache_known
 from fagen.compat.kvcache_append import Prepared
 from fagen.errors import BuildError, InvalidArgument, LaunchError
 from fagen.ops.attention import cache_append
@@ -147,7 +147,7 @@ def test_without_a_kernel_pytorch_appends(monkeypatch: pytest.MonkeyPatch) -> No
 
     def again() -> None:
         append.HELPER.libraries.clear()
-        kvcache_known._known.clear()
+        kvcache_known._known.clear(), kvcache_alike._alike.clear()
         named["k_cache"].zero_()
         fagen.flash_attn_with_kvcache(**named)
         assert torch.equal(named["k_cache"], want)

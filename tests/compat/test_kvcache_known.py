@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fagen
-from fagen.compat import kvcache_append, kvcache_known
+from fagen.compat import kvcache, kvcache_alike, kvcache_append, kvcache_known
 from fagen.dispatch import decode, resolve
 from fagen.errors import FagenError, InvalidArgument, UnsupportedProblem
 from fagen.ops.attention import decode_inputs, decode_reference
@@ -119,6 +119,72 @@ def test_sizes_that_agree_pass_the_checks() -> None:
         assert changed.sizes_agree() is good, changes
         passed[good] += 1
     assert min(passed) > 50
+
+
+def test_calls_of_one_kind_have_the_same_static_facts() -> None:
+    """Tensors cut and spread in any way: where a kind is the same, so is all that the full checks look at."""
+    draw, seen, met = random.Random(1), {}, 0
+    bases = [inputs(3, 40, 5, page=16), inputs(4, 40), inputs(2, 33, page=16, sinks=True), inputs(1, 17)]
+    bases += [inputs(2, 50, page=16, kv_dtype="fp8_e4m3"), inputs(2, 40, shared_kv=True)]
+    for _ in range(1500):
+        call = draw.choice(bases)
+        changes: dict[str, Any] = {}
+        for name, t in draw.sample(list(call.inputs().items()), draw.randint(0, 2)):
+            axis, spread = draw.randrange(t.dim()), draw.random()
+            size = draw.choice([t.shape[axis] - 1, t.shape[axis]])
+            changes[name] = t.narrow(axis, t.shape[axis] - size, size)
+            if spread < 0.2:
+                changes[name] = torch.stack([t, t], -1)[..., 0]
+            elif spread < 0.4:
+                changes[name] = t[:1].expand(t.shape)
+        c = dataclasses.replace(call, **changes)
+        window, rows = draw.choice([(-1, -1), (9, 0)]), c.most_rows or None
+        settings = kvcache_known.Settings(rows, c.most_keys or None, None, False, window, 0.0, True, 0, "tuned")
+        a = kvcache_known.Arguments(
+            c.q, c.k, c.v, None, None, None, None, c.seqlens_k, c.cache_batch_idx, c.page_table, c.cu_seqlens_q,
+            None, None, c.k_scale, c.v_scale, c.sinks,
+        )  # fmt: skip
+        key = kvcache_known.key_of(a, settings)
+        kind = None if key is None else kvcache_alike.kind_of(key)
+        if kind is None:
+            continue
+        right = -1 if (c.most_rows or c.q.shape[1]) == 1 else window[1]
+        facts = dataclasses.replace(c, window=(window[0], right)).static_facts()
+        met += kind in seen
+        assert seen.setdefault(kind, facts) == facts, changes
+    assert met > 300 and len(seen) > 30
+
+
+def test_a_new_size_of_a_known_kind_is_not_looked_at_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one of the steps that depend on the static key alone: with an append, with rotary, and without."""
+
+    def step(batch: int, room: int, more: dict[str, Any]) -> Any:
+        cache, new = torch.zeros(batch, room, 2, 16), torch.ones(batch, 1, 2, 16)
+        lengths = integers([3] * batch)
+        rows = {"k": new, "v": new} if more is not plain else {}
+        q = torch.ones(batch, 1, 4, 16)
+        return fagen.flash_attn_with_kvcache(q, cache, cache.clone(), cache_seqlens=lengths, **rows, **more)
+
+    plain: dict[str, Any] = {"softcap": 3.0}
+    kinds = [plain, {}, {"rotary_cos": torch.ones(64, 8), "rotary_sin": torch.zeros(64, 8)}]
+    want = [(step(2, 32, more), step(5, 47, more))[1] for more in kinds]
+    kvcache_known._known.clear()
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("looked at in full")
+
+    for where, name in (
+        (resolve, "answer"), (decode, "prepare"), (kvcache_append, "append_rows"), (kvcache, "_call"),
+        (DecodeCall, "check_tensors"), (DecodeCall, "static_facts"), (DecodeCall, "check_arguments"),
+    ):  # fmt: skip
+        monkeypatch.setattr(where, name, never)
+    for more, expected in zip(kinds, want, strict=True):
+        for batch, room in ((3, 32), (1, 64), (5, 47)):
+            found = step(batch, room, more)
+        assert torch.equal(found, expected)
+    monkeypatch.setattr(resolve, "_epoch", object(), raising=True)
+    with pytest.raises(AssertionError, match="looked at in full"):
+        step(6, 32, plain)
 
 
 def test_a_known_append_is_checked_before_it_writes() -> None:

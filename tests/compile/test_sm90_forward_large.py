@@ -12,6 +12,7 @@ from fagen.build.job import make_job
 from fagen.codegen.spec import KernelSpec
 from fagen.families import sm90_forward_large
 from fagen.ops.attention.problem import Problem
+from tests.support.cases import SCHEMES_LARGE
 from tests.support.thorough import sample
 
 FAMILY = sm90_forward_large.FAMILY
@@ -46,6 +47,16 @@ def test_defaults_compile_without_spills(problem: Problem) -> None:
     facts = cache.build(KernelSpec(FAMILY, problem, HERE, config)).facts
     assert facts["spill_bytes"] == 0, (facts, config)
     assert not facts.get("serialized"), (facts, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", sample(["large_pair", "large_192", "large_rows"], every=3))
+def test_more_chunks_of_scores_in_flight_do_not_make_products_wait(scheme: str) -> None:
+    """Of each scheme that has some: nvcc serializes all products where more of O's go on as well."""
+    assert SCHEMES_LARGE[scheme].in_flight > 1
+    problem = Problem(head_dim=320, mask="causal")
+    config = FAMILY.require(problem, HERE, SCHEMES_LARGE[scheme])
+    assert not cache.build(KernelSpec(FAMILY, problem, HERE, config)).facts.get("serialized"), config
 
 
 def test_disagreement_with_python_is_a_compile_error() -> None:

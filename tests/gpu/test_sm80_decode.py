@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from fagen import target
-from fagen.codegen.spec import KernelSpec
 from fagen.ops.attention.decode import DecodeProblem
 from fagen.ops.attention.decode_calls import CALLS
-from fagen.ops.inputs import Inputs
-from fagen.runtime import kernel
-from fagen.runtime.kernel import Kernel
-from tests.support.cases import build_specs, present
+from tests.support.cases import present
 from tests.support.decode import FAMILY, SCHEMES, Case
+from tests.support.decode_gpu import (
+    Decoders,
+    check,
+    check_a_thousand_runs,
+    check_each_alone,
+    check_lengths_in_a_graph,
+)
 
+KERNELS = Decoders(FAMILY)
 FP8: Any = {"kv_dtype": "fp8_e4m3"}
 _PAGES = (0, 1, 16, 32, 64, 128, 256)
 _MASKS = ("causal", "none", "window")
@@ -82,96 +86,51 @@ DEFAULTS += [LATENT, LATENT.replace(kv_dtype="fp8_e4m3"), LATENT.replace(heads=1
 SERVED = DecodeProblem(head_dim=128, mask="causal", page=16, batch=32, heads=32, kv_heads=8, seqlen_k=4096)
 
 
-def _spec(problem: DecodeProblem, case: Case | None = None) -> KernelSpec:
-    config = case.config if case else FAMILY.default(problem, present())
-    return KernelSpec(FAMILY, problem, present(), FAMILY.require(problem, present(), config))
-
-
-def _kernel(problem: DecodeProblem, case: Case | None = None) -> Kernel:
-    return kernel.get(_spec(problem, case))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    build_specs([*(_spec(case.problem, case) for case in ALL), *map(_spec, DEFAULTS)])
-
-
-def _launch(which: Kernel, inputs: Inputs) -> None:
-    for t in inputs.outputs.values():
-        t.fill_(float("nan"))
-    which.launch(inputs.call, inputs.outputs)
-    torch.cuda.synchronize()
-
-
-def _check(which: Kernel, problem: DecodeProblem, seed: int, sample: bool = False) -> None:
-    inputs = CALLS.inputs(problem, "cuda", seed, True)
-    _launch(which, inputs)
-    verdict = (CALLS.check_sample if sample else CALLS.check)(inputs.call, inputs.outputs)
-    assert verdict and not inputs.damage(), f"{problem.key} seed {seed}: {verdict.message} {inputs.damage()}"
+    KERNELS.build(ALL, DEFAULTS)
 
 
 def sanitize(case: Case) -> None:
-    """A few small launches, for tools that slow them down."""
-    which = _kernel(case.problem, case)
-    for batch, rows, splits in ((3, 1, 0), (2, 5, 3)):
-        problem = case.problem.replace(batch=batch, heads=4, kv_heads=2, seqlen_q=rows, seqlen_k=300)
-        inputs = CALLS.inputs(problem, "cuda", batch, True).change(num_splits=splits)
-        _launch(which, inputs)
-        assert CALLS.check(inputs.call, inputs.outputs)
+    KERNELS.sanitize(case, 4, 2, 1, 5)
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_against_the_reference(case: Case) -> None:
-    which = _kernel(case.problem, case)
+    which = KERNELS.of(case)
     for problem in CALLS.check_problems(case.problem.replace(heads=4, kv_heads=1, seqlen_k=1500), present()):
         for seed in range(2):
-            _check(which, problem, seed)
+            check(which, problem, seed)
 
 
 @pytest.mark.parametrize("problem", DEFAULTS, ids=str)
 def test_defaults_against_the_reference(problem: DecodeProblem) -> None:
-    which = _kernel(problem)
-    _check(which, problem, 0)
+    which = KERNELS.kernel(problem)
+    check(which, problem, 0)
     for batch, rows in ((3, 9), (1, 1), (40, 1)):
-        _check(which, problem.replace(batch=batch, seqlen_q=rows), 1, sample=True)
+        check(which, problem.replace(batch=batch, seqlen_q=rows), 1, sample=True)
 
 
 @pytest.mark.parametrize("merged_by", ["own_kernel", "last_block"])
 def test_long_and_many(merged_by: str) -> None:
     case = Case("base", page=16, head_dim=128, changes=(("merged_by", merged_by), ("stages", 2)))
-    which = _kernel(case.problem, case)
+    which = KERNELS.of(case)
     for batch, keys in ((1, 131072), (64, 9000), (256, 700)):
         problem = SERVED.replace(batch=batch, seqlen_k=keys)
         for seed in range(4):
-            _check(which, problem, seed, sample=True)
+            check(which, problem, seed, sample=True)
 
 
 @pytest.mark.parametrize("merged_by", ["own_kernel", "last_block"])
 def test_a_graph_serves_changing_lengths(merged_by: str) -> None:
     case = Case("base", page=16, head_dim=128, changes=(("merged_by", merged_by), ("stages", 2)))
-    which, problem = _kernel(case.problem, case), SERVED.replace(batch=7)
-    inputs = CALLS.inputs(problem, "cuda", 0, False)
-    call, graph = inputs.call, torch.cuda.CUDAGraph()
-    which.launch(call, inputs.outputs)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        which.launch(call, inputs.outputs)
-    numbers = torch.Generator("cuda").manual_seed(1)
-    for step in range(30):
-        lengths = torch.randint(0, problem.seqlen_k + 1, (7,), device="cuda", generator=numbers)
-        call.seqlens_k.copy_(lengths if step else torch.full_like(lengths, problem.seqlen_k))
-        call.page_table.copy_(call.page_table.flip(0))
-        for t in inputs.outputs.values():
-            t.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        verdict = CALLS.check_sample(call, inputs.outputs)
-        assert verdict, f"step {step}: {verdict.message}"
+    which, problem = KERNELS.of(case), SERVED.replace(batch=7)
+    check_lengths_in_a_graph(which, problem)
 
 
 def test_two_streams_do_not_share_counters() -> None:
     case = Case("last_block", page=16, head_dim=128)
-    which, streams = _kernel(case.problem, case), (torch.cuda.Stream(), torch.cuda.Stream())
+    which, streams = KERNELS.of(case), (torch.cuda.Stream(), torch.cuda.Stream())
     sets = [CALLS.inputs(SERVED.replace(batch=2 + i, seqlen_k=20000), "cuda", i, True) for i in range(2)]
     torch.cuda.synchronize()
     for _ in range(50):
@@ -188,29 +147,15 @@ def test_two_streams_do_not_share_counters() -> None:
 @pytest.mark.parametrize("splits", [-256, -1024])
 def test_splits_of_fixed_size_make_a_sequence_independent_of_others(merged_by: str, splits: int) -> None:
     case = Case("base", page=16, head_dim=128, changes=(("merged_by", merged_by), ("stages", 2)))
-    which = _kernel(case.problem, case)
+    which = KERNELS.of(case)
     inputs = CALLS.inputs(SERVED.replace(batch=9, seqlen_k=8000), "cuda", 3, True).change(num_splits=splits)
-    _launch(which, inputs)
-    for b in range(9):
-        one, length = slice(b, b + 1), int(inputs.call.seqlens_k[b])
-        call = inputs.call
-        alone = dataclasses.replace(
-            call, q=call.q[one], seqlens_k=call.seqlens_k[one].clone(), page_table=call.page_table[one].clone(),
-            most_keys=max(1, length),
-        )  # fmt: skip
-        outputs = {name: torch.empty_like(t[one]) for name, t in inputs.outputs.items()}
-        which.launch(alone, outputs)
-        assert all(torch.equal(outputs[name], t[one]) for name, t in inputs.outputs.items()), b
+    check_each_alone(which, inputs)
 
 
 def test_a_thousand_runs_are_bitwise_equal() -> None:
     case = Case("last_block", page=16, head_dim=128)
-    which, inputs = _kernel(case.problem, case), CALLS.inputs(SERVED.replace(batch=3), "cuda", 0, True)
-    _launch(which, inputs)
-    first = {name: t.clone() for name, t in inputs.outputs.items()}
-    for _ in range(1000):
-        which.launch(inputs.call, inputs.outputs)
-        assert all(torch.equal(t, first[name]) for name, t in inputs.outputs.items())
+    which, inputs = KERNELS.of(case), CALLS.inputs(SERVED.replace(batch=3), "cuda", 0, True)
+    check_a_thousand_runs(which, inputs)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -223,7 +168,7 @@ def test_every_fp8_number_is_exact(dtype: str) -> None:
     v[0, 0] = codes.view(4, 64)
     v = v.cuda().view(torch.float8_e4m3fn)
     torch_dtype = torch.float16 if dtype == "fp16" else torch.bfloat16
-    which = _kernel(case.problem, case)
+    which = KERNELS.of(case)
     inputs = CALLS.inputs(case.problem.replace(batch=1, heads=4, kv_heads=4, seqlen_k=16), "cuda", 0, False)
     inputs.call.seqlens_k.fill_(1)
     one = torch.ones_like(inputs.call.v_scale)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from fagen.codegen.spec import KernelSpec
 from fagen.ops.attention.decode import DecodeProblem
 from fagen.ops.attention.decode_calls import CALLS
-from fagen.ops.inputs import Inputs
-from fagen.runtime import kernel
-from fagen.runtime.kernel import Kernel
-from tests.support.cases import build_specs, present
+from tests.support.cases import present
+from tests.support.decode_gpu import (
+    Decoders,
+    check,
+    check_a_thousand_runs,
+    check_each_alone,
+    check_lengths_in_a_graph,
+)
 from tests.support.mla import FAMILY, Case
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs sm_90 (wgmma)"
 )
 
+KERNELS = Decoders(FAMILY)
 _PAGES = (64, 0, 16, 32, 128, 256)
 CASES = [
     Case(
@@ -37,107 +39,48 @@ SERVED = DecodeProblem(
 DEFAULTS = [SERVED, SERVED.replace(mask="causal", seqlen_q=2), SERVED.replace(heads=16, dtype="fp16", page=0)]
 
 
-def _spec(problem: DecodeProblem, case: Case | None = None) -> KernelSpec:
-    config = case.config if case else FAMILY.default(problem, present())
-    return KernelSpec(FAMILY, problem, present(), FAMILY.require(problem, present(), config))
-
-
-def _kernel(problem: DecodeProblem, case: Case | None = None) -> Kernel:
-    return kernel.get(_spec(problem, case))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    build_specs([*(_spec(case.problem, case) for case in CASES), *map(_spec, DEFAULTS)])
-
-
-def _launch(which: Kernel, inputs: Inputs) -> None:
-    for t in inputs.outputs.values():
-        t.fill_(float("nan"))
-    which.launch(inputs.call, inputs.outputs)
-    torch.cuda.synchronize()
-
-
-def _check(which: Kernel, problem: DecodeProblem, seed: int, sample: bool = False) -> None:
-    inputs = CALLS.inputs(problem, "cuda", seed, True)
-    _launch(which, inputs)
-    verdict = (CALLS.check_sample if sample else CALLS.check)(inputs.call, inputs.outputs)
-    assert verdict and not inputs.damage(), f"{problem.key} seed {seed}: {verdict.message} {inputs.damage()}"
+    KERNELS.build(CASES, DEFAULTS)
 
 
 def sanitize(case: Case) -> None:
-    """A few small launches, for tools that slow them down."""
-    which = _kernel(case.problem, case)
-    for batch, rows, splits in ((3, 1, 0), (2, 2, 3)):
-        problem = case.problem.replace(batch=batch, heads=128, kv_heads=1, seqlen_q=rows, seqlen_k=300)
-        inputs = CALLS.inputs(problem, "cuda", batch, True).change(num_splits=splits)
-        _launch(which, inputs)
-        assert CALLS.check(inputs.call, inputs.outputs)
+    KERNELS.sanitize(case, 128, 1, 1, 2)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_the_reference(case: Case) -> None:
-    which = _kernel(case.problem, case)
+    which = KERNELS.of(case)
     for problem in CALLS.check_problems(case.problem.replace(heads=128, kv_heads=1, seqlen_k=1500), present()):
         for seed in range(2):
-            _check(which, problem, seed)
+            check(which, problem, seed)
     for batch, heads, rows, keys in ((2, 128, 1, 700), (3, 64, 4, 1111), (1, 80, 3, 140), (7, 16, 2, 2000)):
-        _check(which, case.problem.replace(batch=batch, heads=heads, kv_heads=1, seqlen_q=rows, seqlen_k=keys), 2)
+        check(which, case.problem.replace(batch=batch, heads=heads, kv_heads=1, seqlen_q=rows, seqlen_k=keys), 2)
 
 
 @pytest.mark.parametrize("problem", DEFAULTS, ids=str)
 @pytest.mark.parametrize(("batch", "keys"), [(1, 32768), (8, 9000), (64, 2048), (128, 700)])
 def test_defaults_at_the_sizes_of_servers(problem: DecodeProblem, batch: int, keys: int) -> None:
-    which = _kernel(problem)
+    which = KERNELS.kernel(problem)
     for seed in range(3):
-        _check(which, problem.replace(batch=batch, seqlen_k=keys), seed, sample=True)
+        check(which, problem.replace(batch=batch, seqlen_k=keys), seed, sample=True)
 
 
 def test_a_graph_serves_changing_lengths() -> None:
-    which, problem = _kernel(SERVED), SERVED.replace(batch=7)
-    inputs = CALLS.inputs(problem, "cuda", 0, False)
-    call, graph = inputs.call, torch.cuda.CUDAGraph()
-    which.launch(call, inputs.outputs)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        which.launch(call, inputs.outputs)
-    numbers = torch.Generator("cuda").manual_seed(1)
-    for step in range(30):
-        lengths = torch.randint(0, problem.seqlen_k + 1, (7,), device="cuda", generator=numbers)
-        call.seqlens_k.copy_(lengths if step else torch.full_like(lengths, problem.seqlen_k))
-        call.page_table.copy_(call.page_table.flip(0))
-        for t in inputs.outputs.values():
-            t.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        verdict = CALLS.check_sample(call, inputs.outputs)
-        assert verdict, f"step {step}: {verdict.message}"
+    which, problem = KERNELS.kernel(SERVED), SERVED.replace(batch=7)
+    check_lengths_in_a_graph(which, problem)
 
 
 @pytest.mark.parametrize("splits", [-256, -1024])
 def test_splits_of_fixed_size_make_a_sequence_independent_of_others(splits: int) -> None:
-    which = _kernel(SERVED)
+    which = KERNELS.kernel(SERVED)
     inputs = CALLS.inputs(SERVED.replace(batch=9, seqlen_k=8000), "cuda", 3, True).change(num_splits=splits)
-    _launch(which, inputs)
-    for b in range(9):
-        one, length = slice(b, b + 1), int(inputs.call.seqlens_k[b])
-        call = inputs.call
-        alone = dataclasses.replace(
-            call, q=call.q[one], seqlens_k=call.seqlens_k[one].clone(), page_table=call.page_table[one].clone(),
-            most_keys=max(1, length),
-        )  # fmt: skip
-        outputs = {name: torch.empty_like(t[one]) for name, t in inputs.outputs.items()}
-        which.launch(alone, outputs)
-        assert all(torch.equal(outputs[name], t[one]) for name, t in inputs.outputs.items()), b
+    check_each_alone(which, inputs)
 
 
 def test_a_thousand_runs_are_bitwise_equal() -> None:
-    which, inputs = _kernel(SERVED), CALLS.inputs(SERVED.replace(batch=3), "cuda", 0, True)
-    _launch(which, inputs)
-    first = {name: t.clone() for name, t in inputs.outputs.items()}
-    for _ in range(1000):
-        which.launch(inputs.call, inputs.outputs)
-        assert all(torch.equal(t, first[name]) for name, t in inputs.outputs.items())
+    which, inputs = KERNELS.kernel(SERVED), CALLS.inputs(SERVED.replace(batch=3), "cuda", 0, True)
+    check_a_thousand_runs(which, inputs)
 
 
 def test_every_value_of_every_knob_is_run() -> None:

@@ -19,6 +19,12 @@ EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
 
 
+def command_of(program: Path, compiler: str) -> list[str]:
+    """The compiler's command that stands at the head of an example."""
+    (command,) = re.findall(rf"^//   ({re.escape(compiler)} .*)$", program.read_text(), re.MULTILINE)
+    return [str(ROOT / word) if (ROOT / word).exists() else word for word in command.split()]
+
+
 @pytest.fixture
 def run(tmp_path):
     """A command in a folder of its own, with a database of its own, `fagen` among the commands; what it printed."""
@@ -100,13 +106,32 @@ def test_tune_one_shape_from_python(run, tmp_path):
     assert [path for path in (tmp_path / "db").rglob("*") if path.is_file()], "the winner is in the database"
 
 
-def test_an_emitted_kernel_runs_without_python(run):
-    """By the command that its head names."""
-    text = (EXAMPLES / "emitted.cpp").read_text()
-    (command,) = re.findall(r"^//   (g\+\+ .*)$", text, re.MULTILINE)
-    words = [str(ROOT / word) if (ROOT / word).exists() else word for word in command.split()]
-    run(str(toolchain.require_cxx()), "-Wall", "-Werror", *words[1:])
-    assert run("./emitted").startswith("right: error")
+@pytest.mark.parametrize(("name", "says"), [("emitted.cpp", "right: error"), ("decode_loop.cpp", "right: 120 tokens")])
+def test_an_emitted_kernel_runs_without_python(run, name, says):
+    run(str(toolchain.require_cxx()), "-Wall", "-Werror", *command_of(EXAMPLES / name, "g++")[1:])
+    assert run(f"./{Path(name).stem}").startswith(says)
+
+
+@pytest.mark.slow
+def test_the_decode_loop_fails_a_kernel_or_a_loop_that_does_something_else(run, tmp_path):
+    text, kernel = (EXAMPLES / "decode_loop.cpp").read_text(), ROOT / "generated" / "cpu-bf16-d128-decode-page16"
+    compiler = (str(toolchain.require_cxx()), "-std=c++17", "-O1", "-march=native", "-fopenmp")
+    run(*compiler, "-c", kernel / "kernel.cpp")
+    for there, instead in (
+        ("p.scale = 1 /", "p.scale = 2 /"),
+        ("page = used++;", "page = 0;"),  # which all sequences write
+        ("tokens[b] = largest(model.logits(o, value));", "tokens[b] = 7;"),
+    ):
+        assert there in text
+        (tmp_path / "wrong.cpp").write_text(text.replace(there, instead))
+        run(*compiler, f"-I{kernel}", f"-I{EXAMPLES}", "-o", "wrong", "wrong.cpp", "kernel.o")
+        assert run("sh", "-c", "./wrong || exit 0").startswith("WRONG"), there
+
+
+@pytest.mark.thorough
+@pytest.mark.nvcc
+def test_the_decode_loop_compiles_for_a_gpu(run):
+    run(str(toolchain.require_nvcc()), *command_of(EXAMPLES / "decode_loop.cpp", "nvcc")[1:])
 
 
 def test_solve_is_right_on_the_cpu(run, tmp_path):

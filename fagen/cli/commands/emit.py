@@ -21,6 +21,7 @@ _EXAMPLES = """examples:
   fagen emit --target sm_90 --head-dim 128 --dtype bf16 --mask causal --out attention
   fagen emit --target sm_80 --head-dim 64 --dtype fp16 --out attention --build --example
   fagen emit --target cpu --dtype fp32 --head-dim 64 --mask causal --config default --out attention --example
+  fagen emit --op decode --target sm_80 --dtype bf16 --head-dim 128 --page 16 --out decode --example
   fagen emit --family sm90_forward --out attention         the default problem, on a target that the family is for"""
 
 

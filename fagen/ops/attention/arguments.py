@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -144,10 +146,16 @@ def is_aligned(t: torch.Tensor) -> bool:
 
     An expanded dimension (stride 0) counts as not aligned: a tensor map is not known to take it.
     """
-    item = t.element_size()
-    if t.data_ptr() % ALIGNMENT or t.shape[-1] * item % ALIGNMENT:
+    return not t.data_ptr() % ALIGNMENT and has_aligned_rows(t.shape, t.stride(), t.element_size())
+
+
+def has_aligned_rows(shape: Sequence[int], strides: Sequence[int], item: int) -> bool:
+    """As `is_aligned`, but for where the first row starts; `item` bytes an element."""
+    if shape[-1] * item % ALIGNMENT:
         return False
-    for size, stride in zip(t.shape[:-1], t.stride(), strict=False):
+    if 0 not in strides and not math.gcd(*strides[:-1]) * item % ALIGNMENT:
+        return True
+    for size, stride in zip(shape[:-1], strides, strict=False):
         if size > 1 and (stride == 0 or stride * item % ALIGNMENT):  # others are never used
             return False
     return True

@@ -43,6 +43,15 @@ def readable(call: DecodeCall, new: NewTokens) -> bool:
     return new.cos.dtype == new.sin.dtype and new.cos.dtype in _DTYPES and bool(call.q.numel())
 
 
+def sizes_agree(call: DecodeCall, new: NewTokens) -> bool:
+    """Whether new rows pass the checks, where others did that differ from them in sizes alone."""
+    k, v, starts, angles = new.k.shape, new.v.shape, new.starts, new.cos
+    good = k[:-1] == v[:-1] and (k[0] == call.batch if starts is None else starts.shape[0] == call.batch + 1)
+    if angles is not None and new.sin is not None:
+        good = good and angles.shape == new.sin.shape and angles.shape[0] > 0
+    return good and (new.rotary_seqlens is None or new.rotary_seqlens.shape[0] == call.batch)
+
+
 def make_params(call: DecodeCall, new: NewTokens) -> ctypes.Structure:
     """Sizes and strides; `set_addresses` adds what differs between calls of the same shapes."""
     p: Any = Params()

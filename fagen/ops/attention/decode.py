@@ -69,4 +69,5 @@ OP = Op(
     symbols=forward.SYMBOLS,
     enums=forward.ENUMS,
     calls=_calls,
+    example="example/decode.j2",
 )

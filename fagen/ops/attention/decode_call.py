@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -63,6 +63,13 @@ class DecodeCall:
     num_splits: int = 0  # of a sequence's keys; 0: by the kernel's rule; -n: n keys each
     most_rows: int = 0  # of a sequence, with cu_seqlens_q
     most_keys: int = 0  # of a sequence; 0: as many as there is room for
+
+    @classmethod
+    def of_fields(cls, **fields: Any) -> Self:
+        """Of a call like others it costs little: a frozen dataclass sets its fields one by one."""
+        made = object.__new__(cls)
+        made.__dict__.update(fields)
+        return made
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
@@ -232,20 +239,21 @@ class DecodeCall:
 
         Where it does not, the checks find the words.
         """
-        batch, table, starts, index, most = self.batch, self.page_table, self.cu_seqlens_q, self.cache_batch_idx, 0
+        q, k, v, table, starts, index = self.q, self.k, self.v, self.page_table, self.cu_seqlens_q, self.cache_batch_idx
+        batch, sizes, (pages, page, kv_heads, _) = self.seqlens_k.shape[0], (*q.shape, *v.shape), k.shape
         if starts is not None:
             most, good = self.most_rows, starts.shape[0] == batch + 1
         else:
-            most, good = self.q.shape[1], self.q.shape[0] == batch
-        sizes = (*self.q.shape, *self.k.shape, *self.v.shape, most)
-        good = good and min(sizes) > 0 and max(sizes) <= LARGEST_SIZE and self.k.shape[:3] == self.v.shape[:3]
+            most, good = sizes[1], sizes[0] == batch
+        good = good and sizes[-4:-1] == (pages, page, kv_heads)  # so that k's are looked at with v's
+        good = good and min(most, *sizes) > 0 and max(most, *sizes) <= LARGEST_SIZE
         if table is not None:
             good = good and table.shape[0] == batch and table.shape[1] > 0 and index is None
         else:
-            good = good and (self.k.shape[0] >= batch if index is None else index.shape[0] == batch)
+            good = good and (pages >= batch if index is None else index.shape[0] == batch)
         for scale in (self.k_scale, self.v_scale):
-            good = good and (scale is None or scale.shape == (batch, self.kv_heads))
-        good = good and (self.sinks is None or self.sinks.shape[0] == self.heads)
+            good = good and (scale is None or scale.shape == (batch, kv_heads))
+        good = good and (self.sinks is None or self.sinks.shape[0] == q.shape[-2])
         return good and 0 <= self.most_keys <= self.room and batch > 0
 
     @property

@@ -13,7 +13,7 @@ from fagen.errors import InvalidArgument
 from fagen.ops import abi
 from fagen.ops.attention import decode_inputs, decode_reference
 from fagen.ops.attention.arguments import is_aligned
-from fagen.ops.attention.decode_call import DecodeCall
+from fagen.ops.attention.decode_call import DecodeCall, Tensors
 from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.ops.base import Calls
 from fagen.target import Target
@@ -28,35 +28,54 @@ _VERIFY_HEADS, _VERIFY_ROWS = 8, 16
 
 def make_params(call: DecodeCall, outputs: Outputs) -> ctypes.Structure:
     """The struct of the header; holds pointers, so the tensors must outlive it."""
+    out, lse = outputs["out"], outputs.get("lse")
+    params = sized_params(call, out.stride())
+    set_addresses(params, call, out.data_ptr(), None if lse is None else lse.data_ptr())
+    return params
+
+
+def sized_params(call: DecodeCall, out: tuple[int, ...]) -> ctypes.Structure:
+    """Sizes, settings and strides, those of the output as given; no address is set."""
     params: Any = Params()
-    ragged, out = call.ragged, outputs["out"]
-    for field, t in ((params.q, call.q), (params.o, out)):
-        _point(field, t, (0, *t.stride()[:2]) if ragged else t.stride()[:3])
-    _point(params.k, call.k, call.k.stride()[:3])
-    _point(params.v, call.v, call.v.stride()[:3])
-    for name in ("k_scale", "v_scale", "page_table"):
-        if (t := getattr(call, name)) is not None:
-            _point(getattr(params, name), t, t.stride())
-    for name in ("seqlens_k", "cu_seqlens_q", "cache_batch_idx", "sinks"):
-        if (t := getattr(call, name)) is not None:
-            setattr(params, name, t.data_ptr())
-    if (lse := outputs.get("lse")) is not None:
-        params.lse = lse.data_ptr()
-    params.batch, params.heads, params.kv_heads, params.rows = call.batch, call.heads, call.kv_heads, call.rows
-    params.seqlen_q, params.seqlen_k = call.seqlen_q, call.seqlen_k
-    params.pages, params.page_size, _, params.head_dim = call.k.shape
-    params.head_dim_v = call.v.shape[3]
+    q, k, v, ragged = call.q, call.k, call.v, call.cu_seqlens_q is not None
+    params.q.stride[:3] = (0, *q.stride()[:2]) if ragged else q.stride()[:3]
+    params.o.stride[:3] = (0, *out[:2]) if ragged else out[:3]
+    params.k.stride[:3], params.v.stride[:3] = k.stride()[:3], v.stride()[:3]
+    if call.page_table is not None:
+        params.page_table.stride[:2] = call.page_table.stride()
+    if call.k_scale is not None:
+        params.k_scale.stride[:2] = call.k_scale.stride()
+    if call.v_scale is not None:
+        params.v_scale.stride[:2] = call.v_scale.stride()
+    rows, keys = call.seqlen_q, call.seqlen_k
+    params.batch, params.heads, params.rows = call.batch, q.shape[-2], call.rows
+    params.pages, params.page_size, params.kv_heads, params.head_dim = k.shape
+    params.seqlen_q, params.seqlen_k, params.head_dim_v = rows, keys, v.shape[3]
     # a wider band shows no more, and its sum with a row would leave 32 bits
     left, right = call.window
-    params.window_left, params.window_right = min(left, params.seqlen_k), min(right, params.seqlen_q)
+    params.window_left, params.window_right = min(left, keys), min(right, rows)
     params.num_splits, params.softcap = call.num_splits, call.softcap
     params.scale = 1.0 / math.sqrt(params.head_dim) if call.scale is None else call.scale
     return params
 
 
-def _point(field: Any, tensor: torch.Tensor, strides: tuple[int, ...]) -> None:
-    field.data = tensor.data_ptr()
-    field.stride[: len(strides)] = strides
+def set_addresses(params: Any, tensors: Tensors | DecodeCall, out: int | None, lse: int | None) -> None:
+    t = tensors
+    params.q.data, params.k.data, params.v.data = t.q.data_ptr(), t.k.data_ptr(), t.v.data_ptr()
+    params.o.data, params.lse = out, lse
+    params.seqlens_k = t.seqlens_k.data_ptr()
+    if t.page_table is not None:
+        params.page_table.data = t.page_table.data_ptr()
+    if t.cu_seqlens_q is not None:
+        params.cu_seqlens_q = t.cu_seqlens_q.data_ptr()
+    if t.cache_batch_idx is not None:
+        params.cache_batch_idx = t.cache_batch_idx.data_ptr()
+    if t.sinks is not None:
+        params.sinks = t.sinks.data_ptr()
+    if t.k_scale is not None:
+        params.k_scale.data = t.k_scale.data_ptr()
+    if t.v_scale is not None:
+        params.v_scale.data = t.v_scale.data_ptr()
 
 
 def require(problem: DecodeProblem, call: DecodeCall, outputs: Outputs) -> None:

@@ -89,9 +89,9 @@ template <class C, class Element>
 __device__ __forceinline__ void run_merge(const fagen_decode_params& p, const DecodeGrid& grid) {
   const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / merge_blocks<C>(grid.splits));
   const DecodeSplit<C> split(tile, grid, 0);
-  if (tile.first_row >= tile.rows() || split.used == 1) return;
   const HeadScale scale(p, tile.batch, tile.kv_head);
-  ptx::wait_for_previous_kernel();  // lengths were there before it began
+  ptx::wait_for_previous_kernel();  // all do, or this kernel might end first; lengths were there before that one began
+  if (tile.first_row >= tile.rows() || split.used == 1) return;
   merge_share(output_of<C, Element>(p, tile, scale), grid, split.used, blockIdx.x % merge_blocks<C>(grid.splits));
 }
 

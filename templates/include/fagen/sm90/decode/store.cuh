@@ -85,14 +85,16 @@ __host__ __device__ __forceinline__ int merge_blocks(int splits) {
   return (kTeams * merge_team(splits) + kCombineThreads - 1) / kCombineThreads;
 }
 
-// Block `rank` of them. Parts are added in an order that depends on how many there are, and on nothing else.
+// Block `rank` of them. Parts are added in an order that depends on how many there are, and on nothing else: where the
+// launch has a larger team than so many ask for, the rest of it has none.
 template <class C, class Element>
 __device__ __forceinline__ void merge_share(const DecodeOutput<C, Element>& output, const DecodeGrid& grid, int used,
                                             int rank) {
   constexpr int kPieces = C::kHeadDimV / 4;
   const DecodeTile<C>& tile = output.tile;
-  const int team = merge_team(grid.splits), thread = rank * kCombineThreads + threadIdx.x;
-  const int mine = thread % team, piece = thread / team % kPieces, row = thread / team / kPieces;
+  const int team = merge_team(grid.splits), at_work = merge_team(used), thread = rank * kCombineThreads + threadIdx.x;
+  const int member = thread % team, piece = thread / team % kPieces, row = thread / team / kPieces;
+  const int mine = member < at_work ? member : used;  // the first part of those that this thread adds
   const bool there = row < C::kTileM && tile.first_row + row < tile.rows();
   const int64_t at = part_row<C>(grid, tile.index, 0, there ? row : 0);
   const float2* stats = grid.stats + at;
@@ -100,11 +102,11 @@ __device__ __forceinline__ void merge_share(const DecodeOutput<C, Element>& outp
   RowSums all;
   all.reference = OnlineSoftmax<1, false>::kNoKeys;
 #pragma unroll 8
-  for (int i = mine; i < used; i += team) all.reference = fmaxf(all.reference, __ldcg(stats + i * C::kTileM).x);
+  for (int i = mine; i < used; i += at_work) all.reference = fmaxf(all.reference, __ldcg(stats + i * C::kTileM).x);
   for (int step = 1; step < team; step *= 2)
     all.reference = fmaxf(all.reference, __shfl_xor_sync(~0u, all.reference, step));
 #pragma unroll 8
-  for (int i = mine; i < used; i += team) {
+  for (int i = mine; i < used; i += at_work) {
     const float2 part = __ldcg(stats + i * C::kTileM);
     const float4 x = __ldcg(sums + int64_t(i) * C::kTileM * kPieces);
     const float factor = ptx::ex2((part.x - all.reference) * output.scale_log2);
@@ -116,7 +118,7 @@ __device__ __forceinline__ void merge_share(const DecodeOutput<C, Element>& outp
     all.o.x += __shfl_xor_sync(~0u, all.o.x, step), all.o.y += __shfl_xor_sync(~0u, all.o.y, step);
     all.o.z += __shfl_xor_sync(~0u, all.o.z, step), all.o.w += __shfl_xor_sync(~0u, all.o.w, step);
   }
-  if (there && mine == 0) output.write(tile.first_row + row, piece * 4, all);
+  if (there && member == 0) output.write(tile.first_row + row, piece * 4, all);
 }
 
 }  // namespace fagen

@@ -97,7 +97,8 @@ struct LargeConsumer {
       free_chunks<C::kInFlight>();
     }
   }
-  // O += P V, all chunks of a tile of keys
+  // O += P V, all chunks of a tile of keys. One goes on under the next, whatever kInFlight says: with more of them nvcc
+  // 13.0 makes all products of the kernel wait for each other.
   __device__ __forceinline__ void multiply_values() {
     auto& first = reinterpret_cast<float (&)[L::kFirstColumns / 8][4]>(state.o[0][0]);
     pin(state.o[0]);
@@ -119,7 +120,7 @@ struct LargeConsumer {
           }
         }
       });
-      free_chunks<C::kInFlight>();
+      free_chunks<1>();
     }
   }
 

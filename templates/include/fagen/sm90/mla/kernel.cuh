@@ -86,8 +86,8 @@ template <class C, class Element>
 __device__ __forceinline__ void run_merge(const fagen_decode_params& p, const DecodeGrid& grid) {
   const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / merge_blocks<C>(grid.splits));
   const DecodeSplit<C> split(tile, grid, 0);
+  ptx::wait_for_previous_kernel();  // all do, or this kernel might end first; lengths were there before that one began
   if (tile.first_row >= tile.rows() || split.used == 1) return;
-  ptx::wait_for_previous_kernel();  // lengths were there before it began
   merge_share(output_of<C, Element>(p, tile), grid, split.used, blockIdx.x % merge_blocks<C>(grid.splits));
 }
 
