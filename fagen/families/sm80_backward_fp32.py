@@ -200,8 +200,13 @@ def _default(p: Problem, t: Target) -> Config:
     size = max(p.head_dim_padded, p.head_dim_v_padded)
     spare = OTHER_REGISTERS + (30 if p.mask == "intervals" else 0) + (10 if p.softcap or p.alibi else 0)
     spare += (20 if p.dropout else 0) + (0 if p.aligned else 10 if size <= 128 else 25)
+    of_additions = 0 if t.capability >= 90 else 40  # they are of single numbers, each with an address
     guesses = _guesses(p, t)
-    roomy = (c for c in guesses if _most(p, c) + spare <= register_limit(c))
+    roomy = (
+        c
+        for c in guesses
+        if _most(p, c) + spare + (of_additions if c.dq_route == "atomics" else 0) <= register_limit(c)
+    )
     return next(roomy, min(guesses, key=lambda c: _most(p, c) - register_limit(c)))
 
 
