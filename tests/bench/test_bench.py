@@ -779,7 +779,7 @@ def test_ours_held_to_a_family(capsys, monkeypatch):
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["participants"]["fagen"] == {"outcome": "cannot", "reason": "needs a GPU"}
     assert main.main(["bench", *words, "--family", "nothing"]) == 2
-    assert "known: cpu_forward" in capsys.readouterr().err
+    assert "known: cpu_few_rows, cpu_forward" in capsys.readouterr().err
 
 
 def test_what_cannot_be_captured_is_told():
