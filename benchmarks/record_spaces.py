@@ -248,7 +248,7 @@ class Plan:
 
 def plan(work: tuple[Problem, Target, int]) -> Plan:
     problem, target, count = work
-    family = families.candidates(problem, target)[0][0]
+    family = families.searched(problem, target)[0][0]
     space = enumerate_space(family, problem, target).of(problem)
     chance = random.Random(f"record/{problem.key}")
     drawn = chance.sample(space.legal, min(count, len(space.legal)))

@@ -8,7 +8,18 @@ from fagen.families.base import Config, Constraint, Family, Knob, nothing
 from fagen.ops.base import Problem
 from fagen.target import Target
 
-__all__ = ["Config", "Constraint", "Family", "Knob", "all_families", "candidates", "get", "nothing", "serving"]
+__all__ = [
+    "Config",
+    "Constraint",
+    "Family",
+    "Knob",
+    "all_families",
+    "candidates",
+    "get",
+    "nothing",
+    "searched",
+    "serving",
+]
 
 
 def all_families() -> tuple[Family, ...]:
@@ -71,6 +82,14 @@ def candidates(problem: Problem, target: Target) -> tuple[list[Family], dict[str
         else:
             able.append(family)
     return sorted(able, key=lambda family: not family.serves_calls(problem)), reasons
+
+
+def searched(problem: Problem, target: Target, only: str | None = None) -> tuple[list[Family], dict[str, str]]:
+    """Families by which a problem is tuned: the one that is named, else those that its sizes suit."""
+    able, reasons = candidates(problem, target)
+    if only is not None:
+        return [family for family in able if family is get(only)], reasons
+    return [family for family in able if family.suits(problem)] or able, reasons
 
 
 def serving(problem: Problem, target: Target) -> tuple[list[Family], dict[str, str]]:

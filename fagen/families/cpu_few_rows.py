@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from fagen.families import cpu_decode
 from fagen.families.base import Config, Constraint, Family
+from fagen.families.cost import makespan
 from fagen.families.cpu_forward import FLAGS
 from fagen.ops.attention.problem import Problem
 from fagen.ops.attention.size_point import ROWS_OF_CPU, has_few_rows, rows_of_a_kv_head
 from fagen.target import Target
+
+LANES_OF = {"avx512": 16, "avx2": 8}
+CONVERSION = {"fp32": 1, "bf16": 2, "fp16": 6}  # instructions to read a vector of k or v as float32
 
 
 def _supports(p: Problem, t: Target) -> str | None:
@@ -36,6 +40,24 @@ def _default(p: Problem, t: Target) -> Config:
     return config.replace(packing="tile") if p.dtype == "fp16" else config  # whose conversion is many instructions
 
 
+def cost(p: Problem, t: Target, c: Config) -> float:
+    """Vector operations, roughly: rows of k and v read, converted and multiplied, the softmax, rescaling O once a tile,
+    merging what splits leave, threads that wait for the last one."""
+    columns, rows = p.head_dim_padded + p.head_dim_v_padded, rows_of_a_kv_head(p)
+    lanes, keys = LANES_OF.get(t.simd, 4), p.seqlen_k
+    tile_rows, tiles = min(rows, int(c.tile_rows)), -(-rows // int(c.tile_rows))
+    blocks = -(-tile_rows // int(c.block_rows))
+    reads = CONVERSION[p.dtype] * blocks if c.packing == "direct" else CONVERSION[p.dtype] + 1 + blocks
+    rescaled = -(-keys // int(c.tile_n)) * tile_rows * p.head_dim_v_padded / lanes
+    unit = keys * columns / lanes * (reads + tile_rows) + tile_rows * keys / lanes * 14 + 2 * rescaled
+    unit *= 1 if c.prefetch else 1.02
+    units = p.batch * p.kv_heads * tiles
+    split_keys = max(-(-keys * units // int(c.pieces)), int(c.least_keys))
+    splits = -(-keys // split_keys)
+    merge = 4 * splits * tile_rows * p.head_dim_v_padded / lanes if splits > 1 else 0.0
+    return makespan(units * (unit + merge), (unit + merge) / splits, units * splits, t.units, 0.5)
+
+
 FAMILY = Family(
     name="cpu_few_rows",
     template="cpu/few_rows.cpp.j2",
@@ -51,6 +73,7 @@ FAMILY = Family(
     default=_default,
     default_reads=has_few_rows,
     flags=lambda t: FLAGS,
+    cost=cost,
     resources=lambda p, t, c: (cpu_decode.scratch_bytes(p, c),),
     suits=_suits,
 )

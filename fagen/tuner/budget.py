@@ -54,7 +54,7 @@ def least(problem: Problem, target: Target, only: str | None = None, slowdown: f
     """Of one problem, on a machine where everything takes `slowdown` times as long; families compile side by side."""
     from fagen.build import cache
 
-    able = [f for f in families.candidates(problem, target)[0] if only in (None, f.name)]
+    able, _ = families.searched(problem, target, only)
     compiles = [0.0]
     for family in able:
         try:

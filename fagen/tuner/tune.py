@@ -47,9 +47,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def spaces(problem: Problem, target: Target, only: str | None = None, fixed: Fixed | None = None) -> list[Space]:
     """The search spaces of all families that can serve the problem, or of one by name; some knobs may be restricted."""
-    able, reasons = families.candidates(problem, target)
-    if only is not None:
-        able = [family for family in able if family.name == families.get(only).name]
+    able, reasons = families.searched(problem, target, only)
     if not able:
         first = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UnsupportedProblem(f"no family can serve {problem.static_key} on {target.arch}", first)
@@ -67,9 +65,7 @@ def fingerprint(problems: Sequence[Problem], target: Target, options: Options) -
     if options.fixed or options.exhaustive:
         digest.update(repr((sorted(options.fixed.items()), options.exhaustive)).encode())
     for problem in problems:
-        for family in families.candidates(problem, target)[0]:
-            if options.family not in (None, family.name):
-                continue
+        for family in families.searched(problem, target, options.family)[0]:
             knobs = [(knob.name, knob.choices) for knob in family.knobs]
             digest.update(repr((problem.key, target.arch, target.device, family.name, knobs)).encode())
     return hashlib.sha256(digest.digest() + sources_hash().encode()).hexdigest()[:16]
@@ -89,8 +85,7 @@ def run(problems: Sequence[Problem], target: Target, options: Options, progress:
     options = dataclasses.replace(options, begun=options.begun or time.monotonic())
     with contextlib.closing(progress or Progress()) as progress:
         for problem in problems:
-            able = families.candidates(problem, target)[0]
-            if options.fixed or not any(options.family in (None, family.name) for family in able):
+            if options.fixed or not families.searched(problem, target, options.family)[0]:
                 spaces(problem, target, options.family, options.fixed)  # raises the reasons, before anything runs
         merge.require_writable(options.out or env.user_db_dir(), target.arch, target.device)
         if options.storage:  # before a run is begun

@@ -414,6 +414,6 @@ def test_python_and_cpp_name_the_same_arguments() -> None:
     for name, more in own.items():
         schema = getattr(torch.ops.fagen, name).default._schema
         assert [argument.name for argument in schema.arguments] == [*OpArguments._fields, *more], name
-    by_python = ("sinks", "dropout_p", "descale_q", "descale_k", "descale_v")
+    by_python = ("sinks", "dropout_p", "descale_q", "descale_k", "descale_v", "descale_block")
     public = ", ".join(name for name in inspect.signature(fagen.attention).parameters if name not in by_python)
     assert module.attention.__doc__ == f"attention({public})" and module.sdpa.__doc__ == f"sdpa({public})"

@@ -148,8 +148,9 @@ def _fixed(args: argparse.Namespace, problems: list[Problem], target: Target) ->
     from fagen import families
     from fagen.families.space import restriction
 
-    able = {f.name: f for problem in problems for f in families.candidates(problem, target)[0]}
-    return restriction(args.fix, [f for f in able.values() if args.family in (None, f.name)] or able.values())
+    able = {f.name: f for problem in problems for f in families.searched(problem, target)[0]}
+    named = [families.get(args.family)] if args.family else []
+    return restriction(args.fix, named or able.values())
 
 
 def _tune(

@@ -9,9 +9,8 @@ from fagen.ops.attention.problem import HOPPER_TRAINS, MAX_HEAD_DIM, SIMT_SERVES
 from fagen.target import target_of
 
 # Dtypes whose gradients the backward families compute, by device or by architecture where that has families of its own,
-# and up to which head dim. Known without them, for a
-# graph that is traced: there the kernel is chosen when the graph runs, which is too late for PyTorch's own attention to
-# stand in it.
+# and up to which head dim. Known without them, for a graph that is traced: there the kernel is chosen when the graph
+# runs, which is too late for PyTorch's own attention to stand in it.
 TRAINED: dict[str, dict[torch.dtype, int]] = {
     "cpu": dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 256),
     "cuda": dict.fromkeys((torch.bfloat16, torch.float16), 256)
@@ -47,6 +46,15 @@ def in_forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+def _arch(device: torch.device) -> str:
+    target = target_of(device)
+    return "" if target is None else target.arch
+
+
+# what torch.compiler.assume_constant_result sets: a tracer asks it, and does not look inside
+vars(_arch)["_dynamo_marked_constant"] = True
+
+
 def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor | None) -> str:
     """Why PyTorch must compute the derivatives that are wanted; "" if none are, or if the ops may."""
     if not differentiated(q, k, v, slopes):
@@ -58,8 +66,8 @@ def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Ten
     if q.dtype not in TRAINED.get(q.device.type, ()):
         return f"no backward kernel takes {q.dtype} on device {q.device.type}"
     head_dim, most = max(q.shape[-1], v.shape[-1]), TRAINED[q.device.type][q.dtype]
-    if head_dim > most and (where := target_of(q.device)) and where.arch in TRAINED:
-        most = TRAINED[where.arch][q.dtype]
+    if head_dim > most:
+        most = TRAINED.get(_arch(q.device), TRAINED[q.device.type])[q.dtype]
     if head_dim > most:
         return f"no backward kernel takes head_dim {head_dim} on device {q.device.type}: {most} at most"
     return ""
