@@ -86,7 +86,7 @@ def attention(
     Gradients of q, k and v are ours where a backward kernel serves them; all other derivatives are PyTorch's. A row
     that sees no key gives 0, and -inf in lse (or its sink).
     """
-    if _in_fp8(q, descale_q, descale_k, descale_v, descale_block or None):
+    if _in_fp8(q, descale_block, descale_q, descale_k, descale_v):
         from fagen import fp8_api  # as most calls do not
 
         return fp8_api.attention(
@@ -114,9 +114,11 @@ def attention(
     )  # fmt: skip
 
 
-def _in_fp8(q: Any, *descales: Any) -> bool:
-    """Whether it is a call on fp8 numbers, or has arguments that only such calls have."""
-    return getattr(q, "dtype", None) is torch.float8_e4m3fn or any(scale is not None for scale in descales)
+def _in_fp8(q: Any, block: Any, *descales: Any) -> bool:
+    """Whether it is a call on fp8 numbers, or has arguments that only such calls have, which are checked there."""
+    if getattr(q, "dtype", None) is torch.float8_e4m3fn or any(scale is not None for scale in descales):
+        return True
+    return type(block) is not int or block != 0
 
 
 def _with_sinks(

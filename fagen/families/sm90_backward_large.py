@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import makespan, walk
+from fagen.families.sm90_forward_large import unsupported
 from fagen.ops.attention.problem import HOPPER_TRAINS, Problem
 from fagen.target import Target
 
@@ -198,18 +199,6 @@ CONSTRAINTS = (
 )
 
 
-def _supports(p: Problem, t: Target) -> str | None:
-    if not t.is_gpu or t.arch != "sm_90":
-        return f"needs sm_90 (wgmma), the target is {t.arch}"
-    if p.dtype not in ("fp16", "bf16"):
-        return f"serves fp16 and bf16, not {p.dtype}"
-    if not p.wider_than(256):
-        return f"head dims of {max(p.head_dim, p.head_dim_v)} need no chunks: sm90_backward takes up to 256"
-    if p.dropout:
-        return "it drops no weights"
-    return None if p.aligned else "the copy engine needs rows that start at multiples of 16 bytes"
-
-
 def _derive(p: Problem, t: Target, c: Config) -> dict[str, int]:
     dq, dk, dv = passes(p)
     return {
@@ -343,7 +332,7 @@ FAMILY = Family(
     dtypes=("fp16", "bf16"),
     knobs=KNOBS,
     constraints=CONSTRAINTS,
-    supports=_supports,
+    supports=lambda p, t: unsupported(p, t, "sm90_backward"),
     derive=_derive,
     serves_calls=lambda p: max(p.head_dim, p.head_dim_v) <= HOPPER_TRAINS,
     default=_default,

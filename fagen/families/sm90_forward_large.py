@@ -153,13 +153,14 @@ CONSTRAINTS = (
 )
 
 
-def _supports(p: Problem, t: Target) -> str | None:
+def unsupported(p: Problem, t: Target, smaller: str) -> str | None:
+    """Why a family of large head dims cannot serve the problem; `smaller` is the family of the others."""
     if not t.is_gpu or t.arch != "sm_90":
         return f"needs sm_90 (wgmma), the target is {t.arch}"
     if p.dtype not in ("fp16", "bf16"):
         return f"serves fp16 and bf16, not {p.dtype}"
     if not p.wider_than(256):
-        return f"head dims of {max(p.head_dim, p.head_dim_v)} need no chunks: sm90_forward takes up to 256"
+        return f"head dims of {max(p.head_dim, p.head_dim_v)} need no chunks: {smaller} takes up to 256"
     if p.dropout:
         return "it drops no weights"
     return None if p.aligned else "the copy engine needs rows that start at multiples of 16 bytes"
@@ -283,7 +284,7 @@ FAMILY = Family(
     dtypes=("fp16", "bf16"),
     knobs=KNOBS,
     constraints=CONSTRAINTS,
-    supports=_supports,
+    supports=lambda p, t: unsupported(p, t, "sm90_forward"),
     derive=_derive,
     serves_calls=lambda p: False,  # not run on a GPU at its present source
     default=_default,

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any
 
 import pytest
 import torch
 
-from fagen.codegen.spec import KernelSpec
 from fagen.ops.attention import gradients
-from fagen.runtime import kernel
-from fagen.runtime.kernel import Library
-from tests.support.backward import launch, make_call, run
-from tests.support.cases import build_specs, present
+from tests.support.backward import launch, make_call
+from tests.support.backward_gpu import OnGpu
+from tests.support.cases import present
 from tests.support.fp32_backward import DIM_CASES, FAMILY, FEATURE_CASES, HEAD_DIMS, SCHEME_CASES, SCHEMES, Case
 
+HERE = OnGpu(FAMILY)
 EDGES = ((1, 1), (1, 77), (64, 64), (63, 97), (129, 127), (129, 333), (333, 129))
 _KINDS = ("lower1", "lower2", "both2", "both4")
 ALL = [
@@ -31,44 +28,24 @@ ALL = [
 ]
 
 
-def _spec(case: Case) -> KernelSpec:
-    return KernelSpec(FAMILY, case.problem, present(), case.config)
-
-
-@functools.cache
-def _library(case: Case) -> Library:
-    return kernel.get(_spec(case)).library
-
-
-def _legal(case: Case) -> bool:
-    return FAMILY.rejects(case.problem, present(), case.config) is None
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    build_specs(_spec(case) for case in ALL if _legal(case))
-
-
-def check(case: Case, **options: Any) -> None:
-    stream = torch.cuda.current_stream().cuda_stream
-    for seed, (rows, keys) in enumerate(case.sizes):
-        verdict = run(case, rows, keys, _library(case), stream, seed=seed, batch=2, device="cuda", **options)
-        assert verdict, f"{rows}x{keys}: {verdict.message}"
+    HERE.build(ALL)
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_against_autograd(case: Case) -> None:
-    if not _legal(case):
+    if not HERE.legal(case):
         pytest.skip(f"not on {present().arch}")
-    check(case)
+    HERE.check(case)
 
 
 def test_other_layout() -> None:
-    check(Case("base", heads=4, kv_heads=2), layout="bhsd")
+    HERE.check(Case("base", heads=4, kv_heads=2), layout="bhsd")
 
 
 def test_rows_and_keys_that_see_nothing() -> None:
-    check(Case("base", dlse=True, sizes=((300, 100), (300, 1), (1, 300))))
+    HERE.check(Case("base", dlse=True, sizes=((300, 100), (300, 1), (1, 300))))
 
 
 def test_many_rows_are_as_exact_as_in_float32() -> None:
@@ -76,7 +53,7 @@ def test_many_rows_are_as_exact_as_in_float32() -> None:
     case = Case("default", mask="none", head_dim=128, heads=1)
     call = make_call(case, 16384, 128, device="cuda")
     call = dataclasses.replace(call, dout=call.dout.abs())
-    outputs = launch(case, call, _library(case), torch.cuda.current_stream().cuda_stream)
+    outputs = launch(case, call, HERE.library(case), torch.cuda.current_stream().cuda_stream)
     verdict = gradients.check(call, outputs)
     assert verdict, verdict.message
 
@@ -85,7 +62,7 @@ def test_many_rows_are_as_exact_as_in_float32() -> None:
 def test_the_same_bits_every_time(name: str) -> None:
     case = Case(name, deterministic=True, heads=4, kv_heads=2, head_dim=HEAD_DIMS.get(name, 64))
     call, stream = make_call(case, 400, 400, batch=2, device="cuda"), torch.cuda.current_stream().cuda_stream
-    seen = [launch(case, call, _library(case), stream) for _ in range(50)]
+    seen = [launch(case, call, HERE.library(case), stream) for _ in range(50)]
     assert all(torch.equal(t, seen[0][one]) for found in seen for one, t in found.items())
     verdict = gradients.check(call, seen[0])
     assert verdict, verdict.message

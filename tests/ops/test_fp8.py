@@ -274,7 +274,7 @@ def test_tensors_that_contradict_each_other_are_refused() -> None:
     for tensors, words in cases:
         with pytest.raises(InvalidArgument, match=words):
             fagen.attention(*tensors)
-    for only_fp8 in ({"descale_q": 1.0}, {"descale_block": 64}):
+    for only_fp8 in ({"descale_q": 1.0}, {"descale_block": 64}, {"descale_block": torch.zeros(3)}):
         with pytest.raises(InvalidArgument, match="descales are of fp8 numbers"):
             fagen.attention(q, k, v, **only_fp8)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +114,26 @@ class Case:
         window = f"w{self.window[0]},{self.window[1]}" if self.window != (-1, -1) else ""
         extra = [self.intervals, window, self.dtype, d, f"h{self.heads}-{self.kv_heads}", *flags, *changes]
         return "-".join(filter(None, [self.scheme, self.mask, *extra]))
+
+
+_OF_INTERVALS = ("lower1", "lower2", "both2", "both4")
+_BANDS = {"window": (40, 20)}
+
+
+def in_turns(case: Callable[..., Case], schemes: Iterable[str], head_dims: Mapping[str, int]) -> list[Any]:
+    """A case for each scheme: masks, alignment and the gradient of the LSE turn from one to the next."""
+    made = []
+    for number, scheme in enumerate(schemes):
+        mask = ("none", "causal", "window", "intervals")[number % 4]
+        kind = _OF_INTERVALS[number // 4 % 4] if mask == "intervals" else ""
+        made.append(
+            case(
+                scheme, mask=mask, intervals=kind, window=_BANDS.get(mask, (-1, -1)),
+                head_dim=head_dims.get(scheme, 64), aligned=number % 3 > 0, dlse=number % 2 > 0,
+                sizes=((70, 150), (150, 70)),
+            )
+        )  # fmt: skip
+    return made
 
 
 # ---- inputs, a launch between guards, the oracle ---------------------------------------------------------------------

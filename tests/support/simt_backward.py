@@ -48,21 +48,7 @@ class Case(backward.Case):
         return SCHEMES[self.scheme].replace(**dict(self.changes))
 
 
-_KINDS = ("lower1", "lower2", "both2", "both4")
-_WINDOWS = {"window": (40, 20)}
-
-
-def _scheme(number: int, scheme: str) -> Case:
-    """Masks and alignment turn from scheme to scheme."""
-    mask = ("none", "causal", "window", "intervals")[number % 4]
-    kind = _KINDS[number // 4 % 4] if mask == "intervals" else ""
-    return Case(
-        scheme, mask=mask, intervals=kind, window=_WINDOWS.get(mask, (-1, -1)), head_dim=HEAD_DIMS.get(scheme, 64),
-        aligned=number % 3 > 0, dlse=number % 2 > 0, sizes=((70, 150), (150, 70)),
-    )  # fmt: skip
-
-
-SCHEME_CASES = [_scheme(number, scheme) for number, scheme in enumerate(SCHEMES)]
+SCHEME_CASES = backward.in_turns(Case, SCHEMES, HEAD_DIMS)
 DIM_CASES = [
     Case("default", head_dim=d, head_dim_v=dv, mask=("causal", "none")[i % 2], aligned=False, sizes=((40, 70),))
     for i, (d, dv) in enumerate(((1, 0), (7, 16), (33, 0), (100, 64), (128, 0), (257, 0), (40, 300), (1024, 0)))
