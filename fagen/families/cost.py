@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from fagen.ops.attention.problem import Problem
+from fagen.target import Target
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ def _sum(first: int, step: int, count: int) -> int:
         first, step = first + (count - 1) * step, -step
     skipped = min(count, max(0, -(first // step))) if step else count * (first < 0)
     return (count - skipped) * (2 * first + (skipped + count - 1) * step) // 2
+
+
+def vector_lanes(t: Target) -> int:
+    """Numbers of float32 that a vector of a CPU holds."""
+    return {"avx512": 16, "avx2": 8}.get(t.simd, 4)
 
 
 def makespan(work: float, longest: float, pieces: int, units: int, tail: float) -> float:

@@ -8,7 +8,7 @@ parts by the sizes alone, and their sums are added in one order: no result depen
 from __future__ import annotations
 
 from fagen.families.base import Config, Constraint, Family, Knob, nothing
-from fagen.families.cost import walk
+from fagen.families.cost import vector_lanes, walk
 from fagen.families.cpu_forward import (
     FLAGS,
     LANES,
@@ -109,7 +109,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     the sums of the parts, threads that wait for the last one."""
     d, dv, m, n = p.head_dim_padded, p.head_dim_v_padded, int(c.tile_m), int(c.tile_n)
     rows, vectors = int(c.block_rows), int(c.block_vectors)
-    lanes = {"avx512": 16, "avx2": 8}.get(t.simd, 4)
+    lanes = vector_lanes(t)
     feed = 1 + 0.5 * (1 / rows + 1 / vectors) / 2 + max(0.0, 10 - rows * vectors) / 10
     seen = walk(p, m, n)
     last = p.seqlen_q / (seen.row_tiles * m)  # the last tile of rows may be less

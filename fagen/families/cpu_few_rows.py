@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from fagen.families import cpu_decode
 from fagen.families.base import Config, Constraint, Family
-from fagen.families.cost import makespan
+from fagen.families.cost import makespan, vector_lanes
 from fagen.families.cpu_forward import FLAGS
 from fagen.ops.attention.problem import Problem
 from fagen.ops.attention.size_point import ROWS_OF_CPU, has_few_rows, rows_of_a_kv_head
 from fagen.target import Target
 
-LANES_OF = {"avx512": 16, "avx2": 8}
 CONVERSION = {"fp32": 1, "bf16": 2, "fp16": 6}  # instructions to read a vector of k or v as float32
 
 
@@ -44,7 +43,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     """Vector operations, roughly: rows of k and v read, converted and multiplied, the softmax, rescaling O once a tile,
     merging what splits leave, threads that wait for the last one."""
     columns, rows = p.head_dim_padded + p.head_dim_v_padded, rows_of_a_kv_head(p)
-    lanes, keys = LANES_OF.get(t.simd, 4), p.seqlen_k
+    lanes, keys = vector_lanes(t), p.seqlen_k
     tile_rows, tiles = min(rows, int(c.tile_rows)), -(-rows // int(c.tile_rows))
     blocks = -(-tile_rows // int(c.block_rows))
     reads = CONVERSION[p.dtype] * blocks if c.packing == "direct" else CONVERSION[p.dtype] + 1 + blocks

@@ -7,7 +7,7 @@ product needs a transposed operand and the softmax needs no sum across lanes.
 from __future__ import annotations
 
 from fagen.families.base import Config, Constraint, Family, Knob, nothing
-from fagen.families.cost import makespan, walk
+from fagen.families.cost import makespan, vector_lanes, walk
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -133,7 +133,7 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     tile, packing, threads that wait for the last one."""
     d, dv, m, n = p.head_dim_padded, p.head_dim_v_padded, int(c.tile_m), int(c.tile_n)
     rows, vectors = int(c.block_rows), int(c.block_vectors)
-    lanes = {"avx512": 16, "avx2": 8}.get(t.simd, 4)
+    lanes = vector_lanes(t)
     feed = 1 + 0.5 * (1 / rows + 1 / vectors) / 2 + max(0.0, 10 - rows * vectors) / 10
     seen = walk(p, m, n)
     whole = p.seqlen_q / (seen.row_tiles * m)  # the last tile of rows may be less
