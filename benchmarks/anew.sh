@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A change of templates, and new families, on a Hopper card, in pieces of some minutes each:
-#   anew.sh check_new OUT   tests/gpu of families that serve no calls yet, and of dropout; their names in OUT/failed
+#   anew.sh check_new OUT   tests/gpu of the newer families, and of dropout; what failed in OUT/failed
 #   anew.sh check OUT       the rest of them but for check_forward's, the older families; generated/ verified
 #   anew.sh tune OUT      tuning_db/ tuned for problems/hopper.toml; BUDGET (515s), GPUS=all for all of the machine
 #   anew.sh tune_backward OUT   the same for problems/hopper_backward.toml

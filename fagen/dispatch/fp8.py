@@ -52,8 +52,7 @@ def quantize(
     """fp8 numbers of checked tensors: by kernels of our own where they can, else by PyTorch."""
     found = None
     tensors = [q, k, v, *([] if rotary is None else [rotary.cos, rotary.sin])]
-    kernels = fp8_launch.SERVES_CALLS and q.is_cuda and all(map(is_plain, tensors))
-    if kernels and fp8_launch.serves(q, k, v, rotary):
+    if q.is_cuda and all(map(is_plain, tensors)) and fp8_launch.serves(q, k, v, rotary):
         target = target_of(q.device)
         capturing = torch.cuda.is_current_stream_capturing()
         found = None if target is None else quantize_kernel.HELPER.library(target, capturing)

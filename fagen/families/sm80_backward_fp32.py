@@ -276,6 +276,5 @@ FAMILY = Family(
     flags=lambda t: (device_limits.gencode(t), *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:5],
     cost=cost,
-    serves_calls=lambda p: False,  # not yet run on a GPU
     resources=_resources,
 )

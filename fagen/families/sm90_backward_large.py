@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import makespan, walk
 from fagen.families.sm90_forward_large import unsupported
-from fagen.ops.attention.problem import HOPPER_TRAINS, Problem
+from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
@@ -148,6 +148,12 @@ def _ring_holds(p: Problem, t: Target, c: Config) -> str | None:
     return None
 
 
+def _products_overlap(p: Problem, t: Target, c: Config) -> str | None:
+    if c.in_flight == 3 and c.chunks_under == 1:
+        return "in_flight=3 behind chunks_under=1: ptxas makes the products wait for each other"
+    return None
+
+
 def _columns_matter(p: Problem, t: Target, c: Config) -> str | None:
     """Fewer blocks' columns that are shared alike only repeat the smaller value."""
     smaller = [n for n in BLOCK_COLUMNS if n < int(c.block_columns)]
@@ -191,6 +197,7 @@ _SMEM_READS = ("tile_other", "chunk_d", "stages", "resident", "block_columns", "
 CONSTRAINTS = (
     Constraint("chunks_whole", _chunks_whole, ("chunk_d",)),
     Constraint("ring_holds", _ring_holds, ("chunk_d", "stages", "in_flight", "chunks_under")),
+    Constraint("products_overlap", _products_overlap, ("in_flight", "chunks_under")),
     Constraint("columns_matter", _columns_matter, ("block_columns",)),
     Constraint("cells_shared", _cells_shared, ("tile_other", "block_columns", "share_cells", "cluster")),
     Constraint("order_matters", _order_matters, ("block_order",)),
@@ -334,7 +341,6 @@ FAMILY = Family(
     constraints=CONSTRAINTS,
     supports=lambda p, t: unsupported(p, t, "sm90_backward"),
     derive=_derive,
-    serves_calls=lambda p: max(p.head_dim, p.head_dim_v) <= HOPPER_TRAINS,
     default=_default,
     default_reads=lambda p, t: min(p.seqlen_q, p.seqlen_k) > OWN_ROWS,  # whether a cluster has work
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),

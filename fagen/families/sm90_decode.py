@@ -171,7 +171,6 @@ FAMILY = Family(
     },
     first_configs=lambda p, t: _guesses(p, t)[1:],
     repeats=_repeats,
-    serves_calls=lambda p: False,  # not all of its tests have passed on a GPU yet
     suits=_suits,
     cost=cost,
     split_keys=sm80_decode.split_keys,

@@ -88,6 +88,6 @@ FAMILY = Family(
         "register_products": [(p.head_dim_v // 2, True)],
     },
     repeats=lambda p, c: bool(c.cluster == 2 and not _shares(p)),
-    serves_calls=lambda p: False,  # not all of its tests have passed on a GPU yet
+    serves_calls=lambda p: p.head_dim_v == 512,
     split_keys=_split_keys,
 )

@@ -276,7 +276,6 @@ FAMILY = Family(
     constraints=CONSTRAINTS,
     supports=_supports,
     derive=_derive,
-    serves_calls=lambda p: False,  # not run on a GPU at its present source
     default=lambda p, t: _guesses(p, t)[0],
     default_reads=_default_reads,
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),

@@ -286,7 +286,6 @@ FAMILY = Family(
     constraints=CONSTRAINTS,
     supports=lambda p, t: unsupported(p, t, "sm90_forward"),
     derive=_derive,
-    serves_calls=lambda p: False,  # not run on a GPU at its present source
     default=_default,
     default_reads=lambda p, t: (p.seqlen_q > GROUP_ROWS, p.seqlen_q > 2 * GROUP_ROWS),  # whether a cluster has work
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),

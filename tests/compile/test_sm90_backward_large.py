@@ -88,6 +88,7 @@ REJECTED = [
      {"chunk_d": 64}),
     ("ring_holds", "chunks_under=2 of 1 chunks of dP", {"head_dim": 512, "head_dim_v": 64}, {}, {"chunks_under": 1}),
     ("ring_holds", "3 stages are all held", {}, {"stages": 3}, {"chunks_under": 1}),
+    ("products_overlap", "wait for each other", {}, {"in_flight": 3, "chunks_under": 1}, {"in_flight": 2}),
     ("columns_matter", "shares the columns as 512 does", {}, {"block_columns": 640}, {"block_columns": 512}),
     ("cells_shared", "two blocks share cells, not 1", {}, {**SHARED, "block_columns": 512}, {"share_cells": False}),
     ("cells_shared", "no chunks to share, cluster=2", {}, {**SHARED, "cluster": 2}, {"cluster": 1}),

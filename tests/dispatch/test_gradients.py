@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,11 +90,7 @@ def test_a_trace_knows_the_head_dims_that_the_families_serve(device: str, where:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_large_head_dims_have_a_family_on_hopper(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once it serves calls."""
-    large = dataclasses.replace(families.get("sm90_backward_large"), serves_calls=lambda problem: True)
-    every = tuple(large if f.name == large.name else f for f in families.all_families())
-    monkeypatch.setattr(families, "all_families", lambda: every)
+def test_large_head_dims_have_a_family_on_hopper(deterministic: bool) -> None:
     for fields, first in (
         ({"head_dim": 512}, ["sm90_backward_large"]),
         ({"head_dim": 64, "head_dim_v": 264, "dtype": "fp16"}, ["sm90_backward_large"]),

@@ -474,8 +474,8 @@ def test_memory_is_linear_in_length() -> None:
 
 @pytest.mark.by_torch
 def test_what_no_kernel_serves() -> None:
-    leaves = replace(BASE, dim=320, sizes=(40, 40)).leaves()
-    assert "no backward kernel takes head_dim 320" in str(fagen.explain(*leaves, causal=True))
+    leaves = replace(BASE, dim=1032, sizes=(40, 40)).leaves()
+    assert "no backward kernel takes head_dim 1032" in str(fagen.explain(*leaves, causal=True))
     with pytest.warns(fallback.FallbackWarning):
         out, lse = fagen.attention(*leaves, causal=True, return_lse=True)
     dout = random_like(out)
@@ -485,7 +485,7 @@ def test_what_no_kernel_serves() -> None:
 @pytest.mark.by_torch
 def test_what_no_kernel_serves_keeps_pytorchs_own_attention_in_a_compiled_graph() -> None:
     torch._dynamo.reset()
-    leaves = replace(BASE, dim=320, sizes=(40, 40)).leaves()
+    leaves = replace(BASE, dim=1032, sizes=(40, 40)).leaves()
     seen: list[str] = []
 
     def look(module: torch.fx.GraphModule, _: Any) -> Any:

@@ -114,7 +114,6 @@ def test_no_rows_or_no_keys() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dims", [(320, 320), (576, 512)], ids=str)
 def test_calls_are_served(dims: tuple[int, int], dtype: torch.dtype) -> None:
-    """Not before HOPPER_TRAINS says so."""
     q, k = (torch.randn(2, 300, heads, dims[0], device="cuda", dtype=dtype, requires_grad=True) for heads in (4, 2))
     v = torch.randn(2, 300, 2, dims[1], device="cuda", dtype=dtype, requires_grad=True)
     assert "sm90_backward_large" in str(fagen.explain(q, k, v, causal=True))

@@ -4,17 +4,14 @@ heads and of blocks, thread blocks that take many tiles of rows, launches again 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 import fagen
-from fagen import families, target
+from fagen import target
 from fagen.codegen.spec import KernelSpec
-from fagen.dispatch import fp8, resolve
-from fagen.ops.attention import fp8_launch, fp8_quantize
+from fagen.dispatch import fp8
+from fagen.ops.attention import fp8_quantize
 from fagen.ops.attention.fp8_call import Fp8Call
 from fagen.ops.attention.fp8_calls import check
 from fagen.runtime import kernel, quantize
@@ -74,18 +71,6 @@ OTHER_CASES = [
 ]
 ALL = [*SCHEME_CASES, *WINDOW_CASES, *DIM_CASES, *BLOCK_CASES, *INTERVAL_CASES, *OTHER_CASES]
 DEFAULTS = [Case("base", mask=mask, head_dim=d) for d in (64, 128, 256) for mask in ("none", "causal")]
-
-
-@pytest.fixture
-def _served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Calls take the kernels, whether they do so otherwise or not."""
-    serving = dataclasses.replace(FAMILY, serves_calls=lambda problem: True)
-    every = tuple(serving if family.name == FAMILY.name else family for family in families.all_families())
-    monkeypatch.setattr(families, "all_families", lambda: every)
-    monkeypatch.setattr(fp8_launch, "SERVES_CALLS", True)
-    resolve.forget()
-    yield
-    resolve.forget()
 
 
 def _kernel_of(case: Case) -> Kernel:
@@ -181,7 +166,6 @@ def test_promotion_keeps_what_the_tensor_cores_lose() -> None:
     assert lost[1] <= lost[0], lost
 
 
-@pytest.mark.usefixtures("_served")
 @pytest.mark.parametrize("block", [0, 128])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_attention_of_quantised_tensors(head_dim: int, block: int) -> None:
@@ -200,7 +184,6 @@ def test_attention_of_quantised_tensors(head_dim: int, block: int) -> None:
     assert (out.float() - want).square().mean().sqrt() < 0.08 * want.square().mean().sqrt()
 
 
-@pytest.mark.usefixtures("_served")
 @pytest.mark.parametrize(
     ("d", "dv", "layout", "block", "turned"),
     [

@@ -159,7 +159,8 @@ def make_call(
         q, k, v, layout, case.band, intervals, case.intervals, softcap=case.softcap, alibi_slopes=alibi,
         deterministic=case.deterministic, dropout=case.dropout, rng=rng_of(device) if case.dropout else None,
     )  # fmt: skip
-    made, lse = torch.zeros(batch, case.heads, rows, dv), torch.full((batch, case.heads, rows), -math.inf)
+    made = torch.zeros(batch, case.heads, rows, dv, device=device)
+    lse = torch.full((batch, case.heads, rows), -math.inf, device=device)
     if rows and keys:
         with torch.no_grad():
             made, lse = reference.attend(call, reference.cast(call.bhsd(), torch.float32), reference.visible(call))

@@ -28,7 +28,7 @@ SCHEMES = {
     "streamed": config(resident="none", stages=6, chunks_under=4, block_order="descending"),
     "streamed_pair": config(resident="none", cluster=2, tile_other=96, chunk_d=128, stages=2, chunks_under=0),
     "narrow": config(block_columns=256, stages=5, block_order="sectioned"),
-    "narrow_pair": config(block_columns=384, cluster=2, in_flight=3, chunks_under=1, stages=5),
+    "narrow_pair": config(block_columns=384, cluster=2, in_flight=3, chunks_under=2, stages=6),
     "wide": config(block_columns=640, resident="scores", stages=4),
     "long_tiles": config(tile_other=192, resident="none", block_columns=256, stages=3, in_flight=2, chunks_under=0),
     "peers": config(share_cells=True, tile_other=128, resident="scores", block_columns=384),

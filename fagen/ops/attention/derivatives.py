@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-from fagen.ops.attention.problem import HOPPER_TRAINS, MAX_HEAD_DIM, SIMT_SERVES, TORCH_DTYPES
+from fagen.ops.attention.problem import MAX_HEAD_DIM, SIMT_SERVES, TORCH_DTYPES
 from fagen.target import target_of
 
 # Dtypes whose gradients the backward families compute, by device or by architecture where that has families of its own,
@@ -16,7 +16,7 @@ TRAINED: dict[str, dict[torch.dtype, int]] = {
     "cuda": dict.fromkeys((torch.bfloat16, torch.float16), 256)
     | dict.fromkeys((getattr(torch, TORCH_DTYPES[name]) for name in SIMT_SERVES), MAX_HEAD_DIM),
 }
-TRAINED["sm_90"] = TRAINED["cuda"] | dict.fromkeys((torch.bfloat16, torch.float16), HOPPER_TRAINS)
+TRAINED["sm_90"] = TRAINED["cuda"] | dict.fromkeys((torch.bfloat16, torch.float16), MAX_HEAD_DIM)
 
 
 def differentiated(*tensors: torch.Tensor | None) -> bool:

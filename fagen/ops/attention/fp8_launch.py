@@ -26,10 +26,6 @@ def _signs_on(columns: int, device: torch.device) -> torch.Tensor:
     return torch.tensor(fp8_quantize.signs(columns), device=device)
 
 
-# Whether calls of quantize_qkv take the kernels; not before these have run on a GPU.
-SERVES_CALLS: bool = False
-
-
 def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None = None) -> bool:
     """Whether the kernels take the tensors, which `fp8_quantize` has checked."""
     same = q.dtype == k.dtype == v.dtype and q.dtype in _ELEMENTS

@@ -26,9 +26,6 @@ MAX_HEAD_DIM = 1024
 # The dtypes of the calls on a GPU that the families of plain float32 (simt_*) serve. They can take fp16 and bf16 too,
 # but PyTorch's tensor cores are faster where no other family takes the head dim: there simt_* are for tune and emit.
 SIMT_SERVES: tuple[str, ...] = ("fp32",)
-# The largest head dim whose gradients the families of Hopper compute for calls, of fp16 and bf16: MAX_HEAD_DIM once
-# sm90_backward_large has run on a GPU.
-HOPPER_TRAINS = 256
 _SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k")
 _NEWER = ("dropout", "tf32")  # fields that older records lack
 _BOUNDS = ("window_left", "window_right")
