@@ -73,7 +73,7 @@ ALL = [*SCHEME_CASES, *WINDOW_CASES, *DIM_CASES, *BLOCK_CASES, *INTERVAL_CASES, 
 DEFAULTS = [Case("base", mask=mask, head_dim=d) for d in (64, 128, 256) for mask in ("none", "causal")]
 
 
-def _kernel_of(case: Case) -> Kernel:
+def kernel_of(case: Case) -> Kernel:
     FAMILY.require(case.problem, cases.present(), case.config)
     return kernel.get(KernelSpec(FAMILY, case.problem, cases.present(), case.config))
 
@@ -86,7 +86,7 @@ def _built() -> None:
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_against_the_oracle(case: Case) -> None:
     n = int(case.config.tile_n)
-    made = _kernel_of(case)
+    made = kernel_of(case)
     for seed, (rows, keys) in enumerate((*EDGES, (int(case.config.tile_m) + 1, 3 * n + 1), (700, 900))):
         verdict = run(case, rows, keys, made.launch, seed=seed, layout="bhsd" if seed % 2 else "bshd")
         assert verdict, f"{rows}x{keys}: {verdict.message}"
@@ -111,14 +111,14 @@ def test_more_tiles_of_rows_than_blocks(name: str) -> None:
     """64 heads: a block that stays takes several tiles of rows, of which some see no key where q is longer than k."""
     for mask in _masks(name):
         case = Case(name, mask=mask, heads=16, kv_heads=4)
-        verdict = run(case, 1300, 500, _kernel_of(case).launch, batch=4)
+        verdict = run(case, 1300, 500, kernel_of(case).launch, batch=4)
         assert verdict, verdict.message
 
 
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_many_runs_and_a_graph_are_equal(name: str) -> None:
     case = Case(name, mask=_masks(name)[0], heads=16, kv_heads=16)
-    made = _kernel_of(case)
+    made = kernel_of(case)
     call = make_call(case, 700, 700, 3, batch=4, device="cuda", layout="bshd")
     outputs = {n: torch.full(s, torch.nan, dtype=t, device="cuda") for n, (s, t) in call.output_types().items()}
     launch = made.bind(call, outputs)
@@ -138,7 +138,7 @@ def test_many_runs_and_a_graph_are_equal(name: str) -> None:
 @pytest.mark.parametrize("case", [Case("base", mask="none"), Case("base", mask="none", block=192)], ids=str)
 def test_the_largest_weight_is_one_however_large_the_scores(case: Case) -> None:
     for top in (3, 99, 169):
-        verdict = judged(huge_scores(case, 70, 170, top, device="cuda"), _kernel_of(case).launch)
+        verdict = judged(huge_scores(case, 70, 170, top, device="cuda"), kernel_of(case).launch)
         assert verdict, verdict.message
 
 
@@ -147,7 +147,7 @@ def test_no_keys_at_all() -> None:
     call = make_call(case, 130, 1, 0, batch=2, device="cuda", layout="bshd")
     empty = Fp8Call(call.q, call.k[:, :0], call.v[:, :, :0], window=(-1, 0))
     outputs = {n: torch.full(s, torch.nan, dtype=t, device="cuda") for n, (s, t) in empty.output_types().items()}
-    _kernel_of(case).launch(empty, outputs)
+    kernel_of(case).launch(empty, outputs)
     assert (outputs["out"] == 0).all() and (outputs["lse"] == -torch.inf).all()
 
 
@@ -159,7 +159,7 @@ def test_promotion_keeps_what_the_tensor_cores_lose() -> None:
         call = make_call(case, 64, 65536, 0, batch=1, device="cuda", layout="bshd")
         call.v.fill_(448.0)
         outputs = {n: torch.empty(s, dtype=t, device="cuda") for n, (s, t) in call.output_types().items()}
-        _kernel_of(case).launch(call, outputs)
+        kernel_of(case).launch(call, outputs)
         want = call.dequantized().v[0, 0, 0, 0]
         lost[promote] = float((outputs["out"].float() - want).abs().max() / want)
     assert lost[1] < 0.005, lost

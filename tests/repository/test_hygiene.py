@@ -162,3 +162,12 @@ def test_the_layout_is_as_documented():
     for path in (ROOT / "fagen").glob("*.py"):
         if not path.name.startswith("_"):
             assert f"`{path.name}`" in text, f"docs/architecture.md does not mention {path.name}"
+
+
+def test_what_the_sanitizer_runs_can_be_imported() -> None:
+    """On a GPU alone it is run, and tests move."""
+    from tests.gpu import test_sanitizer
+
+    for text in test_sanitizer.IDS:
+        imports = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), "<sanitizer>", "exec"), {})  # noqa: S102
