@@ -17,6 +17,8 @@ from fagen.runtime import binding
 from fagen.runtime import sinks as sink_kernel
 
 Descale = torch.Tensor | float | None
+_FP8 = torch.float8_e4m3fn
+_NO_BLOCK = 0
 
 _fast: Callable[..., Any] | None = None  # the C++ road, once it is loaded
 _fast_sdpa: Callable[..., Any] | None = None
@@ -86,7 +88,8 @@ def attention(
     Gradients of q, k and v are ours where a backward kernel serves them; all other derivatives are PyTorch's. A row
     that sees no key gives 0, and -inf in lse (or its sink).
     """
-    if _in_fp8(q, descale_block, descale_q, descale_k, descale_v):
+    plain = descale_q is None and descale_k is None and descale_v is None and descale_block is _NO_BLOCK
+    if not plain or getattr(q, "dtype", None) is _FP8:  # what only such calls have is checked there
         from fagen import fp8_api  # as most calls do not
 
         return fp8_api.attention(
@@ -112,13 +115,6 @@ def attention(
             dropout_p=dropout_p,
         )
     )  # fmt: skip
-
-
-def _in_fp8(q: Any, block: Any, *descales: Any) -> bool:
-    """Whether it is a call on fp8 numbers, or has arguments that only such calls have, which are checked there."""
-    if getattr(q, "dtype", None) is torch.float8_e4m3fn or any(scale is not None for scale in descales):
-        return True
-    return type(block) is not int or block != 0
 
 
 def _with_sinks(

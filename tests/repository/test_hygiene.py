@@ -6,6 +6,8 @@ import ast
 import functools
 import io
 import re
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -171,3 +173,10 @@ def test_what_the_sanitizer_runs_can_be_imported() -> None:
     for text in test_sanitizer.IDS:
         imports = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
         exec(compile(ast.Module(imports, []), "<sanitizer>", "exec"), {})  # noqa: S102
+
+
+def test_kernels_of_gpu_tests_are_known_without_a_gpu() -> None:
+    """In a process of its own: it gives those tests another GPU."""
+    told = "from tests.support import ahead; print(len(ahead.specs(['sm90_decode_mla', 'sm80_forward_fp32'])))"
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 50

@@ -34,9 +34,11 @@ def _key(made: job.Job) -> str:
     return hashlib.sha256(json.dumps([made.source, made.suffix, made.flags, made.arch]).encode()).hexdigest()
 
 
-job.Job.key = _key  # type: ignore[method-assign]
-if os.environ.get("PYTEST_XDIST_WORKER") and os.environ.get("GPUS"):
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(int(os.environ["PYTEST_XDIST_WORKER"][2:]) % int(os.environ["GPUS"]))
+def pytest_configure() -> None:
+    job.Job.key = _key  # type: ignore[method-assign]
+    worker, gpus = os.environ.get("PYTEST_XDIST_WORKER"), os.environ.get("GPUS")
+    if worker and gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(int(worker.removeprefix("gw")) % int(gpus))
 
 
 def specs(names: Iterable[str]) -> list[KernelSpec]:
@@ -59,6 +61,7 @@ def specs(names: Iterable[str]) -> list[KernelSpec]:
 
 
 def main(folder: str, *names: str) -> int:
+    pytest_configure()
     os.environ["FAGEN_CACHE_DIR"] = str(Path(folder).absolute() / "fagen")
 
     def one(spec: KernelSpec) -> str:
