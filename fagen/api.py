@@ -78,9 +78,8 @@ def attention(
     out           where to put the result; it may share memory with no input
     deterministic gradients of the same bits in every run, as after `torch.use_deterministic_algorithms(True)`; the
                   forward kernels are so in any case
-    dropout_p     the probability that a weight is dropped, rounded to 1/256; those kept are scaled up, so that the
-                  expectation is the same. PyTorch's generator of the device decides which: the same seed drops the same
-                  weights, whatever kernel serves
+    dropout_p     the probability that a weight is dropped, rounded to 1/256; those kept are scaled up. PyTorch's
+                  generator of the device decides which: the same seed drops the same, whatever kernel serves
     descale_*     with q, k and v of float8_e4m3fn, what multiplies each: a number or float32 (batch, kv_heads), as
                   `fagen.quantize_qkv` gives them. The result is bfloat16, or of the dtype of `out`
     descale_block rows of q, and of k, that have a descale of their own: (batch, heads of the tensor, blocks) of both
