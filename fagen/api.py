@@ -18,7 +18,7 @@ from fagen.runtime import sinks as sink_kernel
 
 Descale = torch.Tensor | float | None
 _FP8 = torch.float8_e4m3fn
-_NO_BLOCK = 0
+_NO_BLOCK = 0  # compared by identity: False and 0.0, which equal it, are refused where fp8 arguments are checked
 
 _fast: Callable[..., Any] | None = None  # the C++ road, once it is loaded
 _fast_sdpa: Callable[..., Any] | None = None

@@ -1,7 +1,6 @@
 """compute-sanitizer over a small set: no byte out of bounds, no shared-memory hazard.
 
-Nothing is filtered: what is red here is to be looked into. What was looked into and found ordered, by barriers that
-racecheck does not follow, is MISREAD.
+Nothing is filtered or expected to fail: what is red here is to be looked into.
 """
 
 from __future__ import annotations
@@ -14,9 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-# Copies of rows' stats that end at an mbarrier, and references that one warpgroup leaves to the other between
-# `bar.arrive` and `bar.sync`: docs/notes/sm90_backward.md and sm90_decode_mla.md say why they are ordered.
-MISREAD = pytest.mark.xfail(reason="racecheck reports what barriers order", strict=False)
 TOOL = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 MMA_SYNC = """
 from tests.support.cases import Case, run
@@ -163,15 +159,15 @@ def _hopper() -> bool:
         ("memcheck", FP32_BACKWARD),
         ("racecheck", FP32_BACKWARD),
         ("memcheck", SM90_BACKWARD),
-        pytest.param("racecheck", SM90_BACKWARD, marks=MISREAD),
+        ("racecheck", SM90_BACKWARD),
         ("memcheck", WGMMA),
         ("racecheck", WGMMA),
         ("memcheck", LARGE),
         ("racecheck", LARGE),
         ("memcheck", HOPPER_DECODE),
-        pytest.param("racecheck", HOPPER_DECODE, marks=MISREAD),
+        ("racecheck", HOPPER_DECODE),
         ("memcheck", LARGE_BACKWARD),
-        pytest.param("racecheck", LARGE_BACKWARD, marks=MISREAD),
+        ("racecheck", LARGE_BACKWARD),
         ("memcheck", FP8),
         ("racecheck", FP8),
         ("memcheck", INTERVALS),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fagen.ops.attention import gradients
+from fagen.ops.attention.backward_call import BackwardCall
 from tests.support.backward import launch, make_call
 from tests.support.backward_gpu import OnGpu
 from tests.support.cases import present
@@ -48,13 +49,22 @@ def test_rows_and_keys_that_see_nothing() -> None:
     HERE.check(Case("base", dlse=True, sizes=((300, 100), (300, 1), (1, 300))))
 
 
-def test_many_rows_are_as_exact_as_in_pytorchs_attention() -> None:
-    """Long sums do not lean towards 0, also where all of dO has one sign. PyTorch's kernel adds in order too; its
-    products of matrices, which are the measure of the other tests, do not."""
+def _many_rows() -> tuple[BackwardCall, dict[str, torch.Tensor]]:
+    """Long sums, of which all of dO has one sign."""
     case = Case("default", mask="none", head_dim=128, heads=1)
     call = make_call(case, 16384, 128, device="cuda")
     call = dataclasses.replace(call, dout=call.dout.abs())
-    outputs = launch(case, call, HERE.library(case), torch.cuda.current_stream().cuda_stream)
+    return call, launch(case, call, HERE.library(case), torch.cuda.current_stream().cuda_stream)
+
+
+@pytest.mark.xfail(reason="dK 1.33 times the bound on an H100: docs/notes/sm80_backward_fp32.md", strict=True)
+def test_many_rows_are_as_exact_as_in_float32() -> None:
+    verdict = gradients.check(*_many_rows())
+    assert verdict, verdict.message
+
+
+def test_many_rows_are_as_exact_as_in_pytorchs_attention() -> None:
+    call, outputs = _many_rows()
     theirs = [t.detach().contiguous().requires_grad_() for t in call.bhsd()]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
         torch.nn.functional.scaled_dot_product_attention(*theirs).backward(call.of_bhsd(call.dout))
