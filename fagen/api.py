@@ -101,10 +101,11 @@ def attention(
             sinks, q, k, v, layout, return_lse, out, causal=causal, window=window, intervals=intervals,
             softcap=softcap, alibi_slopes=alibi_slopes, scale=scale, deterministic=deterministic, dropout_p=dropout_p,
         )  # fmt: skip
-    if not dropout_p and not torch.compiler.is_compiling() and _fast is not None:
+    if not torch.compiler.is_compiling() and _fast is not None:
         answer = _fast(
-            q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out, deterministic
-        )
+            q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out, deterministic,
+            dropout_p,
+        )  # fmt: skip
         if answer is not None:
             return answer
     return _attention(
@@ -141,8 +142,10 @@ def _attention(call: AttentionCall) -> torch.Tensor | tuple[torch.Tensor, torch.
     reason = call.op_refusal
     if reason:
         fallback.warn(reason)
-    if call.dropout:
-        return _dropping(call, reason)
+    if call.dropout and not reason:
+        if _transformed():
+            return _without_ops(call, "with dropout, torch.func differentiates PyTorch's")
+        call = call.with_rng()  # here, where a tracer sees it
     if torch.compiler.is_compiling():
         ready = _ops_registered()
     else:
@@ -158,20 +161,9 @@ def _attention(call: AttentionCall) -> torch.Tensor | tuple[torch.Tensor, torch.
     return torch.ops.fagen.forward(*args)
 
 
-def _dropping(call: AttentionCall, reason: str) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """With dropout. Seed and offset are drawn here, where a tracer sees that; transforms of torch.func see no op."""
-    tracing = torch.compiler.is_compiling()
-    if not tracing and _has_memory(call):
-        call.refuse_overlap()
-    transformed = not tracing and torch._C._functorch.peek_interpreter_stack() is not None
-    if reason or transformed:
-        value, lse = fallback.attend(call)
-    else:
-        from fagen.dispatch import dropout  # which registers the ops
-
-        value, lse = dropout.attend(call.with_rng())
-    value = value if call.out is None else call.out.copy_(value)
-    return (value, lse) if call.want_lse else value
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _ops_ready() -> bool:
@@ -213,7 +205,7 @@ def _plain(call: AttentionCall) -> bool:
     if not _has_memory(call):
         return False
     stacks = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
-    return stacks == 0 and torch._C._functorch.peek_interpreter_stack() is None
+    return stacks == 0 and not _transformed()
 
 
 def _has_memory(call: AttentionCall) -> bool:

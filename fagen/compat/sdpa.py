@@ -46,9 +46,9 @@ def sdpa(
             key, value = key[:, :, :rows], value[:, :, :rows]
         # the diagonal that starts top-left lies this far right of the one that ends bottom-right
         right, is_causal = max(0, rows - keys), False
-    if not dropout_p and api._fast_sdpa is not None and not torch.compiler.is_compiling():
+    if api._fast_sdpa is not None and not torch.compiler.is_compiling():
         answer: torch.Tensor | None = api._fast_sdpa(
-            query, key, value, "bhsd", is_causal, (None, right), None, 0.0, None, scale, False, None, False
+            query, key, value, "bhsd", is_causal, (None, right), None, 0.0, None, scale, False, None, False, dropout_p
         )
         if answer is not None:
             return answer

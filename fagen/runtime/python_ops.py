@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fagen.errors import InvalidArgument, LaunchError
-from fagen.ops.attention import arguments, fallback
+from fagen.ops.attention import arguments, fallback, gradients
+from fagen.ops.attention.backward_call import BackwardCall
 from fagen.ops.attention.call import AttentionCall, OpArguments
 
 _SHARED = len(OpArguments._fields)  # arguments that all ops begin with; an op's own follow
@@ -62,9 +63,12 @@ def _fallback(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fallback_backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    _, _, dout, dlse = args[_SHARED:]
+    out, lse, dout, dlse = args[_SHARED:]
     call = AttentionCall.trusting(OpArguments(*args[:_SHARED]), want_lse=dlse is not None)
-    made = fallback.gradients(call, dout, dlse)
+    if call.dropout:
+        made = gradients.by_rows(BackwardCall.after(call, out, lse, dout, dlse))
+    else:
+        made = fallback.gradients(call, dout, dlse)
     return tuple(_laid_out_like(room, t) for room, t in zip(_rooms(args), made, strict=True))
 
 

@@ -243,7 +243,7 @@ def test_sdpa_dropout(is_causal: bool) -> None:
 
 # ---- torch's own checks -------------------------------------------------------------------------------------------
 
-PLAIN = (None, None, True, True, -1, -1, 0.0, None, False)
+PLAIN = (None, None, True, True, -1, -1, 0.0, None, False, 0.0, None)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_opcheck(ops, name: str, grad: bool) -> None:  # noqa: ANN001
     q, k, v = (t.requires_grad_(grad) for t in bhsd())
     torch.library.opcheck(op, (q, k, v, *PLAIN))
     intervals = torch.full((1, 1, 47, 1), 33, dtype=torch.int32)
-    torch.library.opcheck(op, (q, k, v, intervals, torch.rand(4), True, False, 5, -1, 2.0, 0.3, False))
+    torch.library.opcheck(op, (q, k, v, intervals, torch.rand(4), True, False, 5, -1, 2.0, 0.3, False, 0.0, None))
 
 
 @pytest.mark.parametrize("want_lse", [False, True])

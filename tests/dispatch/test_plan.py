@@ -331,6 +331,8 @@ def test_sizes_that_do_not_agree_are_refused_by_python(words: str, spoil, asked:
             0.0,
             None,
             False,
+            0.0,
+            None,
         )
         if "out" in o:
             return torch.ops.fagen.forward_out(*args, False, o["out"])

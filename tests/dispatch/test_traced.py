@@ -161,5 +161,5 @@ def test_a_device_that_is_not_here_is_traced_all_the_same(device: str, monkeypat
 
     with FakeTensorMode():
         q = torch.empty(1, 32, 2, 64, device=device, dtype=torch.bfloat16)
-        out = torch.ops.fagen.forward(q, q, q, None, None, False, True, -1, 0, 0.0, None, False)
+        out = torch.ops.fagen.forward(q, q, q, None, None, False, True, -1, 0, 0.0, None, False, 0.0, None)
     assert out.shape == q.shape and out.device.type == device

@@ -356,7 +356,7 @@ def test_compiles_into_one_graph(dynamic: bool) -> None:
 
 def test_opcheck() -> None:
     q, k, v = REPEATED.leaves()
-    how = (None, None, False, True, -1, 0, 0.0, None, True)
+    how = (None, None, False, True, -1, 0, 0.0, None, True, 0.0, None)
     torch.library.opcheck(torch.ops.fagen.forward.default, (q, k, v, *how))
     torch.library.opcheck(torch.ops.fagen.forward_lse.default, (q, k, v, *how))
     inputs = [t.detach() for t in (q, k, v)]

@@ -162,7 +162,7 @@ def test_opcheck() -> None:
     q, k, v = _inputs(2, 100, 4, 64)
     fagen.attention(q, k, v)
     torch.library.opcheck(
-        torch.ops.fagen.forward.default, (q, k, v, None, None, False, True, -1, 0, 0.0, None, False),
+        torch.ops.fagen.forward.default, (q, k, v, None, None, False, True, -1, 0, 0.0, None, False, 0.0, None),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 

@@ -94,7 +94,7 @@ def test_a_call_of_the_op_itself_is_refused_too() -> None:
     assert binding.load() is not None
     with pytest.raises(InvalidArgument, match="out shares memory with v"):
         torch.ops.fagen.forward_out(
-            case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, False, case.v
+            case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, 0.0, None, False, case.v
         )
 
 
@@ -175,7 +175,9 @@ def test_gradients_reach_an_out_that_the_op_fills() -> None:
     case.q.requires_grad_()
     assert binding.load() is not None
     out = torch.zeros(2, 33, 2, 16)
-    torch.ops.fagen.forward_out(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, False, out)
+    torch.ops.fagen.forward_out(
+        case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, None, False, 0.0, None, False, out
+    )
     (got,) = torch.autograd.grad(out.square().sum(), case.q)
     q, k, v = (t.transpose(1, 2) for t in (case.q, case.k, case.v))
     (want,) = torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(q, k, v).square().sum(), case.q)
@@ -346,7 +348,7 @@ def test_sizes_beyond_32_bits_are_refused(road: dict, name: str) -> None:
     assert binding.load() is not None
     for op in (torch.ops.fagen.forward, torch.ops.fagen.forward_lse):
         with pytest.raises(InvalidArgument, match="a size is beyond 2.31 - 1"):
-            op(q, k, k, None, None, False, False, -1, -1, 0.0, None, False)
+            op(q, k, k, None, None, False, False, -1, -1, 0.0, None, False, 0.0, None)
 
 
 @pytest.mark.parametrize(("softcap", "scale"), [(math.inf, None), (0.0, math.inf), (0.0, math.nan), (0.0, 1e300)])
@@ -354,7 +356,9 @@ def test_the_op_itself_refuses_numbers_that_are_not_finite(softcap: float, scale
     case = example()
     attend(case), attend(case, softcap=1.0)
     with pytest.raises(InvalidArgument, match="must be finite"):
-        torch.ops.fagen.forward(case.q, case.k, case.v, None, None, False, False, -1, -1, softcap, scale, False)
+        torch.ops.fagen.forward(
+            case.q, case.k, case.v, None, None, False, False, -1, -1, softcap, scale, False, 0.0, None
+        )
 
 
 def test_the_op_itself_leaves_a_scale_that_is_not_positive_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +366,9 @@ def test_the_op_itself_leaves_a_scale_that_is_not_positive_to_pytorch(monkeypatc
     attend(case)
     asked: list[object] = []
     monkeypatch.setattr(fallback, "attend", lambda *a, real=fallback.attend, **o: asked.append(o) or real(*a, **o))
-    out = torch.ops.fagen.forward(case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, -0.25, False)
+    out = torch.ops.fagen.forward(
+        case.q, case.k, case.v, None, None, False, False, -1, -1, 0.0, -0.25, False, 0.0, None
+    )
     assert asked and right(out, case.q, case.k, case.v, scale=-0.25)
 
 
@@ -381,7 +387,17 @@ def test_a_call_holds_what_the_ops_take() -> None:
     call = case.call()
     assert (call.window, call.softcap, call.scale, call.want_lse) == ((4, 0), 2.0, 1.0, True)
     given = call.op_arguments()[5:]
-    assert [type(value) for value in given] == [bool, bool, int, int, float, float, bool] and call.want_lse is True
+    assert [type(value) for value in given] == [
+        bool,
+        bool,
+        int,
+        int,
+        float,
+        float,
+        bool,
+        float,
+        type(None),
+    ] and call.want_lse is True
 
 
 @pytest.mark.parametrize("columns", [0, 1, 2, 4])
@@ -414,6 +430,6 @@ def test_python_and_cpp_name_the_same_arguments() -> None:
     for name, more in own.items():
         schema = getattr(torch.ops.fagen, name).default._schema
         assert [argument.name for argument in schema.arguments] == [*OpArguments._fields, *more], name
-    by_python = ("sinks", "dropout_p", "descale_q", "descale_k", "descale_v", "descale_block")
+    by_python = ("sinks", "descale_q", "descale_k", "descale_v", "descale_block")
     public = ", ".join(name for name in inspect.signature(fagen.attention).parameters if name not in by_python)
     assert module.attention.__doc__ == f"attention({public})" and module.sdpa.__doc__ == f"sdpa({public})"

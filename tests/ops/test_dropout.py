@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fagen
+from fagen import api
 from fagen.errors import InvalidArgument
 from fagen.notices import FallbackWarning
 from fagen.ops.attention import dropout, fallback, gradients, reference
@@ -186,12 +187,12 @@ def test_gradcheck() -> None:
 def test_opcheck() -> None:
     q, k, v = tensors(kv_heads=4)
     fagen.attention(q, k, v, dropout_p=RATE)  # which registers the ops
-    call = AttentionCall.of(q, k, v, causal=True)
-    torch.library.opcheck(torch.ops.fagen.forward_dropout.default, (*call.op_arguments(), RATE, RNG))
-    out, lse = (t.detach() for t in torch.ops.fagen.forward_dropout(*call.op_arguments(), RATE, RNG))
+    call = AttentionCall.of(q, k, v, causal=True, dropout_p=RATE).with_rng(RNG)
+    torch.library.opcheck(torch.ops.fagen.forward_lse.default, call.op_arguments())
+    out, lse = (t.detach() for t in torch.ops.fagen.forward_lse(*call.op_arguments()))
     saved = (out, lse, torch.randn_like(out), None)
     without = [t.detach() if isinstance(t, torch.Tensor) else t for t in call.op_arguments()]
-    torch.library.opcheck(torch.ops.fagen.backward_dropout.default, (*without, RATE, RNG, *saved))
+    torch.library.opcheck(torch.ops.fagen.backward.default, (*without, *saved))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -217,6 +218,24 @@ def test_the_first_call_of_a_process_may_be_traced() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "[1, 8, 2, 16]" in done.stdout, done.stderr
+
+
+def test_a_call_takes_the_fast_road(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Python between the caller and the kernels, forward and backward; the same numbers are drawn."""
+    q, k, v = tensors()
+    heads_first = [t.detach().transpose(1, 2) for t in (q, k, v)]
+    roads = (
+        lambda: fagen.attention(q, k, v, dropout_p=RATE),
+        lambda: fagen.sdpa(*heads_first, dropout_p=RATE, enable_gqa=True).transpose(1, 2),
+    )
+    want = [seeded(road) for road in roads]
+    assert api._fast is not None and torch.equal(*want)
+    monkeypatch.setattr(api, "_attention", lambda call: pytest.fail("a slow road"))
+    monkeypatch.setattr(AttentionCall, "of", lambda *a, **o: pytest.fail("validated in Python"))
+    got = [seeded(road) for road in roads]
+    assert all(map(torch.equal, got, want))
+    for mine, theirs in zip(*(torch.autograd.grad(t[0].sum(), (q, k, v)) for t in (got, want)), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
@@ -284,12 +303,17 @@ def test_what_no_kernel_serves_drops_the_same() -> None:
 def test_ops_refuse_what_is_no_seed() -> None:
     q, k, v = tensors(grad=False)
     fagen.attention(q, k, v, dropout_p=RATE)
-    arguments = AttentionCall.of(q, k, v).op_arguments()
-    for rng in (RNG[:1], RNG.float(), RNG.repeat(2)[::2]):
-        with pytest.raises(InvalidArgument, match="rng must be int64"):
-            torch.ops.fagen.forward_dropout(*arguments, RATE, rng)
-    with pytest.raises(InvalidArgument, match="dropout_p"):
-        torch.ops.fagen.forward_dropout(*arguments, 1.5, RNG)
+    right = AttentionCall.of(q, k, v, dropout_p=RATE).with_rng(RNG).op_arguments()
+    for rows in (70, 50):  # of another length the table knows what is left
+        for rng in (RNG[:1], RNG.float(), RNG.repeat(2)[::2], RNG[0], RNG[None]):
+            with pytest.raises(InvalidArgument, match="rng must be int64"):
+                torch.ops.fagen.forward(*right._replace(q=q[:, :rows], rng=rng))
+        with pytest.raises(InvalidArgument, match="rng"):
+            torch.ops.fagen.forward(*right._replace(q=q[:, :rows], rng=None))
+        for rate in (1.5, -0.5, float("nan")):
+            with pytest.raises(InvalidArgument, match="dropout_p"):
+                torch.ops.fagen.forward(*right._replace(q=q[:, :rows], dropout=rate))
+        torch.ops.fagen.forward(*right)
 
 
 # ---- the problem ----------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def test_compiles_into_one_graph(dynamic: bool) -> None:
 @pytest.mark.slow
 def test_opcheck() -> None:
     q, k, v = leaves(example(causal=True))
-    arguments = (q, k, v, None, None, False, True, -1, 0, 0.0, None, False)
+    arguments = (q, k, v, None, None, False, True, -1, 0, 0.0, None, False, 0.0, None)
     torch.library.opcheck(torch.ops.fagen.forward.default, arguments)
     torch.library.opcheck(torch.ops.fagen.forward_lse.default, arguments)
     out, lse = torch.ops.fagen.forward_lse(*(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments))
@@ -328,7 +328,7 @@ def test_the_op_by_itself_has_pytorch_stand_in(layout: str, want_lse: bool) -> N
         layout=layout, sq=4, sk=4, h=33, hk=33
     )  # fmt: skip
     inputs = [t.double() for t in (case.q, case.k, case.v)]
-    arguments = (*inputs, None, None, layout == "bhsd", False, -1, -1, 0.0, None, False)
+    arguments = (*inputs, None, None, layout == "bhsd", False, -1, -1, 0.0, None, False, 0.0, None)
     out, lse = torch.ops.fagen.forward_lse(*arguments)
     dout, dlse = random_like(out), random_like(lse) if want_lse else None
     got = torch.ops.fagen.backward(*arguments, out, lse, dout, dlse)
@@ -356,7 +356,7 @@ def test_a_compiled_graph_has_pytorch_stand_in() -> None:
 @pytest.mark.by_torch
 def test_the_op_by_itself_refuses_what_it_did_not_make() -> None:
     q, k, v = example().q, example().k, example().v
-    arguments = (q, k, v, None, None, False, False, -1, -1, 0.0, None, False)
+    arguments = (q, k, v, None, None, False, False, -1, -1, 0.0, None, False, 0.0, None)
     out, lse = torch.ops.fagen.forward_lse(*arguments)
     for bad in (
         (out[:, :-1], lse, out, None), (out, lse[..., :-1], out, None), (out, lse, out.double(), None),

@@ -109,7 +109,6 @@ def test_heavy_imports_wait_for_their_use(path):
         "backward_call.py",
         "backward_calls.py",
         "gradients.py",
-        "dropout_ops.py",
         "cache_update.py",
         "decode.py",
         "decode_call.py",

@@ -42,6 +42,8 @@ class OpArguments(NamedTuple):
     softcap: float
     scale: float | None
     deterministic: bool
+    dropout: float
+    rng: torch.Tensor | None
 
     @property
     def layout(self) -> str:
@@ -147,11 +149,14 @@ class AttentionCall:
     @classmethod
     def of_op(cls, a: OpArguments, *, want_lse: bool, out: torch.Tensor | None = None) -> AttentionCall:
         """A call that the C++ ops were given, validated."""
-        return cls.of(
+        call = cls.of(
             a.q, a.k, a.v, layout=a.layout, causal=a.causal, window=(a.window_left, a.window_right),
             intervals=a.intervals, softcap=a.softcap, alibi_slopes=a.alibi_slopes, scale=a.scale, return_lse=want_lse,
-            out=out, deterministic=a.deterministic,
+            out=out, deterministic=a.deterministic, dropout_p=a.dropout,
         )  # fmt: skip
+        call = call if a.rng is None else call.with_rng(a.rng)
+        call.check_dropout()
+        return call
 
     @classmethod
     def trusting(cls, a: OpArguments, *, want_lse: bool) -> AttentionCall:
@@ -160,13 +165,13 @@ class AttentionCall:
         kind = "" if a.intervals is None else interval_kind(int(a.intervals.shape[3]), a.causal)
         return cls(
             a.q, a.k, a.v, a.layout, window, a.intervals, kind, a.softcap, a.alibi_slopes, a.scale, want_lse, None,
-            a.deterministic,
+            a.deterministic, dropout=a.dropout, rng=a.rng,
         )  # fmt: skip
 
     def op_arguments(self) -> OpArguments:
         return OpArguments(
             self.q, self.k, self.v, self.intervals, self.alibi_slopes, self.layout == "bhsd", self._causal,
-            *self.window, self.softcap, self.scale, self.deterministic,
+            *self.window, self.softcap, self.scale, self.deterministic, self.dropout, self.rng,
         )  # fmt: skip
 
     @property

@@ -10,6 +10,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/randint.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
@@ -159,11 +160,20 @@ bool number(PyObject* object, double& value) {
   return false;
 }
 
+bool in_functorch() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+// Seed and offset by PyTorch's generator of the device; as ops/attention/dropout.draw.
+Tensor draw(const at::Device& device) {
+  return at::randint(0, INT64_MAX, {2}, at::TensorOptions().dtype(at::kLong).device(device));
+}
+
 // An output of sdpa lies in memory as its query does: batches, heads and rows one inside the other in the same order.
 // None where the query is expanded, or torch.func's, whose outputs are no memory of their own.
 std::optional<Tensor> out_like_query(const Tensor& q, const Tensor& v) {
   if (q.dim() != 4 || v.dim() != 4) return std::nullopt;
-  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return std::nullopt;
+  if (in_functorch()) return std::nullopt;
   std::array<int64_t, 4> sizes = {q.size(0), q.size(1), q.size(2), v.size(3)}, strides = {0, 0, 0, 1};
   std::array<int, 3> order = {0, 1, 2};
   std::stable_sort(order.begin(), order.end(), [&q](int a, int b) { return q.stride(a) < q.stride(b); });
@@ -227,7 +237,9 @@ PyObject* answer_into(const Call& c, bool want_lse, Tensor out) {
   X(q)                  \
   X(k)                  \
   X(v)                  \
-  X(layout) X(causal) X(window) X(intervals) X(softcap) X(alibi_slopes) X(scale) X(return_lse) X(out) X(deterministic)
+  X(layout)             \
+  X(causal)             \
+  X(window) X(intervals) X(softcap) X(alibi_slopes) X(scale) X(return_lse) X(out) X(deterministic) X(dropout_p)
 
 struct Handed {
 #define FAGEN_OBJECT(name) PyObject* name;
@@ -262,7 +274,12 @@ PyObject* fast_call(PyObject* const* args, Py_ssize_t count, bool like_query) {
     Py_RETURN_NONE;
   }
   if (!(scale >= kLeast) || !held(softcap, scale)) Py_RETURN_NONE;
-  MaybeTensor intervals, alibi_slopes;
+  double dropout = 0;
+  if (!number(a.dropout_p, dropout) || !(dropout >= 0 && dropout <= 1) || (dropout > 0 && in_functorch())) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  MaybeTensor intervals, alibi_slopes, rng;
   if (!maybe_tensor(a.intervals, intervals) || !maybe_tensor(a.alibi_slopes, alibi_slopes)) Py_RETURN_NONE;
   if (!PyBool_Check(a.return_lse) || (a.out != Py_None && !plain(a.out))) Py_RETURN_NONE;
   if (!PyBool_Check(a.deterministic)) Py_RETURN_NONE;
@@ -281,19 +298,23 @@ PyObject* fast_call(PyObject* const* args, Py_ssize_t count, bool like_query) {
       .softcap = softcap,
       .scale = a.scale == Py_None ? std::nullopt : std::optional<double>(scale),
       .deterministic = a.deterministic == Py_True,
+      .dropout = dropout,
+      .rng = rng,
   };
   if (!one_device(call)) Py_RETURN_NONE;
   const bool trained = !out && wants_gradient(call) && !has_tangent(call);
   if (!trained && differentiated(call, out)) Py_RETURN_NONE;
   if ((out && !may_be_filled(*out, call.q)) || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
-  if (out) return answer_into(call, want_lse, *out);
   const Tensor& q = call.q;
   const bool as_named = q.dim() == 4 && q.stride(0) >= q.stride(1) && q.stride(1) >= q.stride(2);
-  if (!like_query || as_named) return answer(call, want_lse);
-  if (trained) Py_RETURN_NONE;
-  auto room = out_like_query(q, call.v);
-  if (!room) Py_RETURN_NONE;
-  return answer_into(call, want_lse, std::move(*room));
+  std::optional<Tensor> room;
+  if (out) room = *out;
+  if (!out && like_query && !as_named) {
+    if (!trained) room = out_like_query(q, call.v);
+    if (!room) Py_RETURN_NONE;
+  }
+  if (dropout > 0) rng = draw(q.device());  // last: who handles the call instead draws as well
+  return room ? answer_into(call, want_lse, std::move(*room)) : answer(call, want_lse);
   END_HANDLE_TH_ERRORS
 }
 

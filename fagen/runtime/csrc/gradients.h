@@ -113,14 +113,15 @@ bool in_transform() {
   } catch (const c10::Error&) { return true; }
 }
 
-// Whether every gradient that is wanted is one that a kernel of ours computes.
+// Whether every gradient that is wanted is one that the op `backward` computes.
 bool gradients_are_ours(const Call& c) {
   if (has_tangent(c) || in_transform()) return false;
   if (c.alibi_slopes && c.alibi_slopes->requires_grad()) return false;
   if (traced(c.q)) return true;  // `backward` decides when the graph runs
   Call same = c;
   same.deterministic = must_repeat(c);
-  return entry_for(same, {.gradients = true}).launch != nullptr;
+  const bool served = entry_for(same, {.gradients = true}).launch != nullptr;
+  return served || c.dropout > 0;  // of which PyTorch would keep all weights
 }
 
 // Attention whose backward is the op: (out, lse).
@@ -133,10 +134,11 @@ struct Attention : torch::autograd::Function<Attention> {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const auto [out, lse] = call_op(op, c);
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({q, k, v, out, lse, c.intervals.value_or(Tensor()), c.alibi_slopes.value_or(Tensor())});
+    ctx->save_for_backward({q, k, v, out, lse, c.intervals.value_or(Tensor()), c.alibi_slopes.value_or(Tensor()),
+                            c.rng.value_or(Tensor())});
     ctx->saved_data["flags"] =
         std::vector<int64_t>{c.bhsd, c.causal, c.window_left, c.window_right, c.scale.has_value(), must_repeat(c)};
-    ctx->saved_data["numbers"] = std::vector<double>{c.softcap, c.scale.value_or(0)};
+    ctx->saved_data["numbers"] = std::vector<double>{c.softcap, c.scale.value_or(0), c.dropout};
     return {out, lse};
   }
 
@@ -146,7 +148,8 @@ struct Attention : torch::autograd::Function<Attention> {
     const auto flags = ctx->saved_data["flags"].toIntVector();
     const auto numbers = ctx->saved_data["numbers"].toDoubleVector();
     const auto given = [](const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; };
-    const MaybeTensor intervals = given(saved[5]), slopes = given(saved[6]), dlse = given(wanted[1]);
+    const MaybeTensor intervals = given(saved[5]), slopes = given(saved[6]), rng = given(saved[7]);
+    const MaybeTensor dlse = given(wanted[1]);
     const Call c{
         .q = saved[0],
         .k = saved[1],
@@ -160,6 +163,8 @@ struct Attention : torch::autograd::Function<Attention> {
         .softcap = numbers[0],
         .scale = flags[4] ? std::optional<double>(numbers[1]) : std::nullopt,
         .deterministic = flags[5] != 0,
+        .dropout = numbers[2],
+        .rng = rng,
     };
     const Tensor dout = wanted[0].defined() ? wanted[0] : at::zeros_like(saved[3]);
     auto [dq, dk, dv] = call_op(op, c, saved[3], saved[4], dout, dlse);

@@ -24,8 +24,9 @@ bool held(double softcap, double scale) {
   return softcap >= std::max(kLeast, std::abs(scale) / kLargest) && std::max(softcap, std::abs(scale)) <= kLargest;
 }
 
-// Sizes and numbers that 32 bits do not hold. Python refuses them before; a traced or a direct call is seen only here.
-void refuse_beyond_32_bits(const Call& c) {
+// Sizes and numbers that 32 bits do not hold, and what is no probability. Python refuses them before; a traced or a
+// direct call is seen only here.
+void refuse_numbers(const Call& c) {
   static const auto refuse = handle<void(c10::string_view, c10::string_view)>("fagen::refuse");
   int64_t bits = 0;  // of all sizes
   for (const Tensor* t : {&c.q, &c.k, &c.v})
@@ -33,6 +34,7 @@ void refuse_beyond_32_bits(const Call& c) {
   if (bits > INT32_MAX) refuse.call("a size is beyond 2^31 - 1", "");
   if (!held(c.softcap, c.scale.value_or(1)))
     refuse.call("softcap and scale must be finite and of float32's range, softcap not negative", "");
+  if (!(c.dropout >= 0 && c.dropout <= 1)) refuse.call("dropout_p must be a probability", "");
 }
 
 bool shares_no_memory(const Tensor& a, const Tensor& b) {
@@ -57,7 +59,7 @@ void refuse_overlap(const Call& c, const Tensor& out) {
 
 // The kernel's functions, or none where PyTorch shall compute.
 Entry entry_for(const Call& c, const Wanted& wanted) {
-  refuse_beyond_32_bits(c);
+  refuse_numbers(c);
   if (c.scale && !(*c.scale >= kLeast)) return {};  // the kernels take the maximum before they scale
   if (c.q.dim() == 4 && c.k.dim() == 4 && std::max(c.q.size(c.row()), c.k.size(c.row())) > kLongest) return {};
   return find(c, wanted);
@@ -74,7 +76,7 @@ fagen_tensor rows_of(const Tensor& t, const Call& c) {
   return tensor_of(t, t.stride(0), t.stride(c.row()), t.stride(c.head()));
 }
 
-// What the params of all ops have: the mask, the slopes, the sizes, the numbers.
+// What the params of all ops have: the mask, the slopes, the sizes, the numbers, dropout.
 template <class Params>
 void put_problem(Params& p, const Call& c) {
   if (c.intervals) {
@@ -98,6 +100,10 @@ void put_problem(Params& p, const Call& c) {
   p.window_right = static_cast<int32_t>(std::min<int64_t>(c.window_right, p.seqlen_q));
   p.scale = static_cast<float>(c.scale ? *c.scale : 1.0 / std::sqrt(static_cast<double>(c.q.size(3))));
   p.softcap = static_cast<float>(c.softcap);
+  if (c.dropout > 0) {
+    p.dropout = static_cast<float>(c.dropout);
+    p.rng = static_cast<const uint64_t*>(c.rng->const_data_ptr());
+  }
 }
 
 void* current_stream(const at::Device& device) {

@@ -51,7 +51,9 @@ constexpr size_t kMaxEntries = 1 << 16;  // then the table starts anew: sizes th
   X(int64_t, window_right, "int")                \
   X(double, softcap, "float")                    \
   X(std::optional<double>, scale, "float?")      \
-  X(bool, deterministic, "bool")
+  X(bool, deterministic, "bool")                 \
+  X(double, dropout, "float")                    \
+  X(const MaybeTensor&, rng, "Tensor?")
 
 struct Call {
 #define FAGEN_FIELD(type, name, schema) type name;
@@ -197,7 +199,7 @@ class FactsWriter {
   void put(const MaybeTensor& t) { put(t ? &*t : nullptr); }
   void put(bool value) { flag(value); }
   void put(int64_t bound) { words_[at_++] = kSizes ? bound : 0; }
-  void put(double softcap) { flag(softcap > 0), flag(softcap < 0); }
+  void put(double number) { flag(number > 0), flag(number < 0); }
   void put(const std::optional<double>&) {}  // any scale that a kernel takes: entry_for leaves others to PyTorch
 
  private:
@@ -223,7 +225,7 @@ bool tf32_allowed(const Tensor& q) { return q.is_cuda() && q.scalar_type() == at
 bool ranks_are_right(const Call& c, const Wanted& wanted) {
   const Tensor* out = wanted.out;
   if (c.q.dim() != 4 || c.k.dim() != 4 || c.v.dim() != 4 || (out && out->dim() != 4)) return false;
-  if (c.intervals && c.intervals->dim() != 4) return false;
+  if ((c.intervals && c.intervals->dim() != 4) || (c.rng && c.rng->dim() != 1)) return false;
   return !c.alibi_slopes || c.alibi_slopes->dim() == 1 || c.alibi_slopes->dim() == 2;
 }
 
@@ -408,7 +410,7 @@ bool sizes_agree(const Call& c, const Tensor* out) {
     if ((t.size(0) != 1 && t.size(0) != s.batch) || (t.size(1) != 1 && t.size(1) != s.kv_heads)) return false;
     if (t.size(2) != s.seqlen_k) return false;
   }
-  return true;
+  return !c.rng || c.rng->size(0) == 2;
 }
 
 // ---- the table ------------------------------------------------------------------------------------------------------
