@@ -121,10 +121,8 @@ def measured_gpu() -> str:
     )
 
 
-def measured_hopper() -> str:
-    """Ours over the better peer: the head dims by length, then what stands alone."""
-    data = json.loads((FOLDER.parent / "benchmarks" / "h200_peers.json").read_text())
-    names = {"cudnn": f"cuDNN {int(data['peers']['cudnn']['version']) / 1e4:.2f}", "fa3": "FlashAttention 3"}
+def _by_length(data: dict[str, Any]) -> tuple[str, str]:
+    """Ours, and its ratio to the better peer: a table of head dims by length, and one of what stands alone."""
     grid: dict[str, dict[int, str]] = {}
     alone: list[tuple[str, ...]] = []
     for row in data["rows"]:
@@ -140,8 +138,18 @@ def measured_hopper() -> str:
         ("head dim, mask", *map(str, lengths)),
         [(name, *(cells.get(length, "") for length in lengths)) for name, cells in grid.items()],
     )
-    s, limit = data["summary"], data["limit"]["tflops"]
-    peers = " and ".join(names[peer] for peer in data["peers"])
+    return table, _table(("layer", "TFLOP/s"), alone)
+
+
+def _peers(data: dict[str, Any]) -> str:
+    names = {"cudnn": f"cuDNN {int(data['peers']['cudnn']['version']) / 1e4:.2f}", "fa3": "FlashAttention 3"}
+    return " and ".join(names[peer] for peer in sorted(data["peers"]))
+
+
+def measured_hopper() -> str:
+    data = json.loads((FOLDER.parent / "benchmarks" / "h200_peers.json").read_text())
+    table, alone = _by_length(data)
+    s, limit, peers = data["summary"], data["limit"]["tflops"], _peers(data)
     mean, worst = s["geometric_mean"], s["worst"]["ratio"]
     return (
         f"**`fagen.attention` against {peers}** on an {data['device']}, in TFLOP/s, and as\n"
@@ -149,8 +157,47 @@ def measured_hopper() -> str:
         f"Geometric mean {mean:.3f}x over {s['compared']} rows, ahead on {s['ahead']}, worst {worst:.2f}x;\n"
         f"an 8192-cubed matrix product reaches {limit:.0f} TFLOP/s in the same run\n"
         f"({_where(data, 'torch', 'driver')}).\n"
-        f"`fagen bench --suite peers` measures it anew.\n\n{table}\n{_table(('layer', 'TFLOP/s'), alone)}\n"
+        f"`fagen bench --suite peers` measures it anew.\n\n{table}\n{alone}\n"
         "![TFLOP/s by length](docs/img/forward.svg)\n"
+    )
+
+
+def measured_gradients() -> str:
+    data = json.loads((FOLDER.parent / "benchmarks" / "h100_backward_rows.json").read_text())
+    table, alone = _by_length(data)
+    s = data["summary"]
+    return (
+        f"**Gradients, `sm90_backward`, against {_peers(data)}** on an {data['device']}, in TFLOP/s of kernel time,\n"
+        "and as a ratio to the better of them in the same run. bf16, batch x length = 16384, heads x head dim = 2048.\n"
+        f"Geometric mean {s['geometric_mean']:.3f}x over {s['compared']} rows, ahead on {s['ahead']},"
+        f" worst {s['worst']['ratio']:.2f}x\n({_where(data, 'torch', 'driver')}).\n\n{table}\n{alone}\n"
+        "![TFLOP/s of the gradients by length](docs/img/backward.svg)\n"
+    )
+
+
+def measured_decode() -> str:
+    """A line a step, a column a kind of cache."""
+    data = json.loads((FOLDER.parent / "benchmarks" / "h100_decode.json").read_text())
+    grid: dict[str, dict[str, str]] = {}
+    for row in data["rows"]:
+        found = re.fullmatch(r"decode (?:(page\d+|fp8) )?(b\d+ .*)", row["name"])
+        if found is None:
+            continue
+        rates = {name: p["gbps"] for name, p in row["participants"].items() if p["outcome"] == "ok"}
+        ours = rates.pop("fagen")
+        ratio = f" ({ours / max(rates.values()):.2f}x)" if rates else ""
+        grid.setdefault(found[2], {})[found[1] or "contiguous"] = f"{ours:.0f}{ratio}"
+    kinds = ("contiguous", "page64", "page16", "page1", "fp8")
+    heads = tuple(kind.replace("page", "pages of ") for kind in kinds)
+    table = _table(("step", *heads), [(name, *(cells.get(kind, "") for kind in kinds)) for name, cells in grid.items()])
+    s, limit = data["summary"], data["limit"]["read_gbps"]
+    return (
+        f"**A step of decoding, `fagen.flash_attn_with_kvcache`, against {_peers(data)}** on an {data['device']},\n"
+        "in GB/s of the cache, L2 cold, in a graph, and as a ratio to the better of them that takes such a cache.\n"
+        f"Geometric mean {s['geometric_mean']:.3f}x over {s['compared']} rows, ahead on {s['ahead']},"
+        f" worst {s['worst']['ratio']:.2f}x;\n"
+        f"PyTorch's sum reads {limit:.0f} GB/s in the same run ({_where(data, 'torch', 'driver')}).\n\n{table}\n"
+        "![GB/s of steps of decoding](docs/img/decode.svg)\n"
     )
 
 
@@ -208,9 +255,10 @@ def ablation() -> str:
 
 def readme() -> str:
     """The README with its measured figures filled in."""
-    return _filled(
-        FOLDER.parent / "README.md", f"{measured_gpu()}\n{measured_hopper()}\n{measured_masks()}\n{measured_cpu()}"
-    )
+    parts = (
+        measured_gpu(), measured_hopper(), measured_gradients(), measured_decode(), measured_masks(), measured_cpu()
+    )  # fmt: skip
+    return _filled(FOLDER.parent / "README.md", "\n".join(parts))
 
 
 def _filled(page: Path, text: str) -> str:

@@ -969,6 +969,23 @@ def test_the_plot_has_a_panel_a_series(tmp_path):
     assert ">fa3<" in text
 
 
+def test_steps_of_decoding_have_a_panel_a_kind_of_cache(tmp_path):
+    pytest.importorskip("matplotlib", reason="no matplotlib to draw with (pip install matplotlib)")
+    names = ["decode b1 h8 d64 k512", "decode b2 h8 d64 k512", "decode page16 b1 h8 d64 k512",
+             "decode page16 b2 h8 d64 k512", "decode mqa b2 h8 d64 k512", "ragged page16 b2 h8 d64 k512"]  # fmt: skip
+    rows = [{"name": name, "participants": {"fagen": {"gbps": 100.0, "tflops": 1.0}}} for name in names]
+    kinds = plot._kinds(rows)
+    assert {kind: [row["series"] for row in found] for kind, found in kinds.items()} == {
+        "contiguous": ["b1 h8 d64 k512", "b2 h8 d64 k512"],
+        "page16": ["b1 h8 d64 k512", "b2 h8 d64 k512"],
+        "others": ["mqa b2 h8 d64 k512", "ragged page16 b2 h8 d64 k512"],
+    }
+    result = {"op": "decode", "device": "a card", "rows": rows, "peers": {}, "limit": {"read_gbps": 150.0}}
+    plot.draw(result, tmp_path / "decode.svg")
+    text = (tmp_path / "decode.svg").read_text()
+    assert all(kind in text for kind in kinds) and "GB/s" in text
+
+
 def test_the_plot_needs_matplotlib(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     assert main.main(["bench", "--target", "cpu", "--plot", "x.svg"]) == 4
