@@ -175,6 +175,32 @@ def measured_gradients() -> str:
     )
 
 
+def measured_fp8() -> str:
+    """Ours, and its ratios to FlashAttention 3's fp8 and to our own 16 bits."""
+    data = json.loads((FOLDER.parent / "benchmarks" / "h100_fp8.json").read_text())
+    grid: dict[str, dict[int, str]] = {}
+    ratios: dict[str, list[float]] = {"fa3": [], "fagen_16_bits": []}
+    for row in data["rows"]:
+        speeds = {name: p["tflops"] for name, p in row["participants"].items() if p["outcome"] == "ok"}
+        each = [speeds["fagen"] / speeds[peer] for peer in ratios]
+        for found, ratio in zip(ratios.values(), each, strict=True):
+            found.append(ratio)
+        cell = f"{speeds['fagen']:.0f} ({' / '.join(f'{ratio:.2f}' for ratio in each)}x)"
+        grid.setdefault(row["series"].removeprefix("fp8 "), {})[row["length"]] = cell
+    lengths = sorted({length for cells in grid.values() for length in cells})
+    table = _table(
+        ("head dim, mask", *map(str, lengths)),
+        [(name, *(cells.get(length, "") for length in lengths)) for name, cells in grid.items()],
+    )
+    of_fa3, of_ours = (statistics.geometric_mean(found) for found in ratios.values())
+    return (
+        f"**fp8, `sm90_forward_fp8`** on an {data['device']}, in TFLOP/s, and as ratios to FlashAttention 3's fp8 and\n"
+        f"to our own 16 bits in the same run: {of_fa3:.3f}x and {of_ours:.2f}x in the mean of 36 rows.\n"
+        "batch x length = 16384, heads x head dim = 2048, e4m3 with a scale a head, bf16 out\n"
+        f"({_where(data, 'torch', 'driver')}).\n\n{table}"
+    )
+
+
 def measured_decode() -> str:
     """A line a step, a column a kind of cache."""
     data = json.loads((FOLDER.parent / "benchmarks" / "h100_decode.json").read_text())
@@ -256,7 +282,8 @@ def ablation() -> str:
 def readme() -> str:
     """The README with its measured figures filled in."""
     parts = (
-        measured_gpu(), measured_hopper(), measured_gradients(), measured_decode(), measured_masks(), measured_cpu()
+        measured_gpu(), measured_hopper(), measured_gradients(), measured_fp8(), measured_decode(), measured_masks(),
+        measured_cpu(),
     )  # fmt: skip
     return _filled(FOLDER.parent / "README.md", "\n".join(parts))
 
