@@ -175,7 +175,7 @@ def test_sm90_backward_takes_keys_by_16() -> None:
     ("old", "new"),
     [
         ("batch * p.heads + head", "head"),  # batches would share a mask
-        ("uint32_t(row) % 8 / 2", "uint32_t(row) % 4 / 2"),  # and rows
+        ("uint32_t(line) % 8 / 2", "uint32_t(line) % 4 / 2"),  # and rows
         ("kept ? gradient * dropout.scale : 0.f", "gradient"),  # dP as if nothing were dropped
         ("score = kept ? score : 0.f", "score = score"),  # dV of all weights
     ],

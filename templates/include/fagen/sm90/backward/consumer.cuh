@@ -23,6 +23,7 @@ struct BackwardConsumer {
   using DqPart = float[Dq::kColumns / 8][4];
   using Lse = RowStats<C>;
   using Delta = RowStats<C, kSeedsDp<C>>;
+  using Kept = KeptWeights<C, Element, true, kPieces>;
 
   const fagen_backward_params& p;
   const BackwardLaunch& launch;
@@ -110,17 +111,18 @@ struct BackwardConsumer {
     const int key = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + place.row;
     fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
                                     lse, pipelines.smem + L::kBounds + key * 16);
-    if constexpr (C::kDropout) mark_dropped<true>(s, change.dropout, at.tile * C::kTileM, keys.n0 + key - place.row);
   }
   // dS in place of dP
-  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives,
-                                          const Delta& delta) const {
+  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives, const Delta& delta,
+                                          const Kept& kept) const {
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
       const float2 of_rows = delta.of(j);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], i % 2 ? of_rows.y : of_rows.x, change.dropout);
+        const float2 factors = kept.factors(i / 2, j);
+        dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], i % 2 ? of_rows.y : of_rows.x,
+                                        i % 2 ? factors.y : factors.x);
         if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
       }
     }
@@ -135,12 +137,12 @@ struct BackwardConsumer {
       }
   }
   // P as it counts for dV.
-  static __device__ __forceinline__ void pack_weights(Fragments& weights, const Scores& s) {
+  __device__ __forceinline__ void pack_weights(Fragments& weights, const Scores& s, const Kept& kept) const {
     pack_operand(weights, s);
 #pragma unroll
-    for (auto& step : weights)
+    for (int n = 0; n < kSteps; ++n)
 #pragma unroll
-      for (uint32_t& pair : step) pair = kept_weights<C>(pair);
+      for (int i = 0; i < 4; ++i) weights[n][i] = kept.kept(weights[n][i], i % 2, 2 * n + i / 2);
   }
   // dS, rows of q down, this group's keys in a slab of their own. The others may read it after a fence and a barrier.
   __device__ __forceinline__ void store_ds(const Fragments& ds) const {
@@ -164,21 +166,26 @@ struct BackwardConsumer {
     start_scores<C::kHeadDim, false>(s, pipelines.k.tile(), pipelines.q.tile());
     pipelines.dout.wait();
     start_dp(dp);
+    Kept kept;
+    const int first_key = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16;
+    if constexpr (Kept::kEarly) kept.draw(change.dropout, at.tile * C::kTileM, first_key);
     ptx::wgmma_wait<1>();
     pin(s);
     if (at.partial)
       exponentiate<true>(s, derivatives, lse, at);
     else
       exponentiate<false>(s, derivatives, lse, at);
+    if constexpr (!Kept::kEarly) kept.draw(change.dropout, at.tile * C::kTileM, first_key);
+    kept.make_factors(change.dropout);
     const Delta delta(of_delta);
     if constexpr (C::kDvStart == DvStart::before_ds) {
-      pack_weights(weights, s);
+      pack_weights(weights, s, kept);
       start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     }
     ptx::wgmma_wait<(C::kDvStart == DvStart::before_ds ? 1 : 0)>();
     pin(dp);
-    form_ds(s, dp, derivatives, delta);
-    if constexpr (C::kDvStart != DvStart::before_ds) pack_weights(weights, s);
+    form_ds(s, dp, derivatives, delta, kept);
+    if constexpr (C::kDvStart != DvStart::before_ds) pack_weights(weights, s, kept);
     pack_operand(ds, dp);
     if constexpr (C::kDvStart == DvStart::after_ds) start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last dS
@@ -243,8 +250,8 @@ struct BackwardConsumer {
     if (launch.splits.by > 1) {
       SplitSums<C, Element>{p, keys, pipelines.smem, group}.run(dk, dv, kBarrier);
     } else {
-      store<C::kHeadDim>(p.dk, dk, p.head_dim, p.scale);
-      store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up<C>(p, 1.f));
+      store<C::kHeadDim>(p.dk, dk, p.head_dim, gradient_scale<C>(p));
+      store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
     }
   }
 

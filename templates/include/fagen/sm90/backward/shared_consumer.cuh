@@ -20,6 +20,7 @@ struct SharedConsumer {
   static constexpr int kBarrier = 1;  // of all consumers; two more, and one for each group
   using Scores = float[kPieces][4];
   using DqPart = float[Dq::kColumns / 8][4];
+  using Kept = KeptWeights<C, Element, false, kPieces>;
   using Gradient = float[C::kTileN / 8][4];  // 64 columns of a head down, keys across
 
   const fagen_backward_params& p;
@@ -140,7 +141,6 @@ struct SharedConsumer {
         }
     }
     if constexpr (kMasked && MaskOf<C>::kIntervals) clear_hidden(s, row0);
-    if constexpr (C::kDropout) mark_dropped<false>(s, change.dropout, row0 - Place().row, key0 - Place().column);
   }
   __device__ __forceinline__ void clear_hidden(Scores& s, int row0) const {
 #pragma unroll
@@ -156,28 +156,30 @@ struct SharedConsumer {
       }
   }
   __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives,
-                                          const float (&delta)[2]) const {
+                                          const float (&delta)[2], const Kept& kept) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int j = 0; j < kPieces; ++j)
 #pragma unroll
-        for (int i = r * 2; i < r * 2 + 2; ++i) {
-          dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], delta[r], change.dropout);
+        for (int e = 0; e < 2; ++e) {
+          const int i = r * 2 + e;
+          const float2 factors = kept.factors(r, j);
+          dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], delta[r], e ? factors.y : factors.x);
           if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
         }
     }
   }
   // Rows of q down, this group's keys among those of all. kWeights: as they count for dV.
   template <bool kWeights>
-  __device__ __forceinline__ void store(uint32_t tile, const Scores& c) const {
+  __device__ __forceinline__ void store(uint32_t tile, const Scores& c, const Kept& kept) const {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     const auto place = [&](int piece) {
       return tile + piece / 8 * L::kDsSlabBytes + row * kRowBytes + ((piece % 8 ^ lane % 8) << 4);
     };
     const auto word = [&](int j, int r) {
       const uint32_t pair = pack<Element>(c[j][r * 2], c[j][r * 2 + 1]);
-      return kWeights ? kept_weights<C>(pair) : pair;
+      return kWeights ? kept.kept(pair, r, j) : pair;
     };
     const int first = group * kPieces;
 #pragma unroll
@@ -199,19 +201,22 @@ struct SharedConsumer {
     start_scores<C::kHeadDim, false>(s, pipelines.q.tile(), pipelines.k.tile());
     pipelines.dout.wait();
     start_scores<C::kHeadDimV, kSeedsDp<C>>(dp, pipelines.dout.tile(), pipelines.v.tile());
+    Kept kept;
+    kept.draw(change.dropout, at.tile * C::kTileM + threadIdx.x / 32 % 4 * 16, keys.n0 + group * kKeys);
     ptx::wgmma_wait<1>();
     pin(s);
     if (at.partial)
       exponentiate<true>(s, derivatives, at, lse);
     else
       exponentiate<false>(s, derivatives, at, lse);
+    kept.make_factors(change.dropout);
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last ones
-    store<true>(weights(), s);
+    store<true>(weights(), s, kept);
     if constexpr (kDvFirst) meet();
     ptx::wgmma_wait<0>();
     pin(dp);
-    form_ds(s, dp, derivatives, delta);
-    store<false>(ds(), dp);
+    form_ds(s, dp, derivatives, delta, kept);
+    store<false>(ds(), dp, kept);
     if constexpr (kDvFirst) start_dv();
     meet();
     if constexpr (!Dq::kEach)
@@ -314,8 +319,8 @@ struct SharedConsumer {
     pipelines.v.wait();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
     ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
-    store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, p.scale);
-    store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up<C>(p, 1.f));
+    store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, gradient_scale<C>(p));
+    store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
   }
 
   // Transpose slab by slab into the place of the operand that is done with, and store rows of 128 bytes.
