@@ -141,26 +141,34 @@ __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&der
 
 // ---- dropout
 
-// The factors of a thread's weights of 16 lines, which are rows of q, or keys if kTransposed, and of `kPieces` pieces of 8
-// columns. Nothing where no weights are dropped.
-template <class C, class Element, bool kTransposed, int kPieces, bool kDropout = C::kDropout>
-struct KeptWeights {
-  static constexpr bool kEarly = false;
+// The numbers of a thread's weights of 16 lines, which are rows of q, or keys if kTransposed, and of `kPieces` pieces of 8
+// columns. They are drawn while S is computed, or with three warpgroups, which have no registers for that, when it has
+// come. Nothing where no weights are dropped.
+template <class C, bool kTransposed, int kPieces, bool kDropout = C::kDropout>
+struct DrawnWeights {
+  template <bool kEarly>
   __device__ __forceinline__ void draw(const Dropout& dropout, int row, int key) {}
-  __device__ __forceinline__ void make_factors(const Dropout& dropout) {}
-  __device__ __forceinline__ uint32_t kept(uint32_t pair, int i, int n) const { return pair; }
-  __device__ __forceinline__ float2 factors(int i, int n) const { return float2(); }
+  __device__ __forceinline__ uint32_t factors(const Dropout& dropout, int i, int n) const { return 0; }
 };
 
-template <class C, class Element, bool kTransposed, int kPieces>
-struct KeptWeights<C, Element, kTransposed, kPieces, true> {
-  static constexpr bool kEarly = C::kWarpgroups < 3;
+template <class C, bool kTransposed, int kPieces>
+struct DrawnWeights<C, kTransposed, kPieces, true> {
   static constexpr int kCallBlocks = kPieces % 4 == 0 ? 2 : 1, kCalls = kPieces / 2 / kCallBlocks;
 
   uint32_t words[kCalls][2][2];
-  uint32_t pairs[kPieces][2];  // of lines r and r + 8 of a piece
 
-  // Draw numbers. The first row of q and the first key of the warp are given, both multiples of 16.
+  // The first row of q and the first key of the warp are given, both multiples of 16.
+  template <bool kEarly>
+  __device__ __forceinline__ void draw(const Dropout& dropout, int row, int key) {
+    if constexpr (kEarly == (C::kWarpgroups < 3)) draw(dropout, row, key);
+  }
+  // Factors of two weights of line i of piece n.
+  __device__ __forceinline__ uint32_t factors(const Dropout& dropout, int i, int n) const {
+    const uint32_t(&block)[2] = words[n / 2 / kCallBlocks][n / 2 % kCallBlocks];
+    return kept_factors(dropout, block[kTransposed ? n % 2 : i], kTransposed ? i : n % 2);
+  }
+
+ private:
   __device__ __forceinline__ void draw(const Dropout& dropout, int row, int key) {
     const Place place;
     const bool odd = place.row % 2;
@@ -175,26 +183,13 @@ struct KeptWeights<C, Element, kTransposed, kPieces, true> {
       for (int block = 0; block < kCallBlocks; ++block) ptx::pin(words[i][block][0]), ptx::pin(words[i][block][1]);
     }
   }
-  __device__ __forceinline__ void make_factors(const Dropout& dropout) {
-#pragma unroll
-    for (int n = 0; n < kPieces; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t(&block)[2] = words[n / 2 / kCallBlocks][n / 2 % kCallBlocks];
-        pairs[n][i] = kept_factors(dropout, block[kTransposed ? n % 2 : i], kTransposed ? i : n % 2);
-      }
-  }
-  // Two weights of line i of piece n as they count for dV.
-  __device__ __forceinline__ uint32_t kept(uint32_t pair, int i, int n) const {
-    return multiply_factors<Element>(pair, pairs[n][i]);
-  }
-  // What their dP are multiplied by.
-  __device__ __forceinline__ float2 factors(int i, int n) const {
-    __half2 halves;
-    memcpy(&halves, &pairs[n][i], 4);
-    return __half22float2(halves);
-  }
 };
+
+__device__ __forceinline__ float2 halves_of(uint32_t pair) {
+  __half2 halves;
+  memcpy(&halves, &pair, 4);
+  return __half22float2(halves);
+}
 
 // dS of a weight and its dP, which may be less delta already. With dropout dS and delta are divided by what makes up for
 // dropped weights: `gradient_scale` has it.
