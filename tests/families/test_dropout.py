@@ -121,7 +121,11 @@ SM90_BACKWARD = [
     _Sm90Case("long_tiles", dropout=0.1, mask="intervals", intervals="both2"),
     _Sm90Case("held_v", dropout=0.1, softcap=2.0, dtype="fp16"),
     _Sm90Case("shared_first_owner", dropout=0.1, mask="window", window=(40, 9)),  # 48 keys a warpgroup
+    _Sm90Case("three_groups", dropout=0.5),  # numbers are drawn late
     _Sm90Case("one_group", dropout=0.1, alibi=True),
+    _Sm90Case("red", dropout=0.1, mask="causal"),  # dV begins before dS
+    _Sm90Case("stored_first_shared_one_owner", dropout=0.1, dtype="fp16"),
+    _Sm90Case("last_block_long_tiles", dropout=0.1, dtype="fp16"),
 ]
 
 
