@@ -18,10 +18,11 @@ __device__ __forceinline__ Dropout make_uniform(Dropout dropout) {
   return dropout;
 }
 
-// The numbers of a thread's weights in a block of 16 rows and 16 keys, or if kPairs in two of them one behind the other:
-// two words for each block, of lines r and r + 8 of 16, a byte a weight of two pieces of 8 columns. Lines are rows of q.
-// If kTransposed they are keys, and the words are of the two pieces, with two bytes a line. `odd`: whether the thread's
-// line is. With kPairs neighbouring lines make a call each, the odd one that of the second block, and exchange halves.
+// The numbers of a thread's weights in a block of 16 rows and 16 keys, or if kPairs in two of them one behind the
+// other: two words for each block, of lines r and r + 8 of 16, a byte a weight of two pieces of 8 columns. Lines are
+// rows of q. If kTransposed they are keys, and the words are of the two pieces, with two bytes a line. `odd`: whether
+// the thread's line is. With kPairs neighbouring lines make a call each, the odd one that of the second block, and
+// exchange halves.
 template <bool kTransposed, bool kPairs>
 __device__ __forceinline__ void draw_blocks(const Dropout& dropout, const RowPart& row, const KeyPart& key, bool odd,
                                             uint32_t (&words)[2][2]) {

@@ -61,10 +61,10 @@ FAGEN_SHARED RandomWords philox(const RoundKeys& keys, uint32_t c0, uint32_t c1,
   return {{c0, c1, c2, c3}};
 }
 
-// What the first rounds make of a row alone, and of a key alone: a thread computes it once where its calls have a row, or
-// a key, in common.
+// What the first rounds make of a row alone, and of a key alone: a thread computes it once where its calls have a row,
+// or a key, in common.
 struct RowPart {
-  uint32_t low[2];    // of products of the first two rounds
+  uint32_t low[2];  // of products of the first two rounds
   WideProduct third;  // of the third round
 };
 struct KeyPart {
@@ -77,7 +77,7 @@ struct Dropout {
   uint32_t offset, plane, kept;
   float scale;
   uint32_t lower_bits, sign_bits;  // of 256 - kept, in each byte
-  uint32_t limits, above;          // two half floats 1024 + kept; four of the upper bytes of 1024 to 1279
+  uint32_t limits, above;  // two half floats 1024 + kept; four of the upper bytes of 1024 to 1279
 
   // The rate is rounded to 1/256; only 0 drops nothing, and only 1 all.
   static FAGEN_SHARED uint32_t kept_of(float rate) {
@@ -116,8 +116,8 @@ struct Dropout {
   // Philox of the counters of a row and a key, the plane and the offset.
   FAGEN_SHARED RandomWords words(const RowPart& row, const KeyPart& key) const {
     const WideProduct b = multiply_wide(kFactorB, key.second.high ^ row.low[0] ^ keys.key[1][1]);
-    return philox(keys, b.high ^ row.low[1] ^ keys.key[2][0], b.low,
-                  row.third.high ^ key.second.low ^ keys.key[2][1], row.third.low, 3);
+    return philox(keys, b.high ^ row.low[1] ^ keys.key[2][0], b.low, row.third.high ^ key.second.low ^ keys.key[2][1],
+                  row.third.low, 3);
   }
   // The call that has row `row` and key `key`.
   FAGEN_SHARED RandomWords words(int row, int key) const { return words(of_row(counter(row)), of_key(counter(key))); }

@@ -141,8 +141,7 @@ struct BackwardConsumer {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 halves = halves_of(factors[i / 2]);
-      dp[j][i] =
-          gradient_of_score<C>(s[j][i], dp[j][i], i % 2 ? of_rows.y : of_rows.x, i % 2 ? halves.y : halves.x);
+      dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], i % 2 ? of_rows.y : of_rows.x, i % 2 ? halves.y : halves.x);
       if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
     }
   }

@@ -141,9 +141,9 @@ __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&der
 
 // ---- dropout
 
-// The numbers of a thread's weights of 16 lines, which are rows of q, or keys if kTransposed, and of `kPieces` pieces of 8
-// columns. They are drawn while S is computed, or with three warpgroups, which have no registers for that, when it has
-// come. Nothing where no weights are dropped.
+// The numbers of a thread's weights of 16 lines, which are rows of q, or keys if kTransposed, and of `kPieces` pieces
+// of 8 columns. They are drawn while S is computed, or with three warpgroups, which have no registers for that, when it
+// has come. Nothing where no weights are dropped.
 template <class C, bool kTransposed, int kPieces, bool kDropout = C::kDropout>
 struct DrawnWeights {
   template <bool kEarly>
@@ -164,7 +164,7 @@ struct DrawnWeights<C, kTransposed, kPieces, true> {
   }
   // Factors of two weights of line i of piece n.
   __device__ __forceinline__ uint32_t factors(const Dropout& dropout, int i, int n) const {
-    const uint32_t(&block)[2] = words[n / 2 / kCallBlocks][n / 2 % kCallBlocks];
+    const uint32_t (&block)[2] = words[n / 2 / kCallBlocks][n / 2 % kCallBlocks];
     return kept_factors(dropout, block[kTransposed ? n % 2 : i], kTransposed ? i : n % 2);
   }
 
@@ -191,8 +191,8 @@ __device__ __forceinline__ float2 halves_of(uint32_t pair) {
   return __half22float2(halves);
 }
 
-// dS of a weight and its dP, which may be less delta already. With dropout dS and delta are divided by what makes up for
-// dropped weights: `gradient_scale` has it.
+// dS of a weight and its dP, which may be less delta already. With dropout dS and delta are divided by what makes up
+// for dropped weights: `gradient_scale` has it.
 template <class C>
 __device__ __forceinline__ float gradient_of_score(float weight, float dp, float delta, float factor) {
   if constexpr (C::kDropout) return weight * fmaf(dp, factor, -delta);
