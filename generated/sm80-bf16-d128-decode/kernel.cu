@@ -735,6 +735,40 @@ struct DecodeSplit {
 // A warp's products on tensor cores, S = Q K^T and O += P V by ldmatrix and mma, on top of its row state.
 // ---- fagen/common/dropout.cuh ----------------------------------------------------------------------------
 // Dropout of the weights that a thread holds of a key tile, in the accumulators' order. Nothing where none is wanted.
+// ---- fagen/common/element.cuh ----------------------------------------------------------------------------
+// The 16-bit element types and their packing into the 32-bit registers of the tensor cores.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace fagen {
+
+using half_t = __half;
+using bfloat_t = __nv_bfloat16;
+
+// Two neighbouring columns; the first one in the low half.
+template <class Element>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<bfloat_t>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<half_t>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
+}  // namespace fagen
+
 // ---- fagen/common/philox.h -------------------------------------------------------------------------------
 // The weights that dropout drops: random numbers by Philox4x32-7, for device and host alike. Plain C++.
 //
@@ -775,18 +809,38 @@ struct RoundKeys {
   }
 };
 
-// Philox4x32-7 of a 64-bit key and a 128-bit counter.
-FAGEN_SHARED RandomWords philox(const RoundKeys& keys, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+struct WideProduct {
+  uint32_t high, low;
+};
+FAGEN_SHARED WideProduct multiply_wide(uint32_t a, uint32_t b) {
+  const uint64_t product = uint64_t(a) * b;
+  return {uint32_t(product >> 32), uint32_t(product)};
+}
+constexpr uint32_t kFactorA = 0xD2511F53u, kFactorB = 0xCD9E8D57u;  // of the first and the third counter
+
+// Philox4x32-7 of a 64-bit key and a 128-bit counter. `from`: rounds that were done before.
+FAGEN_SHARED RandomWords philox(const RoundKeys& keys, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
+                                int from = 0) {
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-  for (int round = 0; round < kRounds; ++round) {
-    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(b >> 32) ^ c1 ^ keys.key[round][0], c1 = uint32_t(b);
-    c2 = uint32_t(a >> 32) ^ c3 ^ keys.key[round][1], c3 = uint32_t(a);
+  for (int round = from; round < kRounds; ++round) {
+    const WideProduct a = multiply_wide(kFactorA, c0), b = multiply_wide(kFactorB, c2);
+    c0 = b.high ^ c1 ^ keys.key[round][0], c1 = b.low;
+    c2 = a.high ^ c3 ^ keys.key[round][1], c3 = a.low;
   }
   return {{c0, c1, c2, c3}};
 }
+
+// What the first rounds make of a row alone, and of a key alone: a thread computes it once where its calls have a row,
+// or a key, in common.
+struct RowPart {
+  uint32_t low[2];  // of products of the first two rounds
+  WideProduct third;  // of the third round
+};
+struct KeyPart {
+  WideProduct second;
+};
 
 // The dropout of one head: bytes below `kept` keep their weight; `scale` makes up for the dropped ones.
 struct Dropout {
@@ -794,6 +848,7 @@ struct Dropout {
   uint32_t offset, plane, kept;
   float scale;
   uint32_t lower_bits, sign_bits;  // of 256 - kept, in each byte
+  uint32_t limits, above;  // two half floats 1024 + kept; four of the upper bytes of 1024 to 1279
 
   // The rate is rounded to 1/256; only 0 drops nothing, and only 1 all.
   static FAGEN_SHARED uint32_t kept_of(float rate) {
@@ -813,15 +868,30 @@ struct Dropout {
             kept,
             scale_of(kept),
             lower,
-            sign};
+            sign,
+            (0x6400 + kept) * 0x10001u,
+            0x64646464u};
   }
 
-  // The call that has row `row` and key `key`.
-  FAGEN_SHARED RandomWords words(int row, int key) const {
-    const uint32_t of_row = uint32_t(row) / 16 * 4 + uint32_t(row) % 8 / 2;
-    const uint32_t of_key = uint32_t(key) / 16 * 4 + uint32_t(key) % 8 / 2;
-    return philox(keys, of_row, of_key, plane, offset);
+  // Of a row, or a key, the number that a call counts it by: 4 for each 16.
+  static FAGEN_SHARED uint32_t counter(int line) { return uint32_t(line) / 16 * 4 + uint32_t(line) % 8 / 2; }
+  FAGEN_SHARED RowPart of_row(uint32_t counter) const {
+    const WideProduct a = multiply_wide(kFactorA, counter), of_plane = multiply_wide(kFactorB, plane);
+    const WideProduct b = multiply_wide(kFactorB, a.high ^ offset ^ keys.key[0][1]);
+    return {{a.low, b.low}, multiply_wide(kFactorA, b.high ^ of_plane.low ^ keys.key[1][0])};
   }
+  FAGEN_SHARED KeyPart of_key(uint32_t counter) const {
+    const WideProduct of_plane = multiply_wide(kFactorB, plane);
+    return {multiply_wide(kFactorA, of_plane.high ^ counter ^ keys.key[0][0])};
+  }
+  // Philox of the counters of a row and a key, the plane and the offset.
+  FAGEN_SHARED RandomWords words(const RowPart& row, const KeyPart& key) const {
+    const WideProduct b = multiply_wide(kFactorB, key.second.high ^ row.low[0] ^ keys.key[1][1]);
+    return philox(keys, b.high ^ row.low[1] ^ keys.key[2][0], b.low, row.third.high ^ key.second.low ^ keys.key[2][1],
+                  row.third.low, 3);
+  }
+  // The call that has row `row` and key `key`.
+  FAGEN_SHARED RandomWords words(int row, int key) const { return words(of_row(counter(row)), of_key(counter(key))); }
   // Whether a byte of a word keeps its weight.
   FAGEN_SHARED bool keeps(uint32_t word, int byte) const { return (word >> (8 * byte) & 255) < kept; }
   // The sign bit of a byte is set where it drops its weight: where 256 - kept, added to it, carries.
@@ -839,7 +909,7 @@ struct Dropout {
 }  // namespace fagen
 
 // ---- fagen/ptx/math.cuh ----------------------------------------------------------------------------------
-// Single-instruction functions: of the special-function unit, and of bytes.
+// Single-instruction functions: of the special-function unit, and of half floats.
 #include <stdint.h>
 
 namespace fagen::ptx {
@@ -856,16 +926,10 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return y;
 }
 
-// For bytes 2 h and 2 h + 1 of x a 16-bit half each: all ones if the byte's sign bit is set, else 0.
-__device__ __forceinline__ uint32_t spread_byte_signs(uint32_t x, int h) {
+// Two half floats: 1 where that of `limits` is the greater one by 1 or more, 0 where it is not greater.
+__device__ __forceinline__ uint32_t are_below(uint32_t x, uint32_t limits) {
   uint32_t y;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(h ? 0xbbaa : 0x9988));
-  return y;
-}
-// For each 16-bit half all ones if its sign bit is set, else 0.
-__device__ __forceinline__ uint32_t spread_signs(uint32_t x) {
-  uint32_t y;
-  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(y) : "r"(x));
+  asm("sub.sat.f16x2 %0, %1, %2;" : "=r"(y) : "r"(limits), "r"(x));
   return y;
 }
 
@@ -881,42 +945,74 @@ __device__ __forceinline__ Dropout make_uniform(Dropout dropout) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) dropout.keys.key[round][half] = uniform(dropout.keys.key[round][half]);
   dropout.offset = uniform(dropout.offset);
-  dropout.lower_bits = uniform(dropout.lower_bits), dropout.sign_bits = uniform(dropout.sign_bits);
+  dropout.limits = uniform(dropout.limits), dropout.above = uniform(dropout.above);
   return dropout;
 }
 
-// The dropped weights of two rows of a thread, r and r + 8 of a block of 16, in two blocks of 16 keys one behind the
-// other: a sign bit a weight, a word for each block and row. `row` and `key` are the thread's first weight. Lanes of
-// neighbouring rows make a call each.
-__device__ __forceinline__ void draw_rows(const Dropout& dropout, int row, int key, uint32_t (&dropped)[2][2]) {
-  const bool odd = row % 2;
-  const RandomWords drawn = dropout.words(row, key + (odd ? 16 : 0));
+// The numbers of a thread's weights in a block of 16 rows and 16 keys, or if kPairs in two of them one behind the
+// other: two words for each block, of lines r and r + 8 of 16, a byte a weight of two pieces of 8 columns. Lines are
+// rows of q. If kTransposed they are keys, and the words are of the two pieces, with two bytes a line. `odd`: whether
+// the thread's line is. With kPairs neighbouring lines make a call each, the odd one that of the second block, and
+// exchange halves.
+template <bool kTransposed, bool kPairs>
+__device__ __forceinline__ void draw_blocks(const Dropout& dropout, const RowPart& row, const KeyPart& key, bool odd,
+                                            uint32_t (&words)[2][2]) {
+  const RandomWords drawn = dropout.words(row, key);
+  const auto half = [&](int r, bool of_odd) {
+    const uint32_t first = drawn.word[r], second = drawn.word[2 + r];
+    return kTransposed ? __byte_perm(first, second, of_odd ? 0x7351 : 0x6240) : of_odd ? second : first;
+  };
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const uint32_t mine = odd ? drawn.word[2 + r] : drawn.word[r], other = odd ? drawn.word[r] : drawn.word[2 + r];
-    const uint32_t received = __shfl_xor_sync(~0u, other, 4);
-    dropped[0][r] = dropout.dropped(odd ? received : mine), dropped[1][r] = dropout.dropped(odd ? mine : received);
+    const uint32_t mine = half(r, odd);
+    if constexpr (kPairs) {
+      const uint32_t received = __shfl_xor_sync(~0u, half(r, !odd), 4);
+      words[0][r] = odd ? received : mine, words[1][r] = odd ? mine : received;
+    } else {
+      words[0][r] = mine;
+    }
   }
 }
 
-// The same in one block, where there is no second one.
-__device__ __forceinline__ void draw_rows(const Dropout& dropout, int row, int key, uint32_t (&dropped)[2]) {
-  const bool odd = row % 2;
-  const RandomWords drawn = dropout.words(row, key);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) dropped[r] = dropout.dropped(odd ? drawn.word[2 + r] : drawn.word[r]);
-}
-
 // One row, wherever it lies in its block.
-__device__ __forceinline__ uint32_t draw_row(const Dropout& dropout, int row, int key) {
-  const RandomWords drawn = dropout.words(row, key);
+__device__ __forceinline__ uint32_t draw_row(const Dropout& dropout, int row, const KeyPart& key) {
+  const RandomWords drawn = dropout.words(dropout.of_row(Dropout::counter(row)), key);
   const bool odd = row % 2, upper = row / 8 % 2;
   const uint32_t first = odd ? drawn.word[2] : drawn.word[0], second = odd ? drawn.word[3] : drawn.word[1];
-  return dropout.dropped(upper ? second : first);
+  return upper ? second : first;
 }
 
+// Factors of two neighbouring weights, as half floats: 1, or 0 where they are dropped. Their numbers are bytes 2 h and
+// 2 h + 1 of a word.
+__device__ __forceinline__ uint32_t kept_factors(const Dropout& dropout, uint32_t word, int h) {
+  return ptx::are_below(__byte_perm(word, dropout.above, h ? 0x4342 : 0x4140), dropout.limits);
+}
+// Two weights of 16 bits times their factors. Read as bfloat16 the half float 1 is 2^-7: `scale_up_pairs` makes up.
+template <class Element>
+__device__ __forceinline__ uint32_t multiply_factors(uint32_t pair, uint32_t factors);
+template <>
+__device__ __forceinline__ uint32_t multiply_factors<half_t>(uint32_t pair, uint32_t factors) {
+  __half2 x, y;
+  memcpy(&x, &pair, 4), memcpy(&y, &factors, 4);
+  x = __hmul2(x, y);
+  memcpy(&pair, &x, 4);
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply_factors<bfloat_t>(uint32_t pair, uint32_t factors) {
+  __nv_bfloat162 x, y;
+  memcpy(&x, &pair, 4), memcpy(&y, &factors, 4);
+  x = __hmul2(x, y);
+  memcpy(&pair, &x, 4);
+  return pair;
+}
+template <class Element>
+constexpr float kInverseFactor = 1.f;
+template <>
+inline constexpr float kInverseFactor<bfloat_t> = 128.f;
+
 // kPairs: steps of 16 keys come by two. kRowsAligned: slabs of rows begin at multiples of 16.
-template <class C, int kSlabs, bool kPairs, bool kRowsAligned = true, bool kDropout = C::kDropout>
+template <class C, class Element, int kSlabs, bool kPairs, bool kRowsAligned = true, bool kDropout = C::kDropout>
 struct TileDropout {
   template <class Params>
   __device__ __forceinline__ void set_head(const Params& p, int batch, int head) {}
@@ -924,37 +1020,44 @@ struct TileDropout {
   __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) const { return pair; }
 };
 
-template <class C, int kSlabs, bool kPairs, bool kRowsAligned>
-struct TileDropout<C, kSlabs, kPairs, kRowsAligned, true> {
+template <class C, class Element, int kSlabs, bool kPairs, bool kRowsAligned>
+struct TileDropout<C, Element, kSlabs, kPairs, kRowsAligned, true> {
   static constexpr bool kExchanged = kPairs && kRowsAligned;
 
   Dropout dropout;
-  int row, key;  // of this thread's first weight
-  uint32_t dropped[kSlabs][2][2];  // of two steps, rows r and r + 8
+  int row;                       // of this thread's first weight
+  uint32_t key;                  // the counter of its first call
+  RowPart of_rows[kSlabs];       // if they are aligned
+  uint32_t words[kSlabs][2][2];  // of two steps, rows r and r + 8
 
   template <class Params>
   __device__ __forceinline__ void set_head(const Params& p, int batch, int head) {
     dropout = make_uniform(Dropout::of(p, batch, head));
   }
   // `row` and `key`: the first weight of the lane, in its first slab and piece.
-  __device__ __forceinline__ void set_place(int first_row, int first_key) { row = first_row, key = first_key; }
+  __device__ __forceinline__ void set_place(int first_row, int first_key) {
+    row = first_row, key = Dropout::counter(first_key) + (kExchanged && row % 2 ? 4 : 0);
+#pragma unroll
+    for (int s = 0; s < kSlabs; ++s)
+      if constexpr (kRowsAligned) of_rows[s] = dropout.of_row(Dropout::counter(row) + s * 4);
+  }
 
   // Two neighbouring weights of 16 bits, or 0 in place of those that are dropped: register i of the `step`-th 16 keys
   // of a slab. Registers come in order.
   __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) {
     if (i == 0 && (step % 2 == 0 || !kExchanged)) draw(slab, step);
-    return pair & ~ptx::spread_byte_signs(dropped[slab][kExchanged ? step % 2 : 0][i % 2], i / 2);
+    const uint32_t word = words[slab][kExchanged ? step % 2 : 0][i % 2];
+    return multiply_factors<Element>(pair, kept_factors(dropout, word, i / 2));
   }
 
  private:
   __device__ __forceinline__ void draw(int slab, int step) {
-    const int m = row + slab * 16, n = key + step * 16;
-    if constexpr (kExchanged)
-      draw_rows(dropout, m, n, dropped[slab]);
-    else if constexpr (kRowsAligned)
-      draw_rows(dropout, m, n, dropped[slab][0]);
+    const KeyPart of_key = dropout.of_key(key + step * 4);
+    if constexpr (kRowsAligned)
+      draw_blocks<false, kExchanged>(dropout, of_rows[slab], of_key, row % 2, words[slab]);
     else
-      dropped[slab][0][0] = draw_row(dropout, m, n), dropped[slab][0][1] = draw_row(dropout, m + 8, n);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) words[slab][0][r] = draw_row(dropout, row + slab * 16 + r * 8, of_key);
   }
 };
 
@@ -964,42 +1067,14 @@ __device__ __forceinline__ float scale_up(const Params& p, float factor) {
   if constexpr (C::kDropout) factor *= Dropout::scale_of(Dropout::kept_of(p.dropout));
   return factor;
 }
-
-}  // namespace fagen
-
-// ---- fagen/common/element.cuh ----------------------------------------------------------------------------
-// The 16-bit element types and their packing into the 32-bit registers of the tensor cores.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
-#include <string.h>
-
-namespace fagen {
-
-using half_t = __half;
-using bfloat_t = __nv_bfloat16;
-
-// Two neighbouring columns; the first one in the low half.
-template <class Element>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-
-template <>
-__device__ __forceinline__ uint32_t pack<bfloat_t>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, 4);
-  return bits;
-}
-
-template <>
-__device__ __forceinline__ uint32_t pack<half_t>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, 4);
-  return bits;
+// The same where weights were multiplied by factors in pairs.
+template <class C, class Element, class Params>
+__device__ __forceinline__ float scale_up_pairs(const Params& p, float factor) {
+  return scale_up<C>(p, C::kDropout ? factor * kInverseFactor<Element> : factor);
 }
 
 }  // namespace fagen
+
 
 // ---- fagen/common/row_state.cuh --------------------------------------------------------------------------
 // The state that a warp's rows carry from key tile to key tile: O, softmax, and what is done to the scores of a tile.
@@ -1342,7 +1417,7 @@ struct WarpProducts : RowState<C, kSlabs, kKeys, kColumns> {
   static constexpr bool kQInRegisters = C::kQSource == QSource::registers;
 
   uint32_t q_registers[kSlabs][kQInRegisters ? kDepth : 1][4];
-  TileDropout<C, kSlabs, kKeys % 32 == 0> dropout;
+  TileDropout<C, Element, kSlabs, kKeys % 32 == 0> dropout;
 
   __device__ __forceinline__ WarpProducts(const fagen_forward_params& p, int batch, int head) : State(p) {
     dropout.set_head(p, batch, head);

@@ -580,6 +580,8 @@ __device__ __forceinline__ void pass_turn(unsigned* counter) {
 // ---- fagen/sm90/backward/rows.cuh ------------------------------------------------------------------------
 // Fragments of float32 to rows of elements in memory.
 
+// ---- fagen/common/dropout.cuh ----------------------------------------------------------------------------
+// Dropout of the weights that a thread holds of a key tile, in the accumulators' order. Nothing where none is wanted.
 // ---- fagen/common/element.cuh ----------------------------------------------------------------------------
 // The 16-bit element types and their packing into the 32-bit registers of the tensor cores.
 #include <cuda_bf16.h>
@@ -614,7 +616,320 @@ __device__ __forceinline__ uint32_t pack<half_t>(float low, float high) {
 
 }  // namespace fagen
 
+// ---- fagen/common/philox.h -------------------------------------------------------------------------------
+// The weights that dropout drops: random numbers by Philox4x32-7, for device and host alike. Plain C++.
+//
+// A weight's number depends on the seed, the offset, its head, row and key alone: never on tiles, warps or the kernel.
+// One call of Philox gives 16 bytes, a byte a weight. They belong to rows 2 a, 2 a + 1, 2 a + 8, 2 a + 9 of a block of
+// 16 rows, and to keys 2 b, 2 b + 1, 2 b + 8, 2 b + 9 of a block of 16 keys. Word 2 * (row % 2) + row / 8 has a row,
+// and byte 2 * (key / 8) + key % 2 of it a key. Rows and keys are alike in that, and so are the threads of mma.sync and
+// wgmma: whether the lines of a matrix are rows or keys, a lane and its neighbour of the next line share a call in each
+// block. Each makes that of one of two blocks, and they exchange halves.
+//
+// ops/attention/dropout.py is the same in Python.
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define FAGEN_SHARED __host__ __device__ __forceinline__
+#else
+#define FAGEN_SHARED inline
+#endif
+
 namespace fagen {
+
+struct RandomWords {
+  uint32_t word[4];
+};
+
+// The keys of the rounds, that follow from a 64-bit key.
+constexpr int kRounds = 7;
+struct RoundKeys {
+  uint32_t key[kRounds][2];
+
+  static FAGEN_SHARED RoundKeys of(uint64_t first) {
+    RoundKeys keys;
+    for (int round = 0; round < kRounds; ++round) {
+      keys.key[round][0] = uint32_t(first) + round * 0x9E3779B9u;
+      keys.key[round][1] = uint32_t(first >> 32) + round * 0xBB67AE85u;
+    }
+    return keys;
+  }
+};
+
+struct WideProduct {
+  uint32_t high, low;
+};
+FAGEN_SHARED WideProduct multiply_wide(uint32_t a, uint32_t b) {
+  const uint64_t product = uint64_t(a) * b;
+  return {uint32_t(product >> 32), uint32_t(product)};
+}
+constexpr uint32_t kFactorA = 0xD2511F53u, kFactorB = 0xCD9E8D57u;  // of the first and the third counter
+
+// Philox4x32-7 of a 64-bit key and a 128-bit counter. `from`: rounds that were done before.
+FAGEN_SHARED RandomWords philox(const RoundKeys& keys, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
+                                int from = 0) {
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int round = from; round < kRounds; ++round) {
+    const WideProduct a = multiply_wide(kFactorA, c0), b = multiply_wide(kFactorB, c2);
+    c0 = b.high ^ c1 ^ keys.key[round][0], c1 = b.low;
+    c2 = a.high ^ c3 ^ keys.key[round][1], c3 = a.low;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// What the first rounds make of a row alone, and of a key alone: a thread computes it once where its calls have a row,
+// or a key, in common.
+struct RowPart {
+  uint32_t low[2];  // of products of the first two rounds
+  WideProduct third;  // of the third round
+};
+struct KeyPart {
+  WideProduct second;
+};
+
+// The dropout of one head: bytes below `kept` keep their weight; `scale` makes up for the dropped ones.
+struct Dropout {
+  RoundKeys keys;
+  uint32_t offset, plane, kept;
+  float scale;
+  uint32_t lower_bits, sign_bits;  // of 256 - kept, in each byte
+  uint32_t limits, above;  // two half floats 1024 + kept; four of the upper bytes of 1024 to 1279
+
+  // The rate is rounded to 1/256; only 0 drops nothing, and only 1 all.
+  static FAGEN_SHARED uint32_t kept_of(float rate) {
+    const int nearest = int((1.f - rate) * 256.f + 0.5f);
+    if (rate <= 0.f || rate >= 1.f) return rate <= 0.f ? 256 : 0;
+    return nearest < 1 ? 1 : nearest > 255 ? 255 : nearest;
+  }
+  static FAGEN_SHARED float scale_of(uint32_t kept) { return kept ? 256.f / float(kept) : 0.f; }
+
+  template <class Params>
+  static FAGEN_SHARED Dropout of(const Params& p, int64_t batch, int64_t head) {
+    const uint32_t kept = kept_of(p.dropout), least = 256 - kept;
+    const uint32_t lower = kept ? (least & 127) * 0x01010101u : 0x80808080u, sign = (least & 384) ? 0x80808080u : 0;
+    return {RoundKeys::of(p.rng[0]),
+            uint32_t(p.rng[1]),
+            uint32_t(batch * p.heads + head),
+            kept,
+            scale_of(kept),
+            lower,
+            sign,
+            (0x6400 + kept) * 0x10001u,
+            0x64646464u};
+  }
+
+  // Of a row, or a key, the number that a call counts it by: 4 for each 16.
+  static FAGEN_SHARED uint32_t counter(int line) { return uint32_t(line) / 16 * 4 + uint32_t(line) % 8 / 2; }
+  FAGEN_SHARED RowPart of_row(uint32_t counter) const {
+    const WideProduct a = multiply_wide(kFactorA, counter), of_plane = multiply_wide(kFactorB, plane);
+    const WideProduct b = multiply_wide(kFactorB, a.high ^ offset ^ keys.key[0][1]);
+    return {{a.low, b.low}, multiply_wide(kFactorA, b.high ^ of_plane.low ^ keys.key[1][0])};
+  }
+  FAGEN_SHARED KeyPart of_key(uint32_t counter) const {
+    const WideProduct of_plane = multiply_wide(kFactorB, plane);
+    return {multiply_wide(kFactorA, of_plane.high ^ counter ^ keys.key[0][0])};
+  }
+  // Philox of the counters of a row and a key, the plane and the offset.
+  FAGEN_SHARED RandomWords words(const RowPart& row, const KeyPart& key) const {
+    const WideProduct b = multiply_wide(kFactorB, key.second.high ^ row.low[0] ^ keys.key[1][1]);
+    return philox(keys, b.high ^ row.low[1] ^ keys.key[2][0], b.low, row.third.high ^ key.second.low ^ keys.key[2][1],
+                  row.third.low, 3);
+  }
+  // The call that has row `row` and key `key`.
+  FAGEN_SHARED RandomWords words(int row, int key) const { return words(of_row(counter(row)), of_key(counter(key))); }
+  // Whether a byte of a word keeps its weight.
+  FAGEN_SHARED bool keeps(uint32_t word, int byte) const { return (word >> (8 * byte) & 255) < kept; }
+  // The sign bit of a byte is set where it drops its weight: where 256 - kept, added to it, carries.
+  FAGEN_SHARED uint32_t dropped(uint32_t word) const {
+    const uint32_t sum = (word & 0x7f7f7f7fu) + lower_bits;
+    return (word & sign_bits) | (word & sum) | (sign_bits & sum);
+  }
+
+  // Whether a weight is kept: the definition.
+  FAGEN_SHARED bool keeps_weight(int row, int key) const {
+    return keeps(words(row, key).word[row % 2 * 2 + row / 8 % 2], key / 8 % 2 * 2 + key % 2);
+  }
+};
+
+}  // namespace fagen
+
+// ---- fagen/ptx/math.cuh ----------------------------------------------------------------------------------
+// Single-instruction functions: of the special-function unit, and of half floats.
+#include <stdint.h>
+
+namespace fagen::ptx {
+
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two half floats: 1 where that of `limits` is the greater one by 1 or more, 0 where it is not greater.
+__device__ __forceinline__ uint32_t are_below(uint32_t x, uint32_t limits) {
+  uint32_t y;
+  asm("sub.sat.f16x2 %0, %1, %2;" : "=r"(y) : "r"(limits), "r"(x));
+  return y;
+}
+
+}  // namespace fagen::ptx
+
+namespace fagen {
+
+// All lanes have the same: said to the compiler, which then keeps the keys of the rounds in uniform registers.
+__device__ __forceinline__ Dropout make_uniform(Dropout dropout) {
+  const auto uniform = [](uint32_t x) { return __reduce_or_sync(~0u, x); };
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) dropout.keys.key[round][half] = uniform(dropout.keys.key[round][half]);
+  dropout.offset = uniform(dropout.offset);
+  dropout.limits = uniform(dropout.limits), dropout.above = uniform(dropout.above);
+  return dropout;
+}
+
+// The numbers of a thread's weights in a block of 16 rows and 16 keys, or if kPairs in two of them one behind the
+// other: two words for each block, of lines r and r + 8 of 16, a byte a weight of two pieces of 8 columns. Lines are
+// rows of q. If kTransposed they are keys, and the words are of the two pieces, with two bytes a line. `odd`: whether
+// the thread's line is. With kPairs neighbouring lines make a call each, the odd one that of the second block, and
+// exchange halves.
+template <bool kTransposed, bool kPairs>
+__device__ __forceinline__ void draw_blocks(const Dropout& dropout, const RowPart& row, const KeyPart& key, bool odd,
+                                            uint32_t (&words)[2][2]) {
+  const RandomWords drawn = dropout.words(row, key);
+  const auto half = [&](int r, bool of_odd) {
+    const uint32_t first = drawn.word[r], second = drawn.word[2 + r];
+    return kTransposed ? __byte_perm(first, second, of_odd ? 0x7351 : 0x6240) : of_odd ? second : first;
+  };
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint32_t mine = half(r, odd);
+    if constexpr (kPairs) {
+      const uint32_t received = __shfl_xor_sync(~0u, half(r, !odd), 4);
+      words[0][r] = odd ? received : mine, words[1][r] = odd ? mine : received;
+    } else {
+      words[0][r] = mine;
+    }
+  }
+}
+
+// One row, wherever it lies in its block.
+__device__ __forceinline__ uint32_t draw_row(const Dropout& dropout, int row, const KeyPart& key) {
+  const RandomWords drawn = dropout.words(dropout.of_row(Dropout::counter(row)), key);
+  const bool odd = row % 2, upper = row / 8 % 2;
+  const uint32_t first = odd ? drawn.word[2] : drawn.word[0], second = odd ? drawn.word[3] : drawn.word[1];
+  return upper ? second : first;
+}
+
+// Factors of two neighbouring weights, as half floats: 1, or 0 where they are dropped. Their numbers are bytes 2 h and
+// 2 h + 1 of a word.
+__device__ __forceinline__ uint32_t kept_factors(const Dropout& dropout, uint32_t word, int h) {
+  return ptx::are_below(__byte_perm(word, dropout.above, h ? 0x4342 : 0x4140), dropout.limits);
+}
+// Two weights of 16 bits times their factors. Read as bfloat16 the half float 1 is 2^-7: `scale_up_pairs` makes up.
+template <class Element>
+__device__ __forceinline__ uint32_t multiply_factors(uint32_t pair, uint32_t factors);
+template <>
+__device__ __forceinline__ uint32_t multiply_factors<half_t>(uint32_t pair, uint32_t factors) {
+  __half2 x, y;
+  memcpy(&x, &pair, 4), memcpy(&y, &factors, 4);
+  x = __hmul2(x, y);
+  memcpy(&pair, &x, 4);
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply_factors<bfloat_t>(uint32_t pair, uint32_t factors) {
+  __nv_bfloat162 x, y;
+  memcpy(&x, &pair, 4), memcpy(&y, &factors, 4);
+  x = __hmul2(x, y);
+  memcpy(&pair, &x, 4);
+  return pair;
+}
+template <class Element>
+constexpr float kInverseFactor = 1.f;
+template <>
+inline constexpr float kInverseFactor<bfloat_t> = 128.f;
+
+// kPairs: steps of 16 keys come by two. kRowsAligned: slabs of rows begin at multiples of 16.
+template <class C, class Element, int kSlabs, bool kPairs, bool kRowsAligned = true, bool kDropout = C::kDropout>
+struct TileDropout {
+  template <class Params>
+  __device__ __forceinline__ void set_head(const Params& p, int batch, int head) {}
+  __device__ __forceinline__ void set_place(int row, int key) {}
+  __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) const { return pair; }
+};
+
+template <class C, class Element, int kSlabs, bool kPairs, bool kRowsAligned>
+struct TileDropout<C, Element, kSlabs, kPairs, kRowsAligned, true> {
+  static constexpr bool kExchanged = kPairs && kRowsAligned;
+
+  Dropout dropout;
+  int row;                       // of this thread's first weight
+  uint32_t key;                  // the counter of its first call
+  RowPart of_rows[kSlabs];       // if they are aligned
+  uint32_t words[kSlabs][2][2];  // of two steps, rows r and r + 8
+
+  template <class Params>
+  __device__ __forceinline__ void set_head(const Params& p, int batch, int head) {
+    dropout = make_uniform(Dropout::of(p, batch, head));
+  }
+  // `row` and `key`: the first weight of the lane, in its first slab and piece.
+  __device__ __forceinline__ void set_place(int first_row, int first_key) {
+    row = first_row, key = Dropout::counter(first_key) + (kExchanged && row % 2 ? 4 : 0);
+#pragma unroll
+    for (int s = 0; s < kSlabs; ++s)
+      if constexpr (kRowsAligned) of_rows[s] = dropout.of_row(Dropout::counter(row) + s * 4);
+  }
+
+  // Two neighbouring weights of 16 bits, or 0 in place of those that are dropped: register i of the `step`-th 16 keys
+  // of a slab. Registers come in order.
+  __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) {
+    if (i == 0 && (step % 2 == 0 || !kExchanged)) draw(slab, step);
+    const uint32_t word = words[slab][kExchanged ? step % 2 : 0][i % 2];
+    return multiply_factors<Element>(pair, kept_factors(dropout, word, i / 2));
+  }
+
+ private:
+  __device__ __forceinline__ void draw(int slab, int step) {
+    const KeyPart of_key = dropout.of_key(key + step * 4);
+    if constexpr (kRowsAligned)
+      draw_blocks<false, kExchanged>(dropout, of_rows[slab], of_key, row % 2, words[slab]);
+    else
+#pragma unroll
+      for (int r = 0; r < 2; ++r) words[slab][0][r] = draw_row(dropout, row + slab * 16 + r * 8, of_key);
+  }
+};
+
+// A factor of O, or of dV, times what makes up for the weights that were dropped.
+template <class C, class Params>
+__device__ __forceinline__ float scale_up(const Params& p, float factor) {
+  if constexpr (C::kDropout) factor *= Dropout::scale_of(Dropout::kept_of(p.dropout));
+  return factor;
+}
+// The same where weights were multiplied by factors in pairs.
+template <class C, class Element, class Params>
+__device__ __forceinline__ float scale_up_pairs(const Params& p, float factor) {
+  return scale_up<C>(p, C::kDropout ? factor * kInverseFactor<Element> : factor);
+}
+
+}  // namespace fagen
+
+
+namespace fagen {
+
+// What the sums of dQ and dK are multiplied by.
+template <class C>
+__device__ __forceinline__ float gradient_scale(const fagen_backward_params& p) {
+  return scale_up<C>(p, p.scale);
+}
 
 // The lanes of a quad hold two columns each of four pieces, a word a piece. Afterwards each has a piece's four words.
 __device__ __forceinline__ uint4 transpose_quad(const uint32_t (&words)[4]) {
@@ -1621,7 +1936,7 @@ __device__ __forceinline__ void store_dq(const fagen_backward_params& p, const f
   ptx::pin(thread);  // nothing of this is computed before the visits: registers are few
   const int m = at.tile * C::kTileM + share.row_chunk(chunk) * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
   store_rows<Element, (kPieces + 3) / 4>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8,
-                                         kPieces, p.scale,
+                                         kPieces, gradient_scale<C>(p),
                                          [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
 }
 
@@ -1757,7 +2072,7 @@ struct DqDrain {
           return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
         };
         store_rows<Element, 1>(p.dq, keys.batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8,
-                               share.pieces(chunk), p.scale, load);
+                               share.pieces(chunk), gradient_scale<C>(p), load);
       }
       __syncwarp();
     }
@@ -1775,301 +2090,6 @@ struct DqDrain {
 
 // ---- fagen/sm90/backward/scores.cuh ----------------------------------------------------------------------
 // From scores to P, and from dP to dS, on the accumulators of a tile: keys down, rows of q across.
-// ---- fagen/common/cell_dropout.cuh -----------------------------------------------------------------------
-// Dropout of a warp's cells of S and dP: which cells are kept, piece by piece of 8 columns.
-// ---- fagen/common/dropout.cuh ----------------------------------------------------------------------------
-// Dropout of the weights that a thread holds of a key tile, in the accumulators' order. Nothing where none is wanted.
-// ---- fagen/common/philox.h -------------------------------------------------------------------------------
-// The weights that dropout drops: random numbers by Philox4x32-7, for device and host alike. Plain C++.
-//
-// A weight's number depends on the seed, the offset, its head, row and key alone: never on tiles, warps or the kernel.
-// One call of Philox gives 16 bytes, a byte a weight. They belong to rows 2 a, 2 a + 1, 2 a + 8, 2 a + 9 of a block of
-// 16 rows, and to keys 2 b, 2 b + 1, 2 b + 8, 2 b + 9 of a block of 16 keys. Word 2 * (row % 2) + row / 8 has a row,
-// and byte 2 * (key / 8) + key % 2 of it a key. Rows and keys are alike in that, and so are the threads of mma.sync and
-// wgmma: whether the lines of a matrix are rows or keys, a lane and its neighbour of the next line share a call in each
-// block. Each makes that of one of two blocks, and they exchange halves.
-//
-// ops/attention/dropout.py is the same in Python.
-#include <stdint.h>
-
-#ifdef __CUDACC__
-#define FAGEN_SHARED __host__ __device__ __forceinline__
-#else
-#define FAGEN_SHARED inline
-#endif
-
-namespace fagen {
-
-struct RandomWords {
-  uint32_t word[4];
-};
-
-// The keys of the rounds, that follow from a 64-bit key.
-constexpr int kRounds = 7;
-struct RoundKeys {
-  uint32_t key[kRounds][2];
-
-  static FAGEN_SHARED RoundKeys of(uint64_t first) {
-    RoundKeys keys;
-    for (int round = 0; round < kRounds; ++round) {
-      keys.key[round][0] = uint32_t(first) + round * 0x9E3779B9u;
-      keys.key[round][1] = uint32_t(first >> 32) + round * 0xBB67AE85u;
-    }
-    return keys;
-  }
-};
-
-// Philox4x32-7 of a 64-bit key and a 128-bit counter.
-FAGEN_SHARED RandomWords philox(const RoundKeys& keys, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-  for (int round = 0; round < kRounds; ++round) {
-    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(b >> 32) ^ c1 ^ keys.key[round][0], c1 = uint32_t(b);
-    c2 = uint32_t(a >> 32) ^ c3 ^ keys.key[round][1], c3 = uint32_t(a);
-  }
-  return {{c0, c1, c2, c3}};
-}
-
-// The dropout of one head: bytes below `kept` keep their weight; `scale` makes up for the dropped ones.
-struct Dropout {
-  RoundKeys keys;
-  uint32_t offset, plane, kept;
-  float scale;
-  uint32_t lower_bits, sign_bits;  // of 256 - kept, in each byte
-
-  // The rate is rounded to 1/256; only 0 drops nothing, and only 1 all.
-  static FAGEN_SHARED uint32_t kept_of(float rate) {
-    const int nearest = int((1.f - rate) * 256.f + 0.5f);
-    if (rate <= 0.f || rate >= 1.f) return rate <= 0.f ? 256 : 0;
-    return nearest < 1 ? 1 : nearest > 255 ? 255 : nearest;
-  }
-  static FAGEN_SHARED float scale_of(uint32_t kept) { return kept ? 256.f / float(kept) : 0.f; }
-
-  template <class Params>
-  static FAGEN_SHARED Dropout of(const Params& p, int64_t batch, int64_t head) {
-    const uint32_t kept = kept_of(p.dropout), least = 256 - kept;
-    const uint32_t lower = kept ? (least & 127) * 0x01010101u : 0x80808080u, sign = (least & 384) ? 0x80808080u : 0;
-    return {RoundKeys::of(p.rng[0]),
-            uint32_t(p.rng[1]),
-            uint32_t(batch * p.heads + head),
-            kept,
-            scale_of(kept),
-            lower,
-            sign};
-  }
-
-  // The call that has row `row` and key `key`.
-  FAGEN_SHARED RandomWords words(int row, int key) const {
-    const uint32_t of_row = uint32_t(row) / 16 * 4 + uint32_t(row) % 8 / 2;
-    const uint32_t of_key = uint32_t(key) / 16 * 4 + uint32_t(key) % 8 / 2;
-    return philox(keys, of_row, of_key, plane, offset);
-  }
-  // Whether a byte of a word keeps its weight.
-  FAGEN_SHARED bool keeps(uint32_t word, int byte) const { return (word >> (8 * byte) & 255) < kept; }
-  // The sign bit of a byte is set where it drops its weight: where 256 - kept, added to it, carries.
-  FAGEN_SHARED uint32_t dropped(uint32_t word) const {
-    const uint32_t sum = (word & 0x7f7f7f7fu) + lower_bits;
-    return (word & sign_bits) | (word & sum) | (sign_bits & sum);
-  }
-
-  // Whether a weight is kept: the definition.
-  FAGEN_SHARED bool keeps_weight(int row, int key) const {
-    return keeps(words(row, key).word[row % 2 * 2 + row / 8 % 2], key / 8 % 2 * 2 + key % 2);
-  }
-};
-
-}  // namespace fagen
-
-// ---- fagen/ptx/math.cuh ----------------------------------------------------------------------------------
-// Single-instruction functions: of the special-function unit, and of bytes.
-#include <stdint.h>
-
-namespace fagen::ptx {
-
-__device__ __forceinline__ float ex2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// For bytes 2 h and 2 h + 1 of x a 16-bit half each: all ones if the byte's sign bit is set, else 0.
-__device__ __forceinline__ uint32_t spread_byte_signs(uint32_t x, int h) {
-  uint32_t y;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(h ? 0xbbaa : 0x9988));
-  return y;
-}
-// For each 16-bit half all ones if its sign bit is set, else 0.
-__device__ __forceinline__ uint32_t spread_signs(uint32_t x) {
-  uint32_t y;
-  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(y) : "r"(x));
-  return y;
-}
-
-}  // namespace fagen::ptx
-
-namespace fagen {
-
-// All lanes have the same: said to the compiler, which then keeps the keys of the rounds in uniform registers.
-__device__ __forceinline__ Dropout make_uniform(Dropout dropout) {
-  const auto uniform = [](uint32_t x) { return __reduce_or_sync(~0u, x); };
-#pragma unroll
-  for (int round = 0; round < kRounds; ++round)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) dropout.keys.key[round][half] = uniform(dropout.keys.key[round][half]);
-  dropout.offset = uniform(dropout.offset);
-  dropout.lower_bits = uniform(dropout.lower_bits), dropout.sign_bits = uniform(dropout.sign_bits);
-  return dropout;
-}
-
-// The dropped weights of two rows of a thread, r and r + 8 of a block of 16, in two blocks of 16 keys one behind the
-// other: a sign bit a weight, a word for each block and row. `row` and `key` are the thread's first weight. Lanes of
-// neighbouring rows make a call each.
-__device__ __forceinline__ void draw_rows(const Dropout& dropout, int row, int key, uint32_t (&dropped)[2][2]) {
-  const bool odd = row % 2;
-  const RandomWords drawn = dropout.words(row, key + (odd ? 16 : 0));
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const uint32_t mine = odd ? drawn.word[2 + r] : drawn.word[r], other = odd ? drawn.word[r] : drawn.word[2 + r];
-    const uint32_t received = __shfl_xor_sync(~0u, other, 4);
-    dropped[0][r] = dropout.dropped(odd ? received : mine), dropped[1][r] = dropout.dropped(odd ? mine : received);
-  }
-}
-
-// The same in one block, where there is no second one.
-__device__ __forceinline__ void draw_rows(const Dropout& dropout, int row, int key, uint32_t (&dropped)[2]) {
-  const bool odd = row % 2;
-  const RandomWords drawn = dropout.words(row, key);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) dropped[r] = dropout.dropped(odd ? drawn.word[2 + r] : drawn.word[r]);
-}
-
-// One row, wherever it lies in its block.
-__device__ __forceinline__ uint32_t draw_row(const Dropout& dropout, int row, int key) {
-  const RandomWords drawn = dropout.words(row, key);
-  const bool odd = row % 2, upper = row / 8 % 2;
-  const uint32_t first = odd ? drawn.word[2] : drawn.word[0], second = odd ? drawn.word[3] : drawn.word[1];
-  return dropout.dropped(upper ? second : first);
-}
-
-// kPairs: steps of 16 keys come by two. kRowsAligned: slabs of rows begin at multiples of 16.
-template <class C, int kSlabs, bool kPairs, bool kRowsAligned = true, bool kDropout = C::kDropout>
-struct TileDropout {
-  template <class Params>
-  __device__ __forceinline__ void set_head(const Params& p, int batch, int head) {}
-  __device__ __forceinline__ void set_place(int row, int key) {}
-  __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) const { return pair; }
-};
-
-template <class C, int kSlabs, bool kPairs, bool kRowsAligned>
-struct TileDropout<C, kSlabs, kPairs, kRowsAligned, true> {
-  static constexpr bool kExchanged = kPairs && kRowsAligned;
-
-  Dropout dropout;
-  int row, key;  // of this thread's first weight
-  uint32_t dropped[kSlabs][2][2];  // of two steps, rows r and r + 8
-
-  template <class Params>
-  __device__ __forceinline__ void set_head(const Params& p, int batch, int head) {
-    dropout = make_uniform(Dropout::of(p, batch, head));
-  }
-  // `row` and `key`: the first weight of the lane, in its first slab and piece.
-  __device__ __forceinline__ void set_place(int first_row, int first_key) { row = first_row, key = first_key; }
-
-  // Two neighbouring weights of 16 bits, or 0 in place of those that are dropped: register i of the `step`-th 16 keys
-  // of a slab. Registers come in order.
-  __device__ __forceinline__ uint32_t kept(uint32_t pair, int slab, int step, int i) {
-    if (i == 0 && (step % 2 == 0 || !kExchanged)) draw(slab, step);
-    return pair & ~ptx::spread_byte_signs(dropped[slab][kExchanged ? step % 2 : 0][i % 2], i / 2);
-  }
-
- private:
-  __device__ __forceinline__ void draw(int slab, int step) {
-    const int m = row + slab * 16, n = key + step * 16;
-    if constexpr (kExchanged)
-      draw_rows(dropout, m, n, dropped[slab]);
-    else if constexpr (kRowsAligned)
-      draw_rows(dropout, m, n, dropped[slab][0]);
-    else
-      dropped[slab][0][0] = draw_row(dropout, m, n), dropped[slab][0][1] = draw_row(dropout, m + 8, n);
-  }
-};
-
-// A factor of O, or of dV, times what makes up for the weights that were dropped.
-template <class C, class Params>
-__device__ __forceinline__ float scale_up(const Params& p, float factor) {
-  if constexpr (C::kDropout) factor *= Dropout::scale_of(Dropout::kept_of(p.dropout));
-  return factor;
-}
-
-}  // namespace fagen
-
-namespace fagen {
-
-// kSlabs x 16 lines of cells. A line is a row of q, or a key if kTransposed. kPairs: pieces come by four. Rows and keys
-// always begin at multiples of 16.
-template <bool kTransposed, bool kPairs, int kSlabs>
-struct CellDropout {
-  // A sign bit a weight: of two blocks of 16 columns, and lines r and r + 8, or of columns 2 t and 2 t + 1 of
-  // transposed cells.
-  uint32_t dropped[kSlabs][2][2];
-
-  // Draw for piece `n`, whose warp's first row and key are given. Pieces come in order.
-  template <class Lane>
-  __device__ __forceinline__ void load(const Dropout& dropout, const Lane& lane, int row, int key, int n) {
-    if (n % (kPairs ? 4 : 2)) return;
-#pragma unroll
-    for (int s = 0; s < kSlabs; ++s) {
-      if constexpr (kTransposed) {
-        draw_keys(dropout, row + n * 8 + lane.column, key + s * 16 + lane.row, dropped[s]);
-      } else {
-        const int m = row + s * 16 + lane.row, first = key + n * 8 + lane.column;
-        if constexpr (kPairs)
-          draw_rows(dropout, m, first, dropped[s]);
-        else
-          draw_rows(dropout, m, first, dropped[s][0]);
-      }
-    }
-  }
-  // Whether cell e of line i of piece n is kept; lines are r and r + 8 of each slab.
-  __device__ __forceinline__ bool kept(int i, int n, int e) const { return !sign_if_dropped(i, n, e); }
-  // The sign bit of a float if it is dropped, else 0.
-  __device__ __forceinline__ uint32_t sign_if_dropped(int i, int n, int e) const {
-    const uint32_t word = dropped[i / 2][kPairs ? n / 2 % 2 : 0][kTransposed ? e : i % 2];
-    const int byte = n % 2 * 2 + (kTransposed ? i % 2 : e);
-    return word << (24 - 8 * byte) & 0x80000000u;
-  }
-
- private:
-  // Lines are keys: each of the two words has rows r and r + 8, and of each the thread's two keys.
-  __device__ __forceinline__ void draw_keys(const Dropout& dropout, int row, int key, uint32_t (&to)[2][2]) const {
-    const bool odd = key % 2;
-    const RandomWords drawn = dropout.words(row + (kPairs && odd ? 16 : 0), key);
-    const uint32_t even_bytes = 0x6420, odd_bytes = 0x7531;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const uint32_t lower = drawn.word[2 * e], upper = drawn.word[2 * e + 1];
-      const uint32_t mine = dropout.dropped(__byte_perm(lower, upper, odd ? odd_bytes : even_bytes));
-      if constexpr (kPairs) {
-        const uint32_t other = dropout.dropped(__byte_perm(lower, upper, odd ? even_bytes : odd_bytes));
-        const uint32_t received = __shfl_xor_sync(~0u, other, 4);
-        to[0][e] = odd ? received : mine, to[1][e] = odd ? mine : received;
-      } else {
-        to[0][e] = mine;
-      }
-    }
-  }
-};
-
-}  // namespace fagen
-
 
 
 // ---- fagen/common/exp2.cuh -------------------------------------------------------------------------------
@@ -2225,33 +2245,63 @@ __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&der
   }
 }
 
-// ---- dropout: a dropped weight is held negated, until dP has come
+// ---- dropout
 
-// Negate the dropped ones of the weights of 16 lines, whose first row of q and first key are given.
-template <bool kTransposed, int kPieces>
-__device__ __forceinline__ void mark_dropped(float (&weights)[kPieces][4], const Dropout& dropout, int row, int key) {
-  CellDropout<kTransposed, kPieces % 4 == 0, 1> cells;
-  const Place place;
-#pragma unroll
-  for (int j = 0; j < kPieces; ++j) {
-    cells.load(dropout, place, row, key, j);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      weights[j][i] = __uint_as_float(__float_as_uint(weights[j][i]) | cells.sign_if_dropped(i / 2, j, i % 2));
+// The numbers of a thread's weights of 16 lines, which are rows of q, or keys if kTransposed, and of `kPieces` pieces
+// of 8 columns. They are drawn while S is computed, or with three warpgroups, which have no registers for that, when it
+// has come. Nothing where no weights are dropped.
+template <class C, bool kTransposed, int kPieces, bool kDropout = C::kDropout>
+struct DrawnWeights {
+  template <bool kEarly>
+  __device__ __forceinline__ void draw(const Dropout& dropout, int row, int key) {}
+  __device__ __forceinline__ uint32_t factors(const Dropout& dropout, int i, int n) const { return 0; }
+};
+
+template <class C, bool kTransposed, int kPieces>
+struct DrawnWeights<C, kTransposed, kPieces, true> {
+  static constexpr int kCallBlocks = kPieces % 4 == 0 ? 2 : 1, kCalls = kPieces / 2 / kCallBlocks;
+
+  uint32_t words[kCalls][2][2];
+
+  // The first row of q and the first key of the warp are given, both multiples of 16.
+  template <bool kEarly>
+  __device__ __forceinline__ void draw(const Dropout& dropout, int row, int key) {
+    if constexpr (kEarly == (C::kWarpgroups < 3)) draw(dropout, row, key);
   }
+  // Factors of two weights of line i of piece n.
+  __device__ __forceinline__ uint32_t factors(const Dropout& dropout, int i, int n) const {
+    const uint32_t (&block)[2] = words[n / 2 / kCallBlocks][n / 2 % kCallBlocks];
+    return kept_factors(dropout, block[kTransposed ? n % 2 : i], kTransposed ? i : n % 2);
+  }
+
+ private:
+  __device__ __forceinline__ void draw(const Dropout& dropout, int row, int key) {
+    const Place place;
+    const bool odd = place.row % 2;
+    const uint32_t lines = place.row / 2, columns = place.column / 2 + (kCallBlocks == 2 && odd ? 4 : 0);
+    const uint32_t rows = row / 4 + (kTransposed ? columns : lines), keys = key / 4 + (kTransposed ? lines : columns);
+#pragma unroll
+    for (int i = 0; i < kCalls; ++i) {
+      const uint32_t next = i * kCallBlocks * 4;
+      draw_blocks<kTransposed, kCallBlocks == 2>(dropout, dropout.of_row(rows + (kTransposed ? next : 0)),
+                                                 dropout.of_key(keys + (kTransposed ? 0 : next)), odd, words[i]);
+#pragma unroll
+      for (int block = 0; block < kCallBlocks; ++block) ptx::pin(words[i][block][0]), ptx::pin(words[i][block][1]);
+    }
+  }
+};
+
+__device__ __forceinline__ float2 halves_of(uint32_t pair) {
+  __half2 halves;
+  memcpy(&halves, &pair, 4);
+  return __half22float2(halves);
 }
 
-// Two weights as they count for dV: dropped ones are 0.
+// dS of a weight and its dP, which may be less delta already. With dropout dS and delta are divided by what makes up
+// for dropped weights: `gradient_scale` has it.
 template <class C>
-__device__ __forceinline__ uint32_t kept_weights(uint32_t pair) {
-  if constexpr (C::kDropout) pair &= ~ptx::spread_signs(pair);
-  return pair;
-}
-
-// dS of a weight and its dP, which counts as 0 where the weight was dropped, and may be less delta already.
-template <class C>
-__device__ __forceinline__ float gradient_of_score(float weight, float dp, float delta, const Dropout& dropout) {
-  if constexpr (C::kDropout) return fabsf(weight) * fmaf(dp, weight < 0.f ? 0.f : dropout.scale, -delta);
+__device__ __forceinline__ float gradient_of_score(float weight, float dp, float delta, float factor) {
+  if constexpr (C::kDropout) return weight * fmaf(dp, factor, -delta);
   return weight * (kSeedsDp<C> ? dp : dp - delta);
 }
 
@@ -2339,9 +2389,9 @@ struct SplitSums {
     for (int i = keys.split * L::kGroups + group; i < L::kGroups * kPairs; i += keys.splits * L::kGroups) {
       const int of_group = i / kPairs, pair = i % kPairs, column = pair * 16;
       if (column < C::kHeadDim)
-        store(p.dk, of_group, pair, column, p.head_dim, p.scale);
+        store(p.dk, of_group, pair, column, p.head_dim, gradient_scale<C>(p));
       else
-        store(p.dv, of_group, pair, column - C::kHeadDim, p.head_dim_v, scale_up<C>(p, 1.f));
+        store(p.dv, of_group, pair, column - C::kHeadDim, p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
     }
     ptx::cluster_sync();  // none ends while others read its shared memory
   }
@@ -2398,6 +2448,7 @@ struct BackwardConsumer {
   using DqPart = float[Dq::kColumns / 8][4];
   using Lse = RowStats<C>;
   using Delta = RowStats<C, kSeedsDp<C>>;
+  using Drawn = DrawnWeights<C, true, kPieces>;
 
   const fagen_backward_params& p;
   const BackwardLaunch& launch;
@@ -2485,37 +2536,58 @@ struct BackwardConsumer {
     const int key = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + place.row;
     fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
                                     lse, pipelines.smem + L::kBounds + key * 16);
-    if constexpr (C::kDropout) mark_dropped<true>(s, change.dropout, at.tile * C::kTileM, keys.n0 + key - place.row);
   }
   // dS in place of dP
-  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives,
-                                          const Delta& delta) const {
+  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives, const Delta& delta,
+                                          const Drawn& drawn) const {
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
-      const float2 of_rows = delta.of(j);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], i % 2 ? of_rows.y : of_rows.x, change.dropout);
-        if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
-      }
+      const uint32_t factors[2] = {drawn.factors(change.dropout, 0, j), drawn.factors(change.dropout, 1, j)};
+      form_piece(s, dp, derivatives, delta, factors, j);
     }
+  }
+  // The same with P as it counts for dV, step by step: factors of dropped weights are made once, and are not held.
+  __device__ __forceinline__ void form_both(Fragments& weights, const Scores& s, Scores& dp, const Scores& derivatives,
+                                            const Delta& delta, const Drawn& drawn) const {
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n) {
+      uint32_t factors[2][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) factors[i / 2][i % 2] = drawn.factors(change.dropout, i % 2, 2 * n + i / 2);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) form_piece(s, dp, derivatives, delta, factors[j], 2 * n + j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weights[n][i] = multiply_factors<Element>(pair_of(s, n, i), factors[i / 2][i % 2]);
+    }
+  }
+  __device__ __forceinline__ void form_piece(const Scores& s, Scores& dp, const Scores& derivatives, const Delta& delta,
+                                             const uint32_t (&factors)[2], int j) const {
+    const float2 of_rows = delta.of(j);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 halves = halves_of(factors[i / 2]);
+      dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], i % 2 ? of_rows.y : of_rows.x, i % 2 ? halves.y : halves.x);
+      if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
+    }
+  }
+  static __device__ __forceinline__ uint32_t pair_of(const Scores& c, int n, int i) {
+    const float* pair = &c[2 * n + i / 2][i % 2 * 2];
+    return pack<Element>(pair[0], pair[1]);
   }
   static __device__ __forceinline__ void pack_operand(Fragments& operand, const Scores& c) {
 #pragma unroll
     for (int n = 0; n < kSteps; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = &c[2 * n + i / 2][i % 2 * 2];
-        operand[n][i] = pack<Element>(pair[0], pair[1]);
-      }
+      for (int i = 0; i < 4; ++i) operand[n][i] = pair_of(c, n, i);
   }
   // P as it counts for dV.
-  static __device__ __forceinline__ void pack_weights(Fragments& weights, const Scores& s) {
+  __device__ __forceinline__ void pack_weights(Fragments& weights, const Scores& s, const Drawn& drawn) const {
     pack_operand(weights, s);
 #pragma unroll
-    for (auto& step : weights)
-#pragma unroll
-      for (uint32_t& pair : step) pair = kept_weights<C>(pair);
+    for (int i = 0; C::kDropout && i < kSteps * 4; ++i) {
+      uint32_t& pair = weights[i / 4][i % 4];
+      pair = multiply_factors<Element>(pair, drawn.factors(change.dropout, i % 2, i / 4 * 2 + i % 4 / 2));
+    }
   }
   // dS, rows of q down, this group's keys in a slab of their own. The others may read it after a fence and a barrier.
   __device__ __forceinline__ void store_ds(const Fragments& ds) const {
@@ -2539,21 +2611,29 @@ struct BackwardConsumer {
     start_scores<C::kHeadDim, false>(s, pipelines.k.tile(), pipelines.q.tile());
     pipelines.dout.wait();
     start_dp(dp);
+    Drawn drawn;
+    const int first_key = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16;
+    drawn.template draw<true>(change.dropout, at.tile * C::kTileM, first_key);
     ptx::wgmma_wait<1>();
     pin(s);
     if (at.partial)
       exponentiate<true>(s, derivatives, lse, at);
     else
       exponentiate<false>(s, derivatives, lse, at);
+    drawn.template draw<false>(change.dropout, at.tile * C::kTileM, first_key);
     const Delta delta(of_delta);
     if constexpr (C::kDvStart == DvStart::before_ds) {
-      pack_weights(weights, s);
+      pack_weights(weights, s, drawn);
       start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     }
     ptx::wgmma_wait<(C::kDvStart == DvStart::before_ds ? 1 : 0)>();
     pin(dp);
-    form_ds(s, dp, derivatives, delta);
-    if constexpr (C::kDvStart != DvStart::before_ds) pack_weights(weights, s);
+    if constexpr (C::kDropout && C::kDvStart != DvStart::before_ds) {
+      form_both(weights, s, dp, derivatives, delta, drawn);
+    } else {
+      form_ds(s, dp, derivatives, delta, drawn);
+      if constexpr (C::kDvStart != DvStart::before_ds) pack_weights(weights, s, drawn);
+    }
     pack_operand(ds, dp);
     if constexpr (C::kDvStart == DvStart::after_ds) start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last dS
@@ -2618,8 +2698,8 @@ struct BackwardConsumer {
     if (launch.splits.by > 1) {
       SplitSums<C, Element>{p, keys, pipelines.smem, group}.run(dk, dv, kBarrier);
     } else {
-      store<C::kHeadDim>(p.dk, dk, p.head_dim, p.scale);
-      store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up<C>(p, 1.f));
+      store<C::kHeadDim>(p.dk, dk, p.head_dim, gradient_scale<C>(p));
+      store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
     }
   }
 
@@ -2723,6 +2803,8 @@ struct SharedConsumer {
   static constexpr int kBarrier = 1;  // of all consumers; two more, and one for each group
   using Scores = float[kPieces][4];
   using DqPart = float[Dq::kColumns / 8][4];
+  using Factors = uint32_t[kPieces][2];  // of pairs of weights, which dropout makes 0
+  using Drawn = DrawnWeights<C, false, kPieces>;
   using Gradient = float[C::kTileN / 8][4];  // 64 columns of a head down, keys across
 
   const fagen_backward_params& p;
@@ -2843,7 +2925,6 @@ struct SharedConsumer {
         }
     }
     if constexpr (kMasked && MaskOf<C>::kIntervals) clear_hidden(s, row0);
-    if constexpr (C::kDropout) mark_dropped<false>(s, change.dropout, row0 - Place().row, key0 - Place().column);
   }
   __device__ __forceinline__ void clear_hidden(Scores& s, int row0) const {
 #pragma unroll
@@ -2859,28 +2940,31 @@ struct SharedConsumer {
       }
   }
   __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives,
-                                          const float (&delta)[2]) const {
+                                          const float (&delta)[2], const Factors& factors) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int j = 0; j < kPieces; ++j)
 #pragma unroll
-        for (int i = r * 2; i < r * 2 + 2; ++i) {
-          dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], delta[r], change.dropout);
+        for (int e = 0; e < 2; ++e) {
+          const int i = r * 2 + e;
+          const float2 both = halves_of(factors[j][r]);
+          dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], delta[r], e ? both.y : both.x);
           if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
         }
     }
   }
   // Rows of q down, this group's keys among those of all. kWeights: as they count for dV.
   template <bool kWeights>
-  __device__ __forceinline__ void store(uint32_t tile, const Scores& c) const {
+  __device__ __forceinline__ void store(uint32_t tile, const Scores& c, const Factors& factors) const {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     const auto place = [&](int piece) {
       return tile + piece / 8 * L::kDsSlabBytes + row * kRowBytes + ((piece % 8 ^ lane % 8) << 4);
     };
     const auto word = [&](int j, int r) {
       const uint32_t pair = pack<Element>(c[j][r * 2], c[j][r * 2 + 1]);
-      return kWeights ? kept_weights<C>(pair) : pair;
+      if constexpr (C::kDropout && kWeights) return multiply_factors<Element>(pair, factors[j][r]);
+      return pair;
     };
     const int first = group * kPieces;
 #pragma unroll
@@ -2902,19 +2986,26 @@ struct SharedConsumer {
     start_scores<C::kHeadDim, false>(s, pipelines.q.tile(), pipelines.k.tile());
     pipelines.dout.wait();
     start_scores<C::kHeadDimV, kSeedsDp<C>>(dp, pipelines.dout.tile(), pipelines.v.tile());
+    Drawn drawn;
+    const int first_row = at.tile * C::kTileM + threadIdx.x / 32 % 4 * 16, first_key = keys.n0 + group * kKeys;
+    drawn.template draw<true>(change.dropout, first_row, first_key);
     ptx::wgmma_wait<1>();
     pin(s);
     if (at.partial)
       exponentiate<true>(s, derivatives, at, lse);
     else
       exponentiate<false>(s, derivatives, at, lse);
+    drawn.template draw<false>(change.dropout, first_row, first_key);
+    Factors factors;
+#pragma unroll
+    for (int i = 0; i < kPieces * 2; ++i) factors[i / 2][i % 2] = drawn.factors(change.dropout, i % 2, i / 2);
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last ones
-    store<true>(weights(), s);
+    store<true>(weights(), s, factors);
     if constexpr (kDvFirst) meet();
     ptx::wgmma_wait<0>();
     pin(dp);
-    form_ds(s, dp, derivatives, delta);
-    store<false>(ds(), dp);
+    form_ds(s, dp, derivatives, delta, factors);
+    store<false>(ds(), dp, factors);
     if constexpr (kDvFirst) start_dv();
     meet();
     if constexpr (!Dq::kEach)
@@ -3017,8 +3108,8 @@ struct SharedConsumer {
     pipelines.v.wait();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
     ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
-    store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, p.scale);
-    store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up<C>(p, 1.f));
+    store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, gradient_scale<C>(p));
+    store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
   }
 
   // Transpose slab by slab into the place of the operand that is done with, and store rows of 128 bytes.
@@ -3243,7 +3334,7 @@ __device__ __forceinline__ void round_rows(const fagen_backward_params& p, const
     return __ldcg(reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4)));
   };
   store_rows<Element, (Dq::kChunkPieces + 3) / 4>(p.dq, plane / p.heads, plane % p.heads, m, p.seqlen_q, p.head_dim, 0,
-                                                  Dq::kChunkPieces, p.scale, load);
+                                                  Dq::kChunkPieces, gradient_scale<C>(p), load);
 }
 template <class C, class Element>
 __device__ __forceinline__ void backward_epilogue(const fagen_backward_params& p, const BackwardLaunch& launch) {
@@ -3347,7 +3438,8 @@ __device__ __forceinline__ void prepare_rows(const fagen_backward_params& p, con
       const float subtracted = lse == -INFINITY ? INFINITY : lse;  // such a row's P is 0
       launch.lse[at] = subtracted * ScoreChange<C>::kLog2e;
       const float delta = lse != -INFINITY ? sum - (p.dlse ? p.dlse[stat] : 0.f) : 0.f;
-      launch.delta[at] = kSeedsDp<C> ? -delta : delta;
+      const float stored = C::kDropout ? delta * (Dropout::kept_of(p.dropout) / 256.f) : delta;
+      launch.delta[at] = kSeedsDp<C> ? -stored : stored;
     }
   }
 }

@@ -121,7 +121,11 @@ SM90_BACKWARD = [
     _Sm90Case("long_tiles", dropout=0.1, mask="intervals", intervals="both2"),
     _Sm90Case("held_v", dropout=0.1, softcap=2.0, dtype="fp16"),
     _Sm90Case("shared_first_owner", dropout=0.1, mask="window", window=(40, 9)),  # 48 keys a warpgroup
+    _Sm90Case("three_groups", dropout=0.5),  # numbers are drawn late
     _Sm90Case("one_group", dropout=0.1, alibi=True),
+    _Sm90Case("red", dropout=0.1, mask="causal"),  # dV begins before dS
+    _Sm90Case("stored_first_shared_one_owner", dropout=0.1, dtype="fp16"),
+    _Sm90Case("last_block_long_tiles", dropout=0.1, dtype="fp16"),
 ]
 
 
@@ -175,7 +179,7 @@ def test_sm90_backward_takes_keys_by_16() -> None:
     ("old", "new"),
     [
         ("batch * p.heads + head", "head"),  # batches would share a mask
-        ("uint32_t(row) % 8 / 2", "uint32_t(row) % 4 / 2"),  # and rows
+        ("uint32_t(line) % 8 / 2", "uint32_t(line) % 4 / 2"),  # and rows
         ("kept ? gradient * dropout.scale : 0.f", "gradient"),  # dP as if nothing were dropped
         ("score = kept ? score : 0.f", "score = score"),  # dV of all weights
     ],

@@ -38,18 +38,38 @@ struct RoundKeys {
   }
 };
 
-// Philox4x32-7 of a 64-bit key and a 128-bit counter.
-FAGEN_SHARED RandomWords philox(const RoundKeys& keys, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+struct WideProduct {
+  uint32_t high, low;
+};
+FAGEN_SHARED WideProduct multiply_wide(uint32_t a, uint32_t b) {
+  const uint64_t product = uint64_t(a) * b;
+  return {uint32_t(product >> 32), uint32_t(product)};
+}
+constexpr uint32_t kFactorA = 0xD2511F53u, kFactorB = 0xCD9E8D57u;  // of the first and the third counter
+
+// Philox4x32-7 of a 64-bit key and a 128-bit counter. `from`: rounds that were done before.
+FAGEN_SHARED RandomWords philox(const RoundKeys& keys, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
+                                int from = 0) {
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-  for (int round = 0; round < kRounds; ++round) {
-    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(b >> 32) ^ c1 ^ keys.key[round][0], c1 = uint32_t(b);
-    c2 = uint32_t(a >> 32) ^ c3 ^ keys.key[round][1], c3 = uint32_t(a);
+  for (int round = from; round < kRounds; ++round) {
+    const WideProduct a = multiply_wide(kFactorA, c0), b = multiply_wide(kFactorB, c2);
+    c0 = b.high ^ c1 ^ keys.key[round][0], c1 = b.low;
+    c2 = a.high ^ c3 ^ keys.key[round][1], c3 = a.low;
   }
   return {{c0, c1, c2, c3}};
 }
+
+// What the first rounds make of a row alone, and of a key alone: a thread computes it once where its calls have a row,
+// or a key, in common.
+struct RowPart {
+  uint32_t low[2];  // of products of the first two rounds
+  WideProduct third;  // of the third round
+};
+struct KeyPart {
+  WideProduct second;
+};
 
 // The dropout of one head: bytes below `kept` keep their weight; `scale` makes up for the dropped ones.
 struct Dropout {
@@ -57,6 +77,7 @@ struct Dropout {
   uint32_t offset, plane, kept;
   float scale;
   uint32_t lower_bits, sign_bits;  // of 256 - kept, in each byte
+  uint32_t limits, above;  // two half floats 1024 + kept; four of the upper bytes of 1024 to 1279
 
   // The rate is rounded to 1/256; only 0 drops nothing, and only 1 all.
   static FAGEN_SHARED uint32_t kept_of(float rate) {
@@ -76,15 +97,30 @@ struct Dropout {
             kept,
             scale_of(kept),
             lower,
-            sign};
+            sign,
+            (0x6400 + kept) * 0x10001u,
+            0x64646464u};
   }
 
-  // The call that has row `row` and key `key`.
-  FAGEN_SHARED RandomWords words(int row, int key) const {
-    const uint32_t of_row = uint32_t(row) / 16 * 4 + uint32_t(row) % 8 / 2;
-    const uint32_t of_key = uint32_t(key) / 16 * 4 + uint32_t(key) % 8 / 2;
-    return philox(keys, of_row, of_key, plane, offset);
+  // Of a row, or a key, the number that a call counts it by: 4 for each 16.
+  static FAGEN_SHARED uint32_t counter(int line) { return uint32_t(line) / 16 * 4 + uint32_t(line) % 8 / 2; }
+  FAGEN_SHARED RowPart of_row(uint32_t counter) const {
+    const WideProduct a = multiply_wide(kFactorA, counter), of_plane = multiply_wide(kFactorB, plane);
+    const WideProduct b = multiply_wide(kFactorB, a.high ^ offset ^ keys.key[0][1]);
+    return {{a.low, b.low}, multiply_wide(kFactorA, b.high ^ of_plane.low ^ keys.key[1][0])};
   }
+  FAGEN_SHARED KeyPart of_key(uint32_t counter) const {
+    const WideProduct of_plane = multiply_wide(kFactorB, plane);
+    return {multiply_wide(kFactorA, of_plane.high ^ counter ^ keys.key[0][0])};
+  }
+  // Philox of the counters of a row and a key, the plane and the offset.
+  FAGEN_SHARED RandomWords words(const RowPart& row, const KeyPart& key) const {
+    const WideProduct b = multiply_wide(kFactorB, key.second.high ^ row.low[0] ^ keys.key[1][1]);
+    return philox(keys, b.high ^ row.low[1] ^ keys.key[2][0], b.low, row.third.high ^ key.second.low ^ keys.key[2][1],
+                  row.third.low, 3);
+  }
+  // The call that has row `row` and key `key`.
+  FAGEN_SHARED RandomWords words(int row, int key) const { return words(of_row(counter(row)), of_key(counter(key))); }
   // Whether a byte of a word keeps its weight.
   FAGEN_SHARED bool keeps(uint32_t word, int byte) const { return (word >> (8 * byte) & 255) < kept; }
   // The sign bit of a byte is set where it drops its weight: where 256 - kept, added to it, carries.

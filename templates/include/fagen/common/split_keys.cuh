@@ -114,7 +114,7 @@ __device__ __forceinline__ void merge_row(const fagen_forward_params& p, const S
   if (p.lse && place.column == 0)
     p.lse[(int64_t(batch) * p.heads + head) * p.seqlen_q + row_of_q] =
         row.sum == 0.f ? -INFINITY : row.reference * scale_log2 * 0.69314718056f + logf(row.sum);
-  const float inverse = scale_up<C>(p, row.sum == 0.f ? 0.f : 1.f / row.sum);
+  const float inverse = scale_up_pairs<C, Element>(p, row.sum == 0.f ? 0.f : 1.f / row.sum);
   Element* out = static_cast<Element*>(p.o.data) + batch * p.o.stride[0] + row_of_q * p.o.stride[1] +
                  head * p.o.stride[2] + place.column;
   const uint2 pairs = make_uint2(pack<Element>(row.o.x * inverse, row.o.y * inverse),

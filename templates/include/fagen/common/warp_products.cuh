@@ -30,7 +30,7 @@ struct WarpProducts : RowState<C, kSlabs, kKeys, kColumns> {
   static constexpr bool kQInRegisters = C::kQSource == QSource::registers;
 
   uint32_t q_registers[kSlabs][kQInRegisters ? kDepth : 1][4];
-  TileDropout<C, kSlabs, kKeys % 32 == 0> dropout;
+  TileDropout<C, Element, kSlabs, kKeys % 32 == 0> dropout;
 
   __device__ __forceinline__ WarpProducts(const fagen_forward_params& p, int batch, int head) : State(p) {
     dropout.set_head(p, batch, head);

@@ -1,4 +1,4 @@
-// Single-instruction functions: of the special-function unit, and of bytes.
+// Single-instruction functions: of the special-function unit, and of half floats.
 #pragma once
 #include <stdint.h>
 
@@ -16,16 +16,10 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return y;
 }
 
-// For bytes 2 h and 2 h + 1 of x a 16-bit half each: all ones if the byte's sign bit is set, else 0.
-__device__ __forceinline__ uint32_t spread_byte_signs(uint32_t x, int h) {
+// Two half floats: 1 where that of `limits` is the greater one by 1 or more, 0 where it is not greater.
+__device__ __forceinline__ uint32_t are_below(uint32_t x, uint32_t limits) {
   uint32_t y;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(h ? 0xbbaa : 0x9988));
-  return y;
-}
-// For each 16-bit half all ones if its sign bit is set, else 0.
-__device__ __forceinline__ uint32_t spread_signs(uint32_t x) {
-  uint32_t y;
-  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(y) : "r"(x));
+  asm("sub.sat.f16x2 %0, %1, %2;" : "=r"(y) : "r"(limits), "r"(x));
   return y;
 }
 

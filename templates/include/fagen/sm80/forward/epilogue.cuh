@@ -80,7 +80,7 @@ __device__ __forceinline__ void store_rows(const Block<C, Element>& block, typen
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = block.first_row + r / 2 * 16 + r % 2 * 8 + lane.row;
-    const float inverse = scale_up<C>(p, row_sum[r] == 0.f ? 0.f : 1.f / row_sum[r]);
+    const float inverse = scale_up_pairs<C, Element>(p, row_sum[r] == 0.f ? 0.f : 1.f / row_sum[r]);
     if (p.lse && block.first_column == 0 && lane.id % 4 == 0 && m0 + row < p.seqlen_q)
       p.lse[(int64_t(block.coord.batch) * p.heads + block.coord.head) * p.seqlen_q + m0 + row] =
           state.softmax.lse(r, row_sum[r]);

@@ -23,6 +23,7 @@ struct BackwardConsumer {
   using DqPart = float[Dq::kColumns / 8][4];
   using Lse = RowStats<C>;
   using Delta = RowStats<C, kSeedsDp<C>>;
+  using Drawn = DrawnWeights<C, true, kPieces>;
 
   const fagen_backward_params& p;
   const BackwardLaunch& launch;
@@ -110,37 +111,58 @@ struct BackwardConsumer {
     const int key = group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + place.row;
     fagen::exponentiate<C, kMasked>(s, derivatives, change, band, keys.n0 + key, at.tile * C::kTileM + place.column,
                                     lse, pipelines.smem + L::kBounds + key * 16);
-    if constexpr (C::kDropout) mark_dropped<true>(s, change.dropout, at.tile * C::kTileM, keys.n0 + key - place.row);
   }
   // dS in place of dP
-  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives,
-                                          const Delta& delta) const {
+  __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives, const Delta& delta,
+                                          const Drawn& drawn) const {
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
-      const float2 of_rows = delta.of(j);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], i % 2 ? of_rows.y : of_rows.x, change.dropout);
-        if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
-      }
+      const uint32_t factors[2] = {drawn.factors(change.dropout, 0, j), drawn.factors(change.dropout, 1, j)};
+      form_piece(s, dp, derivatives, delta, factors, j);
     }
+  }
+  // The same with P as it counts for dV, step by step: factors of dropped weights are made once, and are not held.
+  __device__ __forceinline__ void form_both(Fragments& weights, const Scores& s, Scores& dp, const Scores& derivatives,
+                                            const Delta& delta, const Drawn& drawn) const {
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n) {
+      uint32_t factors[2][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) factors[i / 2][i % 2] = drawn.factors(change.dropout, i % 2, 2 * n + i / 2);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) form_piece(s, dp, derivatives, delta, factors[j], 2 * n + j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weights[n][i] = multiply_factors<Element>(pair_of(s, n, i), factors[i / 2][i % 2]);
+    }
+  }
+  __device__ __forceinline__ void form_piece(const Scores& s, Scores& dp, const Scores& derivatives, const Delta& delta,
+                                             const uint32_t (&factors)[2], int j) const {
+    const float2 of_rows = delta.of(j);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 halves = halves_of(factors[i / 2]);
+      dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], i % 2 ? of_rows.y : of_rows.x, i % 2 ? halves.y : halves.x);
+      if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
+    }
+  }
+  static __device__ __forceinline__ uint32_t pair_of(const Scores& c, int n, int i) {
+    const float* pair = &c[2 * n + i / 2][i % 2 * 2];
+    return pack<Element>(pair[0], pair[1]);
   }
   static __device__ __forceinline__ void pack_operand(Fragments& operand, const Scores& c) {
 #pragma unroll
     for (int n = 0; n < kSteps; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = &c[2 * n + i / 2][i % 2 * 2];
-        operand[n][i] = pack<Element>(pair[0], pair[1]);
-      }
+      for (int i = 0; i < 4; ++i) operand[n][i] = pair_of(c, n, i);
   }
   // P as it counts for dV.
-  static __device__ __forceinline__ void pack_weights(Fragments& weights, const Scores& s) {
+  __device__ __forceinline__ void pack_weights(Fragments& weights, const Scores& s, const Drawn& drawn) const {
     pack_operand(weights, s);
 #pragma unroll
-    for (auto& step : weights)
-#pragma unroll
-      for (uint32_t& pair : step) pair = kept_weights<C>(pair);
+    for (int i = 0; C::kDropout && i < kSteps * 4; ++i) {
+      uint32_t& pair = weights[i / 4][i % 4];
+      pair = multiply_factors<Element>(pair, drawn.factors(change.dropout, i % 2, i / 4 * 2 + i % 4 / 2));
+    }
   }
   // dS, rows of q down, this group's keys in a slab of their own. The others may read it after a fence and a barrier.
   __device__ __forceinline__ void store_ds(const Fragments& ds) const {
@@ -164,21 +186,29 @@ struct BackwardConsumer {
     start_scores<C::kHeadDim, false>(s, pipelines.k.tile(), pipelines.q.tile());
     pipelines.dout.wait();
     start_dp(dp);
+    Drawn drawn;
+    const int first_key = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16;
+    drawn.template draw<true>(change.dropout, at.tile * C::kTileM, first_key);
     ptx::wgmma_wait<1>();
     pin(s);
     if (at.partial)
       exponentiate<true>(s, derivatives, lse, at);
     else
       exponentiate<false>(s, derivatives, lse, at);
+    drawn.template draw<false>(change.dropout, at.tile * C::kTileM, first_key);
     const Delta delta(of_delta);
     if constexpr (C::kDvStart == DvStart::before_ds) {
-      pack_weights(weights, s);
+      pack_weights(weights, s, drawn);
       start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     }
     ptx::wgmma_wait<(C::kDvStart == DvStart::before_ds ? 1 : 0)>();
     pin(dp);
-    form_ds(s, dp, derivatives, delta);
-    if constexpr (C::kDvStart != DvStart::before_ds) pack_weights(weights, s);
+    if constexpr (C::kDropout && C::kDvStart != DvStart::before_ds) {
+      form_both(weights, s, dp, derivatives, delta, drawn);
+    } else {
+      form_ds(s, dp, derivatives, delta, drawn);
+      if constexpr (C::kDvStart != DvStart::before_ds) pack_weights(weights, s, drawn);
+    }
     pack_operand(ds, dp);
     if constexpr (C::kDvStart == DvStart::after_ds) start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last dS
@@ -243,8 +273,8 @@ struct BackwardConsumer {
     if (launch.splits.by > 1) {
       SplitSums<C, Element>{p, keys, pipelines.smem, group}.run(dk, dv, kBarrier);
     } else {
-      store<C::kHeadDim>(p.dk, dk, p.head_dim, p.scale);
-      store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up<C>(p, 1.f));
+      store<C::kHeadDim>(p.dk, dk, p.head_dim, gradient_scale<C>(p));
+      store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
     }
   }
 

@@ -18,7 +18,7 @@ __device__ __forceinline__ void round_rows(const fagen_backward_params& p, const
     return __ldcg(reinterpret_cast<const float4*>(from + piece * (kPieceBytes / 4)));
   };
   store_rows<Element, (Dq::kChunkPieces + 3) / 4>(p.dq, plane / p.heads, plane % p.heads, m, p.seqlen_q, p.head_dim, 0,
-                                                  Dq::kChunkPieces, p.scale, load);
+                                                  Dq::kChunkPieces, gradient_scale<C>(p), load);
 }
 template <class C, class Element>
 __device__ __forceinline__ void backward_epilogue(const fagen_backward_params& p, const BackwardLaunch& launch) {

@@ -73,7 +73,8 @@ __device__ __forceinline__ void prepare_rows(const fagen_backward_params& p, con
       const float subtracted = lse == -INFINITY ? INFINITY : lse;  // such a row's P is 0
       launch.lse[at] = subtracted * ScoreChange<C>::kLog2e;
       const float delta = lse != -INFINITY ? sum - (p.dlse ? p.dlse[stat] : 0.f) : 0.f;
-      launch.delta[at] = kSeedsDp<C> ? -delta : delta;
+      const float stored = C::kDropout ? delta * (Dropout::kept_of(p.dropout) / 256.f) : delta;
+      launch.delta[at] = kSeedsDp<C> ? -stored : stored;
     }
   }
 }

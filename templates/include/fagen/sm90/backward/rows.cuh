@@ -1,9 +1,16 @@
 // Fragments of float32 to rows of elements in memory.
 #pragma once
 #include "fagen/abi/backward.h"
+#include "fagen/common/dropout.cuh"
 #include "fagen/common/element.cuh"
 
 namespace fagen {
+
+// What the sums of dQ and dK are multiplied by.
+template <class C>
+__device__ __forceinline__ float gradient_scale(const fagen_backward_params& p) {
+  return scale_up<C>(p, p.scale);
+}
 
 // The lanes of a quad hold two columns each of four pieces, a word a piece. Afterwards each has a piece's four words.
 __device__ __forceinline__ uint4 transpose_quad(const uint32_t (&words)[4]) {

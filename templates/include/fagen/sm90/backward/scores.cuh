@@ -1,6 +1,5 @@
 // From scores to P, and from dP to dS, on the accumulators of a tile: keys down, rows of q across.
 #pragma once
-#include "fagen/common/cell_dropout.cuh"
 #include "fagen/common/dropout.cuh"
 #include "fagen/common/element.cuh"
 #include "fagen/common/exp2.cuh"
@@ -140,33 +139,63 @@ __device__ __forceinline__ void exponentiate(float (&s)[kPieces][4], float (&der
   }
 }
 
-// ---- dropout: a dropped weight is held negated, until dP has come
+// ---- dropout
 
-// Negate the dropped ones of the weights of 16 lines, whose first row of q and first key are given.
-template <bool kTransposed, int kPieces>
-__device__ __forceinline__ void mark_dropped(float (&weights)[kPieces][4], const Dropout& dropout, int row, int key) {
-  CellDropout<kTransposed, kPieces % 4 == 0, 1> cells;
-  const Place place;
-#pragma unroll
-  for (int j = 0; j < kPieces; ++j) {
-    cells.load(dropout, place, row, key, j);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      weights[j][i] = __uint_as_float(__float_as_uint(weights[j][i]) | cells.sign_if_dropped(i / 2, j, i % 2));
+// The numbers of a thread's weights of 16 lines, which are rows of q, or keys if kTransposed, and of `kPieces` pieces
+// of 8 columns. They are drawn while S is computed, or with three warpgroups, which have no registers for that, when it
+// has come. Nothing where no weights are dropped.
+template <class C, bool kTransposed, int kPieces, bool kDropout = C::kDropout>
+struct DrawnWeights {
+  template <bool kEarly>
+  __device__ __forceinline__ void draw(const Dropout& dropout, int row, int key) {}
+  __device__ __forceinline__ uint32_t factors(const Dropout& dropout, int i, int n) const { return 0; }
+};
+
+template <class C, bool kTransposed, int kPieces>
+struct DrawnWeights<C, kTransposed, kPieces, true> {
+  static constexpr int kCallBlocks = kPieces % 4 == 0 ? 2 : 1, kCalls = kPieces / 2 / kCallBlocks;
+
+  uint32_t words[kCalls][2][2];
+
+  // The first row of q and the first key of the warp are given, both multiples of 16.
+  template <bool kEarly>
+  __device__ __forceinline__ void draw(const Dropout& dropout, int row, int key) {
+    if constexpr (kEarly == (C::kWarpgroups < 3)) draw(dropout, row, key);
   }
+  // Factors of two weights of line i of piece n.
+  __device__ __forceinline__ uint32_t factors(const Dropout& dropout, int i, int n) const {
+    const uint32_t (&block)[2] = words[n / 2 / kCallBlocks][n / 2 % kCallBlocks];
+    return kept_factors(dropout, block[kTransposed ? n % 2 : i], kTransposed ? i : n % 2);
+  }
+
+ private:
+  __device__ __forceinline__ void draw(const Dropout& dropout, int row, int key) {
+    const Place place;
+    const bool odd = place.row % 2;
+    const uint32_t lines = place.row / 2, columns = place.column / 2 + (kCallBlocks == 2 && odd ? 4 : 0);
+    const uint32_t rows = row / 4 + (kTransposed ? columns : lines), keys = key / 4 + (kTransposed ? lines : columns);
+#pragma unroll
+    for (int i = 0; i < kCalls; ++i) {
+      const uint32_t next = i * kCallBlocks * 4;
+      draw_blocks<kTransposed, kCallBlocks == 2>(dropout, dropout.of_row(rows + (kTransposed ? next : 0)),
+                                                 dropout.of_key(keys + (kTransposed ? 0 : next)), odd, words[i]);
+#pragma unroll
+      for (int block = 0; block < kCallBlocks; ++block) ptx::pin(words[i][block][0]), ptx::pin(words[i][block][1]);
+    }
+  }
+};
+
+__device__ __forceinline__ float2 halves_of(uint32_t pair) {
+  __half2 halves;
+  memcpy(&halves, &pair, 4);
+  return __half22float2(halves);
 }
 
-// Two weights as they count for dV: dropped ones are 0.
+// dS of a weight and its dP, which may be less delta already. With dropout dS and delta are divided by what makes up
+// for dropped weights: `gradient_scale` has it.
 template <class C>
-__device__ __forceinline__ uint32_t kept_weights(uint32_t pair) {
-  if constexpr (C::kDropout) pair &= ~ptx::spread_signs(pair);
-  return pair;
-}
-
-// dS of a weight and its dP, which counts as 0 where the weight was dropped, and may be less delta already.
-template <class C>
-__device__ __forceinline__ float gradient_of_score(float weight, float dp, float delta, const Dropout& dropout) {
-  if constexpr (C::kDropout) return fabsf(weight) * fmaf(dp, weight < 0.f ? 0.f : dropout.scale, -delta);
+__device__ __forceinline__ float gradient_of_score(float weight, float dp, float delta, float factor) {
+  if constexpr (C::kDropout) return weight * fmaf(dp, factor, -delta);
   return weight * (kSeedsDp<C> ? dp : dp - delta);
 }
 

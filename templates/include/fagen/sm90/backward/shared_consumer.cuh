@@ -20,6 +20,8 @@ struct SharedConsumer {
   static constexpr int kBarrier = 1;  // of all consumers; two more, and one for each group
   using Scores = float[kPieces][4];
   using DqPart = float[Dq::kColumns / 8][4];
+  using Factors = uint32_t[kPieces][2];  // of pairs of weights, which dropout makes 0
+  using Drawn = DrawnWeights<C, false, kPieces>;
   using Gradient = float[C::kTileN / 8][4];  // 64 columns of a head down, keys across
 
   const fagen_backward_params& p;
@@ -140,7 +142,6 @@ struct SharedConsumer {
         }
     }
     if constexpr (kMasked && MaskOf<C>::kIntervals) clear_hidden(s, row0);
-    if constexpr (C::kDropout) mark_dropped<false>(s, change.dropout, row0 - Place().row, key0 - Place().column);
   }
   __device__ __forceinline__ void clear_hidden(Scores& s, int row0) const {
 #pragma unroll
@@ -156,28 +157,31 @@ struct SharedConsumer {
       }
   }
   __device__ __forceinline__ void form_ds(const Scores& s, Scores& dp, const Scores& derivatives,
-                                          const float (&delta)[2]) const {
+                                          const float (&delta)[2], const Factors& factors) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int j = 0; j < kPieces; ++j)
 #pragma unroll
-        for (int i = r * 2; i < r * 2 + 2; ++i) {
-          dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], delta[r], change.dropout);
+        for (int e = 0; e < 2; ++e) {
+          const int i = r * 2 + e;
+          const float2 both = halves_of(factors[j][r]);
+          dp[j][i] = gradient_of_score<C>(s[j][i], dp[j][i], delta[r], e ? both.y : both.x);
           if constexpr (C::kSoftcap) dp[j][i] *= derivatives[j][i];
         }
     }
   }
   // Rows of q down, this group's keys among those of all. kWeights: as they count for dV.
   template <bool kWeights>
-  __device__ __forceinline__ void store(uint32_t tile, const Scores& c) const {
+  __device__ __forceinline__ void store(uint32_t tile, const Scores& c, const Factors& factors) const {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     const auto place = [&](int piece) {
       return tile + piece / 8 * L::kDsSlabBytes + row * kRowBytes + ((piece % 8 ^ lane % 8) << 4);
     };
     const auto word = [&](int j, int r) {
       const uint32_t pair = pack<Element>(c[j][r * 2], c[j][r * 2 + 1]);
-      return kWeights ? kept_weights<C>(pair) : pair;
+      if constexpr (C::kDropout && kWeights) return multiply_factors<Element>(pair, factors[j][r]);
+      return pair;
     };
     const int first = group * kPieces;
 #pragma unroll
@@ -199,19 +203,26 @@ struct SharedConsumer {
     start_scores<C::kHeadDim, false>(s, pipelines.q.tile(), pipelines.k.tile());
     pipelines.dout.wait();
     start_scores<C::kHeadDimV, kSeedsDp<C>>(dp, pipelines.dout.tile(), pipelines.v.tile());
+    Drawn drawn;
+    const int first_row = at.tile * C::kTileM + threadIdx.x / 32 % 4 * 16, first_key = keys.n0 + group * kKeys;
+    drawn.template draw<true>(change.dropout, first_row, first_key);
     ptx::wgmma_wait<1>();
     pin(s);
     if (at.partial)
       exponentiate<true>(s, derivatives, at, lse);
     else
       exponentiate<false>(s, derivatives, at, lse);
+    drawn.template draw<false>(change.dropout, first_row, first_key);
+    Factors factors;
+#pragma unroll
+    for (int i = 0; i < kPieces * 2; ++i) factors[i / 2][i % 2] = drawn.factors(change.dropout, i % 2, i / 2);
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last ones
-    store<true>(weights(), s);
+    store<true>(weights(), s, factors);
     if constexpr (kDvFirst) meet();
     ptx::wgmma_wait<0>();
     pin(dp);
-    form_ds(s, dp, derivatives, delta);
-    store<false>(ds(), dp);
+    form_ds(s, dp, derivatives, delta, factors);
+    store<false>(ds(), dp, factors);
     if constexpr (kDvFirst) start_dv();
     meet();
     if constexpr (!Dq::kEach)
@@ -314,8 +325,8 @@ struct SharedConsumer {
     pipelines.v.wait();
     keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
     ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
-    store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, p.scale);
-    store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up<C>(p, 1.f));
+    store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, gradient_scale<C>(p));
+    store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
   }
 
   // Transpose slab by slab into the place of the operand that is done with, and store rows of 128 bytes.

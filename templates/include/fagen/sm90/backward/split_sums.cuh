@@ -59,9 +59,9 @@ struct SplitSums {
     for (int i = keys.split * L::kGroups + group; i < L::kGroups * kPairs; i += keys.splits * L::kGroups) {
       const int of_group = i / kPairs, pair = i % kPairs, column = pair * 16;
       if (column < C::kHeadDim)
-        store(p.dk, of_group, pair, column, p.head_dim, p.scale);
+        store(p.dk, of_group, pair, column, p.head_dim, gradient_scale<C>(p));
       else
-        store(p.dv, of_group, pair, column - C::kHeadDim, p.head_dim_v, scale_up<C>(p, 1.f));
+        store(p.dv, of_group, pair, column - C::kHeadDim, p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
     }
     ptx::cluster_sync();  // none ends while others read its shared memory
   }

@@ -35,7 +35,8 @@ struct Consumer {
   State state;
   Scores s_acc;
   WeightOperand<C> weights;
-  TileDropout<C, 1, C::kTileN % 32 == 0, !M::kIntervals> dropout;  // with intervals, row tiles begin anywhere
+  // With intervals row tiles begin anywhere.
+  TileDropout<C, Element, 1, C::kTileN % 32 == 0, !M::kIntervals> dropout;
 
   __device__ __forceinline__ Consumer(const fagen_forward_params& p, const LaunchArgs& launch, uint32_t smem, int group)
       : p(p), launch(launch), pipelines(smem), band(p), packing(launch), group(group), turns{group}, state(p) {

@@ -27,7 +27,7 @@ __device__ __forceinline__ void store_rows(const fagen_forward_params& p, const 
   for (int r = 0; r < 2; ++r) {
     const int m = first + r * 8, row_of_q = packing.row(m), head = packing.head(tile.head, m);
     const float row_sum = quad_sum(state.softmax.sum[r]);
-    const float inverse = scale_up<C>(p, row_sum == 0.f ? 0.f : 1.f / row_sum);
+    const float inverse = scale_up_pairs<C, Element>(p, row_sum == 0.f ? 0.f : 1.f / row_sum);
     if (p.lse && lane.id % 4 == 0 && m < end)
       p.lse[(int64_t(tile.batch) * p.heads + head) * p.seqlen_q + row_of_q] = state.softmax.lse(r, row_sum);
     Element* row = out + row_of_q * p.o.stride[1] + head * p.o.stride[2] + column;
