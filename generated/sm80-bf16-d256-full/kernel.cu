@@ -270,8 +270,8 @@ FAGEN_SHARED RandomWords philox(const RoundKeys& keys, uint32_t c0, uint32_t c1,
   return {{c0, c1, c2, c3}};
 }
 
-// What the first rounds make of a row alone, and of a key alone: a thread computes it once where its calls have a row,
-// or a key, in common.
+// The first rounds of a row alone, and of a key alone: a thread computes them once where its calls have a row, or a
+// key, in common.
 struct RowPart {
   uint32_t low[2];  // of products of the first two rounds
   WideProduct third;  // of the third round
@@ -311,7 +311,7 @@ struct Dropout {
             0x64646464u};
   }
 
-  // Of a row, or a key, the number that a call counts it by: 4 for each 16.
+  // The number that a call counts a row, or a key, by: 4 for each 16.
   static FAGEN_SHARED uint32_t counter(int line) { return uint32_t(line) / 16 * 4 + uint32_t(line) % 8 / 2; }
   FAGEN_SHARED RowPart of_row(uint32_t counter) const {
     const WideProduct a = multiply_wide(kFactorA, counter), of_plane = multiply_wide(kFactorB, plane);

@@ -679,8 +679,8 @@ FAGEN_SHARED RandomWords philox(const RoundKeys& keys, uint32_t c0, uint32_t c1,
   return {{c0, c1, c2, c3}};
 }
 
-// What the first rounds make of a row alone, and of a key alone: a thread computes it once where its calls have a row,
-// or a key, in common.
+// The first rounds of a row alone, and of a key alone: a thread computes them once where its calls have a row, or a
+// key, in common.
 struct RowPart {
   uint32_t low[2];  // of products of the first two rounds
   WideProduct third;  // of the third round
@@ -720,7 +720,7 @@ struct Dropout {
             0x64646464u};
   }
 
-  // Of a row, or a key, the number that a call counts it by: 4 for each 16.
+  // The number that a call counts a row, or a key, by: 4 for each 16.
   static FAGEN_SHARED uint32_t counter(int line) { return uint32_t(line) / 16 * 4 + uint32_t(line) % 8 / 2; }
   FAGEN_SHARED RowPart of_row(uint32_t counter) const {
     const WideProduct a = multiply_wide(kFactorA, counter), of_plane = multiply_wide(kFactorB, plane);
@@ -925,7 +925,7 @@ __device__ __forceinline__ float scale_up_pairs(const Params& p, float factor) {
 
 namespace fagen {
 
-// What the sums of dQ and dK are multiplied by.
+// The factor of the sums of dQ and dK. With dropout it makes up for dropped weights, as delta does not.
 template <class C>
 __device__ __forceinline__ float gradient_scale(const fagen_backward_params& p) {
   return scale_up<C>(p, p.scale);

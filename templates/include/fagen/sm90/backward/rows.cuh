@@ -6,7 +6,7 @@
 
 namespace fagen {
 
-// What the sums of dQ and dK are multiplied by.
+// The factor of the sums of dQ and dK. With dropout it makes up for dropped weights, as delta does not.
 template <class C>
 __device__ __forceinline__ float gradient_scale(const fagen_backward_params& p) {
   return scale_up<C>(p, p.scale);
