@@ -102,6 +102,39 @@ def test_long_sums_do_not_lean_towards_0(folder: Path) -> None:
     assert kept.error > 4 * fresh.error
 
 
+@pytest.mark.parametrize("case", [SMALL, ADDED], ids=str)
+def test_sums_over_many_rows_are_sums_of_shorter_ones(case: Case, folder: Path) -> None:
+    """Each float32 addition rounds to the size that the sum has reached, here 4096 rows of one sign."""
+    case = dataclasses.replace(case, mask="none", dlse=False, heads=1)
+    call = make_call(case, 4096, 16)
+    positive = dataclasses.replace(call, dout=call.dout.abs() + 1)
+    want = gradients.gradients(positive, torch.float64)["dv"]
+    assert _SHORT in _source(case)
+    errors = []
+    for text in (_source(case), _source(case).replace(_SHORT, "kRowsOfSum = 4096;")):
+        dv = launch(case, positive, _library(folder, text))["dv"]
+        errors.append(float((positive.of_bhsd(dv).double() - want).abs().max() / want.abs().max()))
+    short, one = errors
+    assert short < 4 * torch.finfo(torch.float32).eps < one
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,
+        dataclasses.replace(ADDED, aligned=False, heads=4, kv_heads=2),
+        Case("small", head_dim=40, mask="intervals", intervals="both4"),
+    ],
+    ids=str,
+)
+def test_what_memory_adds_up(case: Case, folder: Path) -> None:
+    """Sums of two tiles each: of rows of several heads, of keys, of parts of tiles."""
+    text = _source(case).replace(_SHORT, "kRowsOfSum = 32;")
+    for seed, (rows, keys) in enumerate(((150, 70), (70, 150))):
+        verdict = check(case, folder, rows, keys, seed=seed, text=text)
+        assert verdict, verdict.message
+
+
 def test_large_scores_by_the_lse_of_forward(folder: Path) -> None:
     """Its scores are the same sums, so that their errors cancel in the weights."""
     case = dataclasses.replace(SMALL, dlse=False)
@@ -116,6 +149,7 @@ def test_large_scores_by_the_lse_of_forward(folder: Path) -> None:
         assert verdict, verdict.message
 
 
+_SHORT = "kRowsOfSum = 1024;"
 # in place of sums that start from 0 for each tile, one sum from the first row to the last
 _FRESH = "float high[kSlabs][4][4] = {}, low[kSlabs][4][4] = {};"
 _KEPT = "float low[kSlabs][4][4] = {}; auto& high = reinterpret_cast<float(&)[kSlabs][4][4]>(sums[0][q * 4]);"

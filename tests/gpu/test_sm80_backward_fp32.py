@@ -57,7 +57,6 @@ def _many_rows() -> tuple[BackwardCall, dict[str, torch.Tensor]]:
     return call, launch(case, call, HERE.library(case), torch.cuda.current_stream().cuda_stream)
 
 
-@pytest.mark.xfail(reason="dK 1.33 times the bound on an H100: docs/notes/sm80_backward_fp32.md", strict=True)
 def test_many_rows_are_as_exact_as_in_float32() -> None:
     verdict = gradients.check(*_many_rows())
     assert verdict, verdict.message

@@ -6,6 +6,18 @@
 
 namespace fagen {
 
+// Add to those of four neighbours that lie before column `columns`; x[0] is for that of `column`.
+template <bool kAligned>
+__device__ __forceinline__ void add_to_columns(float* row, int column, int columns, const float (&x)[4]) {
+  if (kAligned && ptx::kReduceWidth == 4) {
+    if (column < columns) ptx::reduce_add_4(row + column, x);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (column + j < columns) ptx::reduce_add(row + column + j, x[j]);
+  }
+}
+
 // The present tile's dS goes through shared memory, since a row's sum takes the cells of all warps. A warp then has 16
 // rows and 32 columns of dQ at a time.
 template <class P>
@@ -50,21 +62,9 @@ struct DqSums {
           float x[4];
 #pragma unroll
           for (int j = 0; j < 4; ++j) x[j] = sums[0][j][half * 2 + e] * scale;
-          add_columns(dq.row(row), column + (lane.column + e) * 4, dq.cols, x);
+          add_to_columns<P::kAligned>(dq.row(row), column + (lane.column + e) * 4, dq.cols, x);
         }
       }
-    }
-  }
-
- private:
-  // Those of four neighbours that lie before column `columns`.
-  static __device__ __forceinline__ void add_columns(float* row, int column, int columns, const float (&x)[4]) {
-    if (P::kAligned && ptx::kReduceWidth == 4) {
-      if (column < columns) ptx::reduce_add_4(row + column, x);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (column + j < columns) ptx::reduce_add(row + column + j, x[j]);
     }
   }
 };

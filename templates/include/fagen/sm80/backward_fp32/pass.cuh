@@ -3,17 +3,24 @@
 // its operands of the sums. S and dP are computed anew in each pass: no block adds to what another one computes, and
 // the gradients are the same bits each time; unless dQ is added up by the blocks that own keys.
 #pragma once
+#include "fagen/ptx/warpgroup.cuh"
 #include "fagen/sm80/backward_fp32/add_dq.cuh"
 #include "fagen/sm80/backward_fp32/cells.cuh"
 #include "fagen/sm80/backward_fp32/stages.cuh"
 
 namespace fagen {
 
+// Rows of the other side that are added up in registers, before the sums are added to those in memory and start anew:
+// each addition rounds to the size that its sum has reached, so that one long sum loses more than many short ones.
+inline constexpr int kRowsOfSum = 1024;
+
 template <class P>
 struct WarpPass {
   using Shape = TensorPassShape<P>;
   using Cells = WarpCells<P>;
+  using Walk = typename SelectWalk<P>::Type;
   static constexpr int kSlabs = Shape::kSlabs;
+  static constexpr int kTilesOfSum = kRowsOfSum / P::kTileOther;
 
   const PassBlock<P, float>& block;
   const TensorGradientArgs& args;
@@ -37,39 +44,43 @@ struct WarpPass {
   __device__ __forceinline__ int row(int i) const { return block.first + first + Cells::place(i) + lane.row; }
 
   __device__ __forceinline__ void run() {
-    typename SelectWalk<P>::Type walk(block);
+    Walk walk(block);
     OtherStages<P> stages(block, args, walk);
+    write<false>();  // zeros, to which the same thread adds its sums, in order
+    int tiles = 0;
     for (; walk.valid(); walk.advance()) {
-      stages.wait();
-      typename Cells::Sums scores, gradients;
-      const float* own_scores = block.shared + first * Shape::ScoreRows::kPitch;
-      const float* own_values = block.shared + Shape::kOwnValues + first * Shape::ValueRows::kPitch;
-      multiply_rows<P, typename Shape::ScoreRows>(scores, lane, own_scores, stages.scores());
-      if constexpr (P::kAddsGradients)
-        multiply_rows<P, typename Shape::ValueRows>(gradients, lane, own_values, stages.values());
-      else
-        clear(gradients);
-      differentiate(scores, gradients, walk, stages.stats());
-      if constexpr (P::kAddsWeights)
-        add_rows<typename Shape::ValueRows>(value_sums, lane, CellOperands(scores), stages.values(),
-                                            block.p.head_dim_v);
-      if constexpr (P::kAddsGradients)
-        add_rows<typename Shape::ScoreRows>(score_sums, lane, CellOperands(gradients), stages.scores(),
-                                            block.p.head_dim);
-      if constexpr (P::kAddsDq) add_dq(gradients, walk);
-      stages.advance();
+      if (tiles > 0 && tiles % kTilesOfSum == 0) {
+        write<true>();
+        clear(score_sums);
+        clear(value_sums);
+      }
+      ++tiles;
+      add_tile(walk, stages);
     }
     ptx::cp_async_wait<0>();
-    if constexpr (P::kAddsGradients) store(score_sums, block.gradient(), block.p.scale);
-    if constexpr (P::kAddsWeights) {
-      const auto dv = head_of<float>(block.p.dv, block.batch, block.kv_head, block.p.seqlen_k, block.p.head_dim_v);
-      store(value_sums, dv, scale_up<P>(block.p, 1.f));
-    }
+    write<true>();
   }
 
  private:
+  __device__ __forceinline__ void add_tile(const Walk& walk, OtherStages<P>& stages) {
+    stages.wait();
+    typename Cells::Sums scores, gradients;
+    const float* own_scores = block.shared + first * Shape::ScoreRows::kPitch;
+    const float* own_values = block.shared + Shape::kOwnValues + first * Shape::ValueRows::kPitch;
+    multiply_rows<P, typename Shape::ScoreRows>(scores, lane, own_scores, stages.scores());
+    if constexpr (P::kAddsGradients)
+      multiply_rows<P, typename Shape::ValueRows>(gradients, lane, own_values, stages.values());
+    else
+      clear(gradients);
+    differentiate(scores, gradients, walk, stages.stats());
+    if constexpr (P::kAddsWeights)
+      add_rows<typename Shape::ValueRows>(value_sums, lane, CellOperands(scores), stages.values(), block.p.head_dim_v);
+    if constexpr (P::kAddsGradients)
+      add_rows<typename Shape::ScoreRows>(score_sums, lane, CellOperands(gradients), stages.scores(), block.p.head_dim);
+    if constexpr (P::kAddsDq) add_dq(gradients, walk);
+    stages.advance();
+  }
   // The next tile's cells are stored behind the barrier of its stage.
-  template <class Walk>
   __device__ __forceinline__ void add_dq(const typename Cells::Sums& gradients, const Walk& walk) const {
     const DqSums<P> sums{lane, block.shared + Shape::kCells, block.shared};
     sums.store_cells(gradients, first);
@@ -78,7 +89,6 @@ struct WarpPass {
     sums.add(dq, walk.tile() * P::kTileOther, block.p.scale);
   }
 
-  template <class Walk>
   __device__ __forceinline__ void differentiate(typename Cells::Sums& scores, typename Cells::Sums& gradients,
                                                 const Walk& walk, const RowStats* of_columns) const {
     const ScoreGradient<P> gradient(block.p, block.batch, walk.head);
@@ -92,21 +102,39 @@ struct WarpPass {
                    : cells.template differentiate<false>(scores, gradients);
   }
 
-  // Four lanes store 128 bytes of a row side by side.
-  template <int kPieces>
-  __device__ __forceinline__ void store(const float (&sums)[kSlabs][kPieces][4], const Matrix<float>& to,
+  // Store the sums, or add them to what was stored.
+  template <bool kAdds>
+  __device__ __forceinline__ void write() const {
+    if constexpr (P::kAddsGradients) write<kAdds>(score_sums, block.gradient(), block.p.scale);
+    if constexpr (P::kAddsWeights) {
+      const auto dv = head_of<float>(block.p.dv, block.batch, block.kv_head, block.p.seqlen_k, block.p.head_dim_v);
+      write<kAdds>(value_sums, dv, scale_up<P>(block.p, 1.f));
+    }
+  }
+  // Four lanes have 128 bytes of a row side by side. The compiler does not know pinned numbers to be the same each
+  // time, so it computes addresses here and keeps none through the loop over tiles. Rows that are outside have no
+  // columns: with a branch for them ptxas spills.
+  template <bool kAdds, int kPieces>
+  __device__ __forceinline__ void write(const float (&sums)[kSlabs][kPieces][4], const Matrix<float>& to,
                                         float factor) const {
+    unsigned first_row = row(0), first_column = lane.column * 4;
+    ptx::pin(first_row);
+    ptx::pin(first_column);
 #pragma unroll
     for (int i = 0; i < Cells::kLines; ++i) {
-      if (row(i) >= to.rows) continue;
+      const int row = first_row + Cells::place(i), columns = row < to.rows ? to.cols : 0;
 #pragma unroll
       for (int q = 0; q < kPieces / 4; ++q)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {  // four columns of the lane
+          const int column = q * 32 + first_column + e * 4;
           float x[4];
 #pragma unroll
           for (int j = 0; j < 4; ++j) x[j] = sums[i / 2][q * 4 + j][i % 2 * 2 + e] * factor;
-          store_columns<P::kAligned>(to.row(row(i)), q * 32 + (lane.column + e) * 4, to.cols, x);
+          if constexpr (kAdds)
+            add_to_columns<P::kAligned>(to.row(row), column, columns, x);
+          else
+            store_columns<P::kAligned>(to.row(row), column, columns, x);
         }
     }
   }

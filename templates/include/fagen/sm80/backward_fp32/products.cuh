@@ -1,7 +1,8 @@
 // A warp's products of float32 numbers on the tensor cores, from rows in shared memory.
 //
 // The tensor cores' sums are cut to 24 bits, not rounded, and long ones would lean towards 0. So a sum that starts from
-// 0 takes few products, and is added to the others by a float32 addition, which rounds.
+// 0 takes few products, and is added to the others by a float32 addition, which rounds. Of sums over rows, those of
+// 1024 rows (kRowsOfSum) are added up so; then they are added to what lies in memory.
 //
 // The order of a sum's terms is free: a lane reads numbers that lie side by side, and they count as those that its
 // place in the operands stands for. Sums over columns: lane 4 g + t has columns 4 t ... 4 t + 3 of 16, two a product.
