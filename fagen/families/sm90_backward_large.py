@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import makespan, walk
+from fagen.families.reads import Reads
 from fagen.families.sm90_forward_large import unsupported
+from fagen.ops.attention.measures import AtMost
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -342,7 +344,7 @@ FAMILY = Family(
     supports=lambda p, t: unsupported(p, t, "sm90_backward"),
     derive=_derive,
     default=_default,
-    default_reads=lambda p, t: min(p.seqlen_q, p.seqlen_k) > OWN_ROWS,  # whether a cluster has work
+    default_reads=Reads(lambda p, t: (AtMost("shorter", OWN_ROWS),)),  # whether a cluster has work
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
