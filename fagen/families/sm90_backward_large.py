@@ -245,6 +245,7 @@ def _block_columns(p: Problem, t: Target) -> list[int]:
 
 
 _FEWEST_STAGES, _STAGES_UNDER = 4, 5  # of guesses; from how many on some may be held while P is formed
+_MOST_ALONE = 640  # columns up to which defaults share no cells: one block can hold them
 
 
 def _deepest(p: Problem, t: Target, **values: Value) -> list[Config]:
@@ -289,17 +290,21 @@ def _guesses(p: Problem, t: Target, *, share_cells: bool = False) -> list[Config
 
 
 def _first_configs(p: Problem, t: Target) -> list[Config]:
-    """Shared cells as well, which no default takes before they have run on a GPU."""
+    """Shared cells as well, where the default does not have them."""
     return [*_guesses(p, t, share_cells=True)[:2], *_guesses(p, t)[:4]]
 
 
 def _default(p: Problem, t: Target) -> Config:
-    """The first guess with registers to spare: nobody has looked at its spills for this very problem."""
+    """The first guess with registers to spare: nobody has looked at its spills for this very problem. Above 640 columns
+    of those that share cells, as the one does that has run on a GPU: a deep ring, no dP under P."""
 
     def spare(c: Config) -> int:
         return (int(c.tile_other) - 64) // 8 + (20 if p.mask == "intervals" else 0)
 
     guesses = _guesses(p, t)
+    if max(p.head_dim_padded, p.head_dim_v_padded) > _MOST_ALONE:
+        shared = (c.replace(chunks_under=0) for c in _guesses(p, t, share_cells=True) if c.stages >= _STAGES_UNDER)
+        guesses = [*shared, *guesses]
     roomy = (c for c in guesses if fragment_registers(p, c) + OTHER_REGISTERS + spare(c) <= CONSUMER_REGISTERS)
     return next(roomy, guesses[-1])
 
