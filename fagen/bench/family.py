@@ -17,6 +17,7 @@ from fagen.target import Target
 def pick(problem: Problem, target: Target, name: str) -> tuple[KernelSpec, str]:
     """The family's best record that fits, else its default; and where that comes from."""
     from fagen.db.store import Database
+    from fagen.dispatch import choose
 
     family = families.get(name)
     reason = family.supports(problem, target)
@@ -29,6 +30,9 @@ def pick(problem: Problem, target: Target, name: str) -> tuple[KernelSpec, str]:
             except FagenError:  # of another version of the family
                 continue
             if not family.rejects(problem, target, config):
+                confirmed = choose.confirmed(record, provenance, problem, target, [family])
+                if confirmed is not None:
+                    return confirmed, "confirmed"
                 return KernelSpec(family, problem, target, config), provenance
     default = family.require(problem, target, family.default(problem, target))
     return KernelSpec(family, problem, target, default), "default"

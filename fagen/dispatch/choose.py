@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ PROVENANCES = {
     "exact": "tuned on this device for exactly this size",
     "nearest": "tuned on this device for the nearest size",
     "arch": "tuned on another device of this architecture",
+    "confirmed": "never tuned: the family's default, as won at the nearest size",
     "default": "never tuned: the family's default",
     "built": "built already; it serves while the kernel of the choice is compiled",
     "none": "no kernel of ours",
@@ -69,6 +71,8 @@ def choose(
 ) -> Choice:
     """An exact record, the nearest, one of the same arch, the first able family's default, the next one's, PyTorch.
 
+    A record of another size whose config is only the default there speaks for the default: see `confirmed`.
+
     PyTorch comes first where it was faster than the record's kernel when that was tuned, unless a kernel of `ours` is
     wanted in any case. `check` verifies a record whose kernel source has changed since it was tuned, if nobody has yet;
     that builds and runs it. `stale` stands for FAGEN_STALE. With `idle`, families that serve no calls are asked too.
@@ -85,14 +89,17 @@ def choose(
         if beaten and not beats_torch(record, beaten[0]):
             continue
         torch_first = not ours and not beaten and lost(record, provenance) and ops.get(problem.op).torch_serves(problem)
-        choice, reason = by_record(
-            record, provenance, problem, target, able, refusals, check=check and not torch_first, stale=stale
-        )
+        default = confirmed(record, provenance, problem, target, able)
+        verify = check and not torch_first and default is None  # the default is not what was tuned
+        choice, reason = by_record(record, provenance, problem, target, able, refusals, check=verify, stale=stale)
         if torch_first and not reason:
             beaten = record, provenance
             continue
         if not reason:
             _say_runners_up(reasons, problem, provenance, skipped)
+            if default is not None:
+                told = f"{provenance} record {record.key} ({record.family}): its config is but the default of that size"
+                choice = Choice("confirmed", default, record, reasons=[told])
             return replace(choice, reasons=[*reasons, *choice.reasons])
         wrong += choice.trust is not None and choice.trust.state == "wrong"
         if wrong == _MOST_WRONG:  # something is amiss with the template: others would cost a compilation each
@@ -110,7 +117,7 @@ def by_record(
     record: Record, provenance: str, problem: Problem, target: Target, able: list[Family], refusals: dict[str, str],
     *, check: bool = False, stale: str = "",
 ) -> tuple[Choice, str]:  # fmt: skip
-    """What a record makes of the problem, and why it may not serve, "" if it may. No size decides that."""
+    """What a record's config makes of the problem, and why it may not serve, "" if it may. No size decides that."""
     family = next((f for f in able if f.name == record.family), None)
     if family is None:
         return Choice(provenance, record=record), refusals.get(record.family, "no such family")
@@ -120,6 +127,39 @@ def by_record(
     spec = KernelSpec(family, problem, target, config)
     told = freshness.check(record, spec, check=check, stale=stale)
     return Choice(provenance, spec, record, trust=told), "" if told.usable else told.text
+
+
+def confirmed(
+    record: Record, provenance: str, problem: Problem, target: Target, able: list[Family]
+) -> KernelSpec | None:
+    """The default of a problem that was not tuned, where the record found none better at a size whose default is
+    another; None where the record's own config serves."""
+    family = next((f for f in able if f.name == record.family), None)
+    if provenance == "exact" or family is None or not confirms(record, family, target):
+        return None
+    config = default_of(family, problem, target)
+    if config is None or config == family.config(record.config):
+        return None
+    return KernelSpec(family, problem, target, config)
+
+
+def confirms(record: Record, family: Family, target: Target) -> bool:
+    """Whether a record's config is only its size's default, and other sizes may have another."""
+    if family.default_reads is families.nothing:
+        return False
+    try:
+        return family.config(record.config) == default_of(family, record.problem, target)
+    except FagenError:
+        return False
+
+
+@functools.lru_cache(4096)
+def default_of(family: Family, problem: Problem, target: Target) -> Config | None:
+    """The family's default if it is legal."""
+    try:
+        return family.require(problem, target, family.default(problem, target))
+    except FagenError:
+        return None
 
 
 def known_only() -> str:

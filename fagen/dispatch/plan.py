@@ -7,11 +7,12 @@ of `csrc/table.h` is given the same plan as words and does the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fagen import families, ops
+from fagen import ops
+from fagen.families import Reads
 from fagen.ops.base import Op, Problem
 from fagen.runtime import binding
 from fagen.target import Target
@@ -50,6 +51,9 @@ class PlannedRecord:
     regime: bool
     answer: Answer
     where_torch_may: Answer | None = None  # what is faster than its kernel where PyTorch can be asked; None: nothing
+    # the family whose default serves in the place of each of the two at other sizes: see `choose.confirmed`
+    confirms: str = ""
+    may_confirm: str = ""
 
 
 @dataclass
@@ -61,7 +65,7 @@ class Plan:
     rows: tuple[PlannedRecord, ...]
     families: tuple[Family, ...] = ()  # whose defaults serve where there are no rows of a size's regime
     meanwhile: Answer | None = None  # what serves all sizes until something is built, where no row can
-    defaults: dict[Hashable, Answer] = field(default_factory=dict)
+    defaults: dict[tuple[Any, ...], Answer] = field(default_factory=dict)  # by what they read of a size
 
     @property
     def op(self) -> Op:
@@ -72,9 +76,12 @@ class Plan:
         row = self.nearest(problem)
         if row is None:
             return self.meanwhile or self.defaults.get(self.reads(problem), ASK)
+        confirms, answer = row.confirms, row.answer
         if row.where_torch_may is not None and not ours and self.op.torch_serves(problem):
-            return row.where_torch_may
-        return row.answer
+            confirms, answer = row.may_confirm, row.where_torch_may
+        if confirms and row.record.problem.size_key != problem.size_key:
+            return self.defaults.get(self.reads(problem, confirms), ASK)
+        return answer
 
     def nearest(self, problem: Problem) -> PlannedRecord | None:
         """As `db.Database.candidates` orders them, and `Plan::nearest` of the table does."""
@@ -94,9 +101,12 @@ class Plan:
                 best, found = rank, row
         return found
 
-    def reads(self, problem: Problem) -> Hashable:
-        """All that the families' defaults look at."""
-        return tuple(family.default_reads(problem, self.target) for family in self.families)
+    def reads(self, problem: Problem, only: str = "") -> tuple[Any, ...]:
+        """All that the families' defaults look at, or that of one of them."""
+        return only, *(family.default_reads(problem, self.target) for family in self._asked(only))
+
+    def _asked(self, only: str) -> list[Family]:
+        return [family for family in self.families if only in ("", family.name)]
 
     @functools.cached_property
     def _where_torch_may(self) -> int:
@@ -104,22 +114,38 @@ class Plan:
         square, oblong = (self.problem.replace(seqlen_q=8, seqlen_k=keys) for keys in (8, 16))
         return 0 if not self.op.torch_serves(square) else 1 if self.op.torch_serves(oblong) else 2
 
-    def _default_of(self, regime: bool) -> Answer:
-        """What serves sizes of a regime that has no rows, where the defaults look at nothing else."""
-        known: dict[Any, bool | None] = {families.nothing: None, self.op.regime: regime}
-        if self.meanwhile or any(family.default_reads not in known for family in self.families):
-            return self.meanwhile or ASK
-        return self.defaults.get(tuple(known[family.default_reads] for family in self.families), ASK)
+    def _default_words(self, only: str) -> list[int]:
+        """`Defaults` there: its tests, and the answers by those that hold."""
+        if only == "" and self.meanwhile:
+            return [0, 1, 0, *self.meanwhile.words]
+        asked = [family.default_reads for family in self._asked(only)]
+        reads = [each for each in asked if isinstance(each, Reads)]
+        if len(reads) < len(asked):
+            return [-1, 0]
+        tests = [test for each in reads for test in each.tests(self.problem, self.target)]
+        known = [(key, answer) for key, answer in self.defaults.items() if key[0] == only]
+        words = [len(tests), len(known), *(word for test in tests for word in test.words)]
+        for (_, *holds), answer in known:
+            bits = sum(1 << i for i, held in enumerate(itertools.chain(*holds)) if held)
+            words += [bits, *answer.words]
+        return words
 
     def words(self, ours: bool) -> list[int]:
         """For the table in C++, which reads them in `plan_of`."""
         windowed = self.problem.mask in ("window", "intervals")
         torch = 0 if ours else self._where_torch_may
-        few_rows = binding.few_rows_limits(self.op, self.target)
-        words = [self.target.units, int(windowed), torch, *few_rows]
-        words += [*self._default_of(regime=False).words, *self._default_of(regime=True).words]
+        named = [name for row in self.rows for name in (row.confirms, row.may_confirm)]
+        speakers = list(dict.fromkeys(["", *named]))
+        words = [self.target.units, int(windowed), torch, *binding.few_rows_limits(self.op, self.target)]
+        words.append(len(speakers))
+        for name in speakers:
+            words += self._default_words(name)
         for row in self.rows:
             p = row.record.problem
             sizes = p.batch, p.heads, p.kv_heads, p.seqlen_q, p.seqlen_k, p.window_left, p.window_right
-            words += [int(row.elsewhere), *sizes, *row.answer.words, *(row.where_torch_may or row.answer).words]
+            may, may_confirm = row.answer, row.confirms
+            if row.where_torch_may is not None:
+                may, may_confirm = row.where_torch_may, row.may_confirm
+            words += [int(row.elsewhere), *sizes, speakers.index(row.confirms), speakers.index(may_confirm)]
+            words += [*row.answer.words, *may.words]
         return words

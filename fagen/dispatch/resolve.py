@@ -171,8 +171,8 @@ def _decide(problem: Problem, target: Target, ours: bool) -> Answer:
     plan = _make_plan(problem, target)
     if choice.record is not None and not plan.rows:
         plan.meanwhile = found
-    if choice.provenance in ("default", "none") and len(plan.defaults) < _MOST_DEFAULTS:
-        plan.defaults[plan.reads(problem)] = found
+    if len(plan.defaults) < _MOST_DEFAULTS:
+        _note_default(plan, problem, choice, found)
     _plans[problem.static_key, target] = plan
     if begun is not _epoch:  # a kernel has become ready since
         _plans.pop((problem.static_key, target), None)
@@ -255,15 +255,31 @@ def _make_plan(problem: Problem, target: Target) -> Plan:
     plan = Plan(problem, target, tuple(rows), tuple(able))
     if old is not None and old.families == plan.families:
         plan.defaults.update(old.defaults)
+    for row in rows:
+        if row.confirms and row.answer.known:
+            plan.defaults.setdefault(plan.reads(row.record.problem, row.confirms), row.answer)
     return plan
+
+
+def _note_default(plan: Plan, problem: Problem, choice: Choice, found: Answer) -> None:
+    """What serves all sizes that defaults cannot tell from this one."""
+    if choice.provenance in ("default", "none"):
+        plan.defaults[plan.reads(problem)] = found
+    row = next((row for row in plan.rows if row.record == choice.record), None)
+    if row is None or not row.confirms or choice.spec is None:
+        return
+    if choice.config == choose.default_of(choice.spec.family, problem, plan.target):
+        plan.defaults[plan.reads(problem, row.confirms)] = found
 
 
 def _where_torch_may(row: PlannedRecord, behind: list[PlannedRecord]) -> PlannedRecord:
     """With what `dispatch.choose` takes in the place of a kernel that lost to PyTorch."""
     if not choose.lost(row.record, "arch" if row.elsewhere else "nearest"):
         return row
-    better = next((r.answer for r in behind if choose.beats_torch(r.record, row.record)), TORCH)
-    return dataclasses.replace(row, where_torch_may=better)
+    better = next((r for r in behind if choose.beats_torch(r.record, row.record)), None)
+    if better is None:
+        return dataclasses.replace(row, where_torch_may=TORCH)
+    return dataclasses.replace(row, where_torch_may=better.answer, may_confirm=better.confirms)
 
 
 def _rows(problem: Problem, target: Target) -> Iterator[PlannedRecord]:
@@ -288,7 +304,10 @@ def _rows(problem: Problem, target: Target) -> Iterator[PlannedRecord]:
                 if not waits and (key in kernels.failed or (not found.known and background.pending(key))):
                     continue  # another one serves, until it is built
         features = tuple(op.features(record.problem, target.units).values())
-        yield PlannedRecord(record, provenance == "arch", features, op.regime(record.problem, target), found)
+        regime = op.regime(record.problem, target)
+        confirms = any(f.name == record.family and choose.confirms(record, f, target) for f in able)
+        name = record.family if confirms else ""
+        yield PlannedRecord(record, provenance == "arch", features, regime, found, confirms=name)
 
 
 def _answer_of(choice: Choice) -> Answer:

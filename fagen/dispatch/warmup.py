@@ -3,12 +3,13 @@
 The config of a size is that of the nearest record, so that the configs which sizes up to a bound can get are those of
 the records whose cells reach into the bound. Distances add up over features: a record that is the nearest anywhere
 among sizes that differ in their number of keys alone is the nearest where that number is as close to its own as it can
-be. Rows and batches are gone through; where nothing is recorded of a regime, defaults are asked for a grid of
-its sizes.
+be. Rows and batches are gone through; where nothing is recorded of a regime, or the nearest record only confirms its
+family's default, defaults are asked for a grid of sizes.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,17 +20,23 @@ from fagen.codegen.spec import KernelSpec, Key
 from fagen.db import store
 from fagen.dispatch import choose, kernels, resolve
 from fagen.errors import FagenError, InvalidArgument
+from fagen.families import Reads
 from fagen.ops.attention import derivatives, size_point
 from fagen.ops.attention.backward_problem import BackwardProblem
+from fagen.ops.attention.measures import AtMost
 from fagen.ops.attention.problem import Problem
 from fagen.runtime import append, binding, packed
 from fagen.target import Target
 
 if TYPE_CHECKING:
+    import torch
+
     from fagen.db.record import Record
+    from fagen.families import Family
     from fagen.runtime.helper import Helper
 
 _GRID = 8  # sizes a doubling, of the grid for defaults
+_COARSE = 12  # every so many numbers of keys, where there are several sequences and records
 MOST_SEQLEN = 1 << 24
 
 
@@ -48,14 +55,16 @@ def sizes(problem: Problem, target: Target, most: int) -> list[Problem]:
         if not choose.by_record(record, provenance, problem, target, able, refusals)[1]
     ]
     found: list[Problem] = []
+    recorded: dict[bool, list[Record]] = {}
     for few in (False, True):
         records = [(elsewhere, r) for elsewhere, r in usable if size_point.has_few_rows(r.problem, target) == few]
         if records:
             here = [r for elsewhere, r in records if elsewhere == min(records, key=lambda pair: pair[0])[0]]
-            found += _by_record(problem, target, most, sorted(here, key=lambda r: (r.key, r.seconds)), few)
+            recorded[few] = sorted(here, key=lambda r: (r.key, r.seconds))
+            found += _by_record(problem, target, most, recorded[few], few)
         else:
             found += [p for p in _by_default(problem, target, most) if size_point.has_few_rows(p, target) == few]
-    return found
+    return found + _by_confirmed(problem, target, most, recorded)
 
 
 def _rows(most: int) -> list[int]:
@@ -79,8 +88,7 @@ def _by_record(problem: Problem, target: Target, most: int, records: list[Record
     """For each record that is the nearest of some size, such a size; of those with few rows, or of the others."""
     import torch
 
-    features = [list(size_point.features(r.problem, target.units).values()) for r in records]
-    keys, waves, rows = torch.tensor(features, dtype=torch.float64).unbind(1)
+    keys, waves, rows = _points([r.problem for r in records], target).unbind(1)
     weight = size_point.WEIGHTS
     found: dict[int, Problem] = {}
     for batch, lengths in _batches(problem, target, _rows(most)):
@@ -89,7 +97,7 @@ def _by_record(problem: Problem, target: Target, most: int, records: list[Record
         sized, bounds = _keys_of_regime(problem, target, batch, lengths, most, few)
         if not sized:
             continue
-        points = torch.tensor([list(size_point.features(p, target.units).values()) for p in sized], dtype=torch.float64)
+        points = _points(sized, target)
         base = weight["waves"] * (points[:, 1:2] - waves).abs() + weight["rows"] * (points[:, 2:3] - rows).abs()
         least = torch.tensor(bounds, dtype=torch.float64).log2()
         for index in range(len(records)):
@@ -134,20 +142,75 @@ def _within(recorded: Problem, problem: Problem, most: int) -> bool:
 
 def _by_default(problem: Problem, target: Target, most: int) -> list[Problem]:
     able, _ = families.serving(problem, target)
+    found: dict[Any, Problem] = {}
+    for sized in itertools.chain(*_grid(problem, target, most, able)):
+        found.setdefault(tuple(family.default_reads(sized, target) for family in able), sized)
+    return list(found.values())
+
+
+def _by_confirmed(problem: Problem, target: Target, most: int, recorded: dict[bool, list[Record]]) -> list[Problem]:
+    """Sizes of the grid at which a default serves in the place of a record that only confirms it; records by whether
+    they have few rows."""
+    import torch
+
+    able, _ = families.serving(problem, target)
+    confirmed = {few: [_confirmed(r, target, able) for r in records] for few, records in recorded.items()}
+    asked = list({family.name: family for each in confirmed.values() for family in each if family}.values())
+    points = {few: _points([r.problem for r in records], target) for few, records in recorded.items()}
+    weights = torch.tensor(list(size_point.WEIGHTS.values()), dtype=torch.float64)
+    found: dict[Any, Problem] = {}
+    for row in _grid(problem, target, most, asked, between=True) if asked else ():
+        new: dict[bool, list[tuple[Problem, dict[str, Any]]]] = {few: [] for few in recorded}
+        for sized in row:
+            few = size_point.has_few_rows(sized, target)
+            reads = {f.name: (few, f.name, f.default_reads(sized, target)) for f in asked}
+            if few in new and any(key not in found for key in reads.values()):
+                new[few].append((sized, reads))
+        for few, some in new.items():
+            apart = _points([sized for sized, _ in some], target)[:, None] - points[few]
+            nearest = (apart.abs() * weights).sum(2).argmin(1).tolist() if some else []
+            for (sized, reads), index in zip(some, nearest, strict=True):
+                family = confirmed[few][index]
+                if family is not None:
+                    found.setdefault(reads[family.name], sized)
+    return list(found.values())
+
+
+def _confirmed(record: Record, target: Target, able: list[Family]) -> Family | None:
+    return next((f for f in able if f.name == record.family and choose.confirms(record, f, target)), None)
+
+
+def _points(sizes: list[Problem], target: Target) -> torch.Tensor:
+    import torch
+
+    rows = [list(size_point.features(p, target.units).values()) for p in sizes]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, len(size_point.WEIGHTS))
+
+
+def _grid(
+    problem: Problem, target: Target, most: int, able: list[Family], *, between: bool = False
+) -> Iterator[list[Problem]]:
+    """Sizes at which the families' defaults may differ, those of one batch and number of rows together. Of more
+    sequences than one those of the fewest and the most keys, with `between` of some between them, too."""
     doublings = most.bit_length() * _GRID
     lengths = sorted(
         {min(most, max(1, round(2 ** (i / _GRID)) + step)) for i in range(doublings) for step in (-1, 0, 1)}
     )
     rows = lengths if any(f.default_reads is not families.nothing for f in able) else lengths[-1:]
-    found: dict[Any, Problem] = {}
+    few = sorted({*lengths[::_COARSE], *_edges(problem, target, most, able)}) if between else []
     for batch, some in _batches(problem, target, rows):
         for n in some:
-            for keys in lengths if batch == 1 else (n, lengths[-1]):
-                if problem.mask == "causal" and keys < n:
-                    continue
-                sized = problem.replace(batch=batch, seqlen_q=n, seqlen_k=keys)
-                found.setdefault(tuple(family.default_reads(sized, target) for family in able), sized)
-    return list(found.values())
+            keys = lengths if batch == 1 else [n, *(k for k in few if k != n), lengths[-1]]
+            longer = [k for k in keys if problem.mask != "causal" or k >= n]
+            yield [problem.replace(batch=batch, seqlen_q=n, seqlen_k=k) for k in longer]
+
+
+def _edges(problem: Problem, target: Target, most: int, able: list[Family]) -> set[int]:
+    """Numbers of keys beside the limits of the families' defaults."""
+    reads = [family.default_reads for family in able]
+    tests = [test for each in reads if isinstance(each, Reads) for test in each.tests(problem, target)]
+    limits = [t.limit for t in tests if isinstance(t, AtMost) and t.measure in ("keys", "seen_keys")]
+    return {keys for limit in limits for keys in (limit, limit + 1) if 1 <= keys <= most}
 
 
 def all_sizes(problems: Iterable[Problem], target: Target, most: int) -> list[Problem]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fagen import extensions
 from fagen.errors import UsageError
-from fagen.families.base import Config, Constraint, Family, Knob, nothing
+from fagen.families.base import Config, Constraint, Family, Knob
+from fagen.families.reads import Reads, nothing
 from fagen.ops.base import Problem
 from fagen.target import Target
 
@@ -13,6 +14,7 @@ __all__ = [
     "Constraint",
     "Family",
     "Knob",
+    "Reads",
     "all_families",
     "candidates",
     "get",

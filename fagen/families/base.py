@@ -84,10 +84,6 @@ class Knob:
 Predicate = Callable[[Any, Target, Config], "str | None"]
 
 
-def nothing(problem: Any, target: Target) -> None:
-    """For `Family.default_reads`: the default is the same for all sizes."""
-
-
 @dataclass(frozen=True)
 class Constraint:
     """A named predicate: None if the config is legal, else the reason with its numbers.
@@ -114,7 +110,8 @@ class Family:
     supports: Callable[[Any, Target], str | None]  # None, or why this family cannot serve the problem at all
     derive: Callable[[Any, Target, Config], dict[str, int]]  # cross-checked by static_assert in the source
     default: Callable[[Any, Target], Config]
-    # all that the default looks at of a size point: problems of a static key that agree in it have the same default
+    # all that the default looks at of a size point: problems of a static key that agree in it have the same default.
+    # Where it is `Reads`, calls of a new size need not ask Python for it
     default_reads: Callable[[Any, Target], Hashable] = field(default=lambda problem, target: problem.size_key)
     flags: Callable[[Target], tuple[str, ...]] = field(default=lambda target: ())  # of the compiler
     # what the template is given beside problem, config and constants

@@ -7,7 +7,7 @@ parts by the sizes alone, and their sums are added in one order: no result depen
 
 from __future__ import annotations
 
-from fagen.families.base import Config, Constraint, Family, Knob, nothing
+from fagen.families.base import Config, Constraint, Family, Knob
 from fagen.families.cost import vector_lanes, walk
 from fagen.families.cpu_forward import (
     FLAGS,
@@ -18,6 +18,7 @@ from fagen.families.cpu_forward import (
     direct_floats,
     whole_groups,
 )
+from fagen.families.reads import nothing
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 

@@ -7,8 +7,9 @@ are about equally long, whatever the lengths of the sequences are.
 
 from __future__ import annotations
 
-from fagen.families.base import Config, Constraint, Family, Knob, nothing
+from fagen.families.base import Config, Constraint, Family, Knob
 from fagen.families.cpu_forward import FLAGS
+from fagen.families.reads import nothing
 from fagen.ops.attention.decode_problem import DecodeProblem
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target

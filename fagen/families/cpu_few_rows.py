@@ -10,8 +10,10 @@ from fagen.families import cpu_decode
 from fagen.families.base import Config, Constraint, Family
 from fagen.families.cost import makespan, vector_lanes
 from fagen.families.cpu_forward import FLAGS
+from fagen.families.reads import Reads
+from fagen.ops.attention.measures import AtMost
 from fagen.ops.attention.problem import Problem
-from fagen.ops.attention.size_point import ROWS_OF_CPU, has_few_rows, rows_of_a_kv_head
+from fagen.ops.attention.size_point import ROWS_OF_CPU, rows_of_a_kv_head
 from fagen.target import Target
 
 CONVERSION = {"fp32": 1, "bf16": 2, "fp16": 6}  # instructions to read a vector of k or v as float32
@@ -70,7 +72,7 @@ FAMILY = Family(
     supports=_supports,
     derive=lambda p, t, c: {"scratch_bytes": cpu_decode.scratch_bytes(p, c)},
     default=_default,
-    default_reads=has_few_rows,
+    default_reads=Reads(lambda p, t: (AtMost("few_rows"),)),
     flags=lambda t: FLAGS,
     cost=cost,
     resources=lambda p, t, c: (cpu_decode.scratch_bytes(p, c),),

@@ -6,8 +6,9 @@ product needs a transposed operand and the softmax needs no sum across lanes.
 
 from __future__ import annotations
 
-from fagen.families.base import Config, Constraint, Family, Knob, nothing
+from fagen.families.base import Config, Constraint, Family, Knob
 from fagen.families.cost import makespan, vector_lanes, walk
+from fagen.families.reads import nothing
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fagen.families.base import Config, Constraint, Family, Knob, nothing
+from fagen.families.base import Config, Constraint, Family, Knob
 from fagen.families.cpu_forward import FLAGS
+from fagen.families.reads import nothing
 from fagen.ops.softmax.problem import SoftmaxProblem
 from fagen.target import Target
 

@@ -7,8 +7,9 @@ what others compute, so that the bits are the same each time; and shared memory 
 from __future__ import annotations
 
 from fagen.families import device_limits
-from fagen.families.base import Config, Constraint, Family, Knob, Value, nothing
+from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import makespan, walk
+from fagen.families.reads import nothing
 from fagen.families.simt_forward import FLAGS, REGISTERS_PER_SM
 from fagen.ops.attention.problem import SIMT_SERVES, Problem
 from fagen.target import Target

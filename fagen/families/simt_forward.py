@@ -7,8 +7,9 @@ is in shared memory does not grow with the head dims, if q is loaded anew with e
 from __future__ import annotations
 
 from fagen.families import device_limits
-from fagen.families.base import Config, Constraint, Family, Knob, Value, nothing
+from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import key_bytes, makespan, walk
+from fagen.families.reads import nothing
 from fagen.ops.attention.problem import SIMT_SERVES, Problem
 from fagen.target import Target
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import makespan, walk
+from fagen.families.reads import Reads
 from fagen.families.sm80_forward import FLAGS, OTHER_REGISTERS, register_limit
+from fagen.ops.attention.measures import AtMost
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -242,6 +244,11 @@ def _has_many_blocks(p: Problem, t: Target) -> bool:
     return p.batch * p.kv_heads * -(-p.seqlen_k // 128) >= 4 * t.units
 
 
+def _default_reads(p: Problem, t: Target) -> tuple[AtMost, ...]:
+    """What `_has_many_blocks` asks, where the order depends on it."""
+    return () if p.mask == "none" else (AtMost("key_blocks", 4 * t.units - 1, tile=128),)
+
+
 def _adapted(p: Problem, t: Target, c: Config) -> Config | None:
     """The guess with the mask's order, and dQ by its own kernel where runs must agree; None if that is not legal."""
     c = c.replace(block_order="ascending" if p.mask == "none" or _has_many_blocks(p, t) else "longest_first")
@@ -350,7 +357,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_default,
-    default_reads=lambda p, t: p.mask != "none" and _has_many_blocks(p, t),
+    default_reads=Reads(_default_reads),
     flags=lambda t: (device_limits.gencode(t), *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:],
     repeats=lambda p, c: c.gqa == "atomics" and p.heads == p.kv_heads,

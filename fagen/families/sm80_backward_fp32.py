@@ -8,8 +8,9 @@ anew, and blocks add nothing to what others compute: the same bits each time. He
 from __future__ import annotations
 
 from fagen.families import device_limits
-from fagen.families.base import Config, Constraint, Family, Knob, Value, nothing
+from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import makespan, walk
+from fagen.families.reads import nothing
 from fagen.families.sm80_forward_fp32 import FLAGS, register_limit
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target

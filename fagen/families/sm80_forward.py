@@ -5,6 +5,8 @@ from __future__ import annotations
 from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import key_bytes, makespan, split_cycles, walk
+from fagen.families.reads import Reads
+from fagen.ops.attention.measures import AtMost
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -219,6 +221,11 @@ def _leaves_units_idle(p: Problem, t: Target) -> bool:
     return blocks <= 0.7 * t.units and keys >= 512
 
 
+def _default_reads(p: Problem, t: Target) -> tuple[AtMost, ...]:
+    """What `_leaves_units_idle` asks."""
+    return AtMost("row_blocks", int(0.7 * t.units), tile=64), AtMost("seen_keys", 511)
+
+
 def _default(p: Problem, t: Target) -> Config:
     """The first guess with registers to spare: nobody has looked at its spills for this very problem and GPU."""
     spare = 90 + (10 if t.capability >= 100 else 0) + (30 if p.mask == "intervals" or p.softcap or p.alibi else 0)
@@ -286,7 +293,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_default,
-    default_reads=_leaves_units_idle,
+    default_reads=Reads(_default_reads),
     repeats=_repeats,
     flags=lambda t: (device_limits.gencode(t), *FLAGS),
     first_configs=lambda p, t: _guesses(p, t)[1:],

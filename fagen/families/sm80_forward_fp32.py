@@ -7,8 +7,9 @@ to one, where the problem allows TF32. Head dims from 1 to 256, any alignment.
 from __future__ import annotations
 
 from fagen.families import device_limits
-from fagen.families.base import Config, Constraint, Family, Knob, Value, nothing
+from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import key_bytes, makespan, walk
+from fagen.families.reads import nothing
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from fagen.families.base import Config, Constraint, Family, Knob, nothing
+from fagen.families.base import Config, Constraint, Family, Knob
 from fagen.families.cost import makespan, walk
+from fagen.families.reads import nothing
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 

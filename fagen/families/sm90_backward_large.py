@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import makespan, walk
+from fagen.families.reads import Reads
 from fagen.families.sm90_forward_large import unsupported
+from fagen.ops.attention.measures import AtMost
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -243,6 +245,7 @@ def _block_columns(p: Problem, t: Target) -> list[int]:
 
 
 _FEWEST_STAGES, _STAGES_UNDER = 4, 5  # of guesses; from how many on some may be held while P is formed
+_MOST_ALONE = 640  # columns up to which defaults share no cells: one block can hold them
 
 
 def _deepest(p: Problem, t: Target, **values: Value) -> list[Config]:
@@ -287,17 +290,21 @@ def _guesses(p: Problem, t: Target, *, share_cells: bool = False) -> list[Config
 
 
 def _first_configs(p: Problem, t: Target) -> list[Config]:
-    """Shared cells as well, which no default takes before they have run on a GPU."""
+    """Shared cells as well, where the default does not have them."""
     return [*_guesses(p, t, share_cells=True)[:2], *_guesses(p, t)[:4]]
 
 
 def _default(p: Problem, t: Target) -> Config:
-    """The first guess with registers to spare: nobody has looked at its spills for this very problem."""
+    """The first guess with registers to spare: nobody has looked at its spills for this very problem. Above 640 columns
+    of those that share cells, as the one does that has run on a GPU: a deep ring, no dP under P."""
 
     def spare(c: Config) -> int:
         return (int(c.tile_other) - 64) // 8 + (20 if p.mask == "intervals" else 0)
 
     guesses = _guesses(p, t)
+    if max(p.head_dim_padded, p.head_dim_v_padded) > _MOST_ALONE:
+        shared = (c.replace(chunks_under=0) for c in _guesses(p, t, share_cells=True) if c.stages >= _STAGES_UNDER)
+        guesses = [*shared, *guesses]
     roomy = (c for c in guesses if fragment_registers(p, c) + OTHER_REGISTERS + spare(c) <= CONSUMER_REGISTERS)
     return next(roomy, guesses[-1])
 
@@ -342,7 +349,7 @@ FAMILY = Family(
     supports=lambda p, t: unsupported(p, t, "sm90_backward"),
     derive=_derive,
     default=_default,
-    default_reads=lambda p, t: min(p.seqlen_q, p.seqlen_k) > OWN_ROWS,  # whether a cluster has work
+    default_reads=Reads(lambda p, t: (AtMost("shorter", OWN_ROWS),)),  # whether a cluster has work
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",

@@ -7,6 +7,7 @@ import math
 from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob
 from fagen.families.cost import Walk, key_bytes, makespan, split_cycles, walk
+from fagen.families.reads import Reads
 from fagen.families.sm90_forward_block import (
     FEWEST_REGISTERS,
     OTHER_REGISTERS,
@@ -15,6 +16,7 @@ from fagen.families.sm90_forward_block import (
     registers_each,
     smem_bytes,
 )
+from fagen.ops.attention.measures import AtMost
 from fagen.ops.attention.problem import Problem
 from fagen.ops.attention.size_point import has_few_rows, packed_heads
 from fagen.target import Target
@@ -272,12 +274,11 @@ def _few(p: Problem, t: Target, c: Config) -> bool:
     return -(-p.seqlen_q // int(c.tile_m)) * p.heads * p.batch <= t.units * int(c.blocks_per_sm)
 
 
-def _default_reads(p: Problem, t: Target) -> tuple:
+def _default_reads(p: Problem, t: Target) -> tuple[AtMost, ...]:
     """What `_guesses` asks of the sizes: few keys, whether heads pack, how many rows, which plain tiles go round."""
-    blocks = p.heads * p.batch
-    few = (-(-p.seqlen_q // m) * blocks <= t.units * by for m, _, _, by in _FEW_ROWS)
-    packs = packed_heads(p) > 1, _packs_tighter(p)
-    return p.seqlen_k < _FEW_KEYS, *packs, has_few_rows(p, t), _one_warpgroup(p), *few
+    few = (AtMost("row_blocks", t.units * by, tile=m) for m, _, _, by in _FEW_ROWS)
+    packs = AtMost("packed_heads", 1), AtMost("tightness", -1, tile=128)
+    return AtMost("keys", _FEW_KEYS - 1), *packs, AtMost("few_rows"), AtMost("packed_rows", 64), *few
 
 
 def _default(p: Problem, t: Target) -> Config:
@@ -369,7 +370,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_default,
-    default_reads=_default_reads,
+    default_reads=Reads(_default_reads),
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",

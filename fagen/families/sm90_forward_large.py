@@ -8,6 +8,8 @@ from __future__ import annotations
 from fagen.families import device_limits
 from fagen.families.base import Config, Constraint, Family, Knob, Value
 from fagen.families.cost import key_bytes, makespan, walk
+from fagen.families.reads import Reads
+from fagen.ops.attention.measures import AtMost
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -287,7 +289,8 @@ FAMILY = Family(
     supports=lambda p, t: unsupported(p, t, "sm90_forward"),
     derive=_derive,
     default=_default,
-    default_reads=lambda p, t: (p.seqlen_q > GROUP_ROWS, p.seqlen_q > 2 * GROUP_ROWS),  # whether a cluster has work
+    # whether a cluster has work
+    default_reads=Reads(lambda p, t: (AtMost("rows", GROUP_ROWS), AtMost("rows", 2 * GROUP_ROWS))),
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",

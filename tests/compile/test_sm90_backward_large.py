@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -27,6 +28,9 @@ PROBLEMS = [
     BackwardProblem(head_dim=576, head_dim_v=512, mask="causal"),
     BackwardProblem(head_dim=640, mask="window"),
     BackwardProblem(head_dim=768),
+    BackwardProblem(head_dim=768, mask="causal", softcap=True),
+    BackwardProblem(head_dim=896, mask="causal"),
+    BackwardProblem(head_dim=1024),
     BackwardProblem(head_dim=512, mask="intervals", intervals="both4"),
     BackwardProblem(head_dim=1024, mask="causal"),
     BackwardProblem(head_dim=64, head_dim_v=512, mask="window"),
@@ -80,6 +84,21 @@ def test_every_legal_problem_has_a_legal_default() -> None:
                 problem = BackwardProblem(head_dim=d, head_dim_v=dv, **more)
                 if problem.wider_than(256):
                     FAMILY.require(problem, HERE, FAMILY.default(problem, HERE))
+
+
+@pytest.mark.parametrize("head_dim", range(648, 1025, 8))
+def test_wide_defaults_share_cells(head_dim: int) -> None:
+    """As the config does that an H100 found best at 768."""
+    wanted = {"share_cells": True, "tile_other": 256, "resident": "none", "stages": 7, "chunks_under": 0}
+    for mask, more in itertools.product(("none", "causal", "window", "intervals"), ({}, {"heads": 8, "kv_heads": 2})):
+        kind = "both2" if mask == "intervals" else ""
+        problem = BackwardProblem(head_dim=head_dim, mask=mask, intervals=kind, deterministic=bool(more), **more)
+        config = FAMILY.require(problem, HERE, FAMILY.default(problem, HERE))
+        assert config.share_cells and config.chunks_under == 0, config
+        if head_dim <= 768 and not kind:
+            assert wanted.items() <= dict(config).items(), config
+    narrow = BackwardProblem(head_dim=640)
+    assert not FAMILY.default(narrow, HERE).share_cells
 
 
 SHARED = {"share_cells": True, "tile_other": 128, "block_columns": 256, "resident": "scores"}

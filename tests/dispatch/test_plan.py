@@ -129,7 +129,7 @@ def test_plans_pick_the_record_that_dispatch_picks(mask: str, where: target.Targ
             regimes.add((size_point.has_few_rows(problem, where), wanted is None))
             p = problem
             sizes = [p.batch, p.heads, p.kv_heads, p.seqlen_q, p.seqlen_k, p.window_left, p.window_right]
-            row, index = plan.nearest(problem), module.nearest(words, sizes)
+            row, (index, _) = plan.nearest(problem), module.nearest(words, sizes)
             assert (row and row.record) == wanted, problem.key
             assert (plan.rows[index].record if index >= 0 else None) == wanted, problem.key
     assert {few for few, _ in regimes} == {True, False}

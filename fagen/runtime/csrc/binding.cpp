@@ -331,7 +331,8 @@ bool words_of(PyObject* list, std::vector<int64_t>& words) {
   return !PyErr_Occurred();
 }
 
-// nearest(plan, sizes): the index of the row of a plan that serves a size, as find() picks it; for tests.
+// nearest(plan, sizes): the index of the row of a plan that is the nearest to a size, and the address of the kernel
+// that find() answers with, None where Python must be asked; for tests.
 PyObject* nearest_row(PyObject*, PyObject* args) {
   PyObject *plan = nullptr, *sizes = nullptr;
   if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &plan, &PyList_Type, &sizes)) return nullptr;
@@ -339,7 +340,11 @@ PyObject* nearest_row(PyObject*, PyObject* args) {
   if (!words_of(plan, words) || !words_of(sizes, s)) return nullptr;
   if (words.size() < kPlanWords || s.size() != 7) return PyErr_Format(PyExc_ValueError, "a plan and seven sizes");
   const Plan known = plan_of(words.data(), words.size());
-  return PyLong_FromLongLong(known.nearest({s[0], s[1], s[2], s[3], s[4], s[5], s[6]}));
+  const Sizes asked{s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
+  const auto row = static_cast<long long>(known.nearest(asked));
+  const Answer& answer = known.find(asked);
+  if (!answer.known) return Py_BuildValue("LO", row, Py_None);
+  return Py_BuildValue("LL", row, static_cast<long long>(reinterpret_cast<intptr_t>(answer.entry.launch)));
 }
 
 using FastCall = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);

@@ -272,6 +272,12 @@ struct Sizes {
     return batch == other.batch && heads == other.heads && kv_heads == other.kv_heads && seqlen_q == other.seqlen_q &&
            seqlen_k == other.seqlen_k && (!windowed || (left == other.left && right == other.right));
   }
+  // How many heads a tile of rows packs.
+  int64_t packed_heads() const {
+    const int64_t group = heads / kv_heads;
+    return std::min(group & -group, kMostPacked);
+  }
+  int64_t seen_keys() const { return left >= 0 ? std::min(seqlen_k, left + seqlen_q) : seqlen_k; }
 };
 
 // As db.features: what of a size decides which config wins, in doublings.
@@ -301,10 +307,51 @@ struct FewRows {
   int64_t most_rows = -1;  // of a kv head
 
   bool has(const Sizes& s) const {
-    const int64_t group = s.heads / s.kv_heads, packed = std::min(group & -group, kMostPacked);
+    const int64_t group = s.heads / s.kv_heads, packed = s.packed_heads();
     const int64_t tiles = (s.seqlen_q * packed + kTileRows - 1) / kTileRows * (s.heads / packed) * s.batch;
-    const int64_t keys = s.left >= 0 ? std::min(s.seqlen_k, s.left + s.seqlen_q) : s.seqlen_k;
+    const int64_t keys = s.seen_keys();
     return (tiles <= most_idle_tiles && keys >= kSharedKeys) || s.seqlen_q * group <= most_rows;
+  }
+};
+
+// Whether a measure of a size is at most a limit; ops/attention/measures.py names the measures, in this order.
+struct AtMost {
+  int64_t measure, tile, limit;
+
+  bool holds(const Sizes& s, const FewRows& few_rows) const {
+    const auto tiles = [this](int64_t n) { return (n + tile - 1) / tile; };
+    const int64_t packed = s.packed_heads();
+    const int64_t measures[] = {
+        s.seqlen_k,
+        s.seen_keys(),
+        s.seqlen_q,
+        std::min(s.seqlen_q, s.seqlen_k),
+        packed,
+        s.seqlen_q * packed,
+        tiles(s.seqlen_q) * s.heads * s.batch,
+        tiles(s.seqlen_k) * s.kv_heads * s.batch,
+        4 * tiles(s.seqlen_q) * packed - 5 * tiles(s.seqlen_q * packed),
+        few_rows.has(s),
+    };
+    return measures[measure] <= limit;
+  }
+};
+
+// Defaults: of one family, or of all of them in turn. Sizes of which the same tests hold have the same one.
+struct Defaults {
+  bool by_tests = false;  // else Python must be asked about each size
+  std::vector<AtMost> tests;
+  std::vector<std::pair<int64_t, Answer>> known;  // by the tests that hold, a bit each
+
+  const Answer& find(const Sizes& sizes, const FewRows& few_rows) const {
+    static const Answer ask;
+    if (!by_tests) return ask;
+    int64_t hold = 0;
+    for (size_t i = 0; i < tests.size(); ++i) hold |= static_cast<int64_t>(tests[i].holds(sizes, few_rows)) << i;
+    for (const auto& [bits, answer] : known) {
+      if (bits == hold) return answer;
+    }
+    return ask;
   }
 };
 
@@ -315,6 +362,7 @@ struct Row {
   Features features;
   Answer answer;
   Answer where_torch_may;  // the same, or what is faster than its kernel where PyTorch can be asked: itself, or another
+  int64_t confirms, may_confirms;  // whose defaults serve in the place of each at other sizes than its own; 0: none's
 };
 
 // What is known of static facts. Rows lie in the order in which ties are settled.
@@ -323,7 +371,7 @@ struct Plan {
   bool windowed = false;  // whether a window's bounds are part of a size
   int64_t torch = 0;  // whether PyTorch can be asked in the place of a slower kernel: 1 always, 2 for square sizes
   FewRows few_rows;
-  Answer otherwise[2];  // where there are no rows: of the regime of many rows, and of few
+  std::vector<Defaults> defaults;  // the first ones where there are no rows of a regime, others where rows say so
   std::vector<Row> rows;
 
   // The index of the row that serves a size, -1 where there are none of its regime: a record of this device before
@@ -347,14 +395,17 @@ struct Plan {
 
   const Answer& find(const Sizes& sizes) const {
     const int64_t row = nearest(sizes);
-    if (row < 0) return otherwise[few_rows.has(sizes)];
+    if (row < 0) return defaults[0].find(sizes, few_rows);
+    const Row& found = rows[row];
     const bool may = torch == 1 || (torch == 2 && sizes.seqlen_q == sizes.seqlen_k);
-    return may ? rows[row].where_torch_may : rows[row].answer;
+    const int64_t confirms = may ? found.may_confirms : found.confirms;
+    if (confirms && !found.sizes.same(sizes, windowed)) return defaults[confirms].find(sizes, few_rows);
+    return may ? found.where_torch_may : found.answer;
   }
 };
 
 // Plans and answers come from Python as words; dispatch/plan.py writes them.
-constexpr size_t kAnswerWords = 4, kPlanWords = 5 + 2 * kAnswerWords, kRowWords = 8 + 2 * kAnswerWords;
+constexpr size_t kAnswerWords = 4, kPlanWords = 6, kRowWords = 10 + 2 * kAnswerWords;
 
 Answer answer_of(const int64_t* words) {
   Answer answer;
@@ -365,18 +416,31 @@ Answer answer_of(const int64_t* words) {
   return answer;
 }
 
+// Reads on from `words`.
+Defaults defaults_of(const int64_t*& words) {
+  const int64_t tests = words[0], known = words[1];
+  Defaults defaults;
+  defaults.by_tests = tests >= 0;
+  words += 2;
+  for (int64_t i = 0; i < tests; ++i, words += 3) defaults.tests.push_back({words[0], words[1], words[2]});
+  for (int64_t i = 0; i < known; ++i, words += 1 + kAnswerWords) {
+    defaults.known.emplace_back(words[0], answer_of(words + 1));
+  }
+  return defaults;
+}
+
 Plan plan_of(const int64_t* words, size_t count) {
   Plan plan;
   plan.units = words[0];
   plan.windowed = words[1] != 0;
   plan.torch = words[2];
   plan.few_rows = {words[3], words[4]};
-  plan.otherwise[0] = answer_of(words + 5), plan.otherwise[1] = answer_of(words + 5 + kAnswerWords);
-  for (size_t at = kPlanWords; at + kRowWords <= count; at += kRowWords) {
-    const int64_t* w = words + at;
+  const int64_t *w = words + kPlanWords, *end = words + count;
+  for (int64_t i = 0; i < words[5]; ++i) plan.defaults.push_back(defaults_of(w));
+  for (; w + kRowWords <= end; w += kRowWords) {
     const Sizes sizes{w[1], w[2], w[3], w[4], w[5], w[6], w[7]};
-    const Answer answer = answer_of(w + 8), where_torch_may = answer_of(w + 8 + kAnswerWords);
-    plan.rows.push_back(Row{w[0] != 0, sizes, Features(sizes, plan.units), answer, where_torch_may});
+    const Answer answer = answer_of(w + 10), where_torch_may = answer_of(w + 10 + kAnswerWords);
+    plan.rows.push_back(Row{w[0] != 0, sizes, Features(sizes, plan.units), answer, where_torch_may, w[8], w[9]});
   }
   return plan;
 }
