@@ -189,9 +189,18 @@ _TILES = (
     (256, ((128, 64, 1, 1), (128, 80, 1, 1), (128, 48, 1, 1), (128, 32, 1, 1))),
 )
 _SHORT = {64: (64, 64, 1, 3)}  # the best tile of a head dim where rows see few keys, of which each sees another number
-# Three warpgroups, the best where there are many keys; P by shared memory where registers have no room for it.
-_THREE = {96: (((192, 128, 1, 1), True),), 128: (((192, 128, 1, 1), True), ((192, 96, 1, 1), True))}
-_THREE_FULL = _THREE | {96: (((192, 112, 2, 1), False),)}
+# Three warpgroups, the best where there are many keys, and by far for head dims that are multiples of 8 alone, which
+# share kernels with the next multiple of 16: tile, stages, whether P goes by shared memory, where registers have no
+# room for it.
+_THREE = {
+    80: (((192, 96, 1, 1), 3, False),),
+    96: (((192, 128, 1, 1), 2, True),),
+    112: (((192, 96, 1, 1), 3, False), ((192, 80, 1, 1), 3, False)),
+    128: (((192, 128, 1, 1), 2, True), ((192, 96, 1, 1), 2, True)),
+    144: (((192, 64, 1, 1), 3, False),),
+    160: (((192, 64, 1, 1), 3, False), ((192, 64, 1, 1), 2, False)),
+}
+_THREE_FULL = _THREE | {96: (((192, 112, 2, 1), 2, False),), 144: (((192, 80, 1, 1), 2, False),)}
 _FEW_ROWS = ((64, 128, 1, 2), (64, 64, 1, 3), (128, 128, 1, 1))  # not enough to go round: a tile a block
 _FEW_KEYS = 2048
 # (tile_n) by the larger head dim, where blocks share keys: one tile of rows, and two stages of keys
@@ -218,7 +227,9 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     alone = ("single", "ascending" if p.mask == "none" else "longest_first", 32)
     dealt = [config(tile, 2, *plan) for plan in plans for tile in tiles]
     three = (_THREE_FULL if p.mask == "none" else _THREE).get(p.head_dim_padded, ())
-    third = next(filter(legal, (config(tile, 2, *plans[0]).replace(shared_weights=by) for tile, by in three)), None)
+    third = next(
+        filter(legal, (config(tile, stages, *plans[0]).replace(shared_weights=by) for tile, stages, by in three)), None
+    )
     if third:
         dealt.insert(0 if p.seqlen_k >= _FEW_KEYS else 1, third)
     if packed_heads(p) > 1:
@@ -287,7 +298,7 @@ def _default(p: Problem, t: Target) -> Config:
 
     def spare(c: Config) -> int:
         plain = p.mask in ("none", "causal") and not p.softcap and not c.shared_weights
-        of_dropout = (8 if plain else 16) if p.dropout else 0
+        of_dropout = (8 if plain and p.head_dim_padded in (64, 96, 128) else 16) if p.dropout else 0
         return OTHER_REGISTERS + (16 if p.alibi else 0) + of_dropout
 
     roomy = (c for c in guesses if fragment_registers(p, c) + spare(c) <= consumer_registers(c))

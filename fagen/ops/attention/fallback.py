@@ -88,7 +88,15 @@ _NO_SDPA = "not possible with this mask"
 _MASK_BYTES = 1 << 30  # the largest dense mask that PyTorch's SDPA is given
 
 
-def sdpa_call(call: AttentionCall) -> tuple[Callable[[], object] | None, str]:
+def torch_peer(call: AttentionCall) -> tuple[Callable[[], object] | None, str]:
+    """What a call costs that PyTorch serves: SDPA, and a copy where its output does not lie in the caller's layout."""
+    run, how = sdpa_call(call)
+    if run is None or call.layout == "bhsd":
+        return run, how
+    return lambda: run().transpose(1, 2).contiguous(), how
+
+
+def sdpa_call(call: AttentionCall) -> tuple[Callable[[], torch.Tensor] | None, str]:
     """PyTorch's SDPA on the same inputs and how it is asked; None and why, where it cannot do this."""
     p = call.problem
     if p.softcap or p.alibi:

@@ -95,6 +95,6 @@ CALLS = Calls(
     check_problems=check_problems,
     check=lambda call, outputs: reference.check(call, outputs),
     check_sample=check_sample,
-    torch_peer=lambda call: fallback.sdpa_call(call),
+    torch_peer=lambda call: fallback.torch_peer(call),
     flops=work.flops,
 )
