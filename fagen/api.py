@@ -102,10 +102,8 @@ def attention(
             softcap=softcap, alibi_slopes=alibi_slopes, scale=scale, deterministic=deterministic, dropout_p=dropout_p,
         )  # fmt: skip
     if not torch.compiler.is_compiling() and _fast is not None:
-        answer = _fast(
-            q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out, deterministic,
-            dropout_p,
-        )  # fmt: skip
+        answer = _fast(q, k, v, layout, causal, window, intervals, softcap, alibi_slopes, scale, return_lse, out,
+                       deterministic, dropout_p)  # fmt: skip
         if answer is not None:
             return answer
     return _attention(
