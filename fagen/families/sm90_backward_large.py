@@ -246,6 +246,7 @@ def _block_columns(p: Problem, t: Target) -> list[int]:
 
 _FEWEST_STAGES, _STAGES_UNDER = 4, 5  # of guesses; from how many on some may be held while P is formed
 _MOST_ALONE = 640  # columns up to which defaults share no cells: one block can hold them
+_FEW_SEEN = 2048  # rows or keys up to which a mask leaves too little of the long tiles of those that do
 
 
 def _deepest(p: Problem, t: Target, **values: Value) -> list[Config]:
@@ -296,13 +297,14 @@ def _first_configs(p: Problem, t: Target) -> list[Config]:
 
 def _default(p: Problem, t: Target) -> Config:
     """The first guess with registers to spare: nobody has looked at its spills for this very problem. Above 640 columns
-    of those that share cells, as the one does that has run on a GPU: a deep ring, no dP under P."""
+    of those that share cells, with a deep ring and no dP under P, unless a mask leaves few cells."""
 
     def spare(c: Config) -> int:
         return (int(c.tile_other) - 64) // 8 + (20 if p.mask == "intervals" else 0)
 
     guesses = _guesses(p, t)
-    if max(p.head_dim_padded, p.head_dim_v_padded) > _MOST_ALONE:
+    many = p.mask == "none" or min(p.seqlen_q, p.seqlen_k) > _FEW_SEEN
+    if max(p.head_dim_padded, p.head_dim_v_padded) > _MOST_ALONE and many:
         shared = (c.replace(chunks_under=0) for c in _guesses(p, t, share_cells=True) if c.stages >= _STAGES_UNDER)
         guesses = [*shared, *guesses]
     roomy = (c for c in guesses if fragment_registers(p, c) + OTHER_REGISTERS + spare(c) <= CONSUMER_REGISTERS)
@@ -349,7 +351,7 @@ FAMILY = Family(
     supports=lambda p, t: unsupported(p, t, "sm90_backward"),
     derive=_derive,
     default=_default,
-    default_reads=Reads(lambda p, t: (AtMost("shorter", OWN_ROWS),)),  # whether a cluster has work
+    default_reads=Reads(lambda p, t: (AtMost("shorter", OWN_ROWS), AtMost("shorter", _FEW_SEEN))),
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",

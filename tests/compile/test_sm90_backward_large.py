@@ -28,11 +28,11 @@ PROBLEMS = [
     BackwardProblem(head_dim=576, head_dim_v=512, mask="causal"),
     BackwardProblem(head_dim=640, mask="window"),
     BackwardProblem(head_dim=768),
-    BackwardProblem(head_dim=768, mask="causal", softcap=True),
-    BackwardProblem(head_dim=896, mask="causal"),
+    BackwardProblem(head_dim=768, mask="causal", softcap=True, seqlen_q=4096),
+    BackwardProblem(head_dim=896, mask="causal", seqlen_q=4096),
     BackwardProblem(head_dim=1024),
     BackwardProblem(head_dim=512, mask="intervals", intervals="both4"),
-    BackwardProblem(head_dim=1024, mask="causal"),
+    BackwardProblem(head_dim=1024, mask="causal", seqlen_q=4096),
     BackwardProblem(head_dim=64, head_dim_v=512, mask="window"),
     BackwardProblem(head_dim=1024, head_dim_v=64, mask="intervals", intervals="both4", softcap=True),
     BackwardProblem(head_dim=320, mask="intervals", intervals="lower1", dtype="fp16"),
@@ -92,13 +92,15 @@ def test_wide_defaults_share_cells(head_dim: int) -> None:
     wanted = {"share_cells": True, "tile_other": 256, "resident": "none", "stages": 7, "chunks_under": 0}
     for mask, more in itertools.product(("none", "causal", "window", "intervals"), ({}, {"heads": 8, "kv_heads": 2})):
         kind = "both2" if mask == "intervals" else ""
-        problem = BackwardProblem(head_dim=head_dim, mask=mask, intervals=kind, deterministic=bool(more), **more)
+        problem = BackwardProblem(
+            head_dim=head_dim, mask=mask, intervals=kind, deterministic=bool(more), seqlen_q=4096, **more
+        )
         config = FAMILY.require(problem, HERE, FAMILY.default(problem, HERE))
         assert config.share_cells and config.chunks_under == 0, config
         if head_dim <= 768 and not kind:
             assert wanted.items() <= dict(config).items(), config
-    narrow = BackwardProblem(head_dim=640)
-    assert not FAMILY.default(narrow, HERE).share_cells
+    for alone in (BackwardProblem(head_dim=640, seqlen_q=4096), BackwardProblem(mask="causal", head_dim=head_dim)):
+        assert not FAMILY.default(alone, HERE).share_cells
 
 
 SHARED = {"share_cells": True, "tile_other": 128, "block_columns": 256, "resident": "scores"}

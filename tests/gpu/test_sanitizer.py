@@ -1,10 +1,13 @@
 """compute-sanitizer over a small set: no byte out of bounds, no shared-memory hazard.
 
-Nothing is filtered or expected to fail: what is red here is to be looked into.
+racecheck does not follow two ways of waiting: a lane that arrives for its warp behind `__syncwarp()`, and `bar.arrive`.
+It reports kernels of `racecheck.cu` that are right. Of our kernels that wait so, it may report the accesses that
+`UNFOLLOWED` names, and no others.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -137,6 +140,26 @@ IDS = {
     FP8: "sm90-fp8",
 }  # fmt: skip
 
+# Pairs of functions whose accesses are ordered in a way that racecheck does not follow.
+_COPIES = ("bulk_load", "backward_kernel")  # rows' stats, parts of dQ: stages that a warp's first lane frees or fills
+UNFOLLOWED = {
+    SM90_BACKWARD: {
+        *((copy, read) for copy in _COPIES for read in ("ld_shared_8", "ld_shared_4", "st_shared_16")),
+        ("ld_shared_16", "st_shared_16"),
+    },
+    LARGE_BACKWARD: {("bulk_load", "ld_shared_8")},
+    HOPPER_DECODE: {("st_shared_4", "ld_shared_4")},  # references of one warpgroup for the other, by bar.arrive
+}
+
+
+def reported(report: str) -> set[tuple[str, str]]:
+    """The pairs of functions of which racecheck reports accesses."""
+    found = set()
+    for block in report.split("Race reported between ")[1:]:
+        first, *others = re.findall(r"(?:Read|Write) access at (?:\w+::)*(\w+)", block)
+        found |= {(first, other) for other in others}
+    return found
+
 
 def _hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -186,6 +209,27 @@ def test_sanitizer(check: str, kernels: str) -> None:
     )
     only = "" if kernels is INTERVALS else f"--kernel-regex kns={ours}"
     options = f"--tool {check} --error-exitcode 9 {only}"
+    if check == "racecheck":
+        options += " --racecheck-report analysis --print-limit 100000"
     command = [TOOL, *options.split(), sys.executable, "-c", kernels]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0 and "all right" in done.stdout, (done.stdout + done.stderr)[-3000:]
+    pairs = reported(done.stdout) if check == "racecheck" else set()
+    assert pairs <= UNFOLLOWED.get(kernels, set()), pairs
+    assert (done.returncode == 0 or pairs) and "all right" in done.stdout, (done.stdout + done.stderr)[-3000:]
+
+
+@pytest.mark.skipif(not Path(TOOL).exists(), reason="compute-sanitizer is not found")
+def test_what_racecheck_does_not_follow(tmp_path: Path) -> None:
+    """Were it to follow more, `UNFOLLOWED` could shrink."""
+    if not _hopper():
+        pytest.skip("needs Hopper")
+    source, program = Path(__file__).with_name("racecheck.cu"), tmp_path / "racecheck"
+    subprocess.run(["nvcc", "-arch=sm_90a", "-std=c++17", "-o", program, source], check=True)
+    followed = {}
+    for name in ("copies_each", "copies_lane", "stores_each", "stores_lane", "box_sync", "box_arrive", "raced"):
+        command = [TOOL, "--tool", "racecheck", "--error-exitcode", "9", "--kernel-regex", f"kns={name}", program]
+        followed[name] = subprocess.run(command, capture_output=True).returncode == 0
+    assert followed == {
+        "copies_each": True, "copies_lane": False, "stores_each": True, "stores_lane": False,
+        "box_sync": True, "box_arrive": False, "raced": False,
+    }  # fmt: skip
