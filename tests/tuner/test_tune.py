@@ -331,9 +331,13 @@ def test_live_calls_pick_up_a_new_winner(calm, monkeypatch):
     for _ in range(2):
         fagen.attention(q, k, k, causal=True, return_lse=True)  # or PyTorch would be asked, which is faster
     assert [found.kernel.spec.config.style for found in asked] == ["slow"]
-    tune.run([PROBLEM], host(), options(calm, trials=9))
-    fagen.attention(q, k, k, causal=True, return_lse=True)
-    assert [found.kernel.spec.config.style for found in asked] == ["slow", "plain"]
+    for attempt in range(4):  # on a busy machine the default may win by chance
+        tune.run([PROBLEM], host(), options(calm, trials=9))
+        fagen.attention(q, k, k, causal=True, return_lse=True)
+        assert len(asked) == attempt + 2
+        if asked[-1].kernel.spec.config.style == "plain":
+            break
+    assert asked[-1].kernel.spec.config.style == "plain"
     resolve.forget()
 
 
