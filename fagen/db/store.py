@@ -132,6 +132,8 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
 _Signature = tuple[tuple[str, int, int, int], ...]
 _cache: dict[tuple[Path, ...], tuple[_Signature, Database]] = {}
 
+ELSEWHERE = 1.0  # how much farther a record of another device counts: as one of half or twice the keys
+
 
 class Database:
     """The records of some folders, later folders winning. Immutable."""
@@ -180,7 +182,8 @@ class Database:
     def candidates(
         self, problem: Problem, target: Target, *, every_regime: bool = False
     ) -> Iterator[tuple[Record, str]]:
-        """Records that may serve, best first: "exact", then "nearest" on this device, then "arch" on others.
+        """Records that may serve, the nearest first: "exact", "nearest" on this device, "arch" on others, farther by
+        ELSEWHERE.
 
         Where several families have a record of the same size, the fastest comes first. With `every_regime`
         those that serve sizes of another regime than the problem's are among them.
@@ -193,9 +196,10 @@ class Database:
         if not every_regime:
             rows = [record for record in rows if op.regime(record.problem, target) == regime]
 
-        def order(record: Record) -> tuple[bool, bool, float, str, float]:
+        def order(record: Record) -> tuple[float, bool, bool, str, float]:
             elsewhere, other = slug(record.device) != device, record.key != problem.key
-            return elsewhere, other, op.distance(problem, record.problem, target.units), record.key, record.seconds
+            distance = op.distance(problem, record.problem, target.units) + ELSEWHERE * elsewhere
+            return distance, elsewhere, other, record.key, record.seconds
 
         for record in sorted(rows, key=order):
             if slug(record.device) != device:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fagen import ops
+from fagen.db.store import ELSEWHERE
 from fagen.families import Reads
 from fagen.ops.base import Op, Problem
 from fagen.runtime import binding
@@ -96,7 +97,7 @@ class Plan:
             distance = 0.0
             for weight, a, b in zip(weights, wanted, row.features, strict=True):
                 distance += weight * abs(a - b)
-            rank = row.elsewhere, row.record.problem.size_key != size, distance
+            rank = distance + ELSEWHERE * row.elsewhere, row.elsewhere, row.record.problem.size_key != size
             if best is None or rank < best:
                 best, found = rank, row
         return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from fagen.families import Family
     from fagen.runtime.helper import Helper
 
+    _Recorded = tuple[bool, Record]  # and whether it was tuned on another device
+
 _GRID = 8  # sizes a doubling, of the grid for defaults
 _COARSE = 12  # every so many numbers of keys, where there are several sequences and records
 MOST_SEQLEN = 1 << 24
@@ -55,12 +57,11 @@ def sizes(problem: Problem, target: Target, most: int) -> list[Problem]:
         if not choose.by_record(record, provenance, problem, target, able, refusals)[1]
     ]
     found: list[Problem] = []
-    recorded: dict[bool, list[Record]] = {}
+    recorded: dict[bool, list[_Recorded]] = {}
     for few in (False, True):
         records = [(elsewhere, r) for elsewhere, r in usable if size_point.has_few_rows(r.problem, target) == few]
         if records:
-            here = [r for elsewhere, r in records if elsewhere == min(records, key=lambda pair: pair[0])[0]]
-            recorded[few] = sorted(here, key=lambda r: (r.key, r.seconds))
+            recorded[few] = sorted(records, key=lambda pair: (pair[0], pair[1].key, pair[1].seconds))
             found += _by_record(problem, target, most, recorded[few], few)
         else:
             found += [p for p in _by_default(problem, target, most) if size_point.has_few_rows(p, target) == few]
@@ -84,11 +85,12 @@ def _batches(problem: Problem, target: Target, rows: list[int]) -> Iterator[tupl
         batch += 1
 
 
-def _by_record(problem: Problem, target: Target, most: int, records: list[Record], few: bool) -> list[Problem]:
+def _by_record(problem: Problem, target: Target, most: int, records: list[_Recorded], few: bool) -> list[Problem]:
     """For each record that is the nearest of some size, such a size; of those with few rows, or of the others."""
     import torch
 
-    keys, waves, rows = _points([r.problem for r in records], target).unbind(1)
+    keys, waves, rows = _points([r.problem for _, r in records], target).unbind(1)
+    farther = _farther(records)
     weight = size_point.WEIGHTS
     found: dict[int, Problem] = {}
     for batch, lengths in _batches(problem, target, _rows(most)):
@@ -98,7 +100,9 @@ def _by_record(problem: Problem, target: Target, most: int, records: list[Record
         if not sized:
             continue
         points = _points(sized, target)
-        base = weight["waves"] * (points[:, 1:2] - waves).abs() + weight["rows"] * (points[:, 2:3] - rows).abs()
+        base = (
+            weight["waves"] * (points[:, 1:2] - waves).abs() + weight["rows"] * (points[:, 2:3] - rows).abs() + farther
+        )
         least = torch.tensor(bounds, dtype=torch.float64).log2()
         for index in range(len(records)):
             if index in found:
@@ -110,7 +114,7 @@ def _by_record(problem: Problem, target: Target, most: int, records: list[Record
                 n = int(wins[len(wins) // 2])
                 length = min(most, max(1, round(2.0 ** float(own[n]))))
                 found[index] = sized[n] if own[n] == points[n, 0] else sized[n].replace(seqlen_k=length)
-    exact = (r.problem for r in records if _within(r.problem, problem, most))
+    exact = (r.problem for _, r in records if _within(r.problem, problem, most))
     return list(dict.fromkeys([*found.values(), *(p.replace(head_dim=problem.head_dim) for p in exact)]))
 
 
@@ -120,15 +124,15 @@ def _keys_of_regime(
     """For each number of rows the size of the most keys that has few rows or has not, and the fewest keys of such."""
     sized, bounds = [], []
     for n in lengths:
-        size = problem.replace(batch=batch, seqlen_q=n, seqlen_k=most)
+        size = problem.resized(batch, n, most)
         keys, fewest = most, n if problem.mask == "causal" else 1
         has = size_point.has_few_rows(size, target)
-        if has and not size_point.has_few_rows(size.replace(seqlen_k=fewest), target):  # it depends on the keys
+        if has and not size_point.has_few_rows(size.resized(batch, n, fewest), target):  # it depends on the keys
             keys, fewest = (most, max(fewest, size_point.SHARED_KEYS)) if few else (size_point.SHARED_KEYS - 1, fewest)
         elif has != few:
             continue
         if fewest <= keys:
-            sized.append(size.replace(seqlen_k=keys))
+            sized.append(size.resized(batch, n, keys))
             bounds.append(fewest)
     return sized, bounds
 
@@ -142,33 +146,38 @@ def _within(recorded: Problem, problem: Problem, most: int) -> bool:
 
 def _by_default(problem: Problem, target: Target, most: int) -> list[Problem]:
     able, _ = families.serving(problem, target)
+    readers = [_reader(family, problem, target) for family in able]
     found: dict[Any, Problem] = {}
     for sized in itertools.chain(*_grid(problem, target, most, able)):
-        found.setdefault(tuple(family.default_reads(sized, target) for family in able), sized)
+        found.setdefault(tuple(read(sized) for read in readers), sized)
     return list(found.values())
 
 
-def _by_confirmed(problem: Problem, target: Target, most: int, recorded: dict[bool, list[Record]]) -> list[Problem]:
+def _by_confirmed(problem: Problem, target: Target, most: int, recorded: dict[bool, list[_Recorded]]) -> list[Problem]:
     """Sizes of the grid at which a default serves in the place of a record that only confirms it; records by whether
     they have few rows."""
     import torch
 
     able, _ = families.serving(problem, target)
-    confirmed = {few: [_confirmed(r, target, able) for r in records] for few, records in recorded.items()}
+    confirmed = {few: [_confirmed(r, target, able) for _, r in records] for few, records in recorded.items()}
     asked = list({family.name: family for each in confirmed.values() for family in each if family}.values())
-    points = {few: _points([r.problem for r in records], target) for few, records in recorded.items()}
+    points = {few: _points([r.problem for _, r in records], target) for few, records in recorded.items()}
+    farther = {few: _farther(records) for few, records in recorded.items()}
     weights = torch.tensor(list(size_point.WEIGHTS.values()), dtype=torch.float64)
+    readers = {f.name: _reader(f, problem, target) for f in asked}
     found: dict[Any, Problem] = {}
     for row in _grid(problem, target, most, asked, between=True) if asked else ():
         new: dict[bool, list[tuple[Problem, dict[str, Any]]]] = {few: [] for few in recorded}
         for sized in row:
             few = size_point.has_few_rows(sized, target)
-            reads = {f.name: (few, f.name, f.default_reads(sized, target)) for f in asked}
-            if few in new and any(key not in found for key in reads.values()):
+            if few not in new:
+                continue
+            reads = {name: (few, name, read(sized)) for name, read in readers.items()}
+            if any(key not in found for key in reads.values()):
                 new[few].append((sized, reads))
         for few, some in new.items():
             apart = _points([sized for sized, _ in some], target)[:, None] - points[few]
-            nearest = (apart.abs() * weights).sum(2).argmin(1).tolist() if some else []
+            nearest = ((apart.abs() * weights).sum(2) + farther[few]).argmin(1).tolist() if some else []
             for (sized, reads), index in zip(some, nearest, strict=True):
                 family = confirmed[few][index]
                 if family is not None:
@@ -176,8 +185,23 @@ def _by_confirmed(problem: Problem, target: Target, most: int, recorded: dict[bo
     return list(found.values())
 
 
+def _reader(family: Family, problem: Problem, target: Target) -> Callable[[Problem], object]:
+    """What the family's default looks at of a size of the problem's."""
+    reads = family.default_reads
+    if not isinstance(reads, Reads):
+        return lambda sized: reads(sized, target)
+    tests = tuple(reads.tests(problem, target))
+    return lambda sized: tuple(test.holds(sized, target) for test in tests)
+
+
 def _confirmed(record: Record, target: Target, able: list[Family]) -> Family | None:
     return next((f for f in able if f.name == record.family and choose.confirms(record, f, target)), None)
+
+
+def _farther(records: list[_Recorded]) -> torch.Tensor:
+    import torch
+
+    return torch.tensor([store.ELSEWHERE * elsewhere for elsewhere, _ in records], dtype=torch.float64)
 
 
 def _points(sizes: list[Problem], target: Target) -> torch.Tensor:
@@ -202,7 +226,7 @@ def _grid(
         for n in some:
             keys = lengths if batch == 1 else [n, *(k for k in few if k != n), lengths[-1]]
             longer = [k for k in keys if problem.mask != "causal" or k >= n]
-            yield [problem.replace(batch=batch, seqlen_q=n, seqlen_k=k) for k in longer]
+            yield [problem.resized(batch, n, k) for k in longer]
 
 
 def _edges(problem: Problem, target: Target, most: int, able: list[Family]) -> set[int]:

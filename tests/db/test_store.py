@@ -76,15 +76,16 @@ def test_the_overlay_wins_and_shipped_records_stay(folders):
     assert database.origin(database.find(a, GPU)[0]).is_relative_to(user)
 
 
-def test_nearest_size_then_other_devices(tmp_path):
-    near = record(Problem(seqlen_q=2048, heads=16))
-    far = record(Problem(seqlen_q=16384, heads=16))
-    elsewhere = record(Problem(seqlen_q=4096, heads=16), OTHER)
-    merge.put([near, far, elsewhere], tmp_path)
+def test_the_nearest_size_and_other_devices_are_farther(tmp_path):
+    near, elsewhere, far = (
+        record(Problem(heads=64, batch=8, seqlen_q=4096, seqlen_k=keys), device)
+        for keys, device in ((5000, GPU), (4096, OTHER), (16384, GPU))
+    )
+    merge.put([far, near, elsewhere], tmp_path)
     database = Database.load([tmp_path])
-    wanted = Problem(seqlen_q=4096, heads=16)
+    wanted = Problem(heads=64, batch=8, seqlen_q=4096, seqlen_k=4096)
     assert [(r.key, how) for r, how in database.candidates(wanted, GPU)] == [
-        (near.key, "nearest"), (far.key, "nearest"), (elsewhere.key, "arch"),
+        (near.key, "nearest"), (elsewhere.key, "arch"), (far.key, "nearest"),
     ]  # fmt: skip
     assert database.find(wanted, OTHER) == (elsewhere, "exact")
     assert database.find(wanted, Target("sm_90", "NVIDIA H20", 78))[1] == "arch"

@@ -374,8 +374,11 @@ struct Plan {
   std::vector<Defaults> defaults;  // the first ones where there are no rows of a regime, others where rows say so
   std::vector<Row> rows;
 
-  // The index of the row that serves a size, -1 where there are none of its regime: a record of this device before
-  // others, of exactly this size before others, then the nearest.
+  // How much farther a record of another device counts, as in db/store.py.
+  static constexpr double kElsewhere = 1.0;
+
+  // The index of the row that serves a size, -1 where there are none of its regime: the nearest; of those a record of
+  // this device before others, of exactly this size before others.
   int64_t nearest(const Sizes& sizes) const {
     const Features wanted(sizes, units);
     const bool few = few_rows.has(sizes);
@@ -385,8 +388,8 @@ struct Plan {
     for (size_t i = 0; i < rows.size(); ++i) {
       if (few_rows.has(rows[i].sizes) != few) continue;
       const int rank = 2 * rows[i].elsewhere + !rows[i].sizes.same(sizes, windowed);
-      const double distance = wanted.distance(rows[i].features);
-      if (best < 0 || rank < best_rank || (rank == best_rank && distance < best_distance)) {
+      const double distance = wanted.distance(rows[i].features) + (rows[i].elsewhere ? kElsewhere : 0.0);
+      if (best < 0 || distance < best_distance || (distance == best_distance && rank < best_rank)) {
         best = static_cast<int64_t>(i), best_rank = rank, best_distance = distance;
       }
     }
