@@ -7,7 +7,16 @@ from typing import Any
 
 from fagen.families.base import Config, Constraint, Family, Knob
 from fagen.families.cost import makespan, walk
-from fagen.families.reads import nothing
+from fagen.families.reads import Reads
+from fagen.families.sm90_backward_block import (
+    OTHER_REGISTERS,
+    consumer_registers,
+    dq_columns,
+    dq_owners,
+    fragment_registers,
+    smem_bytes,
+)
+from fagen.ops.attention.measures import AtMost
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
@@ -26,7 +35,8 @@ KNOBS = (
         "dv_start",
         "kDvStart",
         ("after_ds", "before_ds", "after_store"),
-        "dV is started when dS is formed, under that, or when dS is in shared memory",
+        "dV is started when dS is formed, under that, or when dS is in shared memory; with operands=shared P is stored "
+        "with dS, under that, or before others store dS",
     ),
     Knob("seeds", "kSeeds", ("none", "delta"), "accumulators of dP begin with zero, or with -delta"),
     Knob("exp_on_fma", "kExpOnFma", (0, 1, 2), "of 8 exponentials, those that the FMA pipe computes, by polynomials"),
@@ -37,7 +47,12 @@ KNOBS = (
         ("last_block", "own_kernel"),
         "who rounds the sums of dQ: the block that adds the last part, or a kernel after all of them",
     ),
-    Knob("dq_owner", "kDqOwner", ("all", "first"), "warpgroups that compute dQ"),
+    Knob(
+        "dq_owner",
+        "kDqOwner",
+        ("all", "first", "loader"),
+        "who computes dQ: all warpgroups that compute, the first of them, or the one that loads tiles",
+    ),
     Knob("row_order", "kRowOrder", ("ascending", "descending", "shifted"), "order of a block's row tiles"),
     Knob(
         "block_order",
@@ -47,62 +62,6 @@ KNOBS = (
     ),
     Knob("section_mb", "kSectionMb", (16, 32, 64), "megabytes of q, dO and dQ that a section of heads may have"),
 )
-
-ROW_BYTES = 128  # of a slab of 64 columns
-BARRIER_BYTES = 16  # a full and an empty barrier
-SMEM_ALIGNMENT = 1024
-PIECE_BYTES = 2048  # 8 columns of 64 rows of dQ in float32
-OTHER_REGISTERS = 24  # addresses, bounds, loop state
-
-
-def _slabs(columns: int) -> int:
-    return -(-columns // (ROW_BYTES // 2))
-
-
-def _owners(c: Config) -> int:
-    return int(c.warpgroups) if c.dq_owner == "all" else 1
-
-
-def dq_columns(p: Problem, c: Config) -> int:
-    """Columns of dQ that a warpgroup has at a time, as DqShare in sm90/backward/layout.cuh shares them."""
-    if c.operands == "shared":
-        return 64
-    if int(c.tile_m) // 64 % _owners(c) == 0:
-        return p.head_dim_padded
-    return -(-_slabs(p.head_dim_padded) // _owners(c)) * 64
-
-
-def consumer_registers(c: Config) -> int:
-    """Of a thread that computes: what the producing warpgroup leaves of the SM's registers."""
-    groups = int(c.warpgroups)
-    each = 65536 // (128 * (groups + 1)) // 8 * 8
-    producer = 32 if groups == 3 else 56 if c.dq_rounding == "last_block" and c.tile_m == 64 else 40
-    return min(240, ((groups + 1) * each - producer) // groups // 8 * 8)
-
-
-def smem_bytes(p: Problem, c: Config) -> int:
-    m, n = int(c.tile_m), int(c.tile_n)
-    slabs, slabs_v = _slabs(p.head_dim_padded), _slabs(p.head_dim_v_padded)
-    tiles = n * (slabs + slabs_v) + c.q_stages * m * slabs + c.dout_stages * m * slabs_v
-    tiles += c.ds_stages * m * _slabs(n) * (2 if c.operands == "shared" else 1)
-    dq = _owners(c) * dq_columns(p, c) // 8 * PIECE_BYTES if c.dq_sink == "bulk" else 0
-    stats = 4 * m * 2 * c.q_stages
-    bounds = 16 * n + 32 if p.mask == "intervals" else 0
-    rounds = c.dq_rounding == "last_block"
-    barriers = BARRIER_BYTES * (2 + c.q_stages + c.dout_stages + c.warpgroups * (1 + rounds))
-    return tiles * ROW_BYTES + dq + stats + bounds + barriers + SMEM_ALIGNMENT
-
-
-def fragment_registers(p: Problem, c: Config) -> int:
-    """dK and dV, and beside them S and dP, or dQ and what of P and dS are operands."""
-    m, n, groups = int(c.tile_m), int(c.tile_n), int(c.warpgroups)
-    if c.operands == "shared":
-        chunks = sum(-(-_slabs(d) // groups) for d in (p.head_dim_padded, p.head_dim_v_padded))
-        scores = m * n // (64 * groups) * (3 if p.softcap else 2) // 2
-        return chunks * n // 2 + max(scores, 32)
-    scores = m // 2 * (3 if p.softcap else 2)
-    held = p.head_dim_v_padded // 4 + 8 if c.v_source == "registers" else 0  # 8: without them ptxas spills at the edge
-    return held + (p.head_dim_padded + p.head_dim_v_padded) // 2 + max(scores, m // 2 + dq_columns(p, c) // 2)
 
 
 def _shape_fits(p: Problem, t: Target, c: Config) -> str | None:
@@ -115,8 +74,6 @@ def _shape_fits(p: Problem, t: Target, c: Config) -> str | None:
         return f"a warpgroup takes whole 8 keys, not {n} / {groups}"
     if c.operands == "shared" and p.dropout and n % (16 * groups):
         return f"dropout takes keys by 16, not {n} / {groups}"
-    if c.operands == "shared" and c.dv_start == "before_ds":
-        return f"operands=shared starts dV when dS is formed, dv_start={c.dv_start}"
     if c.operands == "shared" and c.v_source != "shared":
         return f"operands=shared leaves no registers for v, v_source={c.v_source}"
     return None
@@ -141,6 +98,19 @@ def _seeds_fit(p: Problem, t: Target, c: Config) -> str | None:
 def _owner_matters(p: Problem, t: Target, c: Config) -> str | None:
     if c.dq_owner == "first" and c.warpgroups == 1:
         return "a lone warpgroup owns dQ anyway"
+    return None
+
+
+def _loader_can(p: Problem, t: Target, c: Config) -> str | None:
+    """It has registers for half a slab of dQ and nothing else, and loads a visit before it computes the one before."""
+    if c.dq_owner != "loader":
+        return None
+    if c.operands != "registers" or c.warpgroups != 2:
+        return f"the loader serves two warpgroups with operands=registers, not {c.warpgroups} with {c.operands}"
+    if c.dq_sink != "red" or c.dq_rounding != "own_kernel":
+        return "the loader adds dQ from registers, and leaves rounding to a kernel of its own"
+    if c.q_stages == 1 or c.dout_stages == 1:
+        return "the loader loads ahead, which takes two stages of q and of dO"
     return None
 
 
@@ -193,10 +163,15 @@ CONSTRAINTS = (
     Constraint(
         "registers_fit",
         _registers_fit,
-        ("tile_m", "tile_n", "warpgroups", "operands", "v_source", "dq_rounding", "dq_owner"),
+        ("tile_m", "tile_n", "warpgroups", "operands", "v_source", "dv_start", "dq_rounding", "dq_owner"),
     ),
     Constraint("seeds_fit", _seeds_fit, ("seeds",)),
     Constraint("owner_matters", _owner_matters, ("warpgroups", "dq_owner")),
+    Constraint(
+        "loader_can",
+        _loader_can,
+        ("warpgroups", "operands", "q_stages", "dout_stages", "dq_sink", "dq_rounding", "dq_owner"),
+    ),
     Constraint("sum_is_ordered", _sum_is_ordered, ("dq_sink",)),
     Constraint("last_is_known", _last_is_known, ("dq_rounding", "dq_sink")),
     Constraint("order_matters", _order_matters, ("block_order",)),
@@ -239,41 +214,81 @@ def _context(p: Problem, c: Config) -> dict[str, Any]:
     }
 
 
-# (operands, tile_m, tile_n, warpgroups, q_stages, dout_stages, ds_stages) by the larger head dim, the best first.
-_Tile = tuple[str, int, int, int, int, int, int]
+# (operands, tile_m, tile_n, warpgroups, q_stages, dout_stages, ds_stages, dq_owner) by the larger head dim, best first.
+_Tile = tuple[str, int, int, int, int, int, int, str]
 _TILES: tuple[tuple[int, tuple[_Tile, ...]], ...] = (
-    (64, (("registers", 128, 128, 2, 2, 2, 2), ("registers", 64, 192, 3, 2, 2, 2), ("registers", 64, 128, 2, 2, 2, 2))),
-    (96, (("registers", 64, 128, 2, 2, 2, 2), ("registers", 64, 128, 2, 2, 1, 1), ("shared", 64, 128, 2, 2, 1, 1))),
-    (128, (("registers", 64, 128, 2, 2, 1, 2), ("registers", 64, 128, 2, 2, 1, 1), ("shared", 64, 128, 2, 2, 1, 1))),
+    (
+        64,
+        (
+            ("registers", 128, 128, 2, 3, 3, 2, "loader"), ("registers", 128, 128, 2, 2, 2, 2, "all"),
+            ("registers", 64, 192, 3, 2, 2, 2, "all"), ("registers", 64, 128, 2, 2, 2, 2, "all"),
+        ),
+    ),
+    (
+        96,
+        (
+            ("registers", 64, 128, 2, 3, 3, 1, "loader"), ("registers", 64, 128, 2, 2, 2, 2, "all"),
+            ("registers", 64, 128, 2, 2, 1, 1, "all"), ("shared", 64, 128, 2, 2, 1, 1, "all"),
+        ),
+    ),
+    (
+        128,
+        (
+            ("registers", 64, 128, 2, 2, 2, 2, "all"), ("registers", 64, 128, 2, 2, 1, 2, "all"),
+            ("registers", 64, 128, 2, 2, 1, 1, "all"), ("shared", 64, 128, 2, 2, 1, 1, "all"),
+        ),
+    ),
     (
         192,
         (
-            ("shared", 64, 96, 3, 2, 2, 2), ("shared", 64, 96, 3, 2, 1, 2), ("shared", 64, 96, 3, 2, 1, 1),
-            ("shared", 64, 96, 3, 1, 1, 1), ("shared", 64, 96, 2, 2, 1, 1),
+            ("shared", 64, 96, 3, 2, 2, 2, "all"), ("shared", 64, 96, 3, 2, 1, 2, "all"),
+            ("shared", 64, 96, 3, 2, 1, 1, "all"), ("shared", 64, 96, 3, 1, 1, 1, "all"),
+            ("shared", 64, 96, 2, 2, 1, 1, "all"),
         ),
     ),
-    (256, (("shared", 64, 80, 2, 2, 1, 1), ("shared", 64, 80, 2, 1, 1, 1), ("shared", 64, 64, 2, 2, 1, 1))),
+    (
+        256,
+        (
+            ("shared", 64, 80, 2, 2, 1, 1, "all"), ("shared", 64, 80, 2, 1, 1, 1, "all"),
+            ("shared", 64, 64, 2, 2, 1, 1, "all"),
+        ),
+    ),
 )  # fmt: skip
-_SMALLEST: tuple[_Tile, ...] = (("shared", 64, 64, 2, 1, 1, 1),)  # fits every problem
+_SMALLEST: tuple[_Tile, ...] = (("shared", 64, 64, 2, 1, 1, 1, "all"),)  # fits every problem
 
 
-def _order_of_visit(p: Problem, operands: str, tile_m: int) -> tuple[str, str, int]:
-    """dv_start, seeds and exp_on_fma: the fastest of each head dim on an H100."""
+def _order_of_visit(p: Problem, operands: str, tile_m: int, dq_owner: str) -> tuple[str, str, int]:
+    """dv_start, seeds and exp_on_fma: the fastest of each head dim on an H200."""
     size = max(p.head_dim_padded, p.head_dim_v_padded)
-    seeds = "none" if p.dropout or (operands == "registers" and size > 96) else "delta"
     if operands == "shared":
-        return "after_ds" if size <= 192 else "after_store", seeds, 1 if size <= 192 else 0
+        seeds = "none" if p.dropout else "delta"
+        return ("before_ds", seeds, 0) if size <= 192 else ("after_ds", seeds, 1)
+    if dq_owner == "loader" or size > 64:
+        return "after_store", "none", 0
     if p.mask == "intervals" and tile_m > 64:  # their bounds and 128 rows leave no registers for more
-        return "after_ds", "none", 1
-    return "after_store", seeds, 1
+        return "after_store", "none", 0
+    return "after_store", "none" if p.dropout else "delta", 1
+
+
+_ONE_KEY_TILE = AtMost("keys", 128)
+
+
+def _default_reads(p: Problem, t: Target) -> tuple[AtMost, ...]:
+    """A block that has all keys stores dQ from registers, which the loader cannot."""
+    has_loader = max(p.head_dim_padded, p.head_dim_v_padded) <= 96 and p.mask != "intervals"
+    return (_ONE_KEY_TILE,) if has_loader else ()
 
 
 def _guesses(p: Problem, t: Target) -> list[Config]:
     """Legal ones, the best first: the tiles with each sink of dQ, in two orders of blocks."""
     size = max(p.head_dim_padded, p.head_dim_v_padded)
     tiles = next(tiles for limit, tiles in _TILES if size <= limit)
+    if any(test.holds(p, t) for test in _default_reads(p, t)):
+        tiles = tuple(sorted(tiles, key=lambda tile: tile[-1] == "loader"))
     orders: tuple[str, ...] = ("ascending", "sectioned") if p.mask == "none" else ("sectioned", "longest_first")
     rows, same_bits = "ascending", getattr(p, "deterministic", False)
+    if p.mask == "intervals" and not same_bits:  # packed sequences: the rows that all heads are at are few, and fit L2
+        orders = orders[::-1]
     if same_bits and p.mask != "none":  # key tiles must come to a row tile in the order of their turns
         if size <= 128:
             orders = ("descending", *orders)
@@ -284,14 +299,15 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
     found = []
     roundings = ("own_kernel", "last_block")
     for order, sink, tile, rounding in itertools.product(orders, sinks, (*tiles, *_SMALLEST), roundings):
-        operands, m, n, warpgroups, q_stages, dout_stages, ds_stages = tile
-        dv_start, seeds, exp_on_fma = _order_of_visit(p, operands, m)
+        operands, m, n, warpgroups, q_stages, dout_stages, ds_stages, dq_owner = tile
+        dv_start, seeds, exp_on_fma = _order_of_visit(p, operands, m, dq_owner)
         config = Config(
             {
                 "tile_m": m, "tile_n": n, "warpgroups": warpgroups, "operands": operands,
                 "v_source": "registers" if held and operands == "registers" else "shared",
-                "q_stages": q_stages, "dout_stages": dout_stages, "ds_stages": ds_stages, "dq_sink": sink,
-                "dq_rounding": rounding, "dv_start": dv_start, "dq_owner": "all", "row_order": rows,
+                "q_stages": q_stages, "dout_stages": dout_stages, "ds_stages": ds_stages,
+                "dq_sink": "red" if dq_owner == "loader" else sink, "dq_rounding": rounding,
+                "dv_start": dv_start, "dq_owner": dq_owner, "row_order": rows,
                 "block_order": order, "section_mb": 32, "seeds": seeds, "exp_on_fma": exp_on_fma,
             }
         )  # fmt: skip
@@ -321,7 +337,7 @@ def _visit_cycles(p: Problem, c: Config) -> float:
     products = 2 * m * n * (3 * d + 2 * dv) / 4096
     rows, keys = m * (d + dv) * 2, n * (d + dv) * 2
     if c.operands == "registers":  # each warpgroup reads all rows, twice
-        moved = keys + 2 * groups * rows + m * n * 2 * (1 + _owners(c)) + n * d * 2
+        moved = keys + 2 * groups * rows + m * n * 2 * (1 + dq_owners(c)) + n * d * 2
     else:  # scores: all rows and some keys; gradients: P and dS, and some columns of the rows
         moved = groups * rows + keys + rows + m * n * 4 * (1 + groups) + groups * m * n * 2 + n * d * 2
     moved -= n * dv * 2 if c.v_source == "registers" else 0
@@ -364,7 +380,7 @@ FAMILY = Family(
     supports=_supports,
     derive=_derive,
     default=_default,
-    default_reads=nothing,
+    default_reads=Reads(_default_reads),
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=_context,
     first_configs=_guesses,

@@ -1,8 +1,8 @@
 // A kernel for attention backward, made by fagen. It needs the CUDA toolkit and nothing else: no torch, no Python.
 //
 // problem:  backward/bf16/d128/causal, its config chosen for b4/h16-16/q4096-k4096
-// config:   tile_m=64 tile_n=128 warpgroups=2 operands=registers v_source=shared q_stages=2 dout_stages=1 ds_stages=2 dq_sink=bulk dq_rounding=own_kernel dv_start=after_store dq_owner=all row_order=ascending block_order=sectioned section_mb=32 seeds=none exp_on_fma=1 (the family's default)
-// made by:  fagen emit --target sm_90 --op backward --dtype bf16 --head-dim 128 --mask causal --seqlen 4096 --batch 4 --heads 16 --kv-heads 16 --family sm90_backward --config '{"block_order": "sectioned", "dout_stages": 1, "dq_owner": "all", "dq_rounding": "own_kernel", "dq_sink": "bulk", "ds_stages": 2, "dv_start": "after_store", "exp_on_fma": 1, "operands": "registers", "q_stages": 2, "row_order": "ascending", "section_mb": 32, "seeds": "none", "tile_m": 64, "tile_n": 128, "v_source": "shared", "warpgroups": 2}' --out DIR
+// config:   tile_m=64 tile_n=128 warpgroups=2 operands=registers v_source=shared q_stages=2 dout_stages=2 ds_stages=2 dq_sink=bulk dq_rounding=own_kernel dv_start=after_store dq_owner=all row_order=ascending block_order=sectioned section_mb=32 seeds=none exp_on_fma=0 (the family's default)
+// made by:  fagen emit --target sm_90 --op backward --dtype bf16 --head-dim 128 --mask causal --seqlen 4096 --batch 4 --heads 16 --kv-heads 16 --family sm90_backward --config '{"block_order": "sectioned", "dout_stages": 2, "dq_owner": "all", "dq_rounding": "own_kernel", "dq_sink": "bulk", "ds_stages": 2, "dv_start": "after_store", "exp_on_fma": 0, "operands": "registers", "q_stages": 2, "row_order": "ascending", "section_mb": 32, "seeds": "none", "tile_m": 64, "tile_n": 128, "v_source": "shared", "warpgroups": 2}' --out DIR
 // build:    nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 --use_fast_math -lineinfo -shared -Xcompiler -fPIC -o kernel.so kernel.cu
 // call:     fagen_launch(), declared in kernel.h beside this file
 
@@ -11,7 +11,7 @@
 // Symbols: m rows of q, n keys; S = scale * Q K^T the scores, P = exp(S - max) the weights, O = P V / sum P.
 // Names: kCamel is known at compile time, snake_case at run time; *_log2 lives in the base-2 logarithm.
 //
-// Config: tile_m=64 tile_n=128 warpgroups=2 operands=registers v_source=shared q_stages=2 dout_stages=1 ds_stages=2 dq_sink=bulk dq_rounding=own_kernel dv_start=after_store dq_owner=all row_order=ascending block_order=sectioned section_mb=32 seeds=none exp_on_fma=1
+// Config: tile_m=64 tile_n=128 warpgroups=2 operands=registers v_source=shared q_stages=2 dout_stages=2 ds_stages=2 dq_sink=bulk dq_rounding=own_kernel dv_start=after_store dq_owner=all row_order=ascending block_order=sectioned section_mb=32 seeds=none exp_on_fma=0
 
 namespace fagen {
 
@@ -22,7 +22,7 @@ enum class DvStart { after_ds, before_ds, after_store };
 enum class Seeds { none, delta };
 enum class DqSink { bulk, red };
 enum class DqRounding { last_block, own_kernel };
-enum class DqOwner { all, first };
+enum class DqOwner { all, first, loader };
 enum class RowOrder { ascending, descending, shifted };
 enum class BlockOrder { ascending, descending, longest_first, sectioned };
 
@@ -46,14 +46,14 @@ struct Config {
   static constexpr Operands kOperands = Operands::registers;  // P and dS are operands in registers or in shared memory
   static constexpr VSource kVSource = VSource::shared;  // where dP = dO V takes v from
   static constexpr int kQStages = 2;  // tiles of q in shared memory
-  static constexpr int kDoutStages = 1;  // tiles of dO in shared memory
+  static constexpr int kDoutStages = 2;  // tiles of dO in shared memory
   static constexpr int kDsStages = 2;  // tiles of dS in shared memory
   static constexpr DvStart kDvStart = DvStart::after_store;  // dV is started when dS is formed, under that, or when dS is in shared memory
   static constexpr Seeds kSeeds = Seeds::none;  // accumulators of dP begin with zero, or with -delta
-  static constexpr int kExpOnFma = 1;  // of 8 exponentials, those that the FMA pipe computes, by polynomials
+  static constexpr int kExpOnFma = 0;  // of 8 exponentials, those that the FMA pipe computes, by polynomials
   static constexpr DqSink kDqSink = DqSink::bulk;  // dQ is added up by the copy engine, or from registers
   static constexpr DqRounding kDqRounding = DqRounding::own_kernel;  // who rounds the sums of dQ: the block that adds the last part, or a kernel after all of them
-  static constexpr DqOwner kDqOwner = DqOwner::all;  // warpgroups that compute dQ
+  static constexpr DqOwner kDqOwner = DqOwner::all;  // who computes dQ: all warpgroups that compute, the first of them, or the one that loads tiles
   static constexpr RowOrder kRowOrder = RowOrder::ascending;  // order of a block's row tiles
   static constexpr BlockOrder kBlockOrder = BlockOrder::sectioned;  // order of key tiles and heads
   static constexpr int kSectionMb = 32;  // megabytes of q, dO and dQ that a section of heads may have
@@ -62,7 +62,7 @@ struct Config {
 // Sizes that fagen derived from the config before compiling; the kernel asserts that it agrees.
 struct Derived {
   static constexpr int threads = 384;
-  static constexpr int smem_bytes = 182384;
+  static constexpr int smem_bytes = 198784;
   static constexpr int registers = 232;
 };
 
@@ -359,6 +359,7 @@ __device__ __forceinline__ void wgmma<128, true>(float (&c)[16][4], const uint32
 //                 warp 1          loads v and dO (with three consumers warp 0 loads       producer.cuh
 //                                 these as well)
 //                 its last warps  bulk sink: one a consumer, adds its dQ to memory        dq.cuh
+//                 or all of it    computes dQ                                             dq_loader.cuh
 //
 // A kernel before it computes delta; where no block rounds dQ, that one sets it to zero, and one after it rounds it:
 // prologue.cuh, epilogue.cuh. The host's part: launch.cuh.
@@ -1538,44 +1539,60 @@ constexpr bool kSharedOperands = C::kOperands == Operands::shared;
 template <class C>
 constexpr bool kSeedsDp = C::kSeeds == Seeds::delta;  // accumulators of dP begin with -delta
 
+// The warpgroup that loads tiles computes dQ as well: consumers hand dS over to it.
+template <class C>
+constexpr bool kLoaderHasDq = C::kDqOwner == DqOwner::loader;
+
 // How the consumers share the product dQ = dS K, in chunks one after another. A chunk is 64 rows of some slabs of
 // columns: by rows where each consumer can have as many chunks as the others, else by slabs. With P and dS in shared
-// memory there are 64 rows, and a chunk is one slab, since registers are few.
+// memory there are 64 rows, and a chunk is one slab, since registers are few. The loader has fewer still: half a slab.
 template <class C>
 struct DqShare {
   static constexpr int kGroups = C::kWarpgroups;
   static constexpr int kOwners = C::kDqOwner == DqOwner::all ? kGroups : 1;
   static constexpr int kRowChunks = C::kTileM / 64, kAllSlabs = slabs(C::kHeadDim);
-  static constexpr bool kBySlab = kSharedOperands<C>, kByRows = !kBySlab && kRowChunks % kOwners == 0;
+  static constexpr bool kByHalf = kLoaderHasDq<C>, kBySlab = kSharedOperands<C>;
+  static constexpr bool kByRows = !kByHalf && !kBySlab && kRowChunks % kOwners == 0;
+  static constexpr int kHalves = (C::kHeadDim + kSlabColumns / 2 - 1) / (kSlabColumns / 2);
   static constexpr int kOwnSlabs = (kAllSlabs + kOwners - 1) / kOwners;  // where the slabs are shared
-  static constexpr int kChunks = kBySlab ? kOwnSlabs : kByRows ? kRowChunks / kOwners : kRowChunks;
-  static constexpr int kColumns = kBySlab ? kSlabColumns : kByRows ? C::kHeadDim : kOwnSlabs * kSlabColumns;
+  static constexpr int kChunks = kByHalf   ? kRowChunks * kHalves
+                                 : kBySlab ? kOwnSlabs
+                                 : kByRows ? kRowChunks / kOwners
+                                           : kRowChunks;
+  static constexpr int kColumns = kByHalf   ? kSlabColumns / 2
+                                  : kBySlab ? kSlabColumns
+                                  : kByRows ? C::kHeadDim
+                                            : kOwnSlabs * kSlabColumns;
   static constexpr int kChunkPieces = C::kHeadDim / 8;  // of all columns
   static constexpr int kTileFloats = C::kTileM * C::kHeadDim;
   static constexpr int kStageBytes = C::kDqSink == DqSink::bulk ? kColumns / 8 * kPieceBytes : 0;
-  static constexpr bool kWholeSlabs = kByRows || (kBySlab && C::kHeadDim % kSlabColumns == 0);  // all chunks are full
+  static constexpr bool kWhole = kByRows || ((kByHalf || kBySlab) && C::kHeadDim % kColumns == 0);  // all are full
   // every group has all of its chunks: there is nothing to ask
   static constexpr bool kEach =
+      kByHalf ||
       kOwners == kGroups && (kByRows || (kBySlab ? kAllSlabs % kOwners == 0 : (kOwners - 1) * kOwnSlabs < kAllSlabs));
 
   const int group;
   __device__ __forceinline__ int slab(int chunk) const {
-    return kByRows ? 0 : group * kOwnSlabs + (kBySlab ? chunk : 0);
+    return kByHalf ? chunk % kHalves / 2 : kByRows ? 0 : group * kOwnSlabs + (kBySlab ? chunk : 0);
   }
   __device__ __forceinline__ int row_chunk(int chunk) const {
-    return kBySlab ? 0 : kByRows ? group * kChunks + chunk : chunk;
+    return kByHalf ? chunk / kHalves : kBySlab ? 0 : kByRows ? group * kChunks + chunk : chunk;
   }
   __device__ __forceinline__ bool owns(int chunk = 0) const {
     return kEach || (group < kOwners && slab(chunk) < kAllSlabs);
   }
-  // how many pieces there are of a chunk's columns
+  // The chunk begins in the middle of its slab.
+  __device__ __forceinline__ int half(int chunk) const { return kByHalf ? chunk % kHalves % 2 : 0; }
+  // A chunk's columns in pieces of 8: the first one, and how many there are.
+  __device__ __forceinline__ int first_piece(int chunk) const { return slab(chunk) * 8 + half(chunk) * 4; }
   __device__ __forceinline__ int pieces(int chunk) const {
-    if constexpr (kWholeSlabs) return kColumns / 8;
-    return min(kColumns / 8, kChunkPieces - slab(chunk) * 8);
+    if constexpr (kWhole) return kColumns / 8;
+    return min(kColumns / 8, kChunkPieces - first_piece(chunk));
   }
   // where a chunk begins in the float32 tile of dQ, which is in the order of fragments
   __device__ __forceinline__ int offset(int chunk) const {
-    return (row_chunk(chunk) * kChunkPieces + slab(chunk) * 8) * (kPieceBytes / 4);
+    return (row_chunk(chunk) * kChunkPieces + first_piece(chunk)) * (kPieceBytes / 4);
   }
 };
 
@@ -1608,12 +1625,15 @@ struct BackwardLayout {
   static constexpr int kLse = kDq + Dq::kOwners * Dq::kStageBytes, kDelta = kLse + C::kQStages * kStatBytes;
   static constexpr int kBounds = kDelta + C::kQStages * kStatBytes, kExtents = kBounds + kBoundBytes;
   static constexpr int kBarriers = kExtents + kExtentBytes;
-  static constexpr int kBarrierPairs = 2 + C::kQStages + C::kDoutStages + kGroups * (kRoundsDq ? 2 : 1);
+  static constexpr int kDqBarriers = 2 + C::kQStages + C::kDoutStages;  // behind those of k, v, q and dO
+  static constexpr int kBarrierPairs = kDqBarriers + (kLoaderHasDq<C> ? C::kDsStages : kGroups * (kRoundsDq ? 2 : 1));
   static constexpr int kSmemBytes = kBarriers + kBarrierPairs * kBarrierBytes + kSmemAlignment;  // room to align
 
   // Registers of a thread: those that the block is compiled for, and how the roles divide them.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : kRoundsDq && C::kTileM == 64 ? 56 : 40;
+  static constexpr int kProducerRegisters = kGroups == 3                                        ? 32
+                                            : kLoaderHasDq<C> || (kRoundsDq && C::kTileM == 64) ? 56
+                                                                                                : 40;
   static constexpr int kConsumerShare = ((kGroups + 1) * kRegisters - kProducerRegisters) / kGroups / 8 * 8;
   static constexpr int kConsumerRegisters = kConsumerShare > 240 ? 240 : kConsumerShare;
 
@@ -1633,8 +1653,9 @@ struct BackwardPipelines {
   Pipeline<1, L::kVBytes> v;
   Pipeline<C::kQStages, L::kQBytes> q;
   Pipeline<C::kDoutStages, L::kDoutBytes> dout;
-  Pipeline<1, L::Dq::kStageBytes>
-      dq;  // of one owner: filled by its four warps, emptied by a warp that adds it to memory
+  // of one owner: filled by its four warps, emptied by a warp that adds it to memory
+  Pipeline<1, L::Dq::kStageBytes> dq;
+  Pipeline<C::kDsStages, L::kDsBytes> handed_ds;  // to the loader, where that computes dQ
   uint32_t summed;  // the owner's barrier: the sum of all blocks is there, in the same place
   uint32_t smem;
   int ds_stage = 0;
@@ -1644,8 +1665,9 @@ struct BackwardPipelines {
         v{smem + L::kV, barrier(smem, 1)},
         q{smem + L::kQ, barrier(smem, 2)},
         dout{smem + L::kDout, barrier(smem, 2 + C::kQStages)},
-        dq{smem + L::kDq + owner * L::Dq::kStageBytes, barrier(smem, 2 + C::kQStages + C::kDoutStages + owner)},
-        summed(barrier(smem, 2 + C::kQStages + C::kDoutStages + L::kGroups + owner)),
+        dq{smem + L::kDq + owner * L::Dq::kStageBytes, barrier(smem, L::kDqBarriers + owner)},
+        handed_ds{smem + L::kDs, barrier(smem, L::kDqBarriers)},
+        summed(barrier(smem, L::kDqBarriers + L::kGroups + owner)),
         smem(smem) {}
   static __device__ __forceinline__ uint32_t barrier(uint32_t smem, int index) {
     return smem + L::kBarriers + index * kBarrierBytes;
@@ -1658,7 +1680,8 @@ struct BackwardPipelines {
     k.init(1), v.init(1);
     q.init(L::kGroups * 4);
     dout.init(L::kGroups * 4);
-    for (int owner = 0; owner < L::kGroups; ++owner) {
+    if (kLoaderHasDq<C>) handed_ds.init(4, L::kGroups * 4);
+    for (int owner = 0; owner < L::kGroups && !kLoaderHasDq<C>; ++owner) {
       const BackwardPipelines of_owner(smem, owner);
       of_owner.dq.init(1, 4);
       if (L::kRoundsDq) ptx::mbarrier_init(of_owner.summed, 1);
@@ -1935,7 +1958,7 @@ __device__ __forceinline__ void store_dq(const fagen_backward_params& p, const f
   unsigned thread = threadIdx.x;
   ptx::pin(thread);  // nothing of this is computed before the visits: registers are few
   const int m = at.tile * C::kTileM + share.row_chunk(chunk) * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
-  store_rows<Element, (kPieces + 3) / 4>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8,
+  store_rows<Element, (kPieces + 3) / 4>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.first_piece(chunk),
                                          kPieces, gradient_scale<C>(p),
                                          [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
 }
@@ -2071,7 +2094,7 @@ struct DqDrain {
           const uint4 x = ptx::ld_shared_16(from + piece * kPieceBytes);
           return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
         };
-        store_rows<Element, 1>(p.dq, keys.batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8,
+        store_rows<Element, 1>(p.dq, keys.batch, at.head, m, p.seqlen_q, p.head_dim, share.first_piece(chunk),
                                share.pieces(chunk), gradient_scale<C>(p), load);
       }
       __syncwarp();
@@ -2343,6 +2366,7 @@ namespace fagen {
 template <class C, class Element>
 struct SplitSums {
   using L = BackwardLayout<C>;
+  static constexpr int kReaders = (L::kGroups + kLoaderHasDq<C>)*128;  // threads that read tiles
   static constexpr int kPairs = (C::kHeadDim + C::kHeadDimV) / 16;  // of pieces of 8 columns, of a warpgroup's keys
 
   const fagen_backward_params& p;
@@ -2381,7 +2405,7 @@ struct SplitSums {
 
   __device__ __forceinline__ void run(const float (&dk)[C::kHeadDim / 8][4], const float (&dv)[C::kHeadDimV / 8][4],
                                       int barrier) const {
-    ptx::barrier_sync(barrier, L::kGroups * 128);  // no tile is read any more
+    ptx::barrier_sync(barrier, kReaders);  // no tile is read any more
     put<C::kHeadDim>(0, dk);
     put<C::kHeadDimV>(C::kHeadDim / 8, dv);
     ptx::cluster_sync();
@@ -2592,7 +2616,8 @@ struct BackwardConsumer {
   // dS, rows of q down, this group's keys in a slab of their own. The others may read it after a fence and a barrier.
   __device__ __forceinline__ void store_ds(const Fragments& ds) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const uint32_t row = pipelines.ds() + group * L::kDsSlabBytes + (lane / 16 * 8 + lane % 8) * kRowBytes;
+    const uint32_t tile = kLoaderHasDq<C> ? pipelines.handed_ds.tile() : pipelines.ds();
+    const uint32_t row = tile + group * L::kDsSlabBytes + (lane / 16 * 8 + lane % 8) * kRowBytes;
     const uint32_t place = row + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
     for (int n = 0; n < kSteps; ++n) ptx::stmatrix_x4_trans(place + n * 16 * kRowBytes, ds[n]);
@@ -2600,6 +2625,9 @@ struct BackwardConsumer {
 
   // ---- a row tile
 
+  // All of it lies in one branch, so that the exponentials mix with what follows them: alone they would wait for the
+  // special-function unit.
+  template <bool kMasked>
   __device__ __forceinline__ void visit(const RowTileVisit& at) {
     Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
     Fragments weights, ds;      // P^T and dS^T
@@ -2616,10 +2644,7 @@ struct BackwardConsumer {
     drawn.template draw<true>(change.dropout, at.tile * C::kTileM, first_key);
     ptx::wgmma_wait<1>();
     pin(s);
-    if (at.partial)
-      exponentiate<true>(s, derivatives, lse, at);
-    else
-      exponentiate<false>(s, derivatives, lse, at);
+    exponentiate<kMasked>(s, derivatives, lse, at);
     drawn.template draw<false>(change.dropout, at.tile * C::kTileM, first_key);
     const Delta delta(of_delta);
     if constexpr (C::kDvStart == DvStart::before_ds) {
@@ -2636,17 +2661,35 @@ struct BackwardConsumer {
     }
     pack_operand(ds, dp);
     if constexpr (C::kDvStart == DvStart::after_ds) start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
-    if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last dS
+    wait_for_ds();
     store_ds(ds);
     if constexpr (C::kDvStart == DvStart::after_store) start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
-    ptx::fence_shared_writes();
-    ptx::barrier_sync(kBarrier, L::kGroups * 128);
-    if (share.owns())
+    hand_ds_over();
+    if (!kLoaderHasDq<C> && share.owns())
       finish_with_dq(ds, at);
     else
       finish(ds);
     pipelines.q.release();
     if (++pipelines.ds_stage == C::kDsStages) pipelines.ds_stage = 0;
+  }
+
+  // The place of this visit's dS is free: all have read the one before.
+  __device__ __forceinline__ void wait_for_ds() const {
+    if constexpr (kLoaderHasDq<C>)
+      pipelines.handed_ds.acquire();
+    else if constexpr (C::kDsStages == 1)
+      ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);
+  }
+  // dS may be read: by the loader, or by all consumers when all of them are here.
+  __device__ __forceinline__ void hand_ds_over() {
+    ptx::fence_shared_writes();
+    if constexpr (kLoaderHasDq<C>) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(pipelines.handed_ds.full());
+      pipelines.handed_ds.advance();
+    } else {
+      ptx::barrier_sync(kBarrier, L::kGroups * 128);
+    }
   }
 
   __device__ __forceinline__ void sink(const DqPart& dq, int chunk, const RowTileVisit& at) {
@@ -2658,10 +2701,10 @@ struct BackwardConsumer {
   }
   // dV is under way, dS is there: dK, and dQ where this group has a part of it.
   __device__ __forceinline__ void finish(Fragments& ds) {
-    ptx::wgmma_wait<0>();
+    start_gradient<C::kHeadDim>(dk, ds, pipelines.q.tile());
+    ptx::wgmma_wait<1>();
     pin(dv);
     pipelines.dout.release();
-    start_gradient<C::kHeadDim>(dk, ds, pipelines.q.tile());
     ptx::wgmma_wait<0>();
     pin(dk);
   }
@@ -2694,7 +2737,12 @@ struct BackwardConsumer {
     pipelines.k.wait();
     pipelines.v.wait();
     if constexpr (kVInRegisters) load_v();
-    keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
+    keys.walk(p, [&](const RowTileVisit& at) {
+      if (at.partial)
+        visit<true>(at);
+      else
+        visit<false>(at);
+    });
     if (launch.splits.by > 1) {
       SplitSums<C, Element>{p, keys, pipelines.smem, group}.run(dk, dv, kBarrier);
     } else {
@@ -2716,9 +2764,14 @@ struct BackwardConsumer {
 
 }  // namespace fagen
 
+// ---- fagen/sm90/backward/dq_loader.cuh -------------------------------------------------------------------
+// The warpgroup that loads all tiles and computes dQ = dS K of what the consumers hand over (dq_owner=loader). They
+// wait neither for each other nor for dQ, so that one forms P and dS while products of the other are computed.
+
 // ---- fagen/sm90/backward/producer.cuh --------------------------------------------------------------------
 // The producer warps: one loads k and q with its LSE and delta, one loads v and dO. One lane of each talks to the copy
 // engine.
+
 
 
 
@@ -2738,9 +2791,6 @@ struct BackwardProducer {
     for (int slab = 0; slab < kSlabs; ++slab)
       ptx::tma_load(to + slab * kRows * kRowBytes, &map, barrier, slab * kSlabColumns, row, head, keys.batch);
   }
-  __device__ __forceinline__ int64_t stat(const RowTileVisit& at) const {
-    return ((int64_t(keys.batch) * p.heads + at.head) * launch.row_tiles + at.tile) * C::kTileM;
-  }
   __device__ __forceinline__ void load_keys() const {
     ptx::mbarrier_arrive_expect(pipelines.k.full(), L::kKBytes);
     load<L::kSlabs, C::kTileN>(launch.k, pipelines.k.tile(), pipelines.k.full(), keys.n0, keys.kv_head);
@@ -2753,8 +2803,9 @@ struct BackwardProducer {
     pipelines.q.acquire();
     ptx::mbarrier_arrive_expect(pipelines.q.full(), L::kQBytes + 2 * L::kStatBytes);
     load<L::kSlabs, C::kTileM>(launch.q, pipelines.q.tile(), pipelines.q.full(), at.tile * C::kTileM, at.head);
-    ptx::bulk_load(pipelines.lse(), launch.lse + stat(at), L::kStatBytes, pipelines.q.full());
-    ptx::bulk_load(pipelines.delta(), launch.delta + stat(at), L::kStatBytes, pipelines.q.full());
+    const int64_t tile = row_tile_index<C>(p, launch, keys.batch, at.head, at.tile);
+    ptx::bulk_load(pipelines.lse(), launch.lse + tile * C::kTileM, L::kStatBytes, pipelines.q.full());
+    ptx::bulk_load(pipelines.delta(), launch.delta + tile * C::kTileM, L::kStatBytes, pipelines.q.full());
     pipelines.q.advance();
   }
   __device__ __forceinline__ void load_dout(const RowTileVisit& at) {
@@ -2781,6 +2832,89 @@ struct BackwardProducer {
 };
 
 }  // namespace fagen
+
+
+
+namespace fagen {
+
+template <class C, class Element>
+struct DqLoader {
+  using L = BackwardLayout<C>;
+  using Dq = DqShare<C>;
+  using DqPart = float[Dq::kColumns / 8][4];
+  // visits that are loaded before the one whose dQ is next
+  static constexpr int kAhead = (C::kQStages < C::kDoutStages ? C::kQStages : C::kDoutStages) - 1;
+
+  BackwardProducer<C> producer;
+  const int warp;
+  const Dq share = {0};
+
+  __device__ __forceinline__ void load(const RowTileVisit& at) {
+    if (threadIdx.x % 32 == 0) {
+      if (warp == 0) producer.load_q(at);
+      if (warp == 1) producer.load_dout(at);
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void start(DqPart& dq, int chunk) const {
+    const auto& pipelines = producer.pipelines;
+    const uint32_t slab = pipelines.k.tile() + share.slab(chunk) * C::kTileN * kRowBytes;
+    const Operand a = Operand::of_rows(pipelines.handed_ds.tile() + share.row_chunk(chunk) * 64 * kRowBytes);
+    const Operand b = Operand::of_columns(slab + share.half(chunk) * kRowBytes / 2, C::kTileN * kRowBytes);
+    pin(dq);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < C::kTileN / 16; ++n)
+      ptx::wgmma<Dq::kColumns, false, true>(dq, a.at(n / 4 * L::kDsSlabBytes + n % 4 * 32), b.at(n * 2048), n > 0);
+    ptx::wgmma_commit();
+  }
+  // dQ of a visit, of the row tile with this index among those of all heads.
+  __device__ __forceinline__ void add(int row_tile) {
+    auto& pipelines = producer.pipelines;
+    pipelines.handed_ds.wait();
+#pragma unroll
+    for (int chunk = 0; chunk < Dq::kChunks; ++chunk) {
+      DqPart dq;
+      start(dq, chunk);
+      ptx::wgmma_wait<0>();
+      pin(dq);
+      if (chunk == Dq::kChunks - 1) pipelines.handed_ds.release();
+      sink_dq<C>(dq, share, chunk, pipelines, dq_sums<C>(producer.launch, row_tile));
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    if (threadIdx.x % 32 == 0) {
+      if (warp == 0) producer.load_keys();
+      if (warp == 1) producer.load_values();
+    }
+    int visits = 0, row_tiles[kAhead];  // of those loaded, the oldest first
+    const auto shift = [&](int row_tile) {
+#pragma unroll
+      for (int i = 0; i + 1 < kAhead; ++i) row_tiles[i] = row_tiles[i + 1];
+      row_tiles[kAhead - 1] = row_tile;
+    };
+    producer.keys.walk(producer.p, [&](const RowTileVisit& at) {
+      load(at);
+      if (visits == 0) producer.pipelines.k.wait();
+      if (visits >= kAhead) add(row_tiles[0]);
+      shift(row_tile_index<C>(producer.p, producer.launch, producer.keys.batch, at.head, at.tile));
+      ++visits;
+    });
+#pragma unroll 1
+    for (int i = kAhead; i > 0; --i) {
+      if (i <= visits) add(row_tiles[0]);
+      shift(0);
+    }
+    if (L::kSplitsGroups && producer.launch.splits.by > 1) {
+      ptx::barrier_sync(BackwardConsumer<C, Element>::kBarrier, SplitSums<C, Element>::kReaders);
+      SplitSums<C, Element>::attend();
+    }
+  }
+};
+
+}  // namespace fagen
+
 
 // ---- fagen/sm90/backward/shared_consumer.cuh -------------------------------------------------------------
 // A consumer warpgroup of large head dims, where a thread cannot hold 64 keys of dK and dV. Of a row tile's scores it
@@ -2975,6 +3109,8 @@ struct SharedConsumer {
 
   // ---- a row tile
 
+  // All of it lies in one branch, so that the exponentials mix with what follows them.
+  template <bool kMasked>
   __device__ __forceinline__ void visit(const RowTileVisit& at) {
     Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
     if (C::kAlibi || C::kDropout) change.set_head(p, keys.batch, at.head);
@@ -2991,20 +3127,18 @@ struct SharedConsumer {
     drawn.template draw<true>(change.dropout, first_row, first_key);
     ptx::wgmma_wait<1>();
     pin(s);
-    if (at.partial)
-      exponentiate<true>(s, derivatives, at, lse);
-    else
-      exponentiate<false>(s, derivatives, at, lse);
+    exponentiate<kMasked>(s, derivatives, at, lse);
     drawn.template draw<false>(change.dropout, first_row, first_key);
     Factors factors;
 #pragma unroll
     for (int i = 0; i < kPieces * 2; ++i) factors[i / 2][i % 2] = drawn.factors(change.dropout, i % 2, i / 2);
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last ones
-    store<true>(weights(), s, factors);
+    if constexpr (C::kDvStart != DvStart::after_ds) store<true>(weights(), s, factors);
     if constexpr (kDvFirst) meet();
     ptx::wgmma_wait<0>();
     pin(dp);
     form_ds(s, dp, derivatives, delta, factors);
+    if constexpr (C::kDvStart == DvStart::after_ds) store<true>(weights(), s, factors);
     store<false>(ds(), dp, factors);
     if constexpr (kDvFirst) start_dv();
     meet();
@@ -3106,7 +3240,12 @@ struct SharedConsumer {
       dv[i / (C::kTileN / 2)][i / 4 % (C::kTileN / 8)][i % 4] = 0.f;
     pipelines.k.wait();
     pipelines.v.wait();
-    keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
+    keys.walk(p, [&](const RowTileVisit& at) {
+      if (at.partial)
+        visit<true>(at);
+      else
+        visit<false>(at);
+    });
     ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
     store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, gradient_scale<C>(p));
     store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
@@ -3181,6 +3320,7 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
   if (group == L::kGroups) {
     ptx::fewer_registers<L::kProducerRegisters>();
     BackwardProducer<C> producer{p, launch, keys, BackwardPipelines<C>(smem, 0)};
+    if constexpr (kLoaderHasDq<C>) return DqLoader<C, Element>{producer, warp}.run();
     const int owner = warp - (4 - L::kGroups);
     const bool first_lane = threadIdx.x % 32 == 0;
     if (warp == 0) {
@@ -3557,7 +3697,7 @@ static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, 
   if (p.seqlen_q == 0 || p.seqlen_k == 0) return launch_kernel(kernels.zero, 128, 256, 0, stream, p, launch);
   if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
   launch.row_tiles = ceil_div(p.seqlen_q, C::kTileM), launch.key_tiles = ceil_div(p.seqlen_k, C::kTileN);
-  launch.one_key_tile = launch.key_tiles == 1 && !L::kIntervals && !kSharedOperands<C>;
+  launch.one_key_tile = launch.key_tiles == 1 && !L::kIntervals && !kSharedOperands<C> && !kLoaderHasDq<C>;
   const int splits = group_splits<C>(p);
   launch.splits = Divisor(splits);
   launch.order = TileOrder::of<C::kBlockOrder>(launch.key_tiles, p.kv_heads, p.batch, heads_of_section<C>(p, splits));

@@ -42,29 +42,36 @@ def config(**changes: Any) -> Config:
 SCHEMES: Mapping[str, Config] = {
     "base": config(),
     "held_v": config(v_source="registers", dv_start="before_ds"),
-    "held_v_long_tiles": config(v_source="registers", tile_m=128, tile_n=64, warpgroups=1),
+    "held_v_long_tiles": config(v_source="registers", tile_m=128, tile_n=64, warpgroups=1, dv_start="after_store"),
     "red": config(dq_sink="red", dv_start="before_ds"),
     "one_group": config(tile_n=64, warpgroups=1, q_stages=1, dout_stages=1),
-    "three_groups": config(tile_n=192, warpgroups=3, q_stages=1, ds_stages=2),
-    "long_tiles": config(tile_m=128, ds_stages=1, dv_start="before_ds"),
-    "long_tiles_one_group": config(tile_m=128, tile_n=64, warpgroups=1, ds_stages=2, row_order="shifted"),
+    "three_groups": config(tile_n=192, warpgroups=3, q_stages=1, ds_stages=2, dv_start="after_store"),
+    "long_tiles": config(tile_m=128, ds_stages=1, dv_start="after_store"),
+    "long_tiles_one_group": config(
+        tile_m=128, tile_n=64, warpgroups=1, ds_stages=2, row_order="shifted", dv_start="after_store"
+    ),
     "three_stages": config(tile_n=64, warpgroups=1, q_stages=3, dout_stages=3, dq_sink="red"),
     "first_owner": config(dq_owner="first", ds_stages=2),
-    "first_owner_red": config(dq_owner="first", dq_sink="red", tile_m=128, row_order="descending"),
+    "first_owner_red": config(
+        dq_owner="first", dq_sink="red", tile_m=128, row_order="descending", dv_start="after_store"
+    ),
     "descending": config(row_order="descending", block_order="descending"),
     "longest_first": config(block_order="longest_first", row_order="shifted", ds_stages=2),
     "sectioned": config(block_order="sectioned", section_mb=16),
     "shared": config(operands="shared"),
+    "shared_weights_first": config(operands="shared", dv_start="before_ds", ds_stages=2),
     "shared_red": config(operands="shared", tile_n=80, dq_sink="red", q_stages=1, dout_stages=1),
     "shared_three_groups": config(operands="shared", tile_n=96, warpgroups=3, ds_stages=2, row_order="shifted"),
     "shared_first_owner": config(operands="shared", tile_n=96, dq_owner="first", block_order="longest_first"),
     "last_block": config(dq_rounding="last_block"),
-    "last_block_long_tiles": config(dq_rounding="last_block", tile_m=128, dq_owner="first", dv_start="before_ds"),
+    "last_block_long_tiles": config(dq_rounding="last_block", tile_m=128, dq_owner="first", dv_start="after_store"),
     "last_block_one_group": config(dq_rounding="last_block", tile_n=64, warpgroups=1, row_order="shifted"),
-    "last_block_three_groups": config(dq_rounding="last_block", tile_n=192, warpgroups=3, q_stages=1),
+    "last_block_three_groups": config(
+        dq_rounding="last_block", tile_n=192, warpgroups=3, q_stages=1, dv_start="after_store"
+    ),
     "last_block_shared": config(dq_rounding="last_block", operands="shared", tile_n=96, block_order="longest_first"),
     "seeded": config(seeds="delta", dv_start="after_store", exp_on_fma=2),
-    "seeded_long_tiles": config(seeds="delta", tile_m=128, dv_start="before_ds", exp_on_fma=1),
+    "seeded_long_tiles": config(seeds="delta", tile_m=128, exp_on_fma=1, dv_start="after_store"),
     "seeded_held_v": config(seeds="delta", v_source="registers", dv_start="after_store", ds_stages=2, dq_sink="red"),
     "stored_first_shared": config(operands="shared", tile_n=80, dv_start="after_store", dq_sink="red"),
     "stored_first_shared_three_groups": config(
@@ -72,7 +79,26 @@ SCHEMES: Mapping[str, Config] = {
     ),
     "stored_first_shared_one_owner": config(operands="shared", tile_n=96, dv_start="after_store", dq_owner="first"),
     "seeded_shared": config(seeds="delta", operands="shared", tile_n=96, warpgroups=3, exp_on_fma=2),
-    "sectioned_red": config(block_order="sectioned", section_mb=64, dq_sink="red", tile_n=192, warpgroups=3),
+    "loader": config(dq_owner="loader", dq_sink="red", ds_stages=2, dv_start="after_store"),
+    "loader_ahead": config(
+        dq_owner="loader", dq_sink="red", q_stages=3, dout_stages=3, dv_start="after_store", seeds="delta", exp_on_fma=1
+    ),
+    "loader_long_tiles": config(
+        dq_owner="loader",
+        dq_sink="red",
+        tile_m=128,
+        dout_stages=3,
+        ds_stages=2,
+        row_order="shifted",
+        dv_start="after_store",
+    ),
+    "loader_held_v": config(
+        dq_owner="loader", dq_sink="red", v_source="registers", q_stages=3, dout_stages=3, dv_start="after_store"
+    ),
+    "stored_first": config(dv_start="after_store"),
+    "sectioned_red": config(
+        block_order="sectioned", section_mb=64, dq_sink="red", tile_n=192, warpgroups=3, dv_start="after_store"
+    ),
 }
 ONE_STAGE = (("q_stages", 1), ("dout_stages", 1), ("ds_stages", 1))
 BANDS = {"none": (-1, -1), "causal": (-1, 0), "window": (70, 20), "intervals": (-1, -1)}
@@ -128,14 +154,21 @@ def _case(number: int, scheme: str) -> Case | None:
 
 
 CASES = [case for number, scheme in enumerate(SCHEMES) if (case := _case(number, scheme))]
-CASES += [Case("base", head_dim=d, head_dim_v=dv, heads=2) for d, dv in ((40, 0), (96, 0), (128, 0), (64, 128))]
-CASES += [Case("held_v", head_dim=d, head_dim_v=dv, heads=2) for d, dv in ((96, 0), (64, 128))]
-CASES += [Case("base", mask="none", head_dim=128, heads=2), Case("red", head_dim=96, heads=3, kv_heads=1)]
+CASES += [Case("base", head_dim=d, head_dim_v=dv, heads=2) for d, dv in ((40, 0), (96, 0), (64, 128))]
+CASES += [Case("seeded_held_v", head_dim=d, head_dim_v=dv, heads=2) for d, dv in ((96, 0), (64, 128))]
+CASES += [Case("stored_first", mask=mask, head_dim=128, heads=2) for mask in ("causal", "none")]
+CASES += [Case("red", head_dim=96, heads=3, kv_heads=1)]
 CASES += [Case("base", softcap=2.0), Case("base", alibi=True), Case("red", softcap=2.0, alibi=True, dtype="fp16")]
 CASES += [Case("base", mask="window", window=(40, 0), heads=2)]
 CASES += [Case("seeded_held_v", softcap=2.0, alibi=True), Case("seeded", head_dim=128, heads=2, dtype="fp16")]
 CASES += [Case("last_block", head_dim=80, heads=2), Case("last_block", mask="window", window=(10, -1), kv_heads=1)]
 CASES += [Case("long_tiles", mask="intervals", intervals=kind, window=(-1, 0)) for kind in ("lower1", "lower2")]
+CASES += [Case("loader", head_dim=d, head_dim_v=dv, heads=2) for d, dv in ((40, 0), (128, 0), (64, 128))]
+CASES += [Case("loader_held_v", head_dim=96, heads=3, kv_heads=1), Case("loader_ahead", softcap=2.0, alibi=True)]
+CASES += [
+    Case(scheme, mask="intervals", intervals=kind, window=(-1, 0))
+    for scheme, kind in (("loader_ahead", "both4"), ("loader_long_tiles", "lower1"))
+]
 SHARED = [("shared", 64, 256, 0), ("shared_red", 80, 256, 0), ("shared_red", 96, 96, 208), ("shared", 64, 64, 192)]
 SHARED += [("shared_three_groups", 96, 192, 128), ("shared_three_groups", 96, 160, 0)]
 CASES += [
@@ -290,24 +323,30 @@ def test_large_scores_stay_finite(folder: Path, scheme: str) -> None:
 
 # ---- what is wrong is found ------------------------------------------------------------------------------------------
 
-_BROKEN = Case("base", mask="none")
+_BROKEN, _BROKEN_LOADER = Case("base", mask="none"), Case("loader", mask="none")
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("case", "old", "new"),
     [
-        ("    pipelines.q.acquire();\n", ""),  # q is overwritten while it is read
-        ("    pipelines.dout.wait();\n", ""),  # dO is read before it is there
-        ("    pipelines.dq.acquire();\n", ""),  # dQ is overwritten before it is added
-        ("    ptx::barrier_sync(kBarrier, L::kGroups * 128);\n", ""),  # dS is read before all have stored theirs
-        ("    if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);", ""),
+        (_BROKEN, "    pipelines.q.acquire();\n", ""),  # q is overwritten while it is read
+        (_BROKEN, "    pipelines.dout.wait();\n", ""),  # dO is read before it is there
+        (_BROKEN, "    pipelines.dq.acquire();\n", ""),  # dQ is overwritten before it is added
+        (
+            _BROKEN,
+            "      ptx::barrier_sync(kBarrier, L::kGroups * 128);\n",
+            "      ;\n",
+        ),  # dS is read before all stored it
+        (_BROKEN, "      ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);\n", "      ;\n"),  # or while they store it
+        (_BROKEN_LOADER, "    pipelines.handed_ds.wait();\n", ""),
+        (_BROKEN_LOADER, "      pipelines.handed_ds.acquire();\n", "      ;\n"),
     ],
 )
-def test_who_does_not_wait_is_wrong(folder: Path, old: str, new: str) -> None:
-    text = _source(_BROKEN)
+def test_who_does_not_wait_is_wrong(folder: Path, case: Case, old: str, new: str) -> None:
+    text = _source(case)
     assert old in text
     text = text.replace(old, new)
-    assert any(_is_wrong(text, folder, seed) for seed in range(40))
+    assert any(_is_wrong(text, folder, seed, case=case) for seed in range(40))
 
 
 @pytest.mark.parametrize("case", [Case("base", kv_heads=1), Case("three_groups", heads=6, mask="none")], ids=str)

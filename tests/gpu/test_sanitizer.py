@@ -89,7 +89,7 @@ print("all right")
 SM90_BACKWARD = """
 from tests.families.test_emulated_sm90_backward import Case, ONE_STAGE
 from tests.gpu.test_sm90_backward import check
-for name in ("base", "held_v", "red", "three_groups", "first_owner", "shared", "shared_red", "last_block"):
+for name in ("base", "held_v", "red", "three_groups", "first_owner", "loader", "shared", "shared_red", "last_block"):
     check(Case(name), 150, 199)
 check(Case("base", mask="intervals", intervals="both4"), 199, 150)
 check(Case("base", deterministic=True), 150, 199)

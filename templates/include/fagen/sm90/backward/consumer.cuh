@@ -167,7 +167,8 @@ struct BackwardConsumer {
   // dS, rows of q down, this group's keys in a slab of their own. The others may read it after a fence and a barrier.
   __device__ __forceinline__ void store_ds(const Fragments& ds) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const uint32_t row = pipelines.ds() + group * L::kDsSlabBytes + (lane / 16 * 8 + lane % 8) * kRowBytes;
+    const uint32_t tile = kLoaderHasDq<C> ? pipelines.handed_ds.tile() : pipelines.ds();
+    const uint32_t row = tile + group * L::kDsSlabBytes + (lane / 16 * 8 + lane % 8) * kRowBytes;
     const uint32_t place = row + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
     for (int n = 0; n < kSteps; ++n) ptx::stmatrix_x4_trans(place + n * 16 * kRowBytes, ds[n]);
@@ -175,6 +176,9 @@ struct BackwardConsumer {
 
   // ---- a row tile
 
+  // All of it lies in one branch, so that the exponentials mix with what follows them: alone they would wait for the
+  // special-function unit.
+  template <bool kMasked>
   __device__ __forceinline__ void visit(const RowTileVisit& at) {
     Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
     Fragments weights, ds;      // P^T and dS^T
@@ -191,10 +195,7 @@ struct BackwardConsumer {
     drawn.template draw<true>(change.dropout, at.tile * C::kTileM, first_key);
     ptx::wgmma_wait<1>();
     pin(s);
-    if (at.partial)
-      exponentiate<true>(s, derivatives, lse, at);
-    else
-      exponentiate<false>(s, derivatives, lse, at);
+    exponentiate<kMasked>(s, derivatives, lse, at);
     drawn.template draw<false>(change.dropout, at.tile * C::kTileM, first_key);
     const Delta delta(of_delta);
     if constexpr (C::kDvStart == DvStart::before_ds) {
@@ -211,17 +212,35 @@ struct BackwardConsumer {
     }
     pack_operand(ds, dp);
     if constexpr (C::kDvStart == DvStart::after_ds) start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
-    if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last dS
+    wait_for_ds();
     store_ds(ds);
     if constexpr (C::kDvStart == DvStart::after_store) start_gradient<C::kHeadDimV>(dv, weights, pipelines.dout.tile());
-    ptx::fence_shared_writes();
-    ptx::barrier_sync(kBarrier, L::kGroups * 128);
-    if (share.owns())
+    hand_ds_over();
+    if (!kLoaderHasDq<C> && share.owns())
       finish_with_dq(ds, at);
     else
       finish(ds);
     pipelines.q.release();
     if (++pipelines.ds_stage == C::kDsStages) pipelines.ds_stage = 0;
+  }
+
+  // The place of this visit's dS is free: all have read the one before.
+  __device__ __forceinline__ void wait_for_ds() const {
+    if constexpr (kLoaderHasDq<C>)
+      pipelines.handed_ds.acquire();
+    else if constexpr (C::kDsStages == 1)
+      ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);
+  }
+  // dS may be read: by the loader, or by all consumers when all of them are here.
+  __device__ __forceinline__ void hand_ds_over() {
+    ptx::fence_shared_writes();
+    if constexpr (kLoaderHasDq<C>) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(pipelines.handed_ds.full());
+      pipelines.handed_ds.advance();
+    } else {
+      ptx::barrier_sync(kBarrier, L::kGroups * 128);
+    }
   }
 
   __device__ __forceinline__ void sink(const DqPart& dq, int chunk, const RowTileVisit& at) {
@@ -233,10 +252,10 @@ struct BackwardConsumer {
   }
   // dV is under way, dS is there: dK, and dQ where this group has a part of it.
   __device__ __forceinline__ void finish(Fragments& ds) {
-    ptx::wgmma_wait<0>();
+    start_gradient<C::kHeadDim>(dk, ds, pipelines.q.tile());
+    ptx::wgmma_wait<1>();
     pin(dv);
     pipelines.dout.release();
-    start_gradient<C::kHeadDim>(dk, ds, pipelines.q.tile());
     ptx::wgmma_wait<0>();
     pin(dk);
   }
@@ -269,7 +288,12 @@ struct BackwardConsumer {
     pipelines.k.wait();
     pipelines.v.wait();
     if constexpr (kVInRegisters) load_v();
-    keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
+    keys.walk(p, [&](const RowTileVisit& at) {
+      if (at.partial)
+        visit<true>(at);
+      else
+        visit<false>(at);
+    });
     if (launch.splits.by > 1) {
       SplitSums<C, Element>{p, keys, pipelines.smem, group}.run(dk, dv, kBarrier);
     } else {

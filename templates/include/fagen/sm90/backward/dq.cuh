@@ -27,7 +27,7 @@ __device__ __forceinline__ void store_dq(const fagen_backward_params& p, const f
   unsigned thread = threadIdx.x;
   ptx::pin(thread);  // nothing of this is computed before the visits: registers are few
   const int m = at.tile * C::kTileM + share.row_chunk(chunk) * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
-  store_rows<Element, (kPieces + 3) / 4>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8,
+  store_rows<Element, (kPieces + 3) / 4>(p.dq, batch, at.head, m, p.seqlen_q, p.head_dim, share.first_piece(chunk),
                                          kPieces, gradient_scale<C>(p),
                                          [&](int n) { return make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]); });
 }
@@ -163,7 +163,7 @@ struct DqDrain {
           const uint4 x = ptx::ld_shared_16(from + piece * kPieceBytes);
           return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
         };
-        store_rows<Element, 1>(p.dq, keys.batch, at.head, m, p.seqlen_q, p.head_dim, share.slab(chunk) * 8,
+        store_rows<Element, 1>(p.dq, keys.batch, at.head, m, p.seqlen_q, p.head_dim, share.first_piece(chunk),
                                share.pieces(chunk), gradient_scale<C>(p), load);
       }
       __syncwarp();

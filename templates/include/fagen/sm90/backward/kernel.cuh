@@ -6,11 +6,13 @@
 //                 warp 1          loads v and dO (with three consumers warp 0 loads       producer.cuh
 //                                 these as well)
 //                 its last warps  bulk sink: one a consumer, adds its dQ to memory        dq.cuh
+//                 or all of it    computes dQ                                             dq_loader.cuh
 //
 // A kernel before it computes delta; where no block rounds dQ, that one sets it to zero, and one after it rounds it:
 // prologue.cuh, epilogue.cuh. The host's part: launch.cuh.
 #pragma once
 #include "fagen/sm90/backward/consumer.cuh"
+#include "fagen/sm90/backward/dq_loader.cuh"
 #include "fagen/sm90/backward/producer.cuh"
 #include "fagen/sm90/backward/shared_consumer.cuh"
 
@@ -50,6 +52,7 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
   if (group == L::kGroups) {
     ptx::fewer_registers<L::kProducerRegisters>();
     BackwardProducer<C> producer{p, launch, keys, BackwardPipelines<C>(smem, 0)};
+    if constexpr (kLoaderHasDq<C>) return DqLoader<C, Element>{producer, warp}.run();
     const int owner = warp - (4 - L::kGroups);
     const bool first_lane = threadIdx.x % 32 == 0;
     if (warp == 0) {

@@ -111,7 +111,7 @@ static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, 
   if (p.seqlen_q == 0 || p.seqlen_k == 0) return launch_kernel(kernels.zero, 128, 256, 0, stream, p, launch);
   if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
   launch.row_tiles = ceil_div(p.seqlen_q, C::kTileM), launch.key_tiles = ceil_div(p.seqlen_k, C::kTileN);
-  launch.one_key_tile = launch.key_tiles == 1 && !L::kIntervals && !kSharedOperands<C>;
+  launch.one_key_tile = launch.key_tiles == 1 && !L::kIntervals && !kSharedOperands<C> && !kLoaderHasDq<C>;
   const int splits = group_splits<C>(p);
   launch.splits = Divisor(splits);
   launch.order = TileOrder::of<C::kBlockOrder>(launch.key_tiles, p.kv_heads, p.batch, heads_of_section<C>(p, splits));

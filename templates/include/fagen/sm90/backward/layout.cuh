@@ -13,44 +13,60 @@ constexpr bool kSharedOperands = C::kOperands == Operands::shared;
 template <class C>
 constexpr bool kSeedsDp = C::kSeeds == Seeds::delta;  // accumulators of dP begin with -delta
 
+// The warpgroup that loads tiles computes dQ as well: consumers hand dS over to it.
+template <class C>
+constexpr bool kLoaderHasDq = C::kDqOwner == DqOwner::loader;
+
 // How the consumers share the product dQ = dS K, in chunks one after another. A chunk is 64 rows of some slabs of
 // columns: by rows where each consumer can have as many chunks as the others, else by slabs. With P and dS in shared
-// memory there are 64 rows, and a chunk is one slab, since registers are few.
+// memory there are 64 rows, and a chunk is one slab, since registers are few. The loader has fewer still: half a slab.
 template <class C>
 struct DqShare {
   static constexpr int kGroups = C::kWarpgroups;
   static constexpr int kOwners = C::kDqOwner == DqOwner::all ? kGroups : 1;
   static constexpr int kRowChunks = C::kTileM / 64, kAllSlabs = slabs(C::kHeadDim);
-  static constexpr bool kBySlab = kSharedOperands<C>, kByRows = !kBySlab && kRowChunks % kOwners == 0;
+  static constexpr bool kByHalf = kLoaderHasDq<C>, kBySlab = kSharedOperands<C>;
+  static constexpr bool kByRows = !kByHalf && !kBySlab && kRowChunks % kOwners == 0;
+  static constexpr int kHalves = (C::kHeadDim + kSlabColumns / 2 - 1) / (kSlabColumns / 2);
   static constexpr int kOwnSlabs = (kAllSlabs + kOwners - 1) / kOwners;  // where the slabs are shared
-  static constexpr int kChunks = kBySlab ? kOwnSlabs : kByRows ? kRowChunks / kOwners : kRowChunks;
-  static constexpr int kColumns = kBySlab ? kSlabColumns : kByRows ? C::kHeadDim : kOwnSlabs * kSlabColumns;
+  static constexpr int kChunks = kByHalf   ? kRowChunks * kHalves
+                                 : kBySlab ? kOwnSlabs
+                                 : kByRows ? kRowChunks / kOwners
+                                           : kRowChunks;
+  static constexpr int kColumns = kByHalf   ? kSlabColumns / 2
+                                  : kBySlab ? kSlabColumns
+                                  : kByRows ? C::kHeadDim
+                                            : kOwnSlabs * kSlabColumns;
   static constexpr int kChunkPieces = C::kHeadDim / 8;  // of all columns
   static constexpr int kTileFloats = C::kTileM * C::kHeadDim;
   static constexpr int kStageBytes = C::kDqSink == DqSink::bulk ? kColumns / 8 * kPieceBytes : 0;
-  static constexpr bool kWholeSlabs = kByRows || (kBySlab && C::kHeadDim % kSlabColumns == 0);  // all chunks are full
+  static constexpr bool kWhole = kByRows || ((kByHalf || kBySlab) && C::kHeadDim % kColumns == 0);  // all are full
   // every group has all of its chunks: there is nothing to ask
   static constexpr bool kEach =
+      kByHalf ||
       kOwners == kGroups && (kByRows || (kBySlab ? kAllSlabs % kOwners == 0 : (kOwners - 1) * kOwnSlabs < kAllSlabs));
 
   const int group;
   __device__ __forceinline__ int slab(int chunk) const {
-    return kByRows ? 0 : group * kOwnSlabs + (kBySlab ? chunk : 0);
+    return kByHalf ? chunk % kHalves / 2 : kByRows ? 0 : group * kOwnSlabs + (kBySlab ? chunk : 0);
   }
   __device__ __forceinline__ int row_chunk(int chunk) const {
-    return kBySlab ? 0 : kByRows ? group * kChunks + chunk : chunk;
+    return kByHalf ? chunk / kHalves : kBySlab ? 0 : kByRows ? group * kChunks + chunk : chunk;
   }
   __device__ __forceinline__ bool owns(int chunk = 0) const {
     return kEach || (group < kOwners && slab(chunk) < kAllSlabs);
   }
-  // how many pieces there are of a chunk's columns
+  // The chunk begins in the middle of its slab.
+  __device__ __forceinline__ int half(int chunk) const { return kByHalf ? chunk % kHalves % 2 : 0; }
+  // A chunk's columns in pieces of 8: the first one, and how many there are.
+  __device__ __forceinline__ int first_piece(int chunk) const { return slab(chunk) * 8 + half(chunk) * 4; }
   __device__ __forceinline__ int pieces(int chunk) const {
-    if constexpr (kWholeSlabs) return kColumns / 8;
-    return min(kColumns / 8, kChunkPieces - slab(chunk) * 8);
+    if constexpr (kWhole) return kColumns / 8;
+    return min(kColumns / 8, kChunkPieces - first_piece(chunk));
   }
   // where a chunk begins in the float32 tile of dQ, which is in the order of fragments
   __device__ __forceinline__ int offset(int chunk) const {
-    return (row_chunk(chunk) * kChunkPieces + slab(chunk) * 8) * (kPieceBytes / 4);
+    return (row_chunk(chunk) * kChunkPieces + first_piece(chunk)) * (kPieceBytes / 4);
   }
 };
 
@@ -83,12 +99,15 @@ struct BackwardLayout {
   static constexpr int kLse = kDq + Dq::kOwners * Dq::kStageBytes, kDelta = kLse + C::kQStages * kStatBytes;
   static constexpr int kBounds = kDelta + C::kQStages * kStatBytes, kExtents = kBounds + kBoundBytes;
   static constexpr int kBarriers = kExtents + kExtentBytes;
-  static constexpr int kBarrierPairs = 2 + C::kQStages + C::kDoutStages + kGroups * (kRoundsDq ? 2 : 1);
+  static constexpr int kDqBarriers = 2 + C::kQStages + C::kDoutStages;  // behind those of k, v, q and dO
+  static constexpr int kBarrierPairs = kDqBarriers + (kLoaderHasDq<C> ? C::kDsStages : kGroups * (kRoundsDq ? 2 : 1));
   static constexpr int kSmemBytes = kBarriers + kBarrierPairs * kBarrierBytes + kSmemAlignment;  // room to align
 
   // Registers of a thread: those that the block is compiled for, and how the roles divide them.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : kRoundsDq && C::kTileM == 64 ? 56 : 40;
+  static constexpr int kProducerRegisters = kGroups == 3                                        ? 32
+                                            : kLoaderHasDq<C> || (kRoundsDq && C::kTileM == 64) ? 56
+                                                                                                : 40;
   static constexpr int kConsumerShare = ((kGroups + 1) * kRegisters - kProducerRegisters) / kGroups / 8 * 8;
   static constexpr int kConsumerRegisters = kConsumerShare > 240 ? 240 : kConsumerShare;
 
@@ -108,8 +127,9 @@ struct BackwardPipelines {
   Pipeline<1, L::kVBytes> v;
   Pipeline<C::kQStages, L::kQBytes> q;
   Pipeline<C::kDoutStages, L::kDoutBytes> dout;
-  Pipeline<1, L::Dq::kStageBytes>
-      dq;  // of one owner: filled by its four warps, emptied by a warp that adds it to memory
+  // of one owner: filled by its four warps, emptied by a warp that adds it to memory
+  Pipeline<1, L::Dq::kStageBytes> dq;
+  Pipeline<C::kDsStages, L::kDsBytes> handed_ds;  // to the loader, where that computes dQ
   uint32_t summed;  // the owner's barrier: the sum of all blocks is there, in the same place
   uint32_t smem;
   int ds_stage = 0;
@@ -119,8 +139,9 @@ struct BackwardPipelines {
         v{smem + L::kV, barrier(smem, 1)},
         q{smem + L::kQ, barrier(smem, 2)},
         dout{smem + L::kDout, barrier(smem, 2 + C::kQStages)},
-        dq{smem + L::kDq + owner * L::Dq::kStageBytes, barrier(smem, 2 + C::kQStages + C::kDoutStages + owner)},
-        summed(barrier(smem, 2 + C::kQStages + C::kDoutStages + L::kGroups + owner)),
+        dq{smem + L::kDq + owner * L::Dq::kStageBytes, barrier(smem, L::kDqBarriers + owner)},
+        handed_ds{smem + L::kDs, barrier(smem, L::kDqBarriers)},
+        summed(barrier(smem, L::kDqBarriers + L::kGroups + owner)),
         smem(smem) {}
   static __device__ __forceinline__ uint32_t barrier(uint32_t smem, int index) {
     return smem + L::kBarriers + index * kBarrierBytes;
@@ -133,7 +154,8 @@ struct BackwardPipelines {
     k.init(1), v.init(1);
     q.init(L::kGroups * 4);
     dout.init(L::kGroups * 4);
-    for (int owner = 0; owner < L::kGroups; ++owner) {
+    if (kLoaderHasDq<C>) handed_ds.init(4, L::kGroups * 4);
+    for (int owner = 0; owner < L::kGroups && !kLoaderHasDq<C>; ++owner) {
       const BackwardPipelines of_owner(smem, owner);
       of_owner.dq.init(1, 4);
       if (L::kRoundsDq) ptx::mbarrier_init(of_owner.summed, 1);

@@ -3,6 +3,7 @@
 #pragma once
 #include "fagen/ptx/bulk.cuh"
 #include "fagen/ptx/tma.cuh"
+#include "fagen/sm90/backward/dq.cuh"
 #include "fagen/sm90/backward/walk.cuh"
 
 namespace fagen {
@@ -21,9 +22,6 @@ struct BackwardProducer {
     for (int slab = 0; slab < kSlabs; ++slab)
       ptx::tma_load(to + slab * kRows * kRowBytes, &map, barrier, slab * kSlabColumns, row, head, keys.batch);
   }
-  __device__ __forceinline__ int64_t stat(const RowTileVisit& at) const {
-    return ((int64_t(keys.batch) * p.heads + at.head) * launch.row_tiles + at.tile) * C::kTileM;
-  }
   __device__ __forceinline__ void load_keys() const {
     ptx::mbarrier_arrive_expect(pipelines.k.full(), L::kKBytes);
     load<L::kSlabs, C::kTileN>(launch.k, pipelines.k.tile(), pipelines.k.full(), keys.n0, keys.kv_head);
@@ -36,8 +34,9 @@ struct BackwardProducer {
     pipelines.q.acquire();
     ptx::mbarrier_arrive_expect(pipelines.q.full(), L::kQBytes + 2 * L::kStatBytes);
     load<L::kSlabs, C::kTileM>(launch.q, pipelines.q.tile(), pipelines.q.full(), at.tile * C::kTileM, at.head);
-    ptx::bulk_load(pipelines.lse(), launch.lse + stat(at), L::kStatBytes, pipelines.q.full());
-    ptx::bulk_load(pipelines.delta(), launch.delta + stat(at), L::kStatBytes, pipelines.q.full());
+    const int64_t tile = row_tile_index<C>(p, launch, keys.batch, at.head, at.tile);
+    ptx::bulk_load(pipelines.lse(), launch.lse + tile * C::kTileM, L::kStatBytes, pipelines.q.full());
+    ptx::bulk_load(pipelines.delta(), launch.delta + tile * C::kTileM, L::kStatBytes, pipelines.q.full());
     pipelines.q.advance();
   }
   __device__ __forceinline__ void load_dout(const RowTileVisit& at) {

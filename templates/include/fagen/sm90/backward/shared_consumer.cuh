@@ -192,6 +192,8 @@ struct SharedConsumer {
 
   // ---- a row tile
 
+  // All of it lies in one branch, so that the exponentials mix with what follows them.
+  template <bool kMasked>
   __device__ __forceinline__ void visit(const RowTileVisit& at) {
     Scores s, dp, derivatives;  // of this visit alone, or their registers would be held between visits
     if (C::kAlibi || C::kDropout) change.set_head(p, keys.batch, at.head);
@@ -208,20 +210,18 @@ struct SharedConsumer {
     drawn.template draw<true>(change.dropout, first_row, first_key);
     ptx::wgmma_wait<1>();
     pin(s);
-    if (at.partial)
-      exponentiate<true>(s, derivatives, at, lse);
-    else
-      exponentiate<false>(s, derivatives, at, lse);
+    exponentiate<kMasked>(s, derivatives, at, lse);
     drawn.template draw<false>(change.dropout, first_row, first_key);
     Factors factors;
 #pragma unroll
     for (int i = 0; i < kPieces * 2; ++i) factors[i / 2][i % 2] = drawn.factors(change.dropout, i % 2, i / 2);
     if constexpr (C::kDsStages == 1) ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);  // all have read the last ones
-    store<true>(weights(), s, factors);
+    if constexpr (C::kDvStart != DvStart::after_ds) store<true>(weights(), s, factors);
     if constexpr (kDvFirst) meet();
     ptx::wgmma_wait<0>();
     pin(dp);
     form_ds(s, dp, derivatives, delta, factors);
+    if constexpr (C::kDvStart == DvStart::after_ds) store<true>(weights(), s, factors);
     store<false>(ds(), dp, factors);
     if constexpr (kDvFirst) start_dv();
     meet();
@@ -323,7 +323,12 @@ struct SharedConsumer {
       dv[i / (C::kTileN / 2)][i / 4 % (C::kTileN / 8)][i % 4] = 0.f;
     pipelines.k.wait();
     pipelines.v.wait();
-    keys.walk(p, [&](const RowTileVisit& at) { visit(at); });
+    keys.walk(p, [&](const RowTileVisit& at) {
+      if (at.partial)
+        visit<true>(at);
+      else
+        visit<false>(at);
+    });
     ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
     store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, gradient_scale<C>(p));
     store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));

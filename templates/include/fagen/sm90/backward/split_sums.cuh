@@ -13,6 +13,7 @@ namespace fagen {
 template <class C, class Element>
 struct SplitSums {
   using L = BackwardLayout<C>;
+  static constexpr int kReaders = (L::kGroups + kLoaderHasDq<C>)*128;  // threads that read tiles
   static constexpr int kPairs = (C::kHeadDim + C::kHeadDimV) / 16;  // of pieces of 8 columns, of a warpgroup's keys
 
   const fagen_backward_params& p;
@@ -51,7 +52,7 @@ struct SplitSums {
 
   __device__ __forceinline__ void run(const float (&dk)[C::kHeadDim / 8][4], const float (&dv)[C::kHeadDimV / 8][4],
                                       int barrier) const {
-    ptx::barrier_sync(barrier, L::kGroups * 128);  // no tile is read any more
+    ptx::barrier_sync(barrier, kReaders);  // no tile is read any more
     put<C::kHeadDim>(0, dk);
     put<C::kHeadDimV>(C::kHeadDim / 8, dv);
     ptx::cluster_sync();
