@@ -163,7 +163,7 @@ def measured_hopper() -> str:
 
 
 def measured_gradients() -> str:
-    data = json.loads((FOLDER.parent / "benchmarks" / "h100_backward_rows.json").read_text())
+    data = json.loads((FOLDER.parent / "benchmarks" / "h200_backward_rows.json").read_text())
     table, alone = _by_length(data)
     s = data["summary"]
     return (
