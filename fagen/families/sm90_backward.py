@@ -328,6 +328,7 @@ def _default(p: Problem, t: Target) -> Config:
     return next(roomy, guesses[-1])
 
 
+LOADER_CYCLES = 900  # from a product of the loader to the next one, beside those of the consumers
 SUM_BYTES = 17.6  # float32 that an SM adds to memory a cycle, about 30 GB/s
 
 
@@ -346,6 +347,8 @@ def _visit_cycles(p: Problem, c: Config) -> float:
     busiest = max(products, moved / 128, m * d * 4 / SUM_BYTES)
     waiting = 400 * (c.q_stages == 1) + 400 * (c.dout_stages == 1) + 100 * (c.ds_stages == 1)
     exposed = (0.5 if groups > 1 else 0.9) - 0.1 * (c.dv_start == "before_ds")
+    if c.dq_owner == "loader":  # consumers come out of step; it takes dQ by 64 rows of 32 columns, one after another
+        return max(busiest + softmax * 0.3 + 250 + waiting, LOADER_CYCLES * (m // 64) * -(-d // 32))
     return busiest + softmax * exposed + 250 + waiting + 200 * (c.dq_owner == "first")
 
 
