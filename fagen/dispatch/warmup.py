@@ -188,10 +188,7 @@ def _by_confirmed(problem: Problem, target: Target, most: int, recorded: dict[bo
 def _reader(family: Family, problem: Problem, target: Target) -> Callable[[Problem], object]:
     """What the family's default looks at of a size of the problem's."""
     reads = family.default_reads
-    if not isinstance(reads, Reads):
-        return lambda sized: reads(sized, target)
-    tests = tuple(reads.tests(problem, target))
-    return lambda sized: tuple(test.holds(sized, target) for test in tests)
+    return reads.of_sizes(problem, target) if isinstance(reads, Reads) else lambda sized: reads(sized, target)
 
 
 def _confirmed(record: Record, target: Target, able: list[Family]) -> Family | None:

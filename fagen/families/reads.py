@@ -26,7 +26,12 @@ class Reads:
     tests: Callable[[Any, Target], Sequence[Test]]
 
     def __call__(self, problem: Any, target: Target) -> tuple[bool, ...]:
-        return tuple(test.holds(problem, target) for test in self.tests(problem, target))
+        return self.of_sizes(problem, target)(problem)
+
+    def of_sizes(self, problem: Any, target: Target) -> Callable[[Any], tuple[bool, ...]]:
+        """The same for every size of the problem's static key, whose tests are made once."""
+        tests = tuple(self.tests(problem, target))
+        return lambda sized: tuple(test.holds(sized, target) for test in tests)
 
 
 nothing = Reads(lambda problem, target: ())  # the default is the same for all sizes

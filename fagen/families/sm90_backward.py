@@ -275,8 +275,8 @@ _ONE_KEY_TILE = AtMost("keys", 128)
 
 def _default_reads(p: Problem, t: Target) -> tuple[AtMost, ...]:
     """A block that has all keys stores dQ from registers, which the loader cannot."""
-    has_loader = max(p.head_dim_padded, p.head_dim_v_padded) <= 96 and p.mask != "intervals"
-    return (_ONE_KEY_TILE,) if has_loader else ()
+    has_loader = max(p.head_dim_padded, p.head_dim_v_padded) <= 96 and not getattr(p, "deterministic", False)
+    return (_ONE_KEY_TILE,) if has_loader and p.mask != "intervals" else ()
 
 
 def _guesses(p: Problem, t: Target) -> list[Config]:
@@ -317,11 +317,13 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
 
 
 def _default(p: Problem, t: Target) -> Config:
-    """The first guess with registers to spare, which intervals take beside a large head, and dropout of many rows."""
+    """The first guess with registers to spare: intervals take some beside a large head, and those that may hide other
+    rows than the first and the last beside many rows, as dropout does."""
     guesses = _guesses(p, t)
 
     def spare(c: Config) -> int:
-        of_mask = 16 if p.mask == "intervals" and p.head_dim_padded > 192 else 0
+        hides_within = p.intervals in ("lower2", "both4") and c.tile_m == 128
+        of_mask = 16 if p.mask == "intervals" and (p.head_dim_padded > 192 or hides_within) else 0
         return OTHER_REGISTERS + of_mask + (24 if p.dropout and c.tile_m == 128 else 0)
 
     roomy = (c for c in guesses if fragment_registers(p, c) + spare(c) <= consumer_registers(c))

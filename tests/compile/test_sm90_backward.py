@@ -46,6 +46,19 @@ def test_defaults_compile_cleanly(problem: BackwardProblem, device_facts: Facts)
     assert facts["spill_bytes"] == 0 and "serialized" not in facts, facts
 
 
+def test_defaults_that_read_the_size_and_the_mask() -> None:
+    def default(**fields: object) -> Config:
+        return FAMILY.default(BackwardProblem(**fields), HOPPER)
+
+    for d in (64, 96):  # one tile of keys stores dQ from registers, which the loader cannot
+        assert [default(head_dim=d, seqlen_k=n).dq_owner for n in (128, 129)] == ["all", "loader"]
+        assert FAMILY.default_reads(BackwardProblem(head_dim=d, seqlen_k=128), HOPPER) == (True,)
+    assert default(head_dim=128).dq_owner == default(head_dim=64, deterministic=True).dq_owner == "all"
+    packed = {"mask": "intervals", "intervals": "lower1"}
+    assert default(head_dim=128, **packed).block_order == "longest_first"
+    assert default(head_dim=128, **packed, deterministic=True).block_order == "descending"
+
+
 def test_every_legal_problem_has_a_legal_default() -> None:
     features: tuple[dict, ...] = (
         {}, {"mask": "causal", "deterministic": True}, {"mask": "intervals", "intervals": "both4", "softcap": True},
@@ -72,7 +85,7 @@ SHARED = {"operands": "shared", "tile_n": 64, "dout_stages": 1}
             (64, {**LOADER, "tile_m": 128, "q_stages": 3, "dout_stages": 3}),
             (96, {**LOADER, "v_source": "registers", "ds_stages": 1}),
             (128, LOADER),
-            (64, {"tile_n": 192, "warpgroups": 3, "row_order": "descending"}),
+            (64, {"tile_n": 192, "warpgroups": 3, "row_order": "descending", "dv_start": "after_store"}),
             (96, {"v_source": "registers", "dv_start": "after_store", "seeds": "delta"}),
             (96, {"dq_owner": "first", "ds_stages": 2}),
             (128, {"seeds": "delta", "dv_start": "after_store", "dout_stages": 1, "ds_stages": 2}),

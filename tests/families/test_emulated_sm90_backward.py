@@ -91,7 +91,7 @@ SCHEMES: Mapping[str, Config] = {
         ds_stages=2,
         row_order="shifted",
         dv_start="after_store",
-    ),
+    ),  # fmt: skip
     "loader_held_v": config(
         dq_owner="loader", dq_sink="red", v_source="registers", q_stages=3, dout_stages=3, dv_start="after_store"
     ),
@@ -332,12 +332,9 @@ _BROKEN, _BROKEN_LOADER = Case("base", mask="none"), Case("loader", mask="none")
         (_BROKEN, "    pipelines.q.acquire();\n", ""),  # q is overwritten while it is read
         (_BROKEN, "    pipelines.dout.wait();\n", ""),  # dO is read before it is there
         (_BROKEN, "    pipelines.dq.acquire();\n", ""),  # dQ is overwritten before it is added
-        (
-            _BROKEN,
-            "      ptx::barrier_sync(kBarrier, L::kGroups * 128);\n",
-            "      ;\n",
-        ),  # dS is read before all stored it
-        (_BROKEN, "      ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);\n", "      ;\n"),  # or while they store it
+        # dS is read before all have stored theirs, or overwritten while it is read
+        (_BROKEN, "      ptx::barrier_sync(kBarrier, L::kGroups * 128);\n", "      ;\n"),
+        (_BROKEN, "      ptx::barrier_sync(kBarrier + 1, L::kGroups * 128);\n", "      ;\n"),
         (_BROKEN_LOADER, "    pipelines.handed_ds.wait();\n", ""),
         (_BROKEN_LOADER, "      pipelines.handed_ds.acquire();\n", "      ;\n"),
     ],
