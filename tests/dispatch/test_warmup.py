@@ -108,17 +108,18 @@ def test_a_bound_that_makes_no_sense(most: int, shipped: None) -> None:
         warmup.sizes(SMALL, HERE, most)
 
 
-@pytest.fixture
-def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
-    """Two records of a static key, the second of a config of its own."""
+@pytest.fixture(params=["this device", "another"])
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[list]:
+    """Two records of a static key, the second of a config of its own, of this device or of another."""
 
     monkeypatch.setattr(store, "default_paths", lambda: (tmp_path / "db",))
     configs = [FAMILY.default(SMALL, HERE), FAMILY.default(SMALL, HERE).replace(tile_n=64)]
-    for length, config in zip((32, 4096), configs, strict=True):
+    devices = HERE.device, HERE.device if request.param == "this device" else "Another CPU"
+    for length, config, device in zip((32, 4096), configs, devices, strict=True):
         problem = SMALL.replace(seqlen_q=length, seqlen_k=length)
         mine = KernelSpec(FAMILY, problem, HERE, config).hash
         merge.put([
-            Record(problem=problem, arch="cpu", device=HERE.device, family=FAMILY.name, config=dict(config),
+            Record(problem=problem, arch="cpu", device=device, family=FAMILY.name, config=dict(config),
                       seconds=1e-3, spread=1e-5, default_seconds=0.0, error=0.0, source_hash=mine)
         ], tmp_path / "db")  # fmt: skip
     resolve.forget()
