@@ -46,8 +46,8 @@ MOST_DEATHS = 2  # of a label
 
 
 def all_rows(where: Target) -> dict[str, rows.Row]:
-    names = ("peers", "masks", "models", "small", "odd-d", "large-d") if where.is_gpu else ("small",)
-    forward = [row for name in names for row in suites.suite(name, where)]
+    names = ("peers", "masks", "models", "small", "odd-d", "large-d", "random") if where.is_gpu else ("small",)
+    forward = [row for name in names for row in suites.suite(name, where, 1)]
     backward = [rows.row_of_op(row, "backward", same_bits=same) for row in forward for same in (False, True)]
     named_by_op = [dataclasses.replace(row, name=f"backward {row.name}") for row in backward]
     decode = [row for name in ("decode", "paged", "mla", "mixed") for row in suites.suite(name, where, op="decode")]

@@ -49,7 +49,7 @@ class PlannedRecord:
     record: Record
     elsewhere: bool  # tuned on another device
     features: tuple[float, ...]
-    regime: bool
+    regime: int
     answer: Answer
     where_torch_may: Answer | None = None  # what is faster than its kernel where PyTorch can be asked; None: nothing
     # the family whose default serves in the place of each of the two at other sizes: see `choose.confirmed`
@@ -137,7 +137,7 @@ class Plan:
         torch = 0 if ours else self._where_torch_may
         named = [name for row in self.rows for name in (row.confirms, row.may_confirm)]
         speakers = list(dict.fromkeys(["", *named]))
-        words = [self.target.units, int(windowed), torch, *binding.few_rows_limits(self.op, self.target)]
+        words = [self.target.units, int(windowed), torch, *binding.regime_limits(self.op, self.target)]
         words.append(len(speakers))
         for name in speakers:
             words += self._default_words(name)

@@ -10,9 +10,11 @@ family's default, defaults are asked for a grid of sizes.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from fagen import env, families
@@ -25,6 +27,7 @@ from fagen.ops.attention import derivatives, size_point
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.measures import AtMost
 from fagen.ops.attention.problem import Problem
+from fagen.ops.attention.tiling import Cheaper
 from fagen.runtime import append, binding, packed
 from fagen.target import Target
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 _GRID = 8  # sizes a doubling, of the grid for defaults
 _COARSE = 12  # every so many numbers of keys, where there are several sequences and records
+_SCATTERED, _MOST_BATCH = 12_000, 256
 MOST_SEQLEN = 1 << 24
 
 
@@ -54,7 +58,8 @@ def sizes(problem: Problem, target: Target, most: int) -> list[Problem]:
     usable = [
         (provenance == "arch", record)
         for record, provenance in store.Database.load().candidates(problem, target, every_regime=True)
-        if not choose.by_record(record, provenance, problem, target, able, refusals)[1]
+        if size_point.shares_keys(record.problem, target) == size_point.shares_keys(problem, target)
+        and not choose.by_record(record, provenance, problem, target, able, refusals)[1]
     ]
     found: list[Problem] = []
     recorded: dict[bool, list[_Recorded]] = {}
@@ -224,6 +229,20 @@ def _grid(
             keys = lengths if batch == 1 else [n, *(k for k in few if k != n), lengths[-1]]
             longer = [k for k in keys if problem.mask != "causal" or k >= n]
             yield [problem.resized(batch, n, k) for k in longer]
+    yield _scattered(problem, most, able, target)
+
+
+def _scattered(problem: Problem, most: int, able: list[Family], target: Target) -> list[Problem]:
+    """Sizes at random, the same each time, of families whose defaults compare tilings: which one wins may depend on
+    every row and key."""
+    reads = [family.default_reads for family in able]
+    if not any(isinstance(t, Cheaper) for r in reads if isinstance(r, Reads) for t in r.tests(problem, target)):
+        return []
+    draw, found = Random(problem.static_key), []
+    for _ in range(_SCATTERED):
+        batch, rows, keys = (round(2 ** draw.uniform(0, math.log2(bound))) for bound in (_MOST_BATCH, most, most))
+        found.append(problem.resized(batch, rows, max(rows, keys) if problem.mask == "causal" else keys))
+    return found
 
 
 def _edges(problem: Problem, target: Target, most: int, able: list[Family]) -> set[int]:

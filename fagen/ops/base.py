@@ -96,9 +96,9 @@ def _no_calls() -> Calls:
     raise UnsupportedProblem("kernels of this op cannot be called from Python", "they can be emitted")
 
 
-def one_regime(problem: Any, target: Target) -> bool:
+def one_regime(problem: Any, target: Target) -> int:
     """For `Op.regime`: any record may serve any size."""
-    return False
+    return 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Op:
     flags: Callable[[Any], list[str]]  # how the command line spells a problem
     torch_serves: Callable[[Any], bool]  # whether PyTorch computes it as fast as it can, without a detour
     # of a size on a device: a record serves sizes of its own regime alone
-    regime: Callable[[Any, Target], bool] = field(default=one_regime)
+    regime: Callable[[Any, Target], int] = field(default=one_regime)
     length: str = ""  # the attribute of a problem by which those of a series differ
     least_bytes: Callable[[Any], int] = field(default=lambda problem: int(problem.bytes()))  # that any kernel moves
     symbols: tuple[str, ...] = ()  # lines for people who read a kernel, at its head

@@ -17,7 +17,7 @@ from fagen.build import cache
 from fagen.build.job import Job
 from fagen.errors import BuildError, FagenError
 from fagen.notices import notify
-from fagen.ops.attention import size_point
+from fagen.ops.attention import size_point, tiling
 from fagen.runtime import background
 
 if TYPE_CHECKING:
@@ -67,14 +67,16 @@ def _constants() -> str:
         f"constexpr double kMostWaves = {size_point.MOST_WAVES!r}, kLeastWaves = {size_point.LEAST_WAVES!r};\n"
         f"constexpr int64_t kWaveRows = {size_point.WAVE_ROWS}, kTileRows = {size_point.TILE_ROWS};\n"
         f"constexpr int64_t kMostPacked = {size_point.MOST_PACKED}, kSharedKeys = {size_point.SHARED_KEYS};\n"
+        f"constexpr double kTail = {tiling.TAIL!r};\n"
         f"inline bool switch_allows_tf32() {{ return {_tf32_switch()}; }}\n}}\n"
     )
 
 
-def few_rows_limits(op: Op, target: Target) -> tuple[int, int]:
+def regime_limits(op: Op, target: Target) -> tuple[int, int, int]:
     """For a plan of the table: `FewRows` there."""
-    few = op.regime is size_point.has_few_rows
-    return (size_point.most_idle_tiles(target), size_point.most_rows(target)) if few else (-1, -1)
+    if op.regime is not size_point.regime:
+        return -1, -1, 0
+    return size_point.most_idle_tiles(target), size_point.most_rows(target), int(size_point.packs(target))
 
 
 def _tf32_switch() -> str:

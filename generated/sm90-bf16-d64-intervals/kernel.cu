@@ -1699,7 +1699,8 @@ namespace fagen {
 // Computed once on the host for a launch.
 struct LaunchArgs {
   CUtensorMap q, k, v;
-  int packed;                   // log2 of the heads of q whose rows lie side by side in a tile
+  Divisor packed;               // heads of q whose rows lie side by side in a tile
+  int tile_rows;                // of a tile that are there: whole rows of q of all of them
   int row_tiles, key_tiles;     // per head
   int tiles;                    // row tiles in all
   TileOrder order;
@@ -1750,17 +1751,22 @@ __device__ __forceinline__ Intervals<C> intervals_of(const fagen_forward_params&
   return intervals;
 }
 
-// Heads of q that share keys may be packed: 2^n of them count as one head, with 2^n packed rows to a row of q. The
-// last n bits of a packed row select its head.
+// Heads of q that share keys may be packed: n of them count as one head, with n packed rows to a row of q, a head each.
+// A tile has whole rows of q: where n does not divide it, its last rows are nobody's.
 template <class C>
 struct HeadPacking {
-  int log2;
+  Divisor heads;
+  int of_tile;
 
-  __device__ __forceinline__ explicit HeadPacking(const LaunchArgs& launch) : log2(C::kPackHeads ? launch.packed : 0) {}
-  __device__ __forceinline__ int rows(int rows) const { return rows << log2; }
+  __device__ __forceinline__ explicit HeadPacking(const LaunchArgs& launch)
+      : heads(launch.packed), of_tile(launch.tile_rows) {}
+  __device__ __forceinline__ int rows(int rows) const { return C::kPackHeads ? rows * int(heads.by) : rows; }
+  __device__ __forceinline__ int tile_rows() const { return C::kPackHeads ? of_tile : C::kTileM; }
   // head and row of q for a packed head and row
-  __device__ __forceinline__ int head(int head, int m) const { return head << log2 | (m & ((1 << log2) - 1)); }
-  __device__ __forceinline__ int row(int m) const { return m >> log2; }
+  __device__ __forceinline__ int head(int head, int m) const {
+    return C::kPackHeads ? head * int(heads.by) + int(heads.remainder(m, row(m))) : head;
+  }
+  __device__ __forceinline__ int row(int m) const { return C::kPackHeads ? int(heads.quotient(m)) : m; }
   // the key tiles that packed rows [m0, m1) see
   __device__ __forceinline__ TileRange range(const Band& band, int m0, int m1) const {
     if constexpr (!MaskOf<C>::kHasEnd)
@@ -1817,8 +1823,8 @@ struct RowTile {
       first_bits = visit_bits_index(launch, visits_index(p, launch, coord.batch, kv_head, coord.row_tile));
       intervals = intervals_of<C>(p, launch, coord.batch, mask_head(p, kv_head));
     } else {
-      m0 = (coord.row_tile * C::kCluster + blockIdx.x % C::kCluster) * C::kTileM,
-      m1 = min(m0 + C::kTileM, packing.rows(p.seqlen_q));
+      m0 = (coord.row_tile * C::kCluster + blockIdx.x % C::kCluster) * packing.tile_rows(),
+      m1 = min(m0 + packing.tile_rows(), packing.rows(p.seqlen_q));
       range = packing.range(band, m0, m1);
     }
   }
@@ -1892,7 +1898,7 @@ __device__ __forceinline__ void store_rows(const fagen_forward_params& p, const 
                                            const PendingTile& tile, int group) {
   const Lane lane;
   const bool odd = lane.id % 2;
-  const int end = MaskOf<C>::kIntervals ? tile.m1 : min(tile.m0 + C::kTileM, packing.rows(p.seqlen_q));
+  const int end = MaskOf<C>::kIntervals ? tile.m1 : min(tile.m0 + packing.tile_rows(), packing.rows(p.seqlen_q));
   const int first = tile.m0 + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
   const int column = odd * 8 + lane.id % 4 / 2 * 4;  // in two pieces
   Element* out = static_cast<Element*>(p.o.data) + tile.batch * p.o.stride[0];
@@ -2586,7 +2592,10 @@ struct Producer {
   __device__ __forceinline__ void load(const CUtensorMap& map, Pipe& pipe, int row, int head, int batch) const {
     if (threadIdx.x % 32 == 0) {
       pipe.acquire();
-      pipe.expect_bytes();
+      if constexpr (kPacked)
+        ptx::mbarrier_arrive_expect(pipe.full(), kSlabs * launch.tile_rows * kRowBytes);
+      else
+        pipe.expect_bytes();
       constexpr int kPart = kRows / Pipe::kBlocks;
       const int part = Pipe::kBlocks > 1 ? blockIdx.x % Pipe::kBlocks * kPart : 0;
       for (int slab = 0; slab < kSlabs; ++slab) {
@@ -2955,19 +2964,29 @@ __device__ __forceinline__ void plan(const fagen_forward_params& p, const Launch
 
 namespace fagen {
 
-// With heads packed, log2 of how many: of those that share keys, as many as a row tile can hold evenly.
+// With heads packed, how many: of those that share keys, as many as divide them and fit in a tile, if tiles are no more
+// than a sixteenth beyond the fewest. A tile has whole rows of q; see size_point.packed_heads in Python.
 template <class C>
 static int packed_heads(const fagen_forward_params& p) {
-  int log2 = 0;
-  while (C::kPackHeads && log2 < 6 && p.heads / p.kv_heads % (2 << log2) == 0) ++log2;
-  return log2;
+  if (!C::kPackHeads) return 1;
+  const int group = p.heads / p.kv_heads;
+  const auto tiles = [&](int packed) { return int64_t(ceil_div(p.seqlen_q, C::kTileM / packed)) * (group / packed); };
+  int best = 1;
+  int64_t fewest = tiles(1);
+  for (int packed = 2; packed <= group && packed <= 64; ++packed) {
+    if (group % packed) continue;
+    const int64_t these = tiles(packed);
+    if (these < fewest) fewest = these;
+    if (16 * these <= 17 * fewest) best = packed;
+  }
+  return best;
 }
 
 // Row tiles of a head, or of heads that are packed; those of a cluster count as one. With intervals some may end early
 // where a document does: there is room for some more of them.
 template <class C>
 static int count_row_tiles(const fagen_forward_params& p) {
-  const int tiles = ceil_div(p.seqlen_q << packed_heads<C>(p), C::kTileM * C::kCluster);
+  const int tiles = ceil_div(p.seqlen_q, C::kTileM / packed_heads<C>(p) * C::kCluster);
   return MaskOf<C>::kIntervals ? tiles + tiles / 8 + 1 : tiles;
 }
 
@@ -3006,7 +3025,7 @@ static cudaError_t make_maps(const fagen_forward_params& p, CUtensorMapDataType 
   };
   if (const cudaError_t e = keys(&launch.k, p.k, p.head_dim)) return e;
   if (const cudaError_t e = keys(&launch.v, p.v, p.head_dim_v)) return e;
-  const int packed = 1 << launch.packed;
+  const int packed = launch.packed.by;
   const Dimension rows = {p.seqlen_q, p.q.stride[1], C::kTileM / packed};
   const Dimension heads = {p.heads / packed, p.q.stride[2] * packed, 1}, batch = {p.batch, p.q.stride[0], 1};
   if constexpr (C::kPackHeads)
@@ -3061,16 +3080,17 @@ static int launch_forward(const fagen_forward_params& p, cudaStream_t stream, CU
   LaunchArgs launch;
   if (p.batch == 0 || p.seqlen_q == 0) return cudaSuccess;
   if (p.seqlen_k == 0) return launch_kernel(prologue, resident, 256, 0, stream, p, launch);
-  launch.packed = packed_heads<C>(p);
+  const int packed = packed_heads<C>(p);
+  launch.packed = Divisor(packed), launch.tile_rows = C::kTileM / packed * packed;
   if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
-  const int heads = (p.heads >> launch.packed) * p.batch, planes = p.batch * p.mask_heads;
+  const int heads = p.heads / packed * p.batch, planes = p.batch * p.mask_heads;
   launch.row_tiles = count_row_tiles<C>(p);
   launch.tiles = launch.row_tiles * heads;
   launch.key_tiles = ceil_div(p.seqlen_k, C::kTileN);
   const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
-  const int group = (p.heads / p.kv_heads) >> launch.packed;
+  const int group = p.heads / p.kv_heads / packed;
   const int heads_at_once = heads_of_section(heads, group, (int64_t(C::kSectionMb) << 20) / head_bytes);
-  launch.order = TileOrder::of<C::kBlockOrder>(launch.row_tiles, p.heads >> launch.packed, p.batch, heads_at_once);
+  launch.order = TileOrder::of<C::kBlockOrder>(launch.row_tiles, p.heads / packed, p.batch, heads_at_once);
   launch.heads_per_kv_head = Divisor(group);
 
   using W = Workspace<C>;

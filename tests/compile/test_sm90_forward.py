@@ -50,7 +50,7 @@ def test_defaults_compile_cleanly(problem: Problem, device_facts: Facts) -> None
     ("sizes", "default"),
     [  # what an H200 showed to be the best of the guesses, or near it
         ({"mask": "causal", "heads": 16, "seqlen_q": 512}, (64, "single", "longest_first")),
-        ({"mask": "causal", "batch": 32, "heads": 12, "seqlen_q": 128}, (64, "dynamic", "sectioned")),
+        ({"mask": "causal", "batch": 32, "heads": 12, "seqlen_q": 128}, (64, "balanced", "longest_first")),
         ({"mask": "causal", "batch": 8, "heads": 32, "seqlen_q": 2048}, (192, "dynamic", "sectioned")),
         ({"mask": "causal", "batch": 32, "heads": 32, "seqlen_q": 512}, (64, "dynamic", "sectioned")),
         ({"mask": "causal", "batch": 4, "heads": 32, "seqlen_q": 4096}, (192, "dynamic", "sectioned")),
@@ -110,8 +110,8 @@ def test_long_rows_have_other_tiles_and_sections() -> None:
 
     assert [chosen(96, length, "tile_m") for length in (1024, 2048)] == [128, 192]
     assert [chosen(128, length, "shared_weights") for length in (1024, 2048)] == [False, True]
-    assert [chosen(d, 8192, "section_mb") for d in (128, 256)] == [32, 64]
-    assert chosen(128, 1024, "section_mb") == 16
+    assert [chosen(256, length, "section_mb") for length in (1024, 8192)] == [32, 64]
+    assert [chosen(128, length, "section_mb") for length in (1024, 8192)] == [32, 32]
 
 
 def test_a_default_leaves_registers_to_what_takes_more() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from fagen.families import Config, Reads
 from fagen.ops.attention.call import AttentionCall
 from fagen.ops.attention.measures import MEASURES, AtMost
 from fagen.ops.attention.problem import Problem
+from fagen.ops.attention.tiling import Cheaper, Short, Tiling
 from fagen.runtime import background, binding
 from tests.support.calls import right
 
@@ -229,9 +231,9 @@ def test_the_table_measures_sizes_as_python_does() -> None:
         seen = set()
         for _ in range(300):
             fields = {name: round(2 ** draw.uniform(0, 10)) for name in ("batch", "seqlen_q", "seqlen_k")}
-            fields |= {"heads": 32, "kv_heads": draw.choice([1, 2, 8, 32]), "window_left": draw.choice([-1, 90])}
+            fields |= {"heads": 96, "kv_heads": draw.choice([1, 2, 8, 32]), "window_left": draw.choice([-1, 90])}
             problem = Problem(mask="window", window_right=0, **fields)
-            tile, limit = draw.choice([1, 64, 128]), draw.choice([-1, 0, 1, 4, 64, 500, 6000])
+            tile, limit = draw.choice([1, 64, 128, 192]), draw.choice([-1, 0, 1, 4, 64, 500, 6000])
             test = AtMost(measure, limit, tile)
             family = dataclasses.replace(BASE, default_reads=Reads(lambda p, t, test=test: (test,)))
             plan = Plan(problem, H200, (), (family,), defaults={("", (True,)): Answer(True, Told(7))})
@@ -241,3 +243,27 @@ def test_the_table_measures_sizes_as_python_does() -> None:
             assert module.nearest(plan.words(ours=True), sizes) == (-1, 7 if holds else None), (measure, problem.key)
             seen.add(holds)
         assert len(seen) == 2, measure
+
+
+@pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("mask", ["none", "causal", "window"])
+def test_the_table_compares_tilings_as_python_does(mask: str) -> None:
+    module, draw = binding.load(), random.Random(f"tilings/{mask}")
+    seen: Counter[tuple[str, bool]] = Counter()
+    for _ in range(1500):
+        fields = {name: round(2 ** draw.uniform(0, 13)) for name in ("seqlen_q", "seqlen_k")}
+        fields |= {"batch": draw.choice([1, 2, 7, 64]), "heads": 96, "kv_heads": draw.choice([1, 8, 32, 96])}
+        if mask == "window":
+            fields |= {"window_left": draw.choice([-1, 0, 90, 1000]), "window_right": draw.choice([-1, 0, 50])}
+        problem = Problem(mask=mask, **fields)
+        shapes = [(draw.choice([64, 128, 192]), draw.choice([32, 80, 128]), draw.choice([0, 1, 2])) for _ in range(2)]
+        one, two = (Tiling(*shape, draw.randint(500, 5000), draw.randint(500, 2000)) for shape in shapes)
+        test = draw.choice([Cheaper(one, two), Short(one, draw.choice([20_000, 200_000]))])
+        family = dataclasses.replace(BASE, default_reads=Reads(lambda p, t, test=test: (test,)))
+        plan = Plan(problem, H200, (), (family,), defaults={("", (True,)): Answer(True, Told(7))})
+        p = problem
+        sizes = [p.batch, p.heads, p.kv_heads, p.seqlen_q, p.seqlen_k, p.window_left, p.window_right]
+        holds = test.holds(problem, H200)
+        assert module.nearest(plan.words(ours=True), sizes) == (-1, 7 if holds else None), (test, problem.key)
+        seen[type(test).__name__, holds] += 1
+    assert len(seen) == 4 and min(seen.values()) > 100, seen

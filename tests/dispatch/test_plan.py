@@ -73,7 +73,7 @@ def plan_of(records: list[Record], where: target.Target) -> Plan:
             r,
             r.device != where.device,
             tuple(size_point.features(r.problem, where.units).values()),
-            size_point.has_few_rows(r.problem, where),
+            size_point.regime(r.problem, where),
             Answer(True),
         )
         for r in rows

@@ -55,6 +55,10 @@ CASES = [case for number, scheme in enumerate((*SCHEMES_90, *SCHEMES)) if (case 
 CASES += [_shape("tma", d, dv) for d, dv in ((40, 0), (96, 0), (128, 0), (192, 128), (256, 0))]
 CASES += [_shape("tma_pair", 128, mask="none"), _shape("tma_shared_weights", 96)]
 CASES += [_shape("tma", 64, softcap=15.0), _shape("tma_turns", 64, alibi=True), _shape("base", 80, alibi=True)]
+CASES += [
+    Case("tma_packed", mask=mask, window=BANDS[mask], heads=heads, kv_heads=kv_heads)
+    for mask, heads, kv_heads in (("causal", 7, 1), ("window", 6, 2), ("none", 12, 1))  # no power of two
+]
 DOCUMENTS = [
     Case(name, mask="intervals", intervals=kind, window=window, heads=4, kv_heads=2)
     for name, kind, window in (("tma_dynamic", "lower1", (-1, 0)), ("tma_three_groups", "both2", (-1, -1)))

@@ -23,6 +23,7 @@ CASES = {
     Case("tma_split", mask="causal", dtype="fp16", heads=3, kv_heads=1): ((70, 300), (200, 70)),
     Case("tma_split", mask="window", window=(90, 10), heads=2, kv_heads=2): ((150, 420), (100, 70)),
     Case("tma_split_packed", mask="causal", head_dim=40, heads=8, kv_heads=2): ((9, 310), (21, 5)),
+    Case("tma_split_packed", mask="causal", heads=6, kv_heads=2): ((30, 310),),
     Case("tma_split_packed", mask="none", head_dim=96, head_dim_v=64, heads=4, kv_heads=1): ((5, 290),),
     Case("tma_split_groups", mask="causal", softcap=15.0, alibi=True, heads=2, kv_heads=1): ((200, 330),),
     Case("tma_split_groups", mask="none", dropout=0.2, heads=2, kv_heads=1): ((70, 200),),

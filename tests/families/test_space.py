@@ -161,14 +161,26 @@ def test_what_only_repeats_at_its_sizes_is_not_searched() -> None:
     )
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "packed"), [(8, 8, 1), (32, 8, 4), (12, 2, 2), (128, 1, 64), (15, 5, 1)])
-def test_heads_are_packed_as_a_tile_holds_them(heads: int, kv_heads: int, packed: int) -> None:
-    assert size_point.packed_heads(Problem(heads=heads, kv_heads=kv_heads)) == packed
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "rows", "tile", "packed"),
+    [
+        (8, 8, 4096, 128, 1), (32, 8, 4096, 128, 4), (128, 1, 4096, 128, 64), (24, 8, 4096, 128, 3),
+        (12, 2, 4096, 128, 6), (28, 4, 151, 128, 7), (28, 4, 151, 192, 7),
+        (12, 1, 4096, 128, 6),  # twelve leave 8 of 128 rows over, six only two
+        (48, 1, 4096, 128, 16), (48, 1, 1, 64, 48), (48, 1, 4096, 192, 48),
+        (11, 1, 4096, 64, 1), (11, 1, 4096, 128, 11), (11, 1, 64, 64, 1), (11, 1, 5, 64, 11), (71, 1, 1, 64, 1),
+    ],
+)  # fmt: skip
+def test_heads_are_packed_as_a_tile_holds_them(heads: int, kv_heads: int, rows: int, tile: int, packed: int) -> None:
+    problem = Problem(heads=heads, kv_heads=kv_heads, seqlen_q=rows)
+    assert size_point.packed_heads(problem, tile) == packed
+    fewest = min(size_point.packed_tiles(problem, tile, n) for n in range(1, 65) if heads // kv_heads % n == 0)
+    assert 16 * size_point.packed_tiles(problem, tile, packed) <= 17 * fewest
 
 
 def test_heads_are_packed_where_tiles_of_one_head_are_half_empty() -> None:
     """Of 135 rows a head, four heads fill 5 tiles of 128 rows, and 8 where each has its own."""
     where = target.known("sm_90")
     many = Problem(mask="causal", batch=64, heads=32, kv_heads=8, seqlen_q=135, seqlen_k=607)
-    for rows, packed in ((135, True), (128, False), (1000, False)):
+    for rows, packed in ((135, True), (128, False)):
         assert sm90_forward.FAMILY.default(many.replace(seqlen_q=rows), where)["pack_heads"] is packed, rows

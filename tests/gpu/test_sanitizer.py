@@ -32,6 +32,7 @@ WGMMA = """
 from tests.support.cases import Case, run
 for name in ("tma", "tma_one_group", "tma_three_groups", "tma_serial", "tma_shared_weights", "tma_packed"):
     assert run(Case(name), 270, 299)
+assert run(Case("tma_packed", heads=6), 270, 299) and run(Case("tma_split_packed", heads=14), 70, 299)
 assert run(Case("tma_three_stages"), 270, 299) and run(Case("tma_pair", mask="none", head_dim=128), 270, 299)
 assert run(Case("tma", head_dim=80, mask="none"), 70, 99)
 print("all right")

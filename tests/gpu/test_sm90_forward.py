@@ -3,6 +3,8 @@ blocks that take many tiles of rows, launches at once, graphs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -63,6 +65,7 @@ WINDOW_CASES = [
     for name in (*WALKS, *PACKED)
     for window in ((50, 20), (10, 0), (70, -1), (-1, 5), (0, 0))
 ]
+WINDOW_CASES += [replace(case, heads=6) for case in WINDOW_CASES if case.scheme in PACKED]
 INTERVAL_CASES = [
     Case(name, mask="intervals", intervals=kind, window=window, sizes=((300, 300), (300, 1500), (77, 40), (900, 400)))
     for name in WALKS
@@ -89,7 +92,16 @@ GQA_CASES = [
 GQA_CASES += [
     Case(name, mask=mask, heads=h, kv_heads=hk, head_dim=d, sizes=((1, 300), (5, 90), (130, 190), (300, 100)))
     for name, mask in ((PACKED[0], "causal"), (PACKED[1], "causal"), ("tma_balanced_ascending_128x1_pair", "none"))
-    for h, hk, d in ((4, 4, 64), (64, 1, 64), (128, 1, 128), (12, 2, 128), (15, 5, 64), (56, 7, 40))
+    for h, hk, d in (
+        (4, 4, 64),
+        (64, 1, 64),
+        (128, 1, 128),
+        (12, 2, 128),
+        (15, 5, 64),
+        (56, 7, 40),
+        (28, 4, 128),
+        (48, 1, 64),
+    )
 ]
 SCORE_CASES = [
     Case("tma", softcap=20.0, mask="none"),
@@ -113,7 +125,7 @@ SPLIT_CASES = [
     Case(name, mask=mask, window=(700, 30) if mask == "window" else (-1, -1), heads=h, kv_heads=hk, sizes=_FEW)
     for name in SPLIT
     for mask in ("none", "causal", "window")
-    for h, hk in ((2, 1), (8, 2))
+    for h, hk in ((2, 1), (8, 2), (14, 2))
 ]
 SPLIT_CASES += [
     Case("tma_split", softcap=10.0, alibi=True, sizes=_FEW),

@@ -16,7 +16,10 @@ WAVE_ROWS = 128  # of a block of rows, about
 # Few rows. On a GPU: the smallest tiles, of so many rows of packed heads, are fewer than this share of its units, and
 # there are keys enough to be shared between blocks. On a CPU: so many of all heads that share keys.
 ROWS_OF_CPU = 32
-TILE_ROWS, MOST_PACKED, IDLE_SHARE, SHARED_KEYS = 64, 64, 0.7, 512
+PACKING = (
+    "sm_90",
+)  # architectures with kernels that pack heads: a record of heads that share no keys knows nothing of it
+TILE_ROWS, MOST_PACKED, IDLE_SHARE, SHARED_KEYS = 64, 64, 0.7, 768
 
 
 def features(problem: Problem, units: int, most_waves: float = MOST_WAVES) -> dict[str, float]:
@@ -39,10 +42,41 @@ def features(problem: Problem, units: int, most_waves: float = MOST_WAVES) -> di
     }
 
 
-def packed_heads(problem: Problem) -> int:
-    """How many heads a tile of rows packs: of those that share keys, as many as it can hold evenly."""
+def packed_heads(problem: Problem, tile: int) -> int:
+    """How many heads a tile of so many rows packs: of those that share keys, as many as divide them and fit in it, if
+    the tiles are no more than a sixteenth beyond the fewest. A tile has whole rows of q.
+
+    `packed_heads` of csrc/table.h and of the kernels are the same in C++.
+    """
     group = problem.heads // problem.kv_heads
-    return min(group & -group, MOST_PACKED)
+    best, fewest = 1, packed_tiles(problem, tile, 1)
+    for packed in range(2, min(group, MOST_PACKED) + 1):
+        if group % packed == 0:
+            tiles = packed_tiles(problem, tile, packed)
+            fewest = min(fewest, tiles)
+            best = packed if 16 * tiles <= 17 * fewest else best
+    return best
+
+
+def packed_tiles(problem: Problem, tile: int, packed: int) -> int:
+    """Tiles of rows of the heads that share keys."""
+    return -(-problem.seqlen_q // (tile // packed)) * (problem.heads // problem.kv_heads // packed)
+
+
+def regime(problem: Problem, target: Target) -> int:
+    """Few rows: 1; heads that share keys, where kernels may lay their rows in one tile: 2.
+
+    `FewRows::regime` of csrc/table.h is the same in C++.
+    """
+    return has_few_rows(problem, target) + 2 * shares_keys(problem, target)
+
+
+def shares_keys(problem: Problem, target: Target) -> bool:
+    return packs(target) and problem.heads > problem.kv_heads
+
+
+def packs(target: Target) -> bool:
+    return target.arch in PACKING
 
 
 def rows_of_a_kv_head(problem: Problem) -> int:
@@ -65,8 +99,8 @@ def has_few_rows(problem: Problem, target: Target) -> bool:
 
     `has_few_rows` of csrc/table.h is the same in C++.
     """
-    p, packed = problem, packed_heads(problem)
-    tiles = -(-p.seqlen_q * packed // TILE_ROWS) * (p.heads // packed) * p.batch
+    p = problem
+    tiles = packed_tiles(p, TILE_ROWS, packed_heads(p, TILE_ROWS)) * p.kv_heads * p.batch
     keys = min(p.seqlen_k, p.window_left + p.seqlen_q) if p.window_left >= 0 else p.seqlen_k
     shared = tiles <= most_idle_tiles(target) and keys >= SHARED_KEYS
     return shared or rows_of_a_kv_head(p) <= most_rows(target)

@@ -14,7 +14,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -272,10 +274,22 @@ struct Sizes {
     return batch == other.batch && heads == other.heads && kv_heads == other.kv_heads && seqlen_q == other.seqlen_q &&
            seqlen_k == other.seqlen_k && (!windowed || (left == other.left && right == other.right));
   }
-  // How many heads a tile of rows packs.
-  int64_t packed_heads() const {
-    const int64_t group = heads / kv_heads;
-    return std::min(group & -group, kMostPacked);
+  int64_t group() const { return heads / kv_heads; }
+  // Tiles of rows of the heads that share keys, so many of them side by side.
+  int64_t packed_tiles(int64_t tile, int64_t packed) const {
+    const int64_t rows = tile / packed;
+    return (seqlen_q + rows - 1) / rows * (group() / packed);
+  }
+  // As size_point.packed_heads.
+  int64_t packed_heads(int64_t tile) const {
+    int64_t best = 1, fewest = packed_tiles(tile, 1);
+    for (int64_t packed = 2; packed <= std::min(group(), kMostPacked); ++packed) {
+      if (group() % packed) continue;
+      const int64_t tiles = packed_tiles(tile, packed);
+      fewest = std::min(fewest, tiles);
+      if (16 * tiles <= 17 * fewest) best = packed;
+    }
+    return best;
   }
   int64_t seen_keys() const { return left >= 0 ? std::min(seqlen_k, left + seqlen_q) : seqlen_k; }
 };
@@ -301,26 +315,92 @@ struct Features {
   }
 };
 
-// Which sizes have few rows, so that other records serve them; as size_point.has_few_rows.
+// Which sizes other records serve: those of few rows, and of heads that share keys; as size_point.regime.
 struct FewRows {
   int64_t most_idle_tiles = -1;  // so few tiles of rows that blocks should share keys
   int64_t most_rows = -1;  // of a kv head
+  int64_t packs = 0;  // whether there are kernels that pack heads
 
+  int64_t regime(const Sizes& s) const { return has(s) + 2 * (packs && s.heads > s.kv_heads); }
   bool has(const Sizes& s) const {
-    const int64_t group = s.heads / s.kv_heads, packed = s.packed_heads();
-    const int64_t tiles = (s.seqlen_q * packed + kTileRows - 1) / kTileRows * (s.heads / packed) * s.batch;
+    const int64_t tiles = s.packed_tiles(kTileRows, s.packed_heads(kTileRows)) * s.kv_heads * s.batch;
     const int64_t keys = s.seen_keys();
-    return (tiles <= most_idle_tiles && keys >= kSharedKeys) || s.seqlen_q * group <= most_rows;
+    return (tiles <= most_idle_tiles && keys >= kSharedKeys) || s.seqlen_q * s.group() <= most_rows;
   }
 };
 
-// Whether a measure of a size is at most a limit; ops/attention/measures.py names the measures, in this order.
-struct AtMost {
+// Tiles of rows by tiles of keys, and the cycles that they take; as ops/attention/tiling.py, in the same order.
+struct Tiling {
+  int64_t rows, keys, packing, visit, start;
+
+  static constexpr int64_t kPacked = 1,
+                           kAlone = 2;  // heads that share keys lie in one tile; only heads that share none
+
+  explicit Tiling(int64_t code)
+      : rows(code >> 50),
+        keys(code >> 38 & 0xfff),
+        packing(code >> 36 & 3),
+        visit(code >> 18 & 0x3ffff),
+        start(code & 0x3ffff) {}
+
+  double cycles(const Sizes& s, int64_t units) const {
+    const int64_t packed = packing == kPacked ? s.packed_heads(rows) : 1, right = s.right;
+    if ((packing == kPacked && packed == 1) || (packing == kAlone && s.group() > 1))
+      return std::numeric_limits<double>::infinity();
+    const bool even = right < 0 && s.left < 0;
+    const int64_t seeing = even ? s.seqlen_q : std::min(s.seqlen_q, s.seqlen_k + std::max<int64_t>(0, right));
+    const int64_t tile = rows / packed, tiles = std::max<int64_t>(1, (seeing + tile - 1) / tile);
+    const auto [most, mean] = visits(s, seeing, tile, tiles, s.left >= 0 ? tile : 64 / packed, right);
+    const double pieces = double(tiles) * double(s.group() / packed) * double(s.kv_heads) * double(s.batch);
+    const double last = most * double(visit) + double(start), each = mean * double(visit) + double(start);
+    if (pieces <= double(units)) return last;
+    return even ? std::ceil(pieces / double(units)) * each : pieces * each / double(units) + kTail * last;
+  }
+
+ private:
+  std::pair<double, double> visits(const Sizes& s, int64_t seeing, int64_t tile, int64_t tiles, int64_t own,
+                                   int64_t right) const {
+    double most = double((s.seqlen_k + keys - 1) / keys), seen = double(s.seqlen_k);
+    if (right < 0 && s.left < 0) return {most, most};
+    if (right >= 0) {
+      const int64_t ends = std::max<int64_t>(1, (seeing + own - 1) / own),
+                    some = std::max<int64_t>(0, seeing - right) / own;
+      const double missing =
+          double(some) * double(seeing - right) - 0.5 * double(own) * double(some) * double(some + 1);
+      const double whole = double((keys - s.seqlen_k % keys) % keys) * double(ends - some);
+      seen += (mean_part(seeing - right - s.seqlen_k, own) * double(some) + whole - missing) / double(ends);
+    }
+    if (s.left >= 0) {
+      const int64_t hidden = s.seqlen_k - seeing - s.left;
+      const int64_t first = std::min(tiles, hidden >= 0 ? 0 : (-hidden + tile - 1) / tile), some = tiles - first;
+      const double missing =
+          0.5 * double(tile) * double(first + tiles - 1) * double(some) + double(hidden) * double(some);
+      seen += (mean_part(hidden, tile) * double(some) - missing) / double(tiles);
+      if (right >= 0) most = std::min(most, double((s.left + tile + right + keys - 1) / keys + 1));
+    }
+    return {most, std::max(0.0, std::min(most, seen / double(keys)))};
+  }
+  double mean_part(int64_t first, int64_t step) const {
+    const int64_t least = std::gcd(step, keys);
+    return 0.5 * double(keys - least) + double((first % least + least) % least);
+  }
+};
+
+// What defaults ask of a size: whether a measure is at most a limit (ops/attention/measures.py names them, in this
+// order), whether one tiling is no dearer than another (-1), or at most so many cycles (-2).
+struct Test {
   int64_t measure, tile, limit;
 
-  bool holds(const Sizes& s, const FewRows& few_rows) const {
+  bool holds(const Sizes& s, const FewRows& few_rows, int64_t units) const {
+    if (measure == -1) return Tiling(tile).cycles(s, units) <= Tiling(limit).cycles(s, units);
+    if (measure == -2) return Tiling(tile).cycles(s, units) <= double(limit);
+    return measured(s, few_rows) <= limit;
+  }
+
+ private:
+  int64_t measured(const Sizes& s, const FewRows& few_rows) const {
     const auto tiles = [this](int64_t n) { return (n + tile - 1) / tile; };
-    const int64_t packed = s.packed_heads();
+    const int64_t packed = s.packed_heads(std::max(tile, kTileRows));
     const int64_t measures[] = {
         s.seqlen_k,
         s.seen_keys(),
@@ -330,24 +410,23 @@ struct AtMost {
         s.seqlen_q * packed,
         tiles(s.seqlen_q) * s.heads * s.batch,
         tiles(s.seqlen_k) * s.kv_heads * s.batch,
-        4 * tiles(s.seqlen_q) * packed - 5 * tiles(s.seqlen_q * packed),
         few_rows.has(s),
     };
-    return measures[measure] <= limit;
+    return measures[measure];
   }
 };
 
 // Defaults: of one family, or of all of them in turn. Sizes of which the same tests hold have the same one.
 struct Defaults {
   bool by_tests = false;  // else Python must be asked about each size
-  std::vector<AtMost> tests;
+  std::vector<Test> tests;
   std::vector<std::pair<int64_t, Answer>> known;  // by the tests that hold, a bit each
 
-  const Answer& find(const Sizes& sizes, const FewRows& few_rows) const {
+  const Answer& find(const Sizes& sizes, const FewRows& few_rows, int64_t units) const {
     static const Answer ask;
     if (!by_tests) return ask;
     int64_t hold = 0;
-    for (size_t i = 0; i < tests.size(); ++i) hold |= static_cast<int64_t>(tests[i].holds(sizes, few_rows)) << i;
+    for (size_t i = 0; i < tests.size(); ++i) hold |= static_cast<int64_t>(tests[i].holds(sizes, few_rows, units)) << i;
     for (const auto& [bits, answer] : known) {
       if (bits == hold) return answer;
     }
@@ -381,12 +460,12 @@ struct Plan {
   // this device before others, of exactly this size before others.
   int64_t nearest(const Sizes& sizes) const {
     const Features wanted(sizes, units);
-    const bool few = few_rows.has(sizes);
+    const int64_t regime = few_rows.regime(sizes);
     int64_t best = -1;
     int best_rank = 0;
     double best_distance = 0;
     for (size_t i = 0; i < rows.size(); ++i) {
-      if (few_rows.has(rows[i].sizes) != few) continue;
+      if (few_rows.regime(rows[i].sizes) != regime) continue;
       const int rank = 2 * rows[i].elsewhere + !rows[i].sizes.same(sizes, windowed);
       const double distance = wanted.distance(rows[i].features) + (rows[i].elsewhere ? kElsewhere : 0.0);
       if (best < 0 || distance < best_distance || (distance == best_distance && rank < best_rank)) {
@@ -398,17 +477,17 @@ struct Plan {
 
   const Answer& find(const Sizes& sizes) const {
     const int64_t row = nearest(sizes);
-    if (row < 0) return defaults[0].find(sizes, few_rows);
+    if (row < 0) return defaults[0].find(sizes, few_rows, units);
     const Row& found = rows[row];
     const bool may = torch == 1 || (torch == 2 && sizes.seqlen_q == sizes.seqlen_k);
     const int64_t confirms = may ? found.may_confirms : found.confirms;
-    if (confirms && !found.sizes.same(sizes, windowed)) return defaults[confirms].find(sizes, few_rows);
+    if (confirms && !found.sizes.same(sizes, windowed)) return defaults[confirms].find(sizes, few_rows, units);
     return may ? found.where_torch_may : found.answer;
   }
 };
 
 // Plans and answers come from Python as words; dispatch/plan.py writes them.
-constexpr size_t kAnswerWords = 4, kPlanWords = 6, kRowWords = 10 + 2 * kAnswerWords;
+constexpr size_t kAnswerWords = 4, kPlanWords = 7, kRowWords = 10 + 2 * kAnswerWords;
 
 Answer answer_of(const int64_t* words) {
   Answer answer;
@@ -437,9 +516,9 @@ Plan plan_of(const int64_t* words, size_t count) {
   plan.units = words[0];
   plan.windowed = words[1] != 0;
   plan.torch = words[2];
-  plan.few_rows = {words[3], words[4]};
+  plan.few_rows = {words[3], words[4], words[5]};
   const int64_t *w = words + kPlanWords, *end = words + count;
-  for (int64_t i = 0; i < words[5]; ++i) plan.defaults.push_back(defaults_of(w));
+  for (int64_t i = 0; i < words[6]; ++i) plan.defaults.push_back(defaults_of(w));
   for (; w + kRowWords <= end; w += kRowWords) {
     const Sizes sizes{w[1], w[2], w[3], w[4], w[5], w[6], w[7]};
     const Answer answer = answer_of(w + 10), where_torch_may = answer_of(w + 10 + kAnswerWords);

@@ -19,7 +19,7 @@ __device__ __forceinline__ void store_rows(const fagen_forward_params& p, const 
                                            const PendingTile& tile, int group) {
   const Lane lane;
   const bool odd = lane.id % 2;
-  const int end = MaskOf<C>::kIntervals ? tile.m1 : min(tile.m0 + C::kTileM, packing.rows(p.seqlen_q));
+  const int end = MaskOf<C>::kIntervals ? tile.m1 : min(tile.m0 + packing.tile_rows(), packing.rows(p.seqlen_q));
   const int first = tile.m0 + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
   const int column = odd * 8 + lane.id % 4 / 2 * 4;  // in two pieces
   Element* out = static_cast<Element*>(p.o.data) + tile.batch * p.o.stride[0];

@@ -8,19 +8,29 @@
 
 namespace fagen {
 
-// With heads packed, log2 of how many: of those that share keys, as many as a row tile can hold evenly.
+// With heads packed, how many: of those that share keys, as many as divide them and fit in a tile, if tiles are no more
+// than a sixteenth beyond the fewest. A tile has whole rows of q; see size_point.packed_heads in Python.
 template <class C>
 static int packed_heads(const fagen_forward_params& p) {
-  int log2 = 0;
-  while (C::kPackHeads && log2 < 6 && p.heads / p.kv_heads % (2 << log2) == 0) ++log2;
-  return log2;
+  if (!C::kPackHeads) return 1;
+  const int group = p.heads / p.kv_heads;
+  const auto tiles = [&](int packed) { return int64_t(ceil_div(p.seqlen_q, C::kTileM / packed)) * (group / packed); };
+  int best = 1;
+  int64_t fewest = tiles(1);
+  for (int packed = 2; packed <= group && packed <= 64; ++packed) {
+    if (group % packed) continue;
+    const int64_t these = tiles(packed);
+    if (these < fewest) fewest = these;
+    if (16 * these <= 17 * fewest) best = packed;
+  }
+  return best;
 }
 
 // Row tiles of a head, or of heads that are packed; those of a cluster count as one. With intervals some may end early
 // where a document does: there is room for some more of them.
 template <class C>
 static int count_row_tiles(const fagen_forward_params& p) {
-  const int tiles = ceil_div(p.seqlen_q << packed_heads<C>(p), C::kTileM * C::kCluster);
+  const int tiles = ceil_div(p.seqlen_q, C::kTileM / packed_heads<C>(p) * C::kCluster);
   return MaskOf<C>::kIntervals ? tiles + tiles / 8 + 1 : tiles;
 }
 
@@ -59,7 +69,7 @@ static cudaError_t make_maps(const fagen_forward_params& p, CUtensorMapDataType 
   };
   if (const cudaError_t e = keys(&launch.k, p.k, p.head_dim)) return e;
   if (const cudaError_t e = keys(&launch.v, p.v, p.head_dim_v)) return e;
-  const int packed = 1 << launch.packed;
+  const int packed = launch.packed.by;
   const Dimension rows = {p.seqlen_q, p.q.stride[1], C::kTileM / packed};
   const Dimension heads = {p.heads / packed, p.q.stride[2] * packed, 1}, batch = {p.batch, p.q.stride[0], 1};
   if constexpr (C::kPackHeads)
@@ -114,16 +124,17 @@ static int launch_forward(const fagen_forward_params& p, cudaStream_t stream, CU
   LaunchArgs launch;
   if (p.batch == 0 || p.seqlen_q == 0) return cudaSuccess;
   if (p.seqlen_k == 0) return launch_kernel(prologue, resident, 256, 0, stream, p, launch);
-  launch.packed = packed_heads<C>(p);
+  const int packed = packed_heads<C>(p);
+  launch.packed = Divisor(packed), launch.tile_rows = C::kTileM / packed * packed;
   if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
-  const int heads = (p.heads >> launch.packed) * p.batch, planes = p.batch * p.mask_heads;
+  const int heads = p.heads / packed * p.batch, planes = p.batch * p.mask_heads;
   launch.row_tiles = count_row_tiles<C>(p);
   launch.tiles = launch.row_tiles * heads;
   launch.key_tiles = ceil_div(p.seqlen_k, C::kTileN);
   const int64_t head_bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * sizeof(Element);
-  const int group = (p.heads / p.kv_heads) >> launch.packed;
+  const int group = p.heads / p.kv_heads / packed;
   const int heads_at_once = heads_of_section(heads, group, (int64_t(C::kSectionMb) << 20) / head_bytes);
-  launch.order = TileOrder::of<C::kBlockOrder>(launch.row_tiles, p.heads >> launch.packed, p.batch, heads_at_once);
+  launch.order = TileOrder::of<C::kBlockOrder>(launch.row_tiles, p.heads / packed, p.batch, heads_at_once);
   launch.heads_per_kv_head = Divisor(group);
 
   using W = Workspace<C>;

@@ -22,7 +22,10 @@ struct Producer {
   __device__ __forceinline__ void load(const CUtensorMap& map, Pipe& pipe, int row, int head, int batch) const {
     if (threadIdx.x % 32 == 0) {
       pipe.acquire();
-      pipe.expect_bytes();
+      if constexpr (kPacked)
+        ptx::mbarrier_arrive_expect(pipe.full(), kSlabs * launch.tile_rows * kRowBytes);
+      else
+        pipe.expect_bytes();
       constexpr int kPart = kRows / Pipe::kBlocks;
       const int part = Pipe::kBlocks > 1 ? blockIdx.x % Pipe::kBlocks * kPart : 0;
       for (int slab = 0; slab < kSlabs; ++slab) {

@@ -11,7 +11,8 @@ namespace fagen {
 // Computed once on the host for a launch.
 struct LaunchArgs {
   CUtensorMap q, k, v;
-  int packed;                   // log2 of the heads of q whose rows lie side by side in a tile
+  Divisor packed;               // heads of q whose rows lie side by side in a tile
+  int tile_rows;                // of a tile that are there: whole rows of q of all of them
   int row_tiles, key_tiles;     // per head
   int tiles;                    // row tiles in all
   TileOrder order;
@@ -62,17 +63,22 @@ __device__ __forceinline__ Intervals<C> intervals_of(const fagen_forward_params&
   return intervals;
 }
 
-// Heads of q that share keys may be packed: 2^n of them count as one head, with 2^n packed rows to a row of q. The
-// last n bits of a packed row select its head.
+// Heads of q that share keys may be packed: n of them count as one head, with n packed rows to a row of q, a head each.
+// A tile has whole rows of q: where n does not divide it, its last rows are nobody's.
 template <class C>
 struct HeadPacking {
-  int log2;
+  Divisor heads;
+  int of_tile;
 
-  __device__ __forceinline__ explicit HeadPacking(const LaunchArgs& launch) : log2(C::kPackHeads ? launch.packed : 0) {}
-  __device__ __forceinline__ int rows(int rows) const { return rows << log2; }
+  __device__ __forceinline__ explicit HeadPacking(const LaunchArgs& launch)
+      : heads(launch.packed), of_tile(launch.tile_rows) {}
+  __device__ __forceinline__ int rows(int rows) const { return C::kPackHeads ? rows * int(heads.by) : rows; }
+  __device__ __forceinline__ int tile_rows() const { return C::kPackHeads ? of_tile : C::kTileM; }
   // head and row of q for a packed head and row
-  __device__ __forceinline__ int head(int head, int m) const { return head << log2 | (m & ((1 << log2) - 1)); }
-  __device__ __forceinline__ int row(int m) const { return m >> log2; }
+  __device__ __forceinline__ int head(int head, int m) const {
+    return C::kPackHeads ? head * int(heads.by) + int(heads.remainder(m, row(m))) : head;
+  }
+  __device__ __forceinline__ int row(int m) const { return C::kPackHeads ? int(heads.quotient(m)) : m; }
   // the key tiles that packed rows [m0, m1) see
   __device__ __forceinline__ TileRange range(const Band& band, int m0, int m1) const {
     if constexpr (!MaskOf<C>::kHasEnd)
@@ -129,8 +135,8 @@ struct RowTile {
       first_bits = visit_bits_index(launch, visits_index(p, launch, coord.batch, kv_head, coord.row_tile));
       intervals = intervals_of<C>(p, launch, coord.batch, mask_head(p, kv_head));
     } else {
-      m0 = (coord.row_tile * C::kCluster + blockIdx.x % C::kCluster) * C::kTileM,
-      m1 = min(m0 + C::kTileM, packing.rows(p.seqlen_q));
+      m0 = (coord.row_tile * C::kCluster + blockIdx.x % C::kCluster) * packing.tile_rows(),
+      m1 = min(m0 + packing.tile_rows(), packing.rows(p.seqlen_q));
       range = packing.range(band, m0, m1);
     }
   }

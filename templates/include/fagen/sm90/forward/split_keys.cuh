@@ -25,7 +25,7 @@ __device__ __forceinline__ void store_rows(const fagen_forward_params& p, const 
   if (gridDim.y == 1)
     return store_rows<Base, Element>(p, static_cast<const HeadPacking<Base>&>(packing), state, tile, group);
   const StoredParts<Base> stored(p.workspace, gridDim.x, gridDim.y);
-  const int rows = packing.rows(p.seqlen_q) - tile.m0;
+  const int rows = min(packing.tile_rows(), packing.rows(p.seqlen_q) - tile.m0);
   const int first = group * kGroupRows + threadIdx.x / 32 % 4 * 16 + state.lane.row;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

@@ -9,16 +9,17 @@ namespace fagen {
 template <class C>
 static SplitPlan<C> plan_split(const fagen_forward_params& p, int resident) {
   constexpr int kMacsPerCycle = 1500;
-  const int row_tiles = count_row_tiles<C>(p) * (p.heads >> packed_heads<C>(p)) * p.batch;
+  const int row_tiles = count_row_tiles<C>(p) * (p.heads / packed_heads<C>(p)) * p.batch;
   return SplitPlan<C>(p, row_tiles, resident / C::kBlocksPerSm, kMacsPerCycle);
 }
 
 template <class C>
 static LaunchArgs split_args(const fagen_forward_params& p, int row_tiles) {
   LaunchArgs launch;
-  launch.packed = packed_heads<C>(p);
+  const int packed = packed_heads<C>(p);
+  launch.packed = Divisor(packed), launch.tile_rows = C::kTileM / packed * packed;
   launch.row_tiles = count_row_tiles<C>(p), launch.tiles = row_tiles;
-  const int heads = p.heads >> launch.packed;
+  const int heads = p.heads / packed;
   launch.order = TileOrder::of<C::kBlockOrder>(launch.row_tiles, heads, p.batch, heads);
   launch.heads_per_kv_head = Divisor(heads / p.kv_heads);
   return launch;

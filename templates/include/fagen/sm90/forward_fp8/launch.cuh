@@ -85,7 +85,7 @@ static int launch_forward(const fagen_forward_fp8_params& given, cudaStream_t st
   if (p.batch == 0 || p.seqlen_q == 0) return cudaSuccess;
   if (p.seqlen_k == 0) return launch_kernel(prologue, resident, 256, 0, stream, p, launch);
   if (const cudaError_t e = make_maps<C>(p, launch)) return e;
-  launch.packed = 0;
+  launch.packed = Divisor(1), launch.tile_rows = C::kTileM;
   launch.row_tiles = count_row_tiles<C>(p);
   launch.tiles = launch.row_tiles * p.heads * p.batch;
   launch.key_tiles = ceil_div(p.seqlen_k, C::kTileN);
