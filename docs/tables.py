@@ -151,6 +151,8 @@ def measured_hopper() -> str:
     table, alone = _by_length(data)
     s, limit, peers = data["summary"], data["limit"]["tflops"], _peers(data)
     mean, worst = s["geometric_mean"], s["worst"]["ratio"]
+    untuned = json.loads((FOLDER.parent / "benchmarks" / "h200_random.json").read_text())
+    of_any, command = untuned["summary"], "fagen bench --suite random --seed 1"
     return (
         f"**`fagen.attention` against {peers}** on an {data['device']}, in TFLOP/s, and as\n"
         "a ratio to the better of them in the same run. bf16, batch x length = 16384, heads x head dim = 2048.\n"
@@ -158,6 +160,9 @@ def measured_hopper() -> str:
         f"an 8192-cubed matrix product reaches {limit:.0f} TFLOP/s in the same run\n"
         f"({_where(data, 'torch', 'driver')}).\n"
         f"`fagen bench --suite peers` measures it anew.\n\n{table}\n{alone}\n"
+        f"Problems that nobody tuned (`{command}`: odd head dims, lengths and groups of heads), on an\n"
+        f"{untuned['device']}: {of_any['geometric_mean']:.2f}x the better of {_peers(untuned)}"
+        f" over {of_any['compared']} rows,\nahead on {of_any['ahead']}, worst {of_any['worst']['ratio']:.2f}x.\n\n"
         "![TFLOP/s by length](docs/img/forward.svg)\n"
     )
 
