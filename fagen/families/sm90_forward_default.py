@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from fagen.families.base import Config
 from fagen.families.reads import Test
@@ -18,6 +19,7 @@ from fagen.target import Target
 _Legal = Callable[[Problem, Target, Config], bool]
 _Tile = tuple[int, int, int, int]  # tile_m, tile_n, q_stages, blocks_per_sm
 _Tall = tuple[_Tile, int, bool]  # with stages, and whether P goes by shared memory
+_Rival = tuple[Config, float]  # and how much slower it is held for than the model says
 
 # By the larger head dim, the best first.
 _TILES: tuple[tuple[int, tuple[_Tile, ...]], ...] = (
@@ -42,9 +44,10 @@ _THREE: dict[int, tuple[_Tall, ...]] = {
     192: (((192, 64, 1, 1), 2, True),),
 }
 _BRIEF: dict[int, tuple[_Tall, ...]] = {128: (((192, 64, 1, 1), 3, False),)}  # where rows see few keys
-# Heads of odd multiples of 8 come slowly: with rows that all see the same keys two blocks load them for both, by the
-# first of _TILES or by three warpgroups.
-_SHARE_FULL, _SHARE_THREE_FULL = (208, 224, 240), (176, 192)
+_TALL_SECOND, _TALL_ONLY = (176, 192), (144, 160)  # three warpgroups beside two, and in the place of them
+# Heads of odd multiples of 8 come slowly: with rows that all see the same keys two blocks load them for both, as where
+# three warpgroups are second.
+_SHARE_FULL = (208, 224, 240)
 _THREE_FULL = _THREE | {96: (((192, 112, 2, 1), 2, False),), 144: (((192, 80, 1, 1), 2, False),)}
 _FEW_ROWS: tuple[_Tile, ...] = ((64, 128, 1, 2), (64, 64, 1, 3))  # a tile a block
 # (tile_n) by the larger head dim, where blocks share keys: one tile of rows, and two stages of keys
@@ -87,46 +90,49 @@ def guesses(p: Problem, t: Target, legal: _Legal) -> list[Config]:
     return [c for c in dict.fromkeys(shaped) if legal(p, t, c)]
 
 
-def _rivals(p: Problem, t: Target, legal: _Legal, few_keys: bool) -> list[tuple[Config, float]]:
-    """Legal tiles of which each is the cheapest at some sizes, and the same with heads packed; how much they are held
-    for slower than the model says."""
+def _rivals(p: Problem, t: Target, legal: _Legal, few_keys: bool) -> list[_Rival]:
+    """Legal tiles of which each is the cheapest at some sizes, and the same with heads packed."""
     plan, d, even = _plans(p, few_keys)[0], p.head_dim_padded, p.mask == "none"
 
-    def first(tiles: Iterable[Config], shares: bool, slower: float) -> list[tuple[Config, float]]:
-        some = (c.replace(schedule="balanced", cluster=2) if shares else c for c in tiles)
-        return [(c, slower) for c in itertools.islice((c for c in some if legal(p, t, c)), 1)]
+    def tall(three: dict[int, tuple[_Tall, ...]]) -> list[Config]:
+        return [_config(tile, stages, *plan).replace(shared_weights=by) for tile, stages, by in three.get(d, ())]
 
-    def tall(three: dict[int, tuple[_Tall, ...]]) -> Iterable[Config]:
-        return (_config(tile, stages, *plan).replace(shared_weights=by) for tile, stages, by in three.get(d, ()))
+    threes, plain = tall(_THREE_FULL if even else _THREE), [_config(tile, 2, *plan) for tile in _tiles(p, few_keys)]
+    if d in _TALL_SECOND:
+        threes = _shared(threes) if even else threes
+        ranked = [(threes if p.head_dim_v_padded > 128 else [], _SECOND_TALL), (plain, _LEADS)]
+    elif d in _TALL_ONLY:
+        ranked = [(threes, _LEADS)]
+    else:
+        plain = _shared(plain) if even and d in _SHARE_FULL else plain
+        second = _SECOND_CAUSAL if p.mask == "causal" else _SECOND
+        ranked = [(threes, _LEADS), (plain, second if threes else _LEADS)]
+    if not even:
+        ranked.append((tall(_BRIEF), _LAST))
+    found = [(next(filter(functools.partial(legal, p, t), configs), None), slower) for configs, slower in ranked]
+    alone = [(config, slower) for config, slower in found if config]
+    return alone + [
+        (c.replace(pack_heads=True), slower) for c, slower in alone if legal(p, t, c.replace(pack_heads=True))
+    ]
 
-    leads = d not in _SHARE_THREE_FULL
-    second = _SECOND_CAUSAL if p.mask == "causal" else _SECOND
-    three = {} if d == 192 > p.head_dim_v_padded else _THREE_FULL if even else _THREE
-    found = first(tall(three), even and not leads, _LEADS if leads else _SECOND_TALL)
-    if not (found and d in (144, 160)):
-        plain = (_config(tile, 2, *plan) for tile in _tiles(p, few_keys))
-        found += first(plain, even and d in _SHARE_FULL, second if found and leads else _LEADS)
-    found += [] if even else first(tall(_BRIEF), False, _LAST)
-    packed = ((c.replace(pack_heads=True), slower) for c, slower in found)
-    return [*found, *((c, slower) for c, slower in packed if legal(p, t, c))]
+
+def _shared(configs: list[Config]) -> list[Config]:
+    """By two blocks that load keys and values for both."""
+    return [config.replace(schedule="balanced", cluster=2) for config in configs]
 
 
 def _tiling(p: Problem, c: Config, slower: float) -> Tiling:
     visit, start = visit_cycles(p, c) * slower, boundary_cycles(p, c) * slower
+    packing = UNPACKED
     if c.pack_heads:
-        start += visit * _PACKED_START
+        packing, start = PACKED, start + visit * _PACKED_START
         visit *= 1.0 if p.mask == "none" else _PACKED_VISIT
-    packing = (
-        PACKED
-        if c.pack_heads
-        else ALONE
-        if c.tile_m == 192 and p.head_dim_padded <= 128 and p.mask != "none"
-        else UNPACKED
-    )
+    elif c.tile_m == 192 and p.head_dim_padded <= 128 and p.mask != "none":
+        packing = ALONE  # heads that share keys have it packed, or another tile: a kernel less to build
     return Tiling(int(c.tile_m), int(c.tile_n), packing, round(visit), round(start))
 
 
-def _by_cost(p: Problem, t: Target, rivals: list[tuple[Config, float]]) -> list[Config]:
+def _by_cost(p: Problem, t: Target, rivals: list[_Rival]) -> list[Config]:
     """The cheapest first; where all is soon over, as a share of the tiles for each block, without a counter."""
     if not rivals:
         return []
