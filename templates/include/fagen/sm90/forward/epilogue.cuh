@@ -12,16 +12,17 @@ struct PendingTile {
   int m0, m1, head, batch;
 };
 
-// Store the 64 rows of a warpgroup, two a thread. Lanes of a quad hold two columns each of pieces of 8; neighbours swap
-// so that each has four of one piece, and a quad writes 32 whole bytes at once.
+// Store the 64 rows of a warpgroup, two a thread; some columns before the first are none of O's. Lanes of a quad hold
+// two columns each of pieces of 8; neighbours swap so that each has four of one piece, and a quad writes 32 whole bytes
+// at once.
 template <class C, class Element, class State>
 __device__ __forceinline__ void store_rows(const fagen_forward_params& p, const HeadPacking<C>& packing, State& state,
-                                           const PendingTile& tile, int group) {
+                                           const PendingTile& tile, int group, int early = 0) {
   const Lane lane;
   const bool odd = lane.id % 2;
   const int end = MaskOf<C>::kIntervals ? tile.m1 : min(tile.m0 + packing.tile_rows(), packing.rows(p.seqlen_q));
   const int first = tile.m0 + group * 64 + threadIdx.x / 32 % 4 * 16 + lane.row;
-  const int column = odd * 8 + lane.id % 4 / 2 * 4;  // in two pieces
+  const int column = odd * 8 + lane.id % 4 / 2 * 4 - early;  // in two pieces
   Element* out = static_cast<Element*>(p.o.data) + tile.batch * p.o.stride[0];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -39,7 +40,7 @@ __device__ __forceinline__ void store_rows(const fagen_forward_params& p, const 
     for (int n = 0; n < C::kHeadDimV / 8; n += 2) {
       const uint32_t mine[2] = {word(n), word(n + 1)};
       const uint32_t other = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
-      if (n * 8 < columns)
+      if (n * 8 < columns && (n > 0 || !kLoadsEarly<C> || column >= 0))
         *reinterpret_cast<uint2*>(row + n * 8) = odd ? make_uint2(other, mine[1]) : make_uint2(mine[0], other);
     }
   }

@@ -60,6 +60,13 @@ struct Workspace {
   }
 };
 
+// Of keys or values (not split between blocks) whose rows all begin alike in sectors, where the kernel has 8 columns
+// more than they.
+static EarlyColumns early_columns(const fagen_tensor& t, int columns, int kernel_columns) {
+  if (columns + 8 > kernel_columns || t.stride[1] % 16) return {};
+  return {int(reinterpret_cast<uintptr_t>(t.data) / 2 & 8), int(t.stride[0] & 8), int(t.stride[2] & 8)};
+}
+
 // The maps of q, k and v.
 template <class C>
 static cudaError_t make_maps(const fagen_forward_params& p, CUtensorMapDataType type, LaunchArgs& launch) {
@@ -127,6 +134,10 @@ static int launch_forward(const fagen_forward_params& p, cudaStream_t stream, CU
   const int packed = packed_heads<C>(p);
   launch.packed = Divisor(packed), launch.tile_rows = C::kTileM / packed * packed;
   if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
+  if (kLoadsEarly<C>) {
+    launch.k_early = early_columns(p.k, p.head_dim, C::kHeadDim);
+    launch.v_early = early_columns(p.v, p.head_dim_v, C::kHeadDimV);
+  }
   const int heads = p.heads / packed * p.batch, planes = p.batch * p.mask_heads;
   launch.row_tiles = count_row_tiles<C>(p);
   launch.tiles = launch.row_tiles * heads;

@@ -17,9 +17,11 @@ struct Producer {
   const Band band;
   TileScheduler<C> scheduler;
 
-  // Load one tile of `kSlabs` slabs, `kRows` rows each, or this block's part of it to all blocks that share it.
+  // Load one tile of `kSlabs` slabs, `kRows` rows each, from some columns early, or this block's part of it to all
+  // blocks that share it.
   template <int kSlabs, int kRows, bool kPacked = false, class Pipe>
-  __device__ __forceinline__ void load(const CUtensorMap& map, Pipe& pipe, int row, int head, int batch) const {
+  __device__ __forceinline__ void load(const CUtensorMap& map, Pipe& pipe, int row, int head, int batch,
+                                       int early) const {
     if (threadIdx.x % 32 == 0) {
       pipe.acquire();
       if constexpr (kPacked)
@@ -31,25 +33,31 @@ struct Producer {
       for (int slab = 0; slab < kSlabs; ++slab) {
         const uint32_t to = pipe.tile() + (slab * kRows + part) * 128;
         if constexpr (Pipe::kBlocks > 1)
-          ptx::tma_load_to_all(to, &map, pipe.full(), slab * 64, row + part, head, batch, (1 << Pipe::kBlocks) - 1);
+          ptx::tma_load_to_all(to, &map, pipe.full(), slab * 64 - early, row + part, head, batch,
+                               (1 << Pipe::kBlocks) - 1);
         else if constexpr (kPacked)
-          ptx::tma_load_packed(to, &map, pipe.full(), slab * 64, row, head, batch);
+          ptx::tma_load_packed(to, &map, pipe.full(), slab * 64 - early, row, head, batch);
         else
-          ptx::tma_load(to, &map, pipe.full(), slab * 64, row, head, batch);
+          ptx::tma_load(to, &map, pipe.full(), slab * 64 - early, row, head, batch);
       }
     }
     pipe.advance();
   }
+  static __device__ __forceinline__ int early(const EarlyColumns& columns, const RowTile<C>& row_tile) {
+    return kLoadsEarly<C> ? columns.of(row_tile.kv_head, row_tile.coord.batch) : 0;
+  }
   __device__ __forceinline__ void load_q(const RowTile<C>& row_tile) {
     const int row = HeadPacking<C>(launch).row(row_tile.m0);
     load<BlockLayout<C>::kSlabs, C::kTileM, C::kPackHeads>(launch.q, pipelines.q, row, row_tile.coord.head,
-                                                           row_tile.coord.batch);
+                                                           row_tile.coord.batch, early(launch.k_early, row_tile));
   }
   __device__ __forceinline__ void load_k(const RowTile<C>& row_tile, int key) {
-    load<BlockLayout<C>::kSlabs, C::kTileN>(launch.k, pipelines.k, key, row_tile.kv_head, row_tile.coord.batch);
+    load<BlockLayout<C>::kSlabs, C::kTileN>(launch.k, pipelines.k, key, row_tile.kv_head, row_tile.coord.batch,
+                                            early(launch.k_early, row_tile));
   }
   __device__ __forceinline__ void load_v(const RowTile<C>& row_tile, int key) {
-    load<BlockLayout<C>::kSlabsV, C::kTileN>(launch.v, pipelines.v, key, row_tile.kv_head, row_tile.coord.batch);
+    load<BlockLayout<C>::kSlabsV, C::kTileN>(launch.v, pipelines.v, key, row_tile.kv_head, row_tile.coord.batch,
+                                             early(launch.v_early, row_tile));
   }
 
   // The next row tile that sees any key; its row_tile is -1 if there is none.

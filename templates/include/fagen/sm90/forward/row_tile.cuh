@@ -8,6 +8,22 @@
 
 namespace fagen {
 
+// Memory is read in sectors of 32 bytes, 16 elements. A head that begins in the middle of one is loaded from 8 columns
+// before its first, which the copy engine fills with zeros as outside of the row. Bits of 8: of the first element, and
+// of the steps to the next sequence and the next head.
+struct EarlyColumns {
+  int base = 0, batch = 0, head = 0;
+
+  __device__ __forceinline__ int of(int head_index, int batch_index) const {
+    return (base + head * head_index + batch * batch_index) & 8;
+  }
+};
+
+constexpr bool is_power_of_two(int n) { return (n & (n - 1)) == 0; }
+// Kernels for head dims of a power of two, which nearly all heads have, spend nothing on it.
+template <class C>
+constexpr bool kLoadsEarly = !is_power_of_two(C::kHeadDim) && !is_power_of_two(C::kHeadDimV);
+
 // Computed once on the host for a launch.
 struct LaunchArgs {
   CUtensorMap q, k, v;
@@ -22,6 +38,7 @@ struct LaunchArgs {
   VisitBits* visit_bits;        // which,
   int* ranks;                   // and the row tiles by their visits, the most first
   unsigned* next_tile_counter;  // dynamic schedule: row tiles taken, beside each cluster's first
+  EarlyColumns k_early, v_early;  // of q's columns as of k's, and of O's as of v's
 };
 
 // True if a prologue kernel runs before this one. It begins when all kernels before it have ended.

@@ -21,7 +21,7 @@ struct HeadPacking<SplitKeys<Base>> : HeadPacking<Base> {
 // Store this block's part of the 64 rows of a warpgroup, or, where it is the only one, O and LSE.
 template <class C, class Element, class State, class Base>
 __device__ __forceinline__ void store_rows(const fagen_forward_params& p, const HeadPacking<SplitKeys<Base>>& packing,
-                                           State& state, const PendingTile& tile, int group) {
+                                           State& state, const PendingTile& tile, int group, int) {
   if (gridDim.y == 1)
     return store_rows<Base, Element>(p, static_cast<const HeadPacking<Base>&>(packing), state, tile, group);
   const StoredParts<Base> stored(p.workspace, gridDim.x, gridDim.y);
