@@ -1941,6 +1941,41 @@ __device__ __forceinline__ void find_seen(const fagen_backward_params& p, const 
 
 }  // namespace fagen
 
+// ---- fagen/sm90/operand.cuh ------------------------------------------------------------------------------
+// Operands of a warpgroup's products (wgmma): descriptors of tiles in shared memory, and fragments in registers.
+#include <stdint.h>
+
+
+namespace fagen {
+
+// A descriptor: where the operand begins, and how it goes on from there.
+struct Operand {
+  uint32_t low, high;
+
+  static constexpr uint32_t kSwizzle128 = 1u << 30, kGroupOf8Rows = 1024 >> 4;
+  static constexpr uint32_t kInBlock = 0x3ffff;  // an address without the block's rank in its cluster, which is above
+
+  // 16 elements of k lie in a row (q, k); slabs are separate operands
+  static __device__ __forceinline__ Operand of_rows(uint32_t address) {
+    return {(address & kInBlock) >> 4 | 1u << 16, kSwizzle128 | kGroupOf8Rows};
+  }
+  // columns lie in a row, 16 rows deep in k (v); slabs `slab_bytes` apart
+  static __device__ __forceinline__ Operand of_columns(uint32_t address, int slab_bytes) {
+    return {(address & kInBlock) >> 4 | uint32_t(slab_bytes >> 4) << 16, kSwizzle128 | kGroupOf8Rows};
+  }
+  // the operand that begins so many bytes later
+  __device__ __forceinline__ uint64_t at(int bytes) const { return uint64_t(high) << 32 | (low + (bytes >> 4)); }
+};
+
+// Every register of a fragment stays where it is, and is written, before what follows.
+template <class X, int kPieces>
+__device__ __forceinline__ void pin(X (&fragment)[kPieces][4]) {
+#pragma unroll
+  for (int i = 0; i < kPieces * 4; ++i) ptx::pin(fragment[i / 4][i % 4]);
+}
+
+}  // namespace fagen
+
 namespace fagen {
 
 // Its index among those of all heads.
@@ -1948,6 +1983,22 @@ template <class C>
 __device__ __forceinline__ int64_t row_tile_index(const fagen_backward_params& p, const BackwardLaunch& launch,
                                                   int batch, int head, int tile) {
   return (int64_t(batch) * p.heads + head) * launch.row_tiles + tile;
+}
+
+// Start a chunk of dQ = dS K, with both in shared memory.
+template <class C>
+__device__ __forceinline__ void start_dq(float (&dq)[DqShare<C>::kColumns / 8][4], const DqShare<C>& share, int chunk,
+                                         uint32_t ds, uint32_t k) {
+  const uint32_t columns = k + share.slab(chunk) * C::kTileN * kRowBytes + share.half(chunk) * kRowBytes / 2;
+  const Operand a = Operand::of_rows(ds + share.row_chunk(chunk) * 64 * kRowBytes);
+  const Operand b = Operand::of_columns(columns, C::kTileN * kRowBytes);
+  pin(dq);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int n = 0; n < C::kTileN / 16; ++n)
+    ptx::wgmma<DqShare<C>::kColumns, false, true>(dq, a.at(n / 4 * BackwardLayout<C>::kDsSlabBytes + n % 4 * 32),
+                                                  b.at(n * 2048), n > 0);
+  ptx::wgmma_commit();
 }
 
 // A chunk of rows of dQ that no other block adds to, to memory as it is.
@@ -2423,40 +2474,6 @@ struct SplitSums {
 
 }  // namespace fagen
 
-// ---- fagen/sm90/operand.cuh ------------------------------------------------------------------------------
-// Operands of a warpgroup's products (wgmma): descriptors of tiles in shared memory, and fragments in registers.
-#include <stdint.h>
-
-
-namespace fagen {
-
-// A descriptor: where the operand begins, and how it goes on from there.
-struct Operand {
-  uint32_t low, high;
-
-  static constexpr uint32_t kSwizzle128 = 1u << 30, kGroupOf8Rows = 1024 >> 4;
-  static constexpr uint32_t kInBlock = 0x3ffff;  // an address without the block's rank in its cluster, which is above
-
-  // 16 elements of k lie in a row (q, k); slabs are separate operands
-  static __device__ __forceinline__ Operand of_rows(uint32_t address) {
-    return {(address & kInBlock) >> 4 | 1u << 16, kSwizzle128 | kGroupOf8Rows};
-  }
-  // columns lie in a row, 16 rows deep in k (v); slabs `slab_bytes` apart
-  static __device__ __forceinline__ Operand of_columns(uint32_t address, int slab_bytes) {
-    return {(address & kInBlock) >> 4 | uint32_t(slab_bytes >> 4) << 16, kSwizzle128 | kGroupOf8Rows};
-  }
-  // the operand that begins so many bytes later
-  __device__ __forceinline__ uint64_t at(int bytes) const { return uint64_t(high) << 32 | (low + (bytes >> 4)); }
-};
-
-// Every register of a fragment stays where it is, and is written, before what follows.
-template <class X, int kPieces>
-__device__ __forceinline__ void pin(X (&fragment)[kPieces][4]) {
-#pragma unroll
-  for (int i = 0; i < kPieces * 4; ++i) ptx::pin(fragment[i / 4][i % 4]);
-}
-
-}  // namespace fagen
 
 namespace fagen {
 
@@ -2537,18 +2554,6 @@ struct BackwardConsumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kSteps; ++n) ptx::wgmma<kColumns, true>(c, a[n], b.at(n * 2048), true);
-    ptx::wgmma_commit();
-  }
-  // dQ = dS K, a chunk of this group's part
-  __device__ __forceinline__ void start_dq(DqPart& dq, int chunk) const {
-    const Operand a = Operand::of_rows(pipelines.ds() + share.row_chunk(chunk) * 64 * kRowBytes);
-    const Operand b =
-        Operand::of_columns(pipelines.k.tile() + share.slab(chunk) * C::kTileN * kRowBytes, C::kTileN * kRowBytes);
-    pin(dq);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int n = 0; n < C::kTileN / 16; ++n)
-      ptx::wgmma<Dq::kColumns, false, true>(dq, a.at(n / 4 * L::kDsSlabBytes + n % 4 * 32), b.at(n * 2048), n > 0);
     ptx::wgmma_commit();
   }
 
@@ -2710,7 +2715,7 @@ struct BackwardConsumer {
   }
   __device__ __forceinline__ void finish_with_dq(Fragments& ds, const RowTileVisit& at) {
     DqPart dq;
-    start_dq(dq, 0);
+    start_dq<C>(dq, share, 0, pipelines.ds(), pipelines.k.tile());
     ptx::wgmma_wait<1>();
     pin(dv);
     pipelines.dout.release();
@@ -2722,7 +2727,7 @@ struct BackwardConsumer {
     pin(dk);
 #pragma unroll
     for (int chunk = 1; chunk < Dq::kChunks; ++chunk) {
-      start_dq(dq, chunk);
+      start_dq<C>(dq, share, chunk, pipelines.ds(), pipelines.k.tile());
       ptx::wgmma_wait<0>();
       pin(dq);
       sink(dq, chunk, at);
@@ -2834,7 +2839,6 @@ struct BackwardProducer {
 }  // namespace fagen
 
 
-
 namespace fagen {
 
 template <class C, class Element>
@@ -2856,18 +2860,6 @@ struct DqLoader {
     }
     __syncwarp();
   }
-  __device__ __forceinline__ void start(DqPart& dq, int chunk) const {
-    const auto& pipelines = producer.pipelines;
-    const uint32_t slab = pipelines.k.tile() + share.slab(chunk) * C::kTileN * kRowBytes;
-    const Operand a = Operand::of_rows(pipelines.handed_ds.tile() + share.row_chunk(chunk) * 64 * kRowBytes);
-    const Operand b = Operand::of_columns(slab + share.half(chunk) * kRowBytes / 2, C::kTileN * kRowBytes);
-    pin(dq);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int n = 0; n < C::kTileN / 16; ++n)
-      ptx::wgmma<Dq::kColumns, false, true>(dq, a.at(n / 4 * L::kDsSlabBytes + n % 4 * 32), b.at(n * 2048), n > 0);
-    ptx::wgmma_commit();
-  }
   // dQ of a visit, of the row tile with this index among those of all heads.
   __device__ __forceinline__ void add(int row_tile) {
     auto& pipelines = producer.pipelines;
@@ -2875,7 +2867,7 @@ struct DqLoader {
 #pragma unroll
     for (int chunk = 0; chunk < Dq::kChunks; ++chunk) {
       DqPart dq;
-      start(dq, chunk);
+      start_dq<C>(dq, share, chunk, pipelines.handed_ds.tile(), pipelines.k.tile());
       ptx::wgmma_wait<0>();
       pin(dq);
       if (chunk == Dq::kChunks - 1) pipelines.handed_ds.release();

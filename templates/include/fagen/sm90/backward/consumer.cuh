@@ -90,18 +90,6 @@ struct BackwardConsumer {
     for (int n = 0; n < kSteps; ++n) ptx::wgmma<kColumns, true>(c, a[n], b.at(n * 2048), true);
     ptx::wgmma_commit();
   }
-  // dQ = dS K, a chunk of this group's part
-  __device__ __forceinline__ void start_dq(DqPart& dq, int chunk) const {
-    const Operand a = Operand::of_rows(pipelines.ds() + share.row_chunk(chunk) * 64 * kRowBytes);
-    const Operand b =
-        Operand::of_columns(pipelines.k.tile() + share.slab(chunk) * C::kTileN * kRowBytes, C::kTileN * kRowBytes);
-    pin(dq);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int n = 0; n < C::kTileN / 16; ++n)
-      ptx::wgmma<Dq::kColumns, false, true>(dq, a.at(n / 4 * L::kDsSlabBytes + n % 4 * 32), b.at(n * 2048), n > 0);
-    ptx::wgmma_commit();
-  }
 
   // ---- between products
 
@@ -261,7 +249,7 @@ struct BackwardConsumer {
   }
   __device__ __forceinline__ void finish_with_dq(Fragments& ds, const RowTileVisit& at) {
     DqPart dq;
-    start_dq(dq, 0);
+    start_dq<C>(dq, share, 0, pipelines.ds(), pipelines.k.tile());
     ptx::wgmma_wait<1>();
     pin(dv);
     pipelines.dout.release();
@@ -273,7 +261,7 @@ struct BackwardConsumer {
     pin(dk);
 #pragma unroll
     for (int chunk = 1; chunk < Dq::kChunks; ++chunk) {
-      start_dq(dq, chunk);
+      start_dq<C>(dq, share, chunk, pipelines.ds(), pipelines.k.tile());
       ptx::wgmma_wait<0>();
       pin(dq);
       sink(dq, chunk, at);

@@ -9,6 +9,7 @@
 #include "fagen/ptx/warpgroup.cuh"
 #include "fagen/sm90/backward/rows.cuh"
 #include "fagen/sm90/backward/walk.cuh"
+#include "fagen/sm90/operand.cuh"
 
 namespace fagen {
 
@@ -17,6 +18,22 @@ template <class C>
 __device__ __forceinline__ int64_t row_tile_index(const fagen_backward_params& p, const BackwardLaunch& launch,
                                                   int batch, int head, int tile) {
   return (int64_t(batch) * p.heads + head) * launch.row_tiles + tile;
+}
+
+// Start a chunk of dQ = dS K, with both in shared memory.
+template <class C>
+__device__ __forceinline__ void start_dq(float (&dq)[DqShare<C>::kColumns / 8][4], const DqShare<C>& share, int chunk,
+                                         uint32_t ds, uint32_t k) {
+  const uint32_t columns = k + share.slab(chunk) * C::kTileN * kRowBytes + share.half(chunk) * kRowBytes / 2;
+  const Operand a = Operand::of_rows(ds + share.row_chunk(chunk) * 64 * kRowBytes);
+  const Operand b = Operand::of_columns(columns, C::kTileN * kRowBytes);
+  pin(dq);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int n = 0; n < C::kTileN / 16; ++n)
+    ptx::wgmma<DqShare<C>::kColumns, false, true>(dq, a.at(n / 4 * BackwardLayout<C>::kDsSlabBytes + n % 4 * 32),
+                                                  b.at(n * 2048), n > 0);
+  ptx::wgmma_commit();
 }
 
 // A chunk of rows of dQ that no other block adds to, to memory as it is.

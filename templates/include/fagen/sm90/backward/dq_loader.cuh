@@ -4,7 +4,6 @@
 #include "fagen/sm90/backward/dq.cuh"
 #include "fagen/sm90/backward/producer.cuh"
 #include "fagen/sm90/backward/split_sums.cuh"
-#include "fagen/sm90/operand.cuh"
 
 namespace fagen {
 
@@ -27,18 +26,6 @@ struct DqLoader {
     }
     __syncwarp();
   }
-  __device__ __forceinline__ void start(DqPart& dq, int chunk) const {
-    const auto& pipelines = producer.pipelines;
-    const uint32_t slab = pipelines.k.tile() + share.slab(chunk) * C::kTileN * kRowBytes;
-    const Operand a = Operand::of_rows(pipelines.handed_ds.tile() + share.row_chunk(chunk) * 64 * kRowBytes);
-    const Operand b = Operand::of_columns(slab + share.half(chunk) * kRowBytes / 2, C::kTileN * kRowBytes);
-    pin(dq);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int n = 0; n < C::kTileN / 16; ++n)
-      ptx::wgmma<Dq::kColumns, false, true>(dq, a.at(n / 4 * L::kDsSlabBytes + n % 4 * 32), b.at(n * 2048), n > 0);
-    ptx::wgmma_commit();
-  }
   // dQ of a visit, of the row tile with this index among those of all heads.
   __device__ __forceinline__ void add(int row_tile) {
     auto& pipelines = producer.pipelines;
@@ -46,7 +33,7 @@ struct DqLoader {
 #pragma unroll
     for (int chunk = 0; chunk < Dq::kChunks; ++chunk) {
       DqPart dq;
-      start(dq, chunk);
+      start_dq<C>(dq, share, chunk, pipelines.handed_ds.tile(), pipelines.k.tile());
       ptx::wgmma_wait<0>();
       pin(dq);
       if (chunk == Dq::kChunks - 1) pipelines.handed_ds.release();
