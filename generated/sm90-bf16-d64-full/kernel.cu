@@ -3048,8 +3048,8 @@ struct Workspace {
   }
 };
 
-// Of keys or values (not split between blocks) whose rows all begin alike in sectors, where the kernel has 8 columns
-// more than they.
+// For keys or values whose rows all begin alike in sectors, by blocks that do not split keys: the kernel must have 8
+// columns more than they.
 static EarlyColumns early_columns(const fagen_tensor& t, int columns, int kernel_columns) {
   if (columns + 8 > kernel_columns || t.stride[1] % 16) return {};
   return {int(reinterpret_cast<uintptr_t>(t.data) / 2 & 8), int(t.stride[0] & 8), int(t.stride[2] & 8)};
