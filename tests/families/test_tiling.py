@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from fagen import target
-from fagen.families import sm90_forward
+from fagen import families, target
+from fagen.families import Reads, sm90_forward
 from fagen.families.cost import walk
 from fagen.ops.attention.problem import Problem
 from fagen.ops.attention.tiling import ALONE, PACKED, UNPACKED, Cheaper, Short, Tiling
@@ -77,3 +77,12 @@ def test_only_heads_that_share_keys_are_packed() -> None:
 )  # fmt: skip
 def test_the_default_packs_where_an_h200_was_faster_with_it(sizes: dict, packed: bool) -> None:
     assert sm90_forward.FAMILY.default(Problem(**sizes), HOPPER)["pack_heads"] is packed
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "window"])
+def test_the_tests_of_a_default_fit_the_tables_word(mask: str) -> None:
+    """A bit each, of all families that may serve."""
+    for head_dim in range(8, 257, 8):
+        problem = Problem(head_dim=head_dim, mask=mask, window_left=64 if mask == "window" else -1)
+        reads = [family.default_reads for family in families.serving(problem, HOPPER)[0]]
+        assert sum(len(each.tests(problem, HOPPER)) for each in reads if isinstance(each, Reads)) < 63
