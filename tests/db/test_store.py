@@ -16,7 +16,7 @@ from fagen.db.store import Database
 from fagen.errors import DatabaseError
 from fagen.ops.attention import forward
 from fagen.ops.attention.problem import Problem
-from fagen.target import Target
+from fagen.target import Target, known
 
 GPU = Target("sm_90", "NVIDIA H200", 132)
 OTHER = Target("sm_90", "NVIDIA H100", 132)
@@ -114,6 +114,16 @@ def test_few_waves_are_near_few_waves(tmp_path):
     merge.put([few, many], tmp_path)
     wanted = Problem(mask="causal", heads=16, seqlen_q=1536)
     assert Database.load([tmp_path]).find(wanted, GPU) == (few, "nearest")
+
+
+def test_heads_that_share_keys_have_records_of_their_own_where_kernels_pack_them(tmp_path):
+    shared, own = Problem(heads=32, kv_heads=8, seqlen_q=1024), Problem(heads=32, seqlen_q=1024)
+    for arch, packs in (("sm_90", True), ("sm_80", False)):
+        where, folder = known(arch), tmp_path / arch
+        merge.put([record(own, arch=arch, device=where.device)], folder)
+        database = Database.load([folder])
+        assert database.find(own, where)[1] == "exact"
+        assert (database.find(shared, where) is None) is packs
 
 
 def test_loaded_once_and_again_when_a_file_changes(tmp_path):

@@ -5,6 +5,7 @@ What a GPU has beyond the emulator (tests/emulator) is left to tests/gpu: roundi
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import subprocess
@@ -128,6 +129,28 @@ def test_heads_that_begin_in_the_middle_of_a_sector(folder: Path, begin: int) ->
     emulated.launch(emulated.build(_source(case), folder), call, {"out": out, "lse": lse})
     exact, exact_lse = fallback.attend(replace(call, want_lse=True))
     assert (out.float() - exact.float()).abs().max() < 0.02 and (lse - exact_lse).abs().max() < 1e-3
+
+
+_LOADS = "          ptx::tma_load(to, &map, pipe.full(), slab * 64 - early, row, head, batch);\n"
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "early"),
+    [(72, 2, True), (104, 4, True), (72, 3, False), (80, 2, False), (56, 2, False)],  # 56 is loaded by the kernel of 64
+)
+def test_which_heads_are_loaded_early(folder: Path, head_dim: int, heads: int, early: bool) -> None:
+    """Every other one, if all rows begin alike in sectors and the kernel is none for a power of two."""
+    case = Case("tma", mask="none", head_dim=head_dim, heads=heads, kv_heads=heads)
+    text = _source(case)
+    assert text.count(_LOADS) == 1
+    counted = text.replace(_LOADS, "{ if (early) ++emulator_early; " + _LOADS.strip() + " }\n")
+    library = emulated.build(f'extern "C" int emulator_early;\nint emulator_early;\n{counted}', folder)
+    count = ctypes.c_int.in_dll(library._library, "emulator_early")
+    count.value = 0  # sizes share a kernel
+    q = torch.randn(1, 70, heads, head_dim).to(torch.bfloat16)
+    out, lse = torch.empty_like(q), torch.empty(1, heads, 70)
+    emulated.launch(library, AttentionCall.of(q, q, q), {"out": out, "lse": lse})
+    assert (count.value > 0) is early
 
 
 # ---- what is wrong is found ------------------------------------------------------------------------------------------

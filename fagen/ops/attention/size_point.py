@@ -16,9 +16,8 @@ WAVE_ROWS = 128  # of a block of rows, about
 # Few rows. On a GPU: the smallest tiles, of so many rows of packed heads, are fewer than this share of its units, and
 # there are keys enough to be shared between blocks. On a CPU: so many of all heads that share keys.
 ROWS_OF_CPU = 32
-PACKING = (
-    "sm_90",
-)  # architectures with kernels that pack heads: a record of heads that share no keys knows nothing of it
+# Architectures with kernels that pack heads: a record of heads that share no keys knows nothing of it.
+PACKING = ("sm_90",)
 TILE_ROWS, MOST_PACKED, IDLE_SHARE, SHARED_KEYS = 64, 64, 0.7, 768
 
 
