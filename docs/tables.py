@@ -151,8 +151,6 @@ def measured_hopper() -> str:
     table, alone = _by_length(data)
     s, limit, peers = data["summary"], data["limit"]["tflops"], _peers(data)
     mean, worst = s["geometric_mean"], s["worst"]["ratio"]
-    untuned = json.loads((FOLDER.parent / "benchmarks" / "h200_random.json").read_text())
-    of_any, command = untuned["summary"], "fagen bench --suite random --seed 1"
     return (
         f"**`fagen.attention` against {peers}** on an {data['device']}, in TFLOP/s, and as\n"
         "a ratio to the better of them in the same run. bf16, batch x length = 16384, heads x head dim = 2048.\n"
@@ -160,10 +158,18 @@ def measured_hopper() -> str:
         f"an 8192-cubed matrix product reaches {limit:.0f} TFLOP/s in the same run\n"
         f"({_where(data, 'torch', 'driver')}).\n"
         f"`fagen bench --suite peers` measures it anew.\n\n{table}\n{alone}\n"
-        f"Problems that nobody tuned (`{command}`: odd head dims, lengths and groups of heads), on an\n"
-        f"{untuned['device']}: {of_any['geometric_mean']:.2f}x the better of {_peers(untuned)}"
-        f" over {of_any['compared']} rows,\nahead on {of_any['ahead']}, worst {of_any['worst']['ratio']:.2f}x.\n\n"
+        f"{_untuned('h200_random.json', 'fagen bench --suite random --seed 1')}\n"
         "![TFLOP/s by length](docs/img/forward.svg)\n"
+    )
+
+
+def _untuned(name: str, command: str) -> str:
+    data = json.loads((FOLDER.parent / "benchmarks" / name).read_text())
+    s = data["summary"]
+    return (
+        f"Problems that nobody tuned (`{command}`: odd head dims, lengths and groups of\n"
+        f"heads), on an {data['device']}: {s['geometric_mean']:.2f}x the better of {_peers(data)}"
+        f" over {s['compared']} rows,\nahead on {s['ahead']}, worst {s['worst']['ratio']:.2f}x.\n"
     )
 
 
@@ -176,6 +182,7 @@ def measured_gradients() -> str:
         "and as a ratio to the better of them in the same run. bf16, batch x length = 16384, heads x head dim = 2048.\n"
         f"Geometric mean {s['geometric_mean']:.3f}x over {s['compared']} rows, ahead on {s['ahead']},"
         f" worst {s['worst']['ratio']:.2f}x\n({_where(data, 'torch', 'driver')}).\n\n{table}\n{alone}\n"
+        f"{_untuned('h200_random_backward.json', 'fagen bench --op backward --suite random --seed 1')}\n"
         "![TFLOP/s of the gradients by length](docs/img/backward.svg)\n"
     )
 

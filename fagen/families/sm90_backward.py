@@ -6,16 +6,15 @@ import itertools
 from typing import Any
 
 from fagen.families.base import Config, Constraint, Family, Knob
-from fagen.families.cost import makespan, walk
 from fagen.families.reads import Reads
 from fagen.families.sm90_backward_block import (
     OTHER_REGISTERS,
     consumer_registers,
     dq_columns,
-    dq_owners,
     fragment_registers,
     smem_bytes,
 )
+from fagen.families.sm90_backward_cost import cost
 from fagen.ops.attention.measures import AtMost
 from fagen.ops.attention.problem import Problem
 from fagen.target import Target
@@ -328,51 +327,6 @@ def _default(p: Problem, t: Target) -> Config:
 
     roomy = (c for c in guesses if fragment_registers(p, c) + spare(c) <= consumer_registers(c))
     return next(roomy, guesses[-1])
-
-
-LOADER_CYCLES = 900  # from a product of the loader to the next one, beside those of the consumers
-SUM_BYTES = 17.6  # float32 that an SM adds to memory a cycle, about 30 GB/s
-
-
-def _visit_cycles(p: Problem, c: Config) -> float:
-    """Cycles of an SM that a visit of a row tile takes: products, and what they move through shared memory."""
-    d, dv, m, n, groups = p.head_dim_padded, p.head_dim_v_padded, int(c.tile_m), int(c.tile_n), int(c.warpgroups)
-    products = 2 * m * n * (3 * d + 2 * dv) / 4096
-    rows, keys = m * (d + dv) * 2, n * (d + dv) * 2
-    if c.operands == "registers":  # each warpgroup reads all rows, twice
-        moved = keys + 2 * groups * rows + m * n * 2 * (1 + dq_owners(c)) + n * d * 2
-    else:  # scores: all rows and some keys; gradients: P and dS, and some columns of the rows
-        moved = groups * rows + keys + rows + m * n * 4 * (1 + groups) + groups * m * n * 2 + n * d * 2
-    moved -= n * dv * 2 if c.v_source == "registers" else 0
-    moved += rows + (m * d * 8 if c.dq_sink == "bulk" else 0)
-    softmax = 5 * m * n / 128 + m * n / 16
-    busiest = max(products, moved / 128, m * d * 4 / SUM_BYTES)
-    waiting = 400 * (c.q_stages == 1) + 400 * (c.dout_stages == 1) + 100 * (c.ds_stages == 1)
-    exposed = (0.5 if groups > 1 else 0.9) - 0.1 * (c.dv_start == "before_ds")
-    if c.dq_owner == "loader":  # consumers come out of step; it takes dQ by 64 rows of 32 columns, one after another
-        return max(busiest + softmax * 0.3 + 250 + waiting, LOADER_CYCLES * (m // 64) * -(-d // 32))
-    return busiest + softmax * exposed + 250 + waiting + 200 * (c.dq_owner == "first")
-
-
-def _helper_cycles(p: Problem, t: Target, c: Config) -> float:
-    """Before and after the products of all blocks: rows are prepared, dQ is rounded."""
-    d, dv, rows = p.head_dim_padded, p.head_dim_v_padded, p.batch * p.heads * p.seqlen_q
-    prepared, rounded = rows * (4 * dv + 4 * d), rows * 6 * d
-    memory = 11.6 * t.units  # bytes a cycle
-    return 2000 + prepared / memory + (2000 + rounded / memory if c.dq_rounding == "own_kernel" else 0)
-
-
-def cost(p: Problem, t: Target, c: Config) -> float:
-    """Cycles, roughly: visits of row tiles, a block's beginning and end, the tail. Not yet fitted to a GPU."""
-    seen, group = walk(p, int(c.tile_m), int(c.tile_n)), p.heads // p.kv_heads
-    key_tiles = -(-p.seqlen_k // int(c.tile_n))
-    pieces, visit = key_tiles * p.kv_heads * p.batch, _visit_cycles(p, c)
-    boundary = 2500 + 4.0 * (p.head_dim_padded + p.head_dim_v_padded)
-    uneven = seen.masked > 0 and p.mask != "none"
-    longest = min(seen.row_tiles, seen.visits) * group * visit + boundary
-    work = seen.visits * p.heads * p.batch * visit + pieces * boundary
-    tail = 0.36 if uneven and c.block_order in ("ascending", "descending") else 0.15
-    return _helper_cycles(p, t, c) + makespan(work, longest, pieces, t.units, tail)
 
 
 FAMILY = Family(

@@ -40,18 +40,23 @@ def consumer_registers(c: Config) -> int:
     return min(240, ((groups + 1) * each - producer) // groups // 8 * 8)
 
 
-def smem_bytes(p: Problem, c: Config) -> int:
+def tile_bytes(p: Problem, c: Config) -> int:
+    """Of k, v, and the stages of q, dO and dS."""
     m, n = int(c.tile_m), int(c.tile_n)
     slabs, slabs_v = _slabs(p.head_dim_padded), _slabs(p.head_dim_v_padded)
-    tiles = n * (slabs + slabs_v) + c.q_stages * m * slabs + c.dout_stages * m * slabs_v
-    tiles += c.ds_stages * m * _slabs(n) * (2 if c.operands == "shared" else 1)
+    rows = n * (slabs + slabs_v) + c.q_stages * m * slabs + c.dout_stages * m * slabs_v
+    return (rows + c.ds_stages * m * _slabs(n) * (2 if c.operands == "shared" else 1)) * ROW_BYTES
+
+
+def smem_bytes(p: Problem, c: Config) -> int:
+    m, n = int(c.tile_m), int(c.tile_n)
     dq = dq_owners(c) * dq_columns(p, c) // 8 * PIECE_BYTES if c.dq_sink == "bulk" else 0
     stats = 4 * m * 2 * c.q_stages
     bounds = 16 * n + 32 if p.mask == "intervals" else 0
     rounds = c.dq_rounding == "last_block"
     of_dq = c.ds_stages if c.dq_owner == "loader" else c.warpgroups * (1 + rounds)
     barriers = BARRIER_BYTES * (2 + c.q_stages + c.dout_stages + of_dq)
-    return tiles * ROW_BYTES + dq + stats + bounds + barriers + SMEM_ALIGNMENT
+    return tile_bytes(p, c) + dq + stats + bounds + barriers + SMEM_ALIGNMENT
 
 
 def fragment_registers(p: Problem, c: Config) -> int:

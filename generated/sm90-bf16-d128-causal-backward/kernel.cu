@@ -1611,11 +1611,6 @@ struct BackwardLayout {
   static constexpr bool kIntervals = MaskOf<C>::kIntervals;
   static constexpr int kBoundBytes = kIntervals ? C::kTileN * 16 : 0, kExtentBytes = kIntervals ? 32 : 0;
 
-  // Blocks that share a group's heads put all of dK and dV in the place of the tiles.
-  static constexpr bool kSplitsGroups =
-      !kSharedOperands<C> &&
-      kGroups * kGroupKeys * (C::kHeadDim + C::kHeadDimV) * 4 <=
-          kKBytes + kVBytes + C::kQStages * kQBytes + C::kDoutStages * kDoutBytes + C::kDsStages * kDsBytes;
   static constexpr bool kRoundsDq = C::kDqRounding == DqRounding::last_block;
 
   // Offsets: k, v, the stages of q, of dO and of dS, the owners' parts of dQ, the LSE and delta of each stage of q, the
@@ -1644,6 +1639,25 @@ struct BackwardLayout {
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
   static_assert(kConsumerRegisters == Derived::registers, "Python and CUDA disagree about the registers of a thread");
 };
+
+// Blocks that share the visits of a key tile add up dK and dV by units, in the place of the tiles. A unit is 32 columns
+// of a warpgroup's keys, or with shared operands a slab of its columns of all keys.
+template <class C>
+struct SplitUnits {
+  using L = BackwardLayout<C>;
+  static constexpr int kPieces = kSharedOperands<C> ? C::kTileN / 8 : 4, kBytes = kPieces * kPieceBytes;
+  static constexpr int of(int columns) {  // of a warpgroup
+    return kSharedOperands<C> ? (slabs(columns) + L::kGroups - 1) / L::kGroups : (columns / 8 + 3) / 4;
+  }
+};
+template <class C>
+constexpr int kDkUnits = SplitUnits<C>::of(C::kHeadDim);
+template <class C>
+constexpr int kUnits = kDkUnits<C> + SplitUnits<C>::of(C::kHeadDimV);
+// Blocks of a cluster: on every GPU as many as 8 are one.
+template <class C>
+constexpr int kMostSplits =
+    BackwardLayout<C>::kGroups * kUnits<C> * SplitUnits<C>::kBytes <= BackwardLayout<C>::kDq ? 8 : 1;
 
 // The barriers and tiles of a block, as one warp sees them. A row tile's q comes with its LSE and delta.
 template <class C>
@@ -1700,7 +1714,7 @@ struct BackwardLaunch {
   int row_tiles, key_tiles;  // per head
   bool one_key_tile;         // that all rows visit, or none at all: what its block has of dQ is no part of a sum
   TileOrder order;           // of key tiles
-  Divisor splits;            // blocks that share the query heads of a kv head: a cluster
+  Divisor splits;            // blocks that share the visits of a key tile: a cluster
   float* lse;                // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none
   float* delta;              // the same of the sums of dO O - dLSE, negated where dP begins with it
   float* dq;        // (batch, heads, row_tiles), tiles of float32 in the order of fragments
@@ -1725,15 +1739,17 @@ __device__ __forceinline__ float* dq_sums(const BackwardLaunch& launch, int64_t 
 struct RowBand {
   int first, last, seqlen_q, seqlen_k;
 
-  __device__ __forceinline__ explicit RowBand(const fagen_backward_params& p)
+  __host__ __device__ __forceinline__ explicit RowBand(const fagen_backward_params& p)
       : seqlen_q(p.seqlen_q), seqlen_k(p.seqlen_k) {
     const int shift = p.seqlen_k - p.seqlen_q;
     first = p.window_left < 0 ? -kFar : shift - p.window_left;
     last = p.window_right < 0 ? kFar : shift + p.window_right;
   }
   // the first row that sees key n, and one past the last; none sees a key that is not there
-  __device__ __forceinline__ int begin(int n) const { return max(0, n - last); }
-  __device__ __forceinline__ int end(int n) const { return n < seqlen_k ? max(0, min(seqlen_q, n - first + 1)) : 0; }
+  __host__ __device__ __forceinline__ int begin(int n) const { return max(0, n - last); }
+  __host__ __device__ __forceinline__ int end(int n) const {
+    return n < seqlen_k ? max(0, min(seqlen_q, n - first + 1)) : 0;
+  }
   // the key tiles that a row tile sees, first and last; the last is before the first where it sees none
   template <class C>
   __device__ __forceinline__ void key_tiles(int row_tile, int& first_tile, int& last_tile) const {
@@ -1838,23 +1854,40 @@ struct KeyTile {
     }
   }
 
-  // Call visit(RowTileVisit) for every row tile that sees any of the keys, head after head.
+  // Call visit(RowTileVisit) for every row tile that sees any of the keys, head after head: this split's share of them.
   template <class Visit>
   __device__ __forceinline__ void walk(const fagen_backward_params& p, Visit visit) const {
-    const int group = p.heads / p.kv_heads, some = group / splits, first = kv_head * group + split * some;
-    const int tiles = end - begin;
+    const int group = p.heads / p.kv_heads, tiles = end - begin, all = group * tiles;
     const int shift = C::kRowOrder == RowOrder::shifted && tiles > 0 ? tile % tiles : 0;
+    int head = kv_head * group, i = 0, visits = all;
+    if (splits > 1 && tiles > 0) {
+      const int share = (all + splits - 1) / splits, from = split * share, before = from / tiles;  // heads
+      head += before, i = from - before * tiles, visits = min(share, all - from);
+    }
+    const auto look_at = [&](int head, int i) {
+      int t = C::kRowOrder == RowOrder::descending ? end - 1 - i : begin + i + shift;
+      if (C::kRowOrder == RowOrder::shifted && t >= end) t -= tiles;
+      const int m0 = t * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
+      bool hidden, partial;
+      classify(m0, m1, hidden, partial);
+      if (!hidden) visit(RowTileVisit{head, t, partial});
+    };
+    // Consumers that have dQ in registers know much about a head; elsewhere one loop takes fewer registers than two.
+    if constexpr (!kLoaderHasDq<C> && !kSharedOperands<C>) {
 #pragma unroll 1
-    for (int head = first; head < first + some; ++head)
+      for (; visits > 0; ++head, i = 0) {
+        const int stop = min(tiles, i + visits);
+        visits -= stop - i;
 #pragma unroll 1
-      for (int i = 0; i < tiles; ++i) {
-        int t = C::kRowOrder == RowOrder::descending ? end - 1 - i : begin + i + shift;
-        if (C::kRowOrder == RowOrder::shifted && t >= end) t -= tiles;
-        const int m0 = t * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
-        bool hidden, partial;
-        classify(m0, m1, hidden, partial);
-        if (!hidden) visit(RowTileVisit{head, t, partial});
+        for (; i < stop; ++i) look_at(head, i);
       }
+    } else {
+#pragma unroll 1
+      for (; visits > 0; --visits) {
+        look_at(head, i);
+        if (++i == tiles) i = 0, ++head;
+      }
+    }
   }
 
   // How many key tiles visit a row tile, and how many of them before this one: blocks of lower index, in an order that
@@ -2382,8 +2415,8 @@ __device__ __forceinline__ float gradient_of_score(float weight, float dp, float
 }  // namespace fagen
 
 // ---- fagen/sm90/backward/split_sums.cuh ------------------------------------------------------------------
-// dK and dV where the blocks of a cluster share the query heads of a kv head: each puts its part into its own shared
-// memory, where nothing else is any more, and adds up some columns of all parts, in a fixed order.
+// dK and dV where the blocks of a cluster share the visits of a key tile: each puts its part into its own shared
+// memory, where nothing else is any more, and adds up some units of all parts, in a fixed order.
 
 // ---- fagen/ptx/cluster.cuh -------------------------------------------------------------------------------
 // Shared memory of other blocks of a cluster (sm_90).
@@ -2411,64 +2444,48 @@ __device__ __forceinline__ float4 ld_cluster_16(uint32_t from, uint32_t rank) {
 
 
 
-
 namespace fagen {
 
-template <class C, class Element>
+template <class C>
 struct SplitSums {
   using L = BackwardLayout<C>;
   static constexpr int kReaders = (L::kGroups + kLoaderHasDq<C>)*128;  // threads that read tiles
-  static constexpr int kPairs = (C::kHeadDim + C::kHeadDimV) / 16;  // of pieces of 8 columns, of a warpgroup's keys
 
-  const fagen_backward_params& p;
-  const KeyTile<C>& keys;
   uint32_t smem;
+  int split, splits;
   int group;
-
-  // This thread's values of a piece, of any block.
-  static __device__ __forceinline__ uint32_t place(uint32_t smem, int group, int piece) {
-    return smem + (group * kPairs * 2 + piece) * kPieceBytes + threadIdx.x % 128 * 16;
-  }
-  template <int kColumns>
-  __device__ __forceinline__ void put(int piece, const float (&c)[kColumns / 8][4]) const {
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n)
-      ptx::st_shared_16(place(smem, group, piece + n), c[n][0], c[n][1], c[n][2], c[n][3]);
-  }
-  __device__ __forceinline__ float4 sum(int of_group, int piece) const {
-    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int split = 0; split < keys.splits; ++split) {
-      const float4 x = ptx::ld_cluster_16(place(smem, of_group, piece), split);
-      total.x += x.x, total.y += x.y, total.z += x.z, total.w += x.w;
-    }
-    return total;
-  }
-  // Two pieces of 64 keys: their first column of a gradient is `column`.
-  __device__ __forceinline__ void store(const fagen_tensor& to, int of_group, int pair, int column, int columns,
-                                        float scale) const {
-    const int key = keys.n0 + of_group * kGroupKeys + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    store_rows<Element, 1>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, column / 8, 2, scale,
-                           [&](int n) { return sum(of_group, pair * 2 + n); });
-  }
 
   // The producers' side: the whole cluster meets, twice.
   static __device__ __forceinline__ void attend() { ptx::cluster_sync(), ptx::cluster_sync(); }
 
-  __device__ __forceinline__ void run(const float (&dk)[C::kHeadDim / 8][4], const float (&dv)[C::kHeadDimV / 8][4],
-                                      int barrier) const {
-    ptx::barrier_sync(barrier, kReaders);  // no tile is read any more
-    put<C::kHeadDim>(0, dk);
-    put<C::kHeadDimV>(C::kHeadDim / 8, dv);
+  // Where this warpgroup's unit is, in every block.
+  __device__ __forceinline__ uint32_t place(int unit) const {
+    return smem + (group * kUnits<C> + unit) * SplitUnits<C>::kBytes;
+  }
+  __device__ __forceinline__ void put(int unit, int piece, const float (&c)[4]) const {
+    ptx::st_shared_16(place(unit) + piece * kPieceBytes + threadIdx.x % 128 * 16, c[0], c[1], c[2], c[3]);
+  }
+  // When all have put theirs, call store(unit) for each of the warpgroup's units that this block adds up.
+  template <class Store>
+  __device__ __forceinline__ void finish(Store store) const {
     ptx::cluster_sync();
 #pragma unroll 1
-    for (int i = keys.split * L::kGroups + group; i < L::kGroups * kPairs; i += keys.splits * L::kGroups) {
-      const int of_group = i / kPairs, pair = i % kPairs, column = pair * 16;
-      if (column < C::kHeadDim)
-        store(p.dk, of_group, pair, column, p.head_dim, gradient_scale<C>(p));
-      else
-        store(p.dv, of_group, pair, column - C::kHeadDim, p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
-    }
+    for (int unit = (split + group * kUnits<C>) % splits; unit < kUnits<C>; unit += splits) store(unit);
     ptx::cluster_sync();  // none ends while others read its shared memory
+  }
+  // Begins with the block's own part, so that all do not read from one at the same time.
+  __device__ __forceinline__ void sum(int unit, float (&c)[SplitUnits<C>::kPieces][4]) const {
+#pragma unroll
+    for (auto& piece : c) piece[0] = piece[1] = piece[2] = piece[3] = 0.f;
+#pragma unroll 2
+    for (int i = 0; i < splits; ++i) {
+      const int part = split + i < splits ? split + i : split + i - splits;
+#pragma unroll
+      for (int n = 0; n < SplitUnits<C>::kPieces; ++n) {
+        const float4 x = ptx::ld_cluster_16(place(unit) + n * kPieceBytes + threadIdx.x % 128 * 16, part);
+        c[n][0] += x.x, c[n][1] += x.y, c[n][2] += x.z, c[n][3] += x.w;
+      }
+    }
   }
 };
 
@@ -2748,22 +2765,43 @@ struct BackwardConsumer {
       else
         visit<false>(at);
     });
-    if (launch.splits.by > 1) {
-      SplitSums<C, Element>{p, keys, pipelines.smem, group}.run(dk, dv, kBarrier);
+    const float dk_scale = gradient_scale<C>(p), dv_scale = scale_up_pairs<C, Element>(p, 1.f);
+    if (kMostSplits<C> > 1 && keys.splits > 1) {
+      const SplitSums<C> sums{pipelines.smem, keys.split, keys.splits, group};
+      ptx::barrier_sync(kBarrier, SplitSums<C>::kReaders);  // no tile is read any more
+      put<C::kHeadDim>(sums, 0, dk);
+      put<C::kHeadDimV>(sums, kDkUnits<C>, dv);
+      sums.finish([&](int unit) {
+        float c[4][4];
+        sums.sum(unit, c);
+        if (unit < kDkUnits<C>)
+          store<C::kHeadDim, 1>(p.dk, p.head_dim, dk_scale, unit * 4, 4, values_of(c));
+        else
+          store<C::kHeadDimV, 1>(p.dv, p.head_dim_v, dv_scale, (unit - kDkUnits<C>)*4, 4, values_of(c));
+      });
     } else {
-      store<C::kHeadDim>(p.dk, dk, p.head_dim, gradient_scale<C>(p));
-      store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
+      store<C::kHeadDim, (C::kHeadDim + 31) / 32>(p.dk, p.head_dim, dk_scale, 0, C::kHeadDim / 8, values_of(dk));
+      store<C::kHeadDimV, (C::kHeadDimV + 31) / 32>(p.dv, p.head_dim_v, dv_scale, 0, C::kHeadDimV / 8, values_of(dv));
     }
   }
 
-  // Store 64 keys of a gradient.
+  // Units of 4 pieces, the last one of fewer.
   template <int kColumns>
-  __device__ __forceinline__ void store(const fagen_tensor& to, const float (&c)[kColumns / 8][4], int columns,
-                                        float scale) const {
+  __device__ __forceinline__ void put(const SplitSums<C>& sums, int first, const float (&c)[kColumns / 8][4]) const {
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) sums.put(first + n / 4, n % 4, c[n]);
+  }
+  template <class Pieces>
+  static __device__ __forceinline__ auto values_of(const Pieces& c) {
+    return [&c](int n) { return make_float4(c[n][0], c[n][1], c[n][2], c[n][3]); };
+  }
+  // Store 64 keys of a gradient, `pieces` of 8 columns.
+  template <int kColumns, int kUnroll, class Load>
+  __device__ __forceinline__ void store(const fagen_tensor& to, int columns, float scale, int first_piece, int pieces,
+                                        Load load) const {
     const int key = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + Place().row;
-    store_rows<Element, (kColumns + 31) / 32>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, 0, kColumns / 8,
-                                              scale,
-                                              [&](int n) { return make_float4(c[n][0], c[n][1], c[n][2], c[n][3]); });
+    store_rows<Element, kUnroll>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, first_piece,
+                                 min(pieces, kColumns / 8 - first_piece), scale, load);
   }
 };
 
@@ -2898,9 +2936,9 @@ struct DqLoader {
       if (i <= visits) add(row_tiles[0]);
       shift(0);
     }
-    if (L::kSplitsGroups && producer.launch.splits.by > 1) {
-      ptx::barrier_sync(BackwardConsumer<C, Element>::kBarrier, SplitSums<C, Element>::kReaders);
-      SplitSums<C, Element>::attend();
+    if (kMostSplits<C> > 1 && producer.keys.splits > 1) {
+      ptx::barrier_sync(BackwardConsumer<C, Element>::kBarrier, SplitSums<C>::kReaders);
+      SplitSums<C>::attend();
     }
   }
 };
@@ -2912,6 +2950,7 @@ struct DqLoader {
 // A consumer warpgroup of large head dims, where a thread cannot hold 64 keys of dK and dV. Of a row tile's scores it
 // computes some keys' columns; P and dS go by shared memory, and of dK^T, dV^T and dQ each warpgroup has some of the
 // columns of a head.
+
 
 
 
@@ -3238,39 +3277,70 @@ struct SharedConsumer {
       else
         visit<false>(at);
     });
-    ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
-    store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, gradient_scale<C>(p));
-    store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
+    const float dk_scale = gradient_scale<C>(p), dv_scale = scale_up_pairs<C, Element>(p, 1.f);
+    if (kMostSplits<C> > 1 && keys.splits > 1) {
+      const SplitSums<C> sums{pipelines.smem, keys.split, keys.splits, group};
+      ptx::barrier_sync(kBarrier, SplitSums<C>::kReaders);  // no tile is read any more
+      put(sums, 0, dk);
+      put(sums, kDkChunks, dv);
+      sums.finish([&](int unit) {
+        const bool of_dk = unit < kDkChunks;
+        const int slab = (of_dk ? unit : unit - kDkChunks) * L::kGroups + group;
+        if (slab >= (of_dk ? L::kSlabs : L::kSlabsV)) return;
+        Gradient c;
+        sums.sum(unit, c);
+        ptx::barrier_sync(kBarrier + 2 + group, 128);  // others have no use for this unit: its place is free
+        if (of_dk)
+          store_slab(p.dk, c, sums.place(unit), slab, p.head_dim, dk_scale);
+        else
+          store_slab(p.dv, c, sums.place(unit), slab, p.head_dim_v, dv_scale);
+      });
+    } else {
+      ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
+      store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, dk_scale);
+      store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, dv_scale);
+    }
   }
 
-  // Transpose slab by slab into the place of the operand that is done with, and store rows of 128 bytes.
+  // A chunk is a unit.
+  template <int kChunks>
+  __device__ __forceinline__ void put(const SplitSums<C>& sums, int first, const Gradient (&c)[kChunks]) const {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+      for (int n = 0; n < C::kTileN / 8; ++n) sums.put(first + chunk, n, c[chunk][n]);
+  }
+
   template <int kSlabs, int kChunks>
   __device__ __forceinline__ void store_gradient(const fagen_tensor& to, const Gradient (&c)[kChunks], uint32_t place,
                                                  int columns, float scale) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
-    const uint32_t into = (lane / 16 * 8 + lane % 8) * kRowBytes + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const int slab = chunk * L::kGroups + group;
-      const uint32_t rows = place + slab * C::kTileN * kRowBytes;
-      if (slab >= kSlabs) break;
-#pragma unroll
-      for (int n = 0; n < C::kTileN / 16; ++n) {
-        const auto word = [&](int i) {
-          const float* pair = &c[chunk][2 * n + i / 2][i % 2 * 2];
-          return pack<Element>(pair[0] * scale, pair[1] * scale);
-        };
-        ptx::stmatrix_x4_trans(rows + into + n * 16 * kRowBytes, {word(0), word(1), word(2), word(3)});
-      }
-      ptx::barrier_sync(kBarrier + 2 + group, 128);
-      const int column = slab * kSlabColumns + thread % 8 * 8;
-      Element* out = static_cast<Element*>(to.data) + keys.batch * to.stride[0] + keys.kv_head * to.stride[2] + column;
-#pragma unroll 1
-      for (int row = thread / 8; row < C::kTileN; row += 16)
-        if (keys.n0 + row < p.seqlen_k && column < columns)
-          *reinterpret_cast<uint4*>(out + (keys.n0 + row) * to.stride[1]) =
-              ptx::ld_shared_16(rows + row * kRowBytes + (thread % 8 ^ row % 8) * 16);
+      if (slab < kSlabs) store_slab(to, c[chunk], place + slab * C::kTileN * kRowBytes, slab, columns, scale);
     }
+  }
+  // Transpose 64 columns into a place that is free, and store rows of 128 bytes.
+  __device__ __forceinline__ void store_slab(const fagen_tensor& to, const Gradient& c, uint32_t place, int slab,
+                                             int columns, float scale) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
+    const uint32_t into = place + (lane / 16 * 8 + lane % 8) * kRowBytes + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+#pragma unroll
+    for (int n = 0; n < C::kTileN / 16; ++n) {
+      const auto word = [&](int i) {
+        const float* pair = &c[2 * n + i / 2][i % 2 * 2];
+        return pack<Element>(pair[0] * scale, pair[1] * scale);
+      };
+      ptx::stmatrix_x4_trans(into + n * 16 * kRowBytes, {word(0), word(1), word(2), word(3)});
+    }
+    ptx::barrier_sync(kBarrier + 2 + group, 128);
+    const int column = slab * kSlabColumns + thread % 8 * 8;
+    Element* out = static_cast<Element*>(to.data) + keys.batch * to.stride[0] + keys.kv_head * to.stride[2] + column;
+#pragma unroll 1
+    for (int row = thread / 8; row < C::kTileN; row += 16)
+      if (keys.n0 + row < p.seqlen_k && column < columns)
+        *reinterpret_cast<uint4*>(out + (keys.n0 + row) * to.stride[1]) =
+            ptx::ld_shared_16(place + row * kRowBytes + (thread % 8 ^ row % 8) * 16);
   }
 };
 
@@ -3322,7 +3392,7 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
     } else if (C::kDqSink == DqSink::bulk && owner >= 0 && DqShare<C>{owner}.owns()) {
       DqDrain<C, Element>{p, launch, keys, band, {owner}, BackwardPipelines<C>(smem, owner)}.run();
     }
-    if (L::kSplitsGroups && launch.splits.by > 1) SplitSums<C, Element>::attend();
+    if (kMostSplits<C> > 1 && keys.splits > 1) SplitSums<C>::attend();
   } else {
     ptx::more_registers<L::kConsumerRegisters>();
     SelectConsumer<C, Element>(p, launch, keys, band, smem, group).run();
@@ -3585,46 +3655,125 @@ __device__ __forceinline__ void backward_prologue(const fagen_backward_params& p
 
 }  // namespace fagen
 
+// ---- fagen/sm90/backward/splits.cuh ----------------------------------------------------------------------
+// How many blocks share the visits of a key tile, as the host chooses at a launch: they are a cluster.
+
+
 namespace fagen {
 
-constexpr int kMostSplits = 8;  // blocks of a cluster on every GPU
-// Bytes that blocks may read and add to at a time: more than L2 has, since some are not needed yet or no longer.
-constexpr int64_t kCachedBytes = 64 << 20;
-
-// Bytes of a head's rows of q, dO and dQ.
-static int64_t bytes_of_head(const fagen_backward_params& p) {
-  return ((p.head_dim + p.head_dim_v) * int64_t(2) + p.head_dim * int64_t(sizeof(float))) * p.seqlen_q;
-}
-
-// How many blocks share the query heads of a kv head: the fewest that divide them evenly, give all SMs work and keep in
-// L2 what the blocks of all SMs read and add to. Each goes through its heads at a pace of its own, so that all heads of
-// the kv heads at work count. With shared operands dK and dV are in no order that could be summed.
+// Bytes that blocks read of a row of q and dO, and add to of its dQ.
 template <class C>
-static int group_splits(const fagen_backward_params& p) {
-  const int group = p.kv_heads > 0 ? p.heads / p.kv_heads : 1;
-  int sms = 0;
-  const auto find = [](int device, int& count) {
-    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  };
-  if (!BackwardLayout<C>::kSplitsGroups || group == 1 || once_per_device(&sms, find)) return 1;
-  const int64_t all = int64_t(p.kv_heads) * p.batch, key_tiles = ceil_div(p.seqlen_k, C::kTileN);
-  const auto enough = [&](int splits) {
-    const int64_t at_work = ceil_div<int64_t>(sms, key_tiles * splits);
-    const bool in_cache = (at_work < all ? at_work : all) * group * bytes_of_head(p) <= kCachedBytes;
-    return all * key_tiles * splits * 2 >= sms * 3 && in_cache;
-  };
-  int splits = 1;
-  for (int more = 2; more <= group && more <= kMostSplits && !enough(splits); ++more)
-    if (group % more == 0) splits = more;
-  return splits;
+constexpr int kVisitedRowBytes = (C::kHeadDim + C::kHeadDimV) * 2 + C::kHeadDim * 4;
+
+// What a GPU runs of this kernel at once.
+struct ResidentBlocks {
+  int alone, in_clusters[4];  // of 1, 2, 4, 8; 0 where there can be none
+};
+
+// Blocks of a cluster lie close together, so that those at once may be fewer than the SMs.
+template <class C, class Kernel>
+static cudaError_t count_blocks(Kernel kernel, int device, ResidentBlocks& found) {
+  using L = BackwardLayout<C>;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&found.alone, cudaDevAttrMultiProcessorCount, device)) return e;
+  for (int i = 0; i < 4; ++i) {
+    const int splits = 1 << i;
+    int clusters = splits == 1 ? found.alone : 0;
+    if (splits > 1 && splits <= kMostSplits<C>) {
+      cudaLaunchAttribute cluster;
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {unsigned(splits), 1, 1};
+      const cudaLaunchConfig_t config = {dim3(splits), dim3(L::kThreads), L::kSmemBytes, nullptr, &cluster, 1};
+      if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) clusters = 0;
+    }
+    found.in_clusters[i] = clusters * splits;
+  }
+  return cudaSuccess;
 }
+
+// Row tiles of a head that a key tile sees by the band, on average and at most: of key tiles all along the sequence.
+template <class C>
+struct SeenRowTiles {
+  double average = 0;
+  int most = 0;
+
+  explicit SeenRowTiles(const fagen_backward_params& p) {
+    constexpr int kSamples = 64;
+    const RowBand band(p);
+    const int tiles = ceil_div(p.seqlen_k, C::kTileN), samples = tiles < kSamples ? tiles : kSamples;
+    for (int i = 0; i < samples; ++i) {
+      const int n0 = int(int64_t(tiles) * i / samples) * C::kTileN;
+      const int last_key = n0 + C::kTileN < p.seqlen_k ? n0 + C::kTileN - 1 : p.seqlen_k - 1;
+      const int begin = band.begin(n0), end = band.end(last_key);
+      const int seen = begin < end ? ceil_div(end, C::kTileM) - begin / C::kTileM : 0;
+      average += double(seen) / samples;
+      if (seen > most) most = seen;
+    }
+  }
+};
+
+// Cycles that the kernel takes, roughly, with so many blocks to a key tile. The factors were fitted to an H200.
+template <class C>
+struct SplitCost {
+  static constexpr double kVisit = 1.9 * C::kTileM * C::kTileN * (3 * C::kHeadDim + 2 * C::kHeadDimV) / 2048;
+  static constexpr double kEnds = 6000 + 0.16 * C::kTileN * (C::kHeadDim + C::kHeadDimV);     // of a block
+  static constexpr double kMeeting = 2500, kMoved = 0.12 * C::kTileN * (C::kHeadDim + C::kHeadDimV);  // of a cluster
+  // What blocks may read and add to at a time: more than L2 has, since some is not needed yet or no longer. Beyond that
+  // a visit is slower.
+  static constexpr double kCachedBytes = 64 << 20, kSlower = 0.06;
+  static constexpr int kRounds = 3;  // of equal blocks, beyond which they no longer end together
+
+  const fagen_backward_params& p;
+  const ResidentBlocks& gpu;
+  const SeenRowTiles<C> seen;
+
+  // Each block goes through its heads at a pace of its own, so that all heads of the kv heads at work count.
+  double cached_bytes(int splits) const {
+    const int64_t all = int64_t(p.kv_heads) * p.batch, key_tiles = ceil_div(p.seqlen_k, C::kTileN);
+    const int64_t at_work = ceil_div<int64_t>(gpu.alone, key_tiles * splits);
+    const int64_t rows = int64_t(seen.most) * C::kTileM < p.seqlen_q ? seen.most * C::kTileM : p.seqlen_q;
+    return double(at_work < all ? at_work : all) * (p.heads / p.kv_heads) * rows * kVisitedRowBytes<C>;
+  }
+  double operator()(int splits, int resident) const {
+    const int group = p.heads / p.kv_heads;
+    const double over = cached_bytes(splits) / kCachedBytes - 1;
+    const double visit = kVisit * (over > 0 ? 1 + kSlower * over : 1);
+    const double ends = kEnds + (splits > 1 ? kMeeting + kMoved * (splits - 1) / splits : 0);
+    const double longest = ceil_div(group * seen.most, splits) * visit + ends;
+    const double average = group * seen.average / splits * visit + ends;
+    const double rounds = double(ceil_div(p.seqlen_k, C::kTileN)) * p.kv_heads * p.batch * splits / resident;
+    if (seen.most <= 1.1 * seen.average) return rounds < kRounds ? ceil(rounds) * longest : (rounds + 0.5) * average;
+    const double total = rounds * average + 0.5 * longest;
+    return total > longest ? total : longest;
+  }
+};
+
+// The fewest blocks among those that are fastest, to within a hundredth.
+template <class C>
+static int choose_splits(const fagen_backward_params& p, const ResidentBlocks& gpu) {
+  if (kMostSplits<C> == 1 || p.kv_heads == 0) return 1;
+  const SplitCost<C> cost = {p, gpu, SeenRowTiles<C>(p)};
+  int best = 1;
+  double least = cost(1, gpu.in_clusters[0]);
+  for (int i = 1; i < 4; ++i) {
+    if (gpu.in_clusters[i] == 0) continue;
+    const double here = cost(1 << i, gpu.in_clusters[i]);
+    if (here < 0.99 * least) best = 1 << i, least = here;
+  }
+  return best;
+}
+
+}  // namespace fagen
+
+namespace fagen {
 
 // The heads of a section (sectioned order): as many as leave room for their rows of q, dO and dQ, in sections of about
 // the same size, since a small last one would begin its longest blocks late. Blocks of the same kv head go through its
-// query heads together, so that one of them counts, or one for each split.
+// query heads together, so that one of them counts, or as many as splits are at.
 template <class C>
 static int heads_of_section(const fagen_backward_params& p, int splits) {
-  const int64_t all = int64_t(p.kv_heads) * p.batch, fit = (int64_t(C::kSectionMb) << 20) / (bytes_of_head(p) * splits);
+  const int64_t all = int64_t(p.kv_heads) * p.batch, group = p.heads / p.kv_heads;
+  const int64_t at_once = (splits < group ? splits : group) * int64_t(p.seqlen_q) * kVisitedRowBytes<C>;
+  const int64_t fit = (int64_t(C::kSectionMb) << 20) / at_once;
   const int64_t sections = ceil_div<int64_t>(all, fit < 1 ? 1 : fit);
   return int(ceil_div(all, sections));
 }
@@ -3678,25 +3827,26 @@ template <class C, class Element>
 static int launch_backward(const fagen_backward_params& p, cudaStream_t stream, CUtensorMapDataType type,
                            const BackwardKernels& kernels) {
   using L = BackwardLayout<C>;
-  int ready;
-  const auto prepare = [&](int, int& done) {
-    done = 1;
-    return cudaFuncSetAttribute(kernels.backward, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kSmemBytes);
+  ResidentBlocks gpu;
+  const auto prepare = [&](int device, ResidentBlocks& found) {
+    constexpr auto kSmem = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (const cudaError_t e = cudaFuncSetAttribute(kernels.backward, kSmem, L::kSmemBytes)) return e;
+    return count_blocks<C>(kernels.backward, device, found);
   };
-  if (const cudaError_t e = once_per_device(&ready, prepare)) return e;
+  if (const cudaError_t e = once_per_device(&gpu, prepare)) return e;
   BackwardLaunch launch;
   if (p.batch == 0) return cudaSuccess;
   if (p.seqlen_q == 0 || p.seqlen_k == 0) return launch_kernel(kernels.zero, 128, 256, 0, stream, p, launch);
   if (const cudaError_t e = make_maps<C>(p, type, launch)) return e;
   launch.row_tiles = ceil_div(p.seqlen_q, C::kTileM), launch.key_tiles = ceil_div(p.seqlen_k, C::kTileN);
   launch.one_key_tile = launch.key_tiles == 1 && !L::kIntervals && !kSharedOperands<C> && !kLoaderHasDq<C>;
-  const int splits = group_splits<C>(p);
+  const int splits = choose_splits<C>(p, gpu);
   launch.splits = Divisor(splits);
   launch.order = TileOrder::of<C::kBlockOrder>(launch.key_tiles, p.kv_heads, p.batch, heads_of_section<C>(p, splits));
   BackwardWorkspace<C>(p).assign(static_cast<char*>(p.workspace), launch);
   const int rows = launch.row_tiles * p.heads * p.batch, blocks = launch.key_tiles * p.kv_heads * p.batch * splits;
   if (const cudaError_t e = launch_kernel(kernels.prologue, rows, kPrologueThreads, 0, stream, p, launch)) return e;
-  // the blocks that share the query heads of a kv head are a cluster
+  // the blocks that share the visits of a key tile are a cluster
   if (const cudaError_t e =
           launch_clusters(splits, true, kernels.backward, blocks, L::kThreads, L::kSmemBytes, stream, p, launch))
     return e;

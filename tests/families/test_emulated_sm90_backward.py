@@ -5,7 +5,9 @@ What a GPU has beyond the emulator (tests/emulator) is left to tests/gpu: roundi
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from fagen.bench.suites import suite
 from fagen.families import Config, sm90_backward
 from fagen.ops.attention import gradients, masks, reference
 from fagen.ops.attention.backward import BackwardProblem
@@ -272,10 +275,8 @@ def test_the_order_of_blocks_changes_no_bit(case: Case, folder: Path) -> None:
         if case.intervals:
             g = torch.Generator().manual_seed(5)
             intervals = random_intervals(case.intervals, 1, case.kv_heads, rows, keys, g)
-        runs = []
-        for chance in range(3):  # how many blocks share a group's heads follows from the units
-            units = 2 + (chance if case.heads == case.kv_heads else 0)
-            runs.append(check(case, folder, rows, keys, chance=chance, units=units, intervals=intervals))
+        # how many blocks share the visits of a key tile follows from the units
+        runs = [check(case, folder, rows, keys, chance=chance, intervals=intervals) for chance in range(3)]
         for other in runs[1:]:
             for name, t in runs[0].items():
                 assert torch.equal(t, other[name]), name
@@ -346,30 +347,81 @@ def test_who_does_not_wait_is_wrong(folder: Path, case: Case, old: str, new: str
     assert any(_is_wrong(text, folder, seed, case=case) for seed in range(40))
 
 
-@pytest.mark.parametrize("case", [Case("base", kv_heads=1), Case("three_groups", heads=6, mask="none")], ids=str)
-def test_blocks_share_the_heads_of_a_group(folder: Path, case: Case) -> None:
-    """With units to spare. Without the sum over a cluster, dK and dV are wrong."""
-    for seed in range(2):
-        check(case, folder, 70, 130, units=5, seed=seed, batch=1 + seed)
+_CHOSEN = "choose_splits<C>(p, gpu)"
+
+
+def _sharing(case: Case, splits: int) -> str:
+    """The kernel where so many blocks share the visits of a key tile, whatever the host would choose."""
     text = _source(case)
+    assert text.count(_CHOSEN) == 1
+    return text.replace(_CHOSEN, f"(sizeof(char[kMostSplits<C> >= {splits} ? 1 : -1]) ? {splits} : 0)")
+
+
+_LARGE = (("dout_stages", 1), ("dq_sink", "red"))
+_SHARED = Case("shared_three_groups", head_dim=192, heads=3, kv_heads=1, changes=_LARGE)
+_SHARING = {
+    2: [Case("base"), Case("loader", mask="none"), Case("base", deterministic=True), _SHARED],
+    4: [
+        Case("three_groups", heads=3, kv_heads=1),
+        Case("stored_first_shared", head_dim=256, kv_heads=4, changes=(*ONE_STAGE, ("q_stages", 1))),
+    ],
+    8: [
+        Case("long_tiles", mask="none", kv_heads=1),
+        Case("held_v", head_dim=72, head_dim_v=96, heads=3, kv_heads=1),
+        Case("shared_three_groups", mask="window", window=(70, 20), head_dim=136, kv_heads=1, changes=_LARGE),
+        Case("base", mask="intervals", intervals="lower2", deterministic=True),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("splits", "case"), [(n, case) for n, cases in _SHARING.items() for case in cases], ids=str)
+def test_blocks_share_the_visits_of_a_key_tile(folder: Path, splits: int, case: Case) -> None:
+    """Those of one head or of several; some blocks may have none. Sequences end anywhere."""
+    text = _sharing(case, splits)
+    for seed, (rows, keys) in enumerate(((70, 130), (300, 200))):
+        check(case, folder, rows, keys, units=5, seed=seed, batch=2 - seed, text=text)
+
+
+@pytest.mark.parametrize("case", [Case("base", kv_heads=1), _SHARED], ids=str)
+def test_sums_of_a_cluster_are_of_all_parts_when_they_are_there(folder: Path, case: Case) -> None:
+    text = _sharing(case, 4)
     for old, new in (
-        ("split < keys.splits; ++split", "split < 1; ++split"),  # only one block's part
+        ("i < splits; ++i", "i < 1; ++i"),  # only one block's part
         ("    ptx::cluster_sync();\n#pragma unroll 1", "#pragma unroll 1"),  # before it is there
     ):
-        assert old in text
+        assert text.count(old) == 1
         broken = text.replace(old, new)
-        assert any(_is_wrong(broken, folder, seed, case=case, rows=70, keys=70, units=5) for seed in range(10))
+        assert any(_is_wrong(broken, folder, seed, case=case, rows=300, keys=70, units=5) for seed in range(10))
 
 
-def test_a_groups_heads_are_shared_where_all_of_them_are_more_than_l2_holds(folder: Path) -> None:
-    """With one unit, which has work anyway. That blocks share them shows where their sums are broken."""
-    case, rows = Case("base", kv_heads=1), {"rows": 70, "keys": 130, "units": 1}
-    text, sums = _source(case), "split < keys.splits; ++split"
-    assert text.count("kCachedBytes = 64 << 20") == 1 and sums in text
-    small = text.replace("kCachedBytes = 64 << 20", "kCachedBytes = 1 << 10")
-    check(case, folder, **rows, text=small)
-    assert _is_wrong(small.replace(sums, "split < 1; ++split"), folder, 0, case=case, **rows)
-    assert not _is_wrong(text.replace(sums, "split < 1; ++split"), folder, 0, case=case, **rows)
+_MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "h200_backward_splits.json").read_text())["rows"]
+_ASKED = """
+extern "C" int chosen_splits(const fagen_backward_params* p) {
+  const fagen::ResidentBlocks h200 = {132, {132, 132, 124, 112}};
+  return fagen::choose_splits<fagen::Config>(*p, h200);
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static", ["d128/causal", "d128/none", "d80/none", "d64/causal", "d144/none", "d224/causal"])
+def test_as_many_blocks_share_as_were_fastest(folder: Path, static: str) -> None:
+    """On an H200, of 1, 2, 4 and 8 blocks."""
+    rows = {
+        f"backward {row.name}": row.problem
+        for name in ("peers", "random")
+        for row in suite(name, TARGET, 1, "backward")
+    }
+    held = {name: p for name, p in rows.items() if f"/{static}/" in p.key and len(_MEASURED.get(name, {})) > 2}
+    assert held
+    for name, problem in held.items():
+        text = emulated.source(FAMILY, problem, TARGET, FAMILY.default(problem, TARGET)) + _ASKED
+        params = BackwardParams()
+        for size in ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "window_left", "window_right"):
+            setattr(params, size, getattr(problem, size))
+        chosen = load(text, folder)._library.chosen_splits(ctypes.byref(params))
+        times = {splits: seconds for splits, seconds in _MEASURED[name].items() if splits != "before"}
+        assert times[str(chosen)] <= 1.04 * min(times.values()), (name, chosen, times)
 
 
 @pytest.mark.parametrize("scheme", sample(["base", "first_owner_red", "last_block"], every=2))

@@ -282,22 +282,43 @@ struct BackwardConsumer {
       else
         visit<false>(at);
     });
-    if (launch.splits.by > 1) {
-      SplitSums<C, Element>{p, keys, pipelines.smem, group}.run(dk, dv, kBarrier);
+    const float dk_scale = gradient_scale<C>(p), dv_scale = scale_up_pairs<C, Element>(p, 1.f);
+    if (kMostSplits<C> > 1 && keys.splits > 1) {
+      const SplitSums<C> sums{pipelines.smem, keys.split, keys.splits, group};
+      ptx::barrier_sync(kBarrier, SplitSums<C>::kReaders);  // no tile is read any more
+      put<C::kHeadDim>(sums, 0, dk);
+      put<C::kHeadDimV>(sums, kDkUnits<C>, dv);
+      sums.finish([&](int unit) {
+        float c[4][4];
+        sums.sum(unit, c);
+        if (unit < kDkUnits<C>)
+          store<C::kHeadDim, 1>(p.dk, p.head_dim, dk_scale, unit * 4, 4, values_of(c));
+        else
+          store<C::kHeadDimV, 1>(p.dv, p.head_dim_v, dv_scale, (unit - kDkUnits<C>)*4, 4, values_of(c));
+      });
     } else {
-      store<C::kHeadDim>(p.dk, dk, p.head_dim, gradient_scale<C>(p));
-      store<C::kHeadDimV>(p.dv, dv, p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
+      store<C::kHeadDim, (C::kHeadDim + 31) / 32>(p.dk, p.head_dim, dk_scale, 0, C::kHeadDim / 8, values_of(dk));
+      store<C::kHeadDimV, (C::kHeadDimV + 31) / 32>(p.dv, p.head_dim_v, dv_scale, 0, C::kHeadDimV / 8, values_of(dv));
     }
   }
 
-  // Store 64 keys of a gradient.
+  // Units of 4 pieces, the last one of fewer.
   template <int kColumns>
-  __device__ __forceinline__ void store(const fagen_tensor& to, const float (&c)[kColumns / 8][4], int columns,
-                                        float scale) const {
+  __device__ __forceinline__ void put(const SplitSums<C>& sums, int first, const float (&c)[kColumns / 8][4]) const {
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) sums.put(first + n / 4, n % 4, c[n]);
+  }
+  template <class Pieces>
+  static __device__ __forceinline__ auto values_of(const Pieces& c) {
+    return [&c](int n) { return make_float4(c[n][0], c[n][1], c[n][2], c[n][3]); };
+  }
+  // Store 64 keys of a gradient, `pieces` of 8 columns.
+  template <int kColumns, int kUnroll, class Load>
+  __device__ __forceinline__ void store(const fagen_tensor& to, int columns, float scale, int first_piece, int pieces,
+                                        Load load) const {
     const int key = keys.n0 + group * kGroupKeys + threadIdx.x / 32 % 4 * 16 + Place().row;
-    store_rows<Element, (kColumns + 31) / 32>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, 0, kColumns / 8,
-                                              scale,
-                                              [&](int n) { return make_float4(c[n][0], c[n][1], c[n][2], c[n][3]); });
+    store_rows<Element, kUnroll>(to, keys.batch, keys.kv_head, key, p.seqlen_k, columns, first_piece,
+                                 min(pieces, kColumns / 8 - first_piece), scale, load);
   }
 };
 

@@ -64,9 +64,9 @@ struct DqLoader {
       if (i <= visits) add(row_tiles[0]);
       shift(0);
     }
-    if (L::kSplitsGroups && producer.launch.splits.by > 1) {
-      ptx::barrier_sync(BackwardConsumer<C, Element>::kBarrier, SplitSums<C, Element>::kReaders);
-      SplitSums<C, Element>::attend();
+    if (kMostSplits<C> > 1 && producer.keys.splits > 1) {
+      ptx::barrier_sync(BackwardConsumer<C, Element>::kBarrier, SplitSums<C>::kReaders);
+      SplitSums<C>::attend();
     }
   }
 };

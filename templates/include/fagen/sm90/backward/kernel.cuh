@@ -62,7 +62,7 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
     } else if (C::kDqSink == DqSink::bulk && owner >= 0 && DqShare<C>{owner}.owns()) {
       DqDrain<C, Element>{p, launch, keys, band, {owner}, BackwardPipelines<C>(smem, owner)}.run();
     }
-    if (L::kSplitsGroups && launch.splits.by > 1) SplitSums<C, Element>::attend();
+    if (kMostSplits<C> > 1 && keys.splits > 1) SplitSums<C>::attend();
   } else {
     ptx::more_registers<L::kConsumerRegisters>();
     SelectConsumer<C, Element>(p, launch, keys, band, smem, group).run();

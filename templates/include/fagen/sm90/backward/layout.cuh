@@ -85,11 +85,6 @@ struct BackwardLayout {
   static constexpr bool kIntervals = MaskOf<C>::kIntervals;
   static constexpr int kBoundBytes = kIntervals ? C::kTileN * 16 : 0, kExtentBytes = kIntervals ? 32 : 0;
 
-  // Blocks that share a group's heads put all of dK and dV in the place of the tiles.
-  static constexpr bool kSplitsGroups =
-      !kSharedOperands<C> &&
-      kGroups * kGroupKeys * (C::kHeadDim + C::kHeadDimV) * 4 <=
-          kKBytes + kVBytes + C::kQStages * kQBytes + C::kDoutStages * kDoutBytes + C::kDsStages * kDsBytes;
   static constexpr bool kRoundsDq = C::kDqRounding == DqRounding::last_block;
 
   // Offsets: k, v, the stages of q, of dO and of dS, the owners' parts of dQ, the LSE and delta of each stage of q, the
@@ -118,6 +113,25 @@ struct BackwardLayout {
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
   static_assert(kConsumerRegisters == Derived::registers, "Python and CUDA disagree about the registers of a thread");
 };
+
+// Blocks that share the visits of a key tile add up dK and dV by units, in the place of the tiles. A unit is 32 columns
+// of a warpgroup's keys, or with shared operands a slab of its columns of all keys.
+template <class C>
+struct SplitUnits {
+  using L = BackwardLayout<C>;
+  static constexpr int kPieces = kSharedOperands<C> ? C::kTileN / 8 : 4, kBytes = kPieces * kPieceBytes;
+  static constexpr int of(int columns) {  // of a warpgroup
+    return kSharedOperands<C> ? (slabs(columns) + L::kGroups - 1) / L::kGroups : (columns / 8 + 3) / 4;
+  }
+};
+template <class C>
+constexpr int kDkUnits = SplitUnits<C>::of(C::kHeadDim);
+template <class C>
+constexpr int kUnits = kDkUnits<C> + SplitUnits<C>::of(C::kHeadDimV);
+// Blocks of a cluster: on every GPU as many as 8 are one.
+template <class C>
+constexpr int kMostSplits =
+    BackwardLayout<C>::kGroups * kUnits<C> * SplitUnits<C>::kBytes <= BackwardLayout<C>::kDq ? 8 : 1;
 
 // The barriers and tiles of a block, as one warp sees them. A row tile's q comes with its LSE and delta.
 template <class C>

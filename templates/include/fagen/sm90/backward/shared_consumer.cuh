@@ -5,6 +5,7 @@
 #include "fagen/ptx/barrier.cuh"
 #include "fagen/sm90/backward/dq.cuh"
 #include "fagen/sm90/backward/scores.cuh"
+#include "fagen/sm90/backward/split_sums.cuh"
 #include "fagen/sm90/operand.cuh"
 
 namespace fagen {
@@ -329,39 +330,70 @@ struct SharedConsumer {
       else
         visit<false>(at);
     });
-    ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
-    store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, gradient_scale<C>(p));
-    store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, scale_up_pairs<C, Element>(p, 1.f));
+    const float dk_scale = gradient_scale<C>(p), dv_scale = scale_up_pairs<C, Element>(p, 1.f);
+    if (kMostSplits<C> > 1 && keys.splits > 1) {
+      const SplitSums<C> sums{pipelines.smem, keys.split, keys.splits, group};
+      ptx::barrier_sync(kBarrier, SplitSums<C>::kReaders);  // no tile is read any more
+      put(sums, 0, dk);
+      put(sums, kDkChunks, dv);
+      sums.finish([&](int unit) {
+        const bool of_dk = unit < kDkChunks;
+        const int slab = (of_dk ? unit : unit - kDkChunks) * L::kGroups + group;
+        if (slab >= (of_dk ? L::kSlabs : L::kSlabsV)) return;
+        Gradient c;
+        sums.sum(unit, c);
+        ptx::barrier_sync(kBarrier + 2 + group, 128);  // others have no use for this unit: its place is free
+        if (of_dk)
+          store_slab(p.dk, c, sums.place(unit), slab, p.head_dim, dk_scale);
+        else
+          store_slab(p.dv, c, sums.place(unit), slab, p.head_dim_v, dv_scale);
+      });
+    } else {
+      ptx::barrier_sync(kBarrier, L::kGroups * 128);  // k and v have been read: their places are free
+      store_gradient<L::kSlabs>(p.dk, dk, pipelines.k.tile(), p.head_dim, dk_scale);
+      store_gradient<L::kSlabsV>(p.dv, dv, pipelines.v.tile(), p.head_dim_v, dv_scale);
+    }
   }
 
-  // Transpose slab by slab into the place of the operand that is done with, and store rows of 128 bytes.
+  // A chunk is a unit.
+  template <int kChunks>
+  __device__ __forceinline__ void put(const SplitSums<C>& sums, int first, const Gradient (&c)[kChunks]) const {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+      for (int n = 0; n < C::kTileN / 8; ++n) sums.put(first + chunk, n, c[chunk][n]);
+  }
+
   template <int kSlabs, int kChunks>
   __device__ __forceinline__ void store_gradient(const fagen_tensor& to, const Gradient (&c)[kChunks], uint32_t place,
                                                  int columns, float scale) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
-    const uint32_t into = (lane / 16 * 8 + lane % 8) * kRowBytes + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const int slab = chunk * L::kGroups + group;
-      const uint32_t rows = place + slab * C::kTileN * kRowBytes;
-      if (slab >= kSlabs) break;
-#pragma unroll
-      for (int n = 0; n < C::kTileN / 16; ++n) {
-        const auto word = [&](int i) {
-          const float* pair = &c[chunk][2 * n + i / 2][i % 2 * 2];
-          return pack<Element>(pair[0] * scale, pair[1] * scale);
-        };
-        ptx::stmatrix_x4_trans(rows + into + n * 16 * kRowBytes, {word(0), word(1), word(2), word(3)});
-      }
-      ptx::barrier_sync(kBarrier + 2 + group, 128);
-      const int column = slab * kSlabColumns + thread % 8 * 8;
-      Element* out = static_cast<Element*>(to.data) + keys.batch * to.stride[0] + keys.kv_head * to.stride[2] + column;
-#pragma unroll 1
-      for (int row = thread / 8; row < C::kTileN; row += 16)
-        if (keys.n0 + row < p.seqlen_k && column < columns)
-          *reinterpret_cast<uint4*>(out + (keys.n0 + row) * to.stride[1]) =
-              ptx::ld_shared_16(rows + row * kRowBytes + (thread % 8 ^ row % 8) * 16);
+      if (slab < kSlabs) store_slab(to, c[chunk], place + slab * C::kTileN * kRowBytes, slab, columns, scale);
     }
+  }
+  // Transpose 64 columns into a place that is free, and store rows of 128 bytes.
+  __device__ __forceinline__ void store_slab(const fagen_tensor& to, const Gradient& c, uint32_t place, int slab,
+                                             int columns, float scale) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
+    const uint32_t into = place + (lane / 16 * 8 + lane % 8) * kRowBytes + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+#pragma unroll
+    for (int n = 0; n < C::kTileN / 16; ++n) {
+      const auto word = [&](int i) {
+        const float* pair = &c[2 * n + i / 2][i % 2 * 2];
+        return pack<Element>(pair[0] * scale, pair[1] * scale);
+      };
+      ptx::stmatrix_x4_trans(into + n * 16 * kRowBytes, {word(0), word(1), word(2), word(3)});
+    }
+    ptx::barrier_sync(kBarrier + 2 + group, 128);
+    const int column = slab * kSlabColumns + thread % 8 * 8;
+    Element* out = static_cast<Element*>(to.data) + keys.batch * to.stride[0] + keys.kv_head * to.stride[2] + column;
+#pragma unroll 1
+    for (int row = thread / 8; row < C::kTileN; row += 16)
+      if (keys.n0 + row < p.seqlen_k && column < columns)
+        *reinterpret_cast<uint4*>(out + (keys.n0 + row) * to.stride[1]) =
+            ptx::ld_shared_16(place + row * kRowBytes + (thread % 8 ^ row % 8) * 16);
   }
 };
 

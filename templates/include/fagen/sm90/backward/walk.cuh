@@ -15,7 +15,7 @@ struct BackwardLaunch {
   int row_tiles, key_tiles;  // per head
   bool one_key_tile;         // that all rows visit, or none at all: what its block has of dQ is no part of a sum
   TileOrder order;           // of key tiles
-  Divisor splits;            // blocks that share the query heads of a kv head: a cluster
+  Divisor splits;            // blocks that share the visits of a key tile: a cluster
   float* lse;                // (batch, heads, row_tiles * kTileM): base 2, +inf where a row sees nothing or is none
   float* delta;              // the same of the sums of dO O - dLSE, negated where dP begins with it
   float* dq;        // (batch, heads, row_tiles), tiles of float32 in the order of fragments
@@ -40,15 +40,17 @@ __device__ __forceinline__ float* dq_sums(const BackwardLaunch& launch, int64_t 
 struct RowBand {
   int first, last, seqlen_q, seqlen_k;
 
-  __device__ __forceinline__ explicit RowBand(const fagen_backward_params& p)
+  __host__ __device__ __forceinline__ explicit RowBand(const fagen_backward_params& p)
       : seqlen_q(p.seqlen_q), seqlen_k(p.seqlen_k) {
     const int shift = p.seqlen_k - p.seqlen_q;
     first = p.window_left < 0 ? -kFar : shift - p.window_left;
     last = p.window_right < 0 ? kFar : shift + p.window_right;
   }
   // the first row that sees key n, and one past the last; none sees a key that is not there
-  __device__ __forceinline__ int begin(int n) const { return max(0, n - last); }
-  __device__ __forceinline__ int end(int n) const { return n < seqlen_k ? max(0, min(seqlen_q, n - first + 1)) : 0; }
+  __host__ __device__ __forceinline__ int begin(int n) const { return max(0, n - last); }
+  __host__ __device__ __forceinline__ int end(int n) const {
+    return n < seqlen_k ? max(0, min(seqlen_q, n - first + 1)) : 0;
+  }
   // the key tiles that a row tile sees, first and last; the last is before the first where it sees none
   template <class C>
   __device__ __forceinline__ void key_tiles(int row_tile, int& first_tile, int& last_tile) const {
@@ -153,23 +155,40 @@ struct KeyTile {
     }
   }
 
-  // Call visit(RowTileVisit) for every row tile that sees any of the keys, head after head.
+  // Call visit(RowTileVisit) for every row tile that sees any of the keys, head after head: this split's share of them.
   template <class Visit>
   __device__ __forceinline__ void walk(const fagen_backward_params& p, Visit visit) const {
-    const int group = p.heads / p.kv_heads, some = group / splits, first = kv_head * group + split * some;
-    const int tiles = end - begin;
+    const int group = p.heads / p.kv_heads, tiles = end - begin, all = group * tiles;
     const int shift = C::kRowOrder == RowOrder::shifted && tiles > 0 ? tile % tiles : 0;
+    int head = kv_head * group, i = 0, visits = all;
+    if (splits > 1 && tiles > 0) {
+      const int share = (all + splits - 1) / splits, from = split * share, before = from / tiles;  // heads
+      head += before, i = from - before * tiles, visits = min(share, all - from);
+    }
+    const auto look_at = [&](int head, int i) {
+      int t = C::kRowOrder == RowOrder::descending ? end - 1 - i : begin + i + shift;
+      if (C::kRowOrder == RowOrder::shifted && t >= end) t -= tiles;
+      const int m0 = t * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
+      bool hidden, partial;
+      classify(m0, m1, hidden, partial);
+      if (!hidden) visit(RowTileVisit{head, t, partial});
+    };
+    // Consumers that have dQ in registers know much about a head; elsewhere one loop takes fewer registers than two.
+    if constexpr (!kLoaderHasDq<C> && !kSharedOperands<C>) {
 #pragma unroll 1
-    for (int head = first; head < first + some; ++head)
+      for (; visits > 0; ++head, i = 0) {
+        const int stop = min(tiles, i + visits);
+        visits -= stop - i;
 #pragma unroll 1
-      for (int i = 0; i < tiles; ++i) {
-        int t = C::kRowOrder == RowOrder::descending ? end - 1 - i : begin + i + shift;
-        if (C::kRowOrder == RowOrder::shifted && t >= end) t -= tiles;
-        const int m0 = t * C::kTileM, m1 = min(m0 + C::kTileM, p.seqlen_q);
-        bool hidden, partial;
-        classify(m0, m1, hidden, partial);
-        if (!hidden) visit(RowTileVisit{head, t, partial});
+        for (; i < stop; ++i) look_at(head, i);
       }
+    } else {
+#pragma unroll 1
+      for (; visits > 0; --visits) {
+        look_at(head, i);
+        if (++i == tiles) i = 0, ++head;
+      }
+    }
   }
 
   // How many key tiles visit a row tile, and how many of them before this one: blocks of lower index, in an order that
