@@ -9,7 +9,7 @@ namespace fagen {
 template <class C>
 constexpr int kVisitedRowBytes = (C::kHeadDim + C::kHeadDimV) * 2 + C::kHeadDim * 4;
 
-// What a GPU runs of this kernel at once.
+// Blocks that a GPU runs at once.
 struct ResidentBlocks {
   int alone, in_clusters[4];  // of 1, 2, 4, 8; 0 where there can be none
 };
@@ -61,8 +61,8 @@ struct SplitCost {
   static constexpr double kVisit = 1.9 * C::kTileM * C::kTileN * (3 * C::kHeadDim + 2 * C::kHeadDimV) / 2048;
   static constexpr double kEnds = 6000 + 0.16 * C::kTileN * (C::kHeadDim + C::kHeadDimV);     // of a block
   static constexpr double kMeeting = 2500, kMoved = 0.12 * C::kTileN * (C::kHeadDim + C::kHeadDimV);  // of a cluster
-  // What blocks may read and add to at a time: more than L2 has, since some is not needed yet or no longer. Beyond that
-  // a visit is slower.
+  // Bytes that blocks may read and add to at a time: more than L2 has, since some are not needed yet or no longer.
+  // Beyond that a visit is slower.
   static constexpr double kCachedBytes = 64 << 20, kSlower = 0.06;
   static constexpr int kRounds = 3;  // of equal blocks, beyond which they no longer end together
 
