@@ -32,7 +32,7 @@ def version_of(*packages: str) -> str:
     return ""
 
 
-def _imported(name: str, get: str) -> Any:
+def imported(name: str, get: str) -> Any:
     """A module, or how to get it."""
     try:
         return importlib.import_module(name)
@@ -147,24 +147,28 @@ def _through_functions(module: Any, unbounded: int | None) -> Prepare:
 
 def load_flash_attn(paths: Mapping[str, Path]) -> Loaded:
     """The package of FlashAttention 2; FlashAttention 4's shares its name, and lacks these functions."""
-    module = _imported("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation")
+    module = imported("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation")
     forward = _through_functions(module, unbounded=-1)
     by_op = {"forward": forward, "backward": through_autograd(forward), TRAINING: steps(forward)}
     return Loaded(by_op, version_of("flash-attn", "flash_attn"))
 
 
+def add_wheels(folder: Path, package: str) -> None:
+    """`--fa4 DIR` is a folder of unpacked wheels, `package` and the CUTLASS DSL among them."""
+    if not (folder / package).is_dir():
+        raise Absent(f"--fa4 {folder} holds no {package}")
+    inside = folder / "nvidia_cutlass_dsl"
+    more = [inside / name for name in ("dsl_packages", "python_packages") if (inside / name).is_dir()]
+    sys.path[:0] = [str(path.resolve()) for path in (folder, *more)]
+    importlib.invalidate_caches()
+
+
 def load_fa4(paths: Mapping[str, Path]) -> Loaded:
-    """`--fa4 DIR` is a folder of unpacked wheels, the CUTLASS DSL's own packages in it."""
     if folder := paths.get("fa4"):
-        if not (folder / "flash_attn" / "cute").is_dir():
-            raise Absent(f"--fa4 {folder} holds no flash_attn/cute")
-        inside = folder / "nvidia_cutlass_dsl"
-        more = [inside / name for name in ("dsl_packages", "python_packages") if (inside / name).is_dir()]
-        sys.path[:0] = [str(path.resolve()) for path in (folder, *more)]
-        importlib.invalidate_caches()
+        add_wheels(folder, "flash_attn/cute")
         if two := sys.modules.get("flash_attn"):  # FlashAttention 2's package, which looks into its own folder alone
             two.__path__.append(str((folder / "flash_attn").resolve()))
-    module = _imported("flash_attn.cute.interface", "pip install flash-attn-4, or --fa4 names a folder of its wheels")
+    module = imported("flash_attn.cute.interface", "pip install flash-attn-4, or --fa4 names a folder of its wheels")
     backward: Prepare | str = f"{module.__name__} has no _flash_attn_bwd"
     if function := getattr(module, "_flash_attn_bwd", None):
         backward = flash_backward.through_function(function)
@@ -177,7 +181,7 @@ def load_fa4(paths: Mapping[str, Path]) -> Loaded:
 
 
 def load_flashinfer(paths: Mapping[str, Path]) -> Loaded:
-    module = _imported("flashinfer", "pip install flashinfer-python")
+    module = imported("flashinfer", "pip install flashinfer-python")
     by_op: dict[str, Prepare | str] = {
         "forward": through_flashinfer(module), "decode": decode_peers.through_flashinfer(module)
     }  # fmt: skip

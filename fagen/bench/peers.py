@@ -106,6 +106,7 @@ PEERS = {
     "torch_softmax": Peer("torch.softmax", _BOTH, "fagen.bench.softmax:eager", _SOFTMAX),
     "fagen_16_bits": Peer("fagen in 16 bits", _BOTH, "fagen.bench.fp8:load_16_bits", _FP8),
     "fagen_quantizing": Peer("fagen, quantising included", _BOTH, "fagen.bench.fp8:load_quantizing", _FP8),
+    "quack": Peer("QuACK", ("cuda",), "fagen.bench.softmax:quack", _SOFTMAX),
     "compiled_softmax": Peer("softmax through torch.compile", _BOTH, "fagen.bench.softmax:compiled", _SOFTMAX),
 }
 

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fagen.bench import flash
 from fagen.bench.ours import dispatched
-from fagen.bench.peers import Loaded, Serve
+from fagen.bench.peers import Cannot, Loaded, Prepare, Serve
 from fagen.bench.rows import Inputs, Row
 from fagen.ops.softmax.problem import SoftmaxProblem
 
@@ -89,6 +90,28 @@ def compiled(paths: Mapping[str, Path]) -> Loaded:
         return lambda i: made(*i.call.inputs().values())
 
     return Loaded({OP: prepare}, _torch_version())
+
+
+def quack(paths: Mapping[str, Path]) -> Loaded:
+    """QuACK's functions for contiguous rows; its package may be among the wheels of `--fa4 DIR`."""
+    if folder := paths.get("fa4"):
+        flash.add_wheels(folder, "quack")
+    module = flash.imported("quack.softmax", "pip install quack-kernels, or --fa4 names a folder of its wheels")
+    return Loaded({OP: through_quack(module)}, flash.version_of("quack-kernels"))
+
+
+def through_quack(module: Any) -> Prepare:
+    def prepare(row: Row, inputs: Inputs) -> Serve:
+        call = inputs.call
+        if call.along != "row" or call.log:
+            raise Cannot("it has softmax along contiguous rows, not " + ("its logarithm" if call.log else "columns"))
+        if call.out_dtype != call.x.dtype:
+            raise Cannot(f"it writes the dtype that it reads, not {call.out_dtype}")
+        function = module.softmax_fwd if call.dout is None else lambda y, dout: module.softmax_bwd(dout, y)
+        columns = call.x.shape[2]
+        return lambda i: function(*(t.reshape(-1, columns) for t in i.call.inputs().values())).view_as(i.call.x)
+
+    return prepare
 
 
 def _forward(x: torch.Tensor, *, axis: int, log: bool, dtype: torch.dtype) -> torch.Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +74,29 @@ def test_torch_compile_does_not_run_out_of_recompilations(monkeypatch: pytest.Mo
         row = rows.Row("a row", SoftmaxProblem(rows=3, columns=length))
         inputs = rows.make_inputs(row, "cpu")
         assert run.verified(prepare(row, inputs)(inputs), inputs.call, 0)[0]
+
+
+def test_quack_by_its_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in of its module: rows of two dimensions, the gradient before what forward made."""
+
+    def softmax_bwd(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        assert dy.dim() == y.dim() == 2
+        return y * (dy - (y * dy).sum(1, keepdim=True))
+
+    functions = types.SimpleNamespace(softmax_fwd=lambda x: torch.softmax(x, dim=1), softmax_bwd=softmax_bwd)
+    prepare = softmax.through_quack(functions)
+    for direction in ("forward", "backward"):
+        row = rows.Row("a row", SoftmaxProblem(direction=direction, batch=2, rows=3, columns=70))
+        inputs = rows.make_inputs(row, "cpu")
+        assert run.verified(prepare(row, inputs)(inputs), inputs.call, 0)[0]
+    for problem in (SoftmaxProblem(along="column", rows=3, columns=9), SoftmaxProblem(log=True, rows=3, columns=9)):
+        with pytest.raises(peers.Cannot, match="along contiguous rows"):
+            prepare(rows.Row("a row", problem), rows.make_inputs(rows.Row("a row", problem), "cpu"))
+    monkeypatch.setitem(sys.modules, "quack", None)
+    _, absent = peers.load(["quack"], "cuda", {}, "softmax")
+    assert "pip install quack-kernels" in absent["quack"]
+    _, absent = peers.load(["quack"], "cuda", {"fa4": Path("nowhere")}, "softmax")
+    assert "--fa4 nowhere holds no quack" in absent["quack"]
 
 
 def test_peers_and_suites_are_not_mixed() -> None:
