@@ -114,8 +114,8 @@ def _loader_can(p: Problem, t: Target, c: Config) -> str | None:
 
 
 def _sum_is_ordered(p: Problem, t: Target, c: Config) -> str | None:
-    if getattr(p, "deterministic", False) and c.dq_sink != "bulk":
-        return f"a deterministic dQ is added up in turns, which dq_sink={c.dq_sink} does not take"
+    if getattr(p, "deterministic", False) and c.dq_owner == "loader":
+        return "a deterministic dQ is added up in turns, which the loader does not wait for"
     return None
 
 
@@ -171,7 +171,7 @@ CONSTRAINTS = (
         _loader_can,
         ("warpgroups", "operands", "q_stages", "dout_stages", "dq_sink", "dq_rounding", "dq_owner"),
     ),
-    Constraint("sum_is_ordered", _sum_is_ordered, ("dq_sink",)),
+    Constraint("sum_is_ordered", _sum_is_ordered, ("dq_owner",)),
     Constraint("last_is_known", _last_is_known, ("dq_rounding", "dq_sink")),
     Constraint("order_matters", _order_matters, ("block_order",)),
     Constraint("section_matters", _section_matters, ("block_order", "section_mb")),
@@ -293,7 +293,8 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
             orders = ("descending", *orders)
         else:
             rows = "descending"
-    sinks = ("red", "bulk") if size > 128 else ("bulk", "red")  # a large head leaves no room for a stage of dQ
+    # a large head leaves no room for a stage of dQ; in turns red has not been timed yet
+    sinks = ("red", "bulk") if size > 128 and not same_bits else ("bulk", "red")
     held = 64 < size <= 96  # there V fits in registers
     found = []
     roundings = ("own_kernel", "last_block")

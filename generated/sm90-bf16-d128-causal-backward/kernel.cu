@@ -359,6 +359,7 @@ __device__ __forceinline__ void wgmma<128, true>(float (&c)[16][4], const uint32
 //                 warp 1          loads v and dO (with three consumers warp 0 loads       producer.cuh
 //                                 these as well)
 //                 its last warps  bulk sink: one a consumer, adds its dQ to memory        dq.cuh
+//                                 deterministic: waits for its turn to do so, or for the consumer's
 //                 or all of it    computes dQ                                             dq_loader.cuh
 //
 // A kernel before it computes delta; where no block rounds dQ, that one sets it to zero, and one after it rounds it:
@@ -1543,6 +1544,10 @@ constexpr bool kSeedsDp = C::kSeeds == Seeds::delta;  // accumulators of dP begi
 template <class C>
 constexpr bool kLoaderHasDq = C::kDqOwner == DqOwner::loader;
 
+// Consumers add dQ to memory themselves, when a warp tells them that it is the block's turn.
+template <class C>
+constexpr bool kRedInTurns = C::kDeterministic && C::kDqSink == DqSink::red;
+
 // How the consumers share the product dQ = dS K, in chunks one after another. A chunk is 64 rows of some slabs of
 // columns: by rows where each consumer can have as many chunks as the others, else by slabs. With P and dS in shared
 // memory there are 64 rows, and a chunk is one slab, since registers are few. The loader has fewer still: half a slab.
@@ -1667,7 +1672,8 @@ struct BackwardPipelines {
   Pipeline<1, L::kVBytes> v;
   Pipeline<C::kQStages, L::kQBytes> q;
   Pipeline<C::kDoutStages, L::kDoutBytes> dout;
-  // of one owner: filled by its four warps, emptied by a warp that adds it to memory
+  // of one owner: filled by its four warps, emptied by a warp that adds it to memory; or no tile, but turns, of which
+  // that warp tells the four
   Pipeline<1, L::Dq::kStageBytes> dq;
   Pipeline<C::kDsStages, L::kDsBytes> handed_ds;  // to the loader, where that computes dQ
   uint32_t summed;  // the owner's barrier: the sum of all blocks is there, in the same place
@@ -1697,7 +1703,7 @@ struct BackwardPipelines {
     if (kLoaderHasDq<C>) handed_ds.init(4, L::kGroups * 4);
     for (int owner = 0; owner < L::kGroups && !kLoaderHasDq<C>; ++owner) {
       const BackwardPipelines of_owner(smem, owner);
-      of_owner.dq.init(1, 4);
+      kRedInTurns<C> ? of_owner.dq.init(4, 1) : of_owner.dq.init(1, 4);
       if (L::kRoundsDq) ptx::mbarrier_init(of_owner.summed, 1);
     }
     ptx::fence_mbarrier_init();
@@ -2063,12 +2069,62 @@ __device__ __forceinline__ void sink_dq(const float (&dq)[DqShare<C>::kColumns /
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(pipelines.dq.full());
     pipelines.dq.advance();
   } else {
+    if (kRedInTurns<C> && chunk == 0) pipelines.dq.wait();
     float* to = tile + share.offset(chunk) + thread * 4;
 #pragma unroll
     for (int i = 0; i < DqShare<C>::kColumns / 8; ++i)
       if (i < pieces) ptx::reduce_add_4(to + i * (kPieceBytes / 4), dq[i]);
+    if (kRedInTurns<C> && (chunk + 1 == DqShare<C>::kChunks || !share.owns(chunk + 1))) {
+      __syncwarp();
+      pipelines.dq.release();
+    }
   }
 }
+
+// The number of key tiles whose parts of a row tile come before this block's: a warp's work.
+template <class C>
+__device__ __forceinline__ int turn_of(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                       const KeyTile<C>& keys, const RowBand& band, const RowTileVisit& at) {
+  if constexpr (kTurnsBySeen<C>)
+    return keys.turn(p, launch, at.tile).mine;
+  else
+    return keys.turn(band, at.tile).mine;
+}
+
+// The other side of the red sink where the sums have an order: a warp tells those of an owner when the block's turn has
+// come, and passes it on when they have added their part. It waits for the next turn while they compute.
+template <class C>
+struct DqTurns {
+  const fagen_backward_params& p;
+  const BackwardLaunch& launch;
+  const KeyTile<C>& keys;
+  const RowBand& band;
+  const DqShare<C> share;
+  BackwardPipelines<C> pipelines;
+  unsigned* before = nullptr;  // the counter of the last row tile; its turn has not been passed on
+
+  __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
+  __device__ __forceinline__ void pass() const {
+    if (!leads() || before == nullptr) return;
+    pipelines.dq.acquire();
+    ptx::pass_turn(before);
+  }
+  __device__ __forceinline__ void run() {
+    if (launch.one_key_tile) return;
+    keys.walk(p, [&](const RowTileVisit& at) {
+      const int mine = turn_of<C>(p, launch, keys, band, at);
+      pass();
+      const int64_t index = row_tile_index<C>(p, launch, keys.batch, at.head, at.tile);
+      before = launch.turns + index * DqShare<C>::kGroups + share.group;
+      if (leads()) {
+        ptx::wait_for_turn(before, mine);
+        ptx::mbarrier_arrive(pipelines.dq.full());
+      }
+      pipelines.dq.advance();
+    });
+    pass();
+  }
+};
 
 // The other side of the bulk sink: a warp adds what an owner has stored, row tile after row tile. With
 // dq_rounding=last_block the first block to add to a tile stores instead, so that nothing need be zero, and the last
@@ -2099,12 +2155,6 @@ struct DqDrain {
     return launch.turns + index(at) * Dq::kGroups + share.group;
   }
 
-  __device__ __forceinline__ int turn(const RowTileVisit& at) const {
-    if constexpr (kTurnsBySeen<C>)
-      return keys.turn(p, launch, at.tile).mine;
-    else
-      return keys.turn(band, at.tile).mine;
-  }
   // Whether this block's part is the first; if not, the others' are there that it is added to.
   __device__ __forceinline__ bool begin(const RowTileVisit& at, bool seen) const {
     if constexpr (L::kRoundsDq) {
@@ -2134,7 +2184,7 @@ struct DqDrain {
     const bool last = count();
     bool seen = false;
     if constexpr (C::kDeterministic) {  // the turn may have come before the part is there
-      const int mine = turn(at);
+      const int mine = turn_of<C>(p, launch, keys, band, at);
       if (leads()) ptx::wait_for_turn(counter(at), mine);
       stored = L::kRoundsDq && mine == 0;
     } else {
@@ -3389,8 +3439,12 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
       if (first_lane) L::kGroups == 3 ? producer.run_both() : producer.run_q();
     } else if (L::kGroups < 3 && warp == 1) {
       if (first_lane) producer.run_dout();
-    } else if (C::kDqSink == DqSink::bulk && owner >= 0 && DqShare<C>{owner}.owns()) {
-      DqDrain<C, Element>{p, launch, keys, band, {owner}, BackwardPipelines<C>(smem, owner)}.run();
+    } else if ((C::kDqSink == DqSink::bulk || kRedInTurns<C>) && owner >= 0 && DqShare<C>{owner}.owns()) {
+      const BackwardPipelines<C> of_owner(smem, owner);
+      if constexpr (C::kDqSink == DqSink::bulk)
+        DqDrain<C, Element>{p, launch, keys, band, {owner}, of_owner}.run();
+      else if constexpr (kRedInTurns<C>)
+        DqTurns<C>{p, launch, keys, band, {owner}, of_owner}.run();
     }
     if (kMostSplits<C> > 1 && keys.splits > 1) SplitSums<C>::attend();
   } else {

@@ -134,7 +134,7 @@ REJECTED = [
      {"operands": "registers", "tile_n": 128, "dout_stages": 2}),
     ("loader_can", "from registers", {}, {**LOADER, "dq_sink": "bulk"}, {"dq_sink": "red"}),
     ("loader_can", "two stages", {}, {**LOADER, "dout_stages": 1}, {"dout_stages": 2}),
-    ("sum_is_ordered", "added up in turns", {"deterministic": True}, {"dq_sink": "red"}, {"dq_sink": "bulk"}),
+    ("sum_is_ordered", "added up in turns", {"deterministic": True}, LOADER, {"dq_owner": "all"}),
     ("last_is_known", "from registers", {}, {"dq_rounding": "last_block", "dq_sink": "red"}, {"dq_sink": "bulk"}),
     ("last_is_known", "intervals leave", {"mask": "intervals", "intervals": "lower1"}, {"dq_rounding": "last_block"},
      {"dq_rounding": "own_kernel"}),

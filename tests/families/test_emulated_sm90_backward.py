@@ -194,6 +194,10 @@ DETERMINISTIC = [
     Case("first_owner", mask="none", deterministic=True),
     Case("last_block", deterministic=True),
     Case("last_block_shared", mask="window", window=(70, 20), deterministic=True, kv_heads=4),
+    Case("shared_red", deterministic=True),
+    Case("red", mask="none", deterministic=True, kv_heads=4),
+    Case("first_owner_red", mask="intervals", intervals="both2", deterministic=True),
+    Case("sectioned_red", mask="window", window=(70, 20), deterministic=True),
 ]
 
 
@@ -280,6 +284,17 @@ def test_the_order_of_blocks_changes_no_bit(case: Case, folder: Path) -> None:
         for other in runs[1:]:
             for name, t in runs[0].items():
                 assert torch.equal(t, other[name]), name
+
+
+def test_sums_from_registers_wait_for_their_turn(folder: Path) -> None:
+    """Else their order, and so the bits, follow from what comes first."""
+    case = Case("shared_red", deterministic=True)
+    text, wait = _source(case), "        ptx::wait_for_turn(before, mine);\n"
+    assert text.count(wait) == 1
+    for broken in (False, True):
+        here = text.replace(wait, "") if broken else text
+        runs = [check(case, folder, 300, 400, chance=chance, units=4, text=here)["dq"] for chance in range(8)]
+        assert broken != all(torch.equal(runs[0], run) for run in runs[1:])
 
 
 @pytest.mark.slow

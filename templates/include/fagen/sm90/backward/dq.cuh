@@ -65,12 +65,62 @@ __device__ __forceinline__ void sink_dq(const float (&dq)[DqShare<C>::kColumns /
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(pipelines.dq.full());
     pipelines.dq.advance();
   } else {
+    if (kRedInTurns<C> && chunk == 0) pipelines.dq.wait();
     float* to = tile + share.offset(chunk) + thread * 4;
 #pragma unroll
     for (int i = 0; i < DqShare<C>::kColumns / 8; ++i)
       if (i < pieces) ptx::reduce_add_4(to + i * (kPieceBytes / 4), dq[i]);
+    if (kRedInTurns<C> && (chunk + 1 == DqShare<C>::kChunks || !share.owns(chunk + 1))) {
+      __syncwarp();
+      pipelines.dq.release();
+    }
   }
 }
+
+// The number of key tiles whose parts of a row tile come before this block's: a warp's work.
+template <class C>
+__device__ __forceinline__ int turn_of(const fagen_backward_params& p, const BackwardLaunch& launch,
+                                       const KeyTile<C>& keys, const RowBand& band, const RowTileVisit& at) {
+  if constexpr (kTurnsBySeen<C>)
+    return keys.turn(p, launch, at.tile).mine;
+  else
+    return keys.turn(band, at.tile).mine;
+}
+
+// The other side of the red sink where the sums have an order: a warp tells those of an owner when the block's turn has
+// come, and passes it on when they have added their part. It waits for the next turn while they compute.
+template <class C>
+struct DqTurns {
+  const fagen_backward_params& p;
+  const BackwardLaunch& launch;
+  const KeyTile<C>& keys;
+  const RowBand& band;
+  const DqShare<C> share;
+  BackwardPipelines<C> pipelines;
+  unsigned* before = nullptr;  // the counter of the last row tile; its turn has not been passed on
+
+  __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
+  __device__ __forceinline__ void pass() const {
+    if (!leads() || before == nullptr) return;
+    pipelines.dq.acquire();
+    ptx::pass_turn(before);
+  }
+  __device__ __forceinline__ void run() {
+    if (launch.one_key_tile) return;
+    keys.walk(p, [&](const RowTileVisit& at) {
+      const int mine = turn_of<C>(p, launch, keys, band, at);
+      pass();
+      const int64_t index = row_tile_index<C>(p, launch, keys.batch, at.head, at.tile);
+      before = launch.turns + index * DqShare<C>::kGroups + share.group;
+      if (leads()) {
+        ptx::wait_for_turn(before, mine);
+        ptx::mbarrier_arrive(pipelines.dq.full());
+      }
+      pipelines.dq.advance();
+    });
+    pass();
+  }
+};
 
 // The other side of the bulk sink: a warp adds what an owner has stored, row tile after row tile. With
 // dq_rounding=last_block the first block to add to a tile stores instead, so that nothing need be zero, and the last
@@ -101,12 +151,6 @@ struct DqDrain {
     return launch.turns + index(at) * Dq::kGroups + share.group;
   }
 
-  __device__ __forceinline__ int turn(const RowTileVisit& at) const {
-    if constexpr (kTurnsBySeen<C>)
-      return keys.turn(p, launch, at.tile).mine;
-    else
-      return keys.turn(band, at.tile).mine;
-  }
   // Whether this block's part is the first; if not, the others' are there that it is added to.
   __device__ __forceinline__ bool begin(const RowTileVisit& at, bool seen) const {
     if constexpr (L::kRoundsDq) {
@@ -136,7 +180,7 @@ struct DqDrain {
     const bool last = count();
     bool seen = false;
     if constexpr (C::kDeterministic) {  // the turn may have come before the part is there
-      const int mine = turn(at);
+      const int mine = turn_of<C>(p, launch, keys, band, at);
       if (leads()) ptx::wait_for_turn(counter(at), mine);
       stored = L::kRoundsDq && mine == 0;
     } else {

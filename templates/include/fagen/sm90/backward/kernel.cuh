@@ -6,6 +6,7 @@
 //                 warp 1          loads v and dO (with three consumers warp 0 loads       producer.cuh
 //                                 these as well)
 //                 its last warps  bulk sink: one a consumer, adds its dQ to memory        dq.cuh
+//                                 deterministic: waits for its turn to do so, or for the consumer's
 //                 or all of it    computes dQ                                             dq_loader.cuh
 //
 // A kernel before it computes delta; where no block rounds dQ, that one sets it to zero, and one after it rounds it:
@@ -59,8 +60,12 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
       if (first_lane) L::kGroups == 3 ? producer.run_both() : producer.run_q();
     } else if (L::kGroups < 3 && warp == 1) {
       if (first_lane) producer.run_dout();
-    } else if (C::kDqSink == DqSink::bulk && owner >= 0 && DqShare<C>{owner}.owns()) {
-      DqDrain<C, Element>{p, launch, keys, band, {owner}, BackwardPipelines<C>(smem, owner)}.run();
+    } else if ((C::kDqSink == DqSink::bulk || kRedInTurns<C>) && owner >= 0 && DqShare<C>{owner}.owns()) {
+      const BackwardPipelines<C> of_owner(smem, owner);
+      if constexpr (C::kDqSink == DqSink::bulk)
+        DqDrain<C, Element>{p, launch, keys, band, {owner}, of_owner}.run();
+      else if constexpr (kRedInTurns<C>)
+        DqTurns<C>{p, launch, keys, band, {owner}, of_owner}.run();
     }
     if (kMostSplits<C> > 1 && keys.splits > 1) SplitSums<C>::attend();
   } else {

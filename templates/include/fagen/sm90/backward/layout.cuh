@@ -17,6 +17,10 @@ constexpr bool kSeedsDp = C::kSeeds == Seeds::delta;  // accumulators of dP begi
 template <class C>
 constexpr bool kLoaderHasDq = C::kDqOwner == DqOwner::loader;
 
+// Consumers add dQ to memory themselves, when a warp tells them that it is the block's turn.
+template <class C>
+constexpr bool kRedInTurns = C::kDeterministic && C::kDqSink == DqSink::red;
+
 // How the consumers share the product dQ = dS K, in chunks one after another. A chunk is 64 rows of some slabs of
 // columns: by rows where each consumer can have as many chunks as the others, else by slabs. With P and dS in shared
 // memory there are 64 rows, and a chunk is one slab, since registers are few. The loader has fewer still: half a slab.
@@ -141,7 +145,8 @@ struct BackwardPipelines {
   Pipeline<1, L::kVBytes> v;
   Pipeline<C::kQStages, L::kQBytes> q;
   Pipeline<C::kDoutStages, L::kDoutBytes> dout;
-  // of one owner: filled by its four warps, emptied by a warp that adds it to memory
+  // of one owner: filled by its four warps, emptied by a warp that adds it to memory; or no tile, but turns, of which
+  // that warp tells the four
   Pipeline<1, L::Dq::kStageBytes> dq;
   Pipeline<C::kDsStages, L::kDsBytes> handed_ds;  // to the loader, where that computes dQ
   uint32_t summed;  // the owner's barrier: the sum of all blocks is there, in the same place
@@ -171,7 +176,7 @@ struct BackwardPipelines {
     if (kLoaderHasDq<C>) handed_ds.init(4, L::kGroups * 4);
     for (int owner = 0; owner < L::kGroups && !kLoaderHasDq<C>; ++owner) {
       const BackwardPipelines of_owner(smem, owner);
-      of_owner.dq.init(1, 4);
+      kRedInTurns<C> ? of_owner.dq.init(4, 1) : of_owner.dq.init(1, 4);
       if (L::kRoundsDq) ptx::mbarrier_init(of_owner.summed, 1);
     }
     ptx::fence_mbarrier_init();
