@@ -11,6 +11,7 @@ from fagen.ops.attention.problem import Problem
 from fagen.target import Target
 
 LOADER_CYCLES = 900  # from a product of the loader to the next one, beside those of the consumers
+DRAIN_CYCLES = 5000  # from a part of dQ that a drain warp adds to the next, where it rounds the sum as well
 SUM_BYTES = 17.6  # float32 that an SM adds to memory a cycle, about 30 GB/s
 
 
@@ -27,8 +28,17 @@ def _visit_cycles(p: Problem, c: Config) -> float:
     moved += rows + (m * d * 8 if c.dq_sink == "bulk" else 0)
     softmax = 5 * m * n / 128 + m * n / 16
     busiest = max(products, moved / 128, m * d * 4 / SUM_BYTES)
-    waiting = 400 * (c.q_stages == 1) + 400 * (c.dout_stages == 1) + 100 * (c.ds_stages == 1)
-    exposed = (0.5 if groups > 1 else 0.9) - 0.1 * (c.dv_start == "before_ds")
+    waiting = 500 * (c.q_stages == 1) + 200 * (c.dout_stages == 1) + 100 * (c.ds_stages == 1)
+    exposed = (0.65 if groups > 1 else 0.9) - 0.1 * (c.dv_start == "before_ds")
+    if c.dq_sink == "red" and c.operands == "registers" and c.dq_owner != "loader":
+        waiting += m * d / 12  # all wait for each other a visit long, those that add dQ as well
+    if c.dq_sink == "bulk" and c.operands == "shared":
+        waiting += m * d / 40
+    if c.dq_rounding == "last_block" and (
+        p.seqlen_k > n or c.operands == "shared"
+    ):  # the drain warp waits for sums, counts and looks
+        chunks = -(-d // (64 * dq_owners(c))) if c.operands == "shared" else 1
+        busiest = max(busiest, DRAIN_CYCLES * chunks)
     if c.dq_owner == "loader":  # consumers come out of step; it takes dQ by 64 rows of 32 columns, one after another
         return max(busiest + softmax * 0.3 + 250 + waiting, LOADER_CYCLES * (m // 64) * -(-d // 32))
     return busiest + softmax * exposed + 250 + waiting + 200 * (c.dq_owner == "first")
