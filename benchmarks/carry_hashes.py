@@ -5,8 +5,9 @@
 A record is stale once its kernel's source has changed. Where the source of OTHER_CHECKOUT, which is the one that was
 tuned, compiles to the same instructions, encodings, registers and memory as today's, nothing that was measured or
 verified has changed: the record gets today's hash. So does the note of a verified kernel in generated/, whose status
-`make generated` then tells anew. It needs nvcc and nvdisasm, and no GPU. Whatever differs by one instruction is left as it is, and named. `--moved-params` is for a
-change of the params struct: the offsets of fields may differ, and nothing else.
+`make generated` then tells anew. It needs nvcc and nvdisasm, and no GPU. Whatever differs by one instruction is left
+as it is, and named. `--moved-params` is for a change of the params struct: the offsets of fields may differ, and
+nothing else.
 """
 
 from __future__ import annotations
