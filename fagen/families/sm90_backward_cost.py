@@ -34,9 +34,8 @@ def _visit_cycles(p: Problem, c: Config) -> float:
         waiting += m * d / 12  # all wait for each other a visit long, those that add dQ as well
     if c.dq_sink == "bulk" and c.operands == "shared":
         waiting += m * d / 40
-    if c.dq_rounding == "last_block" and (
-        p.seqlen_k > n or c.operands == "shared"
-    ):  # the drain warp waits for sums, counts and looks
+    alone = p.seqlen_k <= n and c.operands == "registers"  # one key tile: its dQ is no part of a sum
+    if c.dq_rounding == "last_block" and not alone:  # the drain warp waits for sums, counts and looks
         chunks = -(-d // (64 * dq_owners(c))) if c.operands == "shared" else 1
         busiest = max(busiest, DRAIN_CYCLES * chunks)
     if c.dq_owner == "loader":  # consumers come out of step; it takes dQ by 64 rows of 32 columns, one after another
@@ -52,7 +51,7 @@ def _helper_cycles(p: Problem, t: Target, c: Config) -> float:
     return 2000 + prepared / memory + (2000 + rounded / memory if c.dq_rounding == "own_kernel" else 0)
 
 
-def _splits(p: Problem, c: Config) -> tuple[int, ...]:
+def splits(p: Problem, c: Config) -> tuple[int, ...]:
     """How many blocks may share a key tile's visits: all of dK and dV must find room where the tiles were."""
     n, groups = int(c.tile_n), int(c.warpgroups)
 
@@ -66,7 +65,7 @@ def _splits(p: Problem, c: Config) -> tuple[int, ...]:
 
 def cost(p: Problem, t: Target, c: Config) -> float:
     """Cycles, roughly: visits of row tiles, a block's beginning and end, the tail. Blocks share the visits of a key
-    tile where that is faster, as choose_splits of sm90/backward/splits.cuh has it."""
+    tile where that is faster; how many do is the launch's choice, by a model of its own (sm90/backward/splits.cuh)."""
     seen, group, n = walk(p, int(c.tile_m), int(c.tile_n)), p.heads // p.kv_heads, int(c.tile_n)
     key_tiles, columns = -(-p.seqlen_k // n), p.head_dim_padded + p.head_dim_v_padded
     pieces, visit = key_tiles * p.kv_heads * p.batch, _visit_cycles(p, c)
@@ -74,9 +73,9 @@ def cost(p: Problem, t: Target, c: Config) -> float:
     tail = 0.36 if uneven and c.block_order in ("ascending", "descending") else 0.15
     work = seen.visits * p.heads * p.batch * visit
     least = math.inf
-    for splits in _splits(p, c):
-        boundary = 2500 + 4.0 * columns + (2500 + 0.12 * n * columns * (splits - 1) / splits if splits > 1 else 0)
-        longest = -(-min(seen.row_tiles, seen.visits) * group // splits) * visit + boundary
-        blocks = pieces * splits
+    for sharing in splits(p, c):
+        boundary = 2500 + 4.0 * columns + (2500 + 0.12 * n * columns * (sharing - 1) / sharing if sharing > 1 else 0)
+        longest = -(-min(seen.row_tiles, seen.visits) * group // sharing) * visit + boundary
+        blocks = pieces * sharing
         least = min(least, makespan(work + blocks * boundary, longest, blocks, t.units, tail))
     return _helper_cycles(p, t, c) + least

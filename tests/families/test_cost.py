@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fagen.families import cost
+from fagen.bench import suites
+from fagen.families import cost, sm90_backward, sm90_backward_cost
 from fagen.ops.attention.problem import Problem
 from fagen.schema import MOST
+from fagen.target import known
 
 TILES = (1, 16, 21, 32, 48, 64, 80, 128, 176, 256)
 
@@ -57,3 +64,29 @@ def test_its_work_does_not_grow_with_the_length(monkeypatch, mask):
     assert seen.row_tiles == -(-MOST // 21) and len(calls) <= 2 * 256 * 7
     if mask == "none":
         assert seen.visits == seen.row_tiles * -(-MOST // 256) and seen.masked == seen.row_tiles  # the last is ragged
+
+
+def test_gradients_cheapest_tiles_are_nearly_the_fastest():
+    """Of the kernels that were timed at random sizes, by the default and the knobs that differ from it."""
+    path = Path(__file__).parents[2] / "benchmarks" / "h200_backward_tiles.json"
+    family, target, behind = sm90_backward.FAMILY, known("sm_90"), []
+    rows = {f"backward {row.name}": row.problem for row in suites.suite("random", target, 1, "backward")}
+    for name, times in json.loads(path.read_text())["rows"].items():
+        problem = rows[name]
+        default = dict(family.default(problem, target))
+
+        def cycles(words: str, problem: Any = problem, default: dict[str, Any] = default) -> float:
+            knobs = dict(word.split("=") for word in words.split())
+            values = {knob: type(default[knob])(value) for knob, value in knobs.items()}
+            return sm90_backward_cost.cost(problem, target, family.config({**default, **values}))
+
+        behind.append(times[min(times, key=cycles)] / min(times.values()))
+    assert len(behind) == 60 and statistics.geometric_mean(behind) < 1.04
+
+
+def test_gradients_of_few_blocks_cost_what_they_take_shared(monkeypatch):
+    row = next(r for r in suites.suite("peers", known("sm_90"), 1, "backward") if r.name.startswith("small-b1-s1k"))
+    config = sm90_backward.FAMILY.default(row.problem, known("sm_90"))
+    shared = sm90_backward_cost.cost(row.problem, known("sm_90"), config)
+    monkeypatch.setattr(sm90_backward_cost, "splits", lambda p, c: (1,))
+    assert shared < 0.75 * sm90_backward_cost.cost(row.problem, known("sm_90"), config)

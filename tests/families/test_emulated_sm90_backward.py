@@ -18,6 +18,7 @@ import torch
 
 from fagen.bench.suites import suite
 from fagen.families import Config, sm90_backward
+from fagen.families.sm90_backward_cost import splits
 from fagen.ops.attention import gradients, masks, reference
 from fagen.ops.attention.backward import BackwardProblem
 from fagen.ops.attention.backward_call import BackwardCall
@@ -365,11 +366,11 @@ def test_who_does_not_wait_is_wrong(folder: Path, case: Case, old: str, new: str
 _CHOSEN = "choose_splits<C>(p, gpu)"
 
 
-def _sharing(case: Case, splits: int) -> str:
+def _sharing(case: Case, blocks: int) -> str:
     """The kernel where so many blocks share the visits of a key tile, whatever the host would choose."""
     text = _source(case)
     assert text.count(_CHOSEN) == 1
-    return text.replace(_CHOSEN, f"(sizeof(char[kMostSplits<C> >= {splits} ? 1 : -1]) ? {splits} : 0)")
+    return text.replace(_CHOSEN, f"(sizeof(char[kMostSplits<C> >= {blocks} ? 1 : -1]) ? {blocks} : 0)")
 
 
 _LARGE = (("dout_stages", 1), ("dq_sink", "red"))
@@ -389,10 +390,10 @@ _SHARING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("splits", "case"), [(n, case) for n, cases in _SHARING.items() for case in cases], ids=str)
-def test_blocks_share_the_visits_of_a_key_tile(folder: Path, splits: int, case: Case) -> None:
+@pytest.mark.parametrize(("blocks", "case"), [(n, case) for n, cases in _SHARING.items() for case in cases], ids=str)
+def test_blocks_share_the_visits_of_a_key_tile(folder: Path, blocks: int, case: Case) -> None:
     """Those of one head or of several; some blocks may have none. Sequences end anywhere."""
-    text = _sharing(case, splits)
+    text = _sharing(case, blocks)
     for seed, (rows, keys) in enumerate(((70, 130), (300, 200))):
         check(case, folder, rows, keys, units=5, seed=seed, batch=2 - seed, text=text)
 
@@ -410,11 +411,13 @@ def test_sums_of_a_cluster_are_of_all_parts_when_they_are_there(folder: Path, ca
 
 
 _MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "h200_backward_splits.json").read_text())["rows"]
+# Blocks at once: those that the model was fitted with.
 _ASKED = """
 extern "C" int chosen_splits(const fagen_backward_params* p) {
   const fagen::ResidentBlocks h200 = {132, {132, 132, 124, 112}};
   return fagen::choose_splits<fagen::Config>(*p, h200);
 }
+extern "C" int most_splits() { return fagen::kMostSplits<fagen::Config>; }
 """
 
 
@@ -434,8 +437,12 @@ def test_as_many_blocks_share_as_were_fastest(folder: Path, static: str) -> None
         params = BackwardParams()
         for size in ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "window_left", "window_right"):
             setattr(params, size, getattr(problem, size))
-        chosen = load(text, folder)._library.chosen_splits(ctypes.byref(params))
-        times = {splits: seconds for splits, seconds in _MEASURED[name].items() if splits != "before"}
+        library = load(text, folder)._library
+        chosen = library.chosen_splits(ctypes.byref(params))
+        assert library.most_splits() == max(
+            splits(problem, FAMILY.default(problem, TARGET))
+        )  # as the cost model has it
+        times = {blocks: seconds for blocks, seconds in _MEASURED[name].items() if blocks != "before"}
         assert times[str(chosen)] <= 1.04 * min(times.values()), (name, chosen, times)
 
 

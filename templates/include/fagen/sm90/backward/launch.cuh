@@ -12,7 +12,7 @@ namespace fagen {
 
 // The heads of a section (sectioned order): as many as leave room for their rows of q, dO and dQ, in sections of about
 // the same size, since a small last one would begin its longest blocks late. Blocks of the same kv head go through its
-// query heads together, so that one of them counts, or as many as splits are at.
+// query heads together, so that one of them counts; those that share visits are at several, at most at all of them.
 template <class C>
 static int heads_of_section(const fagen_backward_params& p, int splits) {
   const int64_t all = int64_t(p.kv_heads) * p.batch, group = p.heads / p.kv_heads;
