@@ -29,6 +29,7 @@ import torch
 from fagen import env, families
 from fagen.bench.prebuild import together
 from fagen.build import cache
+from fagen.build.compilers import compile_workers
 from fagen.cli import arguments
 from fagen.codegen.spec import KernelSpec
 from fagen.db import store
@@ -43,7 +44,6 @@ from fagen.runtime import kernel
 from fagen.runtime.kernel import launcher
 from fagen.target import Target
 from fagen.timing import timer
-from fagen.tuner.workers import compile_workers
 from fagen.verify import checks
 
 GUESSES = 3  # of the family, beside its default
@@ -98,7 +98,7 @@ def compile_all(work: Iterable[tuple[Family, Problem, Target, Config]]) -> None:
             print(f"{item[1].static_key} {item[3]}: {error.what}", flush=True)
 
     if missing:
-        together(attempt, missing, compile_workers(missing[0][2].is_gpu))
+        together(attempt, missing, compile_workers(missing[0][2].is_gpu, measuring=True))
 
 
 def measure_row(

@@ -31,6 +31,7 @@ from fagen import families, target
 from fagen.bench import ours, peers, rows, run, suites
 from fagen.bench.prebuild import together
 from fagen.build import cache, toolchain
+from fagen.build.compilers import compile_workers
 from fagen.build.job import Artifact, Job, make_job
 from fagen.codegen import render
 from fagen.codegen.spec import KernelSpec
@@ -38,7 +39,7 @@ from fagen.errors import FagenError, UsageError
 from fagen.families import Config, Family
 from fagen.runtime import kernel
 from fagen.target import Target
-from fagen.tuner.workers import Death, Worker, compile_workers
+from fagen.tuner.workers import Death, Worker
 
 ANSWER_SECONDS = 30.0  # for a kernel's first call, inputs and verification
 RACE_SECONDS = 300.0
@@ -168,7 +169,7 @@ def time_all(variants: list[dict[str, Any]], where: Target, args: argparse.Names
         except FagenError as error:
             print(f"not built: {variants[number]['label']}, {variants[number]['row']}: {str(error).splitlines()[-1]}")
 
-    together(make, range(len(variants)), compile_workers(where.is_gpu))
+    together(make, range(len(variants)), compile_workers(where.is_gpu, measuring=True))
     print(f"{len(artifacts)} of {len(variants)} kernels built", flush=True)
     worker = Worker(race, args.out.with_suffix(".log"))
     try:

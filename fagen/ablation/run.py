@@ -59,10 +59,10 @@ def described(told: Ablation) -> list[Result]:
 def build(plans: list[StepPlan], target: Target, say: Callable[[str], None]) -> Built:
     """Every kernel, many compilers at a time, none while the clock runs."""
     from fagen.build import cache as builder
-    from fagen.tuner.workers import compile_workers
+    from fagen.build.compilers import compile_workers
 
     work = {spec.key: spec for p in plans for spec in p.specs}
-    workers, built, start = compile_workers(target.is_gpu), Built(), time.perf_counter()
+    workers, built, start = compile_workers(target.is_gpu, measuring=True), Built(), time.perf_counter()
     say(f"compiling {len(work)} kernels, {workers} at a time")
 
     def one(key: Key) -> None:

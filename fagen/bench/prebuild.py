@@ -18,8 +18,8 @@ from fagen.target import Target
 def build(chosen: list[Row], target: Target, say: Callable[[str], None], held: str | None = None) -> None:
     """What fails here fails again, and is told, when its row calls it. `held` is the one family that ours may take."""
     from fagen.build import cache as builder
+    from fagen.build.compilers import compile_workers
     from fagen.runtime import binding
-    from fagen.tuner.workers import compile_workers
 
     work: dict[Any, Callable[[], object]] = {}
     seconds = 0.0
@@ -36,7 +36,8 @@ def build(chosen: list[Row], target: Target, say: Callable[[str], None], held: s
             make()
 
     by_binding = not held and any(by_op.get(row.measured).by_binding for row in chosen)
-    together(attempt, [*([binding.make] if by_binding else []), *work.values()], compile_workers(target.is_gpu))
+    jobs = [*([binding.make] if by_binding else []), *work.values()]
+    together(attempt, jobs, compile_workers(target.is_gpu, measuring=True))
 
 
 def together(do: Callable[[Any], object], jobs: Iterable[Any], workers: int) -> None:

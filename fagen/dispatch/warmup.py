@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from fagen import env, families
+from fagen.build.compilers import compile_workers
 from fagen.codegen.spec import KernelSpec, Key
 from fagen.db import store
 from fagen.dispatch import choose, kernels, resolve
@@ -301,7 +301,7 @@ def warmup(
             if env.build_mode() == "never":
                 raise
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(compile_workers(target.is_gpu)) as pool:
         jobs: list[Future[Any]] = [pool.submit(binding.load), *(pool.submit(attempt, spec) for spec in wanted.values())]
         jobs += [pool.submit(helper.library, target, capturing=False) for helper in helpers_of(problems)]
         for job in jobs:

@@ -16,6 +16,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fagen.build.compilers import COMPILE_BYTES, free_memory
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError
 from fagen.ops.base import Problem
@@ -34,7 +35,7 @@ from fagen.tuner.messages import (
 )
 from fagen.tuner.patience import Patience
 from fagen.tuner.search import Pace, Search
-from fagen.tuner.workers import COMPILE_BYTES, Death, Worker, free_memory
+from fagen.tuner.workers import Death, Worker
 
 if TYPE_CHECKING:
     from fagen.build.job import Artifact

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fagen import env, extensions, families
+from fagen.build.compilers import compile_workers
 from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
 from fagen.db.record import Record, environment, now
@@ -39,7 +40,6 @@ from fagen.tuner.result import Options, Report, Tuned
 from fagen.tuner.rows import known_of, row_of
 from fagen.tuner.search import Search, guesses, open_storage
 from fagen.tuner.shared import Board, SharedSearch
-from fagen.tuner.workers import compile_workers
 
 NEIGHBOURS = 3
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -95,7 +95,7 @@ def run(problems: Sequence[Problem], target: Target, options: Options, progress:
 
 
 def _tune(run: Run, problems: Sequence[Problem], target: Target, options: Options, progress: Progress) -> Report:
-    workers = options.workers or compile_workers(target.is_gpu)
+    workers = options.workers or compile_workers(target.is_gpu, measuring=True)
     pool = Pool(
         target, run.path / journal.LOG, workers=workers, seed=options.seed, devices=options.devices,
         compile_timeout=options.compile_timeout, run_timeout=options.run_timeout, note=progress.note,

@@ -24,7 +24,6 @@ from fagen.timing import load
 
 START_SECONDS = 180.0  # to import torch; longer on a busy machine
 MOST_START_FAILURES = 3
-COMPILE_BYTES = {"cpu": 1 << 30, "gpu": 2 << 30}  # what one compiler may need
 _PR_SET_PDEATHSIG = 1
 
 
@@ -213,24 +212,3 @@ def _descendants(pid: int) -> list[int]:
             for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
                 found += [int(child), *_descendants(int(child))]
     return found
-
-
-def compile_workers(is_gpu: bool) -> int:
-    """As many compilers as cores and memory bear. A GPU's measuring process and this one keep two of many cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if is_gpu and cores > 4:
-        cores -= 2
-    return max(1, min(cores, free_memory() // COMPILE_BYTES["gpu" if is_gpu else "cpu"]))
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: the machine's, or its control group's."""
-    free = 8 << 30
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        free = min(free, max(0, limit - int((group / "memory.current").read_text())))
-    return free

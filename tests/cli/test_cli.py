@@ -71,7 +71,7 @@ def test_help_is_quick_since_it_imports_little(words):
         (["explain", "--target", "gpu:x"], "gpu:0"),
         (["explain", "--target", "cpu", "--problems", "/nonexistent.toml"], "/nonexistent.toml"),
         (["build", "--target", "cpu"], "nothing to build"),
-        (["build", "--target", "cpu", "--jobs", "0", "--head-dim", "64"], "--jobs 0"),
+        (["build", "--target", "cpu", "--jobs", "0", "--head-dim", "64"], "--jobs: '0' is no positive number"),
     ],
     ids=lambda value: "-".join(value)[:40] if isinstance(value, list) else "",
 )

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import re
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fagen import env, families, target
-from fagen.build import cache, toolchain
+from fagen.build import cache, compilers, toolchain
 from fagen.cli import arguments
+from fagen.cli.commands import build
 from fagen.cli.main import main
 from fagen.codegen.spec import KernelSpec
 from fagen.db import merge, store
@@ -22,6 +26,8 @@ from fagen.dispatch import choose, kernels, resolve, warmup
 from fagen.errors import InvalidArgument
 from fagen.ops.attention.backward_problem import BackwardProblem
 from fagen.ops.attention.problem import Problem
+from fagen.runtime import binding
+from tests.support import runs
 
 FAMILY, HERE, H200 = families.get("cpu_forward"), target.host(), target.known("sm_90")
 SMALL = Problem(dtype="fp32", head_dim=16, mask="causal", heads=2, seqlen_q=64)
@@ -145,3 +151,44 @@ def test_build_says_how_many_kernels_that_is(two: list, tmp_path: Path, capsys: 
     assert "forward/fp32/d16/causal: 2 kernels serve any batch and all lengths up to 8192" in told.err
     rows = json.loads(told.out)
     assert {row["config"]["tile_n"] for row in rows} == {c.tile_n for c in two} and len(rows) == 2
+
+
+class Compilers:
+    """In the place of compilers: none ends before as many run as are expected to, however busy the machine is."""
+
+    def __init__(self, expected: int) -> None:
+        self.barrier, self.lock = threading.Barrier(expected, timeout=runs.PATIENCE), threading.Lock()
+        self.running = self.most = self.all = 0
+
+    def run(self, spec: KernelSpec) -> dict[str, str]:
+        with self.lock:
+            self.running, self.all = self.running + 1, self.all + 1
+            self.most = max(self.most, self.running)
+        self.barrier.wait()
+        time.sleep(0.05)  # for one too many to be seen
+        with self.lock:
+            self.running -= 1
+        return {"outcome": "ok"}
+
+
+@pytest.mark.parametrize("verb", ["warmup", "build", "build --jobs 3"])
+@pytest.mark.parametrize(("free", "expected"), [(1 << 40, 6), (5 << 30, 2), (1, 1)], ids=["ample", "little", "none"])
+def test_as_many_compile_at_a_time_as_cores_and_memory_bear(
+    verb: str, free: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Compilers(3 if "--jobs" in verb else expected)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(compilers, "free_memory", lambda: free)
+    monkeypatch.setattr(store, "default_paths", lambda: (tmp_path / "db",))
+    monkeypatch.setattr(binding, "load", lambda: None)
+    monkeypatch.setattr(binding, "make", lambda: None)
+    monkeypatch.setattr(kernels, "built", running.run)
+    monkeypatch.setattr(build, "_build", running.run)
+    monkeypatch.setattr(resolve, "answer", lambda *args, **named: None)
+    dims = (32, 64, 96, 128, 192, 256)
+    if verb == "warmup":
+        assert warmup.warmup([Problem(head_dim=dim, heads=8) for dim in dims], H200) == len(dims)
+    else:
+        words = f"--target sm_90 --heads 8 --seqlen 1k --head-dim {','.join(map(str, dims))}"
+        assert main([*verb.split(), *words.split()]) == 0
+    assert running.all == len(dims) and running.most == running.barrier.parties

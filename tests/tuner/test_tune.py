@@ -589,17 +589,6 @@ def test_workers_may_die(tmp_path):
     assert worker.pid is None
 
 
-def test_number_of_compilers_is_bounded(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    monkeypatch.setattr(workers, "free_memory", lambda: 1 << 40)
-    assert workers.compile_workers(is_gpu=True) == 14
-    assert workers.compile_workers(is_gpu=False) == 16
-    monkeypatch.setattr(workers, "free_memory", lambda: 5 << 30)
-    assert workers.compile_workers(is_gpu=True) == 2
-    monkeypatch.setattr(workers, "free_memory", lambda: 1)
-    assert workers.compile_workers(is_gpu=True) == 1
-
-
 # ---- several GPUs, by name ------------------------------------------------------------------------------------------
 
 

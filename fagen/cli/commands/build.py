@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from fagen.cli.arguments import add_problem_flags, add_target_flag, add_verb, problems_from, target_from
+from fagen.cli.arguments import add_problem_flags, add_target_flag, add_verb, count, problems_from, target_from
 from fagen.codegen.spec import KernelSpec
 from fagen.errors import FagenError, UsageError
 from fagen.notices import emit_json, say
@@ -41,23 +40,16 @@ def add(subparsers: Any) -> None:
         metavar="N",
         help="whatever these problems get at any batch and any lengths up to N, like 128k",
     )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        default=min(4, os.cpu_count() or 1),
-        help="compilers at a time (default: %(default)s)",
-    )
+    parser.add_argument("--jobs", type=count, metavar="N", help="compilers at a time (default: cores and memory)")
     add_problem_flags(parser)
     add_target_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from fagen.build.compilers import compile_workers
     from fagen.dispatch import choose, warmup
     from fagen.runtime import binding
 
-    if args.jobs < 1:
-        raise UsageError(f"--jobs {args.jobs} is no number of compilers", "it is at least 1")
     target = target_from(args.target)
     problems = problems_from(args, target)
     if args.all_records:
@@ -79,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     binding.make()  # the op needs it besides the kernels
     for helper in warmup.helpers_of(problems):
         rows += _build_helper(helper, target)
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(args.jobs or compile_workers(target.is_gpu)) as pool:
         rows += pool.map(lambda item: _build(item[1].spec), work.values())
         doubtful = [problem for problem, choice in work.values() if choice.trust and choice.trust.state == "unverified"]
         rows += pool.map(lambda item: _build(item[1].spec), _instead(doubtful, target, work).values())
@@ -99,8 +91,7 @@ def _of_all_sizes(problems: list[Problem], target: Target, most: int) -> list[Pr
         choice = choose.choose(problem, target, ours=True)
         kernels.setdefault(problem.static_key, set()).add(choice.spec.key if choice.spec else None)
     for key, some in kernels.items():
-        count = len(some - {None})
-        say(f"{key}: {count} kernels serve any batch and all lengths up to {most}")
+        say(f"{key}: {len(some - {None})} kernels serve any batch and all lengths up to {most}")
     return problems
 
 
