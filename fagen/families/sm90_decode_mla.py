@@ -15,20 +15,19 @@ from fagen.target import Target
 
 FLAGS = ("-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v", "-lineinfo")
 TILE, ROTARY, THREADS = 64, 64, 384  # rows of q and keys of a tile; columns of k that are no values
-REGISTERS = 224  # of a consumer's thread
+REGISTERS = 240  # of a consumer's thread
 LATENT = (128, 256, 512)  # head_dim_v that there are kernels for
 
 KNOBS = (
     Knob("rescale", "kRescale", ("deferred", "each"), "when O follows a grown maximum"),
     Knob("split_keys", "kSplitKeys", (128, 256, 512, 1024), "fewest keys of a split; a caller's own number goes first"),
-    Knob("prefetch", "kPrefetch", (0, 1, 2), "pairs of key tiles that are brought to L2 ahead"),
-    Knob("cluster", "kCluster", (1, 2), "blocks of neighbouring row tiles that load their keys once, for both"),
 )
 
 
 def smem_bytes(p: DecodeProblem) -> int:
-    """A tile of q, two of keys, (warpgroup, row) references and sums, barriers of slabs and parts; room to align."""
-    return 3 * TILE * p.head_dim * 2 + 4 * TILE * 4 + (2 * (p.head_dim // 64) + 4) * 8 + 1024
+    """A tile of q, two of keys, one of weights, (warpgroup, row) references and sums, barriers of slabs and parts; room
+    to align."""
+    return 3 * TILE * p.head_dim * 2 + TILE * TILE * 2 + 4 * TILE * 4 + (2 * (p.head_dim // 64) + 4) * 8 + 1024
 
 
 def _supports(p: DecodeProblem, t: Target) -> str | None:
@@ -46,28 +45,11 @@ def _supports(p: DecodeProblem, t: Target) -> str | None:
     return None if p.aligned else "the copy engine needs rows that start at multiples of 16 bytes"
 
 
-def row_tiles(p: DecodeProblem) -> int:
-    """Of all sequences: blocks, if none is split."""
-    return -(-p.seqlen_q * (p.heads // p.kv_heads) // TILE) * p.kv_heads * p.batch
-
-
-def _shares(p: DecodeProblem) -> bool:
-    """Whether the row tiles of a sequence make pairs; else blocks of a cluster of two could not share keys."""
-    return row_tiles(p) // (p.kv_heads * p.batch) % 2 == 0
-
-
-def _clustered(p: DecodeProblem, t: Target) -> bool:
-    """Whether blocks share keys by default: an H100 showed that a few blocks are faster alone."""
-    return _shares(p) and row_tiles(p) >= t.units // 2
-
-
 def _split_keys(p: DecodeProblem, t: Target, c: Config, lengths: Sequence[int]) -> int:
     block = {"tile_m": TILE, "tile_n": TILE, "blocks_per_sm": 1, "split_keys": c.split_keys}
     return sm80_decode.split_keys(p, t, Config(block), lengths)
 
 
-# Prefetch where row tiles share keys: else all SMs bring more tiles to L2 than it may keep. On an H100 16 and 64 heads
-# read 1600 GB/s with it, and more before it came; 128 heads became 1.25 times as fast.
 FAMILY = Family(
     name="sm90_decode_mla",
     template="sm90/decode_mla.cu.j2",
@@ -77,17 +59,13 @@ FAMILY = Family(
     constraints=(),  # a config changes neither registers nor shared memory
     supports=_supports,
     derive=lambda p, t, c: {"threads": THREADS, "smem_bytes": smem_bytes(p), "registers": REGISTERS},
-    default=lambda p, t: Config(
-        {"rescale": "deferred", "split_keys": 128, "prefetch": int(_shares(p)), "cluster": 1 + _clustered(p, t)}
-    ),
-    default_reads=lambda p, t: (_shares(p), _clustered(p, t)),
+    default=lambda p, t: Config({"rescale": "deferred", "split_keys": 128}),
     flags=lambda t: ("-gencode=arch=compute_90a,code=sm_90a", *FLAGS),
     context=lambda p, c: {
         "wgmma_type": "bf16" if p.dtype == "bf16" else "f16",
         "shared_products": sorted({(TILE, False, False), (p.head_dim_v // 2, False, True)}),
-        "register_products": [(p.head_dim_v // 2, True)],
+        "register_products": [(p.head_dim_v // 2, True), (TILE, False)],
     },
-    repeats=lambda p, c: bool(c.cluster == 2 and not _shares(p)),
     serves_calls=lambda p: p.head_dim_v == 512,
     split_keys=_split_keys,
 )

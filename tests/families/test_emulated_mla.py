@@ -25,14 +25,14 @@ from tests.support.thorough import sample
 
 SM90 = known("sm_90")
 CASES = [
-    Case(page=64, mask="causal", cluster=2, prefetch=1),
-    Case(page=16, dtype="fp16", rescale="each", sinks=True, cluster=2),
-    Case(page=0, mask="causal", head_dim_v=256, split_keys=256, prefetch=2),
+    Case(page=64, mask="causal"),
+    Case(page=16, dtype="fp16", rescale="each", sinks=True),
+    Case(page=0, mask="causal", head_dim_v=256, split_keys=256),
     Case(page=128, dtype="fp16", mask="causal", sinks=True),
     Case(page=32, head_dim_v=512, mask="causal"),
     Case(page=256, rescale="each", split_keys=512),
-    Case(page=0, dtype="fp16", split_keys=1024, cluster=2),
-    Case(page=64, split_keys=256, prefetch=2),
+    Case(page=0, dtype="fp16", split_keys=1024),
+    Case(page=64, split_keys=256),
 ]
 
 
@@ -69,7 +69,7 @@ def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
         assert verdict and not inputs.damage(), f"{problem.size_key}: {verdict.message} {inputs.damage()}"
 
 
-SHARED = CASES[0]  # its row tiles are pairs of blocks that share keys, where there are enough rows
+SHARED = CASES[0]
 
 
 @pytest.mark.parametrize(

@@ -129,12 +129,12 @@ def test_splits_of_fixed_size_make_a_sequence_independent_of_others(folder: Path
 
 
 def test_the_order_of_parts_does_not_depend_on_the_longest_sequence(folder: Path) -> None:
-    """The longest has as many splits as eight threads merge, the other as many as four do: in the order of four the
+    """The longest has as many splits as eight threads merge, the other as many as two do: in the order of two the
     huge values of that one cancel, in another order they are infinite on the way."""
     call = _call([2100, 700], num_splits=-128)
     call.q[1] = 0.0  # all weights are 1
     pages = 128 // MIXED.page
-    for split, sign in enumerate((1, 1, 1, -1, -1, -1)):
+    for split, sign in enumerate((1, 1, -1, -1, 1, -1)):
         first = call.page_table.shape[1] + split * pages
         call.v[first : first + pages] = sign * 2e36
     together = run(MIXED, folder, call)

@@ -27,8 +27,7 @@ CASES = [
     Case(
         page=page, mask=("causal", "none")[(i + j) % 2], dtype=("bf16", "fp16")[i // 2 % 2],
         head_dim_v=(512, 256, 128)[j], sinks=(i + j) % 3 == 2, rescale=("deferred", "each")[(i // 2 + j) % 2],
-        split_keys=(128, 256, 512, 1024)[i % 4], cluster=2 - (i + j) % 2 if j else 1 + i % 2,
-        prefetch=(i + 2 * j) % 3,
+        split_keys=(128, 256, 512, 1024)[i % 4],
     )
     for i, page in enumerate(_PAGES)
     for j in range(3)

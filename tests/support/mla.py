@@ -21,8 +21,6 @@ class Case:
     sinks: bool = False
     rescale: str = "deferred"
     split_keys: int = 128
-    cluster: int = 1
-    prefetch: int = 0
 
     @property
     def problem(self) -> DecodeProblem:
@@ -38,5 +36,5 @@ class Case:
     def __str__(self) -> str:
         flags = ["sinks"] if self.sinks else []
         where = f"page{self.page}" if self.page else "contiguous"
-        knobs = [self.rescale, f"split{self.split_keys}", f"cluster{self.cluster}", f"prefetch{self.prefetch}"]
+        knobs = [self.rescale, f"split{self.split_keys}"]
         return "-".join([where, self.mask, self.dtype, f"dv{self.head_dim_v}", *knobs, *flags])

@@ -9,8 +9,7 @@ namespace fagen {
 template <class C>
 struct KeyBoxes {
   static constexpr bool kPaged = C::kPageSize > 0;
-  static constexpr int kMost = C::kTileN / C::kCluster;
-  static constexpr int kKeys = kPaged && C::kPageSize < kMost ? C::kPageSize : kMost;  // of a box
+  static constexpr int kKeys = kPaged && C::kPageSize < C::kTileN ? C::kPageSize : C::kTileN;  // of a box
   static constexpr int kOfTile = C::kTileN / kKeys;
   static constexpr int kTilesHeld = 32 / kOfTile;
   static_assert(C::kTileN % kKeys == 0 && 32 % kOfTile == 0, "a tile is whole boxes, lanes hold whole tiles");
@@ -42,11 +41,8 @@ struct KeyBoxes {
   __device__ __forceinline__ void move_to(int index) {
     if (index % kTilesHeld == 0) held = ahead, ahead = read(index + kTilesHeld);
   }
-  // The page of a box of tile `index`, which was moved to, or of the tile that comes `on` tiles later.
-  __device__ __forceinline__ int page_of(int index, int box, int on = 0) const {
-    const int tile = index + on;
-    return __shfl_sync(~0u, on > 0 && tile / kTilesHeld > index / kTilesHeld ? ahead : held,
-                       tile % kTilesHeld * kOfTile + box);
+  __device__ __forceinline__ int page_of(int index, int box) const {
+    return __shfl_sync(~0u, held, index % kTilesHeld * kOfTile + box);
   }
   __device__ __forceinline__ int row_of(int index, int box) const {
     return kPaged ? unsigned(key(index, box)) % (kPaged ? C::kPageSize : 1) : key(index, box);

@@ -87,12 +87,12 @@ __device__ __forceinline__ void run_block(const fagen_decode_params& p, const De
 // A share of the merge of a row tile's splits.
 template <class C, class Element>
 __device__ __forceinline__ void run_merge(const fagen_decode_params& p, const DecodeGrid& grid) {
-  const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / merge_blocks<C>(grid.splits));
+  const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / merge_blocks<C>(p, grid.splits));
   const DecodeSplit<C> split(tile, grid, 0);
   const HeadScale scale(p, tile.batch, tile.kv_head);
   ptx::wait_for_previous_kernel();  // all do, or this kernel might end first; lengths were there before that one began
   if (tile.first_row >= tile.rows() || split.used == 1) return;
-  merge_share(output_of<C, Element>(p, tile, scale), grid, split.used, blockIdx.x % merge_blocks<C>(grid.splits));
+  merge_share(output_of<C, Element>(p, tile, scale), grid, split.used, blockIdx.x % merge_blocks<C>(p, grid.splits));
 }
 
 }  // namespace fagen

@@ -17,7 +17,7 @@ static cudaError_t launch_decode(const fagen_decode_params& p, int resident, CUt
   DecodePlan<C> plan(p, resident);
   const int64_t blocks = plan.tiles * plan.grid.splits;
   if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX || plan.tiles > INT32_MAX / merge_blocks<C>(plan.grid.splits))
+  if (blocks > INT32_MAX || plan.tiles > INT32_MAX / merge_blocks<C>(p, plan.grid.splits))
     return cudaErrorInvalidConfiguration;
   plan.assign(p.workspace);
   CUtensorMap k, v;
@@ -25,7 +25,7 @@ static cudaError_t launch_decode(const fagen_decode_params& p, int resident, CUt
   if (const cudaError_t e = map_cache<C>(&v, type, p, p.v, p.head_dim_v)) return e;
   decode<<<unsigned(blocks), L::kThreads, L::kSmemBytes, stream>>>(p, plan.grid, k, v);
   if (plan.grid.splits > 1)
-    return launch_kernel(merge, int(plan.tiles) * merge_blocks<C>(plan.grid.splits), kCombineThreads, 0, stream, p,
+    return launch_kernel(merge, int(plan.tiles) * merge_blocks<C>(p, plan.grid.splits), kCombineThreads, 0, stream, p,
                          plan.grid);
   return cudaGetLastError();
 }

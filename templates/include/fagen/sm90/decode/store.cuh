@@ -75,14 +75,21 @@ __device__ __forceinline__ void store_row(const DecodeOutput<C, Element>& output
 
 // ---- the merge of splits
 
-// Threads that share the splits of 4 columns: many splits one after the other would be as many reads that wait.
-__host__ __device__ __forceinline__ int merge_team(int splits) { return splits >= 16 ? 8 : splits >= 4 ? 4 : 1; }
+// A thread of the merge reads so many parts at once: one after the other would be as many reads that wait.
+constexpr int kPartsAtOnce = 4;
 
-// Blocks that merge a row tile's splits, 4 columns of a row a team.
+// Threads that share the splits of 4 columns, so that up to 32 are read at once.
+__host__ __device__ __forceinline__ int merge_team(int splits) {
+  return splits <= kPartsAtOnce ? 1 : splits <= 2 * kPartsAtOnce ? 2 : splits <= 4 * kPartsAtOnce ? 4 : 8;
+}
+
+// Blocks that merge a row tile's splits, 4 columns of a row a team. The fewest are the fastest: each begins with reads
+// of lengths that it waits for.
 template <class C>
-__host__ __device__ __forceinline__ int merge_blocks(int splits) {
-  constexpr int kTeams = C::kTileM * (C::kHeadDimV / 4);
-  return (kTeams * merge_team(splits) + kCombineThreads - 1) / kCombineThreads;
+__host__ __device__ __forceinline__ int merge_blocks(const fagen_decode_params& p, int splits) {
+  const int64_t packed = int64_t(p.seqlen_q) * (p.heads / p.kv_heads);
+  const int rows = packed < C::kTileM ? int(packed) : C::kTileM;
+  return (rows * (C::kHeadDimV / 4) * merge_team(splits) + kCombineThreads - 1) / kCombineThreads;
 }
 
 // Block `rank` of them. Parts are added in an order that depends on how many there are, and on nothing else: where the
@@ -91,28 +98,43 @@ template <class C, class Element>
 __device__ __forceinline__ void merge_share(const DecodeOutput<C, Element>& output, const DecodeGrid& grid, int used,
                                             int rank) {
   constexpr int kPieces = C::kHeadDimV / 4;
+  constexpr float kNoKeys = OnlineSoftmax<1, false>::kNoKeys;
   const DecodeTile<C>& tile = output.tile;
   const int team = merge_team(grid.splits), at_work = merge_team(used), thread = rank * kCombineThreads + threadIdx.x;
   const int member = thread % team, piece = thread / team % kPieces, row = thread / team / kPieces;
-  const int mine = member < at_work ? member : used;  // the first part of those that this thread adds
   const bool there = row < C::kTileM && tile.first_row + row < tile.rows();
   const int64_t at = part_row<C>(grid, tile.index, 0, there ? row : 0);
   const float2* stats = grid.stats + at;
   const float4* sums = grid.sums + at * kPieces + piece;
   RowSums all;
-  all.reference = OnlineSoftmax<1, false>::kNoKeys;
-#pragma unroll 8
-  for (int i = mine; i < used; i += at_work) all.reference = fmaxf(all.reference, __ldcg(stats + i * C::kTileM).x);
-  for (int step = 1; step < team; step *= 2)
-    all.reference = fmaxf(all.reference, __shfl_xor_sync(~0u, all.reference, step));
-#pragma unroll 8
-  for (int i = mine; i < used; i += at_work) {
-    const float2 part = __ldcg(stats + i * C::kTileM);
-    const float4 x = __ldcg(sums + int64_t(i) * C::kTileM * kPieces);
-    const float factor = ptx::ex2((part.x - all.reference) * output.scale_log2);
-    all.sum += part.y * factor;
-    all.o.x += x.x * factor, all.o.y += x.y * factor, all.o.z += x.z * factor, all.o.w += x.w * factor;
+  all.reference = kNoKeys;
+  const auto refer_to = [&](float top) {
+    const float factor = ptx::ex2((all.reference - top) * output.scale_log2);
+    all.reference = top, all.sum *= factor;
+    all.o.x *= factor, all.o.y *= factor, all.o.z *= factor, all.o.w *= factor;
+  };
+  for (int first = member < at_work ? member : used; first < used; first += kPartsAtOnce * at_work) {
+    float2 part[kPartsAtOnce];
+    float4 x[kPartsAtOnce];
+    float top = all.reference;
+#pragma unroll
+    for (int i = 0; i < kPartsAtOnce; ++i) {
+      const int n = first + i * at_work;
+      part[i] = n < used ? __ldcg(stats + n * C::kTileM) : make_float2(kNoKeys, 0.f);
+      x[i] = n < used ? __ldcg(sums + int64_t(n) * C::kTileM * kPieces) : make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+    for (const float2& its : part) top = fmaxf(top, its.x);
+    refer_to(top);
+#pragma unroll
+    for (int i = 0; i < kPartsAtOnce; ++i) {
+      const float factor = ptx::ex2((part[i].x - top) * output.scale_log2);
+      all.sum += part[i].y * factor;
+      all.o.x += x[i].x * factor, all.o.y += x[i].y * factor, all.o.z += x[i].z * factor, all.o.w += x[i].w * factor;
+    }
   }
+  float top = all.reference;
+  for (int step = 1; step < team; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  refer_to(top);
   for (int step = 1; step < team; step *= 2) {
     all.sum += __shfl_xor_sync(~0u, all.sum, step);
     all.o.x += __shfl_xor_sync(~0u, all.o.x, step), all.o.y += __shfl_xor_sync(~0u, all.o.y, step);

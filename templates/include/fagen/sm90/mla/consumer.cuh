@@ -11,6 +11,7 @@
 #include "fagen/ptx/barrier.cuh"
 #include "fagen/ptx/cp_async.cuh"
 #include "fagen/ptx/mbarrier.cuh"
+#include "fagen/ptx/mma_sync.cuh"
 #include "fagen/sm90/decode/store.cuh"
 #include "fagen/sm90/mla/layout.cuh"
 #include "fagen/sm90/operand.cuh"
@@ -25,42 +26,46 @@ struct MlaConsumer {
 
   const DecodeTile<C>& tile;
   const uint32_t smem;
-  const bool shared;  // with another block: the keys
   const Lane lane;
   const int warp_row = threadIdx.x / 32 % 4 * 16;  // the warp's first row
   OnlineSoftmax<2, C::kRescale == Rescale::deferred> softmax;
   float s_acc[kPieces][4];
   float o[L::kHalf / 8][4];
-  uint32_t weights[kSteps][4];
+  uint32_t weights[kSteps][4], q_rotary[4][4];
 
-  __device__ __forceinline__ MlaConsumer(const DecodeTile<C>& tile, float scale_log2, uint32_t smem, bool shared)
-      : tile(tile), smem(smem), shared(shared), softmax(scale_log2) {
+  __device__ __forceinline__ MlaConsumer(const DecodeTile<C>& tile, float scale_log2, uint32_t smem)
+      : tile(tile), smem(smem), softmax(scale_log2) {
     clear(o);
   }
   __device__ __forceinline__ int row_of(int r) const { return warp_row + r * 8 + lane.row; }
 
   // ---- products
 
-  // Start S = Q K^T of the own tile, slab by slab as they come.
+  // Start a part of S = Q K^T of the own tile, slab by slab as they come, a group each: first that of the own columns,
+  // which is the first to be free, then the other.
+  template <bool kOwn>
   __device__ __forceinline__ void start_scores(int phase) {
+    const uint32_t smem = __shfl_sync(~0u, this->smem, 0);  // or descriptors of all products are kept for the next pair
+    const KeyPart<C> part{smem, kGroup, kOwn ? kGroup : kOther};
     pin(s_acc);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const KeyPart<C> part{smem, kGroup, half};
+    for (int i = 0; i < L::kHalfSlabs + !kOwn; ++i) {
+      const int slab = part.slab(i);
+      if (slab == L::kRotary) pin(q_rotary);
+      const Operand q = Operand::of_rows(smem + slab * L::kSlabBytes);
+      const Operand k = Operand::of_rows(part.tile() + slab * L::kSlabBytes);
+      ptx::mbarrier_wait(part.full(slab), phase);
+      ptx::wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < L::kHalfSlabs + (kGroup != half); ++i) {
-        const int slab = part.slab(i);
-        const Operand q = Operand::of_rows(smem + slab * L::kSlabBytes);
-        const Operand k = Operand::of_rows(part.tile() + slab * L::kSlabBytes);
-        ptx::mbarrier_wait(part.full(slab), phase);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int d = 0; d < kSlabColumns / 16; ++d)
-          ptx::wgmma<C::kTileN, false, false>(s_acc, q.at(d * 32), k.at(d * 32), half + i + d > 0);
-      }
+      for (int d = 0; d < kSlabColumns / 16; ++d)
+        if (slab == L::kRotary)
+          ptx::wgmma<C::kTileN, false>(s_acc, q_rotary[d], k.at(d * 32), true);
+        else
+          ptx::wgmma<C::kTileN, false, false>(s_acc, q.at(d * 32), k.at(d * 32), !kOwn || i + d > 0);
+      ptx::wgmma_commit();
     }
-    ptx::wgmma_commit();
   }
+  __device__ __forceinline__ void start_all_scores(int phase) { start_scores<true>(phase), start_scores<false>(phase); }
   template <int kPending>
   __device__ __forceinline__ void wait_scores() {
     ptx::wgmma_wait<kPending>();
@@ -81,18 +86,27 @@ struct MlaConsumer {
   }
   __device__ __forceinline__ void start_other_values() {
     const KeyPart<C> part{smem, kOther, kGroup};
-    const Operand v = values(part), p = Operand::of_rows(part.tile() + L::kRotary * L::kSlabBytes);
+    const Operand v = values(part), p = Operand::of_rows(weights_of(kOther));
     pin(o);
     ptx::wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kSteps; ++n) ptx::wgmma<L::kHalf, false, true>(o, p.at(n * 32), v.at(n * 16 * kRowBytes), true);
     ptx::wgmma_commit();
   }
-  // Wait, and free the part of tile `buffer` that the product has read.
+  // The rotary columns of q, which lie in shared memory, in registers: products of them read half as much there.
+  __device__ __forceinline__ void keep_rotary_q() {
+    const int row = warp_row + lane.id % 16;
+    const uint32_t from = smem + L::kRotary * L::kSlabBytes + row * kRowBytes + ((lane.id / 16 ^ lane.id % 8) << 4);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) ptx::ldmatrix_x4(q_rotary[n], from ^ n * 32);
+  }
+  // Wait for the values of tile `buffer`, behind which kPending groups of products may be under way, and free the part
+  // that they have read.
+  template <int kPending = 0>
   __device__ __forceinline__ void wait_values(int buffer) {
-    ptx::wgmma_wait<0>();
+    ptx::wgmma_wait<kPending>();
     pin(o);
-    KeyPart<C>{smem, buffer, kGroup}.release(shared);
+    KeyPart<C>{smem, buffer, kGroup}.release();
   }
 
   // ---- softmax
@@ -177,11 +191,12 @@ struct MlaConsumer {
         weights[n][i] = pack<Element>(pair[0], pair[1]);
       }
   }
-  // Store the weights in the place of the own tile's rotary columns.
+  __device__ __forceinline__ uint32_t weights_of(int group) const {
+    return smem + (group ? L::kRotary * L::kSlabBytes : L::kWeights);
+  }
   __device__ __forceinline__ void store_weights() const {
     const int row = warp_row + lane.id % 16;
-    const uint32_t to = KeyPart<C>{smem, kGroup, kGroup}.tile() + L::kRotary * L::kSlabBytes + row * kRowBytes +
-                        ((lane.id / 16 ^ lane.id % 8) << 4);
+    const uint32_t to = weights_of(kGroup) + row * kRowBytes + ((lane.id / 16 ^ lane.id % 8) << 4);
 #pragma unroll
     for (int n = 0; n < kSteps; ++n) ptx::stmatrix_x4(to ^ n * 32, weights[n]);
     ptx::fence_shared_writes();
@@ -204,7 +219,7 @@ struct MlaConsumer {
       for (int slab = 0; slab < L::kHalfSlabs; ++slab)
         ptx::st_shared_16(part.tile() + part.slab(slab) * L::kSlabBytes + i * 16, make_uint4(0, 0, 0, 0));
     ptx::fence_shared_writes();
-    ptx::barrier_sync(kRowsCleared + kGroup, 128);
+    ptx::barrier_sync(kOfGroup + kGroup, 128);
   }
 
   // ---- a pair of tiles, the last one perhaps without the second
@@ -218,11 +233,10 @@ struct MlaConsumer {
     store_weights();
     return moved;
   }
-  template <bool kPair>
+  // Of warpgroup 0, whose scores of the pair are there. With kMore those of the next one follow.
+  template <bool kPair, bool kMore>
   __device__ __forceinline__ void visit_first(int key, int phase) {
     float factor[2];
-    start_scores(phase);
-    wait_scores<0>();
     const bool moved = weigh(key, factor);
     ptx::barrier_arrive(kFirstWeights, L::kGroups * 128);
     if (moved) rescale(factor);
@@ -234,13 +248,20 @@ struct MlaConsumer {
       if (adopt_references(factor)) rescale(factor);
       clear_hidden_rows(1, key + C::kTileN);
       start_other_values();
-      wait_values(1);
+      if constexpr (kMore) {  // the tensor cores go from one to the other
+        start_scores<true>(phase ^ 1);
+        wait_values<L::kHalfSlabs>(1);
+        start_scores<false>(phase ^ 1);
+        wait_scores<0>();
+      } else {
+        wait_values(1);
+      }
     }
   }
   template <bool kPair>
   __device__ __forceinline__ void visit_second(int key, int phase) {
     float factor[2];
-    if constexpr (kPair) start_scores(phase);
+    if constexpr (kPair) start_all_scores(phase);
     ptx::barrier_sync(kFirstWeights, L::kGroups * 128);
     if (adopt_references(factor)) rescale(factor);
     if constexpr (!kPair) clear_hidden_rows(0, key);
@@ -256,19 +277,22 @@ struct MlaConsumer {
     }
     wait_values(kPair);
   }
-  template <bool kPair>
-  __device__ __forceinline__ void visit(int tile_index, int phase) {
-    if constexpr (kGroup == 0)
-      visit_first<kPair>(tile_index * C::kTileN, phase);
-    else
-      visit_second<kPair>(tile_index * C::kTileN, phase);
-  }
 
   __device__ __forceinline__ void visit_keys(const DecodeSplit<C>& split) {
+    const auto key = [](int tile) { return tile * C::kTileN; };
     int phase = 0, i = split.first;
+    if constexpr (kGroup == 0) {
+      if (i >= split.end) return;
+      start_all_scores(phase);
+      wait_scores<0>();
 #pragma unroll 1
-    for (; i + 1 < split.end; i += 2, phase ^= 1) visit<true>(i, phase);
-    if (i < split.end) visit<false>(i, phase);
+      for (; i + 2 < split.end; i += 2, phase ^= 1) visit_first<true, true>(key(i), phase);
+      i + 1 < split.end ? visit_first<true, false>(key(i), phase) : visit_first<false, false>(key(i), phase);
+    } else {
+#pragma unroll 1
+      for (; i + 1 < split.end; i += 2, phase ^= 1) visit_second<true>(key(i), phase);
+      if (i < split.end) visit_second<false>(key(i), phase);
+    }
   }
 
   // ---- the end

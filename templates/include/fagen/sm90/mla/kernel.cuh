@@ -10,25 +10,12 @@
 
 namespace fagen {
 
-// Neighbouring row tiles of a sequence read the same keys. As a cluster they load them once: each loads half of every
-// tile, to both, and both go over the keys that either one sees.
 template <class C>
-__device__ __forceinline__ bool shares_keys(const DecodeGrid& grid) {
-  return C::kCluster > 1 && grid.clustered;
-}
-template <class C>
-__device__ __forceinline__ DecodeTile<C> tile_at(const fagen_decode_params& p, const DecodeGrid& grid, int index) {
-  DecodeTile<C> tile(p, grid, index);
-  if (shares_keys<C>(grid)) tile.end = max(tile.end, DecodeTile<C>(p, grid, index ^ 1).end);
-  return tile;
-}
-
-template <class C>
-__device__ __forceinline__ void init_parts(uint32_t smem, bool shared) {
+__device__ __forceinline__ void init_parts(uint32_t smem) {
   for (int part = 0; part < 4; ++part) {
     const KeyPart<C> its{smem, part / 2, part % 2};
     for (int i = 0; i < its.slabs(); ++i) ptx::mbarrier_init(its.full(its.slab(i)), 1);
-    ptx::mbarrier_init(its.empty(), shared ? 4 * C::kCluster : 4);  // warps of the warpgroups that read it last
+    ptx::mbarrier_init(its.empty(), 4);  // warps of the warpgroup that reads it last
   }
   ptx::fence_mbarrier_init();
 }
@@ -43,8 +30,9 @@ template <class C, class Element, int kGroup>
 __device__ __forceinline__ void consume(const fagen_decode_params& p, const DecodeGrid& grid, const DecodeTile<C>& tile,
                                         const DecodeSplit<C>& split, int split_index, uint32_t smem) {
   const DecodeOutput<C, Element> output = output_of<C, Element>(p, tile);
-  MlaConsumer<C, Element, kGroup> consumer(tile, output.scale_log2, smem, shares_keys<C>(grid));
+  MlaConsumer<C, Element, kGroup> consumer(tile, output.scale_log2, smem);
   load_rows<C, Element, MlaLayout<C>::kGroups * 128>(p, tile, smem, kRowsLoaded);
+  consumer.keep_rotary_q();
   consumer.visit_keys(split);
   consumer.finish(output, grid, split_index, split.used == 1);
 }
@@ -55,22 +43,20 @@ __device__ __forceinline__ void run_block(const fagen_decode_params& p, const De
   using L = MlaLayout<C>;
   const uint32_t smem = (ptx::shared_address(memory) + kSmemAlignment - 1) & ~uint32_t(kSmemAlignment - 1);
   ptx::start_next_kernel();
-  const bool shared = shares_keys<C>(grid);
   if (threadIdx.x == 0) {  // before lengths are waited for
     ptx::prefetch_map(&map);
-    init_parts<C>(smem, shared);
+    init_parts<C>(smem);
   }
   // row tiles of a sequence are neighbours, since they read the same keys
   const int of_sequence = grid.row_tiles * p.kv_heads, all = blockIdx.x / of_sequence, split_index = all % grid.splits;
-  const DecodeTile<C> tile = tile_at<C>(p, grid, all / grid.splits * of_sequence + blockIdx.x % of_sequence);
+  const DecodeTile<C> tile(p, grid, all / grid.splits * of_sequence + blockIdx.x % of_sequence);
   const DecodeSplit<C> split(tile, grid, split_index);
-  const int first_row = tile.first_row - (shared && blockIdx.x % 2 ? C::kTileM : 0);  // of the cluster
-  if (first_row >= tile.rows() || split_index >= split.used) return;
+  if (tile.first_row >= tile.rows() || split_index >= split.used) return;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well
-  shared ? ptx::cluster_sync() : __syncthreads();
+  __syncthreads();
   if (group == L::kGroups) {
     ptx::fewer_registers<L::kProducerRegisters>();
-    if (threadIdx.x / 32 % 4 == 0) load_keys(p, map, tile, split, smem, shared);
+    if (threadIdx.x / 32 % 4 == 0) load_keys(p, map, tile, split, smem);
   } else {
     ptx::more_registers<L::kConsumerRegisters>();
     if (group == 0)
@@ -78,17 +64,16 @@ __device__ __forceinline__ void run_block(const fagen_decode_params& p, const De
     else
       consume<C, Element, 1>(p, grid, tile, split, split_index, smem);
   }
-  if (shared) ptx::cluster_sync();  // none ends while another fills its tiles or arrives at its barriers
 }
 
 // A share of the merge of a row tile's splits.
 template <class C, class Element>
 __device__ __forceinline__ void run_merge(const fagen_decode_params& p, const DecodeGrid& grid) {
-  const DecodeTile<C> tile = tile_at<C>(p, grid, blockIdx.x / merge_blocks<C>(grid.splits));
+  const DecodeTile<C> tile(p, grid, blockIdx.x / merge_blocks<C>(p, grid.splits));
   const DecodeSplit<C> split(tile, grid, 0);
   ptx::wait_for_previous_kernel();  // all do, or this kernel might end first; lengths were there before that one began
   if (tile.first_row >= tile.rows() || split.used == 1) return;
-  merge_share(output_of<C, Element>(p, tile), grid, split.used, blockIdx.x % merge_blocks<C>(grid.splits));
+  merge_share(output_of<C, Element>(p, tile), grid, split.used, blockIdx.x % merge_blocks<C>(p, grid.splits));
 }
 
 }  // namespace fagen

@@ -17,19 +17,15 @@ static cudaError_t launch_latent(const fagen_decode_params& p, int sms, CUtensor
   DecodePlan<C> plan(p, sms);
   const int64_t blocks = plan.tiles * plan.grid.splits;
   if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX || plan.tiles > INT32_MAX / merge_blocks<C>(plan.grid.splits))
+  if (blocks > INT32_MAX || plan.tiles > INT32_MAX / merge_blocks<C>(p, plan.grid.splits))
     return cudaErrorInvalidConfiguration;
   plan.assign(p.workspace);
   CUtensorMap map;
   if (const cudaError_t e = map_cache<C>(&map, type, p, p.k, C::kHeadDim)) return e;
-  plan.grid.clustered = plan.grid.row_tiles % C::kCluster == 0;
-  const int threads = L::kThreads, smem = L::kSmemBytes;
   const cudaError_t e =
-      plan.grid.clustered
-          ? launch_kernel<C::kCluster, false>(decode, int(blocks), threads, smem, stream, p, plan.grid, map)
-          : launch_kernel<1, false>(decode, int(blocks), threads, smem, stream, p, plan.grid, map);
+      launch_kernel<1, false>(decode, int(blocks), L::kThreads, L::kSmemBytes, stream, p, plan.grid, map);
   if (e || plan.grid.splits == 1) return e;
-  return launch_kernel(merge, int(plan.tiles) * merge_blocks<C>(plan.grid.splits), kCombineThreads, 0, stream, p,
+  return launch_kernel(merge, int(plan.tiles) * merge_blocks<C>(p, plan.grid.splits), kCombineThreads, 0, stream, p,
                        plan.grid);
 }
 

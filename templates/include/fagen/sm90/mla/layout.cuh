@@ -11,7 +11,6 @@ namespace fagen {
 template <class Base>
 struct MlaConfig : Base {
   static constexpr int kTileM = kGroupRows, kTileN = 64, kBlocksPerSm = 1;
-  static_assert(Base::kCluster <= 2, "a box is a block's share of a tile");
   static constexpr bool kCompact = false;  // blocks of packed rows: of every tile that there may be
   static constexpr bool kMergesInCluster = false, kMergesInLastBlock = false;
 };
@@ -30,14 +29,16 @@ struct MlaLayout {
   static_assert(C::kSharedKv && !C::kFp8Cache && C::kAligned,
                 "values are columns of keys, which the copy engine takes");
 
-  // Offsets: the tile of q, the key tiles, (warpgroup, row): reference, sum, the barriers of the slabs of key tiles, of
-  // their parts.
-  static constexpr int kTiles = kTileBytes, kReferences = kTiles + kBuffers * kTileBytes;
+  // Offsets: the tile of q, the key tiles, the weights of warpgroup 0, (warpgroup, row): reference, sum, the barriers
+  // of the slabs of key tiles, of their parts. The weights of warpgroup 1 come where the rotary columns of q were,
+  // which both keep in registers.
+  static constexpr int kTiles = kTileBytes, kWeights = kTiles + kBuffers * kTileBytes;
+  static constexpr int kReferences = kWeights + kSlabBytes;
   static constexpr int kSums = kReferences + kGroups * C::kTileM * 4, kFull = kSums + kGroups * C::kTileM * 4;
   static constexpr int kEmpty = kFull + kBuffers * kSlabs * 8, kEnd = kEmpty + kBuffers * kGroups * 8;
   static constexpr int kSmemBytes = kEnd + kSmemAlignment;  // room to align
 
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // of 168 each
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // of 168 each
 
   static_assert(kThreads == Derived::threads, "Python and CUDA disagree about the threads of a block");
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
@@ -50,12 +51,11 @@ enum MlaBarrier {
   kFirstWeights,
   kSecondWeights,
   kRowsSummed,
-  kRowsCleared  // and the next one: each warpgroup's
+  kOfGroup  // and the next one: each warpgroup's own
 };
 
 // A part of a key tile: the slabs that the same warpgroup is the last to read, and frees. Of tile i of a pair warpgroup
-// i computes the scores, slab by slab as they come, and puts its weights in the place of the tile's rotary columns,
-// which are read by then; the other warpgroup reads them with its own half.
+// i computes the scores, slab by slab as they come.
 template <class C>
 struct KeyPart {
   using L = MlaLayout<C>;
@@ -65,13 +65,9 @@ struct KeyPart {
   __device__ __forceinline__ uint32_t tile() const { return smem + L::kTiles + buffer * L::kTileBytes; }
   __device__ __forceinline__ uint32_t full(int slab) const { return smem + L::kFull + (buffer * L::kSlabs + slab) * 8; }
   __device__ __forceinline__ uint32_t empty() const { return smem + L::kEmpty + (buffer * L::kGroups + group) * 8; }
-  // Free it: one arrival a warp, in each block whose copies come here as well.
-  __device__ __forceinline__ void release(bool shared) const {
-    if (shared) {
-      if (threadIdx.x % 32 < C::kCluster) ptx::mbarrier_arrive_at(empty(), threadIdx.x % 32);
-    } else {
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty());
-    }
+  // Free it: one arrival a warp.
+  __device__ __forceinline__ void release() const {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty());
   }
   __device__ __forceinline__ bool has_rotary() const { return buffer != group; }
   // Slab i of the part; of kHalfSlabs, and of the rotary one behind them if it has that.
