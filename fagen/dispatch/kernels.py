@@ -46,7 +46,7 @@ def loaded(spec: KernelSpec) -> Kernel | None:
             artifact = cache.lookup(spec)
             if artifact is not None:
                 in_memory[key] = kernel.load(artifact, spec)
-                _prime(in_memory[key], spec.target)
+                prime(spec)
     return in_memory.get(key)
 
 
@@ -78,9 +78,10 @@ def capturing(target: Target) -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _prime(found: Kernel, target: Target) -> None:
-    """Run it once on next to nothing: CUDA loads a kernel's code when it is first launched, in milliseconds."""
-    if not target.is_gpu or not device_is_ready(target):
+def prime(spec: KernelSpec) -> None:
+    """Run it, if it is loaded, once on next to nothing: CUDA loads a kernel's code when it is first launched."""
+    found, target = in_memory.get(spec.key), spec.target
+    if found is None or not target.is_gpu or not device_is_ready(target):
         return
     from fagen.verify import checks
 

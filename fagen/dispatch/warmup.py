@@ -306,6 +306,8 @@ def warmup(
         jobs += [pool.submit(helper.library, target, capturing=False) for helper in helpers_of(problems)]
         for job in jobs:
             job.result()
+    for spec in wanted.values():
+        kernels.prime(spec)
     resolve.renew()
     for problem in asked:  # says what could not be built, and tells the plans what is
         resolve.answer(problem, target, ours=True)

@@ -144,6 +144,13 @@ def test_after_warmup_nothing_is_compiled_or_read(two: list, monkeypatch: pytest
 
 
 @pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
+def test_what_it_built_has_run_once(two: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA loads code at the first launch, half a millisecond that the first call would wait."""
+    run: list[KernelSpec] = []
+    monkeypatch.setattr(kernels, "prime", lambda spec: run.append(spec) if spec.key in kernels.in_memory else None)
+    assert warmup.warmup([SMALL], HERE, max_seqlen=64) == len({spec.key for spec in run}) == len(run)
+
+
 def test_build_says_how_many_kernels_that_is(two: list, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = "build --target cpu --dtype fp32 --head-dim 16 --mask causal --heads 2 --max-seqlen 8k --json"
     assert main(words.split()) == 0
