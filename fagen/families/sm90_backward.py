@@ -286,15 +286,13 @@ def _guesses(p: Problem, t: Target) -> list[Config]:
         tiles = tuple(sorted(tiles, key=lambda tile: tile[-1] == "loader"))
     orders: tuple[str, ...] = ("ascending", "sectioned") if p.mask == "none" else ("sectioned", "longest_first")
     rows, same_bits = "ascending", getattr(p, "deterministic", False)
-    if p.mask == "intervals" and not same_bits:  # packed sequences: the rows that all heads are at are few, and fit L2
+    if p.mask == "intervals":  # packed sequences: the rows that all heads are at are few, and fit L2
         orders = orders[::-1]
-    if same_bits and p.mask != "none":  # key tiles must come to a row tile in the order of their turns
-        if size <= 128:
-            orders = ("descending", *orders)
-        else:
-            rows = "descending"
-    # a large head leaves no room for a stage of dQ; in turns red has not been timed yet
-    sinks = ("red", "bulk") if size > 128 and not same_bits else ("bulk", "red")
+    if same_bits and p.mask == "intervals":
+        rows = "descending"
+    elif same_bits and p.mask != "none":  # key tiles must come to a row tile in the order of their turns
+        orders = ("descending", *orders)
+    sinks = ("red", "bulk") if size > 128 else ("bulk", "red")  # a large head leaves no room for a stage of dQ
     held = 64 < size <= 96  # there V fits in registers
     found = []
     roundings = ("own_kernel", "last_block")

@@ -56,7 +56,10 @@ def test_defaults_that_read_the_size_and_the_mask() -> None:
     assert default(head_dim=128).dq_owner == default(head_dim=64, deterministic=True).dq_owner == "all"
     packed = {"mask": "intervals", "intervals": "lower1"}
     assert default(head_dim=128, **packed).block_order == "longest_first"
-    assert default(head_dim=128, **packed, deterministic=True).block_order == "descending"
+    same_bits = default(head_dim=128, **packed, deterministic=True)
+    assert (same_bits.block_order, same_bits.row_order, same_bits.dq_sink) == ("longest_first", "descending", "bulk")
+    large = default(head_dim=256, mask="causal", deterministic=True)  # no room for a stage of dQ beside two of q
+    assert (large.block_order, large.row_order, large.dq_sink, large.q_stages) == ("descending", "ascending", "red", 2)
 
 
 def test_every_legal_problem_has_a_legal_default() -> None:

@@ -46,6 +46,7 @@ struct DqLoader {
       if (warp == 0) producer.load_keys();
       if (warp == 1) producer.load_values();
     }
+    ptx::wait_for_previous_kernel();
     int visits = 0, row_tiles[kAhead];  // of those loaded, the oldest first
     const auto shift = [&](int row_tile) {
 #pragma unroll

@@ -45,7 +45,7 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
     BackwardPipelines<C>(smem, 0).init();
   }
   ptx::start_next_kernel();
-  ptx::wait_for_previous_kernel();
+  // k, v and dO were there before the first kernel began: each warp waits for that one where it reads what it writes
   if (L::kIntervals && threadIdx.x < 32) load_intervals<C>(p, launch, smem, blockIdx.x);
   __syncthreads();
   const RowBand band(p);
@@ -61,6 +61,7 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
     } else if (L::kGroups < 3 && warp == 1) {
       if (first_lane) producer.run_dout();
     } else if ((C::kDqSink == DqSink::bulk || kRedInTurns<C>) && owner >= 0 && DqShare<C>{owner}.owns()) {
+      ptx::wait_for_previous_kernel();
       const BackwardPipelines<C> of_owner(smem, owner);
       if constexpr (C::kDqSink == DqSink::bulk)
         DqDrain<C, Element>{p, launch, keys, band, {owner}, of_owner}.run();
@@ -70,6 +71,7 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
     if (kMostSplits<C> > 1 && keys.splits > 1) SplitSums<C>::attend();
   } else {
     ptx::more_registers<L::kConsumerRegisters>();
+    ptx::wait_for_previous_kernel();
     SelectConsumer<C, Element>(p, launch, keys, band, smem, group).run();
   }
 }

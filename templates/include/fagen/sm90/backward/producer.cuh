@@ -50,6 +50,7 @@ struct BackwardProducer {
   // Each is one lane's work.
   __device__ __forceinline__ void run_q() {
     load_keys();
+    ptx::wait_for_previous_kernel();  // for the LSE and delta
     keys.walk(p, [&](const RowTileVisit& at) { load_q(at); });
   }
   __device__ __forceinline__ void run_dout() {
@@ -58,6 +59,7 @@ struct BackwardProducer {
   }
   __device__ __forceinline__ void run_both() {
     load_keys(), load_values();
+    ptx::wait_for_previous_kernel();
     keys.walk(p, [&](const RowTileVisit& at) { load_q(at), load_dout(at); });
   }
 };

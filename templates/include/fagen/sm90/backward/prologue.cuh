@@ -81,8 +81,8 @@ __device__ __forceinline__ void prepare_rows(const fagen_backward_params& p, con
 
 template <class C, class Element>
 __device__ __forceinline__ void backward_prologue(const fagen_backward_params& p, const BackwardLaunch& launch) {
-  ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
+  ptx::start_next_kernel();  // which may read at once what was there before this one: k, v, dO
   prepare_rows<C, Element>(p, launch, blockIdx.x);
 }
 
