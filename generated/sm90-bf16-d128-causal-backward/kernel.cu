@@ -2912,6 +2912,7 @@ struct BackwardProducer {
   // Each is one lane's work.
   __device__ __forceinline__ void run_q() {
     load_keys();
+    ptx::wait_for_previous_kernel();  // for the LSE and delta
     keys.walk(p, [&](const RowTileVisit& at) { load_q(at); });
   }
   __device__ __forceinline__ void run_dout() {
@@ -2920,6 +2921,7 @@ struct BackwardProducer {
   }
   __device__ __forceinline__ void run_both() {
     load_keys(), load_values();
+    ptx::wait_for_previous_kernel();
     keys.walk(p, [&](const RowTileVisit& at) { load_q(at), load_dout(at); });
   }
 };
@@ -2968,6 +2970,7 @@ struct DqLoader {
       if (warp == 0) producer.load_keys();
       if (warp == 1) producer.load_values();
     }
+    ptx::wait_for_previous_kernel();
     int visits = 0, row_tiles[kAhead];  // of those loaded, the oldest first
     const auto shift = [&](int row_tile) {
 #pragma unroll
@@ -3424,7 +3427,7 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
     BackwardPipelines<C>(smem, 0).init();
   }
   ptx::start_next_kernel();
-  ptx::wait_for_previous_kernel();
+  // k, v and dO were there before the first kernel began: each warp waits for that one where it reads what it writes
   if (L::kIntervals && threadIdx.x < 32) load_intervals<C>(p, launch, smem, blockIdx.x);
   __syncthreads();
   const RowBand band(p);
@@ -3440,6 +3443,7 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
     } else if (L::kGroups < 3 && warp == 1) {
       if (first_lane) producer.run_dout();
     } else if ((C::kDqSink == DqSink::bulk || kRedInTurns<C>) && owner >= 0 && DqShare<C>{owner}.owns()) {
+      ptx::wait_for_previous_kernel();
       const BackwardPipelines<C> of_owner(smem, owner);
       if constexpr (C::kDqSink == DqSink::bulk)
         DqDrain<C, Element>{p, launch, keys, band, {owner}, of_owner}.run();
@@ -3449,6 +3453,7 @@ __device__ __forceinline__ void run_backward_block(const fagen_backward_params& 
     if (kMostSplits<C> > 1 && keys.splits > 1) SplitSums<C>::attend();
   } else {
     ptx::more_registers<L::kConsumerRegisters>();
+    ptx::wait_for_previous_kernel();
     SelectConsumer<C, Element>(p, launch, keys, band, smem, group).run();
   }
 }
@@ -3702,8 +3707,8 @@ __device__ __forceinline__ void prepare_rows(const fagen_backward_params& p, con
 
 template <class C, class Element>
 __device__ __forceinline__ void backward_prologue(const fagen_backward_params& p, const BackwardLaunch& launch) {
-  ptx::start_next_kernel();
   ptx::wait_for_previous_kernel();
+  ptx::start_next_kernel();  // which may read at once what was there before this one: k, v, dO
   prepare_rows<C, Element>(p, launch, blockIdx.x);
 }
 

@@ -6,6 +6,8 @@ that are no page, permuted pages, ragged rows, splits of all kinds. Fences, regi
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import math
@@ -115,6 +117,44 @@ def test_splits_of_fixed_size_make_a_sequence_independent_of_others(folder: Path
         assert all(torch.equal(found[name], together[name][one]) for name in found), b
 
 
+def _two_splits(lengths: list[int]) -> DecodeCall:
+    """On four SMs each of these two row tiles has two splits, if the kernel may choose."""
+    return dataclasses.replace(_call([700, 700], rows=2), seqlens_k=torch.tensor(lengths, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("lengths", [[700, 130], [640, 600], [128, 129], [64, 0]], ids=str)
+def test_two_splits_of_a_tile_merge_in_their_cluster(lengths: list[int], folder: Path) -> None:
+    """Whoever of the two has keys; where a caller chose two, a kernel merges them."""
+    call = _two_splits(lengths)
+    for seed in range(3):
+        verdict = CALLS.check(call, run(SHARED, folder, call, seed=seed, units=4))
+        assert verdict, f"seed {seed}: {verdict.message}"
+    outputs = {name: torch.empty(shape, dtype=t) for name, (shape, t) in call.output_types().items()}
+    library = _library(SHARED, folder)
+    library._library.emulator_begin(ctypes.c_uint64(0), ctypes.c_int(4))
+    chosen, asked = (
+        library.workspace_bytes(ctypes.byref(make_params(c, outputs)))
+        for c in (call, dataclasses.replace(call, num_splits=2))
+    )
+    assert chosen == 0 < asked
+
+
+def test_blocks_of_a_cluster_that_do_not_wait_are_wrong(folder: Path) -> None:
+    text = emulated.source(FAMILY, SHARED.problem, SM90, FAMILY.require(SHARED.problem, SM90, SHARED.config))
+    wait = "ptx::cluster_sync();\n    if (writes) add("
+    assert wait in text
+    library = emulated.build(text.replace(wait, "if (writes) add("), folder, Params)
+    call = _two_splits([700, 650])
+    outputs = {name: torch.empty(shape, dtype=t) for name, (shape, t) in call.output_types().items()}
+    for seed in range(8):
+        with contextlib.suppress(AssertionError):
+            emulated.launch(library, call, outputs, seed=seed, units=4, fill=make_params)
+            if CALLS.check(call, outputs):
+                continue
+        return
+    pytest.fail("nothing went wrong")
+
+
 def test_one_launch_serves_all_lengths_up_to_its_maximum(folder: Path) -> None:
     """As in a CUDA graph: the params stay, lengths and pages change on the device."""
     call = _call([400, 400, 400])
@@ -171,7 +211,6 @@ _MISSING = [
     ("if (adopt_references(factor)) rescale(factor);", "adopt_references(factor);"),  # O stays behind others' maxima
     ("if (moved) rescale(factor);", ""),  # or behind its own
     ("clear_hidden_rows(1, key + C::kTileN);", ""),  # 0 times NaN
-    ("shared ? 4 * C::kCluster : 4", "4"),  # the other block still reads
 ]
 
 

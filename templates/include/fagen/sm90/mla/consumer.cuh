@@ -13,6 +13,7 @@
 #include "fagen/ptx/mbarrier.cuh"
 #include "fagen/ptx/mma_sync.cuh"
 #include "fagen/sm90/decode/store.cuh"
+#include "fagen/sm90/mla/cluster_merge.cuh"
 #include "fagen/sm90/mla/layout.cuh"
 #include "fagen/sm90/operand.cuh"
 
@@ -299,22 +300,30 @@ struct MlaConsumer {
 
   // Write the rows, or leave the split's part of them to the merge.
   __device__ __forceinline__ void finish(const DecodeOutput<C, Element>& output, const DecodeGrid& grid, int split,
-                                         bool alone) const {
+                                         bool alone) {
     const uint32_t sums = smem + L::kSums;
+    float sum[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = quad_sum(softmax.sum[r]);
-      if (lane.id % 4 == 0) ptx::st_shared_4(sums + (kGroup * C::kTileM + row_of(r)) * 4, __float_as_uint(sum));
+      sum[r] = quad_sum(softmax.sum[r]);
+      if (lane.id % 4 == 0) ptx::st_shared_4(sums + (kGroup * C::kTileM + row_of(r)) * 4, __float_as_uint(sum[r]));
     }
     ptx::barrier_sync(kRowsSummed, L::kGroups * 128);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = 0.f;
+      sum[r] = 0.f;
 #pragma unroll
       for (int group = 0; group < L::kGroups; ++group)
-        sum += __uint_as_float(ptx::ld_shared_4(sums + (group * C::kTileM + row_of(r)) * 4));
-      store_row(output, grid, split, alone, o, r, row_of(r), kGroup * L::kHalf, softmax.reference[r], sum);
+        sum[r] += __uint_as_float(ptx::ld_shared_4(sums + (group * C::kTileM + row_of(r)) * 4));
     }
+    if (merges_in_cluster(grid, alone)) {
+      const ClusterMerge<C, kGroup> merge{smem, split, {row_of(0), row_of(1)}, output.scale_log2};
+      if (!merge.run(o, softmax.reference, sum)) return;
+      alone = true;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      store_row(output, grid, split, alone, o, r, row_of(r), kGroup * L::kHalf, softmax.reference[r], sum[r]);
   }
 };
 

@@ -47,16 +47,20 @@ __device__ __forceinline__ void run_block(const fagen_decode_params& p, const De
     ptx::prefetch_map(&map);
     init_parts<C>(smem);
   }
-  // row tiles of a sequence are neighbours, since they read the same keys
-  const int of_sequence = grid.row_tiles * p.kv_heads, all = blockIdx.x / of_sequence, split_index = all % grid.splits;
-  const DecodeTile<C> tile(p, grid, all / grid.splits * of_sequence + blockIdx.x % of_sequence);
+  // neighbours are row tiles of a sequence, since they read the same keys, or the splits of a cluster
+  const int neighbours = grid.clustered ? 1 : grid.row_tiles * p.kv_heads;
+  const int all = blockIdx.x / neighbours, split_index = all % grid.splits;
+  const DecodeTile<C> tile(p, grid, all / grid.splits * neighbours + blockIdx.x % neighbours);
   const DecodeSplit<C> split(tile, grid, split_index);
-  if (tile.first_row >= tile.rows() || split_index >= split.used) return;
+  const bool merges = merges_in_cluster(grid, split.used == 1);  // then blocks without keys come along
+  if (tile.first_row >= tile.rows() || (!merges && split_index >= split.used)) return;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform for the compiler as well
   __syncthreads();
   if (group == L::kGroups) {
     ptx::fewer_registers<L::kProducerRegisters>();
     if (threadIdx.x / 32 % 4 == 0) load_keys(p, map, tile, split, smem);
+    __syncwarp();
+    if (merges) ptx::cluster_sync(), ptx::cluster_sync();  // as the consumers
   } else {
     ptx::more_registers<L::kConsumerRegisters>();
     if (group == 0)

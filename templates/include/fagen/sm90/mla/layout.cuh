@@ -3,6 +3,7 @@
 // the columns of O.
 #pragma once
 #include "fagen/ptx/mbarrier.cuh"
+#include "fagen/sm80/decode/place.cuh"
 #include "fagen/sm90/smem_layout.cuh"
 
 namespace fagen {
@@ -44,6 +45,11 @@ struct MlaLayout {
   static_assert(kSmemBytes == Derived::smem_bytes, "Python and CUDA disagree about shared memory");
   static_assert(kConsumerRegisters == Derived::registers, "Python and CUDA disagree about the registers of a thread");
 };
+
+// Whether the blocks of a tile's splits merge them among themselves. `alone`: one of them has all keys.
+__device__ __forceinline__ bool merges_in_cluster(const DecodeGrid& grid, bool alone) {
+  return grid.clustered && !alone;
+}
 
 // Named barriers; 0 is __syncthreads.
 enum MlaBarrier {
