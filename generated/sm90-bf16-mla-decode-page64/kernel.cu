@@ -894,7 +894,7 @@ static cudaError_t map_cache(CUtensorMap* map, CUtensorMapDataType type, const f
 // both tiles' values to its half of the columns of O, those of tile 0 first. While one warpgroup is at its softmax the
 // other's products go on, and tile 0 is free for the next pair while tile 1 is at work:
 //
-//   warpgroup 0   S0 = Q K0^T | softmax, store P0 | O_left += P0 V0 ...................... | O_left += P1 V1
+//   warpgroup 0   S0 = Q K0^T | softmax, store P0 | O_left += P0 V0 ...................... | O_left += P1 V1, next S0
 //   warpgroup 1   .............. S1 = Q K1^T ..... | O_right += P0 V0 | softmax, store P1 | O_right += P1 V1
 //
 // Both refer their weights to the same maxima: those after tile 0 come with P0, those after tile 1 with P1.
@@ -2159,7 +2159,7 @@ struct MlaConsumer {
     store_weights();
     return moved;
   }
-  // Of warpgroup 0, whose scores of the pair are there. With kMore those of the next one follow.
+  // Warpgroup 0, whose scores of the pair are there; with kMore those of the next one are there at the end.
   template <bool kPair, bool kMore>
   __device__ __forceinline__ void visit_first(int key, int phase) {
     float factor[2];
@@ -2307,7 +2307,7 @@ __device__ __forceinline__ void tma_load_packed(uint32_t to, const CUtensorMap* 
 
 namespace fagen::ptx {
 
-// What is loaded once is the first to leave L2.
+// The policy by which L2 gives up a line first: it is loaded once.
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

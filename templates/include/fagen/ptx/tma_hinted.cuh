@@ -5,7 +5,7 @@
 
 namespace fagen::ptx {
 
-// What is loaded once is the first to leave L2.
+// The policy by which L2 gives up a line first: it is loaded once.
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
