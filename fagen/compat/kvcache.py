@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fagen import env
-from fagen.compat import kvcache_alike, kvcache_append, kvcache_known
+from fagen.compat import kvcache_alike, kvcache_append, kvcache_fp8, kvcache_known
 from fagen.compat.flash_attn import window_bounds
 from fagen.dispatch import decode
 from fagen.errors import InvalidArgument, UnsupportedProblem
@@ -55,7 +55,8 @@ def flash_attn_with_kvcache(
     cache_seqlens     int32 (batch): keys in the cache before k is added, or one number for all; None: it is full
     cache_batch_idx   int32 (batch): which row of a contiguous cache is each sequence's
     page_table        int32 (batch, pages of a sequence); block_table is the same
-    k_descale, v_     float32 (batch, kv_heads): an fp8 cache is multiplied by it
+    q_descale, k_, v_ float32 (batch, kv_heads): an fp8 q, an fp8 cache is multiplied by it. q is turned into the
+                      cache's dtype, beside an fp8 cache into bfloat16, which out has then
     sinks             (heads): a logit that joins the sum and has no value; learnable_sink is the same
     max_seqlen_q, _k  bounds of the rows and keys of a sequence, for cu_seqlens_q and for a cache with much room
     num_splits        blocks that share a sequence's keys; 0: as many as suit
@@ -63,8 +64,10 @@ def flash_attn_with_kvcache(
 
     Lengths are read on the device; nothing waits for it. On a GPU, indices are checked with FAGEN_DEBUG=1 only.
     """
-    if qv is not None or cache_leftpad is not None or attention_chunk or q_descale is not None:
-        _refuse_unsupported(qv=qv, cache_leftpad=cache_leftpad, attention_chunk=attention_chunk, q_descale=q_descale)
+    if qv is not None or cache_leftpad is not None or attention_chunk:
+        _refuse_unsupported(qv=qv, cache_leftpad=cache_leftpad, attention_chunk=attention_chunk)
+    if q_descale is not None or getattr(q, "dtype", None) == kvcache_fp8.FP8:
+        q = kvcache_fp8.wide(q, q_descale, k_cache, arguments.int32("cu_seqlens_q", cu_seqlens_q))
     mine = kvcache_known.Arguments(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
         _one_of("page_table", page_table, "block_table", block_table), cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens,

@@ -18,6 +18,7 @@ from fagen.notices import FallbackWarning
 from fagen.ops.attention import decode_reference
 
 D, HEADS, KV_HEADS = 16, 4, 2  # few static keys, so that few kernels are compiled
+FP8 = torch.float8_e4m3fn
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -206,6 +207,31 @@ def test_an_fp8_cache_takes_rows_of_q() -> None:
     assert rounding[:, 1:].max() < 2**-3  # 3 bits of mantissa, subnormals among them
 
 
+@pytest.mark.parametrize("cached", ["fp32", "fp8"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_fp8_queries_are_those_of_16_bits_times_their_scale(cached: str, packed: bool) -> None:
+    q = randn(3, 2, HEADS, D, seed=1).to(FP8)
+    k, v = randn(3, 40, KV_HEADS, D, seed=2), randn(3, 40, KV_HEADS, D, seed=3)
+    named: dict[str, Any] = {"cache_seqlens": int32(40, 7, 23), "causal": True}
+    if cached == "fp8":
+        scales = torch.rand(2, 3, KV_HEADS, generator=torch.Generator().manual_seed(4)) + 0.5
+        k, v, named = k.to(FP8), v.to(FP8), {**named, "k_descale": scales[0], "v_descale": scales[1]}
+    descale = torch.tensor([[0.5, 3.0], [1.0, 0.25], [2.0, 1.5]])
+    wide = q.float() * descale.repeat_interleave(HEADS // KV_HEADS, 1)[:, None, :, None]
+    wide = wide.to(torch.bfloat16 if cached == "fp8" else torch.float32)
+    if packed:
+        q, wide = q.flatten(0, 1), wide.flatten(0, 1)
+        named |= {"cu_seqlens_q": int32(0, 2, 4, 6), "max_seqlen_q": 2}
+    want = fagen.flash_attn_with_kvcache(wide, k, v, **named)
+    assert isinstance(want, torch.Tensor) and want.dtype == wide.dtype
+    for _ in range(2):  # of a kind that is new, and that is known
+        found = fagen.flash_attn_with_kvcache(q, k, v, q_descale=descale, **named)
+        assert isinstance(found, torch.Tensor) and torch.equal(found, want)
+    alone = fagen.flash_attn_with_kvcache(q, k, v, **named)
+    ones = fagen.flash_attn_with_kvcache(q, k, v, q_descale=torch.ones(3, KV_HEADS), **named)
+    assert isinstance(alone, torch.Tensor) and torch.equal(alone, ones) and not torch.equal(alone, want)
+
+
 def test_lengths_may_be_one_number_or_none() -> None:
     cache, q = Cache([80, 80], 0), randn(2, 1, HEADS, D)
     named = cache.arguments()
@@ -330,7 +356,9 @@ def test_bad_arguments_are_refused_and_write_nothing() -> None:
     cos = torch.ones(40, 8)
     broken: list[tuple[dict[str, Any], str]] = [
         ({"qv": q}, "qv"), ({"cache_leftpad": int32(1)}, "cache_leftpad"), ({"attention_chunk": 4}, "attention_chunk"),
-        ({"q_descale": torch.ones(6, 2)}, "q_descale"), ({"block_table": table}, "two names"),
+        ({"q_descale": torch.ones(6, 2)}, "goes with a float8_e4m3fn q"), ({"block_table": table}, "two names"),
+        ({"q": q.to(FP8), "q_descale": torch.ones(6)}, "q_descale must be"),
+        ({"q": q.to(FP8), "q_descale": [1.0]}, "q_descale"), ({"q": q[0, 0].to(FP8)}, "2 dimensions"),
         ({"numerics": "fast"}, "numerics"), ({"numerics": "pinned", "num_splits": 3}, "num_splits"),
         ({**new, "num_splits": 1 << 30}, "num_splits"), ({"cache_seqlens": torch.tensor(3)}, "0 dimensions"),
         ({"page_table": table[0]}, "page_table has 1 dimensions"), ({"cu_seqlens_q": int32()}, "cu_seqlens_q is empty"),
