@@ -888,7 +888,8 @@ static cudaError_t map_cache(CUtensorMap* map, CUtensorMapDataType type, const f
 //   warpgroups 0, 1   consumers: the scores of every other key tile each, half of the columns of O each    consumer.cuh
 //   warpgroup 2       one warp loads key tiles, once: their first columns are the values                   producer.cuh
 //
-// Where several blocks share a row tile's keys a second kernel merges their parts. The host's part: launch.cuh.
+// Two blocks that share a row tile's keys merge their parts as a cluster (cluster_merge.cuh), several by a second
+// kernel. The host's part: launch.cuh.
 // ---- fagen/sm90/mla/consumer.cuh -------------------------------------------------------------------------
 // A consumer warpgroup of the two. Of each pair of key tiles it computes the scores and weights of its own, and adds
 // both tiles' values to its half of the columns of O, those of tile 0 first. While one warpgroup is at its softmax the

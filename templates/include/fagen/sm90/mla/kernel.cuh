@@ -3,8 +3,8 @@
 //   warpgroups 0, 1   consumers: the scores of every other key tile each, half of the columns of O each    consumer.cuh
 //   warpgroup 2       one warp loads key tiles, once: their first columns are the values                   producer.cuh
 //
-// Two blocks that share a row tile's keys merge their parts as a cluster (cluster_merge.cuh), several by a second kernel.
-// The host's part: launch.cuh.
+// Two blocks that share a row tile's keys merge their parts as a cluster (cluster_merge.cuh), several by a second
+// kernel. The host's part: launch.cuh.
 #pragma once
 #include "fagen/sm90/mla/consumer.cuh"
 #include "fagen/sm90/mla/producer.cuh"
