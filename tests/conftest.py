@@ -90,20 +90,8 @@ def _gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _order(item: pytest.Item) -> int:
-    """One that compiles the binding to torch, the groups, which take minutes in one process, those that need no
-    binding, and the rest: else processes wait for the compiler at the beginning, and for a group at the end."""
-    if item.nodeid.endswith("test_bench.py::test_a_run_end_to_end"):
-        return 0
-    if item.path.name in GROUPS:
-        return 1
-    folder = item.path.relative_to(HERE).parts[0] if HERE in item.path.parents else ""
-    return 2 if folder in ("codegen", "compile", "db", "families", "repository") else 3
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """tests/gpu needs a GPU and nvcc, tests/compile needs nvcc; what is left out says why."""
-    items.sort(key=_order)
     lacks_nvcc = toolchain.nvcc() is None
     for item in items:
         folder = item.path.relative_to(HERE).parts[0] if HERE in item.path.parents else ""

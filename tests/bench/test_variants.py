@@ -77,7 +77,7 @@ def test_two_checkouts_are_timed_and_the_bad_ones_told(variants, tmp_path, monke
     same = before | {"label": "same"}
     out.write_text(json.dumps([before, same, hung, *again, wrong, broken, after]))
 
-    seconds = runs.patient(5.0)
+    seconds = runs.patient(10.0)
     monkeypatch.setattr(variants, "ANSWER_SECONDS", seconds)
     monkeypatch.setattr(target, "gpu", lambda index=0: None)
     result = tmp_path / "timed.json"

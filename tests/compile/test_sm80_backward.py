@@ -39,7 +39,7 @@ _LOOSE = {"d192-128-none": 128, "d256-none": 128}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "name"), sample(SETS, every=10))
+@pytest.mark.parametrize(("arch", "name"), sample(SETS, every=5))
 def test_defaults_compile_without_spills(arch: str, name: str, device_facts: Facts) -> None:
     problem, where = PROBLEMS[name], target.known(arch)
     config = FAMILY.require(problem, where, FAMILY.default(problem, where))

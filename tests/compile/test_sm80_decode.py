@@ -37,7 +37,7 @@ SETS = [(arch, name) for i, arch in enumerate(ARCHS) for j, name in enumerate(PR
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "name"), sample(SETS, every=12))
+@pytest.mark.parametrize(("arch", "name"), sample(SETS, every=6))
 def test_defaults_compile_without_spills(arch: str, name: str, device_facts: Facts) -> None:
     problem, where = PROBLEMS[name], target.known(arch)
     config = FAMILY.require(problem, where, FAMILY.default(problem, where))

@@ -28,7 +28,7 @@ PROBLEMS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("problem", sample(PROBLEMS, every=10), ids=str)
+@pytest.mark.parametrize("problem", sample(PROBLEMS, every=5), ids=str)
 def test_defaults_compile_without_spills(problem: DecodeProblem, device_facts: Facts) -> None:
     config = FAMILY.require(problem, SM90, FAMILY.default(problem, SM90))
     facts = device_facts(KernelSpec(FAMILY, problem, SM90, config))

@@ -41,7 +41,7 @@ PROBLEMS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("problem", sample(PROBLEMS, every=18), ids=lambda problem: problem.static_key)
+@pytest.mark.parametrize("problem", sample(PROBLEMS, every=9), ids=lambda problem: problem.static_key)
 def test_defaults_compile_without_spills(problem: Problem) -> None:
     config = FAMILY.require(problem, HERE, FAMILY.default(problem, HERE))
     facts = cache.build(KernelSpec(FAMILY, problem, HERE, config)).facts
@@ -50,7 +50,7 @@ def test_defaults_compile_without_spills(problem: Problem) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", sample(["large_pair", "large_192", "large_rows"], every=6))
+@pytest.mark.parametrize("scheme", sample(["large_pair", "large_192", "large_rows"], every=3))
 def test_more_chunks_of_scores_in_flight_do_not_make_products_wait(scheme: str) -> None:
     """Of each scheme that has some: nvcc serializes all products where more of O's go on as well."""
     assert SCHEMES_LARGE[scheme].in_flight > 1

@@ -52,7 +52,7 @@ def _static(number: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", sample(range(len(cpu_forward.CONFIGS)), every=12))
+@pytest.mark.parametrize("number", sample(range(len(cpu_forward.CONFIGS)), every=6))
 def test_cpu_forward(number: int) -> None:
     k = cpu_forward.build(changes=tuple(cpu_forward.CONFIGS[number].items()), **_static(number))
     for rows, keys in SIZES:
@@ -64,7 +64,7 @@ def test_cpu_forward(number: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", sample(range(len(cpu_backward.CONFIGS)), every=12))
+@pytest.mark.parametrize("number", sample(range(len(cpu_backward.CONFIGS)), every=6))
 def test_cpu_backward(number: int) -> None:
     k = cpu_backward.build(changes=tuple(cpu_backward.CONFIGS[number].items()), **_static(number + 1))
     for rows, keys in SIZES:
@@ -138,7 +138,7 @@ def _source(case: Case | BackwardCase) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(FORWARD, every=8), ids=str)
+@pytest.mark.parametrize("case", sample(FORWARD, every=4), ids=str)
 def test_forward_whatever_comes_first(case: Case, folder: Path) -> None:
     launch = functools.partial(emulated.launch, emulated.build(_source(case), folder))
     for seed, (rows, keys) in enumerate(((130, 190), (70, 300))):
@@ -147,7 +147,7 @@ def test_forward_whatever_comes_first(case: Case, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(BACKWARD, every=6), ids=str)
+@pytest.mark.parametrize("case", sample(BACKWARD, every=3), ids=str)
 def test_backward_whatever_comes_first(case: BackwardCase, folder: Path) -> None:
     library = emulated.build(_source(case), folder, BackwardParams)
     for seed, (rows, keys) in enumerate(((70, 190), (150, 70))):
@@ -157,7 +157,7 @@ def test_backward_whatever_comes_first(case: BackwardCase, folder: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(SM90_BACKWARD, every=6), ids=str)
+@pytest.mark.parametrize("case", sample(SM90_BACKWARD, every=3), ids=str)
 def test_sm90_backward_whatever_comes_first(case: sm90_backward.Case, folder: Path) -> None:
     sm90_backward.FAMILY.require(case.problem, sm90_backward.TARGET, case.config)
     for seed, (rows, keys) in enumerate(((70, 210), (150, 70))):

@@ -89,7 +89,7 @@ def check(case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, unit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(CASES, every=8), ids=str)
+@pytest.mark.parametrize("case", sample(CASES, every=4), ids=str)
 def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
     for seed, (rows, keys) in enumerate(SIZES):
         verdict = check(case, folder, rows, keys, seed=seed, units=(3, 2, 5)[seed])

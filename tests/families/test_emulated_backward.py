@@ -128,7 +128,7 @@ def check(case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(CASES, every=8), ids=str)
+@pytest.mark.parametrize("case", sample(CASES, every=4), ids=str)
 def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
     for seed, (rows, keys) in enumerate(case.sizes):
         verdict = check(case, folder, rows, keys, seed=seed)

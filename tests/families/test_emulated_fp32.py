@@ -45,7 +45,7 @@ def check(case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(SCHEME_CASES, every=6), ids=str)
+@pytest.mark.parametrize("case", sample(SCHEME_CASES, every=3), ids=str)
 def test_every_scheme(case: Case, folder: Path) -> None:
     for seed, (rows, keys) in enumerate(((70, 130), (130, 40))):
         verdict = check(case, folder, rows, keys, seed=seed, layout=("bshd", "bhsd")[seed % 2])
@@ -53,7 +53,7 @@ def test_every_scheme(case: Case, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(DIM_CASES, every=16), ids=str)
+@pytest.mark.parametrize("case", sample(DIM_CASES, every=8), ids=str)
 def test_every_head_dim(case: Case, folder: Path) -> None:
     verdict = check(case, folder, 40, 70)
     assert verdict, verdict.message

@@ -54,7 +54,7 @@ def check(case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(SCHEME_CASES, every=6), ids=str)
+@pytest.mark.parametrize("case", sample(SCHEME_CASES, every=3), ids=str)
 def test_every_scheme(case: Case, folder: Path) -> None:
     for seed, (rows, keys) in enumerate(case.sizes):
         verdict = check(case, folder, rows, keys, seed=seed, layout=("bshd", "bhsd")[seed])
@@ -62,7 +62,7 @@ def test_every_scheme(case: Case, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample([*DIM_CASES, *FEATURE_CASES], every=14), ids=str)
+@pytest.mark.parametrize("case", sample([*DIM_CASES, *FEATURE_CASES], every=7), ids=str)
 def test_head_dims_and_features(case: Case, folder: Path) -> None:
     for rows, keys in case.sizes:
         verdict = check(case, folder, rows, keys)

@@ -73,7 +73,7 @@ def run(case: Case, folder: Path, rows: int, keys: int, seed: int = 0, text: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(CASES, every=10), ids=str)
+@pytest.mark.parametrize("case", sample(CASES, every=5), ids=str)
 def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
     for seed, (rows, keys) in enumerate(SIZES):
         verdict = run(case, folder, rows, keys, seed)

@@ -62,7 +62,7 @@ def check(case: Case, folder: Path, rows: int, keys: int, *, seed: int = 0, text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(list(CASES), every=6), ids=str)
+@pytest.mark.parametrize("case", sample(list(CASES), every=3), ids=str)
 def test_right_whatever_comes_first(case: Case, folder: Path) -> None:
     for seed, (rows, keys) in enumerate(CASES[case]):
         verdict = check(case, folder, rows, keys, seed=seed)

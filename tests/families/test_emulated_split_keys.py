@@ -16,7 +16,6 @@ from fagen.runtime.kernel import Library
 from fagen.target import known
 from tests.support import emulated
 from tests.support.cases import HOPPER, Case, run
-from tests.support.thorough import sample
 
 # window bounds, rows and keys: rows that see no key, keys that no row sees, a ragged end of both
 CASES = {
@@ -71,7 +70,7 @@ def check(case: Case, folder: Path, rows: int, keys: int, parts: int, **more) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample(CASES, every=3), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_right_for_any_number_of_parts(case: Case, folder: Path) -> None:
     for rows, keys in CASES[case]:
         for parts in PARTS:

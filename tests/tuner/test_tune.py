@@ -38,7 +38,6 @@ from fagen.tuner.search import Search, open_storage
 from tests.support import runs
 from tests.support.fake_family import ENDS, FAMILY, PROBLEM, misbehave
 from tests.support.runs import rows
-from tests.support.thorough import sample
 
 
 def options(folder: Path, **changes) -> Options:
@@ -203,7 +202,7 @@ def start_run(folder: Path) -> tuple[subprocess.Popen, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", sample([signal.SIGINT, signal.SIGTERM], every=2))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_what_was_found(calm, number):
     child, run = start_run(calm)
     os.kill(child.pid, number)
