@@ -66,7 +66,7 @@ def flash_attn_with_kvcache(
     """
     if qv is not None or cache_leftpad is not None or attention_chunk:
         _refuse_unsupported(qv=qv, cache_leftpad=cache_leftpad, attention_chunk=attention_chunk)
-    if q_descale is not None or getattr(q, "dtype", None) == kvcache_fp8.FP8:
+    if q_descale is not None or getattr(q, "dtype", None) == kvcache_fp8.E4M3:
         q = kvcache_fp8.wide(q, q_descale, k_cache, arguments.int32("cu_seqlens_q", cu_seqlens_q))
     mine = kvcache_known.Arguments(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,

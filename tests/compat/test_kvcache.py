@@ -358,6 +358,8 @@ def test_bad_arguments_are_refused_and_write_nothing() -> None:
         ({"qv": q}, "qv"), ({"cache_leftpad": int32(1)}, "cache_leftpad"), ({"attention_chunk": 4}, "attention_chunk"),
         ({"q_descale": torch.ones(6, 2)}, "goes with a float8_e4m3fn q"), ({"block_table": table}, "two names"),
         ({"q": q.to(FP8), "q_descale": torch.ones(6)}, "q_descale must be"),
+        ({"q": q[:, 0].to(FP8), "q_descale": torch.ones(6, 2), "cu_seqlens_q": int32()}, "cu_seqlens_q is empty"),
+        ({"q": q[:, :, :3].to(FP8), "q_descale": torch.ones(6, 2)}, "must divide"),
         ({"q": q.to(FP8), "q_descale": [1.0]}, "q_descale"), ({"q": q[0, 0].to(FP8)}, "2 dimensions"),
         ({"numerics": "fast"}, "numerics"), ({"numerics": "pinned", "num_splits": 3}, "num_splits"),
         ({**new, "num_splits": 1 << 30}, "num_splits"), ({"cache_seqlens": torch.tensor(3)}, "0 dimensions"),
